@@ -1,0 +1,26 @@
+"""Fused losses for preference alignment of language models: EXO, DPO, and the log-probabilities they are made of.
+
+Importing this needs torch alone; triton is imported when a kernel is first used. See README.md for the shapes.
+"""
+
+from exo_kernels import reference
+from exo_kernels.api import (
+    fused_dpo_loss,
+    fused_exo_loss,
+    preference_loss,
+    sequence_logps,
+    token_logps,
+)
+from exo_kernels.objectives import LossStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LossStats",
+    "fused_dpo_loss",
+    "fused_exo_loss",
+    "preference_loss",
+    "reference",
+    "sequence_logps",
+    "token_logps",
+]

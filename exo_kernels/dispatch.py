@@ -1,0 +1,24 @@
+"""Which implementation runs. Explicit requests are honoured or refused, never replaced; only "auto" may choose."""
+
+import importlib.util
+import os
+
+import torch
+
+IMPLS = ("auto", "triton", "chunked", "reference")
+
+# Both are settled before triton is imported and cannot change afterwards.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve(impl: str, device: torch.device) -> str:
+    """Name the implementation for tensors on `device`. ValueError where an explicit request cannot run."""
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and TRITON_INSTALLED else "chunked"
+    if impl == "triton":
+        if not TRITON_INSTALLED:
+            raise ValueError("impl: expected an installed triton package for 'triton'; got none: pip install triton")
+        if device.type != "cuda" and not INTERPRETED:
+            raise ValueError(f"impl: expected GPU tensors for 'triton', or TRITON_INTERPRET=1; got {device}")
+    return impl

@@ -1,0 +1,66 @@
+"""Which rows make a sequence and which sequences make a group: every layout becomes two offset vectors.
+
+Padded or packed rows, groups of one size or ragged: after this module only `seq_offsets` (N+1,) over rows and
+`group_offsets` (G+1,) over sequences are left, both int64 on the device of the data. No values are checked here.
+"""
+
+import torch
+from torch import Tensor
+
+
+def align_targets(
+    labels: Tensor,  # (N, T) or (n,)
+    shift: bool,
+    ignore_index: int,
+) -> Tensor:  # like labels, int64: the target that each row scores
+    """Row t scores labels[:, t+1] when shifted (its last column scores nothing), labels[:, t] otherwise."""
+    labels = labels.long()
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift else labels
+
+
+def sequence_offsets(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:  # (N+1,)
+    """First row of every sequence, in rows counted across the whole input."""
+    if cu_seqlens is not None:
+        return cu_seqlens.long()
+    n_sequences, length = targets.shape
+    return torch.arange(n_sequences + 1, device=targets.device) * length
+
+
+def group_offsets(group_size: int | Tensor, n_sequences: int, device: torch.device) -> Tensor:  # (G+1,)
+    """First sequence of every group."""
+    if isinstance(group_size, int):
+        return torch.arange(n_sequences // group_size + 1, device=device) * group_size
+    return torch.nn.functional.pad(group_size.long().cumsum(0), (1, 0))
+
+
+def spread(
+    values: Tensor,  # (M,) one value a segment
+    offsets: Tensor,  # (M+1,)
+    n: int,
+) -> Tensor:  # (n,)
+    """Repeat each segment's value over its members. Deterministic; `n` spares a synchronisation."""
+    return torch.repeat_interleave(values, offsets.diff(), output_size=n)
+
+
+def segment_sum(
+    values: Tensor,  # (n,)
+    offsets: Tensor,  # (M+1,)
+) -> Tensor:  # (M,)
+    """Sum over each segment, in a fixed order; differentiable."""
+    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0, unsafe=True)
+
+
+def to_matrix(
+    values: Tensor,  # (N,)
+    offsets: Tensor,  # (G+1,)
+    width: int,
+) -> Tensor:  # (G, width), -inf past the end of a group
+    """One row a group."""
+    index = offsets[:-1, None] + torch.arange(width, device=values.device)
+    matrix = values[index.clamp(max=max(values.numel() - 1, 0))]
+    return matrix.masked_fill(index >= offsets[1:, None], -torch.inf)
+
+
+def group_mask(offsets: Tensor, width: int) -> Tensor:  # (G, width) bool
+    """True where a group has a k-th completion; `matrix[mask]` undoes `to_matrix`."""
+    return torch.arange(width, device=offsets.device) < offsets.diff()[:, None]

@@ -1,0 +1,195 @@
+"""The oracle: every public function again, written to be obviously right and for nothing else.
+
+Materialises everything, loops in Python over sequences and groups, leaves the gradients to autograd. Computes in the
+dtype of its input, fp32 at least. Tests and benchmarks compare with it; `impl="reference"` runs it. It shares with the
+other implementations only the equations and the names of the results (objectives.py).
+Arguments are those of the public functions and are not checked here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exo_kernels import objectives
+
+
+def _rows(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool | None
+) -> list[tuple[Tensor, Tensor]]:
+    """One (logits (t, V), targets (t,)) a sequence; what a shifted row cannot score is left out."""
+    labels = labels.long()
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        return [(logits[a:b], labels[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    if shift is None or shift:
+        return [(x[:-1], y[1:]) for x, y in zip(logits, labels, strict=True)]
+    return list(zip(logits, labels, strict=True))
+
+
+def _sequence_token_logps(
+    x: Tensor, y: Tensor, temperature: float, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (t,) of one sequence; 0 where ignored."""
+    keep = y != ignore_index
+    x = x if x.dtype == torch.float64 else x.float()
+    log_p = torch.log_softmax(x[keep] / temperature, dim=-1)  # (kept, V)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * torch.where(p > 0, log_p, 0.0), 0.0).sum(-1)
+    logp = log_p.gather(-1, y[keep, None]).squeeze(-1)
+    logp = torch.where((x[keep] == -torch.inf).all(-1), -torch.inf, logp)  # a row of -inf allows nothing
+    zeros = torch.zeros(y.shape, dtype=x.dtype, device=x.device)
+    return zeros.masked_scatter(keep, logp), zeros.masked_scatter(keep, entropy)
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    shift: bool | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Any:
+    if logits.dim() == 2:
+        results = [_sequence_token_logps(logits, labels.long(), temperature, ignore_index)]
+        logps, entropies = results[0]
+    else:
+        rows = _rows(logits, labels, None, shift)
+        results = [_sequence_token_logps(x, y, temperature, ignore_index) for x, y in rows]
+        pad = logits.shape[1] - (rows[0][1].numel() if rows else 0)  # the last row, when shifted
+        empty = logits.new_zeros(logits.shape[:2], dtype=torch.promote_types(logits.dtype, torch.float32))
+        logps, entropies = (
+            torch.stack([torch.nn.functional.pad(r[i], (0, pad)) for r in results]) if results else empty
+            for i in (0, 1)
+        )
+    return (logps, entropies) if return_entropy else logps
+
+
+def sequence_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    shift: bool | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    sums = [
+        _sequence_token_logps(x, y, temperature, ignore_index)[0].double().sum()
+        for x, y in _rows(logits, labels, cu_seqlens, shift)
+    ]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.stack(sums).to(dtype) if sums else logits.new_zeros(0, dtype=dtype)
+
+
+def _group_losses(
+    log_ratios: Tensor,  # (N,) float64
+    objective: str,
+    group_size: int | Tensor,
+    rewards: Tensor | None,
+    beta_pi: float,
+    beta_r: float,
+    label_smoothing: float,
+    compat: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # losses (G,), p (N,), q (N,)
+    n = log_ratios.numel()
+    sizes = [group_size] * (n // group_size) if isinstance(group_size, int) else group_size.tolist()
+    losses, ps, qs, first = [log_ratios[:0]], [log_ratios[:0]], [log_ratios[:0]], 0
+    for size in sizes:
+        group = slice(first, first + size)
+        log_p = objectives.policy_log_probs(log_ratios[None, group], beta_pi)
+        if rewards is None:
+            log_targets = objectives.preference_log_targets(objective, label_smoothing, compat)
+            log_q = objectives.preference_log_target(torch.ones_like(log_p).bool(), *log_targets)
+        else:
+            log_q = objectives.reward_log_target(rewards[None, group].double(), beta_r)
+        losses.append(objectives.OBJECTIVES[objective](log_p, log_q)[0])
+        ps.append(log_p[0].exp())
+        qs.append(log_q[0].exp())
+        first += size
+    return torch.cat(losses), torch.cat(ps), torch.cat(qs)
+
+
+def _reduce(losses: Tensor, reduction: str, num_groups: int | float | Tensor | None) -> Tensor:
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (num_groups if num_groups is not None else max(losses.numel(), 1))
+
+
+def preference_loss(
+    policy_logps: Tensor,  # (N,)
+    ref_logps: Tensor,  # (N,)
+    *,
+    objective: str = "exo",
+    group_size: int | Tensor = 2,
+    rewards: Tensor | None = None,
+    beta_pi: float = 0.1,
+    beta_r: float = 1.0,
+    label_smoothing: float | None = None,
+    reduction: str = "mean",
+    num_groups: int | float | Tensor | None = None,
+    compat: str | None = None,
+) -> Tensor:
+    if label_smoothing is None:
+        label_smoothing = objectives.LABEL_SMOOTHING[objective]
+    log_ratios = policy_logps.double() - ref_logps.detach().double()
+    options = (objective, group_size, rewards, beta_pi, beta_r, label_smoothing, compat)
+    losses = _group_losses(log_ratios, *options)[0]
+    return _reduce(losses, reduction, num_groups).to(policy_logps.dtype)
+
+
+def _fused_loss(
+    objective: str,
+    logits: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor,
+    *,
+    group_size: int | Tensor = 2,
+    rewards: Tensor | None = None,
+    beta_pi: float = 0.1,
+    beta_r: float = 1.0,
+    label_smoothing: float | None = None,
+    temperature: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    shift: bool | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_groups: int | float | Tensor | None = None,
+    compat: str | None = None,
+    return_stats: bool = False,
+) -> Any:
+    if label_smoothing is None:
+        label_smoothing = objectives.LABEL_SMOOTHING[objective]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    rows = _rows(logits, labels, cu_seqlens, shift)
+    keeps = [y != ignore_index for _, y in rows]
+    nothing = logits.double().sum()[None][:0]  # (0,), attached to the graph
+    policy = torch.cat(
+        [nothing]
+        + [_sequence_token_logps(x, y, temperature, ignore_index)[0].double().sum()[None] for x, y in rows]
+    )  # (N,)
+    ref = ref_logps.detach().double()
+    if ref.shape != policy.shape:  # per token
+        parts = ref.split(cu_seqlens.diff().tolist()) if cu_seqlens is not None else ref.unbind()
+        ref = torch.stack([r[: k.numel()][k].sum() for r, k in zip(parts, keeps, strict=True)])
+    log_ratios = policy - ref
+    options = (group_size, rewards, beta_pi, beta_r, label_smoothing, compat)
+    losses, p, q = _group_losses(log_ratios, objective, *options)
+    loss = _reduce(losses, reduction, num_groups).to(dtype)
+    if not return_stats:
+        return loss
+    floats = (t.detach().to(dtype) for t in (policy, beta_pi * log_ratios, p, q, losses))
+    tokens = torch.tensor([int(k.sum()) for k in keeps], dtype=torch.long, device=logits.device)
+    return loss, objectives.LossStats(*floats, tokens)
+
+
+def fused_exo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> Any:
+    return _fused_loss("exo", logits, labels, ref_logps, **options)
+
+
+def fused_dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> Any:
+    return _fused_loss("dpo", logits, labels, ref_logps, **options)

@@ -1,0 +1,189 @@
+"""All checks of user input, made once, at the door. Messages name the argument, what was expected and what came.
+
+Shapes, dtypes, devices and options are checked always, by the functions called from api.py. Values (labels in range,
+finite rewards, sizes that add up) need the data: they are checked inside the operators, so that compiled code has them
+too, always on a CPU and on a GPU only with EXO_KERNELS_CHECK=1, because there they cost a synchronisation.
+"""
+
+import math
+import os
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SUMS = (torch.float32, torch.float64)
+INTS = (torch.int32, torch.int64)
+
+
+def fail(argument: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"{argument}: expected {expected}; got {got}")
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def tensor(
+    name: str,
+    value: Any,
+    dtypes: tuple[torch.dtype, ...],
+    shapes: tuple[tuple[int, ...], ...] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """A tensor of one of the dtypes and, where given, one of the shapes and the device."""
+    names = "/".join(str(d).removeprefix("torch.") for d in dtypes)
+    where = f" on {device}" if device else ""
+    shape = " of shape " + " or ".join(map(str, shapes)) if shapes is not None else ""
+    ok = isinstance(value, Tensor) and value.dtype in dtypes
+    ok = ok and (shapes is None or tuple(value.shape) in shapes)
+    if not ok or (device is not None and value.device != device):
+        fail(name, f"a {names} tensor{shape}{where}", describe(value))
+
+
+def positive(name: str, value: Any) -> None:
+    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+        fail(name, "a finite number > 0", describe(value))
+
+
+def choice(name: str, value: Any, allowed: tuple[object, ...]) -> None:
+    if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
+        fail(name, "one of " + ", ".join(map(repr, allowed)), describe(value))
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        fail(name, "True or False", describe(value))
+
+
+def integer(name: str, value: Any, minimum: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or (minimum is not None and value < minimum):
+        fail(name, "an integer" + (f" >= {minimum}" if minimum is not None else ""), describe(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def rows(
+    name: str,
+    scores: Any,  # (N, T, V) or (n, V): logits or hidden states
+    labels: Any,
+    cu_seqlens: Any,
+    shift: Any,
+    ignore_index: Any,
+    *,
+    sequences: bool,
+) -> bool:
+    """Check one layout of rows and labels; return whether labels are to be shifted. `sequences`: lengths are needed."""
+    tensor(name, scores, FLOATS)
+    if scores.dim() not in (2, 3) or scores.shape[-1] < 1:
+        fail(name, "shape (N, T, V), or (n, V) with cu_seqlens, V >= 1", describe(scores))
+    tensor("labels", labels, INTS, (tuple(scores.shape[:-1]),), scores.device)
+    integer("ignore_index", ignore_index)
+    packed = scores.dim() == 2
+    if cu_seqlens is None:
+        if packed and sequences:
+            fail("cu_seqlens", f"sequence boundaries (N+1,) for packed {name} (n, V)", "None")
+    else:
+        if not packed:
+            fail("cu_seqlens", f"None for padded {name} (N, T, V)", describe(cu_seqlens))
+        tensor("cu_seqlens", cu_seqlens, INTS, device=scores.device)
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            fail("cu_seqlens", "shape (N+1,)", describe(cu_seqlens))
+    if shift is not None:
+        flag("shift", shift)
+    if shift and packed:
+        fail("shift", "False or None for packed input, whose labels are aligned with their rows", shift)
+    return not packed if shift is None else shift
+
+
+def group_size(value: Any, n_sequences: int, device: torch.device) -> int:
+    """Check an int K or ragged sizes (G,); return G."""
+    if isinstance(value, Tensor):
+        tensor("group_size", value, INTS, device=device)
+        if value.dim() != 1 or value.numel() > n_sequences:
+            fail("group_size", f"sizes (G,) >= 1 that sum to N = {n_sequences}", describe(value))
+        return value.numel()
+    integer("group_size", value, 1)
+    if n_sequences % value:
+        fail("group_size", f"a divisor of the number of sequences N = {n_sequences}", value)
+    return n_sequences // value
+
+
+def objective(
+    objective: Any,
+    size: int | Tensor,
+    rewards: Any,
+    beta_pi: Any,
+    beta_r: Any,
+    label_smoothing: Any,
+    compat: Any,
+    n_sequences: int,
+    device: torch.device,
+) -> None:
+    positive("beta_pi", beta_pi)
+    positive("beta_r", beta_r)
+    choice("compat", compat, (None, "official"))
+    if not _is_number(label_smoothing) or not 0 <= label_smoothing < 1:
+        fail("label_smoothing", "a number in [0, 1)", describe(label_smoothing))
+    if rewards is not None:
+        tensor("rewards", rewards, FLOATS, ((n_sequences,),), device)
+        return
+    if compat == "official" and not (isinstance(size, int) and size == 2):
+        fail("group_size", "2 with compat='official' on preferences", describe(size))
+    if objective == "exo" and label_smoothing == 0 and compat is None:
+        fail("label_smoothing", "> 0 for EXO on preferences, whose target must not hold a zero", label_smoothing)
+
+
+def reduction(value: Any, num_groups: Any) -> None:
+    choice("reduction", value, ("mean", "sum", "none"))
+    if num_groups is None:
+        return
+    if value != "mean":
+        fail("num_groups", f"None with reduction={value!r}: it is the denominator of 'mean'", describe(num_groups))
+    if isinstance(num_groups, Tensor):
+        if num_groups.dim() != 0:
+            fail("num_groups", "a number > 0 or a 0-dimensional tensor", describe(num_groups))
+    else:
+        positive("num_groups", num_groups)
+
+
+def writable(name: str, value: Tensor, impl: str) -> None:
+    """Logits that the backward pass may write over."""
+    if impl == "reference":
+        fail("inplace_backward", "False with impl='reference', which leaves the gradients to autograd", "True")
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+        fail("inplace_backward", f"False for {name} whose elements share memory (expanded)", "True")
+
+
+def check_values(device: torch.device) -> bool:
+    """Whether values may be looked at: they are free on a CPU and cost a synchronisation elsewhere."""
+    return device.type == "cpu" or os.environ.get("EXO_KERNELS_CHECK") == "1"
+
+
+def label_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+    if bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        expected = f"values in [0, {vocab}) or ignore_index {ignore_index}"
+        fail("labels", expected, f"{int(targets[where])} for the row at {where}")
+
+
+def offset_values(name: str, offsets: Tensor, end: int, minimum: int) -> None:
+    """Offsets made from lengths: they start at 0, end at `end`, and no segment is shorter than `minimum`."""
+    lengths = offsets.diff()
+    if int(offsets[0]) != 0 or int(offsets[-1]) != end or (lengths < minimum).any():
+        if name == "group_size":
+            fail(name, f"sizes >= {minimum} that sum to {end}", lengths.tolist())
+        fail(name, f"0 = c_0 <= c_1 <= ... <= c_N = {end}", offsets.tolist())
+
+
+def reward_values(rewards: Tensor) -> None:
+    if not rewards.isfinite().all():
+        where = int((~rewards.isfinite()).nonzero()[0])
+        fail("rewards", "finite numbers", f"{float(rewards[where])} for sequence {where}")
