@@ -1,0 +1,301 @@
+"""Alignment: EXO or DPO on preferences or rewards, from a causal LM and a data file to a model directory.
+
+python -m exo.align --model DIR_OR_NAME --data FILE. Reference log-probs are computed once, before training. The run
+directory is the model directory. Left out: resuming, adapters, more than the loss's own objectives.
+"""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from exo import artifacts, config, console, data, loop, models, packing, plots, policy
+from exo.config import option, require
+from exo.packing import TokenGroup
+
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second")
+
+
+@dataclass(frozen=True)
+class Config(config.Training):
+    model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data")
+    data: str = option("", "preferences or scored completions (.jsonl, .json, .gz)")
+    ref_model: str | None = option(None, "the reference, when it is not the starting policy")
+    loss: Literal["exo", "dpo"] = option("exo", "reverse or forward KL")
+    beta_pi: float = option(0.1, "scale of the policy's log-ratios")
+    beta_r: float = option(0.1, "temperature of the rewards (unused on preferences)")
+    label_smoothing: float | None = option(
+        None, "eps on preferences (unused on rewards); none is 1e-3 for exo, 0 for dpo"
+    )
+    temperature: float = option(1.0, "divides the logits; the one that completions were sampled at")
+    eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none")
+    eval_data: str | None = option(None, "a held-out file, instead of eval_fraction")
+    eval_steps: int = option(0, "steps between evaluations, keeping the best; 0 means at the end only")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.model), "model", "a directory, a hub name, or tiny", self.model)
+        require(bool(self.data), "data", "a file of preferences or scored completions", self.data)
+        for name in ("beta_pi", "beta_r", "temperature"):
+            value = getattr(self, name)
+            require(0 < value < float("inf"), name, "a finite number > 0", value)
+        if self.label_smoothing is None:
+            object.__setattr__(self, "label_smoothing", 1e-3 if self.loss == "exo" else 0.0)
+        lowest = "in (0, 1) for exo" if self.loss == "exo" else "in [0, 1)"
+        eps = self.label_smoothing
+        require((0 < eps if self.loss == "exo" else 0 <= eps) and eps < 1, "label_smoothing", lowest, eps)
+        require(0 <= self.eval_fraction < 1, "eval_fraction", "in [0, 1)", self.eval_fraction)
+        require(self.eval_steps >= 0, "eval_steps", ">= 0", self.eval_steps)
+
+
+def run(config: Config) -> Path:
+    """Align and return the run directory."""
+    dataset = data.read(config.data, skip_invalid=config.skip_invalid)
+    held_out = data.read(config.eval_data, skip_invalid=config.skip_invalid) if config.eval_data else None
+    accelerator = loop.make_accelerator(config)
+    directory = Path(config.output_dir)
+    if accelerator.is_main_process:
+        artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir)
+        hashes = {"data_sha256": dataset.sha256} | ({"eval_sha256": held_out.sha256} if held_out else {})
+        artifacts.write_run(directory, config, "align", data=hashes)
+    accelerator.wait_for_everyone()
+    set_seed(config.seed)
+
+    console.headline("Data")
+    for source in filter(None, (dataset, held_out)):
+        console.say(source.summary())
+    console.headline("Model")
+    model, tokenizer = _load(config.model, dataset)
+    train_groups, eval_groups = _encode(config, dataset, held_out, tokenizer, model)
+    _describe(config, model, tokenizer, train_groups, accelerator)
+
+    console.headline("Reference log-probs")
+    model.to(accelerator.device)
+    train_groups, eval_groups = _reference(config, model, train_groups, eval_groups, accelerator, tokenizer)
+
+    console.headline("Training")
+    accelerator.init_trackers("exo")
+    metrics = artifacts.Metrics(directory / "metrics.jsonl")
+    module = policy.PolicyLoss(
+        model, loss=config.loss, beta_pi=config.beta_pi, beta_r=config.beta_r,
+        label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature,
+    ).train(config.dropout)  # fmt: skip
+    watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics, directory)
+    loop.train(
+        module, train_groups, config, accelerator, metrics,
+        pad_id=tokenizer.pad_token_id, denominator=len, shown=SHOWN,
+        first=_first_loss_check(config, module, train_groups, accelerator), after=watch,
+    )  # fmt: skip
+    metrics.close()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        _finish(model, tokenizer, directory, watch)
+    return directory
+
+
+def _load(name: str, dataset: data.Dataset) -> tuple[Any, Any]:
+    if name != "tiny":
+        return models.load(name)
+    texts = [text for group in dataset.groups for text in (group.prompt, *group.completions)]
+    return models.tiny(texts)
+
+
+def _encode(
+    config: Config, dataset: data.Dataset, held_out: data.Dataset | None, tokenizer: Any, model: Any
+) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    """Tokens for training and evaluation; what was cut or dropped is said, what cannot be trained on is an error."""
+    limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate)
+    groups, counts = packing.encode(dataset.groups, tokenizer, limits)
+    if held_out is not None:
+        eval_groups, more = packing.encode(held_out.groups, tokenizer, limits)
+        counts += more
+    else:
+        # split by prompt, so that no held-out prompt was trained on with other completions
+        prompts = sorted({group.prompt for group in groups})
+        random.Random(config.seed).shuffle(prompts)
+        chosen = set(prompts[: round(config.eval_fraction * len(prompts))])
+        eval_groups = [group for group in groups if group.prompt in chosen]
+        groups = [group for group in groups if group.prompt not in chosen]
+    for reason, count in sorted(counts.items()):
+        console.say(f"  {count:,} {reason} (max_length {config.max_length})")
+    if not groups:
+        raise data.DataError(f"{config.data}: no row is left to train on")
+    top = max(max(map(max, (group.prompt, *group.completions))) for group in (*groups, *eval_groups))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if top >= vocabulary:
+        raise ValueError(f"model: expected embeddings for every token; got {vocabulary} rows and token id {top}")
+    return groups, eval_groups
+
+
+def _describe(
+    config: Config, model: Any, tokenizer: Any, groups: list[TokenGroup], accelerator: Accelerator
+) -> None:
+    """What will be trained on what, before any time is spent on it."""
+    kind = "preferences" if groups[0].rewards is None else "rewards"
+    parameters = models.parameter_count(model)
+    steps = loop.total_steps(config, len(groups))
+    sizes = sorted({len(group.completions) for group in groups})
+    lengths = sorted(group.longest for group in groups)
+    console.say(
+        f"{type(model).__name__}, {parameters / 1e6:,.1f}M parameters, {accelerator.device}, "
+        f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}\n"
+        f"{config.loss.upper()} on {kind}, K {sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''}, "
+        f"{len(groups):,} prompts for training, {steps:,} steps of {config.batch_size}\n"
+        f"longest row of a prompt: median {lengths[len(lengths) // 2]} tokens, most {lengths[-1]}\n"
+        f"memory: about {_memory(config, model, groups) / 2**30:.2f} GiB "
+        "(weights, gradients, Adam, logits and their gradient; activations come on top)"
+    )
+    for group in groups[:3]:
+        prompt = tokenizer.decode(group.prompt[-40:])
+        completion = tokenizer.decode(group.completions[0][:40])
+        dots = "..." if len(group.prompt) > 40 else ""
+        more = "..." if len(group.completions[0]) > 40 else ""
+        console.say(f"  line {group.line}: {dots}{prompt!r} -> [[{completion!r}]]{more}")
+    console.say("  (the loss is taken between [[ and ]])")
+
+
+def _memory(config: Config, model: Any, groups: list[TokenGroup]) -> int:
+    """Bytes: fp32 weights, gradients and two moments, and twice the logits of the largest micro-batch."""
+    widest = max(groups, key=lambda group: group.longest * len(group.completions))
+    tokens = max(config.max_tokens_per_batch, widest.longest * len(widest.completions))
+    total = sum(group.longest * len(group.completions) for group in groups)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return 16 * models.parameter_count(model) + 2 * 4 * min(tokens, total) * vocabulary
+
+
+def _reference(
+    config: Config,
+    model: nn.Module,
+    train_groups: list[TokenGroup],
+    eval_groups: list[TokenGroup],
+    accelerator: Accelerator,
+    tokenizer: Any,
+) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    reference = model
+    if config.ref_model is not None:
+        reference, other = models.load(config.ref_model)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
+        reference.to(accelerator.device)
+    everything = [*train_groups, *eval_groups]
+    every = max(1, len(everything) // 5)
+    progress = console.Progress(
+        "prompts", len(everything), every=every, quiet=not accelerator.is_local_main_process
+    )
+    scored = policy.score(
+        reference, everything, accelerator, pad_id=tokenizer.pad_token_id, advance=progress.advance,
+        max_tokens=config.max_tokens_per_batch, temperature=config.temperature,
+    )  # fmt: skip
+    return scored[: len(train_groups)], scored[len(train_groups) :]
+
+
+def _first_loss_check(
+    config: Config, module: policy.PolicyLoss, groups: list[TokenGroup], accelerator: Accelerator
+) -> Any:
+    """A function that compares the first loss with what theory says where policy equals reference."""
+    first = next(loop.batches(groups, config, 1))
+    expected, tolerance = module.expected_first_loss(first, accelerator.mixed_precision)
+
+    def check(seen: float) -> None:
+        comparable = config.ref_model is None and not config.dropout
+        why = "" if comparable else " (not comparable: " + ("foreign reference)" if config.ref_model else "dropout)")
+        console.say(f"first loss: expected {expected:.5f} +- {tolerance:.1g}, seen {seen:.5f}{why}")
+        if comparable and abs(seen - expected) > tolerance:
+            raise artifacts.RunError(
+                f"the first loss is {seen:.5f}, but where policy equals reference it is {expected:.5f} "
+                f"+- {tolerance:.1g}: a wrong mask, reference, temperature, adapter base or dropout"
+            )
+
+    return check
+
+
+class _Watch:
+    """Called after each update: evaluates, checkpoints, keeps the best."""
+
+    def __init__(
+        self,
+        config: Config,
+        module: policy.PolicyLoss,
+        tokenizer: Any,
+        groups: list[TokenGroup],
+        accelerator: Accelerator,
+        metrics: artifacts.Metrics,
+        directory: Path,
+    ) -> None:
+        self.config, self.module, self.tokenizer, self.groups = config, module, tokenizer, groups
+        self.accelerator, self.metrics, self.directory = accelerator, metrics, directory
+        self.best = float("inf")
+        self.last: dict[str, float] = {}
+
+    def __call__(self, step: int, last: bool) -> None:
+        config = self.config
+        if self.groups and (last or (config.eval_steps and step % config.eval_steps == 0)):
+            self._evaluate(step)
+        if config.save_steps and step % config.save_steps == 0 and self.accelerator.is_main_process:
+            self._save(f"step-{step}")
+
+    def _evaluate(self, step: int) -> None:
+        self.last = policy.evaluate(
+            self.module, self.groups, self.accelerator,
+            pad_id=self.tokenizer.pad_token_id, max_tokens=self.config.max_tokens_per_batch,
+        )  # fmt: skip
+        if not self.accelerator.is_main_process:
+            return
+        self.metrics.write(step=step, **self.last)
+        self.accelerator.log(self.last, step=step)
+        console.say(f"  evaluation after step {step}: {_summary(self.last, len(self.groups))}")
+        if self.config.eval_steps and self.last["eval_loss"] < self.best:
+            self.best = self.last["eval_loss"]
+            self._save("best")
+
+    def _save(self, name: str) -> None:
+        target = self.directory / "checkpoints" / name
+        target.parent.mkdir(exist_ok=True)
+        with artifacts.staged(target) as staging:
+            models.save(self.module.model, self.tokenizer, staging)
+
+
+def _summary(result: dict[str, float], n: int) -> str:
+    parts = [f"loss {result['eval_loss']:.4f}"]
+    if "eval_rewards/accuracies" in result:
+        parts.append(
+            f"accuracy {100 * result['eval_rewards/accuracies']:.1f}% "
+            f"(95% interval {100 * result['eval_accuracy_low']:.1f} to {100 * result['eval_accuracy_high']:.1f}), "
+            f"margin {result['eval_rewards/margins']:+.4f}"
+        )
+    return ", ".join(parts) + f", {n:,} held-out prompts"
+
+
+def _finish(model: Any, tokenizer: Any, directory: Path, watch: _Watch) -> None:
+    with artifacts.staged_into(directory) as staging:
+        models.save(model, tokenizer, staging)
+    pictures = plots.training_curves(directory)
+    artifacts.update_run(directory, result=watch.last)
+    console.headline("Done")
+    if watch.last:
+        console.say(f"held-out: {_summary(watch.last, len(watch.groups))}")
+    console.say(f"model: {directory}  (AutoModelForCausalLM.from_pretrained({str(directory)!r}))")
+    if watch.best < float("inf"):
+        console.say(f"best checkpoint by held-out loss: {directory / 'checkpoints' / 'best'}")
+    for picture in pictures:
+        console.say(f"picture: {picture}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = config.parse(Config, argv, prog="python -m exo.align", description=__doc__)
+    try:
+        run(options)
+    except (ValueError, artifacts.RunError) as error:
+        return artifacts.fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

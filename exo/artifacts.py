@@ -1,0 +1,159 @@
+"""The run directory: who may use it, what is written to it, and writing so that half a file is never seen.
+
+Every file appears complete: written beside its place, flushed to the disk, renamed. Metrics are appended a whole line at
+a time. Left out: checkpoints that can be resumed.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+RUN_FILE = "run.json"
+PACKAGES = ("exo-kernels", "torch", "triton", "transformers", "tokenizers", "accelerate", "safetensors")
+
+
+class RunError(RuntimeError):
+    """Why a run cannot begin or go on; one line."""
+
+
+def prepare(directory: str, *, overwrite: bool) -> Path:
+    """Create the run directory. An earlier run in it is refused, or with `overwrite` removed."""
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise RunError(f"--output_dir {directory}: expected a directory, found a file")
+    if (path / RUN_FILE).exists():
+        if not overwrite:
+            raise RunError(
+                f"--output_dir {directory}: holds an earlier run; choose another or pass --overwrite_output_dir"
+            )
+        shutil.rmtree(path)
+    elif path.exists() and any(path.iterdir()):
+        # not ours to remove, whatever the flags say
+        raise RunError(f"--output_dir {directory}: holds files that no run wrote; choose another")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--output_dir {directory}: cannot be created: {error.strerror}") from None
+    return path
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A directory to fill; on leaving it becomes `target` in one rename, on an error it vanishes."""
+    staging = target.with_name(f".{target.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for file in staging.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        previous = target.with_name(f".{target.name}.previous")
+        if target.exists():
+            os.rename(target, previous)
+        os.rename(staging, target)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged_into(directory: Path) -> Iterator[Path]:
+    """Like `staged`, for files that join others in `directory`: each is moved into place once all are complete."""
+    staging = directory / ".staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        files = sorted(staging.iterdir())
+        for file in files:
+            _flush(file)
+        for file in files:
+            os.replace(file, directory / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    with staged_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `path` once complete. The extension stays, for writers that look at it."""
+    temporary = path.with_name(f".staging-{path.name}")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Metrics:
+    """metrics.jsonl: one object a line, one line a write."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def write(self, **values: Any) -> None:
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_run(directory: Path, config: Any, stage: str, **facts: Any) -> None:
+    """run.json: what was asked for, by which versions, when; and the facts a stage adds (data hash, results)."""
+    write_json(
+        directory / RUN_FILE,
+        {
+            "stage": stage,
+            "command": ["python", "-m", f"exo.{stage}", *_flags(asdict(config))],
+            "arguments": asdict(config),
+            "versions": {"python": platform.python_version()} | _versions(),
+            "platform": f"{platform.system()} {platform.machine()}",
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        | facts,
+    )
+
+
+def update_run(directory: Path, **facts: Any) -> None:
+    record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    write_json(directory / RUN_FILE, record | facts)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an optional package, or a source tree that was not installed
+    return found
+
+
+def _flags(arguments: Mapping[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in arguments.items() if value is not None]
+
+
+def fail(error: Exception) -> int:
+    """Print one line; the exit code of a refused or stopped run."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, ValueError) else 1

@@ -1,0 +1,197 @@
+"""Options: a frozen dataclass a stage, read from flags and from a YAML file that flags override.
+
+A field's type and default make its flag; `option` adds the help. Names are Hugging Face's where it has one; dashes and
+underscores are the same. Unknown names are errors that suggest the nearest known one. Left out: nested options.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """An option that cannot be used; one line."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the text of its flag's help."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every stage that trains has in common."""
+
+    output_dir: str = option("runs/align", "directory of the run")
+    overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir")
+    seed: int = option(0, "seed of every random choice")
+    batch_size: int = option(64, "prompts per optimizer step, over all processes")
+    max_tokens_per_batch: int = option(8192, "padded tokens per forward pass; bounds the memory of a step")
+    num_train_epochs: float = option(1.0, "passes over the data, unless max_steps is set")
+    max_steps: int = option(-1, "optimizer steps; -1 means num_train_epochs decides")
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = option("cosine", "decay after the warm-up")
+    warmup_steps: int = option(0, "steps of linear warm-up; overrides warmup_ratio when > 0")
+    warmup_ratio: float = option(0.0, "share of the steps spent on warm-up")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    adam_beta1: float = option(0.9, "AdamW's first moment")
+    adam_beta2: float = option(0.95, "AdamW's second moment")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = option(1.0, "clip the gradient's norm; 0 means never")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "compute dtype over fp32 weights; auto is bfloat16 on a GPU that has it, else float32"
+    )
+    device: Literal["auto", "cpu"] = option("auto", "cpu keeps off a GPU that is there")
+    dropout: bool = option(False, "train with the model's own dropout")
+    max_length: int = option(1024, "tokens of prompt and completion together")
+    max_completion_length: int | None = option(None, "tokens of a completion, its end of sequence included")
+    truncate: Literal["prompt-left", "drop", "error"] = option(
+        "prompt-left", "rows over the limits: cut the prompt's left and the completion's right, skip, or stop"
+    )
+    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
+    logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step")
+    save_steps: int = option(0, "steps between checkpoints; 0 means none")
+    report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+
+
+def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str | None) -> T:
+    """Build `cls` from flags; `--config FILE.yaml` supplies what the flags leave out. Exits with 2 on errors."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="options by name; flags override them")
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        _add(parser, field, hints[field.name])
+    try:
+        file, flags = _split_config(arguments)
+        values = vars(parser.parse_args(_from_yaml(file, cls) + flags)) if file else vars(parser.parse_args(flags))
+        values.pop("config")
+        return cls(**values)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def _split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    head = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    head.add_argument("--config")
+    known, rest = head.parse_known_args(arguments)
+    return known.config, rest
+
+
+def _from_yaml(file: str, cls: type) -> list[str]:
+    """The file's options as flags, so that both go through the same parser."""
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file}: {' '.join(str(error).split())}") from None
+    if not isinstance(options, dict):
+        raise ConfigError(f"--config {file}: expected a mapping of option names to values")
+    known = {field.name for field in dataclasses.fields(cls)}
+    flags: list[str] = []
+    for key, value in options.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"--config {file}: unknown option {key!r}{_suggestion(name, known)}")
+        if isinstance(value, dict | list):
+            raise ConfigError(f"--config {file}: {key}: expected one value, got a {type(value).__name__}")
+        flags += [f"--{name}={'none' if value is None else value}"]
+    return flags
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that takes dashes for underscores and suggests the nearest flag."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = [_underscored(a) for a in args]
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = {name.removeprefix("--") for name in self._option_string_actions}
+            name = unknown[0].removeprefix("--").split("=")[0]
+            self.error(f"unknown option {unknown[0].split('=')[0]}{_suggestion(name, known)}")
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _suggestion(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
+    return f"; did you mean {close[0]}?" if close else "; --help lists them"
+
+
+def _add(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
+    required = field.default is dataclasses.MISSING
+    text = field.metadata.get("help", "")
+    if not required and field.default is not None:
+        text += f" (default: {field.default})"
+    settings: dict[str, Any] = {"help": text.replace("%", "%%"), "required": required}
+    if not required:
+        settings["default"] = field.default
+    optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+    base = next(a for a in typing.get_args(hint) if a is not type(None)) if optional else hint
+    if typing.get_origin(base) is Literal:
+        settings["choices"] = typing.get_args(base)
+    elif base is bool:
+        settings |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    else:
+        settings |= {"type": _or_none(base) if optional else base, "metavar": base.__name__.upper()}
+    parser.add_argument(f"--{field.name}", **settings)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def _or_none(base: Any) -> Any:
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else base(text)
+
+    convert.__name__ = base.__name__  # argparse names the type in its message
+    return convert
+
+
+def _check_ranges(config: Training) -> None:
+    for name in ("batch_size", "max_tokens_per_batch", "logging_steps"):
+        require(getattr(config, name) >= 1, name, ">= 1", getattr(config, name))
+    for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
+        require(0 < getattr(config, name) < float("inf"), name, "a finite number > 0", getattr(config, name))
+    for name in ("weight_decay", "max_grad_norm", "save_steps", "warmup_steps"):
+        require(0 <= getattr(config, name) < float("inf"), name, ">= 0", getattr(config, name))
+    for name in ("adam_beta1", "adam_beta2"):
+        require(0 <= getattr(config, name) < 1, name, "in [0, 1)", getattr(config, name))
+    require(0 <= config.warmup_ratio <= 1, "warmup_ratio", "in [0, 1]", config.warmup_ratio)
+    require(config.max_steps == -1 or config.max_steps >= 1, "max_steps", ">= 1, or -1", config.max_steps)
+    require(config.max_length >= 2, "max_length", ">= 2", config.max_length)
+    limit = config.max_completion_length
+    require(limit is None or limit >= 1, "max_completion_length", ">= 1", limit)
+
+
+def require(condition: bool, name: str, expected: str, got: object) -> None:
+    """ConfigError unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"--{name}: expected {expected}; got {got!r}")

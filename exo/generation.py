@@ -1,0 +1,204 @@
+"""Sampling K completions per prompt from a causal LM: batched, cached, reproducible row by row.
+
+Own loop instead of `model.generate`, for two things that it does not offer: every completion has
+its own random stream, so that it does not change with the batch it happens to be in, and the
+log-probability of what was drawn is summed on the way, at the temperature it was drawn at.
+Leaves out top-k, top-p and beams: the loss assumes completions drawn from the policy itself.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class _HasEos(Protocol):
+    @property
+    def eos_token_id(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion: its tokens, EOS included if it came, their log-probability, why it ended."""
+
+    token_ids: tuple[int, ...]
+    logprob: float
+    finish: Literal["eos", "length"]
+
+
+def sample(
+    model: nn.Module,
+    tokenizer: _HasEos,
+    prompts: Sequence[Sequence[int]],
+    *,
+    k: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    batch_size: int = 512,
+    progress: Callable[[int], object] | None = None,
+) -> list[list[Sample]]:
+    """Draw `k` completions of each prompt; those of prompt i are in row i.
+
+    `batch_size` counts sequences; `progress` is called with the number of sequences just done.
+    A completion depends on (seed, index of its prompt, its number among the k) alone. Rounding is
+    the one exception: matrix products round differently at other batch sizes, and a draw within
+    that error (about 1e-6 in fp32) of the border between two tokens goes either way.
+    """
+    _validate(model, prompts, k, temperature, max_new_tokens, batch_size)
+    # Longest first: a batch that does not fit in memory fails at once, and padding stays small.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rows = [(i, j) for i in order for j in range(k)]
+    drawn: dict[tuple[int, int], Sample] = {}
+    with _evaluating(model), torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            uniforms = torch.stack([_stream(seed, i, j, max_new_tokens) for i, j in batch])
+            samples = _draw(model, tokenizer.eos_token_id, prompts, batch, uniforms, temperature)
+            drawn.update(zip(batch, samples, strict=True))
+            if progress is not None:
+                progress(len(batch))
+    return [[drawn[i, j] for j in range(k)] for i in range(len(prompts))]
+
+
+def _draw(
+    model: nn.Module,
+    eos: int,
+    prompts: Sequence[Sequence[int]],
+    batch: list[tuple[int, int]],
+    uniforms: Tensor,  # (B, max_new_tokens)
+    temperature: float,
+) -> list[Sample]:
+    """The completions of one batch. Rows that have ended leave it; `alive` names the others."""
+    device = next(model.parameters()).device
+    size, steps = uniforms.shape
+    uniforms = uniforms.to(device)
+    tokens = torch.full((size, steps), eos, device=device)
+    scores = torch.zeros((size, steps), device=device)
+    alive = torch.arange(size, device=device)
+    lengths = torch.full((size,), steps, device=device)
+    decoder = _Decoder(model, prompts, [i for i, _ in batch])
+    for step in range(steps):
+        logprobs = torch.log_softmax(decoder.logits.float() / temperature, -1)  # (alive, V)
+        choice = _inverse_cdf(logprobs, uniforms[alive, step])
+        tokens[alive, step] = choice
+        scores[alive, step] = logprobs.gather(1, choice[:, None])[:, 0]
+        going = choice != eos
+        lengths[alive[~going]] = step + 1
+        alive, kept = alive[going], going.nonzero()[:, 0]
+        if step + 1 == steps or not len(alive):
+            break
+        decoder.advance(choice[going], kept)
+    return [
+        Sample(tuple(row[:n]), sum(score[:n]), "eos" if row[n - 1] == eos else "length")
+        for row, score, n in zip(tokens.tolist(), scores.tolist(), lengths.tolist(), strict=True)
+    ]
+
+
+class _Decoder:
+    """The model, its cache, and the logits of the next token for each row of the batch."""
+
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], owners: list[int]
+    ) -> None:
+        self.model = model
+        self.cache: Any = None
+        self.accepted = inspect.signature(model.forward).parameters
+        device = next(model.parameters()).device
+        unique = list(dict.fromkeys(owners))
+        width = max(len(prompts[i]) for i in unique)
+        # On the left, so that the last column is the last token of every row. Any id will do.
+        ids = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in unique]
+        self.mask = torch.tensor(
+            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in unique], device=device
+        )
+        self.positions = self.mask.sum(1)  # of the next token
+        self._forward(torch.tensor(ids, device=device), (self.mask.cumsum(1) - 1).clamp(min=0))
+        # A prompt goes through the model once, whatever the number of its completions.
+        place = {owner: row for row, owner in enumerate(unique)}
+        self._select(torch.tensor([place[owner] for owner in owners], device=device))
+
+    def advance(self, tokens: Tensor, kept: Tensor) -> None:
+        """Append one token to each row in `kept` and drop the other rows."""
+        if len(kept) < len(self.mask):
+            self._select(kept)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        self._forward(tokens[:, None], self.positions[:, None])
+        self.positions = self.positions + 1
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> None:
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask}
+        arguments |= {"past_key_values": self.cache, "use_cache": True}
+        # Models with relative positions (BLOOM, MPT) derive them from the mask and refuse the
+        # argument; logits of a whole prompt are wanted nowhere, but not every model can skip them.
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        arguments |= {key: value for key, value in optional.items() if key in self.accepted}
+        output = self.model(**arguments)
+        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
+
+    def _select(self, rows: Tensor) -> None:
+        self.cache.reorder_cache(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.logits = self.logits[rows]
+
+
+def _inverse_cdf(
+    logprobs: Tensor,  # (B, V)
+    uniforms: Tensor,  # (B,)
+) -> Tensor:
+    cdf = logprobs.exp().cumsum(-1)
+    # u < 1, so u * total < total in floating point too: a token of probability 0 is never reached.
+    target = uniforms * cdf[:, -1]
+    choice = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
+    # Only a row of NaN runs past its end, and its log-probability says so.
+    return choice.clamp(max=logprobs.shape[1] - 1)
+
+
+def _stream(seed: int, prompt: int, number: int, length: int) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}/{prompt}/{number}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.rand(length, generator=generator)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off for the while; each module gets its own mode back, since they may differ."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _validate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    k: int,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+) -> None:
+    for name, value in (("k", k), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(
+                f"prompts: expected at least one token in each, got none in prompt {i}"
+            )
+    longest = max(map(len, prompts), default=0)
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens: expected at most {limit - longest} after a prompt of {longest} "
+            f"tokens (the model has {limit} positions), got {max_new_tokens}"
+        )

@@ -1,0 +1,196 @@
+"""The training loop, the only one: batches in, optimizer steps out.
+
+Every stage hands over a module whose forward takes (batch, denominator) and returns a share of the step's loss, with
+sums for the metrics. The denominator counts the whole step, over all micro-batches and processes, so that neither
+changes the gradient. Left out: what the loss is, and resuming.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from exo import console
+from exo.artifacts import Metrics, RunError
+from exo.config import Training
+from exo.packing import TokenGroup, collate, micro_batches
+
+
+class Share(NamedTuple):
+    """What one forward pass gives: its part of the step's mean loss, and sums with the counts to divide them by."""
+
+    loss: Tensor
+    sums: Mapping[str, tuple[Tensor | float, Tensor | float]]
+
+
+def make_accelerator(config: Training) -> Accelerator:
+    """accelerate, set up as the options say."""
+    dtype = config.dtype
+    if dtype == "auto":
+        on_gpu = config.device != "cpu" and torch.cuda.is_available()
+        dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+    return Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision=mixed,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+    )
+
+
+def total_steps(config: Training, n_groups: int) -> int:
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, round(config.num_train_epochs * math.ceil(n_groups / config.batch_size)))
+
+
+def batches(groups: Sequence[TokenGroup], config: Training, steps: int) -> Iterator[list[TokenGroup]]:
+    """Global batches, each epoch in an order of its own. The generator is private: nothing else moves it."""
+    step, epoch = 0, 0
+    while step < steps:
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        for start in range(0, len(order), config.batch_size):
+            if step == steps:
+                return
+            yield [groups[i] for i in order[start : start + config.batch_size]]
+            step += 1
+        epoch += 1
+
+
+def optimizer(module: nn.Module, config: Training) -> torch.optim.AdamW:
+    """AdamW; no decay on vectors (norms, biases), as everywhere in the field."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+
+
+def learning_rate_share(config: Training, steps: int, step: int) -> float:
+    """Share of the peak learning rate at a step, counted from 0."""
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    if config.lr_scheduler_type == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 - progress if config.lr_scheduler_type == "linear" else 1.0
+
+
+def train(
+    module: nn.Module,
+    groups: Sequence[TokenGroup],
+    config: Training,
+    accelerator: Accelerator,
+    metrics: Metrics,
+    *,
+    pad_id: int,
+    denominator: Callable[[Sequence[TokenGroup]], int],
+    shown: Sequence[str],
+    first: Callable[[float], None] | None = None,
+    after: Callable[[int, bool], None] | None = None,
+) -> nn.Module:
+    """Train `module` on `groups`; return it as accelerate wrapped it.
+
+    `denominator` counts a global batch in the loss's own unit. `first` sees the first loss before the first update and
+    may raise. `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` names the metrics
+    on the progress line.
+    """
+    steps = total_steps(config, len(groups))
+    optim = optimizer(module, config)
+    module, optim = accelerator.prepare(module, optim)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    progress = console.Progress(
+        "step", steps, every=config.logging_steps, quiet=not accelerator.is_local_main_process
+    )
+    for step, batch in enumerate(batches(groups, config, steps), start=1):
+        began = time.perf_counter()
+        if len(batch) < world:
+            raise RunError(f"step {step}: {len(batch)} prompts cannot be shared by {world} processes; add data")
+        rate = config.learning_rate * learning_rate_share(config, steps, step - 1)
+        for group in optim.param_groups:
+            group["lr"] = rate
+        parts = micro_batches(batch[rank::world], config.max_tokens_per_batch)
+        loss, sums, tokens = _accumulate(module, parts, denominator(batch), accelerator, pad_id, step)
+        loss, sums, tokens = _across_processes(accelerator, loss, sums, tokens)
+        if step == 1 and first is not None:
+            first(loss)
+        norm = _update(module, optim, config, accelerator, step, batch)
+        seconds = time.perf_counter() - began
+        values = {name: total / count for name, (total, count) in sums.items() if count}
+        line = {"step": step, "epoch": step * config.batch_size / len(groups), "loss": loss} | values
+        line |= {"learning_rate": rate, "grad_norm": norm, "tokens": tokens, "tokens_per_second": tokens / seconds}
+        if accelerator.is_main_process:
+            metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
+            accelerator.log(line, step=step)
+        progress.advance(1, {name: line[name] for name in shown if name in line})
+        if after is not None:
+            after(step, step == steps)
+    return module
+
+
+def _accumulate(
+    module: nn.Module,
+    parts: list[list[TokenGroup]],
+    count: int,
+    accelerator: Accelerator,
+    pad_id: int,
+    step: int,
+) -> tuple[float, dict[str, tuple[float, float]], float]:
+    """Forward and backward over one process's part of a step."""
+    loss, tokens, sums = 0.0, 0.0, dict[str, tuple[float, float]]()
+    for i, part in enumerate(parts):
+        batch = collate(part, pad_id).to(accelerator.device)
+        last = i == len(parts) - 1
+        with nullcontext() if last else accelerator.no_sync(module):
+            share = module(batch, count)
+            value = float(share.loss)
+            if not math.isfinite(value):
+                lines = ", ".join(map(str, batch.lines[:10]))
+                raise RunError(f"step {step}: the loss is {value}; stopped before the update; rows at lines {lines}")
+            # processes are averaged by the wrapper, but the denominator already counts them all
+            accelerator.backward(share.loss * accelerator.num_processes)
+        loss += value
+        tokens += float(batch.attention_mask.sum())
+        for name, (total, n) in share.sums.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + float(total), before[1] + float(n))
+    return loss, sums, tokens
+
+
+def _across_processes(
+    accelerator: Accelerator, loss: float, sums: dict[str, tuple[float, float]], tokens: float
+) -> tuple[float, dict[str, tuple[float, float]], float]:
+    if accelerator.num_processes == 1:
+        return loss, sums, tokens
+    names = sorted(sums)
+    flat = torch.tensor([loss, tokens, *(x for name in names for x in sums[name])], device=accelerator.device)
+    loss, tokens, *rest = accelerator.reduce(flat, "sum").tolist()
+    return loss, {name: (rest[2 * i], rest[2 * i + 1]) for i, name in enumerate(names)}, tokens
+
+
+def _update(
+    module: nn.Module,
+    optim: Any,
+    config: Training,
+    accelerator: Accelerator,
+    step: int,
+    batch: Sequence[TokenGroup],
+) -> float:
+    """Clip, check, step. A gradient that is not finite stops the run, except where fp16's loss scaling handles it."""
+    limit = config.max_grad_norm or math.inf
+    norm = float(accelerator.clip_grad_norm_(module.parameters(), limit))
+    if not math.isfinite(norm) and accelerator.scaler is None:
+        lines = ", ".join(str(group.line) for group in batch[:10])
+        raise RunError(f"step {step}: the gradient is not finite; stopped before the update; rows at lines {lines}")
+    optim.step()
+    optim.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,278 @@
+"""Models and tokenizers: loading, small ones built on the spot, saving.
+
+The only file of the product that knows transformers; everything else sees a torch module, its
+config and a tokenizer. Leaves out devices, dtypes other than fp32 and adapters: the training loop
+owns those.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    from huggingface_hub.errors import StrictDataclassError
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+    from transformers.utils import logging as transformers_logging
+except ModuleNotFoundError as error:
+    if error.name not in ("transformers", "tokenizers", "huggingface_hub"):
+        raise
+    raise ModuleNotFoundError(
+        f"exo needs {error.name}: pip install 'exo-kernels[train]'", name=error.name
+    ) from None
+
+PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
+
+
+def load(name: str | PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in fp32 and its tokenizer, from a directory or a hub name.
+
+    Weights come from safetensors only and no code of the repository is run: neither a pickle nor a
+    modelling file can execute anything here. Every refusal is a one-line ValueError.
+    """
+    name = str(name)
+    if Path(name).is_absolute() or name.startswith((".", "~")):
+        if not Path(name).is_dir():
+            raise ValueError(f"model {name!r}: expected a directory or a hub name, got neither")
+    with _bars_only_on_a_terminal():
+        config = _load_config(name)
+        refuse_unsupported(config)
+        tokenizer = _load_tokenizer(name)  # before the weights, which take longer to read
+        return _load_weights(name, config), tokenizer
+
+
+def refuse_unsupported(config: PreTrainedConfig) -> None:
+    """ValueError, naming why, for a model whose loss or log-probabilities would come out wrong."""
+    for refusal in (_not_decoder_only, _not_text_only, _not_a_language_model, _router_loss):
+        if reason := refusal(config):
+            raise ValueError(f"model type {config.model_type!r} is not supported: {reason}")
+
+
+def tiny(
+    texts: Iterable[str],
+    *,
+    seed: int = 0,
+    vocab_size: int = 4096,
+    hidden_size: int = 256,
+    num_layers: int = 2,
+    num_heads: int = 4,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A small Llama behind a byte-level BPE trained on `texts`: for trials without weights."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END],
+        # All 256 bytes, so that nothing a later text holds can be unknown.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=END)
+    return _llama(tokenizer, seed, hidden_size, num_layers, num_heads), tokenizer
+
+
+def word_level(
+    words: Iterable[str],
+    *,
+    seed: int = 0,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A small Llama behind a tokenizer that splits at blanks and knows `words`, in their order."""
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([PAD, UNKNOWN, END, *words]))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        # True would glue "good ." into "good.", which is another word.
+        clean_up_tokenization_spaces=False,
+    )
+    return _llama(tokenizer, seed, hidden_size, num_layers, num_heads), tokenizer
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | PathLike[str]
+) -> None:
+    """Write safetensors, config, generation config and tokenizer, as transformers reads them."""
+    with _bars_only_on_a_terminal():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Parameters of the model, a tied head counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _load_config(name: str) -> PreTrainedConfig:
+    with _explained(name, "a config.json of a type that transformers knows without remote code"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    with _explained(name, "a tokenizer beside the weights (tokenizer.json)"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model {name!r}: expected a tokenizer with an eos_token, got none; completions end "
+            "with it, so name one in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        # Safe, because loss masks come from lengths and never from comparing ids with the pad id:
+        # the end of a completion stays a trained token.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    with _explained(
+        name, "weights in safetensors (pickles are not read; save_pretrained converts)"
+    ):
+        # Typed for its usual answer; asked for its report as well, it gives two things.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+        )
+    model, report = loaded
+    # transformers fills what is missing or misshapen with random numbers, and warns.
+    wrong = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
+    wrong |= report["missing_keys"]
+    if wrong:
+        raise ValueError(
+            f"model {name!r}: expected every weight of {type(model).__name__} in the shape that "
+            f"config.json gives it, got {len(wrong)} missing or of other shapes: {min(wrong)} ..."
+        )
+    return model
+
+
+@contextmanager
+def _explained(name: str, expected: str) -> Iterator[None]:
+    """What goes wrong while reading someone's files, as a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:  # transformers' parts raise many types, tokenizers a bare Exception
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise ValueError(f"model {name!r}: expected {expected}; got: {lines[0]}") from error
+
+
+def _not_decoder_only(config: PreTrainedConfig) -> str | None:
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder; expected a decoder-only causal LM"
+    # BERT and its kin sit in the causal-LM mapping too, but attend both ways unless told otherwise:
+    # each token would be scored by a model that has already seen it.
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        if not getattr(config, "is_decoder", False):
+            return "it is a masked LM that attends both ways; expected a causal LM"
+    return None
+
+
+def _not_text_only(config: PreTrainedConfig) -> str | None:
+    declared = {*config.sub_configs, *vars(config)}
+    foreign = sorted(
+        key for key in declared if key.startswith(("vision", "audio", "vq_")) and "config" in key
+    )
+    # A text_config means a wrapper around the text model, made for inputs that are not text.
+    if foreign or "text_config" in declared:
+        return (
+            f"it is multimodal ({', '.join(foreign) or 'text_config'} in its config), and what is "
+            "not text would be left out of the prompt; expected a text-only causal LM"
+        )
+    return None
+
+
+def _not_a_language_model(config: PreTrainedConfig) -> str | None:
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "transformers has no causal LM of this type"
+    heads = config.architectures or []
+    # Such a checkpoint loads without complaint when the LM head is tied to the embedding.
+    if heads and all(head.endswith(("Classification", "QuestionAnswering")) for head in heads):
+        return f"the checkpoint is a {heads[0]}, a classifier; expected a causal LM"
+    return None
+
+
+def _router_loss(config: PreTrainedConfig) -> str | None:
+    """transformers adds the load-balancing loss only where `output_router_logits` is true.
+
+    It is added to the loss that the model computes from labels; ours is computed from its logits,
+    so the term would vanish in silence. With the flag false, the default of every mixture of
+    experts in transformers, its own Trainer leaves the term out as well: nothing is dropped.
+    """
+    if not getattr(config, "output_router_logits", False):
+        return None
+    places = (config, getattr(config, "ffn_config", None))
+    names = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "moe_loss_weight")
+    found = {
+        name: getattr(place, name) for place in places for name in names if hasattr(place, name)
+    }
+    if found and not any(found.values()):
+        return None
+    return (
+        f"it asks for an auxiliary router loss (output_router_logits, {found}) that the preference "
+        "loss would drop; set output_router_logits to false to train without it"
+    )
+
+
+def _llama(
+    tokenizer: PreTrainedTokenizerBase, seed: int, hidden: int, layers: int, heads: int
+) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # The CPU generator alone is seeded, since the weights are drawn there: torch.manual_seed would
+    # reseed the accelerators too, and the fork below leaves those be.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+@contextmanager
+def _bars_only_on_a_terminal() -> Iterator[None]:
+    """transformers draws its progress bars into log files as well."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    if was_on and not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()

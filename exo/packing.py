@@ -1,0 +1,143 @@
+"""From texts to batches: tokens of prompt and completions, the limits on their lengths, padded micro-batches.
+
+Prompt and completion are tokenised apart, so that the border between them is right by construction; loss masks come from
+lengths, never from token ids. Left out: sharing the prompt among its completions, and padding-free rows.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from exo.data import DataError, Group
+
+IGNORE = -100  # the label of rows without loss, as everywhere in the field
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a row may be, and what happens to one that is longer."""
+
+    max_length: int
+    max_completion_length: int | None
+    truncate: str  # "prompt-left" | "drop" | "error"
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """One prompt and its completions as tokens; `line` is where it stood in its file."""
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    rewards: tuple[float, ...] | None
+    line: int
+    ref_logps: tuple[float, ...] | None = None  # fp64 sums, once they are known
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt) + max(map(len, self.completions))
+
+
+class Batch(NamedTuple):
+    """Padded on the right; the completions of one prompt are adjacent."""
+
+    input_ids: Tensor  # (N, T) int64
+    attention_mask: Tensor  # (N, T) int64
+    labels: Tensor  # (N, T) int64, IGNORE on prompt and padding
+    group_size: Tensor  # (G,) int64
+    rewards: Tensor | None  # (N,) float64
+    ref_logps: Tensor | None  # (N,) float64
+    lines: tuple[int, ...]  # (G,)
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(value.to(device) if isinstance(value, Tensor) else value for value in self))
+
+
+def encode(groups: Iterable[Group], tokenizer: Any, limits: Limits) -> tuple[list[TokenGroup], Counter[str]]:
+    """Tokenise; also count, by reason, the rows cut or dropped for their length."""
+    counts: Counter[str] = Counter()
+    encoded = []
+    for group in groups:
+        prompt = tokenizer(group.prompt)["input_ids"] if group.prompt else []
+        if not prompt:  # the first token of a completion needs a token before it
+            start = tokenizer.bos_token_id
+            prompt = [tokenizer.eos_token_id if start is None else start]
+        completions = [
+            [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            for text in group.completions
+        ]
+        fitted = _fit(prompt, completions, limits, group.line, counts)
+        if fitted is not None:
+            encoded.append(TokenGroup(*fitted, group.rewards, group.line))
+    return encoded, counts
+
+
+def _fit(
+    prompt: list[int], completions: list[list[int]], limits: Limits, line: int, counts: Counter[str]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None:
+    """Apply the limits. One prompt serves all its completions, so the longest of them decides."""
+    most = limits.max_length - 1  # one token of prompt always stays
+    if limits.max_completion_length is not None:
+        most = min(most, limits.max_completion_length)
+    long_completion = max(map(len, completions)) > most
+    too_long = long_completion or len(prompt) + max(map(len, completions)) > limits.max_length
+    if too_long and limits.truncate == "error":
+        raise DataError(f"line {line}: longer than the limits allow; raise them or choose another --truncate")
+    if too_long and limits.truncate == "drop":
+        counts["rows dropped: over-long"] += 1
+        return None
+    if long_completion:
+        counts["rows with a completion cut on the right (its end of sequence goes too)"] += 1
+        completions = [completion[:most] for completion in completions]
+    room = limits.max_length - max(map(len, completions))
+    if len(prompt) > room:
+        counts["rows with the prompt cut on the left"] += 1
+        prompt = prompt[-room:]
+    return tuple(prompt), tuple(map(tuple, completions))
+
+
+def collate(groups: Sequence[TokenGroup], pad_id: int) -> Batch:
+    """One row a completion, as long as the longest."""
+    rows = [(group.prompt, completion) for group in groups for completion in group.completions]
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    input_ids = torch.full((len(rows), width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE)
+    for i, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        input_ids[i, :end] = torch.tensor(prompt + completion)
+        attention_mask[i, :end] = 1
+        labels[i, len(prompt) : end] = input_ids[i, len(prompt) : end]
+    sizes = torch.tensor([len(group.completions) for group in groups])
+    lines = tuple(group.line for group in groups)
+    return Batch(
+        input_ids, attention_mask, labels, sizes, _column(groups, "rewards"), _column(groups, "ref_logps"), lines
+    )
+
+
+def _column(groups: Sequence[TokenGroup], name: str) -> Tensor | None:
+    values = [getattr(group, name) for group in groups]
+    if any(value is None for value in values):
+        return None
+    return torch.tensor([x for value in values for x in value], dtype=torch.float64)
+
+
+def micro_batches(groups: Sequence[TokenGroup], max_tokens: int) -> list[list[TokenGroup]]:
+    """Split a batch so that no part has more than `max_tokens` padded tokens; a larger group stands alone.
+
+    Sorted by length, so that little is padding; the loss is a sum over groups and does not mind the order.
+    """
+    parts: list[list[TokenGroup]] = []
+    rows = 0
+    for group in sorted(groups, key=lambda g: (-g.longest, g.line)):
+        size = len(group.completions)
+        if parts and (rows + size) * parts[-1][0].longest <= max_tokens:
+            parts[-1].append(group)
+            rows += size
+        else:
+            parts.append([group])
+            rows = size
+    return parts

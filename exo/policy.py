@@ -1,0 +1,183 @@
+"""The policy under its loss: what accelerate wraps for alignment, and what can be asked of it without training.
+
+The loss runs inside the module's forward, so that gradient synchronisation sees it. Also here: scoring with a frozen
+model, metrics, the loss that a run must begin with, and evaluation on held-out groups.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from exo import intervals
+from exo.loop import Share
+from exo.packing import Batch, TokenGroup, collate, micro_batches
+from exo_kernels import (
+    LossStats,
+    fused_dpo_loss,
+    fused_exo_loss,
+    preference_loss,
+    token_logps,
+)
+
+LOSSES = {"exo": fused_exo_loss, "dpo": fused_dpo_loss}
+
+# rms error of one token's log-prob by compute dtype: what the first loss may be off by without a mistake
+TOKEN_NOISE = {"no": 1e-5, "fp16": 2e-3, "bf16": 1.5e-2}
+
+
+class PolicyLoss(nn.Module):
+    """A causal LM whose forward is the alignment loss of a batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: str,
+        beta_pi: float,
+        beta_r: float,
+        label_smoothing: float,
+        temperature: float,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.betas: dict[str, float] = {"beta_pi": beta_pi, "beta_r": beta_r}
+        self.label_smoothing = label_smoothing
+        self.temperature = temperature
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        return self.betas | {"label_smoothing": self.label_smoothing}
+
+    def logits(self, batch: Batch) -> Tensor:  # (N, T, V)
+        return self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+
+    def forward(self, batch: Batch, num_groups: int) -> Share:
+        loss, stats = LOSSES[self.loss](
+            self.logits(batch), batch.labels, batch.ref_logps, group_size=batch.group_size, rewards=batch.rewards,
+            temperature=self.temperature, num_groups=num_groups, return_stats=True, **self.objective,
+        )  # fmt: skip
+        return Share(loss, _sums(group_metrics(stats, batch)))
+
+    def expected_first_loss(self, groups: Sequence[TokenGroup], mixed_precision: str) -> tuple[float, float]:
+        """(mean loss where policy equals reference, what rounding alone may add to it)."""
+        losses, slopes = [], []
+        for group in groups:
+            k = len(group.completions)
+            start = torch.zeros(k, dtype=torch.float64, requires_grad=True)
+            rewards = None if group.rewards is None else torch.tensor(group.rewards, dtype=torch.float64)
+            loss = preference_loss(
+                start, torch.zeros(k, dtype=torch.float64), objective=self.loss, group_size=k, rewards=rewards,
+                **self.objective,
+            )  # fmt: skip
+            (slope,) = torch.autograd.grad(loss, start)
+            tokens = max(map(len, group.completions))
+            losses.append(float(loss.detach()))
+            slopes.append(float(slope.abs().sum()) * math.sqrt(tokens))
+        noise = TOKEN_NOISE[mixed_precision] / self.temperature
+        return sum(losses) / len(losses), 1e-6 + 6 * noise * sum(slopes) / len(slopes)
+
+
+def _sums(metrics: dict[str, list[float]]) -> dict[str, tuple[float, int]]:
+    return {name: (sum(values), len(values)) for name, values in metrics.items()}
+
+
+def group_metrics(stats: LossStats, batch: Batch) -> dict[str, list[float]]:
+    """Metrics by their usual names, one value a group (none where it has nothing to say)."""
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    found: dict[str, list[float]] = {name: [] for name in (*names, "logps/chosen", "logps/rejected")}
+    sizes = batch.group_size.tolist()
+    implicit = stats.implicit_rewards.double().cpu().split(sizes)
+    logps = stats.policy_logps.double().cpu().split(sizes)
+    # preferences are rewards of which the first completion has the higher
+    targets = batch.rewards.cpu().split(sizes) if batch.rewards is not None else None
+    for i, size in enumerate(sizes):
+        target = targets[i] if targets is not None else -torch.arange(size).clamp(max=1).double()
+        if size < 2 or bool((target == target[0]).all()):
+            continue  # nothing is preferred here
+        best, worst = int(target.argmax()), int(target.argmin())
+        found["rewards/chosen"].append(float(implicit[i][best]))
+        found["rewards/rejected"].append(float(implicit[i][worst]))
+        found["rewards/margins"].append(float(implicit[i][best] - implicit[i][worst]))
+        found["rewards/accuracies"].append(agreement(implicit[i], target))
+        found["logps/chosen"].append(float(logps[i][best]))
+        found["logps/rejected"].append(float(logps[i][worst]))
+    return {name: values for name, values in found.items() if values}
+
+
+def agreement(scores: Tensor, target: Tensor) -> float:
+    """Share of the pairs that `target` ranks which `scores` rank alike; ties in the scores count one half."""
+    ranked = target[:, None] > target[None, :]
+    difference = scores[:, None] - scores[None, :]
+    right = (difference > 0).double() + 0.5 * (difference == 0)
+    return float(right[ranked].mean())
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    groups: Sequence[TokenGroup],
+    accelerator: Accelerator,
+    *,
+    pad_id: int,
+    max_tokens: int,
+    temperature: float,
+    advance: Callable[[int], None],
+) -> list[TokenGroup]:
+    """The groups with this model's log-probs as their reference: fp64 sums of per-token log-probs.
+
+    The model is left as it was; no random state moves.
+    """
+    was_training = model.training
+    model.eval()
+    sums: dict[int, tuple[float, ...]] = {}
+    position = {id(group): i for i, group in enumerate(groups)}
+    for part in micro_batches(groups, max_tokens):
+        batch = collate(part, pad_id).to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).logits
+        per_token = token_logps(logits, batch.labels, temperature=temperature)
+        totals = per_token.double().sum(-1).cpu().split(batch.group_size.tolist())
+        for group, total in zip(part, totals, strict=True):
+            sums[position[id(group)]] = tuple(total.tolist())
+        advance(len(part))
+    model.train(was_training)
+    return [replace(group, ref_logps=sums[i]) for i, group in enumerate(groups)]
+
+
+@torch.no_grad()
+def evaluate(
+    module: PolicyLoss, groups: Sequence[TokenGroup], accelerator: Accelerator, *, pad_id: int, max_tokens: int
+) -> dict[str, float]:
+    """Mean loss and metrics on held-out groups, and the 95% interval of the accuracy."""
+    was_training = module.training
+    module.eval()
+    loss = 0.0
+    values: dict[str, list[float]] = {}
+    for part in micro_batches(groups, max_tokens):
+        batch = collate(part, pad_id).to(accelerator.device)
+        with accelerator.autocast():
+            logits = module.logits(batch)
+        share, stats = LOSSES[module.loss](
+            logits, batch.labels, batch.ref_logps, group_size=batch.group_size, rewards=batch.rewards,
+            temperature=module.temperature, reduction="sum", return_stats=True, **module.objective,
+        )  # fmt: skip
+        loss += float(share)
+        for name, found in group_metrics(stats, batch).items():
+            values.setdefault(name, []).extend(found)
+    module.train(was_training)
+    result = {"eval_loss": loss / len(groups)}
+    result |= {f"eval_{name}": sum(found) / len(found) for name, found in values.items()}
+    if found := values.get("rewards/accuracies"):
+        low, high = intervals.mean_interval(found)
+        result |= {"eval_accuracy_low": low, "eval_accuracy_high": high}
+    return result

@@ -1,0 +1,208 @@
+"""The one error budget: how far from the truth a result may be, decided in one place and used by every test.
+
+Element by element:  |result - oracle| <= 2 |plain - oracle| + epsilon
+
+oracle   exo_kernels.reference on float64 inputs
+plain    the same on inputs upcast to float32, its result rounded once to the dtype that is due. Nobody can ask a fused
+         kernel to be better than that, and twice it leaves room for another order of summation
+epsilon  plain is sometimes right by luck, so a result may also be off by ULPS ulps of the accumulator (float32, or
+         float64 for float64 input) at the scale of the numbers it is made of. The scales are first-order error bounds:
+           log p         max(1, |log p|)        the terms x - max and log(sum) are no larger, and the sum is at least 1
+           p             p (1 + |log p|)        p = exp(log p)
+           entropy       sum p (1 + |log p|)^2  a sum of p log p
+           S             the sum of its log-probs' scales
+         A loss and a slope g = dL/dS move when S does, by as much as the oracle says they move.
+What is not finite must be exactly the same thing. Rows without loss have scale 0: they must be exactly right.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import exo_kernels
+from cases import IGNORED, Case, aligned, sums_of
+from exo_kernels import reference
+
+ULPS = 4  # a handful of roundings: scale, difference, exponential, sum, logarithm, product
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def ulps_of(dtype: torch.dtype) -> float:
+    """ULPS ulps, at 1, of the dtype that results of this input dtype are accumulated in."""
+    return ULPS * torch.finfo(accumulator(dtype)).eps
+
+
+def compare(name: str, result: Tensor, plain: Tensor, oracle: Tensor, epsilon: Tensor | float) -> None:
+    """The inequality above; fails with the worst element."""
+    assert result.shape == oracle.shape, f"{name}: shape {tuple(result.shape)}, expected {tuple(oracle.shape)}"
+    assert result.dtype == plain.dtype, f"{name}: {result.dtype}, expected {plain.dtype}"
+    result, plain, oracle = (x.detach().cpu().double() for x in (result, plain, oracle))
+    finite = plain.isfinite() & oracle.isfinite()
+    expected = torch.where(oracle.isfinite(), plain, oracle)[~finite]  # plain: beyond what the dtype holds
+    torch.testing.assert_close(result[~finite], expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
+    error = (result - oracle).abs()
+    allowed = 2 * (plain - oracle).abs() + epsilon
+    over = torch.where(finite, (error - allowed).nan_to_num(torch.inf), -torch.inf)
+    if over.numel() and over.max() > 0:
+        at = tuple(i.item() for i in torch.unravel_index(over.argmax(), over.shape))
+        raise AssertionError(
+            f"{name}{list(at)}: {result[at]:.9g}, oracle {oracle[at]:.9g}; error {error[at]:.2e}, allowed"
+            f" {allowed[at]:.2e}, plain torch {abs(plain[at] - oracle[at]):.2e}; {int((over > 0).sum())} such elements"
+        )
+
+
+def same(name: str, result: Tensor, expected: Tensor, scale: Tensor | float = 1.0) -> None:
+    """Two ways to the same number, neither of them the oracle: ULPS ulps of the accumulator apart at most."""
+    epsilon = ulps_of(result.dtype) * torch.as_tensor(scale, dtype=torch.float64)
+    compare(name, result, expected.to(result.dtype), expected, epsilon)
+
+
+def truncation(oracle: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """One ulp of bf16 under triton's interpreter, which cuts float32 off where a GPU would round it; otherwise 0."""
+    if dtype != torch.bfloat16 or not exo_kernels.dispatch.INTERPRETED:
+        return 0.0
+    return torch.finfo(dtype).eps * torch.exp2(oracle.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor())
+
+
+class Softmax(NamedTuple):
+    """The fp64 softmax of every row with loss; zeros in the other rows."""
+
+    p: Tensor  # (..., V)
+    log_p: Tensor  # (..., V), 0 where p is
+    onehot: Tensor  # (..., V)
+    scored: Tensor  # (...)
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor, temperature: float) -> "Softmax":
+        scored = targets != IGNORED
+        log_p = torch.log_softmax(logits.double() / temperature, -1)
+        log_p = torch.where(scored[..., None], log_p, -torch.inf).nan_to_num(-torch.inf, neginf=-torch.inf)
+        inside = targets.clamp(0, logits.shape[-1] - 1)
+        onehot = torch.zeros_like(log_p).scatter_(-1, inside[..., None], scored[..., None].double())
+        return cls(log_p.exp(), torch.where(log_p.isfinite(), log_p, 0.0), onehot, scored)
+
+    @property
+    def p_scale(self) -> Tensor:
+        return self.p * (1 + self.log_p.abs())
+
+    def logp_scale(self) -> Tensor:  # (...)
+        return torch.where(self.scored, (self.onehot * self.log_p).sum(-1).abs().clamp(min=1), 0.0)
+
+
+def token_answer(logits: Tensor, labels: Tensor, g: Tensor, h: Tensor | None, layout: dict, **impl: str) -> dict:
+    """Log-probs, entropies where h is given, and the gradient of their sums weighted with g and h."""
+    function = exo_kernels.token_logps if impl else reference.token_logps
+    x = logits.detach().requires_grad_()
+    results = function(x, labels, return_entropy=h is not None, **layout, **impl)
+    logps, *entropies = results if isinstance(results, tuple) else (results,)
+    total = (logps * g.to(logps)).sum() + sum((e * h.to(e)).sum() for e in entropies)
+    total.backward()
+    return {"logps": logps.detach(), "grad": x.grad} | {"entropies": e.detach() for e in entropies}
+
+
+def check_tokens(
+    logits: Tensor, labels: Tensor, impl: str, device: str, *, entropy: bool = False, seed: int = 0, **layout: Any
+) -> None:
+    """token_logps and its gradient for random coefficients."""
+    rng = torch.Generator().manual_seed(seed)
+    g = torch.randn(labels.shape, generator=rng, dtype=torch.float64)
+    h = torch.randn(labels.shape, generator=rng, dtype=torch.float64) if entropy else None
+    result = token_answer(logits.to(device), labels.to(device), g, h, layout, impl=impl)
+    oracle = token_answer(logits.double(), labels, g, h, layout)
+    plain = token_answer(logits.to(accumulator(logits.dtype)), labels, g, h, layout)
+
+    temperature = layout.get("temperature", 1.0)
+    z = Softmax.of(logits, aligned(labels, layout.get("shift")), temperature)
+    unit = ulps_of(logits.dtype)
+    coefficient = g.abs()[..., None] * (z.onehot + z.p_scale)
+    if entropy:
+        entropy_scale = (z.p * (1 + z.log_p.abs()) ** 2).sum(-1)
+        compare("entropies", result["entropies"], plain["entropies"], oracle["entropies"], unit * entropy_scale)
+        bracket = 1 + z.log_p.abs() + entropy_scale[..., None]  # log p + H, and H as exact as just checked
+        coefficient = coefficient + h.abs()[..., None] * z.p_scale * bracket
+    compare("logps", result["logps"], plain["logps"], oracle["logps"], unit * z.logp_scale())
+    _compare_gradient(result, plain, oracle, unit * coefficient / temperature, logits.dtype)
+
+
+def _compare_gradient(result: dict, plain: dict, oracle: dict, epsilon: Tensor, dtype: torch.dtype) -> None:
+    epsilon = epsilon + truncation(oracle["grad"], dtype)
+    epsilon = epsilon + torch.finfo(accumulator(dtype)).tiny * (epsilon > 0)  # exponentials flush to zero below
+    compare("grad", result["grad"], plain["grad"].to(dtype), oracle["grad"], epsilon)
+
+
+def loss_answer(case: Case, logits: Tensor, impl: str | None = None, **options: Any) -> dict[str, Tensor]:
+    """Loss, statistics and gradient of one call."""
+    module, options = (reference, options) if impl is None else (exo_kernels, options | {"impl": impl})
+    x = logits.detach().requires_grad_()
+    function = getattr(module, f"fused_{case.objective}_loss")
+    loss, stats = function(x, case.labels, case.ref_logps, return_stats=True, **case.options, **options)
+    loss.backward(None if case.weights is None else case.weights.to(loss))
+    return {"loss": loss.detach(), "grad": x.grad, **stats._asdict()}
+
+
+def check_loss(case: Case, impl: str, device: str, **options: Any) -> dict[str, Tensor]:
+    """A fused loss, its statistics and its gradient; returns the result."""
+    dtype = case.logits.dtype
+    there = case.on(device)
+    result = loss_answer(there, there.logits, impl, **options)
+    oracle = loss_answer(case, case.logits.double())
+    plain = loss_answer(case, case.logits.to(accumulator(dtype)))
+    epsilons = _loss_epsilons(case, oracle)
+    for name in ("loss", "policy_logps", "implicit_rewards", "p", "q", "losses"):
+        compare(name, result[name], plain[name], oracle[name], epsilons[name])
+    _compare_gradient(result, plain, oracle, epsilons["grad"], dtype)
+    assert result["tokens"].tolist() == oracle["tokens"].tolist()
+    return result
+
+
+def _loss_epsilons(case: Case, oracle: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Epsilon of every number that a loss returns, and of the gradient."""
+    unit = ulps_of(case.logits.dtype)
+    temperature, cu_seqlens = case.options.get("temperature", 1.0), case.options.get("cu_seqlens")
+    beta = case.options.get("beta_pi", 0.1)
+    z = Softmax.of(case.logits, aligned(case.labels, case.options.get("shift")), temperature)
+    logps = reference.token_logps(case.logits.double(), case.labels, **case.layout())
+    policy, ref = sums_of(logps, cu_seqlens), case.ref_logps.double()
+    if ref.shape != policy.shape:
+        ref = sums_of(torch.where(z.scored, ref, 0.0), cu_seqlens)
+
+    drift = unit * sums_of(z.logp_scale(), cu_seqlens)  # (N,)
+    most = drift.max() if drift.numel() else 0.0
+    # neighbours drift apart: the same drift everywhere would move nothing
+    apart = torch.where(torch.arange(policy.numel()) % 2 == 0, drift, -drift)
+    loss, losses, slopes = _group_numbers(case, policy, ref)
+    loss_moved, losses_moved, slopes_moved = _group_numbers(case, policy + apart, ref)
+    slope_epsilon = (slopes_moved - slopes).abs() + unit * slopes.abs()
+
+    def rows(per_sequence: Tensor) -> Tensor:
+        if cu_seqlens is None:
+            return per_sequence[:, None, None]
+        return per_sequence.repeat_interleave(cu_seqlens.diff())[:, None]
+
+    gradient = rows(unit * slopes.abs()) * (z.onehot + z.p_scale) + rows(slope_epsilon) * (z.onehot - z.p).abs()
+    return {
+        "loss": (loss_moved - loss).abs() + unit * loss.abs().clamp(min=1),
+        "losses": (losses_moved - losses).abs() + unit * losses.abs().clamp(min=1),
+        "policy_logps": drift,
+        "implicit_rewards": beta * (drift + unit * (policy - ref).abs()),
+        "p": oracle["p"] * (unit + 2 * beta * most),
+        "q": oracle["q"] * unit,
+        "grad": gradient / temperature,
+    }
+
+
+def _group_numbers(case: Case, policy: Tensor, ref: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, losses (G,) and slopes dL/dS (N,), from sums, by the oracle."""
+    names = ("group_size", "rewards", "beta_pi", "beta_r", "label_smoothing", "compat")
+    options = {name: case.options[name] for name in names if name in case.options}
+    options["objective"] = case.objective
+    policy = policy.detach().requires_grad_()
+    losses = reference.preference_loss(policy, ref, **options, reduction="none")
+    reduction = {name: case.options[name] for name in ("reduction", "num_groups") if name in case.options}
+    loss = reference.preference_loss(policy, ref, **options, **reduction)
+    loss.backward(case.weights)
+    return loss.detach(), losses.detach(), policy.grad

@@ -1,0 +1,56 @@
+"""Lanes and markers. `pytest tests` is the normal lane; `TRITON_INTERPRET=1 pytest tests -m kernel` the interpreter's.
+
+In the normal lane the `impl` fixture is "chunked", and "triton" too where there is a GPU. With TRITON_INTERPRET=1 it is
+"triton" on CPU tensors: the real kernels, run by triton's interpreter at about a millisecond a program. A test that
+takes `impl` carries the marker `kernel`, so both lanes run the same tests.
+Every such test runs with uninitialised memory full of NaN: an output that no kernel wrote does not go unseen.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available()
+
+
+def implementations() -> list[str]:
+    if INTERPRETED:
+        return ["triton"]
+    return ["chunked", "triton"] if CUDA else ["chunked"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernel: runs on every implementation, so in the interpreter's lane too")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: left out of the short form of the tests")
+    # the interpreter evaluates both sides of every mask
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "impl" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.kernel)
+        if item.get_closest_marker("gpu") and (not CUDA or INTERPRETED):
+            reason = "needs a GPU that is not interpreted" if CUDA else "needs a CUDA device: none here"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=implementations())
+def impl(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return request.param
+
+
+@pytest.fixture
+def device(impl: str) -> Iterator[str]:
+    """Where this implementation's tensors live; fresh memory there is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, and refuses what is not deterministic
+    yield "cuda" if impl == "triton" and not INTERPRETED else "cpu"
+    torch.use_deterministic_algorithms(before)

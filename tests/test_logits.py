@@ -1,0 +1,180 @@
+"""Forward and every gradient, over implementation, shape and dtype, against the fp64 oracle within the one budget."""
+
+import pytest
+import torch
+from budget import ULPS, check_loss, check_tokens, compare, same
+from cases import DTYPES, IGNORED, aligned, make_case, make_labels, make_logits
+from torch.nn.functional import cross_entropy
+
+import exo_kernels
+from exo_kernels import reference
+
+# What each vocabulary is for: 1 no choice at all; 2 shorter than a 16-byte unit; 127, 128, 129 around whole units, with
+# and without edges; 4097 one column into the second block of 4096; 50257 GPT-2's: odd, so every row is aligned anew,
+# and thirteen blocks long.
+VOCABULARIES = [1, 2, 127, 128, 129, 4097, 50257]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@dtypes
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_token_logps(impl, device, vocab, dtype):
+    n, t = (2, 2) if vocab > 4097 else (3, 4)
+    labels = make_labels((n, t), vocab, ignored=0.0 if vocab > 4097 else 0.3)
+    logits = make_logits(aligned(labels), vocab, dtype)
+    check_tokens(logits, labels, impl, device)
+
+
+@dtypes
+@pytest.mark.parametrize("vocab", [1, 2, 129, 4097])
+def test_entropy(impl, device, vocab, dtype):
+    labels = make_labels((3, 4), vocab, seed=1)
+    logits = make_logits(aligned(labels), vocab, dtype, seed=1)
+    check_tokens(logits, labels, impl, device, entropy=True)
+
+
+# 0.8 as in the paper; 0.01 and 100 take rows to one-hot and to uniform
+@pytest.mark.parametrize("entropy", [False, True], ids=["logps", "entropy"])
+@pytest.mark.parametrize("temperature", [0.01, 0.8, 100.0])
+def test_temperature(impl, device, temperature, entropy):
+    labels = make_labels((3, 4), 300, seed=2)
+    logits = make_logits(aligned(labels), 300, torch.float32, seed=2)
+    check_tokens(logits, labels, impl, device, entropy=entropy, temperature=temperature)
+
+
+# K = 33 crosses the group kernel's block of 32 completions; 100 does so thrice and ends inside a block
+@pytest.mark.parametrize("rewards", [False, True], ids=["preferences", "rewards"])
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+@pytest.mark.parametrize("k", [1, 2, 4, 33, 100])
+def test_loss_over_group_sizes(impl, device, k, objective, rewards):
+    n = max(k, 2 * k if k < 33 else k)
+    case = make_case(n, 3, 11, objective=objective, rewards=rewards, group_size=k, seed=k)
+    check_loss(case, impl, device)
+
+
+@dtypes
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+def test_loss_over_dtypes(impl, device, objective, dtype):
+    case = make_case(4, 6, 257, dtype, objective=objective, rewards=True, group_size=2, temperature=0.8)
+    check_loss(case, impl, device)
+
+
+RAGGED = torch.tensor([1, 4, 2, 35])  # 35: beyond one block, beside groups that are not
+
+
+@pytest.mark.parametrize("rewards", [False, True], ids=["preferences", "rewards"])
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_ragged_groups_of_ragged_sequences(impl, device, index, objective, rewards):
+    lengths = [(3 * i + 2) % 6 for i in range(42)]  # 0 to 5 tokens
+    case = make_case(
+        vocab=9, lengths=lengths, objective=objective, rewards=rewards, group_size=RAGGED.to(index), weights=True,
+        reduction="none", beta_pi=0.7,
+    )  # fmt: skip
+    case = case.but(cu_seqlens=case.options["cu_seqlens"].to(index))
+    check_loss(case._replace(labels=case.labels.to(index)), impl, device)
+
+
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "sum"},
+        {"reduction": "none", "weights": True},
+        {"num_groups": 7},
+        {"num_groups": 2.5},
+        {"num_groups": torch.tensor(7)},
+        {"num_groups": torch.tensor(7.0, dtype=torch.float64)},
+        {"per_token_ref": True, "ref_dtype": torch.float32},
+        {"per_token_ref": True, "ref_dtype": torch.float64},
+        {"ref_dtype": torch.float32},
+        {"shift": False},
+        {"shift": True, "per_token_ref": True},
+        {"lengths": [5, 0, 1, 7]},
+        {"lengths": [5, 0, 1, 7], "per_token_ref": True, "shift": False},
+        {"temperature": 0.8, "beta_pi": 2.0},
+        {"rewards": True, "beta_r": 0.05},
+        {"label_smoothing": 0.3},
+        {"group_size": 4, "label_smoothing": 0.3},
+        {"compat": "official"},
+    ],
+    ids=lambda o: "-".join(f"{k}_{v}" for k, v in o.items()).replace(" ", "").replace("torch.", ""),
+)
+def test_options(impl, device, options, objective):
+    case = make_case(vocab=37, dtype=torch.float32, objective=objective, seed=5, **options)
+    check_loss(case, impl, device)
+
+
+def test_int32_labels_equal_int64_bit_for_bit(impl, device):
+    case = make_case().on(device)
+    a = exo_kernels.fused_exo_loss(case.logits, case.labels, case.ref_logps, impl=impl)
+    b = exo_kernels.fused_exo_loss(case.logits, case.labels.int(), case.ref_logps, impl=impl)
+    assert torch.equal(a, b)
+
+
+def test_other_ignore_index(impl, device):
+    """Also one that would be a label, and one beyond int32."""
+    case = make_case(vocab=11).on(device)
+    expected = exo_kernels.token_logps(case.logits, case.labels, impl=impl)
+    for index in (-1, 10**12, -(2**40)):
+        labels = case.labels.masked_fill(case.labels == IGNORED, index)
+        assert torch.equal(exo_kernels.token_logps(case.logits, labels, ignore_index=index, impl=impl), expected)
+    labels = case.labels.masked_fill(case.labels == IGNORED, 3)
+    result = exo_kernels.token_logps(case.logits, labels, ignore_index=3, impl=impl)
+    assert torch.equal(result, expected.where(aligned(labels.cpu()).to(device) != 3, 0.0))
+
+
+@dtypes
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_sequence_logps(impl, device, packed, dtype):
+    case = make_case(vocab=50, dtype=dtype, lengths=[4, 0, 9] if packed else None, temperature=0.8).on(device)
+    results = []
+    for module, x in ((exo_kernels, case.logits), (reference, case.logits.double())):
+        x = x.detach().requires_grad_()
+        options = case.layout() | ({"impl": impl} if module is exo_kernels else {})
+        sums = module.sequence_logps(x, case.labels, **options)
+        (sums * torch.arange(1.0, sums.numel() + 1, device=device)).sum().backward()
+        results.append((sums, x.grad))
+    (sums, grad), (oracle, oracle_grad) = results
+    assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    same("sums", sums, oracle, oracle.detach().cpu().abs().clamp(min=1))
+    # the coefficients are whole numbers, so the gradient is that of token_logps, rounded once
+    step = torch.finfo(dtype).eps * (2 if exo_kernels.dispatch.INTERPRETED else 1)
+    plain = oracle_grad.to(dtype)
+    compare("grad", grad, plain, oracle_grad, ULPS * torch.finfo(sums.dtype).eps * 4 + step * oracle_grad.cpu().abs())
+
+
+# The oracle itself. Golden values of whole losses are in test_golden.py.
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_oracle_is_cross_entropy(temperature):
+    labels = make_labels((3, 4), 31)
+    logits = make_logits(aligned(labels), 31, torch.float64).requires_grad_()
+    shifted = cross_entropy(logits[:, :-1].flatten(0, 1) / temperature, labels[:, 1:].flatten(), reduction="none")
+    logps = reference.token_logps(logits, labels, temperature=temperature)
+    assert torch.equal(logps[:, -1], torch.zeros(3))
+    same("logps", logps[:, :-1].flatten(), -shifted.detach(), shifted.detach().clamp(min=1))
+    (expected,) = torch.autograd.grad(-shifted.sum(), logits)
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    same("grad", grad, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_impl_reference_is_the_oracle(packed):
+    """impl="reference" hands every argument over, and gives the same bits."""
+    options = dict(
+        group_size=torch.tensor([3, 1]), rewards=True, beta_pi=0.3, beta_r=0.4, temperature=0.7, num_groups=3
+    )
+    case = make_case(vocab=17, seed=3, lengths=[3, 0, 2, 4] if packed else None, **options)
+    loss, stats = exo_kernels.fused_exo_loss(
+        case.logits, case.labels, case.ref_logps, impl="reference", return_stats=True, **case.options
+    )
+    expected, expected_stats = reference.fused_exo_loss(
+        case.logits, case.labels, case.ref_logps, return_stats=True, **case.options
+    )
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(stats, expected_stats, strict=True))
+    for name in ("token_logps", "sequence_logps"):
+        result = getattr(exo_kernels, name)(case.logits, case.labels, impl="reference", **case.layout())
+        assert torch.equal(result, getattr(reference, name)(case.logits, case.labels, **case.layout()))
