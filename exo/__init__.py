@@ -1,1 +1,12 @@
-"""A thin training layer on exo_kernels: from preference or reward data to an aligned model."""
+"""A thin training layer on exo_kernels: fine-tune, sample, align, evaluate. `python -m exo.train` is a full run."""
+
+import importlib.util
+import sys
+
+_NEEDED = ("accelerate", "matplotlib", "rich", "safetensors", "tokenizers", "transformers", "yaml")
+
+if _missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+    _message = f"exo needs {', '.join(_missing)}: pip install 'exo-kernels[train]'"
+    if sys.argv[0] == "-m":  # `python -m exo.<stage>`: one line, no traceback
+        raise SystemExit(_message)
+    raise ModuleNotFoundError(_message, name=_missing[0])

@@ -4,14 +4,12 @@ python -m exo.align --model DIR_OR_NAME --data FILE. Reference log-probs are com
 directory is the model directory. Left out: resuming, adapters, more than the loss's own objectives.
 """
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -48,9 +46,10 @@ class Config(config.Training):
             require(0 < value < float("inf"), name, "a finite number > 0", value)
         if self.label_smoothing is None:
             object.__setattr__(self, "label_smoothing", 1e-3 if self.loss == "exo" else 0.0)
-        lowest = "in (0, 1) for exo" if self.loss == "exo" else "in [0, 1)"
         eps = self.label_smoothing
-        require((0 < eps if self.loss == "exo" else 0 <= eps) and eps < 1, "label_smoothing", lowest, eps)
+        assert eps is not None
+        expected = "in (0, 1) for exo" if self.loss == "exo" else "in [0, 1)"
+        require(0 <= eps < 1 and not (eps == 0 and self.loss == "exo"), "label_smoothing", expected, eps)
         require(0 <= self.eval_fraction < 1, "eval_fraction", "in [0, 1)", self.eval_fraction)
         require(self.eval_steps >= 0, "eval_steps", ">= 0", self.eval_steps)
 
@@ -134,9 +133,7 @@ def _encode(
     return groups, eval_groups
 
 
-def _describe(
-    config: Config, model: Any, tokenizer: Any, groups: list[TokenGroup], accelerator: Accelerator
-) -> None:
+def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGroup], accelerator: Accelerator) -> None:
     """What will be trained on what, before any time is spent on it."""
     kind = "preferences" if groups[0].rewards is None else "rewards"
     parameters = models.parameter_count(model)
@@ -186,9 +183,7 @@ def _reference(
         reference.to(accelerator.device)
     everything = [*train_groups, *eval_groups]
     every = max(1, len(everything) // 5)
-    progress = console.Progress(
-        "prompts", len(everything), every=every, quiet=not accelerator.is_local_main_process
-    )
+    progress = console.Progress("prompts", len(everything), every=every, quiet=not accelerator.is_local_main_process)
     scored = policy.score(
         reference, everything, accelerator, pad_id=tokenizer.pad_token_id, advance=progress.advance,
         max_tokens=config.max_tokens_per_batch, temperature=config.temperature,
@@ -230,6 +225,7 @@ class _Watch:
         directory: Path,
     ) -> None:
         self.config, self.module, self.tokenizer, self.groups = config, module, tokenizer, groups
+        self.model: Any = module.model
         self.accelerator, self.metrics, self.directory = accelerator, metrics, directory
         self.best = float("inf")
         self.last: dict[str, float] = {}
@@ -259,7 +255,7 @@ class _Watch:
         target = self.directory / "checkpoints" / name
         target.parent.mkdir(exist_ok=True)
         with artifacts.staged(target) as staging:
-            models.save(self.module.model, self.tokenizer, staging)
+            models.save(self.model, self.tokenizer, staging)
 
 
 def _summary(result: dict[str, float], n: int) -> str:

@@ -1,7 +1,7 @@
 """The run directory: who may use it, what is written to it, and writing so that half a file is never seen.
 
-Every file appears complete: written beside its place, flushed to the disk, renamed. Metrics are appended a whole line at
-a time. Left out: checkpoints that can be resumed.
+Every file appears complete: written beside its place, flushed to the disk, renamed. Metrics are appended a whole
+line at a time. Left out: checkpoints that can be resumed.
 """
 
 import datetime

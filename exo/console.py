@@ -1,11 +1,13 @@
-"""What a person sees while a run goes on: plain lines, and a progress line with rates and an estimate.
+"""What a person sees while a run goes on: plain lines, and a progress bar with rates and an estimate.
 
-On a terminal the progress line is redrawn in place; elsewhere (a log, a pipe) it is printed every `logging_steps`.
+On a terminal the bar is drawn by rich; elsewhere (a log, a pipe) a line is printed every so often.
 """
 
 import sys
 import time
 from collections.abc import Mapping
+
+from rich import progress as rich_progress
 
 _STARTED = time.perf_counter()
 
@@ -26,29 +28,45 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """One line for a known amount of work: how far, how fast, how long yet."""
+    """A known amount of work: how far, how fast, how long yet."""
 
     def __init__(self, label: str, total: int, *, every: int, quiet: bool = False) -> None:
         self._label, self._total, self._every, self._quiet = label, total, every, quiet
         self._done, self._began = 0, time.perf_counter()
-        self._live = sys.stdout.isatty()
+        self._bar = None if quiet or not sys.stdout.isatty() else _bar()
+        if self._bar is not None:
+            self._task = self._bar.add_task(label, total=total, values="")
+            self._bar.start()
 
     def advance(self, amount: int = 1, values: Mapping[str, float] | None = None) -> None:
         before, self._done = self._done, self._done + amount
         finished = self._done >= self._total
-        due = finished or self._done // self._every > before // self._every
-        if self._quiet or not (due or self._live):
-            return
-        spent = time.perf_counter() - self._began
-        left = spent / self._done * (self._total - self._done)
-        parts = [f"{self._label} {self._done}/{self._total}"]
-        parts += [f"{name} {_short(value)}" for name, value in (values or {}).items()]
-        parts += [f"{self._done / spent:,.1f}/s" if spent else "", f"{duration(left)} left" if left >= 1 else ""]
-        line = "  ".join(part for part in parts if part)
-        if self._live:
-            print(f"\r\x1b[2K{line}", end="\n" if finished else "", flush=True)
-        else:
-            say("  " + line)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in (values or {}).items())
+        if self._bar is not None:
+            self._bar.update(self._task, advance=amount, values=shown)
+            if finished:
+                self._bar.stop()
+        elif not self._quiet and (finished or self._done // self._every > before // self._every):
+            spent = max(time.perf_counter() - self._began, 1e-9)
+            left = spent / self._done * (self._total - self._done)
+            rate = f"{self._done / spent:,.1f}/s" + (f", {duration(left)} left" if not finished else "")
+            say("  " + "  ".join(filter(None, (f"{self._label} {self._done}/{self._total}", shown, rate))))
+
+    def stop(self) -> None:
+        """Give the terminal back when the work ends early."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _bar() -> rich_progress.Progress:
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(bar_width=24),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[values]}"),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
 
 
 def _short(value: float) -> str:

@@ -232,9 +232,7 @@ def _elements(body: bytes, line: int, shown: str) -> Iterator[tuple[Place, bytes
 def _parse(raw: bytes) -> Row:
     try:
         text = raw.rstrip(b"\r\n").decode("utf-8")  # or a cut-off row blames its line break
-        row = json.loads(
-            text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite
-        )
+        row = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:

@@ -103,9 +103,7 @@ def _draw(
 class _Decoder:
     """The model, its cache, and the logits of the next token for each row of the batch."""
 
-    def __init__(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], owners: list[int]
-    ) -> None:
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], owners: list[int]) -> None:
         self.model = model
         self.cache: Any = None
         self.accepted = inspect.signature(model.forward).parameters
@@ -192,9 +190,7 @@ def _validate(
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(
-                f"prompts: expected at least one token in each, got none in prompt {i}"
-            )
+            raise ValueError(f"prompts: expected at least one token in each, got none in prompt {i}")
     longest = max(map(len, prompts), default=0)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and longest + max_new_tokens > limit:

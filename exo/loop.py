@@ -5,6 +5,7 @@ sums for the metrics. The denominator counts the whole step, over all micro-batc
 changes the gradient. Left out: what the loss is, and resuming.
 """
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from exo import console
 from exo.artifacts import Metrics, RunError
-from exo.config import Training
+from exo.config import ConfigError, Training
 from exo.packing import TokenGroup, collate, micro_batches
 
 
@@ -34,6 +35,9 @@ def make_accelerator(config: Training) -> Accelerator:
     if dtype == "auto":
         on_gpu = config.device != "cpu" and torch.cuda.is_available()
         dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        # accelerate would drop a tracker that is not installed
+        raise ConfigError(f"--report_to {config.report_to}: not installed; pip install {config.report_to}")
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
     return Accelerator(
         cpu=config.device == "cpu",
@@ -101,16 +105,14 @@ def train(
     """Train `module` on `groups`; return it as accelerate wrapped it.
 
     `denominator` counts a global batch in the loss's own unit. `first` sees the first loss before the first update and
-    may raise. `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` names the metrics
-    on the progress line.
+    may raise. `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` names the
+    metrics on the progress line.
     """
     steps = total_steps(config, len(groups))
     optim = optimizer(module, config)
     module, optim = accelerator.prepare(module, optim)
     rank, world = accelerator.process_index, accelerator.num_processes
-    progress = console.Progress(
-        "step", steps, every=config.logging_steps, quiet=not accelerator.is_local_main_process
-    )
+    progress = console.Progress("step", steps, every=config.logging_steps, quiet=not accelerator.is_local_main_process)
     for step, batch in enumerate(batches(groups, config, steps), start=1):
         began = time.perf_counter()
         if len(batch) < world:
@@ -152,7 +154,7 @@ def _accumulate(
         last = i == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(module):
             share = module(batch, count)
-            value = float(share.loss)
+            value = float(share.loss.detach())
             if not math.isfinite(value):
                 lines = ", ".join(map(str, batch.lines[:10]))
                 raise RunError(f"step {step}: the loss is {value}; stopped before the update; rows at lines {lines}")

@@ -36,9 +36,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("transformers", "tokenizers", "huggingface_hub"):
         raise
-    raise ModuleNotFoundError(
-        f"exo needs {error.name}: pip install 'exo-kernels[train]'", name=error.name
-    ) from None
+    raise ModuleNotFoundError(f"exo needs {error.name}: pip install 'exo-kernels[train]'", name=error.name) from None
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 
@@ -115,9 +113,7 @@ def word_level(
     return _llama(tokenizer, seed, hidden_size, num_layers, num_heads), tokenizer
 
 
-def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | PathLike[str]
-) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | PathLike[str]) -> None:
     """Write safetensors, config, generation config and tokenizer, as transformers reads them."""
     with _bars_only_on_a_terminal():
         model.save_pretrained(directory)
@@ -150,9 +146,7 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _load_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    with _explained(
-        name, "weights in safetensors (pickles are not read; save_pretrained converts)"
-    ):
+    with _explained(name, "weights in safetensors (pickles are not read; save_pretrained converts)"):
         # Typed for its usual answer; asked for its report as well, it gives two things.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -199,9 +193,7 @@ def _not_decoder_only(config: PreTrainedConfig) -> str | None:
 
 def _not_text_only(config: PreTrainedConfig) -> str | None:
     declared = {*config.sub_configs, *vars(config)}
-    foreign = sorted(
-        key for key in declared if key.startswith(("vision", "audio", "vq_")) and "config" in key
-    )
+    foreign = sorted(key for key in declared if key.startswith(("vision", "audio", "vq_")) and "config" in key)
     # A text_config means a wrapper around the text model, made for inputs that are not text.
     if foreign or "text_config" in declared:
         return (
@@ -232,9 +224,7 @@ def _router_loss(config: PreTrainedConfig) -> str | None:
         return None
     places = (config, getattr(config, "ffn_config", None))
     names = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "moe_loss_weight")
-    found = {
-        name: getattr(place, name) for place in places for name in names if hasattr(place, name)
-    }
+    found = {name: getattr(place, name) for place in places for name in names if hasattr(place, name)}
     if found and not any(found.values()):
         return None
     return (
@@ -243,9 +233,7 @@ def _router_loss(config: PreTrainedConfig) -> str | None:
     )
 
 
-def _llama(
-    tokenizer: PreTrainedTokenizerBase, seed: int, hidden: int, layers: int, heads: int
-) -> PreTrainedModel:
+def _llama(tokenizer: PreTrainedTokenizerBase, seed: int, hidden: int, layers: int, heads: int) -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,

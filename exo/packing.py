@@ -1,7 +1,7 @@
 """From texts to batches: tokens of prompt and completions, the limits on their lengths, padded micro-batches.
 
-Prompt and completion are tokenised apart, so that the border between them is right by construction; loss masks come from
-lengths, never from token ids. Left out: sharing the prompt among its completions, and padding-free rows.
+Prompt and completion are tokenised apart, so that the border between them is right by construction; loss masks come
+from lengths, never from token ids. Left out: sharing the prompt among its completions, and padding-free rows.
 """
 
 from collections import Counter
@@ -52,8 +52,16 @@ class Batch(NamedTuple):
     ref_logps: Tensor | None  # (N,) float64
     lines: tuple[int, ...]  # (G,)
 
+    def known_ref_logps(self) -> Tensor:  # (N,)
+        if self.ref_logps is None:
+            raise ValueError("ref_logps: expected groups scored by the reference; got none")
+        return self.ref_logps
+
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(value.to(device) if isinstance(value, Tensor) else value for value in self))
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Batch(*map(moved, self))
 
 
 def encode(groups: Iterable[Group], tokenizer: Any, limits: Limits) -> tuple[list[TokenGroup], Counter[str]]:

@@ -80,13 +80,14 @@ def quickstart(
         ylabel="samples",
         title=f"Sentiment before and after alignment, KL {kl:.1f} nats",
     )
-    left.legend(frameon=False, loc="upper left")
+    left.set_ylim(top=1.3 * left.get_ylim()[1])
+    left.legend(loc="upper left", framealpha=0.9, edgecolor="none")
     lines = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
     points = [(line["step"], line["rewards/accuracies"]) for line in lines if "rewards/accuracies" in line]
-    steps, values = zip(*points, strict=True)
-    right.plot(steps, values, color=BLUE, alpha=0.35, linewidth=1)
-    right.plot(steps, _smooth(values), color=BLUE, linewidth=2)
-    right.set(xlabel="optimizer step", title="Pairs of completions ranked as the oracle does")
+    steps, accuracies = zip(*points, strict=True)
+    right.plot(steps, accuracies, color=BLUE, alpha=0.35, linewidth=1)
+    right.plot(steps, _smooth(accuracies), color=BLUE, linewidth=2)
+    right.set(xlabel="optimizer step", title="Training pairs ranked as the oracle does")
     for axis in (left, right):
         _tidy(axis)
     return _save(figure, path)

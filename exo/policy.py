@@ -7,7 +7,7 @@ model, metrics, the loss that a run must begin with, and evaluation on held-out 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +37,7 @@ class PolicyLoss(nn.Module):
         self,
         model: nn.Module,
         *,
-        loss: str,
+        loss: Literal["exo", "dpo"],
         beta_pi: float,
         beta_r: float,
         label_smoothing: float,
@@ -45,7 +45,7 @@ class PolicyLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss = loss
+        self.loss: Literal["exo", "dpo"] = loss
         self.betas: dict[str, float] = {"beta_pi": beta_pi, "beta_r": beta_r}
         self.label_smoothing = label_smoothing
         self.temperature = temperature
@@ -55,14 +55,12 @@ class PolicyLoss(nn.Module):
         return self.betas | {"label_smoothing": self.label_smoothing}
 
     def logits(self, batch: Batch) -> Tensor:  # (N, T, V)
-        return self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
+        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
 
     def forward(self, batch: Batch, num_groups: int) -> Share:
         loss, stats = LOSSES[self.loss](
-            self.logits(batch), batch.labels, batch.ref_logps, group_size=batch.group_size, rewards=batch.rewards,
-            temperature=self.temperature, num_groups=num_groups, return_stats=True, **self.objective,
+            self.logits(batch), batch.labels, batch.known_ref_logps(),
+            group_size=batch.group_size, rewards=batch.rewards, temperature=self.temperature, num_groups=num_groups, return_stats=True, **self.objective,
         )  # fmt: skip
         return Share(loss, _sums(group_metrics(stats, batch)))
 
@@ -142,9 +140,7 @@ def score(
     for part in micro_batches(groups, max_tokens):
         batch = collate(part, pad_id).to(accelerator.device)
         with accelerator.autocast():
-            logits = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         per_token = token_logps(logits, batch.labels, temperature=temperature)
         totals = per_token.double().sum(-1).cpu().split(batch.group_size.tolist())
         for group, total in zip(part, totals, strict=True):
@@ -168,7 +164,7 @@ def evaluate(
         with accelerator.autocast():
             logits = module.logits(batch)
         share, stats = LOSSES[module.loss](
-            logits, batch.labels, batch.ref_logps, group_size=batch.group_size, rewards=batch.rewards,
+            logits, batch.labels, batch.known_ref_logps(), group_size=batch.group_size, rewards=batch.rewards,
             temperature=module.temperature, reduction="sum", return_stats=True, **module.objective,
         )  # fmt: skip
         loss += float(share)
@@ -177,7 +173,7 @@ def evaluate(
     module.train(was_training)
     result = {"eval_loss": loss / len(groups)}
     result |= {f"eval_{name}": sum(found) / len(found) for name, found in values.items()}
-    if found := values.get("rewards/accuracies"):
-        low, high = intervals.mean_interval(found)
+    if accuracies := values.get("rewards/accuracies"):
+        low, high = intervals.mean_interval(accuracies)
         result |= {"eval_accuracy_low": low, "eval_accuracy_high": high}
     return result

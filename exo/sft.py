@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the loss of completions given their prompts, from {"prompt", "completion"} lines to a model.
 
-python -m exo.sft --model DIR_OR_NAME --data FILE. Mean over the completion tokens of a step, whatever the micro-batches.
-Left out: held-out evaluation, other formats, packing.
+python -m exo.sft --model DIR_OR_NAME --data FILE. Mean over the completion tokens of a step, whatever the
+micro-batches. Left out: held-out evaluation, other formats, packing.
 """
 
 from collections.abc import Sequence
@@ -38,9 +38,7 @@ class NextToken(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, num_tokens: int) -> loop.Share:
-        logits = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
+        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         total = -token_logps(logits, batch.labels).double().sum()
         return loop.Share(total / num_tokens, {"nats_per_token": (total.detach(), (batch.labels != IGNORE).sum())})
 

@@ -1,8 +1,8 @@
 """The road from data to an aligned model. Without --data: the quickstart, offline, in minutes, on a laptop.
 
-    python -m exo.train                                          the quickstart
-    python -m exo.train --model DIR_OR_NAME --data FILE          align a model (all options: --help)
-    python -m exo.train --model tiny --data FILE                 the same without weights, for a trial
+python -m exo.train                                          the quickstart
+python -m exo.train --model DIR_OR_NAME --data FILE          align a model (all options: --help)
+python -m exo.train --model tiny --data FILE                 the same without weights, for a trial
 """
 
 import sys

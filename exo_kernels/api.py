@@ -100,8 +100,10 @@ def token_logps(
     validation.flag("return_entropy", return_entropy)
     rows = _prepare(logits, labels, cu_seqlens, shift, ignore_index, temperature, impl, sequences=False)
     if rows.impl == "reference":
-        options = {"temperature": temperature, "shift": shift, "ignore_index": ignore_index}
-        return reference.token_logps(logits, labels, return_entropy=return_entropy, **options)
+        return reference.token_logps(
+            logits, labels, temperature=temperature, shift=shift, ignore_index=ignore_index,
+            return_entropy=return_entropy,
+        )  # fmt: skip
     logps, entropies, _ = ops.token_logps(
         rows.logits, rows.targets, float(temperature), ignore_index, return_entropy, False, rows.impl
     )
@@ -127,11 +129,10 @@ def sequence_logps(
     """
     rows = _prepare(logits, labels, cu_seqlens, shift, ignore_index, temperature, impl, sequences=True)
     if rows.impl == "reference":
-        options = {"temperature": temperature, "cu_seqlens": cu_seqlens, "shift": shift}
-        return reference.sequence_logps(logits, labels, ignore_index=ignore_index, **options)
-    logps, _, _ = ops.token_logps(
-        rows.logits, rows.targets, float(temperature), ignore_index, False, False, rows.impl
-    )
+        return reference.sequence_logps(
+            logits, labels, temperature=temperature, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index
+        )
+    logps, _, _ = ops.token_logps(rows.logits, rows.targets, float(temperature), ignore_index, False, False, rows.impl)
     return groups.segment_sum(logps.double().flatten(), rows.seq_offsets).to(logps.dtype)
 
 
@@ -165,9 +166,7 @@ def preference_loss(
     validation.choice("objective", objective, tuple(objectives.OBJECTIVES))
     if label_smoothing is None:
         label_smoothing = objectives.LABEL_SMOOTHING[objective]
-    knobs = _Knobs(
-        objective, group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat
-    )
+    knobs = _Knobs(objective, group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     _check_knobs(knobs, n, policy_logps.device)
     # a sequence is one row that scores, so the sums over rows are the values themselves
     seq_offsets = torch.arange(n + 1, device=policy_logps.device)
@@ -224,8 +223,8 @@ def fused_exo_loss(
         without loss whatever stands there. A second backward pass is exact; double backward is refused.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or option; on a CPU, or with EXO_KERNELS_CHECK=1, wrong values (labels out
-        of range, rewards not finite, sizes that do not add up). Unchecked, a bad label makes its own group NaN.
+        ValueError: a wrong shape, dtype, device or option; on a CPU, or with EXO_KERNELS_CHECK=1, wrong values (labels
+        out of range, rewards not finite, sizes that do not add up). Unchecked, a bad label makes its own group NaN.
     """
     knobs = _Knobs("exo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     return _fused_loss(
@@ -295,9 +294,7 @@ def _fused_loss(
     logps, _, _ = ops.token_logps(
         rows.logits, rows.targets, float(temperature), ignore_index, False, inplace_backward, rows.impl
     )
-    loss, stats = _group_loss(
-        knobs, logps, rows.targets, ref_logps, rows.seq_offsets, ignore_index, rows.impl
-    )
+    loss, stats = _group_loss(knobs, logps, rows.targets, ref_logps, rows.seq_offsets, ignore_index, rows.impl)
     return (loss, stats) if return_stats else loss
 
 
@@ -328,8 +325,8 @@ def _group_loss(
         logps.flatten(), targets.flatten(), ref_logps.detach().flatten(), knobs.rewards, seq_offsets, offsets,
         per_token_ref, knobs.objective, float(knobs.beta_pi), float(knobs.beta_r), *log_targets, ignore_index, impl,
     )  # fmt: skip
-    floats = (t.detach() for t in (policy, knobs.beta_pi * ratios, p, q, losses))
-    stats = LossStats(*floats, tokens.detach().long())
+    seen = (policy, knobs.beta_pi * ratios, p, q, losses, tokens.long())
+    stats = LossStats(*(value.detach() for value in seen))
     if knobs.reduction == "none":
         return losses, stats
     if knobs.reduction == "sum":

@@ -15,7 +15,9 @@ def align_targets(
 ) -> Tensor:  # like labels, int64: the target that each row scores
     """Row t scores labels[:, t+1] when shifted (its last column scores nothing), labels[:, t] otherwise."""
     labels = labels.long()
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift else labels
+    if not shift:
+        return labels
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], ignore_index)], dim=1)  # T may be 0
 
 
 def sequence_offsets(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:  # (N+1,)

@@ -33,7 +33,7 @@ def token_logps(
     inplace_backward: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs (N, T), entropies (N, T) or (0,), and what the backward pass of this implementation wants to see again."""
+    """Log-probs (N, T), entropies (N, T) or (0,), and what the implementation's backward pass wants again."""
     if validation.check_values(logits.device):
         validation.label_values(targets, logits.shape[-1], ignore_index)
     return _implementation(impl).token_logps(logits, targets, temperature, ignore_index, entropy)
@@ -136,9 +136,7 @@ def group_loss(
         if rewards is not None:
             validation.reward_values(rewards)
     arguments = (per_token_ref, objective, beta_pi, beta_r, (log_chosen, log_others), ignore_index)
-    return _implementation(impl).group_loss(
-        logps, targets, ref_logps, rewards, seq_offsets, group_offsets, *arguments
-    )
+    return _implementation(impl).group_loss(logps, targets, ref_logps, rewards, seq_offsets, group_offsets, *arguments)
 
 
 @group_loss.register_fake

@@ -14,9 +14,7 @@ from torch import Tensor
 from exo_kernels import objectives
 
 
-def _rows(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool | None
-) -> list[tuple[Tensor, Tensor]]:
+def _rows(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool | None) -> list[tuple[Tensor, Tensor]]:
     """One (logits (t, V), targets (t,)) a sequence; what a shifted row cannot score is left out."""
     labels = labels.long()
     if cu_seqlens is not None:
@@ -27,9 +25,7 @@ def _rows(
     return list(zip(logits, labels, strict=True))
 
 
-def _sequence_token_logps(
-    x: Tensor, y: Tensor, temperature: float, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+def _sequence_token_logps(x: Tensor, y: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (t,) of one sequence; 0 where ignored."""
     keep = y != ignore_index
     x = x if x.dtype == torch.float64 else x.float()
@@ -169,8 +165,7 @@ def _fused_loss(
     keeps = [y != ignore_index for _, y in rows]
     nothing = logits.double().sum()[None][:0]  # (0,), attached to the graph
     policy = torch.cat(
-        [nothing]
-        + [_sequence_token_logps(x, y, temperature, ignore_index)[0].double().sum()[None] for x, y in rows]
+        [nothing] + [_sequence_token_logps(x, y, temperature, ignore_index)[0].double().sum()[None] for x, y in rows]
     )  # (N,)
     ref = ref_logps.detach().double()
     if ref.shape != policy.shape:  # per token
@@ -182,9 +177,9 @@ def _fused_loss(
     loss = _reduce(losses, reduction, num_groups).to(dtype)
     if not return_stats:
         return loss
-    floats = (t.detach().to(dtype) for t in (policy, beta_pi * log_ratios, p, q, losses))
-    tokens = torch.tensor([int(k.sum()) for k in keeps], dtype=torch.long, device=logits.device)
-    return loss, objectives.LossStats(*floats, tokens)
+    seen = [t.detach().to(dtype) for t in (policy, beta_pi * log_ratios, p, q, losses)]
+    seen += [torch.tensor([int(k.sum()) for k in keeps], dtype=torch.long, device=logits.device)]
+    return loss, objectives.LossStats(*seen)
 
 
 def fused_exo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> Any:

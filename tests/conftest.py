@@ -50,7 +50,9 @@ def impl(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(impl: str) -> Iterator[str]:
     """Where this implementation's tensors live; fresh memory there is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, and refuses what is not deterministic
+    torch.set_num_threads(1)  # the tensors are small: waking a second thread costs more than it does
     yield "cuda" if impl == "triton" and not INTERPRETED else "cpu"
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(before[0])
+    torch.set_num_threads(before[1])

@@ -162,9 +162,7 @@ def _review(rng: random.Random, domain: Domain) -> str:
     return text
 
 
-def _linked(
-    rng: random.Random, domain: Domain, aspect: str, praise: float, before: bool, comma: str
-) -> str:
+def _linked(rng: random.Random, domain: Domain, aspect: str, praise: float, before: bool, comma: str) -> str:
     good = _chance(rng, praise)
     link = "and" if good == before else "but"
     return f"{comma} {link} the {aspect} {_claim(rng, good, domain.adjectives)}"

@@ -58,9 +58,7 @@ _FORMS = (
         rf"(?P<subject>^|\S+ )(?:was|seemed|felt) {_MODIFIERS}(?P<word>{_one_of(ADJECTIVES)})"
         r"(?= [.,]| and | but |$)"
     ),
-    re.compile(
-        rf"\b(?P<subject>(?:i|we) )(?:would |did )?{_MODIFIERS}(?P<word>{_one_of(VERBS)}) it(?= |$)"
-    ),
+    re.compile(rf"\b(?P<subject>(?:i|we) )(?:would |did )?{_MODIFIERS}(?P<word>{_one_of(VERBS)}) it(?= |$)"),
 )
 
 

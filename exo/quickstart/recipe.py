@@ -1,6 +1,6 @@
 """The quickstart: the whole road on made-up data. Fine-tune, sample K = 4, score, align, evaluate on held-out prompts.
 
-Stages talk through files in the run directory: sft.jsonl -> sft/ -> scored.jsonl -> exo/ -> results.json, quickstart.png.
+Stages talk through files in the run directory: sft.jsonl -> sft/ -> scored.jsonl -> exo/ -> results.json and a picture.
 """
 
 import json
@@ -175,9 +175,7 @@ def _tell(
         for name in ("before", "after"):
             text = texts[name][i][0]
             console.say(f"    {name:6s} {score(f'{openings[i]} {text}'):+5.2f}  {text}")
-    before, after, rise, kl = (
-        results[name] for name in ("reward_before", "reward_after", "rise", "kl_to_reference")
-    )
+    before, after, rise, kl = (results[name] for name in ("reward_before", "reward_after", "rise", "kl_to_reference"))
     errors = rise["mean"] / rise["standard_error"]
     console.say(
         f"\noracle reward on {len(openings)} held-out prompts x {K} samples (standard error over prompts):\n"

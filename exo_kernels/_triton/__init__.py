@@ -1,4 +1,4 @@
-"""The Triton implementation: the same functions as chunked.py. Loaded on first use, so that importing needs torch alone."""
+"""The Triton implementation: the functions of chunked.py again. Loaded on first use, so importing needs torch alone."""
 
 from exo_kernels._triton.group_loss import group_loss
 from exo_kernels._triton.token_logps import new_gradient, token_logps, token_logps_backward

@@ -1,0 +1,47 @@
+# make demo   the quickstart           make test      the tests (make test-all: the long ones too)
+# make bench  the benchmarks           make lint      ruff and mypy        make gpu   what needs a GPU
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+INSTALLED := .venv/.installed
+DEMO_ARGS ?=
+
+.PHONY: setup demo test test-all bench lint format gpu clean
+
+setup: $(INSTALLED)
+
+# the extras hold everything the commands below need; a second run finds the stamp and installs nothing
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $(INSTALLED)
+
+demo: setup
+	$(BIN)/python -m exo.train $(DEMO_ARGS)
+
+# The Triton kernels run for real in the second lane, on a CPU; TRITON_INTERPRET has to be set before triton is imported.
+test: setup
+	$(PYTEST) -m "not gpu and not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -m "kernel and not gpu and not slow"
+
+test-all: setup
+	$(PYTEST) -m "not gpu"
+	TRITON_INTERPRET=1 $(PYTEST) -m "kernel and not gpu"
+
+gpu: setup
+	$(PYTEST) -m "gpu or kernel"
+
+bench: setup
+	$(PYTEST) benchmarks/
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,50 @@
+"""Packaging metadata. Static: nothing is probed, built or downloaded here."""
+
+from setuptools import find_packages, setup
+
+TRAIN = [
+    "accelerate>=1.12",
+    "datasets>=4.0",
+    "matplotlib>=3.9",
+    "pyyaml>=6.0",
+    "rich>=13.0",
+    "safetensors>=0.6",
+    "tokenizers>=0.22",
+    "transformers>=5.10",
+]
+BENCH = ["matplotlib>=3.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
+TEST = [
+    *TRAIN,
+    *BENCH,
+    "hypothesis>=6.100",
+    "mypy>=1.15",
+    "numpy>=2.0",  # the Triton interpreter computes with it
+    "ruff>=0.12",
+    "types-PyYAML",
+]
+
+setup(
+    name="exo-kernels",
+    version="0.1.0",
+    description="Fused, exact losses for preference alignment of language models: EXO and DPO on K completions",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["exo", "exo.*", "exo_kernels", "exo_kernels.*"]),
+    package_data={"exo": ["py.typed"], "exo_kernels": ["py.typed"]},
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={
+        "train": TRAIN,
+        "bench": BENCH,
+        "test": TEST,
+        "flash": ["flash-attn>=2.7"],
+        "peers": ["liger-kernel>=0.8", "trl>=1.10"],
+    },
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

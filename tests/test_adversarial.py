@@ -1,0 +1,200 @@
+"""Logits that are hard on purpose: offsets, the ends of the dtype, -inf, NaN, nothing at all.
+
+reliability catalogue: a token pass with its tail columns at 0 is off by 29 nats at a common offset of -30; a first block
+of -inf makes an online softmax NaN; one bad row must not reach another.
+"""
+
+import pytest
+import torch
+from budget import check_loss, check_tokens, loss_answer
+from cases import DTYPES, IGNORED, aligned, make_case, make_labels, make_logits
+
+import exo_kernels
+
+BLOCK = 4096  # of the Triton kernels
+INF = torch.inf
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+# No multiple of 16 bytes, of a block, or of anything else a tile could be. 1e4 leaves bf16 logits 64 apart.
+@dtypes
+@pytest.mark.parametrize("offset", [1e4, -1e4, -30.0])
+@pytest.mark.parametrize("vocab", [37, 1201, 4099])
+def test_common_offset(impl, device, vocab, offset, dtype):
+    labels = make_labels((1, 5), vocab, ignored=0.0)
+    logits = (make_logits(aligned(labels), vocab, torch.float64) + offset).to(dtype)
+    check_tokens(logits, labels, impl, device, entropy=vocab == 1201)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_ends_of_fp16(impl, device, temperature):
+    """Logits of +-65504: scaling them in fp16 would overflow, and most gradients are subnormal or zero."""
+    labels = make_labels((2, 5), 130, ignored=0.0)
+    logits = torch.empty(2, 5, 130).uniform_(-65504, 65504, generator=torch.Generator().manual_seed(0)).half()
+    logits[0, 0, :2] = 65504
+    logits[1, :, ::2] = -65504
+    logits[0, 1] = 65504  # uniform
+    check_tokens(logits, labels, impl, device, temperature=temperature, entropy=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_confident_rows(impl, device, dtype):
+    """p - 1 cancels: with p rounded to fp16 before the subtraction nothing would be left."""
+    labels = make_labels((4, 6), 33, ignored=0.0)
+    logits = torch.randn(4, 6, 33, generator=torch.Generator().manual_seed(1))
+    gaps = torch.linspace(0, 40, 24).view(4, 6, 1)
+    logits = logits.scatter_add(-1, aligned(labels).clamp(min=0)[..., None], gaps).to(dtype)
+    check_tokens(logits, labels, impl, device, entropy=True)
+
+
+PLACES = {
+    "first-block": slice(0, BLOCK),
+    "middle-block": slice(BLOCK, 2 * BLOCK),
+    "last-block": slice(2 * BLOCK, None),
+    "first-unit": slice(0, 8),
+    "tail": slice(-3, None),
+    "all-but-one": slice(1, None),
+}
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["logps", "entropy"])
+@pytest.mark.parametrize("place", PLACES)
+def test_block_of_minus_infinity(impl, device, place, entropy):
+    vocab = 3 * BLOCK + 3
+    labels = torch.tensor([[0, 0, BLOCK + 9, vocab - 1]])  # inside the hole, and outside it
+    logits = make_logits(aligned(labels), vocab, torch.float32)
+    logits[..., PLACES[place]] = -INF
+    check_tokens(logits, labels, impl, device, entropy=entropy)
+
+
+@dtypes
+def test_row_of_minus_infinity(impl, device, dtype):
+    """Log-prob -inf; the gradient is g on the label and 0 elsewhere; entropy 0. Never NaN."""
+    logits = torch.randn(1, 4, 21, dtype=torch.float64).to(dtype).to(device)
+    logits[0, 1:3] = -INF
+    labels = torch.tensor([[5, 20, 0, IGNORED]], device=device)
+    x = logits.requires_grad_()
+    logps, entropy = exo_kernels.token_logps(x, labels, shift=False, impl=impl, return_entropy=True)
+    assert logps[0, 1:3].tolist() == [-INF, -INF]
+    assert entropy[0, 1:].tolist() == [0.0, 0.0, 0.0]
+    assert logps[0, [0, 3]].isfinite().all()
+    (grad,) = torch.autograd.grad(logps, x, torch.tensor([[1.0, 0.5, -2.0, 3.0]], device=device).to(logps))
+    expected = torch.zeros(2, 21, device=device, dtype=dtype)
+    expected[0, 20], expected[1, 0] = 0.5, -2.0
+    assert torch.equal(grad[0, 1:3], expected)
+    assert grad[0, 0].isfinite().all() and not grad[0, 3].any()
+    (grad,) = torch.autograd.grad(exo_kernels.token_logps(x, labels, shift=False, impl=impl).sum(), x)
+    assert torch.equal(grad[0, 1:3], (expected != 0).to(dtype))
+
+
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+def test_label_of_minus_infinity(impl, device, objective):
+    """One completion is impossible: its p is 0. EXO does not mind; DPO says inf where q asks for it, and where to go."""
+    case = make_case(4, 3, 17, objective=objective, reduction="none", seed=7, weights=True)
+    labels = case.labels.clone()
+    labels[0, 1], labels[3, 1] = 4, 4  # a chosen one in the first group, a rejected one in the second
+    case = case._replace(labels=labels)
+    case.logits[0, 0, 4] = case.logits[3, 0, 4] = -INF
+    result = check_loss(case, impl, device)
+    assert result["p"][[0, 3]].tolist() == [0.0, 0.0]
+    assert result["losses"].isinf().tolist() == [objective == "dpo", False]
+    assert result["grad"].isfinite().all()
+
+
+# +inf has no softmax: as with eager torch, the row is NaN
+@pytest.mark.parametrize("poison", [torch.nan, INF], ids=["nan", "inf"])
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+def test_poison_stays_in_its_group(impl, device, objective, poison):
+    case = make_case(6, 4, 64, objective=objective, reduction="none", seed=8).on(device)
+    case = case._replace(weights=torch.ones(3), labels=case.labels.masked_fill(case.labels == IGNORED, 1))
+    clean = loss_answer(case, case.logits, impl)
+    bad = case.logits.clone()
+    bad[2, 1, 40] = poison
+    result = loss_answer(case, bad, impl)
+    assert result["losses"].isnan().tolist() == [False, True, False]
+    assert result["policy_logps"].isnan().tolist() == [False, False, True, False, False, False]
+    scored = aligned(case.labels.cpu()) != IGNORED
+    assert result["grad"][2:4][scored[2:4].to(device)].isnan().any(-1).all()  # told, in every row that it moves
+    for name, others in {"losses": [0, 2], "p": [0, 1, 4, 5], "grad": [0, 1, 4, 5]}.items():
+        assert torch.equal(result[name][others], clean[name][others]), name
+    logps = exo_kernels.token_logps(bad, case.labels, impl=impl)
+    assert logps.isnan().nonzero().tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("poison", [torch.nan, INF, -INF], ids=["nan", "inf", "minus-inf"])
+def test_rows_without_loss_are_never_read(impl, device, poison, inplace):
+    case = make_case(4, 4, 131, torch.float16, seed=9).on(device)
+    ignored = aligned(case.labels.cpu()).to(device) == IGNORED
+    clean = loss_answer(case, case.logits, impl)
+    bad = case.logits.masked_fill(ignored[..., None], poison)
+    result = loss_answer(case, bad, impl, inplace_backward=inplace)
+    assert not result["grad"][ignored].any()
+    for name, value in clean.items():
+        assert torch.equal(result[name], value), name
+    entropies = exo_kernels.token_logps(bad, case.labels, impl=impl, return_entropy=True)[1]
+    assert not entropies[ignored].any() and entropies.isfinite().all()
+
+
+def test_reference_where_nothing_is_scored_is_never_read(impl, device):
+    case = make_case(4, 5, 20, per_token_ref=True, seed=10).on(device)
+    ignored = aligned(case.labels.cpu()).to(device) == IGNORED
+    poisoned = case._replace(ref_logps=case.ref_logps.masked_fill(ignored, torch.nan))
+    clean, result = (loss_answer(c, c.logits, impl) for c in (case, poisoned))
+    assert all(torch.equal(result[name], value) for name, value in clean.items())
+
+
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+def test_all_ignored(impl, device, objective):
+    """No token, no log-ratio: the loss where policy and reference agree, gradient exactly 0."""
+    case = make_case(4, 3, 17, objective=objective)
+    case = case._replace(labels=torch.full_like(case.labels, IGNORED), ref_logps=torch.zeros(4))
+    result = check_loss(case, impl, device)
+    assert result["policy_logps"].tolist() == [0.0] * 4
+    assert not result["grad"].any()
+
+
+@pytest.mark.parametrize("shift", [True, False], ids=["shifted", "aligned"])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0), (2, 1)], ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+def test_empty(impl, device, shape, shift, inplace):
+    """No sequences: loss 0. No tokens: the loss where policy and reference agree. The gradient has the right shape."""
+    x = torch.randn(*shape, 7, device=device).requires_grad_()
+    labels = torch.zeros(shape, dtype=torch.long, device=device)
+    n = shape[0]
+    arguments = (x * 1, labels, torch.zeros(n, device=device))
+    loss = exo_kernels.fused_exo_loss(*arguments, shift=shift, impl=impl, inplace_backward=inplace)
+    nothing = n == 0 or shape[1] - shift < 1
+    if nothing:
+        assert abs(loss.item() - (2.76123 if n else 0.0)) < 5e-6
+    (grad,) = torch.autograd.grad(loss, x)
+    assert grad.shape == x.shape and grad.isfinite().all()
+    for results in (
+        exo_kernels.token_logps(x, labels, shift=shift, impl=impl, return_entropy=True),
+        (exo_kernels.sequence_logps(x, labels, shift=shift, impl=impl),),
+    ):
+        for result in results:
+            assert result.shape in (shape, (n,)) and result.isfinite().all()
+            (grad,) = torch.autograd.grad(result.sum(), x, retain_graph=True)
+            assert grad.shape == x.shape
+
+
+def test_empty_packed(impl, device):
+    x = torch.randn(0, 7, device=device).requires_grad_()
+    labels, bounds = torch.zeros(0, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    for cu_seqlens, n in ((bounds, 0), (bounds.repeat(3), 2)):
+        loss = exo_kernels.fused_exo_loss(x, labels, torch.zeros(n, device=device), cu_seqlens=cu_seqlens, impl=impl)
+        assert abs(loss.item() - (2.76123 if n else 0.0)) < 5e-6
+        (grad,) = torch.autograd.grad(loss, x)
+        assert grad.shape == x.shape
+        assert exo_kernels.sequence_logps(x, labels, cu_seqlens=cu_seqlens, impl=impl).tolist() == [0.0] * n
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 1.0, 1.0], [1e30, -1e30, 0.0], [0.0, 3e38, -3e38]], ids=str)
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+def test_extreme_rewards(impl, device, objective, rewards):
+    """Ties make a uniform target; a target that is one-hot in every way still has a finite, exact loss or inf."""
+    case = make_case(3, 3, 17, objective=objective, group_size=3, beta_r=0.1)
+    result = check_loss(case.but(rewards=torch.tensor(rewards)), impl, device)
+    assert result["q"].sum().item() == pytest.approx(1)
+    assert not result["loss"].isnan() and not result["grad"].isnan().any()

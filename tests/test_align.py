@@ -1,0 +1,224 @@
+"""Alignment end to end on a tiny model: what it writes, what it refuses, and that batching never changes the gradient."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from exo import align, artifacts, loop, models, packing, policy
+from exo.config import Training
+from exo.packing import TokenGroup
+
+WORDS = "red green blue round square small large heavy light".split()
+
+
+def rows(n: int, ragged: bool = False) -> list[dict]:
+    """Completions that name few or many small things; the reward likes small."""
+    made = []
+    for i in range(n):
+        k = 2 + i % 3 if ragged else 3
+        texts = [" ".join([WORDS[(i + j) % 9]] + ["small"] * (j + i % 2) + ["thing"]) for j in range(k)]
+        made.append({"prompt": f"Describe thing {i}:", "completions": texts, "rewards": [float(j) for j in range(k)]})
+    return made
+
+
+def write(path, lines) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def options(tmp_path, data: str, *extra: str) -> list[str]:
+    base = ["--model", "tiny", "--data", data, "--output_dir", str(tmp_path / "run"), "--max_steps", "4"]
+    return [*base, "--batch_size", "8", "--learning_rate", "1e-3", "--device", "cpu", *extra]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One run that several tests look at."""
+    tmp_path = tmp_path_factory.mktemp("align")
+    data = write(tmp_path / "rows.jsonl", rows(40, ragged=True))
+    assert align.main(options(tmp_path, data, "--eval_steps", "2", "--save_steps", "3")) == 0
+    return tmp_path / "run"
+
+
+def test_the_run_directory_is_a_model_directory(run):
+    model = AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert model(**tokenizer("Describe thing", return_tensors="pt")).logits.isfinite().all()
+    for checkpoint in ("best", "step-3"):
+        AutoModelForCausalLM.from_pretrained(run / "checkpoints" / checkpoint)
+
+
+def test_the_record_says_what_was_done(run):
+    record = json.loads((run / "run.json").read_text())
+    assert record["arguments"]["seed"] == 0 and len(record["data"]["data_sha256"]) == 64
+    assert record["versions"]["torch"] == torch.__version__
+    assert 0 <= record["result"]["eval_accuracy_low"] <= record["result"]["eval_accuracy_high"] <= 1
+
+
+def test_every_step_is_a_line_of_metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    assert {"rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_second"} <= set(steps[0])
+    assert steps[0]["rewards/accuracies"] == 0.5  # where policy equals reference, all ties
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    picture = (run / "plots" / "training.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_first_loss_is_what_theory_says(tmp_path, capsys):
+    data = write(
+        tmp_path / "p.jsonl", [{"prompt": f"{i}:", "chosen": "small thing", "rejected": "red"} for i in range(9)]
+    )
+    assert align.main(options(tmp_path, data, "--eval_fraction", "0", "--max_steps", "1")) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("first loss"))
+    assert "expected 2.76123" in line and "seen 2.76123" in line
+
+
+def test_a_wrong_reference_is_an_error_before_the_first_update(tmp_path, capsys, monkeypatch):
+    def scored_at_another_temperature(*args, temperature, **kwargs):
+        return score(*args, temperature=1.2 * temperature, **kwargs)
+
+    score = policy.score
+    monkeypatch.setattr(policy, "score", scored_at_another_temperature)
+    data = write(tmp_path / "rows.jsonl", rows(20))
+    assert align.main(options(tmp_path, data)) == 1
+    assert "where policy equals reference" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_a_foreign_reference_is_not_held_to_the_first_loss(tmp_path, run, capsys):
+    data = write(tmp_path / "rows.jsonl", rows(20))
+    argv = options(tmp_path, data, "--max_steps", "1")
+    argv[1] = str(run)
+    assert align.main([*argv, "--ref_model", str(run / "checkpoints" / "step-3")]) == 0
+    assert "not comparable: foreign reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_finite_stops_before_the_update(where, tmp_path, capsys, monkeypatch):
+    saved = {}
+
+    def poisoned(self, batch, count):
+        share = forward(self, batch, count)
+        saved["weights"] = [p.detach().clone() for p in self.parameters()]
+        saved["module"] = self
+        if where == "loss":
+            return share._replace(loss=share.loss * math.nan)
+        # a finite loss whose gradient is infinite
+        parameter = next(self.parameters())
+        return share._replace(loss=share.loss + (parameter.sum() * 0).abs().sqrt())
+
+    forward = policy.PolicyLoss.forward
+    monkeypatch.setattr(policy.PolicyLoss, "forward", poisoned)
+    data = write(tmp_path / "rows.jsonl", rows(20))
+    assert align.main(options(tmp_path, data)) == 1
+    error = capsys.readouterr().err
+    assert "step 1:" in error and "rows at lines" in error and len(error.strip().splitlines()) == 1
+    for before, after in zip(saved["weights"], saved["module"].parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path, run, capsys):
+    data = write(tmp_path / "rows.jsonl", rows(20))
+    argv = options(tmp_path, data)
+    argv[argv.index("--output_dir") + 1] = str(run)
+    before = (run / "run.json").read_bytes()
+    assert align.main(argv) == 1
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_files_that_no_run_wrote_are_never_removed(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    data = write(tmp_path / "rows.jsonl", rows(20))
+    assert align.main(options(tmp_path, data, "--overwrite_output_dir")) == 1
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
+    assert "holds files that no run wrote" in capsys.readouterr().err
+
+
+def test_a_malformed_row_is_one_line_and_exit_2(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    write(path, rows(3))
+    path.write_text(path.read_text() + '{"prompt": "secret"\n')
+    assert align.main(options(tmp_path, str(path))) == 2
+    error = capsys.readouterr().err
+    assert "rows.jsonl:4:" in error and "secret" not in error and len(error.strip().splitlines()) == 1
+
+
+def _module(seed: int) -> tuple[policy.PolicyLoss, int]:
+    model, tokenizer = models.tiny(["a b c"], seed=seed, hidden_size=32, num_layers=1, num_heads=2)
+    module = policy.PolicyLoss(
+        model.double(), loss="exo", beta_pi=0.5, beta_r=0.5, label_smoothing=1e-3, temperature=0.8
+    )
+    return module, tokenizer.pad_token_id
+
+
+def _groups() -> list[TokenGroup]:
+    """Groups as uneven as they come."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, 200, (n,), generator=generator).tolist())
+
+    made = []
+    for i in range(8):
+        completions = tuple(tokens(1 + (7 * i + 5 * j) % 23) for j in range(2 + i % 4))
+        rewards = tuple(float(len(c) % 5) for c in completions)
+        made.append(TokenGroup(tokens(1 + 3 * i), completions, rewards, i, tuple(-4.0 * len(c) for c in completions)))
+    return made
+
+
+def test_micro_batches_never_change_the_gradient():
+    gradients = []
+    for max_tokens in (10**6, 300, 1):
+        module, pad_id = _module(seed=0)
+        accelerator = loop.make_accelerator(Training(device="cpu"))
+        parts = packing.micro_batches(_groups(), max_tokens)
+        loss, _, _ = loop._accumulate(module, parts, len(_groups()), accelerator, pad_id, 1)
+        gradients.append((loss, [p.grad.clone() for p in module.parameters()]))
+    assert len(packing.micro_batches(_groups(), 1)) == 8
+    for loss, gradient in gradients[1:]:
+        assert abs(loss - gradients[0][0]) < 1e-12
+        for a, b in zip(gradient, gradients[0][1], strict=True):
+            assert (a - b).abs().max() < 1e-13
+
+
+def test_batches_visit_every_prompt_once_an_epoch_and_leave_the_random_state_alone():
+    groups = _groups()
+    state = torch.get_rng_state()
+    config = Training(batch_size=3, seed=5)
+    epochs = list(loop.batches(groups, config, steps=6))
+    assert torch.equal(state, torch.get_rng_state())
+    for epoch in (epochs[:3], epochs[3:]):
+        assert sorted(g.line for batch in epoch for g in batch) == list(range(8))
+    assert epochs[:3] != epochs[3:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    [("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]), ("constant", [0.5, 1, 1, 1, 1, 1])],
+)
+def test_learning_rate(kind, shares):
+    config = Training(lr_scheduler_type=kind, warmup_steps=2)
+    assert [loop.learning_rate_share(config, 6, step) for step in range(6)] == shares
+
+
+def test_accuracy_counts_ties_as_one_half():
+    target = torch.tensor([2.0, 1.0, 1.0])
+    assert policy.agreement(torch.tensor([0.0, 0.0, 0.0]), target) == 0.5
+    assert policy.agreement(torch.tensor([3.0, 1.0, 2.0]), target) == 1.0
+    assert policy.agreement(torch.tensor([1.0, 0.0, 2.0]), target) == 0.5
+
+
+def test_half_a_checkpoint_is_never_seen(tmp_path):
+    with pytest.raises(OSError), artifacts.staged(tmp_path / "best") as staging:
+        (staging / "model").write_text("half")
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,87 @@
+"""Options: flags, YAML under flags, dashes, suggestions, ranges; every error one line and exit code 2."""
+
+import pytest
+
+from exo import align
+from exo.config import parse
+
+BASE = ["--model", "tiny", "--data", "rows.jsonl"]
+
+
+def config(*argv: str) -> align.Config:
+    return parse(align.Config, [*BASE, *argv], prog="test", description=None)
+
+
+def test_dashes_and_underscores_are_the_same():
+    assert config("--learning-rate", "1e-3") == config("--learning_rate=1e-3")
+
+
+def test_types_follow_the_fields():
+    read = config(
+        "--dropout", "--max_steps", "7", "--max_completion_length", "9", "--save_steps=2", "--dtype", "float16"
+    )
+    assert read.dropout is True and read.max_steps == 7 and read.max_completion_length == 9
+    assert (read.save_steps, read.dtype) == (2, "float16")
+    assert config("--dropout", "false").dropout is False
+    assert config("--max_completion_length=none").max_completion_length is None
+
+
+def test_flags_override_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning-rate: 2.0e-4\nbeta_pi: 0.3\nref_model: null\ndropout: true\n")
+    read = config("--config", str(file), "--beta-pi", "0.7")
+    assert (read.learning_rate, read.beta_pi, read.ref_model, read.dropout) == (2e-4, 0.7, None, True)
+
+
+@pytest.mark.parametrize(("loss", "eps"), [("exo", 1e-3), ("dpo", 0.0)])
+def test_label_smoothing_default_follows_the_loss(loss, eps):
+    assert config("--loss", loss).label_smoothing == eps
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rat", "1"], "did you mean learning_rate?"),
+        (["--learning_rate", "-1"], "--learning_rate: expected a finite number > 0; got -1.0"),
+        (["--beta_pi", "nan"], "--beta_pi: expected a finite number > 0; got nan"),
+        (["--loss", "ipo"], "invalid choice: 'ipo'"),
+        (["--label_smoothing", "0"], "--label_smoothing: expected in (0, 1) for exo; got 0.0"),
+        (["--batch_size", "many"], "invalid int value: 'many'"),
+        (["--dropout", "perhaps"], "expected true or false"),
+        (["--eval_fraction", "1"], "--eval_fraction: expected in [0, 1); got 1.0"),
+        (["--max_steps", "0"], "--max_steps: expected >= 1, or -1; got 0"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config(*argv)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in printed and len(printed.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("betapi: 1", "unknown option 'betapi'; did you mean beta_pi?"),
+        ("- 1", "expected a mapping"),
+        ("beta_pi: [1]", "beta_pi: expected one value"),
+        ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("a: b: c", "mapping values are not allowed"),
+    ],
+)
+def test_bad_files_are_one_line(text, message, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        config("--config", str(file))
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in printed and len(printed.strip().splitlines()) == 1
+
+
+def test_required_options_are_asked_for(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(align.Config, ["--model", "tiny"], prog="test", description=None)
+    assert stop.value.code == 2 and "--data: expected a file" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""Tokens, limits and micro-batches: the completion is what is scored, and nothing is lost without being counted."""
+
+import pytest
+import torch
+
+from exo import models, packing
+from exo.data import DataError, Group
+from exo.packing import IGNORE, Limits, TokenGroup
+
+
+class Words:
+    """A tokenizer whose tokens can be counted by eye: one a word."""
+
+    bos_token_id, eos_token_id, pad_token_id = None, 1, 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [10 + len(word) for word in text.split()]}
+
+
+def encode(group, max_length=100, max_completion_length=None, truncate="prompt-left"):
+    return packing.encode([group], Words(), Limits(max_length, max_completion_length, truncate))
+
+
+def test_completions_end_with_eos_and_prompts_are_kept():
+    (encoded,), counts = encode(Group("a bb", ("ccc", "dddd a"), (1.0, 2.0), 3))
+    assert encoded == TokenGroup((11, 12), ((13, 1), (14, 11, 1)), (1.0, 2.0), 3)
+    assert not counts
+
+
+def test_an_empty_prompt_gets_a_token_to_be_scored_from():
+    (encoded,), _ = encode(Group("", ("a", "bb"), None, 1))
+    assert encoded.prompt == (1,)
+
+
+def test_the_prompt_is_cut_on_the_left_for_the_longest_completion():
+    (encoded,), counts = encode(Group("a bb ccc dddd", ("a", "a a a"), None, 1), max_length=6)
+    assert encoded.prompt == (13, 14)
+    assert [len(c) for c in encoded.completions] == [2, 4]
+    assert counts == {"rows with the prompt cut on the left": 1}
+
+
+def test_a_completion_is_cut_on_the_right_and_one_prompt_token_stays():
+    (encoded,), counts = encode(Group("a bb", ("a a a a a a", "a"), None, 1), max_length=4)
+    assert encoded.prompt == (12,) and encoded.completions[0] == (11, 11, 11)
+    assert counts.total() == 2
+
+
+@pytest.mark.parametrize(("length", "kept"), [(6, 1), (5, 0)])
+def test_drop_keeps_exactly_what_fits(length, kept):
+    rows, counts = encode(Group("a bb", ("a a a", "a"), None, 1), max_length=length, truncate="drop")
+    assert len(rows) == kept and counts.total() == 1 - kept
+
+
+def test_error_names_the_line():
+    with pytest.raises(DataError, match="^line 7: "):
+        encode(Group("a bb", ("a a a", "a"), None, 7), max_length=5, truncate="error")
+
+
+def test_labels_are_the_completions_and_nothing_else():
+    groups = [TokenGroup((5, 6), ((7, 1), (8, 9, 1)), None, 1), TokenGroup((5,), ((0, 1), (7, 1)), None, 2)]
+    batch = packing.collate(groups, pad_id=0)
+    scored = [row[row != IGNORE].tolist() for row in batch.labels]
+    assert scored == [[7, 1], [8, 9, 1], [0, 1], [7, 1]]  # a token that looks like padding counts
+    assert batch.attention_mask.sum(1).tolist() == [4, 5, 3, 3]
+    assert batch.group_size.tolist() == [2, 2] and batch.rewards is None
+
+
+def test_micro_batches_hold_every_group_once_within_the_budget():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 60, (40,), generator=generator).tolist()
+    groups = [TokenGroup((5,) * n, ((7, 1),) * (2 + i % 4), None, i) for i, n in enumerate(lengths)]
+    parts = packing.micro_batches(groups, max_tokens=300)
+    assert sorted(g.line for part in parts for g in part) == list(range(40))
+    for part in parts:
+        padded = max(g.longest for g in part) * sum(len(g.completions) for g in part)
+        assert padded <= 300 or len(part) == 1
+
+
+def test_prompt_and_completion_meet_at_a_token_border():
+    """A tokenizer that would merge across the border is never shown both sides at once."""
+    texts = ["ab abc abcd " * 20]
+    _, tokenizer = models.tiny(texts, hidden_size=32, num_heads=2, num_layers=1)
+    (encoded,), _ = packing.encode([Group("ab ab", ("c ab", "cd"), None, 1)], tokenizer, Limits(50, None, "error"))
+    assert tokenizer.decode(encoded.prompt) == "ab ab"
+    assert tokenizer.decode(encoded.completions[0]) == "c ab<eos>"
