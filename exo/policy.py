@@ -57,11 +57,21 @@ class PolicyLoss(nn.Module):
     def logits(self, batch: Batch) -> Tensor:  # (N, T, V)
         return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
 
+    def losses(self, batch: Batch, **reduction: Any) -> tuple[Tensor, LossStats]:
+        return LOSSES[self.loss](
+            self.logits(batch),
+            batch.labels,
+            batch.known_ref_logps(),
+            group_size=batch.group_size,
+            rewards=batch.rewards,
+            temperature=self.temperature,
+            return_stats=True,
+            **self.objective,
+            **reduction,
+        )
+
     def forward(self, batch: Batch, num_groups: int) -> Share:
-        loss, stats = LOSSES[self.loss](
-            self.logits(batch), batch.labels, batch.known_ref_logps(),
-            group_size=batch.group_size, rewards=batch.rewards, temperature=self.temperature, num_groups=num_groups, return_stats=True, **self.objective,
-        )  # fmt: skip
+        loss, stats = self.losses(batch, num_groups=num_groups)
         return Share(loss, _sums(group_metrics(stats, batch)))
 
     def expected_first_loss(self, groups: Sequence[TokenGroup], mixed_precision: str) -> tuple[float, float]:
@@ -162,11 +172,7 @@ def evaluate(
     for part in micro_batches(groups, max_tokens):
         batch = collate(part, pad_id).to(accelerator.device)
         with accelerator.autocast():
-            logits = module.logits(batch)
-        share, stats = LOSSES[module.loss](
-            logits, batch.labels, batch.known_ref_logps(), group_size=batch.group_size, rewards=batch.rewards,
-            temperature=module.temperature, reduction="sum", return_stats=True, **module.objective,
-        )  # fmt: skip
+            share, stats = module.losses(batch, reduction="sum")
         loss += float(share)
         for name, found in group_metrics(stats, batch).items():
             values.setdefault(name, []).extend(found)

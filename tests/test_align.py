@@ -1,4 +1,4 @@
-"""Alignment end to end on a tiny model: what it writes, what it refuses, and that batching never changes the gradient."""
+"""Alignment end to end on a tiny model: what it writes, what it refuses; batching never changes the gradient."""
 
 import json
 import math
