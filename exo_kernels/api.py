@@ -332,7 +332,7 @@ def _group_loss(
     if knobs.reduction == "sum":
         return losses.sum(), stats
     count = max(losses.numel(), 1) if knobs.num_groups is None else knobs.num_groups
-    return losses.sum() / count, stats
+    return (losses.sum() / count).to(losses.dtype), stats
 
 
 def _reference_loss(

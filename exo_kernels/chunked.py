@@ -1,10 +1,12 @@
 """The implementation for any device, in plain torch: a few rows at a time, in tiles that stay in cache.
 
 Beyond the gradient that must be returned it holds one or two tiles of TILE_BYTES, never a second (n, V) buffer. Rows
-without loss are neither read nor written (their gradient stays the zero page it was born as). Left out: autograd and
-operator registration (ops.py), checks (validation.py), the equations (objectives.py).
+without loss are not read, and where the system gives zero pages not written either. Left out: autograd and operator
+registration (ops.py), checks (validation.py), the equations (objectives.py).
 """
 
+import contextlib
+import mmap
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ from exo_kernels import groups, objectives
 
 # Measured on 1 MiB of second-level and 32 MiB of third-level cache: below 2 MiB the calls cost, above 8 the misses.
 TILE_BYTES = 4 * 2**20
+VIEW_BYTES = 2**18  # neighbours of this size are worth a tile of their own: a view costs a call, a copy its bytes
+LAZY_BYTES = 2**25  # above, the C library maps and unmaps every block anyway
 
 
 class _Tile(NamedTuple):
@@ -24,16 +28,22 @@ class _Tile(NamedTuple):
 
 
 def _tiles(logits: Tensor, targets: Tensor, wanted: Tensor) -> Iterator[_Tile]:
-    """Cut the wanted rows of (N, T, V) logits into tiles."""
+    """Cut the wanted rows of (N, T, V) logits into tiles: views of neighbours, copies of what lies scattered."""
     n, t = wanted.nonzero(as_tuple=True)
     ns, ts = n.tolist(), t.tolist()
     row_bytes = logits.shape[-1] * _accumulator(logits.dtype).itemsize
     step = max(1, TILE_BYTES // max(row_bytes, 1))
-    for a in range(0, len(ns), step):
+    a = 0
+    while a < len(ns):
         b = min(a + step, len(ns))
-        neighbours = ns[a] == ns[b - 1] and ts[b - 1] - ts[a] == b - 1 - a
-        rows = (ns[a], slice(ts[a], ts[b - 1] + 1)) if neighbours else (n[a:b], t[a:b])
+        run = a + 1
+        while run < b and ns[run] == ns[a] and ts[run] - ts[a] == run - a:
+            run += 1
+        rows: tuple[Tensor | int, Tensor | slice] = (n[a:b], t[a:b])
+        if run == b or (run - a) * row_bytes >= VIEW_BYTES:
+            b, rows = run, (ns[a], slice(ts[a], ts[run - 1] + 1))
         yield _Tile(rows, logits[rows], targets[rows])
+        a = b
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -65,8 +75,12 @@ def token_logps(
     dtype = _accumulator(logits.dtype)
     logps = torch.zeros(targets.shape, dtype=dtype, device=logits.device)
     entropies = torch.zeros(targets.shape if entropy else (0,), dtype=dtype, device=logits.device)
+    buffer = None
     for rows, x, y in _tiles(logits, targets, targets != ignore_index):
-        log_p = torch.log_softmax(_scaled(x, temperature), -1)
+        x = _scaled(x, temperature)
+        if buffer is None or len(buffer) < len(x):
+            buffer = x.new_empty(x.shape)
+        log_p = torch.log_softmax(x, -1, out=buffer[: len(x)])
         inside = (y >= 0) & (y < x.shape[-1])
         logp = log_p.gather(1, y.where(inside, 0)[:, None])[:, 0]
         dead = _all_minus_inf(x, logp)
@@ -78,8 +92,14 @@ def token_logps(
 
 
 def new_gradient(logits: Tensor) -> Tensor:
-    """Zero pages straight from the system: rows without loss are never touched."""
-    return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    """Zeros. Large ones are fresh pages of the system, huge where it has them: half of all time was their faults."""
+    size = logits.numel() * logits.element_size()
+    if logits.device.type != "cpu" or size < LAZY_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=logits.dtype).view(logits.shape)
 
 
 def token_logps_backward(

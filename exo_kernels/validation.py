@@ -7,6 +7,7 @@ too, always on a CPU and on a GPU only with EXO_KERNELS_CHECK=1, because there t
 
 import math
 import os
+import reprlib
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +26,7 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{' '.join(reprlib.repr(value).split())} ({type(value).__name__})"  # one line, whatever it is
 
 
 def tensor(
@@ -36,17 +37,17 @@ def tensor(
     device: torch.device | None = None,
 ) -> None:
     """A tensor of one of the dtypes and, where given, one of the shapes and the device."""
-    names = "/".join(str(d).removeprefix("torch.") for d in dtypes)
-    where = f" on {device}" if device else ""
-    shape = " of shape " + " or ".join(map(str, shapes)) if shapes is not None else ""
     ok = isinstance(value, Tensor) and value.dtype in dtypes
     ok = ok and (shapes is None or tuple(value.shape) in shapes)
     if not ok or (device is not None and value.device != device):
+        names = "/".join(str(d).removeprefix("torch.") for d in dtypes)
+        where = f" on {device}" if device else ""
+        shape = " of shape " + " or ".join(map(str, shapes)) if shapes is not None else ""
         fail(name, f"a {names} tensor{shape}{where}", describe(value))
 
 
 def positive(name: str, value: Any) -> None:
-    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+    if not _is_number(value) or not 0 < value < math.inf:
         fail(name, "a finite number > 0", describe(value))
 
 

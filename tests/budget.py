@@ -152,10 +152,10 @@ def check_loss(
     """A fused loss, its statistics and its gradient; returns the result. `view` lays the logits out another way."""
     dtype = case.logits.dtype
     there = case.on(device)
-    result = loss_answer(there, there.logits if view is None else view(there.logits), impl, **options)
     oracle = loss_answer(case, case.logits.double())
     plain = loss_answer(case, case.logits.to(accumulator(dtype)))
     epsilons = _loss_epsilons(case, oracle)
+    result = loss_answer(there, there.logits if view is None else view(there.logits), impl, **options)  # may overwrite
     for name in ("loss", "policy_logps", "implicit_rewards", "p", "q", "losses"):
         compare(name, result[name], plain[name], oracle[name], epsilons[name])
     _compare_gradient(result, plain, oracle, epsilons["grad"], dtype)

@@ -141,22 +141,22 @@ def _continuation(rng: random.Random, opening: str) -> str:
 
 def _review(rng: random.Random, domain: Domain) -> str:
     """A claim about the thing, claims about one to three of its aspects, an aside, a verdict."""
-    praise = rng.choice((0.95, 0.95, 0.05, 0.05, 0.5))  # the mood: how likely a claim is to praise
+    praise = rng.choice((1.0, 1.0, 0.0, 0.0, 0.5))  # the mood: how likely a claim is to praise
     aspects = rng.sample(domain.aspects, k=3)
     good = _chance(rng, praise)
     text = _claim(rng, good)
-    if _chance(rng, 0.6):
+    if _chance(rng, 0.7):
         text += _linked(rng, domain, aspects.pop(), praise, good, comma=" ,")
     text += " ."
-    if _chance(rng, 0.3):
+    if _chance(rng, 0.2):
         text += f" {rng.choice(domain.asides)} ."
-    if _chance(rng, 0.6):
+    if _chance(rng, 0.7):
         good = _chance(rng, praise)
         text += f" the {aspects.pop()} {_claim(rng, good, domain.adjectives)}"
         if _chance(rng, 0.3):
             text += _linked(rng, domain, aspects.pop(), praise, good, comma="")
         text += " ."
-    if _chance(rng, 0.6):
+    if _chance(rng, 0.7):
         verdict = rng.choice(PRAISE if _chance(rng, praise) else BLAME)
         text += f" {rng.choice(('i', 'we'))} {verdict} ."
     return text

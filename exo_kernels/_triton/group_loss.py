@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_TOKENS = 1024
+BLOCK_TOKENS = 512
 BLOCK_K = 32
 
 
@@ -19,15 +19,18 @@ def _sum_sequence(logps, targets, ref, start, end, ignore_index, PER_TOKEN_REF: 
     """Sum of log-probs, sum of log-ratios (the same without a per-token reference), number of tokens."""
     policy = tl.zeros((BLOCK,), tl.float64)
     ratio = tl.zeros((BLOCK,), tl.float64)
-    count = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.int32)
     for at in range(start, end, BLOCK):
         i = at + tl.arange(0, BLOCK)
-        scored = (i < end) & (tl.load(targets + i, mask=i < end, other=ignore_index) != ignore_index)
-        logp = tl.load(logps + i, mask=scored, other=0.0).to(tl.float64)
+        exists = i < end
+        scored = tl.load(targets + i, mask=exists, other=ignore_index) != ignore_index
+        # loaded whether scored or not: waiting for the targets first would double the latency
+        logp = tl.where(scored, tl.load(logps + i, mask=exists, other=0.0), 0.0).to(tl.float64)
         policy += logp
-        count += tl.where(scored, 1.0, 0.0)
+        count += tl.where(scored, 1, 0)
         if PER_TOKEN_REF:
-            ratio += logp - tl.load(ref + i, mask=scored, other=0.0).to(tl.float64)
+            ref_logp = tl.where(scored, tl.load(ref + i, mask=exists, other=0.0), 0.0).to(tl.float64)
+            ratio += logp - ref_logp
     total = tl.sum(policy, 0)
     if PER_TOKEN_REF:
         return total, tl.sum(ratio, 0), tl.sum(count, 0)
@@ -68,17 +71,17 @@ def group_loss_kernel(
     last = tl.load(group_offsets + group + 1)
     size = last - first
 
-    for k in range(first, last):
-        start = tl.load(seq_offsets + k)
-        end = tl.load(seq_offsets + k + 1)
-        total, ratio, count = _sum_sequence(
+    for sequence in range(first, last):
+        start = tl.load(seq_offsets + sequence)
+        end = tl.load(seq_offsets + sequence + 1)
+        logp, ratio, count = _sum_sequence(
             logps, targets, ref, start, end, ignore_index, PER_TOKEN_REF, BLOCK_TOKENS
         )
         if not PER_TOKEN_REF:
-            ratio = total - tl.load(ref + k).to(tl.float64)
-        tl.store(policy + k, total)
-        tl.store(ratios + k, ratio)
-        tl.store(tokens + k, count)
+            ratio = logp - tl.load(ref + sequence).to(tl.float64)
+        tl.store(policy + sequence, logp)
+        tl.store(ratios + sequence, ratio)
+        tl.store(tokens + sequence, count)
     tl.debug_barrier()  # the ratios just stored are read below by other threads
 
     m = tl.full((), float("-inf"), tl.float64)
@@ -155,6 +158,6 @@ def group_loss(
                 loss, slopes, policy, ratios, p, q, tokens,
                 beta_pi, beta_r, *log_targets, ignore_index,
                 EXO=objective == "exo", REWARDS=rewards is not None, PER_TOKEN_REF=per_token_ref,
-                BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_K=BLOCK_K,
+                BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_K=BLOCK_K, enable_fp_fusion=True,
             )  # fmt: skip
     return loss, slopes, policy, ratios.to(logps.dtype), p, q, tokens

@@ -44,11 +44,11 @@ def _split_row(
 
 
 @triton.jit
-def _at(row, columns, stride_v, UNIT: tl.constexpr):
-    """Pointers to columns of a row, which are neighbours unless an access is a single element."""
+def _offset(columns, stride_v, UNIT: tl.constexpr):
+    """Of columns from the first of their row: they are neighbours unless an access is a single element."""
     if UNIT == 1:
-        return row + columns.to(tl.int64) * stride_v
-    return row + columns
+        columns = columns.to(tl.int64) * stride_v
+    return columns
 
 
 @triton.jit
@@ -120,13 +120,13 @@ def token_logps_kernel(
     head, body = _split_row(first, V, SIZE, UNIT)
 
     edges, exist = _edge_columns(head, body, V, UNIT, LANES)
-    m = tl.load(_at(first, edges, stride_v, UNIT), mask=exist, other=float("-inf")).to(acc)
+    m = tl.load(first + _offset(edges, stride_v, UNIT), mask=exist, other=float("-inf")).to(acc)
     total = tl.exp2((m - _base(m)) * scale2)  # 1, or 0 where there is nothing
     weighted = tl.zeros((LANES,), acc)
-    aligned = tl.multiple_of(_at(first, head, stride_v, UNIT), UNIT * SIZE)
+    aligned = tl.multiple_of(first + _offset(head, stride_v, UNIT), UNIT * SIZE)
     for start in range(0, body, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = tl.load(_at(aligned, columns, stride_v, UNIT), mask=columns < body, other=float("-inf")).to(acc)
+        x = tl.load(aligned + _offset(columns, stride_v, UNIT), mask=columns < body, other=float("-inf")).to(acc)
         m, total, weighted = _accumulate(x, m, total, weighted, scale, scale2, UNIT, ENTROPY)
 
     top = _base(tl.max(m, 0))  # 0 in a row of -inf: log-prob -inf, softmax 0, entropy 0
@@ -134,7 +134,7 @@ def token_logps_kernel(
     total = tl.sum(total, 0)
     log_total = tl.where(total > 0, tl.log(total), total)  # total = 0 there, and NaN stays NaN
     inside = (target >= 0) & (target < V)
-    z = tl.load(_at(first, target, stride_v, UNIT), mask=inside, other=0.0).to(acc)
+    z = tl.load(first + _offset(target, stride_v, UNIT), mask=inside, other=0.0).to(acc)
     tl.store(logps + row, tl.where(inside, (z - top) * scale - log_total, float("nan")))
     tl.store(saved + row, top)
     tl.store(saved + R + row, log_total)
@@ -181,32 +181,32 @@ def token_logps_backward_kernel(
     out = grad + n * grad_stride_n + t * grad_stride_t
     head, body = _split_row(out, V, SIZE, UNIT)
     edges, exist = _edge_columns(head, body, V, UNIT, LANES)
-    out_aligned = tl.multiple_of(_at(out, head, grad_stride_v, UNIT), UNIT * SIZE)
+    out_aligned = tl.multiple_of(out + _offset(head, grad_stride_v, UNIT), UNIT * SIZE)
 
     if (target == ignore_index) | ((g == 0) & (h == 0)):
         zeros = tl.zeros((LANES,), grad.dtype.element_ty)
-        tl.store(_at(out, edges, grad_stride_v, UNIT), zeros, mask=exist)
+        tl.store(out + _offset(edges, grad_stride_v, UNIT), zeros, mask=exist)
         for start in range(0, body, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             more_zeros = tl.zeros((BLOCK,), grad.dtype.element_ty)
-            tl.store(_at(out_aligned, columns, grad_stride_v, UNIT), more_zeros, mask=columns < body)
+            tl.store(out_aligned + _offset(columns, grad_stride_v, UNIT), more_zeros, mask=columns < body)
         return
 
     first = logits + n * stride_n + t * stride_t
     target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)  # 32 bits to compare with, no wrap
     m = tl.load(saved + row)
     log_total = tl.load(saved + R + row)
-    x = tl.load(_at(first, edges, stride_v, UNIT), mask=exist, other=0.0).to(acc)
+    x = tl.load(first + _offset(edges, stride_v, UNIT), mask=exist, other=0.0).to(acc)
     dx = _gradient(x, edges == target, m, log_total, g, h, entropy, scale, scale2, ENTROPY)
-    tl.store(_at(out, edges, grad_stride_v, UNIT), dx, mask=exist)
-    aligned = _at(first, head, stride_v, UNIT)
+    tl.store(out + _offset(edges, grad_stride_v, UNIT), dx, mask=exist)
+    aligned = first + _offset(head, stride_v, UNIT)
     if SAME_ALIGNMENT:
         aligned = tl.multiple_of(aligned, UNIT * SIZE)
     for start in range(0, body, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = tl.load(_at(aligned, columns, stride_v, UNIT), mask=columns < body, other=0.0).to(acc)
+        z = tl.load(aligned + _offset(columns, stride_v, UNIT), mask=columns < body, other=0.0).to(acc)
         dz = _gradient(z, columns == target - head, m, log_total, g, h, entropy, scale, scale2, ENTROPY)
-        tl.store(_at(out_aligned, columns, grad_stride_v, UNIT), dz, mask=columns < body)
+        tl.store(out_aligned + _offset(columns, grad_stride_v, UNIT), dz, mask=columns < body)
 
 
 def token_logps(

@@ -1,0 +1,1 @@
+"""Time and memory of exo_kernels against what PyTorch offers; see README.md."""

@@ -1,0 +1,91 @@
+"""Who computes it: ours, and what a user of PyTorch writes; and the gate that each must pass before it is timed.
+
+Left out: other libraries (the logits path is measured against PyTorch alone).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.workload import IGNORE, Problem
+from exo_kernels import fused_exo_loss, reference
+
+BETA_PI, BETA_R = 0.1, 1.0
+OURS, EAGER, COMPILED, EAGER_LOW = "ours", "eager", "compile", "eager, own dtype"
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    loss: Callable[[Problem], Tensor]
+    tolerance: float  # relative error allowed in loss and gradient
+
+    def gradient(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        loss = self.loss(problem)
+        return loss.detach(), torch.autograd.grad(loss, problem.logits)[0]
+
+
+def contenders(dtype: torch.dtype) -> list[Contender]:
+    """Ours first. In 16 bits they round the gradient once, eager in its own dtype everything (see its error)."""
+    compiled = torch.compile(_eager, fullgraph=True, dynamic=False)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    found = [
+        Contender(OURS, _ours, tolerance),
+        Contender(EAGER, lambda p: _eager(*_arguments(p)), tolerance),
+        Contender(COMPILED, lambda p: compiled(*_arguments(p)), tolerance),
+    ]
+    if dtype != torch.float32:
+        found.append(Contender(EAGER_LOW, lambda p: _eager(*_arguments(p), upcast=False), 0.25))
+    return found
+
+
+def _arguments(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    return problem.logits, problem.labels, problem.ref_logps, problem.rewards, problem.group_size
+
+
+def _ours(problem: Problem) -> Tensor:
+    return fused_exo_loss(
+        problem.logits, problem.labels, problem.ref_logps, group_size=problem.group_size, rewards=problem.rewards,
+        beta_pi=BETA_PI, beta_r=BETA_R, shift=False,
+    )  # fmt: skip
+
+
+def _eager(
+    logits: Tensor, labels: Tensor, ref_logps: Tensor, rewards: Tensor, group_size: int, upcast: bool = True
+) -> Tensor:
+    """EXO as one writes it with torch alone. Eager moves about 8 V s bytes a row, with or without loss."""
+    mask = labels != IGNORE
+    log_p_tokens = (logits.float() if upcast else logits).log_softmax(-1)
+    logps = log_p_tokens.gather(-1, labels.clamp(min=0)[..., None])[..., 0].float()
+    ratios = (logps * mask).sum(-1) - ref_logps
+    log_p = (BETA_PI * ratios.view(-1, group_size)).log_softmax(-1)
+    log_q = (rewards.view(-1, group_size) / BETA_R).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def errors(problem: Problem, results: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[float, float]]:
+    """Relative errors of (loss, gradient) of each result on the very data that is timed, against the oracle in fp64.
+
+    Group by group, because the oracle materialises: the loss is the mean of the groups', and nothing couples them.
+    """
+    groups = problem.labels.shape[0] // problem.group_size
+    loss, norm = 0.0, 0.0
+    distances = dict.fromkeys(results, 0.0)
+    for g in range(groups):
+        i = slice(g * problem.group_size, (g + 1) * problem.group_size)
+        x = problem.logits[i].detach().double().requires_grad_()
+        loss_g = reference.fused_exo_loss(
+            x, problem.labels[i], problem.ref_logps[i], group_size=problem.group_size, rewards=problem.rewards[i],
+            beta_pi=BETA_PI, beta_r=BETA_R, shift=False, num_groups=groups,
+        )  # fmt: skip
+        (truth,) = torch.autograd.grad(loss_g, x)
+        loss += loss_g.item()
+        norm += truth.square().sum().item()
+        for name, (_, gradient) in results.items():
+            distances[name] += (gradient[i] - truth).square().sum().item()
+    return {
+        name: (abs(result[0].item() - loss) / abs(loss), (distances[name] / norm) ** 0.5)
+        for name, result in results.items()
+    }

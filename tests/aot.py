@@ -1,0 +1,231 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and reads what their machine code will cost.
+
+A case calls the real launcher on CPU tensors and catches the launch, so warps, block sizes and the hints that triton
+derives from the arguments are those of a launch. NVIDIA code is read as SASS, AMD code as assembler text. What it
+cannot tell: whether the code is right (the interpreter and the `gpu` tests do) and how fast it runs.
+
+`python -m tests.aot` prints the table of every case and target.
+"""
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+# by name: the package exports functions called like its modules
+TOKEN_LOGPS = importlib.import_module("exo_kernels._triton.token_logps")
+GROUP_LOSS = importlib.import_module("exo_kernels._triton.group_loss")
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class TokenCase(NamedTuple):
+    """One launch of the token pass, or of its backward pass, on logits (2, 3, vocabulary)."""
+
+    backward: bool
+    dtype: torch.dtype
+    entropy: bool = False
+    vocabulary: int = 50257
+    layout: str = "plain"  # or "skewed": aligned unlike their gradient; or "transposed": columns far apart
+
+    def __str__(self) -> str:
+        words = ["backward" if self.backward else "token-pass", str(self.dtype).removeprefix("torch.")]
+        words += [f"V{self.vocabulary}", self.layout] + ["entropy"] * self.entropy
+        return "-".join(words)
+
+    def launch(self, warp_size: int) -> Launch:
+        shape = (2, 3, self.vocabulary)
+        logits = {
+            "plain": lambda: torch.empty(shape, dtype=self.dtype),
+            "skewed": lambda: torch.empty((2, 3, self.vocabulary + 1), dtype=self.dtype)[..., 1:],
+            "transposed": lambda: torch.empty(shape[::-1], dtype=self.dtype).permute(2, 1, 0),
+        }[self.layout]()
+        targets = torch.zeros(shape[:2], dtype=torch.int64)
+        kernel = "token_logps_backward_kernel" if self.backward else "token_logps_kernel"
+        with patch.object(TOKEN_LOGPS, "_warp_size", lambda device: warp_size):
+            if not self.backward:
+                return _caught(TOKEN_LOGPS, kernel, TOKEN_LOGPS.token_logps, logits, targets, 1.0, -100, self.entropy)
+            accumulator = torch.float64 if self.dtype == torch.float64 else torch.float32
+            rows = torch.empty(shape[:2], dtype=accumulator)
+            saved = torch.empty((2, *shape[:2]), dtype=accumulator)
+            grad = TOKEN_LOGPS.new_gradient(logits.contiguous())
+            entropies = (rows, rows) if self.entropy else (None, rows.new_empty(0))
+            arguments = (grad, rows, entropies[0], logits, targets, entropies[1], saved, 1.0, -100)
+            return _caught(TOKEN_LOGPS, kernel, TOKEN_LOGPS.token_logps_backward, *arguments)
+
+
+class GroupCase(NamedTuple):
+    """One launch of the group pass on two groups of two sequences."""
+
+    objective: str
+    rewards: bool
+    per_token_ref: bool
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        flags = ["rewards"] * self.rewards + ["token-ref"] * self.per_token_ref
+        return "-".join(["group-pass", str(self.dtype).removeprefix("torch."), self.objective, *flags])
+
+    def launch(self, warp_size: int) -> Launch:
+        logps = torch.empty(32, dtype=self.dtype)
+        ref = torch.empty(32 if self.per_token_ref else 4, dtype=torch.float64)
+        offsets = torch.arange(0, 40, 8), torch.tensor([0, 2, 4])
+        tensors = (logps, torch.zeros(32, dtype=torch.int64), ref, torch.empty(4) if self.rewards else None, *offsets)
+        options = (self.per_token_ref, self.objective, 0.1, 1.0, (-0.001, -6.9), -100)
+        return _caught(GROUP_LOSS, "group_loss_kernel", GROUP_LOSS.group_loss, *tensors, *options)
+
+
+Case = TokenCase | GroupCase
+
+
+class Loop(NamedTuple):
+    instructions: list[str]  # with their operands
+    loads: list[int]  # bytes a thread, of every access to global memory
+    stores: list[int]
+    exponentials: int
+
+
+class Code(NamedTuple):
+    registers: int
+    spilled: int  # bytes of stack and local memory, or registers spilled; none is good
+    occupancy: float  # the part of the chip's warps that registers leave room for
+    elements: int | None  # a thread and iteration, where rows are walked
+    loop: Loop | None  # the innermost loop that loads most
+
+
+def _caught(module: Any, kernel: str, launcher: Callable[..., Any], *args: Any) -> Launch:
+    """Run the launcher with a kernel that only notes how it was launched."""
+    real, caught = getattr(module, kernel), []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **options: caught.append(Launch(real, args, options))
+
+    with patch.object(module, kernel, Recorder()):
+        launcher(*args)
+    return caught[0]
+
+
+@cache
+def compiled(case: Case, target_name: str) -> Code:
+    target = TARGETS[target_name]
+    kernel, args, options = case.launch(target.warp_size)
+    # The steps that a launch takes; triton has no public name for the specialisation it makes of the arguments.
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(*args, **options)
+    full, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=target, options=full.__dict__)
+    threads = full.num_warps * target.warp_size
+    elements = options["BLOCK"] // threads if "BLOCK" in options else None
+    read = _read_amdgcn(binary.asm["amdgcn"]) if target.backend == "hip" else _read_cubin(binary.asm["cubin"], threads)
+    return Code(*read[:3], elements, read[3])
+
+
+def _read_cubin(cubin: bytes, threads: int) -> tuple[int, int, float, Loop | None]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = _cuobjdump("--dump-resource-usage", file.name)
+        usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", _cuobjdump("-sass", file.name))
+    code = [(int(address, 16), re.sub(r"^@!?U?P\w+\s+", "", text)) for address, text in lines]
+    bodies = []
+    for address, text in code:
+        jump = re.match(r"BRA\b.*?(0x[0-9a-f]+)$", text)
+        if jump and (start := int(jump[1], 16)) < address:
+            bodies.append((start, address))
+    inner = [a for a in bodies if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in bodies)]
+    loops = [[text for address, text in code if a <= address <= b] for a, b in inner]
+    # registers are dealt to a warp by 256, a multiprocessor has 65536 of them, and 64 warps (sm_80, sm_90, sm_100)
+    warps = threads // 32
+    blocks = 65536 // (-(-usage["REG"] * 32 // 256) * 256) // warps
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], min(blocks, 64 // warps) * warps / 64, _main(loops)
+
+
+def _cuobjdump(*arguments: str) -> str:
+    return subprocess.run([TOOLS / "cuobjdump", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _read_amdgcn(text: str) -> tuple[int, int, float, Loop | None]:
+    numbers = {key: int(value) for key, value in re.findall(r"[.;\s](\w+):\s+(\d+)$", text, re.MULTILINE)}
+    spilled = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"] + numbers["private_segment_fixed_size"]
+    loops: dict[str, list[str]] = {}
+    # the compiler's own comments say to which loops a basic block belongs, innermost loop first
+    for block in re.split(r"^(?=\.LBB\d+_\d+:|; %bb\.\d+:)", text, flags=re.MULTILINE):
+        if "Inner Loop Header" in block:
+            header = block.split(":")[0].removeprefix(".L")
+        elif inside := re.search(r"in Loop: Header=(\w+)", block):
+            header = inside[1]
+        else:
+            continue
+        loops.setdefault(header, []).extend(re.findall(r"^\t([a-z]\w+\b.*)", block, re.MULTILINE))
+    return numbers["vgpr_count"], spilled, numbers["Occupancy"] / 8, _main(list(loops.values()))
+
+
+ACCESS = re.compile(r"(?:(LDG)|(STG))\.(\S+)|(?:global|buffer|flat)_(?:(load)|(store))_(\w+)")
+WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+WIDTHS |= {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "ushort": 2, "short": 2, "sbyte": 1, "ubyte": 1, "byte": 1}
+
+
+def _main(bodies: list[list[str]]) -> Loop | None:
+    loops = [_loop(instructions) for instructions in bodies]
+    return max((loop for loop in loops if loop.loads), key=lambda loop: sum(loop.loads), default=None)
+
+
+def _loop(instructions: list[str]) -> Loop:
+    loads, stores, exponentials = [], [], 0
+    for instruction in instructions:
+        exponentials += instruction.startswith(("MUFU.EX2", "v_exp_f32"))
+        if access := ACCESS.match(instruction):
+            words = re.split(r"[._]", access[3] or access[6])
+            width = next((WIDTHS[word] for word in words if word in WIDTHS), 4)
+            (loads if access[1] or access[4] else stores).append(width)
+    return Loop(instructions, loads, stores, exponentials)
+
+
+def table(cases: list[Case], targets: list[str]) -> str:
+    """What each kernel costs; the last four columns speak of its main loop, where it walks rows in fp32."""
+    lines = [
+        f"triton {triton.__version__}",
+        _line("kernel", "target", "regs", "spill", "warps", "load", "store", "exp", "instr"),
+    ]
+    for case in cases:
+        for target in targets:
+            code = compiled(case, target)
+            cells = [str(case), target, code.registers, code.spilled, f"{code.occupancy:.0%}"]
+            if code.loop and code.elements and case.dtype != torch.float64:
+                loop = code.loop
+                widths = [f"{8 * min(loop.loads)} bit", f"{8 * min(loop.stores)} bit" if loop.stores else "-"]
+                cells += [*widths, f"{loop.exponentials / code.elements:.2f}"]
+                cells += [f"{len(loop.instructions) / code.elements:.1f}"]
+            lines.append(_line(*cells))
+    return "\n".join(lines)
+
+
+def _line(*cells: object) -> str:
+    return f"{cells[0]!s:<46} {cells[1]!s:<7}" + "".join(f"{cell!s:>9}" for cell in cells[2:])

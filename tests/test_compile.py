@@ -1,0 +1,117 @@
+"""The operators as torch.library and torch.compile see them: opcheck, one graph without breaks, eager's results."""
+
+import pytest
+import torch
+from budget import same
+from cases import IGNORED, Case, make_case, make_labels, seeded
+
+import exo_kernels
+from exo_kernels import ops
+
+backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["logps", "entropy"])
+def test_opcheck_of_the_token_pass(impl, device, entropy, dtype):
+    x = torch.randn(2, 3, 5, device=device, dtype=dtype).requires_grad_()
+    targets = make_labels((2, 3), 5).to(device)
+    torch.library.opcheck(ops.token_logps, (x, targets, 0.8, IGNORED, entropy, False, impl))
+    results = ops.token_logps(x.detach(), targets, 0.8, IGNORED, entropy, False, impl)
+    g = torch.rand(2, 3, device=device, dtype=results[0].dtype)
+    backward = (g, g if entropy else None, x.detach(), targets, results[1], results[2], 0.8, IGNORED, impl)
+    torch.library.opcheck(ops.token_logps_backward, backward)
+    torch.library.opcheck(ops.token_logps_backward_, backward)
+
+
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+@pytest.mark.parametrize("rewards", [False, True], ids=["preferences", "rewards"])
+def test_opcheck_of_the_group_pass(impl, device, objective, rewards):
+    logps = torch.randn(6, device=device).requires_grad_()
+    r = torch.randn(3, device=device) if rewards else None
+    ref, targets = torch.zeros(3, device=device), torch.zeros(6, dtype=torch.long, device=device)
+    bounds = torch.tensor([0, 2, 3, 6], device=device), torch.tensor([0, 1, 3], device=device)
+    arguments = (logps, targets, ref, r, *bounds, False, objective, 0.5, 1.0, -0.1, -2.0, IGNORED, impl)
+    torch.library.opcheck(ops.group_loss, arguments)
+
+
+def everything(x: torch.Tensor, labels: torch.Tensor, ref: torch.Tensor, impl: str) -> list[torch.Tensor]:
+    """All that the public functions give on padded input, in one graph."""
+    loss, stats = exo_kernels.fused_exo_loss(x, labels, ref, impl=impl, return_stats=True, temperature=0.9)
+    logps = exo_kernels.token_logps(x, labels, impl=impl, return_entropy=True)
+    return [loss, *logps, exo_kernels.sequence_logps(x, labels, impl=impl), *stats]
+
+
+def assert_equal(backend: str, results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Bit for bit, but inductor may sum a handful of numbers in another order."""
+    for a, b in zip(results, expected, strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride()
+        if backend == "inductor" and a.is_floating_point():
+            same("result", a.detach(), b.detach().cpu(), b.detach().cpu().abs().clamp(min=1))
+        else:
+            assert torch.equal(a, b)
+
+
+# None: what users get, who call it with one shape and then with another. True: symbolic from the start.
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@backends
+def test_compiled_is_eager(impl, device, backend, dynamic):
+    """Ignored rows are present, whose values a compiler could leave undefined."""
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic, backend=backend)
+    for n, t, vocab in ((4, 5, 33), (6, 3, 40), (2, 4, 40)):
+        case = make_case(n, t, vocab, torch.float16, seed=n).on(device)
+        results = []
+        for function in (everything, compiled):
+            x = case.logits.clone().requires_grad_()
+            outputs = function(x, case.labels, case.ref_logps, impl)
+            weights = [torch.rand(out.shape, generator=seeded(i)).to(out) for i, out in enumerate(outputs[:4])]
+            results.append([*outputs, *torch.autograd.grad(outputs[:4], x, weights)])
+        assert_equal(backend, results[1], results[0])
+
+
+@backends
+def test_compiled_variants(impl, device, backend):
+    """Packed and ragged, with rewards and a per-token reference; and DPO in place, whose log-targets hold -inf."""
+    torch._dynamo.reset()
+    sizes = torch.tensor([1, 2])
+    packed = make_case(vocab=21, lengths=[3, 0, 4], per_token_ref=True, group_size=sizes, rewards=True).on(device)
+    pairs = make_case(4, 3, 21).on(device).but(inplace_backward=True)
+
+    def exo(x: torch.Tensor, case: Case) -> torch.Tensor:
+        return exo_kernels.fused_exo_loss(x, case.labels, case.ref_logps, impl=impl, **case.options)
+
+    def dpo(x: torch.Tensor, case: Case) -> torch.Tensor:
+        return exo_kernels.fused_dpo_loss(x * 1, case.labels, case.ref_logps, impl=impl, **case.options)
+
+    for function, case in ((exo, packed), (dpo, pairs)):
+        results = []
+        for f in (function, torch.compile(function, fullgraph=True, backend=backend)):
+            x = case.logits.clone().requires_grad_()
+            loss = f(x, case)
+            results.append([loss, *torch.autograd.grad(loss, x)])
+        assert_equal(backend, results[1], results[0])
+
+
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+def test_compiled_preference_loss(objective):
+    torch._dynamo.reset()
+    compiled = torch.compile(exo_kernels.preference_loss, fullgraph=True, backend="aot_eager")
+    for n in (4, 6):
+        policy = torch.randn(n, dtype=torch.float64).requires_grad_()
+        results = [f(policy, torch.zeros(n), objective=objective) for f in (exo_kernels.preference_loss, compiled)]
+        grads = [torch.autograd.grad(loss, policy)[0] for loss in results]
+        assert torch.equal(*results) and torch.equal(*grads)
+
+
+def test_compiled_code_still_checks(impl, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(exo_kernels.token_logps, backend="aot_eager")
+    x, labels = torch.randn(2, 3, 5, device=device), torch.full((2, 3), 5, device=device)
+    if device == "cuda":  # values are not looked at there
+        assert compiled(x, labels, impl=impl, shift=False).isnan().all()
+    else:
+        with pytest.raises(ValueError, match="labels: expected values in"):
+            compiled(x, labels, impl=impl, shift=False)
+    with pytest.raises(ValueError, match="temperature: expected"):
+        compiled(x, labels, impl=impl, temperature=0.0)
