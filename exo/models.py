@@ -237,7 +237,7 @@ def _llama(tokenizer: PreTrainedTokenizerBase, seed: int, hidden: int, layers: i
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=4 * hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=2048,

@@ -8,6 +8,7 @@ cannot tell: whether the code is right (the interpreter and the `gpu` tests do) 
 """
 
 import importlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -99,6 +100,28 @@ class GroupCase(NamedTuple):
 
 
 Case = TokenCase | GroupCase
+
+
+FP32_MATH = [torch.bfloat16, torch.float16, torch.float32]
+
+# 32000: every row starts on a 16-byte boundary; 50257: GPT-2's, so most rows start off it
+WALKED = [
+    TokenCase(backward, dtype, entropy, vocabulary)
+    for backward, dtype, entropy, vocabulary in itertools.product(
+        (False, True), FP32_MATH, (False, True), (50257, 32000)
+    )
+    if not entropy or (dtype == torch.bfloat16 and vocabulary == 50257)
+]
+# what else a launch can meet: rows whose gradient is aligned otherwise, columns far apart, fp64
+OTHERS = [
+    TokenCase(True, torch.bfloat16, layout="skewed"),
+    TokenCase(False, torch.bfloat16, layout="transposed"),
+    TokenCase(True, torch.bfloat16, layout="transposed"),
+    TokenCase(False, torch.float64, entropy=True),
+    TokenCase(True, torch.float64, entropy=True),
+]
+GROUPS = [GroupCase("exo", False, False), GroupCase("exo", True, True), GroupCase("dpo", True, False)]
+CASES = WALKED + OTHERS + GROUPS
 
 
 class Loop(NamedTuple):
@@ -208,24 +231,20 @@ def _loop(instructions: list[str]) -> Loop:
     return Loop(instructions, loads, stores, exponentials)
 
 
-def table(cases: list[Case], targets: list[str]) -> str:
-    """What each kernel costs; the last four columns speak of its main loop, where it walks rows in fp32."""
-    lines = [
-        f"triton {triton.__version__}",
-        _line("kernel", "target", "regs", "spill", "warps", "load", "store", "exp", "instr"),
-    ]
-    for case in cases:
-        for target in targets:
-            code = compiled(case, target)
-            cells = [str(case), target, code.registers, code.spilled, f"{code.occupancy:.0%}"]
-            if code.loop and code.elements and case.dtype != torch.float64:
-                loop = code.loop
-                widths = [f"{8 * min(loop.loads)} bit", f"{8 * min(loop.stores)} bit" if loop.stores else "-"]
-                cells += [*widths, f"{loop.exponentials / code.elements:.2f}"]
-                cells += [f"{len(loop.instructions) / code.elements:.1f}"]
-            lines.append(_line(*cells))
-    return "\n".join(lines)
+def table() -> str:
+    """What each kernel costs; the last four columns speak of its main loop, where it walks rows in fp32 arithmetic."""
+    rows = [("kernel", "target", "regs", "spill", "warps", "load", "store", "exp", "instr")]
+    for case, target in itertools.product(CASES, TARGETS):
+        code = compiled(case, target)
+        cells = [str(case), target, code.registers, code.spilled, f"{code.occupancy:.0%}"]
+        if code.loop and code.elements and case.dtype != torch.float64:
+            loop, n = code.loop, code.elements
+            widths = [f"{8 * min(sizes)} bit" if sizes else "-" for sizes in (loop.loads, loop.stores)]
+            cells += [*widths, f"{loop.exponentials / n:.2f}", f"{len(loop.instructions) / n:.1f}"]
+        rows.append(tuple(cells))
+    lines = [f"{row[0]!s:<46} {row[1]!s:<7}" + "".join(f"{cell!s:>9}" for cell in row[2:]) for row in rows]
+    return "\n".join([f"triton {triton.__version__}; warps: occupancy; exp, instr: per element", *lines])
 
 
-def _line(*cells: object) -> str:
-    return f"{cells[0]!s:<46} {cells[1]!s:<7}" + "".join(f"{cell!s:>9}" for cell in cells[2:])
+if __name__ == "__main__":
+    print(table())

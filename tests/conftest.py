@@ -2,7 +2,7 @@
 
 In the normal lane the `impl` fixture is "chunked", and "triton" too where there is a GPU. With TRITON_INTERPRET=1 it is
 "triton" on CPU tensors: the real kernels, run by triton's interpreter at about a millisecond a program. A test that
-takes `impl` carries the marker `kernel`, so both lanes run the same tests.
+takes `impl` and `device` carries the marker `kernel`, so both lanes run the same tests.
 Every such test runs with uninitialised memory full of NaN: an output that no kernel wrote does not go unseen.
 """
 
@@ -23,17 +23,9 @@ def implementations() -> list[str]:
     return ["chunked", "triton"] if CUDA else ["chunked"]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "kernel: runs on every implementation, so in the interpreter's lane too")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "slow: left out of the short form of the tests")
-    # the interpreter evaluates both sides of every mask
-    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "impl" in getattr(item, "fixturenames", ()):
+        if {"impl", "device"} <= set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.kernel)
         if item.get_closest_marker("gpu") and (not CUDA or INTERPRETED):
             reason = "needs a GPU that is not interpreted" if CUDA else "needs a CUDA device: none here"
@@ -48,11 +40,18 @@ def impl(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def device(impl: str) -> Iterator[str]:
+def one_thread() -> Iterator[None]:
+    """For small tensors waking a second thread costs more than it does: twenty times more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def device(impl: str, one_thread: None) -> Iterator[str]:
     """Where this implementation's tensors live; fresh memory there is NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, and refuses what is not deterministic
-    torch.set_num_threads(1)  # the tensors are small: waking a second thread costs more than it does
     yield "cuda" if impl == "triton" and not INTERPRETED else "cpu"
-    torch.use_deterministic_algorithms(before[0])
-    torch.set_num_threads(before[1])
+    torch.use_deterministic_algorithms(before)

@@ -1,7 +1,7 @@
 """Logits that are hard on purpose: offsets, the ends of the dtype, -inf, NaN, nothing at all.
 
-reliability catalogue: a token pass with its tail columns at 0 is off by 29 nats at a common offset of -30; a first block
-of -inf makes an online softmax NaN; one bad row must not reach another.
+Each of these has broken a published kernel: tail columns at 0 are 29 nats off at a common offset of -30, a first block
+of -inf makes an online softmax NaN, an ignored row of inf makes a gradient NaN, one bad row reaches another.
 """
 
 import pytest
@@ -89,7 +89,7 @@ def test_row_of_minus_infinity(impl, device, dtype):
 
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 def test_label_of_minus_infinity(impl, device, objective):
-    """One completion is impossible: its p is 0. EXO does not mind; DPO says inf where q asks for it, and where to go."""
+    """One completion is impossible: its p is 0. EXO does not mind; DPO says inf where q asks for it."""
     case = make_case(4, 3, 17, objective=objective, reduction="none", seed=7, weights=True)
     labels = case.labels.clone()
     labels[0, 1], labels[3, 1] = 4, 4  # a chosen one in the first group, a rejected one in the second
@@ -105,7 +105,7 @@ def test_label_of_minus_infinity(impl, device, objective):
 @pytest.mark.parametrize("poison", [torch.nan, INF], ids=["nan", "inf"])
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 def test_poison_stays_in_its_group(impl, device, objective, poison):
-    case = make_case(6, 4, 64, objective=objective, reduction="none", seed=8).on(device)
+    case = make_case(6, 3, 64, objective=objective, reduction="none", seed=8).on(device)
     case = case._replace(weights=torch.ones(3), labels=case.labels.masked_fill(case.labels == IGNORED, 1))
     clean = loss_answer(case, case.logits, impl)
     bad = case.logits.clone()
@@ -119,6 +119,20 @@ def test_poison_stays_in_its_group(impl, device, objective, poison):
         assert torch.equal(result[name][others], clean[name][others]), name
     logps = exo_kernels.token_logps(bad, case.labels, impl=impl)
     assert logps.isnan().nonzero().tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("label", [64, -1, 2**31 - 1, 2**32, -(2**62)])
+def test_unchecked_labels_poison_their_own_row(impl, device, monkeypatch, label):
+    """What a GPU does without EXO_KERNELS_CHECK: nothing is read out of bounds, and the row is NaN, never a number."""
+    monkeypatch.setattr(exo_kernels.validation, "check_values", lambda device: False)
+    case = make_case(4, 3, 64, reduction="none", seed=11).on(device)
+    case = case._replace(weights=torch.ones(2), labels=case.labels.masked_fill(case.labels == IGNORED, 1))
+    clean = loss_answer(case, case.logits, impl)
+    case.labels[1, 1] = label
+    result = loss_answer(case, case.logits, impl)
+    assert result["losses"].isnan().tolist() == [True, False]
+    assert torch.equal(result["grad"][2:], clean["grad"][2:])
+    assert exo_kernels.token_logps(case.logits, case.labels, impl=impl).isnan().nonzero().tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])

@@ -1,7 +1,7 @@
 """Every Triton kernel compiled for real chips, without one: nothing spills, and rows are walked at full width.
 
 What is asked of the main loops of the token pass and its backward pass is what lets memory be the bound: accesses of
-128 bits, one exponential an element (a GPU has about two for each bf16 element that its memory delivers), no fp64, and
+128 bits, one exponential an element (their unit is narrow: with three an element, it would be the bound), no fp64, and
 no thread waiting for another. Not here: speed, which takes a GPU. `pytest tests/test_aot.py -s` prints the table.
 """
 
@@ -19,38 +19,19 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import aot  # noqa: E402
 from aot import GroupCase, TokenCase  # noqa: E402
 
-FP32_MATH = [torch.bfloat16, torch.float16, torch.float32]
-
-# 32000: every row starts on a 16-byte boundary; 50257: GPT-2's, so most rows start off it
-WALKED = [
-    TokenCase(backward, dtype, entropy, vocabulary)
-    for backward, dtype, entropy, vocabulary in itertools.product(
-        (False, True), FP32_MATH, (False, True), (50257, 32000)
-    )
-    if not entropy or (dtype == torch.bfloat16 and vocabulary == 50257)
-]
-# what else a launch can meet: rows whose gradient is aligned otherwise, columns far apart, fp64, small V
-OTHERS = [
-    TokenCase(True, torch.bfloat16, layout="skewed"),
-    TokenCase(False, torch.bfloat16, layout="transposed"),
-    TokenCase(True, torch.bfloat16, layout="transposed"),
-    TokenCase(False, torch.float64, entropy=True),
-    TokenCase(True, torch.float64, entropy=True),
-]
-GROUPS = [GroupCase("exo", False, False), GroupCase("exo", True, True), GroupCase("dpo", True, False)]
-QUICK = WALKED + OTHERS + GROUPS
 PRODUCT = [
-    TokenCase(backward, dtype, entropy, vocabulary, layout)
-    for backward, dtype, entropy, vocabulary, layout in itertools.product(
-        (False, True), [*FP32_MATH, torch.float64], (False, True), (1, 32000, 50257), ("plain", "skewed", "transposed")
+    TokenCase(backward, dtype, entropy, layout=layout)
+    for backward, dtype, entropy, layout in itertools.product(
+        (False, True), [*aot.FP32_MATH, torch.float64], (False, True), ("plain", "skewed", "transposed")
     )
-] + [
+]
+PRODUCT += [
     GroupCase(*case)
     for case in itertools.product(("exo", "dpo"), (False, True), (False, True), (torch.float32, torch.float64))
 ]
-SLOW = [case for case in PRODUCT if case not in QUICK]
+SLOW = [case for case in PRODUCT if case not in aot.CASES]
 FP64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|v_\w+_f64")
-WAITING = re.compile(r"BAR|SHFL|[LS]DS\b|s_barrier|ds_|v_\w+_dpp")
+WAITING = re.compile(r"BAR|SHFL|LDS|STS|s_barrier|ds_|v_\w+_dpp")
 
 targets = pytest.mark.parametrize("target", aot.TARGETS)
 
@@ -64,15 +45,13 @@ def own_cache(tmp_path_factory):
 
 
 @targets
-@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str)
+@pytest.mark.parametrize("case", [*aot.CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str)
 def test_nothing_spills(case, target):
-    code = aot.compiled(case, target)
-    assert code.spilled == 0
-    assert not code.loop or not [text for text in code.loop.instructions if text.startswith(("LDL", "STL", "scratch"))]
+    assert aot.compiled(case, target).spilled == 0
 
 
 @targets
-@pytest.mark.parametrize("case", WALKED, ids=str)
+@pytest.mark.parametrize("case", aot.WALKED, ids=str)
 def test_main_loop(case, target):
     code = aot.compiled(case, target)
     loop = code.loop
@@ -94,6 +73,4 @@ def test_skewed_rows_are_stored_at_full_width(target):
 
 def test_table():
     """Prints what the tests above looked at; `python -m tests.aot` does too."""
-    lines = aot.table(QUICK, list(aot.TARGETS))
-    print("\n" + lines)
-    assert len(lines.splitlines()) == 2 + len(QUICK) * len(aot.TARGETS)
+    print("\n" + aot.table())

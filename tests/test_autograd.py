@@ -18,13 +18,12 @@ def logits_of(*shape: int, seed: int = 0) -> torch.Tensor:
 # Gradients, by finite differences. nondet_tol=0: the backward pass must give the same bits twice.
 
 
-@both
-@pytest.mark.parametrize("rewards", [False, True], ids=["preferences", "rewards"])
+@pytest.mark.parametrize(("objective", "rewards"), [("exo", False), ("dpo", True)], ids=["exo", "dpo-rewards"])
 def test_gradcheck_of_the_loss(impl, device, objective, rewards):
-    case = make_case(3, 2, 4, torch.float64, objective=objective, rewards=rewards, group_size=3).on(device)
+    case = make_case(3, 2, 3, torch.float64, objective=objective, rewards=rewards, group_size=3).on(device)
     function = getattr(exo_kernels, f"fused_{objective}_loss")
-    x = logits_of(3, 2, 4).to(device).detach().requires_grad_()
-    labels = torch.tensor([[0, 3], [0, IGNORED], [0, 1]], device=device)
+    x = logits_of(3, 2, 3).to(device).detach().requires_grad_()
+    labels = torch.tensor([[0, 2], [0, IGNORED], [0, 1]], device=device)
     options = case.options | {"impl": impl, "beta_pi": 0.8, "temperature": 0.7}
     assert gradcheck(lambda x: function(x, labels, case.ref_logps, **options), x, nondet_tol=0.0)
 
@@ -43,12 +42,10 @@ def test_gradcheck_of_ragged_losses(impl, device):
 
 def test_gradcheck_of_log_probs_and_entropy(impl, device):
     """Both outputs, alone and together: gradcheck also leaves each of them without a gradient."""
-    x = logits_of(2, 2, 4).to(device).detach().requires_grad_()
-    labels = torch.tensor([[0, 1], [IGNORED, 3]], device=device)
+    x = logits_of(1, 3, 3).to(device).detach().requires_grad_()
+    labels = torch.tensor([[0, IGNORED, 2]], device=device)
     options = {"impl": impl, "shift": False, "temperature": 1.3}
-    assert gradcheck(
-        lambda x: exo_kernels.token_logps(x, labels, return_entropy=True, **options), x, nondet_tol=0.0
-    )
+    assert gradcheck(lambda x: exo_kernels.token_logps(x, labels, return_entropy=True, **options), x, nondet_tol=0.0)
     assert gradcheck(lambda x: exo_kernels.sequence_logps(x, labels, **options), x, nondet_tol=0.0)
 
 

@@ -58,9 +58,7 @@ def test_gradient_is_written_over_the_logits(impl, device, dtype, packed):
     expected = loss_answer(case, case.logits, impl)["grad"]
     x = case.logits.clone().requires_grad_()
     version = x._version
-    loss = exo_kernels.fused_exo_loss(
-        x, case.labels, case.ref_logps, impl=impl, inplace_backward=True, **case.options
-    )
+    loss = exo_kernels.fused_exo_loss(x, case.labels, case.ref_logps, impl=impl, inplace_backward=True, **case.options)
     assert torch.equal(x, case.logits) and x._version == version  # not yet
     (grad,) = torch.autograd.grad(loss, x)
     assert torch.equal(grad, expected)

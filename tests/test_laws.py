@@ -52,13 +52,28 @@ def test_gradient_of_a_row_sums_to_zero(impl, device, entropy):
     same("sums", grad.sum(-1), torch.zeros(2, 4), 10.0)
 
 
-@pytest.mark.parametrize("tile", [1, 40_000, 2**40], ids=["row", "rows", "whole"])
-def test_chunked_is_whole(monkeypatch, tile):
-    """The size of a tile changes no bit, of no dtype."""
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"TILE_BYTES": 1},  # a row at a time
+        {"TILE_BYTES": 40_000},
+        {"TILE_BYTES": 2**40},
+        {"VIEW_BYTES": 0},  # views of neighbours, however few
+        {"VIEW_BYTES": 2**40, "TILE_BYTES": 40_000},
+        {"LAZY_BYTES": 0},  # gradients in pages of the system
+    ],
+    ids=str,
+)
+def test_chunked_is_whole(monkeypatch, constants):
+    """How the work is cut and where the gradient lies changes no bit, of no dtype."""
+    chunked = exo_kernels.ops._implementation("chunked")
     for dtype in DTYPES:
         case = make_case(4, 9, 1201, dtype, seed=1)
         expected = loss_answer(case, case.logits, "chunked")
-        monkeypatch.setattr(exo_kernels.ops._implementation("chunked"), "TILE_BYTES", tile)
+        for name, value in constants.items():
+            assert hasattr(chunked, name)
+            monkeypatch.setattr(chunked, name, value)
         result = loss_answer(case, case.logits, "chunked")
         monkeypatch.undo()
         assert all(torch.equal(result[name], value) for name, value in expected.items())
@@ -99,8 +114,17 @@ def test_one_row_alone_or_among_others(impl, device):
 
 @both
 @targets
-@pytest.mark.parametrize("sizes", [[1], [2], [3], [33], [100], [1, 32, 4, 65, 1]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ([2], torch.float64),
+        ([33], torch.float64),
+        ([100], torch.float64),
+        ([1, 32, 4, 65, 1], torch.float64),
+        ([1, 3, 40], torch.float32),
+    ],
+    ids=str,
+)
 def test_group_pass_is_objectives(impl, device, dtype, sizes, rewards, objective):
     """33 completions cross the kernel's block of 32; 65 and 100 cross more and end inside one."""
     n = sum(sizes)
@@ -131,6 +155,29 @@ def test_group_pass_is_objectives(impl, device, dtype, sizes, rewards, objective
         # fp64 throughout, rounded once at the end; 10: the largest |log p - log q| that a slope is a difference of
         compare(name, result[i], values.to(dtype), values, 10 * math.sqrt(n) * ulps_of(torch.float64))
     assert torch.equal(result[6].cpu(), torch.ones(n, dtype=dtype))
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["sums", "per-token"])
+def test_long_sequences_are_summed_in_float64(impl, device, per_token):
+    """Blocks of 512 tokens and their edges, a sequence of none; 1500 terms of -10 nats, rounded once at the end."""
+    lengths = torch.tensor([511, 0, 512, 513, 1500, 1])
+    offsets, n = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), int(lengths.sum())
+    logps = -10 + torch.randn(n, generator=seeded(1))
+    ref = logps + 0.01 * torch.randn(n, generator=seeded(2))
+    targets = make_labels((n,), 5, ignored=0.4)
+    scored = targets != IGNORED
+    logps, ref = (x.masked_fill(~scored, torch.nan) for x in (logps, ref))  # must not be read
+
+    def sums(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part.sum() for part in x.double().where(scored, 0.0).split(lengths.tolist())])
+
+    given = ref if per_token else sums(ref)
+    arguments = [x.to(device) for x in (logps, targets, given)]
+    bounds = [offsets.to(device), torch.tensor([0, 4, 6], device=device)]
+    result = ops.group_loss(*arguments, None, *bounds, per_token, "exo", 0.5, 1.0, -0.1, -2.0, IGNORED, impl)
+    for name, i, expected in (("policy", 2, sums(logps)), ("ratios", 3, sums(logps) - sums(ref))):
+        compare(name, result[i], expected.float(), expected, 1e-10)
+    assert result[6].tolist() == [part.sum().item() for part in scored.split(lengths.tolist())]
 
 
 @both

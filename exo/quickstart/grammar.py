@@ -141,7 +141,7 @@ def _continuation(rng: random.Random, opening: str) -> str:
 
 def _review(rng: random.Random, domain: Domain) -> str:
     """A claim about the thing, claims about one to three of its aspects, an aside, a verdict."""
-    praise = rng.choice((1.0, 1.0, 0.0, 0.0, 0.5))  # the mood: how likely a claim is to praise
+    praise = rng.choice((1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.5))  # the mood: how likely a claim is to praise
     aspects = rng.sample(domain.aspects, k=3)
     good = _chance(rng, praise)
     text = _claim(rng, good)
@@ -170,7 +170,7 @@ def _linked(rng: random.Random, domain: Domain, aspect: str, praise: float, befo
 
 def _claim(rng: random.Random, good: bool, own: tuple[str, ...] = ()) -> str:
     """`was rather dull`, or the same by denying the opposite: `was not very good`."""
-    denied = _chance(rng, 0.12)
+    denied = _chance(rng, 0.08)
     wanted = good != denied
     special = [word for word in own if (ADJECTIVES[word] > 0) == wanted]
     choices = special if special and _chance(rng, 0.4) else GOOD if wanted else BAD

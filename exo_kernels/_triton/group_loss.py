@@ -74,9 +74,7 @@ def group_loss_kernel(
     for sequence in range(first, last):
         start = tl.load(seq_offsets + sequence)
         end = tl.load(seq_offsets + sequence + 1)
-        logp, ratio, count = _sum_sequence(
-            logps, targets, ref, start, end, ignore_index, PER_TOKEN_REF, BLOCK_TOKENS
-        )
+        logp, ratio, count = _sum_sequence(logps, targets, ref, start, end, ignore_index, PER_TOKEN_REF, BLOCK_TOKENS)
         if not PER_TOKEN_REF:
             ratio = logp - tl.load(ref + sequence).to(tl.float64)
         tl.store(policy + sequence, logp)

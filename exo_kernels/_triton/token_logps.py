@@ -19,8 +19,8 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Nothing here is worth a kernel of its own: what counts is in UNIT. On AMD, triton specialises pointers to tensors
-# below 2 GiB, and then loses sight of alignment.
+# Not worth a kernel of their own: UNIT says all that matters about alignment. And on AMD, triton would address tensors
+# below 2 GiB in a way that makes it forget the alignment, and load element by element.
 RUNTIME = ["grad", "logits", "T", "V", "R", "ignore_index", "stride_n", "stride_t", "stride_v"]
 RUNTIME += ["grad_stride_n", "grad_stride_t", "grad_stride_v"]
 
@@ -251,7 +251,10 @@ def token_logps_backward(
     temperature: float,
     ignore_index: int,
 ) -> None:
-    """Fill grad with (g (onehot(target) - p) - h p (log p + H)) / temperature; g, h: gradients of log-prob and entropy."""
+    """Fill grad with (g (onehot(target) - p) - h p (log p + H)) / temperature.
+
+    g and h are the gradients of the row's log-probability and of its entropy H.
+    """
     n_rows = targets.numel()
     if not n_rows:
         return
@@ -271,7 +274,7 @@ def token_logps_backward(
 
 
 def _shape(x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Launch options for rows of x and y, one dtype. Fused multiply-adds are asked for: triton is about to change its default."""
+    """Launch options for rows of x and y, of one dtype."""
     size = x.element_size()
     lanes = NUM_WARPS * _warp_size(x.device)
     return {
@@ -280,7 +283,7 @@ def _shape(x: Tensor, y: Tensor) -> dict[str, Any]:
         "LANES": lanes,
         "BLOCK": lanes * LANE_BYTES // size,
         "num_warps": NUM_WARPS,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": True,  # said because triton is about to change its default
     }
 
 
