@@ -4,8 +4,9 @@ python -m exo.align --model DIR_OR_NAME --data FILE. Reference log-probs are com
 directory is the model directory. Left out: resuming, adapters, more than the loss's own objectives.
 """
 
+import difflib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,8 @@ class Config(config.Training):
     temperature: float = option(1.0, "divides the logits; the one that completions were sampled at")
     eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none")
     eval_data: str | None = option(None, "a held-out file, instead of eval_fraction")
+    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
+    save_steps: int = option(0, "steps between checkpoints; 0 means none")
     eval_steps: int = option(0, "steps between evaluations, keeping the best; 0 means at the end only")
 
     def __post_init__(self) -> None:
@@ -51,7 +54,8 @@ class Config(config.Training):
         expected = "in (0, 1) for exo" if self.loss == "exo" else "in [0, 1)"
         require(0 <= eps < 1 and not (eps == 0 and self.loss == "exo"), "label_smoothing", expected, eps)
         require(0 <= self.eval_fraction < 1, "eval_fraction", "in [0, 1)", self.eval_fraction)
-        require(self.eval_steps >= 0, "eval_steps", ">= 0", self.eval_steps)
+        for name in ("eval_steps", "save_steps"):
+            require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
 
 
 def run(config: Config) -> Path:
@@ -59,21 +63,23 @@ def run(config: Config) -> Path:
     dataset = data.read(config.data, skip_invalid=config.skip_invalid)
     held_out = data.read(config.eval_data, skip_invalid=config.skip_invalid) if config.eval_data else None
     accelerator = loop.make_accelerator(config)
-    directory = Path(config.output_dir)
-    if accelerator.is_main_process:
-        artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir)
-        hashes = {"data_sha256": dataset.sha256} | ({"eval_sha256": held_out.sha256} if held_out else {})
-        artifacts.write_run(directory, config, "align", data=hashes)
-    accelerator.wait_for_everyone()
     set_seed(config.seed)
 
     console.headline("Data")
     for source in filter(None, (dataset, held_out)):
         console.say(source.summary())
     console.headline("Model")
-    model, tokenizer = _load(config.model, dataset)
+    model, tokenizer = _load(config, dataset)
     train_groups, eval_groups = _encode(config, dataset, held_out, tokenizer, model)
     _describe(config, model, tokenizer, train_groups, accelerator)
+    # all that could be checked has been: only now may an earlier run make room
+    directory = Path(config.output_dir)
+    if accelerator.is_main_process:
+        inputs = (config.model, config.ref_model, config.data, config.eval_data)
+        artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir, inputs=inputs)
+        hashes = {"data_sha256": dataset.sha256} | ({"eval_sha256": held_out.sha256} if held_out else {})
+        artifacts.write_run(directory, config, "align", data=hashes)
+    accelerator.wait_for_everyone()
 
     console.headline("Reference log-probs")
     model.to(accelerator.device)
@@ -99,11 +105,13 @@ def run(config: Config) -> Path:
     return directory
 
 
-def _load(name: str, dataset: data.Dataset) -> tuple[Any, Any]:
-    if name != "tiny":
-        return models.load(name)
+def _load(config: Config, dataset: data.Dataset) -> tuple[Any, Any]:
+    if config.model != "tiny":
+        if not Path(config.model).exists() and difflib.get_close_matches(config.model, ["tiny"]):
+            raise ValueError(f"--model {config.model}: no such directory; did you mean tiny?")
+        return models.load(config.model)
     texts = [text for group in dataset.groups for text in (group.prompt, *group.completions)]
-    return models.tiny(texts)
+    return models.tiny(texts, seed=config.seed)
 
 
 def _encode(
@@ -111,25 +119,23 @@ def _encode(
 ) -> tuple[list[TokenGroup], list[TokenGroup]]:
     """Tokens for training and evaluation; what was cut or dropped is said, what cannot be trained on is an error."""
     limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate)
-    groups, counts = packing.encode(dataset.groups, tokenizer, limits)
-    if held_out is not None:
-        eval_groups, more = packing.encode(held_out.groups, tokenizer, limits)
-        counts += more
-    else:
+    train_rows, eval_rows, eval_path = dataset.groups, held_out.groups if held_out else [], config.eval_data
+    if held_out is None and config.eval_fraction:
         # split by prompt, so that no held-out prompt was trained on with other completions
-        prompts = sorted({group.prompt for group in groups})
+        prompts = sorted({group.prompt for group in train_rows})
         random.Random(config.seed).shuffle(prompts)
-        chosen = set(prompts[: round(config.eval_fraction * len(prompts))])
-        eval_groups = [group for group in groups if group.prompt in chosen]
-        groups = [group for group in groups if group.prompt not in chosen]
-    for reason, count in sorted(counts.items()):
-        console.say(f"  {count:,} {reason} (max_length {config.max_length})")
+        chosen = set(prompts[: min(len(prompts) - 1, max(1, round(config.eval_fraction * len(prompts))))])
+        eval_rows = [group for group in dataset.groups if group.prompt in chosen]
+        train_rows = [group for group in dataset.groups if group.prompt not in chosen]
+    groups, counts = packing.encode(train_rows, tokenizer, limits, config.data)
+    eval_groups, more = packing.encode(eval_rows, tokenizer, limits, eval_path or config.data)
+    for reason, count in sorted((counts + more).items()):
+        console.say(f"  {count:,} {reason}")
     if not groups:
         raise data.DataError(f"{config.data}: no row is left to train on")
-    top = max(max(map(max, (group.prompt, *group.completions))) for group in (*groups, *eval_groups))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if top >= vocabulary:
-        raise ValueError(f"model: expected embeddings for every token; got {vocabulary} rows and token id {top}")
+    if eval_rows and not eval_groups:
+        raise data.DataError(f"{eval_path or config.data}: no held-out row is left to evaluate on")
+    models.check_fits(model, groups + eval_groups)
     return groups, eval_groups
 
 
@@ -146,7 +152,7 @@ def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGrou
         f"{config.loss.upper()} on {kind}, K {sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''}, "
         f"{len(groups):,} prompts for training, {steps:,} steps of {config.batch_size}\n"
         f"longest row of a prompt: median {lengths[len(lengths) // 2]} tokens, most {lengths[-1]}\n"
-        f"memory: about {_memory(config, model, groups) / 2**30:.2f} GiB "
+        f"memory: about {_memory(config, model, groups, accelerator) / 2**30:.2f} GiB a process "
         "(weights, gradients, Adam, logits and their gradient; activations come on top)"
     )
     for group in groups[:3]:
@@ -158,13 +164,14 @@ def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGrou
     console.say("  (the loss is taken between [[ and ]])")
 
 
-def _memory(config: Config, model: Any, groups: list[TokenGroup]) -> int:
-    """Bytes: fp32 weights, gradients and two moments, and twice the logits of the largest micro-batch."""
-    widest = max(groups, key=lambda group: group.longest * len(group.completions))
-    tokens = max(config.max_tokens_per_batch, widest.longest * len(widest.completions))
-    total = sum(group.longest * len(group.completions) for group in groups)
+def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: Accelerator) -> int:
+    """Bytes in a process: fp32 weights, gradients, two moments; twice the logits of the largest micro-batch; and what
+    autocast keeps of the weights in 16 bits, or a second model that scores, whichever is more."""
+    widest = max(group.longest * len(group.completions) for group in groups)
+    tokens = min(max(config.max_tokens_per_batch, widest), sum(g.longest * len(g.completions) for g in groups))
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return 16 * models.parameter_count(model) + 2 * 4 * min(tokens, total) * vocabulary
+    beside = 4 if config.ref_model else 0 if accelerator.mixed_precision == "no" else 2
+    return (16 + beside) * models.parameter_count(model) + 2 * 4 * tokens * vocabulary
 
 
 def _reference(
@@ -180,10 +187,11 @@ def _reference(
         reference, other = models.load(config.ref_model)
         if other.get_vocab() != tokenizer.get_vocab():
             raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
+        models.check_fits(reference, train_groups + eval_groups)
         reference.to(accelerator.device)
     everything = [*train_groups, *eval_groups]
     every = max(1, len(everything) // 5)
-    progress = console.Progress("prompts", len(everything), every=every, quiet=not accelerator.is_local_main_process)
+    progress = console.Progress("prompts", len(everything), every=every)
     scored = policy.score(
         reference, everything, accelerator, pad_id=tokenizer.pad_token_id, advance=progress.advance,
         max_tokens=config.max_tokens_per_batch, temperature=config.temperature,
@@ -195,17 +203,20 @@ def _first_loss_check(
     config: Config, module: policy.PolicyLoss, groups: list[TokenGroup], accelerator: Accelerator
 ) -> Any:
     """A function that compares the first loss with what theory says where policy equals reference."""
-    first = next(loop.batches(groups, config, 1))
+    first = next(loop.batches(groups, config, 1, accelerator.num_processes))
     expected, tolerance = module.expected_first_loss(first, accelerator.mixed_precision)
+    most = module.most_mean_square(first, accelerator.mixed_precision)
 
-    def check(seen: float) -> None:
+    def check(seen: float, values: Mapping[str, float]) -> None:
         comparable = config.ref_model is None and not config.dropout
         why = "" if comparable else " (not comparable: " + ("foreign reference)" if config.ref_model else "dropout)")
         console.say(f"first loss: expected {expected:.5f} +- {tolerance:.1g}, seen {seen:.5f}{why}")
-        if comparable and abs(seen - expected) > tolerance:
+        square = values[policy.MEAN_SQUARE]
+        if comparable and not (abs(seen - expected) <= tolerance and square <= most):
             raise artifacts.RunError(
                 f"the first loss is {seen:.5f}, but where policy equals reference it is {expected:.5f} "
-                f"+- {tolerance:.1g}: a wrong mask, reference, temperature, adapter base or dropout"
+                f"+- {tolerance:.1g}; their log-probs differ by {square**0.5:.2g} nats rms, and {most**0.5:.2g} is the "
+                "most that rounding does: a wrong mask, reference, temperature, adapter base or dropout"
             )
 
     return check
@@ -286,11 +297,7 @@ def _finish(model: Any, tokenizer: Any, directory: Path, watch: _Watch) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = config.parse(Config, argv, prog="python -m exo.align", description=__doc__)
-    try:
-        run(options)
-    except (ValueError, artifacts.RunError) as error:
-        return artifacts.fail(error)
-    return 0
+    return artifacts.guarded(run, options)
 
 
 if __name__ == "__main__":

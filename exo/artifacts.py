@@ -11,11 +11,13 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 RUN_FILE = "run.json"
 PACKAGES = ("exo-kernels", "torch", "triton", "transformers", "tokenizers", "accelerate", "safetensors")
@@ -25,12 +27,19 @@ class RunError(RuntimeError):
     """Why a run cannot begin or go on; one line."""
 
 
-def prepare(directory: str, *, overwrite: bool) -> Path:
-    """Create the run directory. An earlier run in it is refused, or with `overwrite` removed."""
+def prepare(directory: str, *, overwrite: bool, inputs: Iterable[str | None] = ()) -> Path:
+    """Create the run directory. An earlier run in it is refused, or with `overwrite` removed.
+
+    Call it when everything that can be checked has been: a run that cannot begin must not cost an earlier one. `inputs`
+    are the paths that the run reads, which must not be in what is removed.
+    """
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise RunError(f"--output_dir {directory}: expected a directory, found a file")
-    if (path / RUN_FILE).exists():
+    for name in filter(None, inputs):
+        if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
+            raise RunError(f"--output_dir {directory}: holds {name}, which this run reads; choose another")
+    if is_run(path):
         if not overwrite:
             raise RunError(
                 f"--output_dir {directory}: holds an earlier run; choose another or pass --overwrite_output_dir"
@@ -39,25 +48,34 @@ def prepare(directory: str, *, overwrite: bool) -> Path:
     elif path.exists() and any(path.iterdir()):
         # not ours to remove, whatever the flags say
         raise RunError(f"--output_dir {directory}: holds files that no run wrote; choose another")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--output_dir {directory}: cannot be created: {error.strerror}") from None
+    path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def is_run(directory: Path, stage: str | None = None) -> bool:
+    """Whether a run of ours (of that stage) left its record there."""
+    try:
+        record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    ours = isinstance(record, dict) and {"stage", "command", "arguments"} <= record.keys()
+    return ours and stage in (None, record["stage"])
 
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A directory to fill; on leaving it becomes `target` in one rename, on an error it vanishes."""
+    """A directory to fill; on leaving it takes the place of `target`, on an error it vanishes.
+
+    A new `target` appears in one rename; an old one is moved aside just before, and removed after.
+    """
     staging = target.with_name(f".{target.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
+    previous = target.with_name(f".{target.name}.previous")
+    for left_over in (staging, previous):
+        shutil.rmtree(left_over, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         yield staging
-        for file in staging.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        previous = target.with_name(f".{target.name}.previous")
+        _flush_all(staging)
         if target.exists():
             os.rename(target, previous)
         os.rename(staging, target)
@@ -74,17 +92,21 @@ def staged_into(directory: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        files = sorted(staging.iterdir())
-        for file in files:
-            _flush(file)
-        for file in files:
-            os.replace(file, directory / file.name)
+        _flush_all(staging)
+        for entry in sorted(staging.iterdir()):
+            os.replace(entry, directory / entry.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _flush_all(directory: Path) -> None:
+    for file in directory.rglob("*"):
+        if file.is_file():
+            _flush(file)
+
+
 def _flush(file: Path) -> None:
-    with open(file, "rb") as handle:
+    with open(file, "rb+") as handle:
         os.fsync(handle.fileno())
 
 
@@ -153,7 +175,22 @@ def _flags(arguments: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in arguments.items() if value is not None]
 
 
-def fail(error: Exception) -> int:
-    """Print one line; the exit code of a refused or stopped run."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, ValueError) else 1
+def guarded(run: Callable[[Any], object], options: Any) -> int:
+    """Run a stage for the command line: one line for what can go wrong, and an exit code."""
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        what = str(error).splitlines()[0]
+        print(f"error: {what} Lower --max_tokens_per_batch, then --max_length.", file=sys.stderr)
+        return 1
+    return 0

@@ -57,9 +57,7 @@ class Training:
     truncate: Literal["prompt-left", "drop", "error"] = option(
         "prompt-left", "rows over the limits: cut the prompt's left and the completion's right, skip, or stop"
     )
-    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
     logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step")
-    save_steps: int = option(0, "steps between checkpoints; 0 means none")
     report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
 
     def __post_init__(self) -> None:
@@ -75,7 +73,7 @@ def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: s
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         _add(parser, field, hints[field.name])
     try:
-        file, flags = _split_config(arguments)
+        file, flags = _split_config(prog, arguments)
         values = vars(parser.parse_args(_from_yaml(file, cls) + flags)) if file else vars(parser.parse_args(flags))
         values.pop("config")
         return cls(**values)
@@ -83,8 +81,8 @@ def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: s
         parser.error(str(error))
 
 
-def _split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
-    head = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def _split_config(prog: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    head = _Parser(prog=prog, add_help=False, allow_abbrev=False)
     head.add_argument("--config")
     known, rest = head.parse_known_args(arguments)
     return known.config, rest
@@ -176,11 +174,12 @@ def _or_none(base: Any) -> Any:
 
 
 def _check_ranges(config: Training) -> None:
+    require(0 <= config.seed < 2**32, "seed", "in [0, 2^32)", config.seed)
     for name in ("batch_size", "max_tokens_per_batch", "logging_steps"):
         require(getattr(config, name) >= 1, name, ">= 1", getattr(config, name))
     for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
         require(0 < getattr(config, name) < float("inf"), name, "a finite number > 0", getattr(config, name))
-    for name in ("weight_decay", "max_grad_norm", "save_steps", "warmup_steps"):
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
         require(0 <= getattr(config, name) < float("inf"), name, ">= 0", getattr(config, name))
     for name in ("adam_beta1", "adam_beta2"):
         require(0 <= getattr(config, name) < 1, name, "in [0, 1)", getattr(config, name))

@@ -12,8 +12,18 @@ from rich import progress as rich_progress
 _STARTED = time.perf_counter()
 
 
+_muted = False
+
+
+def mute() -> None:
+    """Called in every process but the first, which speaks for all."""
+    global _muted
+    _muted = True
+
+
 def say(text: str = "") -> None:
-    print(text, flush=True)
+    if not _muted:
+        print(text, flush=True)
 
 
 def headline(text: str) -> None:
@@ -31,6 +41,7 @@ class Progress:
     """A known amount of work: how far, how fast, how long yet."""
 
     def __init__(self, label: str, total: int, *, every: int, quiet: bool = False) -> None:
+        quiet = quiet or _muted
         self._label, self._total, self._every, self._quiet = label, total, every, quiet
         self._done, self._began = 0, time.perf_counter()
         self._bar = None if quiet or not sys.stdout.isatty() else _bar()

@@ -21,6 +21,8 @@ from exo.artifacts import Metrics, RunError
 from exo.config import ConfigError, Training
 from exo.packing import TokenGroup, collate, micro_batches
 
+MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
+
 
 class Share(NamedTuple):
     """What one forward pass gives: its part of the step's mean loss, and sums with the counts to divide them by."""
@@ -30,21 +32,29 @@ class Share(NamedTuple):
 
 
 def make_accelerator(config: Training) -> Accelerator:
-    """accelerate, set up as the options say."""
+    """accelerate, set up as the options say. Without a GPU of CUDA's or ROCm's it is the CPU: sums need float64."""
     dtype = config.dtype
     if dtype == "auto":
         on_gpu = config.device != "cpu" and torch.cuda.is_available()
-        dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+        bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if bf16 else "float32"
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         # accelerate would drop a tracker that is not installed
         raise ConfigError(f"--report_to {config.report_to}: not installed; pip install {config.report_to}")
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-    return Accelerator(
-        cpu=config.device == "cpu",
+    accelerator = Accelerator(
+        cpu=config.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision=mixed,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
     )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise ConfigError(f"accelerate: expected one process or DDP, which this version trains with; got {kind}")
+    accelerator.gradient_accumulation_steps = 1  # the environment may say otherwise; the denominator is ours
+    if not accelerator.is_main_process:
+        console.mute()
+    return accelerator
 
 
 def total_steps(config: Training, n_groups: int) -> int:
@@ -53,16 +63,22 @@ def total_steps(config: Training, n_groups: int) -> int:
     return max(1, round(config.num_train_epochs * math.ceil(n_groups / config.batch_size)))
 
 
-def batches(groups: Sequence[TokenGroup], config: Training, steps: int) -> Iterator[list[TokenGroup]]:
-    """Global batches, each epoch in an order of its own. The generator is private: nothing else moves it."""
+def batches(groups: Sequence[TokenGroup], config: Training, steps: int, world: int = 1) -> Iterator[list[TokenGroup]]:
+    """Global batches, each epoch in an order of its own. The generator is private: nothing else moves it.
+
+    A last batch too small to give each of `world` processes a prompt joins the one before.
+    """
     step, epoch = 0, 0
     while step < steps:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(groups), generator=generator).tolist()
-        for start in range(0, len(order), config.batch_size):
+        starts = list(range(0, len(order), config.batch_size))
+        if len(starts) > 1 and len(order) - starts[-1] < world:
+            del starts[-1]
+        for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
             if step == steps:
                 return
-            yield [groups[i] for i in order[start : start + config.batch_size]]
+            yield [groups[i] for i in order[start:end]]
             step += 1
         epoch += 1
 
@@ -99,43 +115,51 @@ def train(
     pad_id: int,
     denominator: Callable[[Sequence[TokenGroup]], int],
     shown: Sequence[str],
-    first: Callable[[float], None] | None = None,
+    first: Callable[[float, Mapping[str, float]], None] | None = None,
     after: Callable[[int, bool], None] | None = None,
 ) -> nn.Module:
     """Train `module` on `groups`; return it as accelerate wrapped it.
 
-    `denominator` counts a global batch in the loss's own unit. `first` sees the first loss before the first update and
-    may raise. `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` names the
+    `denominator` counts a global batch in the loss's own unit. `first` sees the first loss and metrics before the first
+    update and may raise. `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` names the
     metrics on the progress line.
     """
     steps = total_steps(config, len(groups))
+    world = accelerator.num_processes
+    if min(len(groups), config.batch_size) < world:
+        raise ConfigError(f"--batch_size: expected at least a prompt for each of {world} processes")
     optim = optimizer(module, config)
     module, optim = accelerator.prepare(module, optim)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    progress = console.Progress("step", steps, every=config.logging_steps, quiet=not accelerator.is_local_main_process)
-    for step, batch in enumerate(batches(groups, config, steps), start=1):
-        began = time.perf_counter()
-        if len(batch) < world:
-            raise RunError(f"step {step}: {len(batch)} prompts cannot be shared by {world} processes; add data")
-        rate = config.learning_rate * learning_rate_share(config, steps, step - 1)
-        for group in optim.param_groups:
-            group["lr"] = rate
-        parts = micro_batches(batch[rank::world], config.max_tokens_per_batch)
-        loss, sums, tokens = _accumulate(module, parts, denominator(batch), accelerator, pad_id, step)
-        loss, sums, tokens = _across_processes(accelerator, loss, sums, tokens)
-        if step == 1 and first is not None:
-            first(loss)
-        norm = _update(module, optim, config, accelerator, step, batch)
-        seconds = time.perf_counter() - began
-        values = {name: total / count for name, (total, count) in sums.items() if count}
-        line = {"step": step, "epoch": step * config.batch_size / len(groups), "loss": loss} | values
-        line |= {"learning_rate": rate, "grad_norm": norm, "tokens": tokens, "tokens_per_second": tokens / seconds}
-        if accelerator.is_main_process:
-            metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
-            accelerator.log(line, step=step)
-        progress.advance(1, {name: line[name] for name in shown if name in line})
-        if after is not None:
-            after(step, step == steps)
+    progress = console.Progress("step", steps, every=config.logging_steps)
+    skipped = 0
+    try:
+        for step, batch in enumerate(batches(groups, config, steps, world), start=1):
+            began = time.perf_counter()
+            rate = config.learning_rate * learning_rate_share(config, steps, step - 1)
+            for group in optim.param_groups:
+                group["lr"] = rate
+            parts = micro_batches(batch[accelerator.process_index :: world], config.max_tokens_per_batch)
+            loss, sums, tokens = _accumulate(module, parts, denominator(batch), accelerator, pad_id, step)
+            loss, sums, tokens = _across_processes(accelerator, loss, sums, tokens)
+            values = {name: total / count for name, (total, count) in sums.items() if count}
+            if step == 1 and first is not None:
+                first(loss, values)
+            norm = _update(module, optim, config, accelerator, step, batch)
+            skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+            if skipped == MOST_SKIPPED:
+                raise RunError(f"step {step}: {skipped} updates in a row overflowed float16; use bfloat16")
+            rates = {"learning_rate": rate, "grad_norm": norm, "tokens": tokens}
+            rates["tokens_per_second"] = tokens / (time.perf_counter() - began)
+            epoch = step / math.ceil(len(groups) / config.batch_size)
+            line = {"step": step, "epoch": epoch, "loss": loss} | values | rates
+            if accelerator.is_main_process:
+                metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
+                accelerator.log(line, step=step)
+            progress.advance(1, {name: line[name] for name in shown if name in line})
+            if after is not None:
+                after(step, step == steps)
+    finally:
+        progress.stop()
     return module
 
 

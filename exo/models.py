@@ -125,6 +125,22 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def check_fits(model: PreTrainedModel, rows: Iterable[Any]) -> None:
+    """ValueError unless every token of `rows` (packing.TokenGroup) has an embedding, and every position a place."""
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for row in rows:
+        top = max(map(max, (row.prompt, *row.completions)))
+        if top >= vocabulary:
+            raise ValueError(f"model: expected embeddings for every token; got {vocabulary} and token id {top}")
+        if positions is not None and row.longest > positions:
+            raise ValueError(
+                f"--max_length: expected at most the {positions} positions that the model has; line {row.line} "
+                f"takes {row.longest}"
+            )
+
+
 def _load_config(name: str) -> PreTrainedConfig:
     with _explained(name, "a config.json of a type that transformers knows without remote code"):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)

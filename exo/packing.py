@@ -64,27 +64,34 @@ class Batch(NamedTuple):
         return Batch(*map(moved, self))
 
 
-def encode(groups: Iterable[Group], tokenizer: Any, limits: Limits) -> tuple[list[TokenGroup], Counter[str]]:
-    """Tokenise; also count, by reason, the rows cut or dropped for their length."""
+def encode(groups: Iterable[Group], tokenizer: Any, limits: Limits, path: str) -> tuple[list[TokenGroup], Counter[str]]:
+    """Tokenise; also count, by reason, the rows cut or dropped for their length. `path` is named in errors."""
     counts: Counter[str] = Counter()
     encoded = []
+    # Where the tokenizer itself begins texts with BOS, prompts do; an EOS that it would append never ends a prompt.
+    first = tokenizer("a")["input_ids"][:1]
+    start = first if first == [tokenizer.bos_token_id] else []
     for group in groups:
-        prompt = tokenizer(group.prompt)["input_ids"] if group.prompt else []
+        prompt = start + tokenizer(group.prompt, add_special_tokens=False)["input_ids"]
         if not prompt:  # the first token of a completion needs a token before it
-            start = tokenizer.bos_token_id
-            prompt = [tokenizer.eos_token_id if start is None else start]
+            prompt = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
         completions = [
             [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             for text in group.completions
         ]
-        fitted = _fit(prompt, completions, limits, group.line, counts)
+        fitted = _fit(prompt, completions, len(start), limits, f"{path}:{group.line}", counts)
         if fitted is not None:
             encoded.append(TokenGroup(*fitted, group.rewards, group.line))
     return encoded, counts
 
 
 def _fit(
-    prompt: list[int], completions: list[list[int]], limits: Limits, line: int, counts: Counter[str]
+    prompt: list[int],
+    completions: list[list[int]],
+    start: int,  # tokens at the beginning that are kept
+    limits: Limits,
+    place: str,
+    counts: Counter[str],
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None:
     """Apply the limits. One prompt serves all its completions, so the longest of them decides."""
     most = limits.max_length - 1  # one token of prompt always stays
@@ -93,17 +100,22 @@ def _fit(
     long_completion = max(map(len, completions)) > most
     too_long = long_completion or len(prompt) + max(map(len, completions)) > limits.max_length
     if too_long and limits.truncate == "error":
-        raise DataError(f"line {line}: longer than the limits allow; raise them or choose another --truncate")
+        raise DataError(f"{place}: longer than the limits allow; raise them or choose another --truncate")
     if too_long and limits.truncate == "drop":
         counts["rows dropped: over-long"] += 1
         return None
     if long_completion:
-        counts["rows with a completion cut on the right (its end of sequence goes too)"] += 1
+        different = len(set(map(tuple, completions)))
         completions = [completion[:most] for completion in completions]
+        if different > 1 == len(set(map(tuple, completions))):
+            counts["rows dropped: completions identical once cut"] += 1
+            return None
+        counts["rows with a completion cut on the right (its end of sequence goes too)"] += 1
     room = limits.max_length - max(map(len, completions))
     if len(prompt) > room:
         counts["rows with the prompt cut on the left"] += 1
-        prompt = prompt[-room:]
+        kept = start if start < room else 0
+        prompt = prompt[:kept] + prompt[len(prompt) - (room - kept) :]
     return tuple(prompt), tuple(map(tuple, completions))
 
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from exo import intervals
+from exo.artifacts import RunError
 from exo.loop import Share
 from exo.packing import Batch, TokenGroup, collate, micro_batches
 from exo_kernels import (
@@ -28,6 +29,9 @@ LOSSES = {"exo": fused_exo_loss, "dpo": fused_dpo_loss}
 
 # rms error of one token's log-prob by compute dtype: what the first loss may be off by without a mistake
 TOKEN_NOISE = {"no": 1e-5, "fp16": 2e-3, "bf16": 1.5e-2}
+
+
+MEAN_SQUARE = "log_ratios/mean_square"  # of S_k, the sequence log-ratios
 
 
 class PolicyLoss(nn.Module):
@@ -72,11 +76,12 @@ class PolicyLoss(nn.Module):
 
     def forward(self, batch: Batch, num_groups: int) -> Share:
         loss, stats = self.losses(batch, num_groups=num_groups)
-        return Share(loss, _sums(group_metrics(stats, batch)))
+        return Share(loss, _sums(group_metrics(stats, batch, self.betas["beta_pi"])))
 
     def expected_first_loss(self, groups: Sequence[TokenGroup], mixed_precision: str) -> tuple[float, float]:
-        """(mean loss where policy equals reference, what rounding alone may add to it)."""
-        losses, slopes = [], []
+        """(mean loss where policy equals reference, what rounding alone may add to it: six sigma, to second order)."""
+        noise = TOKEN_NOISE[mixed_precision] / self.temperature
+        losses, variance, bend = [], 0.0, 0.0
         for group in groups:
             k = len(group.completions)
             start = torch.zeros(k, dtype=torch.float64, requires_grad=True)
@@ -86,27 +91,34 @@ class PolicyLoss(nn.Module):
                 **self.objective,
             )  # fmt: skip
             (slope,) = torch.autograd.grad(loss, start)
-            tokens = max(map(len, group.completions))
+            tokens = torch.tensor([len(completion) for completion in group.completions], dtype=torch.float64)
             losses.append(float(loss.detach()))
-            slopes.append(float(slope.abs().sum()) * math.sqrt(tokens))
+            variance += float((slope**2 * tokens).sum()) * noise**2
+            bend += (6 * self.betas["beta_pi"] * noise) ** 2 * float(tokens.max()) / 2
+        n = len(losses)
+        return sum(losses) / n, 1e-6 + 6 * math.sqrt(variance) / n + bend / n
+
+    def most_mean_square(self, groups: Sequence[TokenGroup], mixed_precision: str) -> float:
+        """The most that rounding alone can make of the mean squared log-ratio where policy equals reference."""
         noise = TOKEN_NOISE[mixed_precision] / self.temperature
-        return sum(losses) / len(losses), 1e-6 + 6 * noise * sum(slopes) / len(slopes)
+        return (6 * noise) ** 2 * max(len(completion) for group in groups for completion in group.completions)
 
 
 def _sums(metrics: dict[str, list[float]]) -> dict[str, tuple[float, int]]:
     return {name: (sum(values), len(values)) for name, values in metrics.items()}
 
 
-def group_metrics(stats: LossStats, batch: Batch) -> dict[str, list[float]]:
-    """Metrics by their usual names, one value a group (none where it has nothing to say)."""
+def group_metrics(stats: LossStats, batch: Batch, beta_pi: float) -> dict[str, list[float]]:
+    """Metrics by their usual names, one value a group; a group that prefers nothing has none of most."""
     names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-    found: dict[str, list[float]] = {name: [] for name in (*names, "logps/chosen", "logps/rejected")}
+    found: dict[str, list[float]] = {name: [] for name in (*names, "logps/chosen", "logps/rejected", MEAN_SQUARE)}
     sizes = batch.group_size.tolist()
     implicit = stats.implicit_rewards.double().cpu().split(sizes)
     logps = stats.policy_logps.double().cpu().split(sizes)
     # preferences are rewards of which the first completion has the higher
     targets = batch.rewards.cpu().split(sizes) if batch.rewards is not None else None
     for i, size in enumerate(sizes):
+        found[MEAN_SQUARE].append(float((implicit[i] / beta_pi).square().mean()))
         target = targets[i] if targets is not None else -torch.arange(size).clamp(max=1).double()
         if size < 2 or bool((target == target[0]).all()):
             continue  # nothing is preferred here
@@ -117,7 +129,7 @@ def group_metrics(stats: LossStats, batch: Batch) -> dict[str, list[float]]:
         found["rewards/accuracies"].append(agreement(implicit[i], target))
         found["logps/chosen"].append(float(logps[i][best]))
         found["logps/rejected"].append(float(logps[i][worst]))
-    return {name: values for name, values in found.items() if values}
+    return found
 
 
 def agreement(scores: Tensor, target: Tensor) -> float:
@@ -173,13 +185,16 @@ def evaluate(
         batch = collate(part, pad_id).to(accelerator.device)
         with accelerator.autocast():
             share, stats = module.losses(batch, reduction="sum")
+        if not math.isfinite(float(share)):
+            lines = ", ".join(map(str, batch.lines[:10]))
+            raise RunError(f"evaluation: the loss is {float(share)}; held-out rows at lines {lines}")
         loss += float(share)
-        for name, found in group_metrics(stats, batch).items():
+        for name, found in group_metrics(stats, batch, module.betas["beta_pi"]).items():
             values.setdefault(name, []).extend(found)
     module.train(was_training)
     result = {"eval_loss": loss / len(groups)}
-    result |= {f"eval_{name}": sum(found) / len(found) for name, found in values.items()}
+    result |= {f"eval_{name}": sum(found) / len(found) for name, found in values.items() if found}
     if accuracies := values.get("rewards/accuracies"):
-        low, high = intervals.mean_interval(accuracies)
+        low, high = intervals.accuracy_interval(accuracies)
         result |= {"eval_accuracy_low": low, "eval_accuracy_high": high}
     return result

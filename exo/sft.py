@@ -46,24 +46,28 @@ class NextToken(nn.Module):
 def run(config: Config) -> Path:
     """Fine-tune and return the run directory, which is the model directory."""
     accelerator = loop.make_accelerator(config)
-    directory = Path(config.output_dir)
-    if accelerator.is_main_process:
-        artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir)
-        artifacts.write_run(directory, config, "sft")
-    accelerator.wait_for_everyone()
     set_seed(config.seed)
     model, tokenizer = models.load(config.model)
     groups = _read(config, tokenizer)
+    models.check_fits(model, groups)
+    directory = Path(config.output_dir)
+    if accelerator.is_main_process:
+        inputs = (config.model, config.data)
+        artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir, inputs=inputs)
+        artifacts.write_run(directory, config, "sft")
+    accelerator.wait_for_everyone()
     console.say(
         f"{len(groups):,} texts, {loop.total_steps(config, len(groups)):,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
+    accelerator.init_trackers("exo")
     metrics = artifacts.Metrics(directory / "metrics.jsonl")
     loop.train(
         NextToken(model).train(config.dropout), groups, config, accelerator, metrics,
         pad_id=tokenizer.pad_token_id, denominator=_tokens, shown=("loss", "tokens_per_second"),
     )  # fmt: skip
     metrics.close()
+    accelerator.end_training()
     if accelerator.is_main_process:
         with artifacts.staged_into(directory) as staging:
             models.save(model, tokenizer, staging)
@@ -86,7 +90,7 @@ def _read(config: Config, tokenizer: object) -> list[TokenGroup]:
     if not texts:
         raise data.DataError(f"{config.data}: holds no line")
     limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate)
-    groups, counts = packing.encode(texts, tokenizer, limits)
+    groups, counts = packing.encode(texts, tokenizer, limits, config.data)
     for reason, count in sorted(counts.items()):
         console.say(f"  {count:,} {reason}")
     if not groups:
@@ -96,11 +100,7 @@ def _read(config: Config, tokenizer: object) -> list[TokenGroup]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = config.parse(Config, argv, prog="python -m exo.sft", description=__doc__)
-    try:
-        run(options)
-    except (ValueError, artifacts.RunError) as error:
-        return artifacts.fail(error)
-    return 0
+    return artifacts.guarded(run, options)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def preference_loss(
     validation.tensor("ref_logps", ref_logps, validation.SUMS, ((n,),), policy_logps.device)
     validation.choice("objective", objective, tuple(objectives.OBJECTIVES))
     if label_smoothing is None:
-        label_smoothing = objectives.LABEL_SMOOTHING[objective]
+        label_smoothing = objectives.LABEL_SMOOTHING.get(objective, 0.0)
     knobs = _Knobs(objective, group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     _check_knobs(knobs, n, policy_logps.device)
     # a sequence is one row that scores, so the sums over rows are the values themselves

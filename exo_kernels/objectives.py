@@ -86,4 +86,4 @@ def dpo(
 
 
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"exo": exo, "dpo": dpo}
-LABEL_SMOOTHING = {"exo": 1e-3, "dpo": 0.0}  # eps unless the caller says otherwise; the paper's for EXO
+LABEL_SMOOTHING = {"exo": 1e-3, "dpo": 0.0}  # eps unless the caller says otherwise, else 0; the paper's for EXO

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from exo_kernels import groups, validation
 
+KERNEL_OBJECTIVES = ("exo", "dpo")  # what _triton/group_loss.py computes
+
 
 def _implementation(impl: str) -> ModuleType:
     return importlib.import_module("exo_kernels._triton" if impl == "triton" else f"exo_kernels.{impl}")
@@ -136,7 +138,9 @@ def group_loss(
         if rewards is not None:
             validation.reward_values(rewards)
     arguments = (per_token_ref, objective, beta_pi, beta_r, (log_chosen, log_others), ignore_index)
-    return _implementation(impl).group_loss(logps, targets, ref_logps, rewards, seq_offsets, group_offsets, *arguments)
+    # an objective without a kernel runs in torch: it is K scalars a prompt
+    implementation = _implementation(impl if objective in KERNEL_OBJECTIVES else "chunked")
+    return implementation.group_loss(logps, targets, ref_logps, rewards, seq_offsets, group_offsets, *arguments)
 
 
 @group_loss.register_fake

@@ -131,7 +131,7 @@ def preference_loss(
     compat: str | None = None,
 ) -> Tensor:
     if label_smoothing is None:
-        label_smoothing = objectives.LABEL_SMOOTHING[objective]
+        label_smoothing = objectives.LABEL_SMOOTHING.get(objective, 0.0)
     log_ratios = policy_logps.double() - ref_logps.detach().double()
     options = (objective, group_size, rewards, beta_pi, beta_r, label_smoothing, compat)
     losses = _group_losses(log_ratios, *options)[0]
@@ -159,7 +159,7 @@ def _fused_loss(
     return_stats: bool = False,
 ) -> Any:
     if label_smoothing is None:
-        label_smoothing = objectives.LABEL_SMOOTHING[objective]
+        label_smoothing = objectives.LABEL_SMOOTHING.get(objective, 0.0)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     rows = _rows(logits, labels, cu_seqlens, shift)
     keeps = [y != ignore_index for _, y in rows]

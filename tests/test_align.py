@@ -1,5 +1,6 @@
 """Alignment end to end on a tiny model: what it writes, what it refuses; batching never changes the gradient."""
 
+import dataclasses
 import json
 import math
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from exo import align, artifacts, loop, models, packing, policy
+from exo import align, artifacts, intervals, loop, models, packing, policy
+from exo import data as data_module
 from exo.config import Training
 from exo.packing import TokenGroup
 
@@ -90,6 +92,56 @@ def test_a_wrong_reference_is_an_error_before_the_first_update(tmp_path, capsys,
     assert "where policy equals reference" in capsys.readouterr().err
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_errors_of_the_reference_that_cancel_in_the_mean_are_seen(tmp_path, capsys, monkeypatch):
+    """Random errors of opposite sign leave the mean loss near where it was; the log-ratios tell."""
+
+    def noisy(*args, **kwargs):
+        groups = score(*args, **kwargs)
+        return [
+            dataclasses.replace(g, ref_logps=tuple(x + (-1) ** (i + j) * 0.01 for j, x in enumerate(g.ref_logps)))
+            for i, g in enumerate(groups)
+        ]
+
+    score = policy.score
+    monkeypatch.setattr(policy, "score", noisy)
+    data = write(tmp_path / "rows.jsonl", rows(20))
+    assert align.main(options(tmp_path, data)) == 1
+    assert "differ by 0.01 nats rms" in capsys.readouterr().err
+
+
+def test_no_held_out_prompt_is_trained_on(tmp_path):
+    """Also where the limits cut one prompt to several lengths."""
+    lines = [{**row, "prompt": f"{i % 5} " + "word " * 30} for i, row in enumerate(rows(40, ragged=True))]
+    config = align.Config(model="tiny", data=write(tmp_path / "rows.jsonl", lines), max_length=24, eval_fraction=0.4)
+    dataset = data_module.read(config.data)
+    model, tokenizer = align._load(config, dataset)
+    train, held_out = align._encode(config, dataset, None, tokenizer, model)
+    by_line = {i + 1: line["prompt"] for i, line in enumerate(lines)}
+    assert {by_line[g.line] for g in train}.isdisjoint({by_line[g.line] for g in held_out})
+    assert train and held_out and len(train) + len(held_out) == 40
+
+
+def test_a_run_that_cannot_begin_costs_nothing(tmp_path, run, capsys):
+    before = sorted(path.name for path in run.iterdir())
+    data = write(tmp_path / "rows.jsonl", rows(20))
+    for model in ("tinyy", str(run)):  # a typo; the very model that would be removed
+        argv = options(tmp_path, data, "--overwrite_output_dir")
+        argv[1], argv[argv.index("--output_dir") + 1] = model, str(run)
+        assert align.main(argv) != 0
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_more_positions_than_the_model_has_is_one_line(tmp_path, capsys):
+    model, tokenizer = models.tiny(["a b c"], hidden_size=32, num_layers=1, num_heads=2)
+    model.config.max_position_embeddings = 8
+    models.save(model, tokenizer, tmp_path / "short")
+    argv = options(tmp_path, write(tmp_path / "rows.jsonl", rows(20)))
+    argv[1] = str(tmp_path / "short")
+    assert align.main(argv) == 2
+    assert "--max_length: expected at most the 8 positions" in capsys.readouterr().err
 
 
 def test_a_foreign_reference_is_not_held_to_the_first_loss(tmp_path, run, capsys):
@@ -215,6 +267,16 @@ def test_accuracy_counts_ties_as_one_half():
     assert policy.agreement(torch.tensor([0.0, 0.0, 0.0]), target) == 0.5
     assert policy.agreement(torch.tensor([3.0, 1.0, 2.0]), target) == 1.0
     assert policy.agreement(torch.tensor([1.0, 0.0, 2.0]), target) == 0.5
+
+
+def test_a_small_last_batch_joins_the_one_before():
+    config = Training(batch_size=7, seed=5)
+    assert [len(b) for b in loop.batches(_groups(), config, steps=2, world=2)] == [8, 8]
+
+
+@pytest.mark.parametrize(("values", "interval"), [([1.0, 1.0], (0.342, 1.0)), ([1.0, 0.0] * 50, (0.404, 0.596))])
+def test_the_interval_of_an_accuracy_is_wilsons(values, interval):
+    assert intervals.accuracy_interval(values) == pytest.approx(interval, abs=1e-3)
 
 
 def test_half_a_checkpoint_is_never_seen(tmp_path):

@@ -17,8 +17,18 @@ class Words:
         return {"input_ids": [10 + len(word) for word in text.split()]}
 
 
+class Templated(Words):
+    """The same with BOS before a text and EOS after it, as some tokenizers have it."""
+
+    bos_token_id = 2
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": [2, *ids, 1] if add_special_tokens else ids}
+
+
 def encode(group, max_length=100, max_completion_length=None, truncate="prompt-left"):
-    return packing.encode([group], Words(), Limits(max_length, max_completion_length, truncate))
+    return packing.encode([group], Words(), Limits(max_length, max_completion_length, truncate), "rows.jsonl")
 
 
 def test_completions_end_with_eos_and_prompts_are_kept():
@@ -45,6 +55,18 @@ def test_a_completion_is_cut_on_the_right_and_one_prompt_token_stays():
     assert counts.total() == 2
 
 
+def test_bos_stays_and_eos_never_ends_a_prompt():
+    group = Group("a bb ccc dddd", ("a", "a a"), None, 1)
+    whole, cut = (packing.encode([group], Templated(), Limits(n, None, "prompt-left"), "")[0][0] for n in (50, 6))
+    assert whole.prompt == (2, 11, 12, 13, 14) and whole.completions[0] == (11, 1)
+    assert cut.prompt == (2, 13, 14)
+
+
+def test_completions_that_the_cut_makes_alike_are_dropped():
+    rows, counts = encode(Group("a", ("a a a bb", "a a a ccc"), None, 1), max_completion_length=3)
+    assert not rows and counts == {"rows dropped: completions identical once cut": 1}
+
+
 @pytest.mark.parametrize(("length", "kept"), [(6, 1), (5, 0)])
 def test_drop_keeps_exactly_what_fits(length, kept):
     rows, counts = encode(Group("a bb", ("a a a", "a"), None, 1), max_length=length, truncate="drop")
@@ -52,7 +74,7 @@ def test_drop_keeps_exactly_what_fits(length, kept):
 
 
 def test_error_names_the_line():
-    with pytest.raises(DataError, match="^line 7: "):
+    with pytest.raises(DataError, match="^rows.jsonl:7: "):
         encode(Group("a bb", ("a a a", "a"), None, 7), max_length=5, truncate="error")
 
 
@@ -80,6 +102,8 @@ def test_prompt_and_completion_meet_at_a_token_border():
     """A tokenizer that would merge across the border is never shown both sides at once."""
     texts = ["ab abc abcd " * 20]
     _, tokenizer = models.tiny(texts, hidden_size=32, num_heads=2, num_layers=1)
-    (encoded,), _ = packing.encode([Group("ab ab", ("c ab", "cd"), None, 1)], tokenizer, Limits(50, None, "error"))
+    (encoded,), _ = packing.encode(
+        [Group("ab ab", ("c ab", "cd"), None, 1)], tokenizer, Limits(50, None, "error"), "rows.jsonl"
+    )
     assert tokenizer.decode(encoded.prompt) == "ab ab"
     assert tokenizer.decode(encoded.completions[0]) == "c ab<eos>"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from exo import train
+from exo import artifacts, train
 from exo.quickstart import recipe
 
 
@@ -28,8 +28,8 @@ def test_the_files_of_each_stage_are_there(quickstart):
 
 
 def test_only_an_earlier_quickstart_is_replaced(quickstart, tmp_path, capsys):
-    assert recipe._is_quickstart(quickstart)
-    assert not recipe._is_quickstart(quickstart / "exo")
+    assert artifacts.is_run(quickstart, "train")
+    assert not artifacts.is_run(quickstart / "exo", "train")
     (tmp_path / "notes.txt").write_text("mine")
     assert train.main(["--output_dir", str(tmp_path)]) == 1
     assert "holds files that no run wrote" in capsys.readouterr().err
@@ -39,3 +39,9 @@ def test_data_without_a_model_says_what_is_missing(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--data", "rows.jsonl"])
     assert stop.value.code == 2 and "--model: expected a directory, a hub name, or tiny" in capsys.readouterr().err
+
+
+def test_an_option_of_alignment_alone_is_not_the_quickstarts(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--learning-rate", "1e-3"])
+    assert stop.value.code == 2 and "--model: expected" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 Stages talk through files in the run directory: sft.jsonl -> sft/ -> scored.jsonl -> exo/ -> results.json and a picture.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ class Config:
 
 def run(config: Config) -> Path:
     """Run every stage and return the run directory."""
-    directory = artifacts.prepare(config.output_dir, overwrite=_is_quickstart(Path(config.output_dir)))
+    directory = artifacts.prepare(config.output_dir, overwrite=artifacts.is_run(Path(config.output_dir), "train"))
     artifacts.write_run(directory, config, "train")
     accelerator = Accelerator(cpu=True)  # smaller than the launch of a GPU kernel is worth
 
@@ -52,15 +51,6 @@ def run(config: Config) -> Path:
     results = _evaluate(config, directory, aligned, accelerator)
     artifacts.update_run(directory, result=results)
     return directory
-
-
-def _is_quickstart(directory: Path) -> bool:
-    """Whether what stands there is an earlier quickstart: ours to replace."""
-    try:
-        record = json.loads((directory / artifacts.RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return record.get("stage") == "train"
 
 
 def _fine_tune(config: Config, directory: Path) -> None:
@@ -84,18 +74,19 @@ def _sample_and_score(config: Config, directory: Path) -> None:
     wanted = config.align_steps * PROMPTS_A_STEP
     train = prompts("train")
     repeated = (train * (wanted // len(train) + 1))[:wanted]
-    texts = _completions(model, tokenizer, repeated, config.seed, "samples")
-    rows = (
-        {"prompt": prompt, "completions": group, "rewards": [score(f"{prompt} {text}") for text in group]}
-        for prompt, group in zip(repeated, texts, strict=True)
-    )
+    groups = _completions(model, tokenizer, repeated, config.seed, "samples")
+    rows = [
+        {"prompt": prompt, "completions": texts, "rewards": [score(f"{prompt} {text}") for text in texts]}
+        for prompt, texts in zip(repeated, groups, strict=True)
+        if texts is not None
+    ]
     data.write_jsonl(directory / "scored.jsonl", rows)
 
 
 def _completions(
     model: Any, tokenizer: Any, openings: list[str], seed: int, label: str | None = None
-) -> list[list[str]]:
-    """K texts a prompt."""
+) -> list[list[str] | None]:
+    """K texts a prompt; None where one did not end, since its end of sequence was never drawn."""
     ids = [tokenizer(prompt)["input_ids"] for prompt in openings]
     total = len(ids) * K
     progress = console.Progress(label or "", total, every=max(1, total // 4), quiet=label is None)
@@ -103,7 +94,17 @@ def _completions(
         model, tokenizer, ids, k=K, temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS, seed=seed,
         progress=progress.advance,
     )  # fmt: skip
-    return [[tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in group] for group in samples]
+    unfinished = sum(sample.finish == "length" for group in samples for sample in group)
+    if unfinished:
+        console.say(
+            f"  {unfinished:,} of {total:,} samples did not end within {MAX_NEW_TOKENS} tokens; their groups are left out"
+        )
+    return [
+        [tokenizer.decode(sample.token_ids, skip_special_tokens=True) for sample in group]
+        if all(sample.finish == "eos" for sample in group)
+        else None
+        for group in samples
+    ]
 
 
 def _align_config(config: Config, directory: Path) -> align.Config:
@@ -117,13 +118,14 @@ def _align_config(config: Config, directory: Path) -> align.Config:
 
 def _evaluate(config: Config, directory: Path, aligned: Path, accelerator: Accelerator) -> dict[str, Any]:
     """Oracle reward before and after on held-out prompts, KL to the reference, a picture, samples side by side."""
-    openings = prompts("test")
     before, tokenizer = models.load(directory / "sft")
     after, _ = models.load(aligned)
-    texts = {
-        name: _completions(model, tokenizer, openings, config.seed + 1)
-        for name, model in (("before", before), ("after", after))
-    }
+    drawn = [_completions(model, tokenizer, prompts("test"), config.seed + 1) for model in (before, after)]
+    whole = [(p, a, b) for p, a, b in zip(prompts("test"), *drawn, strict=True) if a is not None and b is not None]
+    if len(whole) < 2:
+        raise artifacts.RunError("the models do not end their texts: --sft_steps is too small to learn anything from")
+    openings = [opening for opening, _, _ in whole]
+    texts = {"before": [a for _, a, _ in whole], "after": [b for _, _, b in whole]}
     rewards = {
         name: [[score(f"{p} {t}") for t in group] for p, group in zip(openings, groups, strict=True)]
         for name, groups in texts.items()
@@ -149,7 +151,7 @@ def _kl(
 ) -> list[float]:  # fmt: skip
     """One value a prompt: mean over its samples of log pi - log pi_ref, at the temperature they were drawn at."""
     rows = [data.Group(p, tuple(group), None, i) for i, (p, group) in enumerate(zip(openings, texts, strict=True))]
-    groups, _ = packing.encode(rows, tokenizer, packing.Limits(256, None, "error"))
+    groups, _ = packing.encode(rows, tokenizer, packing.Limits(256, None, "error"), "held-out samples")
 
     def logps(model: Any) -> list[tuple[float, ...]]:
         scored = policy.score(
@@ -170,7 +172,7 @@ def _tell(
     config: Config, results: dict[str, Any], texts: dict[str, list[list[str]]], openings: list[str],
     aligned: Path, picture: Path,
 ) -> None:  # fmt: skip
-    for i in range(3):
+    for i in range(min(3, len(openings))):
         console.say(f"  {openings[i]} ...")
         for name in ("before", "after"):
             text = texts[name][i][0]
@@ -191,8 +193,4 @@ def _tell(
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = config.parse(Config, argv, prog="python -m exo.train", description=__doc__)
-    try:
-        run(options)
-    except (ValueError, artifacts.RunError) as error:
-        return artifacts.fail(error)
-    return 0
+    return artifacts.guarded(run, options)
