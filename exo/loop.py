@@ -121,8 +121,8 @@ def train(
     """Train `module` on `groups`; return it as accelerate wrapped it.
 
     `denominator` counts a global batch in the loss's own unit. `first` sees the first loss and metrics before the first
-    update and may raise. `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` names the
-    metrics on the progress line.
+    update and may raise. `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` names
+    the metrics on the progress line.
     """
     steps = total_steps(config, len(groups))
     world = accelerator.num_processes

@@ -96,9 +96,7 @@ def _completions(
     )  # fmt: skip
     unfinished = sum(sample.finish == "length" for group in samples for sample in group)
     if unfinished:
-        console.say(
-            f"  {unfinished:,} of {total:,} samples did not end within {MAX_NEW_TOKENS} tokens; their groups are left out"
-        )
+        console.say(f"  {unfinished:,} of {total:,} samples did not end in {MAX_NEW_TOKENS} tokens: groups left out")
     return [
         [tokenizer.decode(sample.token_ids, skip_special_tokens=True) for sample in group]
         if all(sample.finish == "eos" for sample in group)
