@@ -5,6 +5,8 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 INSTALLED := .venv/.installed
 DEMO_ARGS ?=
+# waiting threads that spin take the core that others need; whoever set another policy is heard
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all bench lint format gpu clean
 

@@ -58,10 +58,11 @@ def _prepare(
     if logits.dim() == 2:
         logits, targets = logits[None], targets[None]
     rows = _Rows(logits, targets, groups.sequence_offsets(targets, cu_seqlens), impl)
-    if impl == "reference" and validation.check_values(logits.device):  # the operators check for the others
-        validation.label_values(targets, logits.shape[-1], ignore_index)
+    if validation.check_values(logits.device) and not torch.compiler.is_compiling():
         if cu_seqlens is not None:
             validation.offset_values("cu_seqlens", rows.seq_offsets, targets.numel(), 0)
+        if impl == "reference":  # the operators check for the others
+            validation.label_values(targets, logits.shape[-1], ignore_index)
     return rows
 
 
@@ -320,9 +321,10 @@ def _group_loss(
     n = seq_offsets.numel() - 1
     per_token_ref = tuple(ref_logps.shape) != (n,)
     offsets = groups.group_offsets(knobs.group_size, n, logps.device)
+    rewards = None if knobs.rewards is None else knobs.rewards.detach()
     log_targets = objectives.preference_log_targets(knobs.objective, knobs.label_smoothing, knobs.compat)
     losses, _, policy, ratios, p, q, tokens = ops.group_loss(
-        logps.flatten(), targets.flatten(), ref_logps.detach().flatten(), knobs.rewards, seq_offsets, offsets,
+        logps.flatten(), targets.flatten(), ref_logps.detach().flatten(), rewards, seq_offsets, offsets,
         per_token_ref, knobs.objective, float(knobs.beta_pi), float(knobs.beta_r), *log_targets, ignore_index, impl,
     )  # fmt: skip
     seen = (policy, knobs.beta_pi * ratios, p, q, losses, tokens.long())

@@ -154,10 +154,26 @@ def _save_group_loss(ctx, inputs, output):
     ctx.save_for_backward(output[1], inputs[4], inputs[5])
 
 
+@torch.library.custom_op("exo_kernels::group_loss_backward", mutates_args=())
+def group_loss_backward(
+    grad_loss: Tensor,  # (G,)
+    slopes: Tensor,  # (N,)
+    seq_offsets: Tensor,  # (N+1,)
+    group_offsets: Tensor,  # (G+1,)
+    n: int,
+) -> Tensor:  # (n,)
+    """One coefficient a row. An operator because slopes depend on what they multiply: double backward must not pass."""
+    per_sequence = slopes * groups.spread(grad_loss, group_offsets, slopes.numel())
+    return groups.spread(per_sequence, seq_offsets, n)
+
+
+@group_loss_backward.register_fake
+def _(grad_loss, slopes, seq_offsets, group_offsets, n):
+    return slopes.new_empty(n)
+
+
 def _backward_group_loss(ctx, grad_loss, *_):
-    slope, seq_offsets, group_offsets = ctx.saved_tensors
-    per_sequence = slope * groups.spread(grad_loss, group_offsets, slope.numel())
-    return (groups.spread(per_sequence, seq_offsets, ctx.n),) + (None,) * 13
+    return (group_loss_backward(grad_loss, *ctx.saved_tensors, ctx.n),) + (None,) * 13
 
 
 group_loss.register_autograd(_backward_group_loss, setup_context=_save_group_loss)

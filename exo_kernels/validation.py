@@ -150,6 +150,8 @@ def reduction(value: Any, num_groups: Any) -> None:
     if isinstance(num_groups, Tensor):
         if num_groups.dim() != 0:
             fail("num_groups", "a number > 0 or a 0-dimensional tensor", describe(num_groups))
+        if check_values(num_groups.device) and not torch.compiler.is_compiling():
+            positive("num_groups", num_groups.item())
     else:
         positive("num_groups", num_groups)
 
@@ -158,8 +160,11 @@ def writable(name: str, value: Tensor, impl: str) -> None:
     """Logits that the backward pass may write over."""
     if impl == "reference":
         fail("inplace_backward", "False with impl='reference', which leaves the gradients to autograd", "True")
-    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
-        fail("inplace_backward", f"False for {name} whose elements share memory (expanded)", "True")
+    reach = 1  # elements that the dimensions so far span
+    for stride, size in sorted((d, n) for d, n in zip(value.stride(), value.shape, strict=True) if n > 1):
+        if stride < reach:
+            fail("inplace_backward", f"False for {name} whose elements share memory (expanded, overlapping)", "True")
+        reach += stride * (size - 1)
 
 
 def check_values(device: torch.device) -> bool:

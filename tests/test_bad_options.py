@@ -82,7 +82,6 @@ def test_return_entropy(bad):
     assert_refused("return_entropy", token_logps, return_entropy=bad)
 
 
-@pytest.mark.xfail(strict=True, reason="the value of a num_groups tensor is not looked at yet")
 @pytest.mark.parametrize("value", [0, -1.0, NAN, INF], ids=repr)
 @pytest.mark.parametrize("function", ALL_LOSSES, **named)
 def test_num_groups_as_a_tensor(function, value):

@@ -115,3 +115,19 @@ def test_compiled_code_still_checks(impl, device):
             compiled(x, labels, impl=impl, shift=False)
     with pytest.raises(ValueError, match="temperature: expected"):
         compiled(x, labels, impl=impl, temperature=0.0)
+
+
+def test_meta_tensors_have_the_right_shapes():
+    """Everything but the values is known without memory, so nothing looks at values on the way."""
+    logits = torch.empty(6, 4, 50257, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    labels = torch.empty(6, 4, dtype=torch.long, device="meta")
+    sizes, ref = torch.empty(3, dtype=torch.int32, device="meta"), torch.empty(6, device="meta")
+    losses, stats = exo_kernels.fused_exo_loss(
+        logits, labels, ref, group_size=sizes, reduction="none", return_stats=True
+    )
+    (grad,) = torch.autograd.grad(losses.sum(), logits)
+    assert losses.shape == stats.losses.shape == (3,) and stats.p.shape == stats.tokens.shape == (6,)
+    assert grad.shape == logits.shape and grad.dtype == torch.bfloat16
+    logps, entropies = exo_kernels.token_logps(logits, labels, return_entropy=True)
+    assert logps.shape == entropies.shape == (6, 4) and logps.dtype == torch.float32
+    assert exo_kernels.sequence_logps(logits, labels).shape == (6,)

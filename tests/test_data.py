@@ -344,9 +344,7 @@ def test_an_array_below_the_first_row_is_a_malformed_line(tmp_path):
 
 
 def test_surrogate_pairs_nul_escapes_and_line_separators_are_text(tmp_path):
-    row = (
-        '{"prompt": "\\ud83d\\ude00 \\u0000 \\\\ud83d", "chosen": "a\u2028b\x85", "rejected": "b"}'
-    )
+    row = '{"prompt": "\\ud83d\\ude00 \\u0000 \\\\ud83d", "chosen": "a\u2028b\x85", "rejected": "b"}'
     group = read(put(tmp_path, f"{row}\n{row}\n")).groups[1]
     assert group == Group("\U0001f600 \0 \\ud83d", ("a\u2028b\x85", "b"), None, 2)
 
@@ -436,9 +434,7 @@ def test_the_numbers_of_lines_and_array_rows(tmp_path):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('ab"\\[]{},:\n é', max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
 
@@ -531,10 +527,7 @@ def test_a_file_without_rows_is_refused(tmp_path, content):
 
 def test_a_file_without_a_usable_row_is_refused_with_the_account(tmp_path):
     path = put(tmp_path, [{**GOOD, "chosen": ""}, {**GOOD, "chosen": " b"}, {}, 1])
-    account = (
-        "no usable row: 4 rows = 0 used + 4 skipped"
-        " (empty completion: 1, identical completions: 1, malformed: 2)"
-    )
+    account = "no usable row: 4 rows = 0 used + 4 skipped (empty completion: 1, identical completions: 1, malformed: 2)"
     message = refusal(path, skip_invalid=True)
     assert message.startswith(f"{path}: {account}; first malformed: {path}:3: missing 'prompt'")
 
@@ -567,8 +560,7 @@ def test_summary_accounts_for_every_row(tmp_path):
     path = put(tmp_path, rows)
     assert read(path, skip_invalid=True).summary().splitlines() == [
         f"{path}: completions with rewards (prompt/completions/rewards)",
-        "5 rows = 2 used + 3 skipped"
-        " (identical completions: 1, single completion: 1, malformed: 1)",
+        "5 rows = 2 used + 3 skipped (identical completions: 1, single completion: 1, malformed: 1)",
         "used, but note: all rewards equal: 1",
     ]
     assert read(put(tmp_path, [SCORED])).summary().endswith("\n1 rows = 1 used + 0 skipped")
@@ -609,9 +601,7 @@ def test_only_the_standard_library_is_imported():
         name.split(".")[0]
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in (
-            [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
-        )
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module])
     }
     assert imported and imported <= sys.stdlib_module_names
 

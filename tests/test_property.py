@@ -1,4 +1,4 @@
-"""Any shape with any options: what the hand-made grids leave between them. Derandomised, so that a run is repeatable."""
+"""Any shape with any options: what the hand-made grids leave between them. The same examples in every run."""
 
 import pytest
 import torch
