@@ -32,6 +32,8 @@ def test_opcheck_of_the_group_pass(impl, device, objective, rewards):
     bounds = torch.tensor([0, 2, 3, 6], device=device), torch.tensor([0, 1, 3], device=device)
     arguments = (logps, targets, ref, r, *bounds, False, objective, 0.5, 1.0, -0.1, -2.0, IGNORED, impl)
     torch.library.opcheck(ops.group_loss, arguments)
+    slopes, grad = torch.randn(3, device=device), torch.randn(2, device=device)
+    torch.library.opcheck(ops.group_loss_backward, (grad, slopes, *bounds, 6))
 
 
 def everything(x: torch.Tensor, labels: torch.Tensor, ref: torch.Tensor, impl: str) -> list[torch.Tensor]:
