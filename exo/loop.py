@@ -57,30 +57,26 @@ def make_accelerator(config: Training) -> Accelerator:
     return accelerator
 
 
+def epoch_steps(config: Training, n_groups: int) -> int:
+    """Batches of an epoch. A last one of less than half the size joins the one before: its mean would be all noise."""
+    return max(1, int(n_groups / config.batch_size + 0.5))
+
+
 def total_steps(config: Training, n_groups: int) -> int:
     if config.max_steps > 0:
         return config.max_steps
-    return max(1, round(config.num_train_epochs * math.ceil(n_groups / config.batch_size)))
+    return max(1, round(config.num_train_epochs * epoch_steps(config, n_groups)))
 
 
-def batches(groups: Sequence[TokenGroup], config: Training, steps: int, world: int = 1) -> Iterator[list[TokenGroup]]:
-    """Global batches, each epoch in an order of its own. The generator is private: nothing else moves it.
-
-    A last batch too small to give each of `world` processes a prompt joins the one before.
-    """
-    step, epoch = 0, 0
-    while step < steps:
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(groups), generator=generator).tolist()
-        starts = list(range(0, len(order), config.batch_size))
-        if len(starts) > 1 and len(order) - starts[-1] < world:
-            del starts[-1]
-        for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
-            if step == steps:
-                return
-            yield [groups[i] for i in order[start:end]]
-            step += 1
-        epoch += 1
+def batches(groups: Sequence[TokenGroup], config: Training, steps: int) -> Iterator[list[TokenGroup]]:
+    """Global batches, each epoch in an order of its own. The generator is private: nothing else moves it."""
+    size, each = config.batch_size, epoch_steps(config, len(groups))
+    for step in range(steps):
+        epoch, i = divmod(step, each)
+        if i == 0:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(groups), generator=generator).tolist()
+        yield [groups[k] for k in order[i * size : len(order) if i == each - 1 else (i + 1) * size]]
 
 
 def optimizer(module: nn.Module, config: Training) -> torch.optim.AdamW:
@@ -126,14 +122,14 @@ def train(
     """
     steps = total_steps(config, len(groups))
     world = accelerator.num_processes
-    if min(len(groups), config.batch_size) < world:
-        raise ConfigError(f"--batch_size: expected at least a prompt for each of {world} processes")
+    if world > 1 and min(len(groups), config.batch_size / 2) < world:
+        raise ConfigError(f"--batch_size: expected at least 2 prompts for each of {world} processes, and as much data")
     optim = optimizer(module, config)
     module, optim = accelerator.prepare(module, optim)
     progress = console.Progress("step", steps, every=config.logging_steps)
     skipped = 0
     try:
-        for step, batch in enumerate(batches(groups, config, steps, world), start=1):
+        for step, batch in enumerate(batches(groups, config, steps), start=1):
             began = time.perf_counter()
             rate = config.learning_rate * learning_rate_share(config, steps, step - 1)
             for group in optim.param_groups:
@@ -150,7 +146,7 @@ def train(
                 raise RunError(f"step {step}: {skipped} updates in a row overflowed float16; use bfloat16")
             rates = {"learning_rate": rate, "grad_norm": norm, "tokens": tokens}
             rates["tokens_per_second"] = tokens / (time.perf_counter() - began)
-            epoch = step / math.ceil(len(groups) / config.batch_size)
+            epoch = step / epoch_steps(config, len(groups))
             line = {"step": step, "epoch": epoch, "loss": loss} | values | rates
             if accelerator.is_main_process:
                 metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -269,14 +272,47 @@ def test_accuracy_counts_ties_as_one_half():
     assert policy.agreement(torch.tensor([1.0, 0.0, 2.0]), target) == 0.5
 
 
-def test_a_small_last_batch_joins_the_one_before():
-    config = Training(batch_size=7, seed=5)
-    assert [len(b) for b in loop.batches(_groups(), config, steps=2, world=2)] == [8, 8]
+@pytest.mark.parametrize(("size", "sizes"), [(7, [8, 8]), (6, [8, 8]), (5, [5, 3, 5, 3]), (9, [8, 8]), (99, [8, 8])])
+def test_a_small_last_batch_joins_the_one_before(size, sizes):
+    config = Training(batch_size=size, num_train_epochs=2)
+    steps = loop.total_steps(config, 8)
+    assert [len(b) for b in loop.batches(_groups(), config, steps)] == sizes
 
 
 @pytest.mark.parametrize(("values", "interval"), [([1.0, 1.0], (0.342, 1.0)), ([1.0, 0.0] * 50, (0.404, 0.596))])
 def test_the_interval_of_an_accuracy_is_wilsons(values, interval):
     assert intervals.accuracy_interval(values) == pytest.approx(interval, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_run_of_one(tmp_path):
+    """Ragged groups, a last batch of one prompt, and ties that leave one process nothing to say of accuracies."""
+    lines = [row | {"rewards": [1.0] * len(row["rewards"])} if i % 3 else row for i, row in enumerate(rows(17, True))]
+    data = write(tmp_path / "rows.jsonl", lines)
+    flags = ["--model", "tiny", "--data", data, "--batch_size", "4", "--max_steps", "8", "--eval_fraction", "0"]
+    metrics = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "exo.align"]
+        command = [
+            sys.executable,
+            *launch,
+            *flags,
+            "--learning_rate",
+            "1e-3",
+            "--device",
+            "cpu",
+            "--output_dir",
+            str(out),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert child.returncode == 0, child.stderr
+        metrics[processes] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for one, two in zip(metrics[1], metrics[2], strict=True):
+        for name in ("loss", "grad_norm", "tokens", "rewards/margins", "log_ratios/mean_square"):
+            assert (name in one) == (name in two)
+            assert two.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-3, abs=1e-5), (name, one["step"])
 
 
 def test_half_a_checkpoint_is_never_seen(tmp_path):
