@@ -52,6 +52,26 @@ def test_layout_inside_a_graph(impl, device, name):
     torch.testing.assert_close(grad, expected["grad"], rtol=1e-5, atol=1e-8)  # budgets are checked above
 
 
+@pytest.mark.parametrize("shift", [True, False], ids=["shifted", "aligned"])
+def test_strided_vectors(impl, device, shift):
+    """Labels, references and rewards as columns of other tensors; and a gradient that is one, of the log-probs."""
+    case = make_case(4, 3, 33, seed=6, per_token_ref=True, rewards=True, shift=shift).on(device)
+    rewards = torch.stack([case.options["rewards"], torch.full_like(case.options["rewards"], torch.nan)], 1)[:, 0]
+    strided = case._replace(labels=case.labels.t().contiguous().t(), ref_logps=case.ref_logps.t().contiguous().t()).but(
+        rewards=rewards
+    )
+    assert not strided.labels.is_contiguous() and not rewards.is_contiguous()
+    expected, result = (loss_answer(c, c.logits, impl) for c in (case, strided))
+    assert all(torch.equal(expected[name], result[name]) for name in expected)
+    weights = torch.randn(3, 4, device=device).t()
+    grads = []
+    for w in (weights, weights.contiguous()):
+        x = case.logits.detach().requires_grad_()
+        logps = exo_kernels.token_logps(x, strided.labels, shift=shift, impl=impl)
+        grads += torch.autograd.grad(logps, x, w)
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("name", ["transposed-time", "without-last-row", "without-first-row", "every-second-sequence"])
 def test_aligned_layouts_are_bit_equal(impl, device, name):
     """Where rows begin on the same boundary nothing may depend on where they lie."""
