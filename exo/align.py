@@ -19,7 +19,7 @@ from exo import artifacts, config, console, data, loop, models, packing, plots, 
 from exo.config import option, require
 from exo.packing import TokenGroup
 
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second")
+SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc", "tokens_per_second": "tok/s"}
 
 
 @dataclass(frozen=True)

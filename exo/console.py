@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 from rich import progress as rich_progress
+from rich.table import Column
 
 _STARTED = time.perf_counter()
 
@@ -70,17 +71,15 @@ class Progress:
 
 
 def _bar() -> rich_progress.Progress:
+    """Fits 80 columns with three or four values; on less, it is the values that give way."""
     return rich_progress.Progress(
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(bar_width=24),
-        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=4)),
+        rich_progress.BarColumn(bar_width=8, table_column=Column(min_width=8)),
+        rich_progress.MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=5)),
         rich_progress.TextColumn("{task.fields[values]}"),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TimeRemainingColumn(),
+        rich_progress.TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
     )
 
 
 def _short(value: float) -> str:
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

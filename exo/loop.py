@@ -110,15 +110,15 @@ def train(
     *,
     pad_id: int,
     denominator: Callable[[Sequence[TokenGroup]], int],
-    shown: Sequence[str],
+    shown: Mapping[str, str],
     first: Callable[[float, Mapping[str, float]], None] | None = None,
     after: Callable[[int, bool], None] | None = None,
 ) -> nn.Module:
     """Train `module` on `groups`; return it as accelerate wrapped it.
 
     `denominator` counts a global batch in the loss's own unit. `first` sees the first loss and metrics before the first
-    update and may raise. `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` names
-    the metrics on the progress line.
+    update and may raise. `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` maps
+    metrics to their labels on the progress line.
     """
     steps = total_steps(config, len(groups))
     world = accelerator.num_processes
@@ -151,7 +151,7 @@ def train(
             if accelerator.is_main_process:
                 metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
                 accelerator.log(line, step=step)
-            progress.advance(1, {name: line[name] for name in shown if name in line})
+            progress.advance(1, {label: line[name] for name, label in shown.items() if name in line})
             if after is not None:
                 after(step, step == steps)
     finally:

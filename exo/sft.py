@@ -64,7 +64,7 @@ def run(config: Config) -> Path:
     metrics = artifacts.Metrics(directory / "metrics.jsonl")
     loop.train(
         NextToken(model).train(config.dropout), groups, config, accelerator, metrics,
-        pad_id=tokenizer.pad_token_id, denominator=_tokens, shown=("loss", "tokens_per_second"),
+        pad_id=tokenizer.pad_token_id, denominator=_tokens, shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
     metrics.close()
     accelerator.end_training()
