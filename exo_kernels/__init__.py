@@ -11,14 +11,26 @@ from exo_kernels.api import (
     sequence_logps,
     token_logps,
 )
+from exo_kernels.linear.api import (
+    explain,
+    fused_linear_dpo_loss,
+    fused_linear_exo_loss,
+    linear_sequence_logps,
+    linear_token_logps,
+)
 from exo_kernels.objectives import LossStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LossStats",
+    "explain",
     "fused_dpo_loss",
     "fused_exo_loss",
+    "fused_linear_dpo_loss",
+    "fused_linear_exo_loss",
+    "linear_sequence_logps",
+    "linear_token_logps",
     "preference_loss",
     "reference",
     "sequence_logps",

@@ -9,11 +9,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from exo_kernels import dispatch, groups, objectives, ops, reference, validation
-from exo_kernels.objectives import LossStats
+from exo_kernels import dispatch, groups, losses, objectives, ops, reference, validation
+from exo_kernels.dispatch import Impl
+from exo_kernels.losses import Knobs, Reduction
 
-Impl = Literal["auto", "triton", "chunked", "reference"]
-Reduction = Literal["mean", "sum", "none"]
 Objective = Literal["exo", "dpo"]
 
 
@@ -24,20 +23,6 @@ class _Rows(NamedTuple):
     targets: Tensor  # (N, T) or (1, n) int64, aligned with the rows of logits
     seq_offsets: Tensor  # (N+1,)
     impl: str
-
-
-class _Knobs(NamedTuple):
-    """What turns log-ratios into a loss: the arguments that the losses share."""
-
-    objective: str
-    group_size: int | Tensor
-    rewards: Tensor | None
-    beta_pi: float
-    beta_r: float
-    label_smoothing: float
-    reduction: str
-    num_groups: int | float | Tensor | None
-    compat: str | None
 
 
 def _prepare(
@@ -167,13 +152,13 @@ def preference_loss(
     validation.choice("objective", objective, tuple(objectives.OBJECTIVES))
     if label_smoothing is None:
         label_smoothing = objectives.LABEL_SMOOTHING.get(objective, 0.0)
-    knobs = _Knobs(objective, group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
-    _check_knobs(knobs, n, policy_logps.device)
+    knobs = Knobs(objective, group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
+    knobs.check(n, policy_logps.device)
     # a sequence is one row that scores, so the sums over rows are the values themselves
     seq_offsets = torch.arange(n + 1, device=policy_logps.device)
     targets = torch.zeros(n, dtype=torch.long, device=policy_logps.device)
     impl = dispatch.resolve("auto", policy_logps.device)
-    return _group_loss(knobs, policy_logps, targets, ref_logps, seq_offsets, -100, impl)[0]
+    return losses.group_loss(knobs, policy_logps, targets, ref_logps, seq_offsets, -100, impl)[0]
 
 
 def fused_exo_loss(
@@ -227,7 +212,7 @@ def fused_exo_loss(
         ValueError: a wrong shape, dtype, device or option; on a CPU, or with EXO_KERNELS_CHECK=1, wrong values (labels
         out of range, rewards not finite, sizes that do not add up). Unchecked, a bad label makes its own group NaN.
     """
-    knobs = _Knobs("exo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
+    knobs = Knobs("exo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     return _fused_loss(
         knobs, logits, labels, ref_logps, temperature, cu_seqlens, shift, ignore_index, inplace_backward, impl,
         return_stats,
@@ -259,7 +244,7 @@ def fused_dpo_loss(
 
     Everything else is as in `fused_exo_loss`, but that `label_smoothing` may be 0 and is.
     """
-    knobs = _Knobs("dpo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
+    knobs = Knobs("dpo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     return _fused_loss(
         knobs, logits, labels, ref_logps, temperature, cu_seqlens, shift, ignore_index, inplace_backward, impl,
         return_stats,
@@ -267,7 +252,7 @@ def fused_dpo_loss(
 
 
 def _fused_loss(
-    knobs: _Knobs,
+    knobs: Knobs,
     logits: Tensor,
     labels: Tensor,
     ref_logps: Tensor,
@@ -287,74 +272,15 @@ def _fused_loss(
     n = rows.seq_offsets.numel() - 1
     shapes = ((n,), tuple(labels.shape))
     validation.tensor("ref_logps", ref_logps, validation.SUMS, shapes, logits.device)
-    _check_knobs(knobs, n, logits.device)
+    knobs.check(n, logits.device)
     if rows.impl == "reference":
-        return _reference_loss(
-            knobs, logits, labels, ref_logps, temperature, cu_seqlens, shift, ignore_index, return_stats
-        )
+        answer = losses.check_and_run_oracle(
+            knobs, f"fused_{knobs.objective}_loss", (logits, labels, ref_logps), rows.seq_offsets,
+            temperature=temperature, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index,
+        )  # fmt: skip
+        return answer if return_stats else answer[0]
     logps, _, _ = ops.token_logps(
         rows.logits, rows.targets, float(temperature), ignore_index, False, inplace_backward, rows.impl
     )
-    loss, stats = _group_loss(knobs, logps, rows.targets, ref_logps, rows.seq_offsets, ignore_index, rows.impl)
+    loss, stats = losses.group_loss(knobs, logps, rows.targets, ref_logps, rows.seq_offsets, ignore_index, rows.impl)
     return (loss, stats) if return_stats else loss
-
-
-def _check_knobs(knobs: _Knobs, n_sequences: int, device: torch.device) -> None:
-    validation.group_size(knobs.group_size, n_sequences, device)
-    validation.reduction(knobs.reduction, knobs.num_groups)
-    validation.objective(
-        knobs.objective, knobs.group_size, knobs.rewards, knobs.beta_pi, knobs.beta_r, knobs.label_smoothing,
-        knobs.compat, n_sequences, device,
-    )  # fmt: skip
-
-
-def _group_loss(
-    knobs: _Knobs,
-    logps: Tensor,  # one log-prob a row, any shape
-    targets: Tensor,  # like logps
-    ref_logps: Tensor,  # (N,) sums, or one a row
-    seq_offsets: Tensor,  # (N+1,)
-    ignore_index: int,
-    impl: str,
-) -> tuple[Tensor, LossStats]:
-    """The second half of every loss: K scalars a prompt, reduced."""
-    n = seq_offsets.numel() - 1
-    per_token_ref = tuple(ref_logps.shape) != (n,)
-    offsets = groups.group_offsets(knobs.group_size, n, logps.device)
-    rewards = None if knobs.rewards is None else knobs.rewards.detach()
-    log_targets = objectives.preference_log_targets(knobs.objective, knobs.label_smoothing, knobs.compat)
-    losses, _, policy, ratios, p, q, tokens = ops.group_loss(
-        logps.flatten(), targets.flatten(), ref_logps.detach().flatten(), rewards, seq_offsets, offsets,
-        per_token_ref, knobs.objective, float(knobs.beta_pi), float(knobs.beta_r), *log_targets, ignore_index, impl,
-    )  # fmt: skip
-    seen = (policy, knobs.beta_pi * ratios, p, q, losses, tokens.long())
-    stats = LossStats(*(value.detach() for value in seen))
-    if knobs.reduction == "none":
-        return losses, stats
-    if knobs.reduction == "sum":
-        return losses.sum(), stats
-    count = max(losses.numel(), 1) if knobs.num_groups is None else knobs.num_groups
-    return (losses.sum() / count).to(losses.dtype), stats
-
-
-def _reference_loss(
-    knobs: _Knobs,
-    logits: Tensor,
-    labels: Tensor,
-    ref_logps: Tensor,
-    temperature: float,
-    cu_seqlens: Tensor | None,
-    shift: bool | None,
-    ignore_index: int,
-    return_stats: bool,
-) -> Any:
-    if validation.check_values(logits.device):
-        n = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        offsets = groups.group_offsets(knobs.group_size, n, logits.device)
-        validation.offset_values("group_size", offsets, n, 1)
-        if knobs.rewards is not None:
-            validation.reward_values(knobs.rewards)
-    options = knobs._asdict()
-    loss = reference.fused_exo_loss if options.pop("objective") == "exo" else reference.fused_dpo_loss
-    options |= {"temperature": temperature, "cu_seqlens": cu_seqlens, "shift": shift}
-    return loss(logits, labels, ref_logps, ignore_index=ignore_index, return_stats=return_stats, **options)

@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+from typing import Literal
 
 import torch
 
+Impl = Literal["auto", "triton", "chunked", "reference"]
 IMPLS = ("auto", "triton", "chunked", "reference")
 
 # Both are settled before triton is imported and cannot change afterwards.

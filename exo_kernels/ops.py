@@ -17,8 +17,20 @@ from exo_kernels import groups, validation
 KERNEL_OBJECTIVES = ("exo", "dpo")  # what _triton/group_loss.py computes
 
 
-def _implementation(impl: str) -> ModuleType:
+def implementation(impl: str) -> ModuleType:
     return importlib.import_module("exo_kernels._triton" if impl == "triton" else f"exo_kernels.{impl}")
+
+
+def group_implementation(objective: str, impl: str) -> ModuleType:
+    """An objective without a kernel runs in torch: it is K scalars a prompt."""
+    return implementation(impl if objective in KERNEL_OBJECTIVES else "chunked")
+
+
+def check_group_values(seq_offsets: Tensor, group_offsets: Tensor, rewards: Tensor | None, n_rows: int) -> None:
+    validation.offset_values("cu_seqlens", seq_offsets, n_rows, 0)
+    validation.offset_values("group_size", group_offsets, seq_offsets.numel() - 1, 1)
+    if rewards is not None:
+        validation.reward_values(rewards)
 
 
 def _result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,7 +50,7 @@ def token_logps(
     """Log-probs (N, T), entropies (N, T) or (0,), and what the implementation's backward pass wants again."""
     if validation.check_values(logits.device):
         validation.label_values(targets, logits.shape[-1], ignore_index)
-    return _implementation(impl).token_logps(logits, targets, temperature, ignore_index, entropy)
+    return implementation(impl).token_logps(logits, targets, temperature, ignore_index, entropy)
 
 
 @token_logps.register_fake
@@ -61,9 +73,9 @@ def token_logps_backward(
     ignore_index: int,
     impl: str,
 ) -> Tensor:
-    implementation = _implementation(impl)
-    grad = implementation.new_gradient(logits)
-    implementation.token_logps_backward(
+    module = implementation(impl)
+    grad = module.new_gradient(logits)
+    module.token_logps_backward(
         grad, grad_logps, grad_entropies, logits, targets, entropies, saved, temperature, ignore_index
     )
     return grad
@@ -87,7 +99,7 @@ def token_logps_backward_(
     impl: str,
 ) -> None:
     """The gradient written over the logits; torch raises their version, so whoever else saved them is told."""
-    _implementation(impl).token_logps_backward(
+    implementation(impl).token_logps_backward(
         logits, grad_logps, grad_entropies, logits, targets, entropies, saved, temperature, ignore_index
     )
 
@@ -133,14 +145,10 @@ def group_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (G,), dL/dS (N,), log-probs (N,), log-ratios S (N,), p (N,), q (N,), tokens (N,)."""
     if validation.check_values(logps.device):
-        validation.offset_values("cu_seqlens", seq_offsets, logps.numel(), 0)
-        validation.offset_values("group_size", group_offsets, seq_offsets.numel() - 1, 1)
-        if rewards is not None:
-            validation.reward_values(rewards)
+        check_group_values(seq_offsets, group_offsets, rewards, logps.numel())
     arguments = (per_token_ref, objective, beta_pi, beta_r, (log_chosen, log_others), ignore_index)
-    # an objective without a kernel runs in torch: it is K scalars a prompt
-    implementation = _implementation(impl if objective in KERNEL_OBJECTIVES else "chunked")
-    return implementation.group_loss(logps, targets, ref_logps, rewards, seq_offsets, group_offsets, *arguments)
+    module = group_implementation(objective, impl)
+    return module.group_loss(logps, targets, ref_logps, rewards, seq_offsets, group_offsets, *arguments)
 
 
 @group_loss.register_fake

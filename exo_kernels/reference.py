@@ -188,3 +188,97 @@ def fused_exo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **options:
 
 def fused_dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> Any:
     return _fused_loss("dpo", logits, labels, ref_logps, **options)
+
+
+def _logits(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    shift: bool | None,
+    ignore_index: int,
+) -> Tensor:  # (..., V)
+    """All logits but for the temperature; rows without loss are those of zeros, whatever they hold."""
+    scores = labels != ignore_index
+    if hidden.dim() == 3 and (shift is None or shift):
+        scores = torch.nn.functional.pad(scores[:, 1:], (0, 1))
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    x = hidden.to(dtype).masked_fill(~scores[..., None], 0.0) @ weight.to(dtype).T
+    if bias is not None:
+        x = x + bias.to(dtype)
+    x = logit_scale * x
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    shift: bool | None = None,
+    ignore_index: int = -100,
+    **options: Any,
+) -> Any:
+    logits = _logits(hidden, weight, labels, bias, logit_scale, softcap, shift, ignore_index)
+    return token_logps(logits, labels, shift=shift, ignore_index=ignore_index, **options)
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    shift: bool | None = None,
+    ignore_index: int = -100,
+    **options: Any,
+) -> Tensor:
+    logits = _logits(hidden, weight, labels, bias, logit_scale, softcap, shift, ignore_index)
+    return sequence_logps(logits, labels, shift=shift, ignore_index=ignore_index, **options)
+
+
+def _fused_linear_loss(
+    objective: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    shift: bool | None = None,
+    ignore_index: int = -100,
+    **options: Any,
+) -> Any:
+    curve = (logit_scale, softcap, shift, ignore_index)
+    layout: dict[str, Any] = {"temperature": temperature, "cu_seqlens": cu_seqlens}
+    layout |= {"shift": shift, "ignore_index": ignore_index}
+    logits = _logits(hidden, weight, labels, bias, *curve)
+    if ref_logps is None:
+        assert ref_hidden is not None
+        own_bias = bias if ref_weight is None and ref_bias is None else ref_bias
+        with torch.no_grad():
+            ref_logits = _logits(ref_hidden, weight if ref_weight is None else ref_weight, labels, own_bias, *curve)
+            ref_logps = token_logps(ref_logits, labels, **layout)
+    return _fused_loss(objective, logits, labels, ref_logps, **layout, **options)
+
+
+def fused_linear_exo_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *args: Any, **options: Any) -> Any:
+    return _fused_linear_loss("exo", hidden, weight, labels, *args, **options)
+
+
+def fused_linear_dpo_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *args: Any, **options: Any) -> Any:
+    return _fused_linear_loss("dpo", hidden, weight, labels, *args, **options)

@@ -79,20 +79,21 @@ def rows(
     ignore_index: Any,
     *,
     sequences: bool,
+    width: str = "V",
 ) -> bool:
     """Check one layout of rows and labels; return whether labels are to be shifted. `sequences`: lengths are needed."""
     tensor(name, scores, FLOATS)
     if scores.dim() not in (2, 3) or scores.shape[-1] < 1:
-        fail(name, "shape (N, T, V), or (n, V) with cu_seqlens, V >= 1", describe(scores))
+        fail(name, f"shape (N, T, {width}), or (n, {width}) with cu_seqlens, {width} >= 1", describe(scores))
     tensor("labels", labels, INTS, (tuple(scores.shape[:-1]),), scores.device)
     integer("ignore_index", ignore_index)
     packed = scores.dim() == 2
     if cu_seqlens is None:
         if packed and sequences:
-            fail("cu_seqlens", f"sequence boundaries (N+1,) for packed {name} (n, V)", "None")
+            fail("cu_seqlens", f"sequence boundaries (N+1,) for packed {name} (n, {width})", "None")
     else:
         if not packed:
-            fail("cu_seqlens", f"None for padded {name} (N, T, V)", describe(cu_seqlens))
+            fail("cu_seqlens", f"None for padded {name} (N, T, {width})", describe(cu_seqlens))
         tensor("cu_seqlens", cu_seqlens, INTS, device=scores.device)
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
             fail("cu_seqlens", "shape (N+1,)", describe(cu_seqlens))
@@ -101,6 +102,55 @@ def rows(
     if shift and packed:
         fail("shift", "False or None for packed input, whose labels are aligned with their rows", shift)
     return not packed if shift is None else shift
+
+
+def plain(name: str, value: Any) -> None:
+    """A tensor that this process holds whole."""
+    if hasattr(value, "full_tensor"):
+        fail(name, "a plain tensor: take its local or its full one", f"a {type(value).__name__}")
+
+
+def gathered(name: str, weight: Any) -> Any:
+    """A head as one plain matrix: a DTensor is gathered, once and differentiably; what cannot be is refused."""
+    if hasattr(weight, "full_tensor"):
+        return weight.full_tensor()
+    if isinstance(weight, Tensor) and (weight.numel() == 0 or hasattr(weight, "ds_id") and weight.dim() != 2):
+        cause = "its rows lie on other ranks: ZeRO-3 and FSDP empty a parameter outside the forward of its module"
+        todo = "call the loss inside that forward, or under deepspeed.zero.GatheredParameters or summon_full_params"
+        fail(name, f"a head (V, D) with V, D >= 1; {todo}", f"{describe(weight)}: {cause}")
+    return weight
+
+
+def head(name: str, weight: Any, bias_name: str, bias: Any, hidden: Tensor) -> None:
+    """(V, D) for hidden states (..., D), and a bias (V,) or None."""
+    plain(name, weight)
+    tensor(name, weight, FLOATS, device=hidden.device)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or len(weight) < 1:
+        fail(name, f"shape (V, D = {hidden.shape[-1]}), V >= 1", describe(weight))
+    if bias is not None:
+        plain(bias_name, bias)
+        tensor(bias_name, bias, FLOATS, ((len(weight),),), hidden.device)
+
+
+def reference_model(ref_logps: Any, ref_hidden: Any, ref_weight: Any, ref_bias: Any, hidden: Any) -> None:
+    """Either its log-probs or its hidden states."""
+    if (ref_logps is None) == (ref_hidden is None):
+        got = "neither" if ref_logps is None else "both"
+        fail("ref_logps", "either ref_logps or ref_hidden", got)
+    if ref_hidden is None:
+        for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if value is not None:
+                fail(name, "None without ref_hidden", describe(value))
+        return
+    plain("ref_hidden", ref_hidden)
+    tensor("ref_hidden", ref_hidden, FLOATS)
+    own = isinstance(hidden, Tensor) and ref_weight is None
+    if isinstance(hidden, Tensor) and (
+        ref_hidden.shape[:-1] != hidden.shape[:-1] or own and ref_hidden.shape != hidden.shape
+    ):
+        fail("ref_hidden", f"shape {tuple(hidden.shape)}, like hidden", describe(ref_hidden))
+    if isinstance(hidden, Tensor) and ref_hidden.device != hidden.device:
+        fail("ref_hidden", f"a tensor on {hidden.device}, like hidden", describe(ref_hidden))
 
 
 def group_size(value: Any, n_sequences: int, device: torch.device) -> int:

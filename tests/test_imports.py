@@ -17,12 +17,15 @@ ROOT = Path(exo_kernels.__file__).parents[1]
 # Who may import whom in exo_kernels. Implementations are loaded by name in ops.py once dispatch.py has chosen; they
 # never import one another, and nothing imports api.py but the package itself.
 LAYERS = {
-    "__init__": {"api", "objectives", "reference"},
-    "api": {"dispatch", "groups", "objectives", "ops", "reference", "validation"},
+    "__init__": {"api", "linear", "objectives", "reference"},
+    "api": {"dispatch", "groups", "losses", "objectives", "ops", "reference", "validation"},
+    "linear": {"curve", "dispatch", "groups", "linear", "losses", "ops", "reference", "validation"},
+    "losses": {"groups", "objectives", "ops", "reference", "validation"},
     "ops": {"groups", "validation"},
-    "chunked": {"groups", "objectives"},
+    "chunked": {"chunked", "curve", "groups", "objectives"},
     "reference": {"objectives"},
-    "_triton": {"_triton"},
+    "_triton": {"_triton", "curve"},
+    "curve": set(),
     "dispatch": set(),
     "groups": set(),
     "objectives": set(),

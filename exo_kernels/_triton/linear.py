@@ -1,0 +1,220 @@
+"""What happens between two matmuls, on a chunk of rows by the vocabulary: the functions of chunked/linear.py.
+
+One program a row. Chunks are buffers of the library's own, so rows begin at aligned addresses and are padded to whole
+accesses; what stands in the padding is read and thrown away. The first kernel reads the chunk once, the second reads it
+and writes the gradient, in place or in 16 bits beside it. tests/test_aot.py reads all this from the machine code.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from exo_kernels._triton.token_logps import (
+    LANE_BYTES,
+    LOG2E,
+    NUM_WARPS,
+    WIDEST_ACCESS,
+    _accumulate,
+    _base,
+    _on,
+    _rebase,
+    _warp_size,
+)
+from exo_kernels.curve import Curve
+
+# Sizes change from call to call and tell the compiler nothing.
+RUNTIME = ["V", "M", "stride", "out_stride"]
+
+
+@triton.jit
+def _tanh(x):
+    """tanh in fp32 (series below 5/8) and fp64 (by exp(2x) - 1, whose lost digits log gives back)."""
+    a = tl.abs(x)
+    w = tl.exp(tl.minimum(2 * a, 80.0))
+    if x.dtype == tl.float64:
+        less = tl.where(w == 1.0, 2 * a, (w - 1.0) * (2 * a) / tl.where(w == 1.0, 1.0, tl.log(w)))
+        t = tl.where(a > 40.0, 1.0, less / (less + 2.0))
+    else:
+        s = a * a
+        series = -5.70498872745e-3 * s + 2.06390887954e-2
+        series = series * s - 5.37397155531e-2
+        series = series * s + 1.33314422036e-1
+        series = series * s - 3.33332819422e-1
+        t = tl.where(a < 0.625, a + a * (s * series), 1.0 - 2.0 / (w + 1.0))
+    t = tl.where(x == x, t, x)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def _before_outer(x, bias, columns, exists, inner, BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    """cap(a + bias): logits but for the factor `outer`."""
+    if BIAS:
+        x += tl.load(bias + columns, mask=exists, other=0.0).to(x.dtype)
+    if CAPPED:
+        x = _tanh(x * inner)
+    return x
+
+
+@triton.jit
+def _padded(V, UNIT: tl.constexpr):
+    return (V + UNIT - 1) // UNIT * UNIT
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def chunk_logps_kernel(
+    a, bias, targets,
+    stats, entropies,
+    V, M, stride,
+    outer: tl.float64, inner: tl.float64,
+    BIAS: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
+    SIZE: tl.constexpr, UNIT: tl.constexpr,  # bytes an element, elements an access
+    LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    acc = a.dtype.element_ty
+    outer2 = tl.full((), outer * LOG2E, acc)
+    outer = tl.full((), outer, acc)
+    inner = tl.full((), inner, acc)
+    row = tl.program_id(0)
+    first = tl.multiple_of(a + row.to(tl.int64) * stride, UNIT * SIZE)
+    m = tl.full((LANES,), float("-inf"), acc)
+    total = tl.zeros((LANES,), acc)
+    weighted = tl.zeros((LANES,), acc)
+    body = _padded(V, UNIT)
+    for start in range(0, body, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        exists = columns < body
+        x = tl.load(first + columns, mask=exists, other=float("-inf"))
+        x = _before_outer(x, bias, columns, exists, inner, BIAS, CAPPED)
+        x = tl.where(columns < V, x, float("-inf"))
+        m, total, weighted = _accumulate(x, m, total, weighted, outer, outer2, UNIT, ENTROPY)
+    top = tl.max(m, 0)
+    total, weighted = _rebase(m, _base(top), total, weighted, outer, outer2, ENTROPY)
+    total = tl.sum(total, 0)
+    log_total = tl.where(total > 0, tl.log(total), total)  # total = 0 where all is -inf; NaN stays NaN
+
+    target = tl.load(targets + row)
+    inside = (target >= 0) & (target < V)
+    z = tl.load(a + row.to(tl.int64) * stride + target, mask=inside, other=0.0)
+    z = _before_outer(z, bias, target, inside, inner, BIAS, CAPPED)
+    tl.store(stats + row, tl.where(inside, z * outer, float("nan")))
+    tl.store(stats + M + row, top * outer)
+    tl.store(stats + 2 * M + row, log_total)
+    if ENTROPY:
+        tl.store(entropies + row, tl.where(total == 0, 0.0, log_total - tl.sum(weighted, 0) / total))
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def chunk_gradient_kernel(
+    out, a, bias, targets,
+    stats, entropies, g, h,
+    V, M, stride, out_stride,
+    outer: tl.float64, inner: tl.float64,
+    BIAS: tl.constexpr, CAPPED: tl.constexpr, WEIGHTED: tl.constexpr,
+    SIZE: tl.constexpr, OUT_SIZE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    acc = a.dtype.element_ty
+    outer = tl.full((), outer, acc)
+    inner = tl.full((), inner, acc)
+    row = tl.program_id(0)
+    first = tl.multiple_of(a + row.to(tl.int64) * stride, UNIT * SIZE)
+    out_first = tl.multiple_of(out + row.to(tl.int64) * out_stride, UNIT * OUT_SIZE)
+    target = tl.load(targets + row)
+    target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)  # 32 bits to compare with, no wrap
+    z = tl.load(stats + row)
+    top = tl.load(stats + M + row)
+    log_total = tl.load(stats + 2 * M + row)
+    nothing = z + top + log_total != z + top + log_total  # no log-prob: zeros, whatever stands there
+    if WEIGHTED:
+        weight = tl.load(g + row).to(acc)
+        entropy_weight = tl.load(h + row).to(acc)
+        entropy = tl.load(entropies + row)
+    body = _padded(V, UNIT)
+    for start in range(0, body, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        exists = columns < body
+        x = tl.load(first + columns, mask=exists, other=0.0)
+        x = _before_outer(x, bias, columns, exists, inner, BIAS, CAPPED)
+        log_p = (x * outer - top) - log_total
+        p = tl.exp2(log_p * LOG2E)
+        hit = columns == target
+        if WEIGHTED:
+            d = p * (weight + entropy_weight * (tl.where(p > 0, log_p, 0.0) + entropy)) - tl.where(hit, weight, 0.0)
+        else:
+            d = p - tl.where(hit, 1.0, 0.0)
+        if CAPPED:
+            d *= 1.0 - x * x
+        tl.store(out_first + columns, tl.where(nothing, 0.0, d), mask=exists)
+
+
+def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def chunk_logps(
+    a: Tensor,  # (M, V) accumulators, rows padded to whole accesses
+    bias: Tensor | None,  # (V,), padded likewise
+    targets: Tensor,  # (M,) int64
+    curve: Curve,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:  # (3, M), (M,) or (0,)
+    """Of every row the logit of its target (NaN where that is none), the top logit, log sum exp above it; entropy.
+
+    A row of nothing but -inf has the top -inf, and 0 above it; chunk_gradient wants 0 for both.
+    """
+    n, vocab = a.shape
+    stats = a.new_empty(3, n)
+    entropies = a.new_empty(n if entropy else 0)
+    lanes = NUM_WARPS * _warp_size(a.device)
+    with _on(a.device):
+        chunk_logps_kernel[(n,)](
+            a, a if bias is None else bias, targets,
+            stats, entropies,
+            vocab, n, a.stride(0),
+            curve.outer, curve.inner,
+            BIAS=bias is not None, CAPPED=curve.capped, ENTROPY=entropy,
+            LANES=lanes, num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, lanes),
+        )  # fmt: skip
+    return stats, entropies
+
+
+def chunk_gradient(
+    out: Tensor,  # (M, V): a itself, or of another dtype
+    a: Tensor,  # (M, V) accumulators
+    bias: Tensor | None,
+    targets: Tensor,  # (M,) int64
+    curve: Curve,
+    stats: Tensor,  # (3, M)
+    entropies: Tensor | None,  # (M,)
+    g: Tensor | None,  # (M,)
+    h: Tensor | None,  # (M,)
+) -> None:
+    """The gradient of the negative log-probs up to a factor a row; with g and h, that of - g log p(target) - h H."""
+    n, vocab = a.shape
+    lanes = NUM_WARPS * _warp_size(a.device)
+    with _on(a.device):
+        chunk_gradient_kernel[(n,)](
+            out, a, a if bias is None else bias, targets,
+            stats, stats if entropies is None else entropies, stats if g is None else g, stats if h is None else h,
+            vocab, n, a.stride(0), out.stride(0),
+            curve.outer, curve.inner,
+            BIAS=bias is not None, CAPPED=curve.capped, WEIGHTED=h is not None,
+            OUT_SIZE=out.element_size(), num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, lanes),
+        )  # fmt: skip
+
+
+def chunk_logps_and_gradient(
+    out: Tensor, a: Tensor, bias: Tensor | None, targets: Tensor, curve: Curve
+) -> Tensor:  # (3, M)
+    """Both, one after the other: the stats come back, `out` is filled."""
+    stats, _ = chunk_logps(a, bias, targets, curve, False)
+    stats[1].masked_fill_(stats[1] == -torch.inf, 0.0)
+    chunk_gradient(out, a, bias, targets, curve, stats, None, None, None)
+    return stats
+
+
+def _shape(a: Tensor, lanes: int) -> dict[str, int]:
+    """Launch options for rows of accumulators."""
+    size = a.element_size()
+    return {"SIZE": size, "UNIT": WIDEST_ACCESS // size, "BLOCK": lanes * LANE_BYTES // size}

@@ -1,0 +1,160 @@
+"""What every schedule does with a chunk of rows: make logits, score them, turn them into gradients, add those up.
+
+Left out: which rows, when, and in what order (schedules.py).
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from exo_kernels.curve import Curve
+from exo_kernels.linear import head, vocab_parallel
+from exo_kernels.linear.vocab_parallel import Shard
+
+Rows = tuple[Tensor, Tensor]  # index into (N, T)
+
+
+class Call(NamedTuple):
+    """What every schedule works on."""
+
+    implementation: ModuleType
+    hidden: Tensor  # (N, T, D)
+    weight: Tensor  # (V, D), same dtype
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (N, T) int64, in the whole vocabulary
+    ref_hidden: Tensor | None  # (N, T, D), to be scored by the same head
+    curve: Curve
+    shard: Shard
+    chunk_rows: int
+
+    @property
+    def acc(self) -> torch.dtype:
+        return head.accumulator(self.hidden.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.acc, device=self.hidden.device)
+
+
+class Chunk(NamedTuple):
+    """Rows of which the workspace holds the gradients, until it takes the next."""
+
+    rows: Rows
+    hidden: Tensor  # (M, D)
+    stats: Tensor  # (3, M)
+    d: Tensor  # (M, V)
+
+
+class Workspace:
+    """The chunk: its logits, and its gradients where they have another dtype."""
+
+    def __init__(self, call: Call, rows: int) -> None:
+        self.call = call
+        vocab = len(call.weight)
+        self.dtype = head.gradient_dtype(call.hidden.dtype, call.hidden.device)
+        sides = 1 if call.ref_hidden is None else 2
+        new = call.implementation.new_buffer
+        self.a = new((rows * sides, head.padded(vocab)), call.acc, call.hidden.device)[:, :vocab]
+        self.d = None
+        if self.dtype != call.acc:
+            self.d = new((rows, head.padded(vocab)), self.dtype, call.hidden.device)[:, :vocab]
+        acc_bias = None if call.bias is None else call.bias.to(call.acc)
+        self.bias = None if acc_bias is None else torch.nn.functional.pad(acc_bias, (0, head.padded(vocab) - vocab))
+
+    def logits(self, rows: Rows, with_ref: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (M, D), targets (M,), h W^T (M, V), with_ref: (2M, V), the reference's rows below."""
+        call = self.call
+        hidden = both = call.hidden[rows]
+        if with_ref and call.ref_hidden is not None:
+            both = torch.cat([hidden, call.ref_hidden[rows]])
+        a = self.a[: len(both)]
+        head.logits(both, call.weight, a)
+        return hidden, call.targets[rows], a
+
+    def forward(self, rows: Rows, logps: Tensor, ref_logps: Tensor, gradient: bool) -> "Chunk":
+        """Fill in the rows' log-probs, those of the reference too; `gradient`: and make d of the logits."""
+        hidden, targets, a = self.logits(rows, with_ref=True)
+        a, ref = a[: len(targets)], a[len(targets) :]
+        d = self.place_of_gradient(a)
+        stats = self.score_and_gradient(d, a, targets) if gradient else self.score(a, targets)[0]
+        logps[rows] = log_prob(stats)
+        if self.call.ref_hidden is not None:
+            ref_logps[rows] = log_prob(self.score(ref, targets)[0])
+        return Chunk(rows, hidden, stats, d)
+
+    def again(self, chunk: "Chunk") -> "Chunk":
+        """Make its logits once more, and d of them."""
+        hidden, targets, a = self.logits(chunk.rows)
+        d = self.place_of_gradient(a)
+        self.gradient(d, a, targets, chunk.stats)
+        return Chunk(chunk.rows, hidden, chunk.stats, d)
+
+    def place_of_gradient(self, a: Tensor) -> Tensor:
+        return a if self.d is None else self.d[: len(a)]
+
+    def score(self, a: Tensor, targets: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """Stats (3, M) of whole rows, and their entropies."""
+        call = self.call
+        local = targets - call.shard.start
+        stats, entropies = call.implementation.chunk_logps(a, self.bias, local, call.curve, entropy)
+        return vocab_parallel.combine(stats, entropies, targets, a.shape[1], call.shard)
+
+    def score_and_gradient(self, out: Tensor, a: Tensor, targets: Tensor) -> Tensor:
+        """Stats (3, M); `out` becomes d."""
+        call = self.call
+        local = targets - call.shard.start
+        if not call.shard.parallel:
+            return call.implementation.chunk_logps_and_gradient(out, a, self.bias, local, call.curve)
+        stats, _ = self.score(a, targets)
+        self.gradient(out, a, targets, stats)
+        return stats
+
+    def gradient(self, out: Tensor, a: Tensor, targets: Tensor, stats: Tensor, *weights: Tensor) -> None:
+        """`out` becomes d; or, given entropies, g and h, the gradient of - g log p - h H."""
+        call = self.call
+        entropies, g, h = weights or (None, None, None)
+        local = targets - call.shard.start
+        call.implementation.chunk_gradient(out, a, self.bias, local, call.curve, stats, entropies, g, h)
+
+
+def log_prob(stats: Tensor) -> Tensor:  # (3, M) -> (M,)
+    return stats[0] - stats[1] - stats[2]
+
+
+class Gradients:
+    """The sums over chunks that become the gradients of hidden, weight and bias, each where it is needed."""
+
+    def __init__(self, call: Call, hidden: bool, weight: bool, bias: bool) -> None:
+        self.call = call
+        device, vocab = call.hidden.device, len(call.weight)
+        dtype = call.acc if call.shard.parallel else call.hidden.dtype  # ranks add up before they round
+        self.hidden = torch.zeros(call.hidden.shape, dtype=dtype, device=device) if hidden else None
+        self.weight = call.implementation.new_buffer(call.weight.shape, call.acc, device) if weight else None
+        self.bias = call.zeros(vocab, 1) if bias else None
+        self.first = True
+
+    def add(self, rows: Rows, d: Tensor, hidden: Tensor, coefficient: Tensor, log_probs: Tensor) -> None:
+        """A chunk's share. Rows whose coefficient is 0 give nothing, whatever they hold; without a log-prob, NaN."""
+        none = coefficient == 0
+        c = torch.where(none, 0.0, torch.where(log_probs.isnan(), torch.nan, coefficient))[:, None]  # (M, 1)
+        if self.hidden is not None:
+            product = head.hidden_gradient(d, self.call.weight).mul_(c)
+            self.hidden[rows] = product.masked_fill_(none[:, None], 0.0).to(self.hidden.dtype)
+        if self.weight is not None:
+            side = (hidden * c).masked_fill_(none[:, None], 0.0).to(d.dtype)
+            head.add_weight_gradient_(self.weight, d, side, self.first)
+        if self.bias is not None:
+            head.add_weight_gradient_(self.bias, d, c.to(d.dtype), self.first)
+        self.first = False
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden in its dtype, of weight and bias in accumulators; (0,) where not needed."""
+        nothing = self.call.zeros(0)
+        if self.weight is not None and self.first:
+            self.weight.zero_()
+        if self.hidden is not None:
+            vocab_parallel.sum_(self.hidden, self.call.shard)
+        hidden = nothing if self.hidden is None else self.hidden.to(self.call.hidden.dtype)
+        bias = nothing if self.bias is None else self.bias[:, 0]
+        return hidden, nothing if self.weight is None else self.weight, bias

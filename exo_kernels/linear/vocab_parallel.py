@@ -1,0 +1,77 @@
+"""A head whose rows (the vocabulary) lie on several ranks: what each knows of a row of logits becomes what all know.
+
+Every rank has the same hidden states and labels, and the rows [start, start + V_local) of the weight, in the order of
+ranks. A chunk costs two all-reduces of a few numbers a row (maximum; sum of exponentials and target), a call one more
+of the hidden states' gradient. Left out: gathering a sharded weight (api.py refuses or gathers it).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_GROUPS: dict[str, dist.ProcessGroup] = {}  # operators take names
+
+
+class Shard(NamedTuple):
+    """This rank's part of the vocabulary."""
+
+    start: int
+    vocab: int  # of all ranks together
+    largest: int  # part of any rank, by which all plan their chunks alike
+    group: str
+
+    @property
+    def parallel(self) -> bool:
+        return bool(self.group)
+
+
+def whole(vocab: int) -> Shard:
+    return Shard(0, vocab, vocab, "")
+
+
+def join(weight: Tensor, process_group: dist.ProcessGroup) -> Shard:
+    """Tell each other the parts' sizes: one small collective and one synchronisation."""
+    world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    sizes = torch.empty(world, dtype=torch.long, device=weight.device)
+    dist.all_gather_into_tensor(sizes, sizes.new_tensor([len(weight)]), group=process_group)
+    parts = sizes.tolist()
+    _GROUPS[process_group.group_name] = process_group
+    return Shard(sum(parts[:rank]), sum(parts), max(parts), process_group.group_name)
+
+
+def sum_(x: Tensor, shard: Shard) -> None:
+    """Add up over the ranks, in place."""
+    if shard.parallel:
+        dist.all_reduce(x, group=_GROUPS[shard.group])
+
+
+def combine(
+    stats: Tensor,  # (3, M) of this rank's columns: target's logit, top (-inf where there is nothing), log sum above it
+    entropies: Tensor,  # (M,) of this rank's columns, or (0,)
+    targets: Tensor,  # (M,) in the whole vocabulary
+    vocab: int,  # columns of this rank
+    shard: Shard,
+) -> tuple[Tensor, Tensor]:
+    """The same of all columns. A row of nothing but -inf has top 0; a label outside the vocabulary stays NaN."""
+    target, top, log_total = stats
+    if not shard.parallel:
+        return torch.stack([target, top.masked_fill(top == -torch.inf, 0.0), log_total]), entropies
+    everywhere = top.clone()
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=_GROUPS[shard.group])
+    everywhere = everywhere.masked_fill(everywhere == -torch.inf, 0.0)
+    log_share = top + log_total - everywhere  # of the sum of exponentials, not yet divided by it
+    share = log_share.exp()
+    sums = torch.zeros(3 if entropies.numel() else 2, len(targets), dtype=stats.dtype, device=stats.device)
+    sums[0] = share
+    sums[1] = target.masked_fill((targets < shard.start) | (targets >= shard.start + vocab), 0.0)
+    if entropies.numel():
+        sums[2] = torch.where(share > 0, share * (entropies - log_share), 0.0)
+    sum_(sums, shard)
+    log_total = torch.where(sums[0] > 0, sums[0].log(), sums[0])
+    inside = (targets >= 0) & (targets < shard.vocab)
+    combined = torch.stack([sums[1].masked_fill(~inside, torch.nan), everywhere, log_total])
+    if not entropies.numel():
+        return combined, entropies
+    return combined, torch.where(sums[0] > 0, sums[2] / sums[0] + log_total, 0.0)
