@@ -196,10 +196,10 @@ def _loss_epsilons(case: Case, oracle: dict[str, Tensor]) -> dict[str, Tensor]:
 
     drift = unit * sums_of(z.logp_scale(), cu_seqlens)  # (N,)
     most = drift.max() if drift.numel() else 0.0
-    loss, losses, slopes = _group_numbers(case, policy, ref)
+    loss, losses, slopes = group_numbers(case, policy, ref)
     moves = [torch.zeros_like(loss), torch.zeros_like(losses), torch.zeros_like(slopes)]
     for n, step in enumerate(torch.eye(policy.numel(), dtype=torch.float64) * STEP):
-        moved = _group_numbers(case, policy + step, ref)
+        moved = group_numbers(case, policy + step, ref)
         for move, a, b in zip(moves, moved, (loss, losses, slopes), strict=True):
             move += (a - b).abs() / STEP * drift[n]
     # the group pass is float64 whatever the dtype: p (log p - log q - L) and p - q are differences of such numbers
@@ -224,7 +224,7 @@ def _loss_epsilons(case: Case, oracle: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _group_numbers(case: Case, policy: Tensor, ref: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def group_numbers(case: Case, policy: Tensor, ref: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, losses (G,) and slopes dL/dS (N,), from sums, by the oracle."""
     names = ("group_size", "rewards", "beta_pi", "beta_r", "label_smoothing", "compat")
     options = {name: case.options[name] for name in names if name in case.options}

@@ -150,11 +150,12 @@ class Gradients:
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden in its dtype, of weight and bias in accumulators; (0,) where not needed."""
-        nothing = self.call.zeros(0)
         if self.weight is not None and self.first:
             self.weight.zero_()
         if self.hidden is not None:
             vocab_parallel.sum_(self.hidden, self.call.shard)
-        hidden = nothing if self.hidden is None else self.hidden.to(self.call.hidden.dtype)
-        bias = nothing if self.bias is None else self.bias[:, 0]
-        return hidden, nothing if self.weight is None else self.weight, bias
+        return (
+            self.call.zeros(0) if self.hidden is None else self.hidden.to(self.call.hidden.dtype),
+            self.call.zeros(0) if self.weight is None else self.weight,
+            self.call.zeros(0) if self.bias is None else self.bias[:, 0],
+        )

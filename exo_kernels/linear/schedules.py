@@ -107,7 +107,7 @@ def backward(
         return _backward_store(call, scores, grad_logps, _indices(scored), needs)
     unit = None
     if schedule == "deferred":
-        g = grad_logps[..., None]
+        g = torch.where(scores.logps.isnan() & (grad_logps != 0), torch.nan, grad_logps)[..., None]
         unit = torch.where(g == 0, 0.0, scores.kept * g).to(call.hidden.dtype)
         needs = (False, *needs[1:])
         if not any(needs):

@@ -1,0 +1,124 @@
+"""Losses from hidden states against the fp64 oracle, within the one budget: schedules, layouts, dtypes, options."""
+
+import pytest
+import torch
+from cases import DTYPES, sums_of
+from linear_cases import HEAD, LAYOUT, check_linear_loss, check_linear_tokens, make_linear_case
+
+import exo_kernels
+
+SCHEDULES = ["deferred", "group", "store", "recompute"]
+schedules = pytest.mark.parametrize("schedule", SCHEDULES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@schedules
+@dtypes
+@pytest.mark.parametrize("layout", ["shifted", "aligned", "packed"])
+def test_schedules_layouts_dtypes(impl, device, schedule, dtype, layout):
+    options = {"packed": {"lengths": [2, 5, 0, 3]}, "aligned": {"shift": False}}.get(layout, {})
+    case = make_linear_case(dtype=dtype, rewards=True, seed=1, **options)
+    check_linear_loss(case, impl, device, schedule=schedule)
+
+
+@schedules
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": False},
+        {"softcap": 20.0},
+        {"logit_scale": 0.25},
+        {"temperature": 0.8},
+        {"softcap": 12.0, "logit_scale": 0.5, "temperature": 1.3},
+        {"softcap": 5.0, "bias": False, "reference_model": "hidden"},
+        {"objective": "dpo"},
+        {"objective": "dpo", "rewards": True, "beta_r": 0.3},
+        {"group_size": 4, "label_smoothing": 0.2},
+        {"group_size": torch.tensor([1, 3]), "rewards": True, "beta_pi": 0.7},
+        {"group_size": 1},
+        {"compat": "official"},
+        {"reduction": "sum"},
+        {"num_groups": 7},
+        {"num_groups": torch.tensor(2.5)},
+        {"reference_model": "tokens"},
+        {"reference_model": "hidden"},
+        {"reference_model": "own"},
+        {"reference_model": "own", "lengths": [4, 0, 1, 3]},
+        {"reference_model": "hidden", "lengths": [4, 0, 1, 3], "group_size": torch.tensor([3, 1])},
+    ],
+    ids=lambda o: "-".join(f"{k}_{v}" for k, v in o.items()).replace(" ", ""),
+)
+def test_options(impl, device, schedule, options):
+    check_linear_loss(make_linear_case(4, 4, 16, 37, seed=5, **options), impl, device, schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", ["deferred", "store", "recompute"])
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+def test_one_loss_a_group(impl, device, schedule, objective):
+    """reduction="none", each loss with a gradient of its own; `group` cannot know it and is refused elsewhere."""
+    sizes = torch.tensor([1, 4, 2])
+    case = make_linear_case(
+        7, 3, 16, 29, objective=objective, rewards=True, group_size=sizes, reduction="none", weights=True
+    )
+    check_linear_loss(case, impl, device, schedule=schedule)
+
+
+# 1200 is no multiple of any tile; an offset of -30 makes whatever is read past the end by far the largest logit.
+@schedules
+@pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 1200])
+@pytest.mark.parametrize("offset", [-30.0, 1000.0])
+def test_vocabularies_with_an_offset(impl, device, schedule, vocab, offset):
+    case = make_linear_case(2, 4, 8, vocab, offset=offset, seed=vocab, reference_model="tokens")
+    check_linear_loss(case, impl, device, schedule=schedule)
+
+
+@schedules
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_chunks(impl, device, schedule, rows):
+    """A budget of a few rows: many chunks, and groups larger than any of them."""
+    case = make_linear_case(
+        8, 5, 16, 37, group_size=torch.tensor([1, 4, 1, 2]), rewards=True, reference_model="hidden", softcap=15.0
+    )
+    check_linear_loss(case, impl, device, schedule=schedule, memory_budget=rows * 550)
+
+
+# The log-prob functions.
+
+
+@pytest.mark.parametrize("schedule", ["deferred", "store", "recompute"])
+@dtypes
+@pytest.mark.parametrize("layout", ["shifted", "aligned", "packed"])
+def test_token_logps(impl, device, schedule, dtype, layout):
+    options = {"packed": {"lengths": [2, 5, 0, 3]}, "aligned": {"shift": False}}.get(layout, {})
+    case = make_linear_case(dtype=dtype, seed=2, softcap=25.0, temperature=0.9, **options)
+    check_linear_tokens(case, impl, device, schedule=schedule)
+
+
+@dtypes
+@pytest.mark.parametrize("options", [{}, {"softcap": 10.0, "temperature": 0.7}], ids=["plain", "capped"])
+def test_entropy(impl, device, dtype, options):
+    """Of rows near-uniform and peaked, with gradients through both outputs."""
+    case = make_linear_case(3, 4, 16, 130, dtype, seed=3, **options)
+    check_linear_tokens(case, impl, device, entropy=True)
+
+
+def test_entropy_in_chunks(impl, device):
+    check_linear_tokens(make_linear_case(3, 4, 16, 130, seed=3), impl, device, entropy=True, memory_budget=3000)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_sequence_logps(impl, device, packed):
+    """The sums of linear_token_logps, added up in float64; and with the coefficients of their rows, its gradients."""
+    case = make_linear_case(4, 5, 8, 50, lengths=[4, 0, 9] if packed else None).to(torch.float32, device)
+    options = case.of(*HEAD, *LAYOUT)
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+    logps = exo_kernels.linear_token_logps(*leaves, case.labels, impl=impl, **options)
+    sums = exo_kernels.linear_sequence_logps(*leaves, case.labels, impl=impl, **options)
+    expected = sums_of(logps.detach().double(), case.cu_seqlens())
+    assert torch.equal(sums, expected.float())
+    weights = torch.arange(1.0, sums.numel() + 1, device=device)
+    rows = weights.repeat_interleave(case.cu_seqlens().diff()) if packed else weights[:, None].expand(case.labels.shape)
+    for a, b in zip(
+        torch.autograd.grad(sums, leaves, weights), torch.autograd.grad(logps, leaves, rows.contiguous()), strict=True
+    ):
+        assert torch.equal(a, b)
