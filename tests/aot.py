@@ -24,9 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from exo_kernels.curve import Curve
+from exo_kernels.linear import head
+
 # by name: the package exports functions called like its modules
 TOKEN_LOGPS = importlib.import_module("exo_kernels._triton.token_logps")
 GROUP_LOSS = importlib.import_module("exo_kernels._triton.group_loss")
+LINEAR = importlib.import_module("exo_kernels._triton.linear")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -99,7 +103,40 @@ class GroupCase(NamedTuple):
         return _caught(GROUP_LOSS, "group_loss_kernel", GROUP_LOSS.group_loss, *tensors, *options)
 
 
-Case = TokenCase | GroupCase
+class ChunkCase(NamedTuple):
+    """One launch on a chunk of three rows of accumulators, or the gradient: in place, or beside it in dtype `out`."""
+
+    gradient: bool
+    bias: bool = False
+    capped: bool = False
+    entropy: bool = False
+    out: torch.dtype | None = None
+    dtype: torch.dtype = torch.float32
+    vocabulary: int = 50257
+
+    def __str__(self) -> str:
+        words = ["chunk-gradient" if self.gradient else "chunk-logps", str(self.dtype).removeprefix("torch.")]
+        words += ["bias"] * self.bias + ["capped"] * self.capped + ["entropy"] * self.entropy
+        return "-".join(words + ([] if self.out is None else [f"to-{self.out}".replace("torch.", "")]))
+
+    def launch(self, warp_size: int) -> Launch:
+        def rows(dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty((3, head.padded(self.vocabulary)), dtype=dtype)[:, : self.vocabulary]
+
+        a = rows(self.dtype)
+        bias = rows(self.dtype)[0] if self.bias else None
+        targets = torch.zeros(3, dtype=torch.int64)
+        curve = Curve(30.0, 0.05, True, 1.5) if self.capped else Curve(1.5, 1.0, False, 1.5)
+        with patch.object(LINEAR, "_warp_size", lambda device: warp_size):
+            if not self.gradient:
+                return _caught(LINEAR, "chunk_logps_kernel", LINEAR.chunk_logps, a, bias, targets, curve, self.entropy)
+            out = a if self.out is None else rows(self.out)
+            row = a.new_empty(3)
+            arguments = (out, a, bias, targets, curve, a.new_empty(3, 3), *[row if self.entropy else None] * 3)
+            return _caught(LINEAR, "chunk_gradient_kernel", LINEAR.chunk_gradient, *arguments)
+
+
+Case = TokenCase | GroupCase | ChunkCase
 
 
 FP32_MATH = [torch.bfloat16, torch.float16, torch.float32]
@@ -121,7 +158,15 @@ OTHERS = [
     TokenCase(True, torch.float64, entropy=True),
 ]
 GROUPS = [GroupCase("exo", False, False), GroupCase("exo", True, True), GroupCase("dpo", True, False)]
-CASES = WALKED + OTHERS + GROUPS
+# (bias, capped, entropy)
+CHUNKS = [ChunkCase(False, *flags) for flags in itertools.product((False, True), repeat=3)]
+CHUNKS += [
+    ChunkCase(True, *flags, out)
+    for flags in itertools.product((False, True), repeat=3)
+    for out in (None, torch.bfloat16)
+]
+CHUNKS += [ChunkCase(backward, *f, dtype=torch.float64) for backward in (False, True) for f in ((), (True, True, True))]
+CASES = WALKED + OTHERS + GROUPS + CHUNKS
 
 
 class Loop(NamedTuple):

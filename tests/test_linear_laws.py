@@ -18,12 +18,12 @@ every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_equal_each_other(impl, device):
     """In fp64, to 1e-12; in one chunk and in many."""
     case = make_linear_case(
-        8, 6, 16, 61, torch.float64, group_size=torch.tensor([3, 1, 4]), rewards=True, softcap=9.0, temperature=0.8,
+        6, 5, 16, 61, torch.float64, group_size=torch.tensor([2, 1, 3]), rewards=True, softcap=9.0, temperature=0.8,
         reference_model="hidden",
     ).to(torch.float64, device)  # fmt: skip
     expected = linear_answer(case, impl, schedule="recompute")
     for schedule in SCHEDULES:
-        for budget in (1500, 6000, "512MiB"):
+        for budget in (1500, 9000):
             result = linear_answer(case, impl, schedule=schedule, memory_budget=budget)
             for name, value in expected.items():
                 torch.testing.assert_close(result[name], value, rtol=0, atol=1e-12)
@@ -31,9 +31,8 @@ def test_schedules_equal_each_other(impl, device):
 
 @every_schedule
 def test_the_same_bits_twenty_times(impl, device, schedule):
-    case = make_linear_case(6, 5, 16, 129, rewards=True, reference_model="hidden", group_size=3).to(
-        torch.float32, device
-    )
+    case = make_linear_case(3, 4, 16, 129, rewards=True, reference_model="hidden", group_size=3)
+    case = case.to(torch.float32, device)
     results = [linear_answer(case, impl, schedule=schedule, memory_budget=5000) for _ in range(20)]
     assert all(torch.equal(r[name], value) for r in results[1:] for name, value in results[0].items())
 
@@ -205,14 +204,9 @@ def _matmuls(watch: Watch) -> list[tuple[Tensor, Tensor]]:
 
 
 VIEWS = {"slice", "select", "view", "t", "transpose", "as_strided", "detach", "alias", "expand", "_unsafe_view"}
-ALLOCATIONS = {
-    "empty",
-    "new_empty",
-    "zeros",
-    "new_zeros",
-    "fill_",
-    "empty_strided",
-}  # fill_: NaN, in deterministic mode
+# fill_ is deterministic mode's NaN in fresh memory, set_ how triton's interpreter takes a tensor over
+# fill_ is deterministic mode's NaN in fresh memory, set_ how triton's interpreter takes a tensor over
+ALLOCATIONS = {"empty", "new_empty", "zeros", "new_zeros", "empty_strided", "fill_", "set_"}
 
 
 @every_schedule

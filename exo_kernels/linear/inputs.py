@@ -102,7 +102,7 @@ def prepare(
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's, where it is on, as for any linear layer; otherwise the wider of the two."""
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
+    dtype, device = torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type
+    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return dtype

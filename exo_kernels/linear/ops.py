@@ -138,6 +138,7 @@ def _fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias
 def _save_token_logps(ctx, inputs, output):
     hidden, weight, bias, targets = inputs[:4]
     ctx.options = (*inputs[5:9], *inputs[10:])  # all but ref_hidden and entropy
+    ctx.entropy = inputs[9]
     logps, entropies, ref_logps, stats, kept = output
     ctx.mark_non_differentiable(ref_logps, stats, kept)
     ctx.set_materialize_grads(False)  # zeros for every output that nobody asked about would be most of the bytes
@@ -146,6 +147,7 @@ def _save_token_logps(ctx, inputs, output):
 
 def _backward_token_logps(ctx, grad_logps, grad_entropies, *_):
     needs = ctx.needs_input_grad[:3]
+    grad_entropies = grad_entropies if ctx.entropy else None
     if grad_logps is None:
         grad_logps = torch.zeros_like(ctx.saved_tensors[4])
     grads = linear_token_logps_backward(grad_logps, grad_entropies, *ctx.saved_tensors, *ctx.options, *needs)

@@ -116,10 +116,9 @@ def choose(schedule: str, needs: Needs, sizes: Sizes, budget: int) -> tuple[str,
         return "deferred", "the head is frozen"
     if needs.whole_loss:
         return "group", "the head is trained and the loss is called as one"
-    stored = sizes.rows * sizes.stored_row_bytes
-    if stored + sizes.row_bytes <= budget:
-        return "store", f"one copy of the logits' gradients ({stored / 2**20:.4g} MiB at most) fits the budget"
-    return "recompute", f"the logits' gradients ({stored / 2**20:.4g} MiB) do not fit the budget"
+    if sizes.rows * sizes.stored_row_bytes + sizes.row_bytes <= budget:
+        return "store", "one copy of the logits' gradients fits the budget"
+    return "recompute", "a copy of the logits' gradients does not fit the budget"
 
 
 def _refuse(schedule: str, needs: Needs) -> None:

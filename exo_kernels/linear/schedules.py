@@ -79,6 +79,8 @@ def forward(call: Call, schedule: str, ignore_index: int, entropy: bool) -> Scor
             result.ref_logps[some] = log_prob(work.score(ref, targets)[0])
     if schedule == "deferred":
         vocab_parallel.sum_(result.kept, call.shard)
+    elif schedule == "store":
+        result.kept[:, len(call.weight) :] = 0.0  # nobody reads the padding, but an operator's results are defined
     return result
 
 

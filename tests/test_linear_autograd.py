@@ -1,0 +1,208 @@
+"""What autograd and torch.compile expect of the operators on hidden states."""
+
+import pytest
+import torch
+from cases import IGNORED, make_labels, seeded
+from linear_cases import make_linear_case
+from torch.autograd import gradcheck
+
+import exo_kernels
+from exo_kernels.linear import ops
+
+SCHEDULES = ["deferred", "group", "store", "recompute"]
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+
+
+def leaves_of(*shapes: tuple[int, ...], device: str, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    made = (torch.randn(shape, generator=seeded(i), dtype=torch.float64) for i, shape in enumerate(shapes))
+    return [x.to(device, dtype).requires_grad_() for x in made]
+
+
+# Gradients, by finite differences. nondet_tol=0: the backward pass must give the same bits twice.
+
+
+@pytest.mark.parametrize(
+    ("objective", "schedule"), [("exo", "group"), ("dpo", "deferred"), ("exo", "store"), ("dpo", "recompute")]
+)
+def test_gradcheck_of_the_loss(impl, device, objective, schedule):
+    function = getattr(exo_kernels, f"fused_linear_{objective}_loss")
+    hidden, weight, bias = leaves_of((2, 2, 2), (3, 2), (3,), device=device)
+    labels = torch.tensor([[0, 2], [0, 1]], device=device)
+    ref, rewards = torch.zeros(2, device=device), torch.tensor([0.3, -1.0], device=device)
+    options = {"rewards": rewards, "beta_pi": 0.8, "temperature": 0.7, "softcap": 2.0}
+
+    def loss(hidden, weight, bias):
+        return function(hidden, weight, labels, ref, bias=bias, schedule=schedule, impl=impl, **options)
+
+    assert gradcheck(loss, (hidden, weight, bias), nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("schedule", ["deferred", "store", "recompute"])
+def test_gradcheck_of_log_probs(impl, device, schedule):
+    leaves = leaves_of((1, 3, 2), (3, 2), (3,), device=device)
+    labels = torch.tensor([[0, IGNORED, 2]], device=device)
+    options = {"impl": impl, "shift": False, "softcap": 3.0, "logit_scale": 0.7}
+
+    def logps(h, w, b):
+        return exo_kernels.linear_token_logps(h, w, labels, bias=b, schedule=schedule, **options)
+
+    assert gradcheck(logps, leaves, nondet_tol=0.0)
+
+
+def test_gradcheck_of_entropies(impl, device):
+    leaves = leaves_of((1, 3, 2), (3, 2), (3,), device=device)
+    labels = torch.tensor([[0, IGNORED, 2]], device=device)
+
+    def both(h, w, b):
+        return exo_kernels.linear_token_logps(h, w, labels, bias=b, shift=False, return_entropy=True, impl=impl)
+
+    assert gradcheck(both, leaves, nondet_tol=0.0)
+
+
+# Backward passes.
+
+
+@every_schedule
+def test_second_backward_is_exact(impl, device, schedule):
+    """retain_graph with another grad_output: nothing that was saved has been scaled in place."""
+    case = make_linear_case(6, 3, 8, 33).to(torch.float32, device)
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+    loss = exo_kernels.fused_linear_exo_loss(*leaves, case.labels, case.ref_logps, impl=impl, schedule=schedule)
+    g = torch.tensor(0.625, device=device)
+    first, one, again, double = (
+        torch.autograd.grad(loss, leaves, scale, retain_graph=True) for scale in (g, g / g, g, 2 * g)
+    )
+    for a, b, c, d in zip(first, one, again, double, strict=True):
+        assert torch.equal(a, c) and torch.equal(d, 2 * a) and not torch.equal(a, b)
+        torch.testing.assert_close(a, 0.625 * b)
+
+
+def test_two_backward_passes_into_grad(impl, device):
+    """A gradient of 1 is handed over uncopied: it must not be taken for .grad while the graph still holds it."""
+    case = make_linear_case(6, 3, 8, 33).to(torch.float32, device)
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+    loss = exo_kernels.fused_linear_exo_loss(*leaves, case.labels, case.ref_logps, impl=impl, schedule="group")
+    loss.backward(retain_graph=True)
+    once = [x.grad.clone() for x in leaves]
+    loss.backward(retain_graph=True)
+    assert all(torch.equal(x.grad, 2 * a) for x, a in zip(leaves, once, strict=True))
+    third = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(third, once, strict=True))
+
+
+@every_schedule
+def test_double_backward_is_refused(impl, device, schedule):
+    case = make_linear_case(4, 3, 8, 33).to(torch.float32, device)
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+    loss = exo_kernels.fused_linear_exo_loss(*leaves, case.labels, case.ref_logps, impl=impl, schedule=schedule)
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered|does not require grad"):
+        sum(g.sum() for g in grads).backward()
+
+
+def test_stats_and_reference_have_no_graph(impl, device):
+    case = make_linear_case(4, 3, 8, 33, reference_model="hidden").to(torch.float32, device)
+    ref = case.options["ref_hidden"].requires_grad_()
+    weight = case.weight.requires_grad_()
+    for schedule in SCHEDULES:
+        loss, stats = exo_kernels.fused_linear_exo_loss(
+            case.hidden, weight, case.labels, ref_hidden=ref, impl=impl, schedule=schedule, return_stats=True
+        )
+        assert not any(x.requires_grad for x in stats)
+        loss.backward()
+    assert ref.grad is None
+
+
+# torch.library and torch.compile.
+
+
+@pytest.mark.parametrize("schedule", ["score", "deferred", "store", "recompute"])
+def test_opcheck_of_the_log_probs(impl, device, schedule):
+    entropy = schedule in ("score", "recompute")
+    hidden, weight, bias = leaves_of((2, 3, 4), (5, 4), (5,), device=device, dtype=torch.float32)
+    ref = torch.randn(2, 3, 4, device=device)
+    targets = make_labels((2, 3), 5).to(device)
+    curve, plan = (0.9, 3.0, 0.8, IGNORED), (schedule, 2, [0, 5, 5], "", impl)
+    if schedule == "score":
+        hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach()
+    arguments = (hidden, weight, bias, targets, ref, *curve, entropy, *plan)
+    torch.library.opcheck(ops.linear_token_logps, arguments)
+    if schedule == "score":
+        return
+    logps, entropies, _, stats, kept = (x.detach() for x in ops.linear_token_logps(*arguments))
+    detached = (x.detach() for x in (hidden, weight, bias))
+    g = torch.rand(2, 3, device=device)
+    backward = (g, g if entropy else None, *detached, targets, logps, entropies, stats, kept, *curve, *plan)
+    torch.library.opcheck(ops.linear_token_logps_backward, (*backward, True, True, True))
+    torch.library.opcheck(ops.linear_token_logps_backward, (*backward, True, False, False))
+
+
+def test_opcheck_of_the_group_loss(impl, device):
+    hidden, weight, bias = leaves_of((4, 3, 4), (5, 4), (5,), device=device, dtype=torch.float32)
+    targets = make_labels((4, 3), 5).to(device)
+    offsets = torch.arange(5, device=device) * 3, torch.tensor([0, 1, 4], device=device)
+    loss = (torch.tensor(2.0, dtype=torch.float64, device=device), False, "exo", 0.5, 1.0, -0.1, -2.0)
+    for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        leaves = [x.detach().requires_grad_(need) for x, need in zip((hidden, weight, bias), needs, strict=True)]
+        arguments = (*leaves, targets, None, torch.zeros(4, device=device), None, *offsets, *loss)
+        torch.library.opcheck(
+            ops.linear_group_loss, (*arguments, 0.9, 3.0, 0.8, IGNORED, *needs, 4, [0, 5, 5], "", impl)
+        )
+    gradients = (torch.randn(shape, device=device) for shape in ((4, 3, 4), (5, 4), (5,)))
+    g = torch.tensor(0.5, device=device)
+    torch.library.opcheck(ops.linear_group_loss_backward, (g, *gradients, torch.bfloat16, torch.float32))
+
+
+# True: shapes and numbers are symbols from the start. None: from the second shape on, as users get it.
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
+def test_compiled_is_eager(impl, device, backend, dynamic, schedule):
+    """In one graph, whatever the schedule; `store` keeps as many rows as carry loss, which no compiler can know."""
+    torch._dynamo.reset()
+
+    def everything(hidden, weight, labels, ref):
+        options = {"impl": impl, "schedule": schedule, "temperature": 0.9}
+        loss, stats = exo_kernels.fused_linear_exo_loss(2 * hidden, weight, labels, ref, return_stats=True, **options)
+        options["schedule"] = "recompute" if schedule == "group" else schedule
+        logps = exo_kernels.linear_token_logps(2 * hidden, weight, labels, **options)
+        return [loss, logps, exo_kernels.linear_sequence_logps(hidden, weight, labels, **options), *stats]
+
+    compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic, backend=backend)
+    for n, t in ((2, 4), (4, 3)):
+        case = make_linear_case(n, t, 8, 33, bias=False, seed=n).to(torch.float32, device)
+        results = []
+        for function in (everything, compiled):
+            leaves = [case.hidden.nan_to_num(0.3).requires_grad_(), case.weight.clone().requires_grad_()]
+            outputs = function(*leaves, case.labels, case.ref_logps)
+            weights = [torch.rand(out.shape, generator=seeded(i)).to(out) for i, out in enumerate(outputs[:3])]
+            results.append([*outputs, *torch.autograd.grad(outputs[:3], leaves, weights)])
+        for a, b in zip(*results, strict=True):
+            assert a.dtype == b.dtype and a.stride() == b.stride()
+            torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if backend == "aot_eager" else {}))
+
+
+def test_compiled_code_still_checks(impl, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(exo_kernels.linear_token_logps, backend="aot_eager")
+    hidden, weight = torch.randn(2, 3, 4, device=device), torch.randn(5, 4, device=device)
+    labels = torch.full((2, 3), 5, device=device)
+    if device == "cuda":  # values are not looked at there
+        assert compiled(hidden, weight, labels, impl=impl, shift=False).isnan().all()
+    else:
+        with pytest.raises(ValueError, match="labels: expected values in"):
+            compiled(hidden, weight, labels, impl=impl, shift=False)
+    with pytest.raises(ValueError, match="softcap: expected"):
+        compiled(hidden, weight, labels, impl=impl, softcap=0.0)
+
+
+def test_meta_tensors_have_the_right_shapes():
+    hidden = torch.empty(6, 4, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(50257, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    labels, ref = torch.empty(6, 4, dtype=torch.long, device="meta"), torch.empty(6, device="meta")
+    loss, stats = exo_kernels.fused_linear_exo_loss(hidden, weight, labels, ref, group_size=3, return_stats=True)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.shape == () and stats.losses.shape == (2,) and stats.tokens.shape == (6,)
+    assert all(g.shape == x.shape and g.dtype == torch.bfloat16 for g, x in zip(grads, (hidden, weight), strict=True))
+    logps, entropies = exo_kernels.linear_token_logps(hidden, weight, labels, return_entropy=True)
+    assert logps.shape == entropies.shape == (6, 4) and logps.dtype == torch.float32
