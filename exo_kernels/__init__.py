@@ -18,11 +18,14 @@ from exo_kernels.linear.api import (
     linear_sequence_logps,
     linear_token_logps,
 )
+from exo_kernels.modules import EXOLoss, LinearEXOLoss
 from exo_kernels.objectives import LossStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EXOLoss",
+    "LinearEXOLoss",
     "LossStats",
     "explain",
     "fused_dpo_loss",

@@ -138,7 +138,7 @@ def check_linear_loss(case: LinearCase, impl: str, device: str, **options: Any) 
     with any_algorithm():
         plain = linear_answer(case.to(accumulator(dtype), device))
     result = linear_answer(case.to(dtype, device), impl, **options)
-    epsilons = Scales.of(case).epsilons(case, oracle)
+    epsilons = Scales.of(case, device).epsilons(case, oracle)
     for name, epsilon in epsilons.items():
         if name.startswith("d_"):
             epsilon = epsilon + torch.finfo(accumulator(dtype)).tiny * (epsilon > 0)

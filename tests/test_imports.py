@@ -17,7 +17,8 @@ ROOT = Path(exo_kernels.__file__).parents[1]
 # Who may import whom in exo_kernels. Implementations are loaded by name in ops.py once dispatch.py has chosen; they
 # never import one another, and nothing imports api.py but the package itself.
 LAYERS = {
-    "__init__": {"api", "linear", "objectives", "reference"},
+    "__init__": {"api", "linear", "modules", "objectives", "reference"},
+    "modules": {"api", "linear", "validation"},
     "api": {"dispatch", "groups", "losses", "objectives", "ops", "reference", "validation"},
     "linear": {"curve", "dispatch", "groups", "linear", "losses", "ops", "reference", "validation"},
     "losses": {"groups", "objectives", "ops", "reference", "validation"},

@@ -1,0 +1,114 @@
+"""Hidden states and head of transformers' causal LMs: log-probs from them are those of the model's own logits."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from exo.head import CausalHead
+from exo_kernels import fused_exo_loss, fused_linear_exo_loss, linear_token_logps, token_logps
+
+SMALL = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SMALL |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0)
+GPT = dict(vocab_size=67, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+FAMILIES = {
+    "Llama": SMALL,
+    "Mistral": SMALL,
+    "Qwen2": SMALL,
+    "Qwen3": SMALL,
+    "GPT2": GPT,
+    "GPTNeoX": SMALL,
+    "OPT": dict(vocab_size=67, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                word_embed_proj_dim=16, max_position_embeddings=64),  # a projection before its head
+    "Gemma": SMALL,
+    "Gemma2": SMALL,  # softcap 30
+    "Gemma3": SMALL | dict(final_logit_softcapping=7.0),
+    "Cohere": SMALL | dict(logit_scale=0.0625),
+    "Cohere2": SMALL | dict(logit_scale=0.3),
+    "Granite": SMALL | dict(logits_scaling=6.0),  # divides
+    "HyperCLOVAX": SMALL | dict(logits_scaling=1.7),  # multiplies
+    "FalconH1": SMALL | dict(lm_head_multiplier=0.4),
+    "Phi": SMALL,  # a bias
+    "StableLm": SMALL,
+}  # fmt: skip
+
+
+def tiny(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")(**FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():  # logits large enough to be capped, and a bias that is seen
+        head = model.get_output_embeddings()
+        head.weight.mul_(20)
+        if head.bias is not None:
+            head.bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_of_the_model(family):
+    if not hasattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config"):
+        pytest.skip(f"this transformers has no {family}")
+    model = tiny(family)
+    head = CausalHead(model)
+    ids = torch.randint(67, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    expected = token_logps(logits, labels)
+    result = linear_token_logps(head.hidden(input_ids=ids, attention_mask=mask), head.weight, labels, **head.options)
+    # a measured scale has the rounding of fp32; most are powers of two
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, logits)  # the model is as it was
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi"])
+def test_gradients_of_the_model(family):
+    """Through head, body and (Gemma) the tied embedding."""
+    model = tiny(family)
+    head = CausalHead(model)
+    ids, ref = torch.randint(67, (4, 9)), torch.zeros(4)
+    grads = []
+    for linear in (False, True):
+        model.zero_grad()
+        if linear:
+            loss = fused_linear_exo_loss(head.hidden(input_ids=ids), head.weight, ids, ref, **head.options)
+        else:
+            loss = fused_exo_loss(model(input_ids=ids).logits, ids, ref)
+        loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close({name: grads[1][name]}, {name: grad}, rtol=1e-6, atol=1e-9)
+
+
+def test_measuring_leaves_no_trace():
+    """Modes and random state are as they were, in a model with dropout that is training."""
+    model = tiny("GPT2").train()
+    model.transformer.h[0].eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    CausalHead(model)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_other_logits_are_refused():
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm_head = nn.Linear(4, 9)
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+        def forward(self, input_ids):
+            logits = self.lm_head(torch.zeros(*input_ids.shape, 4))
+            return transformers.modeling_outputs.CausalLMOutput(logits=logits**2)
+
+    with pytest.raises(ValueError, match="expected logits softcap"):
+        CausalHead(Squared())
+    model = tiny("Llama")
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="expected a linear layer as its head; got Sequential"):
+        CausalHead(model)
