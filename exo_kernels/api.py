@@ -119,7 +119,7 @@ def sequence_logps(
             logits, labels, temperature=temperature, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index
         )
     logps, _, _ = ops.token_logps(rows.logits, rows.targets, float(temperature), ignore_index, False, False, rows.impl)
-    return groups.segment_sum(logps.double().flatten(), rows.seq_offsets).to(logps.dtype)
+    return ops.sum_sequences(logps.flatten(), rows.seq_offsets)
 
 
 def preference_loss(

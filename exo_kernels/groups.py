@@ -35,13 +35,25 @@ def group_offsets(group_size: int | Tensor, n_sequences: int, device: torch.devi
     return torch.nn.functional.pad(group_size.long().cumsum(0), (1, 0))
 
 
+def within(
+    offsets: Tensor,  # (M+1,)
+    end: int,
+) -> Tensor:  # (M+1,)
+    """Offsets that nobody has looked at, made such that nothing outside [0, end) can be reached."""
+    return offsets.clamp(0, end).cummax(0).values
+
+
 def spread(
     values: Tensor,  # (M,) one value a segment
     offsets: Tensor,  # (M+1,)
     n: int,
 ) -> Tensor:  # (n,)
     """Repeat each segment's value over its members. Deterministic; `n` spares a synchronisation."""
-    return torch.repeat_interleave(values, offsets.diff(), output_size=n)
+    if not values.numel():
+        return values.new_zeros(n)
+    members = torch.arange(n, device=offsets.device) + offsets[0]
+    segment = torch.searchsorted(offsets[1:].contiguous(), members, right=True)
+    return values[segment.clamp(max=values.numel() - 1)]
 
 
 def segment_sum(

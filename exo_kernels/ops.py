@@ -26,11 +26,24 @@ def group_implementation(objective: str, impl: str) -> ModuleType:
     return implementation(impl if objective in KERNEL_OBJECTIVES else "chunked")
 
 
-def check_group_values(seq_offsets: Tensor, group_offsets: Tensor, rewards: Tensor | None, n_rows: int) -> None:
-    validation.offset_values("cu_seqlens", seq_offsets, n_rows, 0)
-    validation.offset_values("group_size", group_offsets, seq_offsets.numel() - 1, 1)
-    if rewards is not None:
+def checked_offsets(name: str, offsets: Tensor, end: int, minimum: int) -> Tensor:
+    """Offsets, checked where values may be looked at and kept within bounds elsewhere."""
+    if not validation.check_values(offsets.device):
+        return groups.within(offsets, end)
+    validation.offset_values(name, offsets, end, minimum)
+    return offsets
+
+
+def checked_groups(
+    seq_offsets: Tensor, group_offsets: Tensor, rewards: Tensor | None, n_rows: int
+) -> tuple[Tensor, Tensor]:
+    if rewards is not None and validation.check_values(rewards.device):
         validation.reward_values(rewards)
+    n_sequences = seq_offsets.numel() - 1
+    return (
+        checked_offsets("cu_seqlens", seq_offsets, n_rows, 0),
+        checked_offsets("group_size", group_offsets, n_sequences, 1),
+    )
 
 
 def _result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -144,8 +157,7 @@ def group_loss(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (G,), dL/dS (N,), log-probs (N,), log-ratios S (N,), p (N,), q (N,), tokens (N,)."""
-    if validation.check_values(logps.device):
-        check_group_values(seq_offsets, group_offsets, rewards, logps.numel())
+    seq_offsets, group_offsets = checked_groups(seq_offsets, group_offsets, rewards, logps.numel())
     arguments = (per_token_ref, objective, beta_pi, beta_r, (log_chosen, log_others), ignore_index)
     module = group_implementation(objective, impl)
     return module.group_loss(logps, targets, ref_logps, rewards, seq_offsets, group_offsets, *arguments)
@@ -185,3 +197,30 @@ def _backward_group_loss(ctx, grad_loss, *_):
 
 
 group_loss.register_autograd(_backward_group_loss, setup_context=_save_group_loss)
+
+
+@torch.library.custom_op("exo_kernels::sum_sequences", mutates_args=())
+def sum_sequences(
+    logps: Tensor,  # (n,)
+    seq_offsets: Tensor,  # (N+1,)
+) -> Tensor:  # (N,)
+    """The log-probs of every sequence, added up in fp64."""
+    seq_offsets = checked_offsets("cu_seqlens", seq_offsets, logps.numel(), 0)
+    return groups.segment_sum(logps.double(), seq_offsets).to(logps.dtype)
+
+
+@sum_sequences.register_fake
+def _(logps, seq_offsets):
+    return logps.new_empty(seq_offsets.numel() - 1)
+
+
+def _save_sum_sequences(ctx, inputs, output):
+    ctx.n = inputs[0].numel()
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_sum_sequences(ctx, grad):
+    return groups.spread(grad, ctx.saved_tensors[0], ctx.n), None
+
+
+sum_sequences.register_autograd(_backward_sum_sequences, setup_context=_save_sum_sequences)

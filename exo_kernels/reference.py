@@ -55,7 +55,7 @@ def token_logps(
         rows = _rows(logits, labels, None, shift)
         results = [_sequence_token_logps(x, y, temperature, ignore_index) for x, y in rows]
         pad = logits.shape[1] - (rows[0][1].numel() if rows else 0)  # the last row, when shifted
-        empty = logits.new_zeros(logits.shape[:2], dtype=torch.promote_types(logits.dtype, torch.float32))
+        empty = logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(-1)  # attached to the graph
         logps, entropies = (
             torch.stack([torch.nn.functional.pad(r[i], (0, pad)) for r in results]) if results else empty
             for i in (0, 1)
@@ -77,7 +77,7 @@ def sequence_logps(
         for x, y in _rows(logits, labels, cu_seqlens, shift)
     ]
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.stack(sums).to(dtype) if sums else logits.new_zeros(0, dtype=dtype)
+    return torch.stack(sums).to(dtype) if sums else logits.to(dtype).sum()[None][:0]  # attached to the graph
 
 
 def _group_losses(

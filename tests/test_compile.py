@@ -135,3 +135,13 @@ def test_meta_tensors_have_the_right_shapes():
     logps, entropies = exo_kernels.token_logps(logits, labels, return_entropy=True)
     assert logps.shape == entropies.shape == (6, 4) and logps.dtype == torch.float32
     assert exo_kernels.sequence_logps(logits, labels).shape == (6,)
+
+
+def test_compiled_sums_still_check():
+    """Boundaries that do not fit the rows: a ValueError on a CPU, compiled or not."""
+    torch._dynamo.reset()
+    x, labels = torch.randn(6, 5), torch.ones(6, dtype=torch.long)
+    for bad in ([0, 9], [0, 4, 2, 6], [1, 6], [0, 5]):
+        for function in (exo_kernels.sequence_logps, torch.compile(exo_kernels.sequence_logps, backend="aot_eager")):
+            with pytest.raises(ValueError, match="cu_seqlens: expected 0 = c_0"):
+                function(x, labels, cu_seqlens=torch.tensor(bad))

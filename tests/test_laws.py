@@ -296,3 +296,15 @@ def test_spread_and_segments_are_each_other(impl, device):
     (grad,) = torch.autograd.grad((sums * weights).sum(), values)
     assert torch.equal(grad, groups.spread(weights, offsets, 7))
     assert grad.tolist() == [6.0] * 3 + [8.0] * 4
+
+
+def test_offsets_that_nobody_checks_stay_within_bounds():
+    """As on a GPU: whatever they are, no row outside the input is reached, and none of its neighbours' sums is lost."""
+    bad = torch.tensor([-3, 2, 1, 99, 4])
+    inside = groups.within(bad, 6)
+    assert inside.tolist() == [0, 2, 2, 6, 6]
+    assert groups.within(torch.tensor([0, 2, 6]), 6).tolist() == [0, 2, 6]
+    values = torch.arange(1.0, 5.0)
+    assert groups.spread(values, inside, 6).tolist() == [1, 1, 3, 3, 3, 3]
+    assert groups.spread(values, bad, 6).shape == (6,)
+    assert groups.spread(values[:0], inside[:1], 3).tolist() == [0, 0, 0]

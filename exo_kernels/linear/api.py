@@ -14,6 +14,7 @@ from exo_kernels.dispatch import Impl
 from exo_kernels.linear import ops, plan
 from exo_kernels.linear.inputs import Head, Inputs, prepare
 from exo_kernels.losses import Knobs, Reduction
+from exo_kernels.ops import sum_sequences
 
 Schedule = Literal["auto", "deferred", "group", "store", "recompute"]
 
@@ -120,7 +121,7 @@ def linear_sequence_logps(
     if rows.impl == "reference":
         return reference.linear_sequence_logps(hidden, weight, labels, **head.of_the_oracle())
     logps, _, _ = _token_logps(rows, head, False)
-    return groups.segment_sum(logps.double().flatten(), rows.seq_offsets).to(logps.dtype)
+    return sum_sequences(logps.flatten(), rows.seq_offsets)
 
 
 def fused_linear_exo_loss(

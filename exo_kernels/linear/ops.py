@@ -190,7 +190,7 @@ def linear_group_loss(
     """Loss (): the sum over the denominator. What `group_loss` gives but the slopes. The loss's three gradients."""
     if validation.check_values(hidden.device):
         validation.label_values(targets, parts[1], ignore_index)
-        ops.check_group_values(seq_offsets, group_offsets, rewards, targets.numel())
+    seq_offsets, group_offsets = ops.checked_groups(seq_offsets, group_offsets, rewards, targets.numel())
     curve = Curve.of(logit_scale, softcap, temperature)
     call = _call(hidden, weight, bias, targets, ref_hidden, curve, parts, group, chunk_rows, impl)
     options = (objective, beta_pi, beta_r, (log_chosen, log_others), ignore_index)
