@@ -15,17 +15,18 @@ from torch import Tensor, nn
 
 from exo import intervals
 from exo.artifacts import RunError
+from exo.head import CausalHead
 from exo.loop import Share
 from exo.packing import Batch, TokenGroup, collate, micro_batches
 from exo_kernels import (
     LossStats,
-    fused_dpo_loss,
-    fused_exo_loss,
+    fused_linear_dpo_loss,
+    fused_linear_exo_loss,
+    linear_token_logps,
     preference_loss,
-    token_logps,
 )
 
-LOSSES = {"exo": fused_exo_loss, "dpo": fused_dpo_loss}
+LOSSES = {"exo": fused_linear_exo_loss, "dpo": fused_linear_dpo_loss}
 
 # rms error of one token's log-prob by compute dtype: what the first loss may be off by without a mistake
 TOKEN_NOISE = {"no": 1e-5, "fp16": 2e-3, "bf16": 1.5e-2}
@@ -49,6 +50,7 @@ class PolicyLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.head = CausalHead(model)
         self.loss: Literal["exo", "dpo"] = loss
         self.betas: dict[str, float] = {"beta_pi": beta_pi, "beta_r": beta_r}
         self.label_smoothing = label_smoothing
@@ -58,14 +60,13 @@ class PolicyLoss(nn.Module):
     def objective(self) -> dict[str, Any]:
         return self.betas | {"label_smoothing": self.label_smoothing}
 
-    def logits(self, batch: Batch) -> Tensor:  # (N, T, V)
-        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-
     def losses(self, batch: Batch, **reduction: Any) -> tuple[Tensor, LossStats]:
         return LOSSES[self.loss](
-            self.logits(batch),
+            self.head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False),
+            self.head.weight,
             batch.labels,
             batch.known_ref_logps(),
+            **self.head.options,
             group_size=batch.group_size,
             rewards=batch.rewards,
             temperature=self.temperature,
@@ -157,13 +158,14 @@ def score(
     """
     was_training = model.training
     model.eval()
+    head = CausalHead(model)
     sums: dict[int, tuple[float, ...]] = {}
     position = {id(group): i for i, group in enumerate(groups)}
     for part in micro_batches(groups, max_tokens):
         batch = collate(part, pad_id).to(accelerator.device)
         with accelerator.autocast():
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        per_token = token_logps(logits, batch.labels, temperature=temperature)
+            hidden = head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            per_token = linear_token_logps(hidden, head.weight, batch.labels, temperature=temperature, **head.options)
         totals = per_token.double().sum(-1).cpu().split(batch.group_size.tolist())
         for group, total in zip(part, totals, strict=True):
             sums[position[id(group)]] = tuple(total.tolist())

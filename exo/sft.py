@@ -13,8 +13,9 @@ from torch import nn
 
 from exo import artifacts, config, console, data, loop, models, packing, plots
 from exo.config import option, require
+from exo.head import CausalHead
 from exo.packing import IGNORE, Batch, TokenGroup
-from exo_kernels import token_logps
+from exo_kernels import linear_token_logps
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class NextToken(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.head = CausalHead(model)
 
     def forward(self, batch: Batch, num_tokens: int) -> loop.Share:
-        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        total = -token_logps(logits, batch.labels).double().sum()
+        hidden = self.head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        total = -linear_token_logps(hidden, self.head.weight, batch.labels, **self.head.options).double().sum()
         return loop.Share(total / num_tokens, {"nats_per_token": (total.detach(), (batch.labels != IGNORE).sum())})
 
 

@@ -1,0 +1,124 @@
+"""What only a GPU can show of the losses from hidden states: 16-bit matmuls with fp32 results, memory, great sizes.
+
+`make gpu` runs these and, with impl="triton" on the device, the tests of test_linear*.py. Nothing is timed here.
+"""
+
+import pytest
+import torch
+from cases import seeded
+from linear_cases import check_linear_loss, check_linear_tokens, linear_answer, make_linear_case
+
+import exo_kernels
+from exo_kernels.linear import head
+
+pytestmark = pytest.mark.gpu
+MIB = 2**20
+SCHEDULES = ["deferred", "group", "store", "recompute"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("vocab", [50257, 151936])
+def test_real_vocabularies(schedule, dtype, vocab):
+    case = make_linear_case(4, 9, 256, vocab, dtype, rewards=True, group_size=2, reference_model="hidden")
+    check_linear_loss(case, "triton", "cuda", schedule=schedule)
+
+
+def test_entropy_of_a_real_vocabulary():
+    check_linear_tokens(make_linear_case(2, 5, 256, 128256, torch.bfloat16), "triton", "cuda", entropy=True)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_several_chunks_of_bf16(schedule):
+    """The weight's gradient adds up in fp32 over chunks, from 16-bit operands."""
+    case = make_linear_case(16, 40, 128, 4099, torch.bfloat16, rewards=True, group_size=4, softcap=20.0)
+    check_linear_loss(case, "triton", "cuda", schedule=schedule, memory_budget=100 * 6 * head.padded(4099))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_twenty_runs_are_one(schedule):
+    case = make_linear_case(32, 64, 128, 4099, torch.bfloat16, rewards=True, group_size=4).to(torch.bfloat16, "cuda")
+    first = linear_answer(case, "triton", schedule=schedule, memory_budget="4MiB")
+    for _ in range(19):
+        again = linear_answer(case, "triton", schedule=schedule, memory_budget="4MiB")
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+def problem(n: int, width: int, vocab: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    rng = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(4, n // 4, width, generator=rng, device="cuda", dtype=dtype)
+    weight = torch.randn(vocab, width, generator=rng, device="cuda", dtype=dtype) * (4 / width**0.5)
+    labels = torch.randint(vocab, (4, n // 4), generator=rng, device="cuda")
+    return [hidden.requires_grad_(), weight.requires_grad_(), labels, torch.zeros(4, device="cuda")]
+
+
+@pytest.mark.parametrize("schedule", ["deferred", "group", "recompute"])
+def test_memory_stays_within_the_budget(schedule):
+    """Beyond inputs, gradients and one fp32 copy of the weight's; a tenth is for what the vendor's library takes.
+
+    And never more than an eighth of the fp32 logits, whole: 8192 rows of 151936 are 4.6 GiB.
+    """
+    hidden, weight, labels, ref = problem(8192, 512, 151936)
+    weight.requires_grad_(schedule != "deferred")
+
+    def run() -> None:
+        loss = exo_kernels.fused_linear_exo_loss(
+            hidden, weight, labels, ref, shift=False, schedule=schedule, memory_budget="256MiB"
+        )
+        torch.autograd.grad(loss, [x for x in (hidden, weight) if x.requires_grad])
+
+    run()  # the libraries' workspaces
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    gradients = 2 * 2 * hidden.numel() + weight.requires_grad * (2 + 4) * weight.numel()
+    extra = torch.cuda.max_memory_allocated() - before - gradients
+    assert extra <= 1.1 * 256 * MIB, f"{extra / MIB:.0f} MiB"
+
+
+def test_store_of_more_than_2_31_elements():
+    """The gradients of all logits, kept: rows beyond 2^31 elements are what they are before. Needs 14 GiB."""
+    vocab, n = 151936, 16384
+    if torch.cuda.mem_get_info()[0] < 14 * 2**30:
+        pytest.skip("needs 14 GiB of free memory")
+    hidden, weight, labels, _ = problem(n, 64, vocab)
+    logps = [
+        exo_kernels.linear_token_logps(hidden, weight, labels, shift=False, schedule=schedule, memory_budget="2GiB")
+        for schedule in ("store", "recompute")
+    ]
+    assert torch.equal(*logps)
+    g = torch.randn(labels.shape, generator=seeded(1)).cuda()
+    stored, again = (torch.autograd.grad(x, (hidden, weight), g) for x in logps)
+    assert torch.equal(stored[0], again[0])
+    torch.testing.assert_close(stored[1], again[1])  # other chunks, so another order of rounding
+
+
+def test_sequences_are_exact_to_a_thousandth():
+    """Log-ratio of 512 tokens, bf16 operands, policy near its reference, against fp64 on the same operands."""
+    hidden, weight, labels, _ = problem(4 * 512, 1024, 50257)
+    near = (hidden.float() + 0.02 * torch.randn(hidden.shape, generator=seeded(2)).cuda()).bfloat16()
+    ratios = []
+    for dtype, module in ((torch.bfloat16, exo_kernels), (torch.float64, exo_kernels.reference)):
+        policy, ref = (
+            module.linear_token_logps(x.detach().to(dtype), weight.detach().to(dtype), labels, shift=False)
+            for x in (hidden, near)
+        )
+        ratios.append((policy.double() - ref.double()).sum(1))
+    error = (ratios[0] - ratios[1]).abs().max()
+    assert error <= 1e-3, f"{error:.1e} nat"
+
+
+def test_one_synchronisation():
+    """To count the rows with loss; the rest is queued without waiting."""
+    hidden, weight, labels, ref = problem(512, 128, 4099)
+    loss = exo_kernels.fused_linear_exo_loss(hidden, weight, labels, ref)
+    loss.backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning) as caught:
+            exo_kernels.fused_linear_exo_loss(hidden, weight, labels, ref).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) <= 3  # nonzero takes two, the groups' bounds one

@@ -1,0 +1,141 @@
+"""Bad input to the functions on hidden states: one line that names the argument, what was expected and what came.
+
+What they share with the functions on logits (labels, layouts, rewards, betas) is checked by the same code and tested in
+test_bad_input.py and test_bad_options.py; here is what is their own. Sharded weights: test_sharded_weight.py.
+"""
+
+import re
+
+import pytest
+import torch
+
+import exo_kernels
+from exo_kernels import EXOLoss, LinearEXOLoss
+
+N, T, D, V = 4, 3, 5, 7
+LOSSES = ["fused_linear_exo_loss", "fused_linear_dpo_loss"]
+FUNCTIONS = ["linear_token_logps", "linear_sequence_logps", *LOSSES]
+every_function = pytest.mark.parametrize("function", FUNCTIONS)
+every_loss = pytest.mark.parametrize("function", LOSSES)
+
+
+def good(function: str) -> dict:
+    arguments = {"hidden": torch.zeros(N, T, D), "weight": torch.zeros(V, D)}
+    arguments["labels"] = torch.ones(N, T, dtype=torch.long)
+    return arguments | ({"ref_logps": torch.zeros(N)} if function in LOSSES else {})
+
+
+def refused(argument: str, function: str, **changes) -> str:
+    with pytest.raises(ValueError) as caught:
+        getattr(exo_kernels, function)(**(good(function) | changes))
+    message = str(caught.value)
+    assert re.fullmatch(argument + r": expected [^\n]+; got [^\n]+", message), message
+    assert len(message) < 400
+    return message
+
+
+@every_function
+def test_the_good_arguments_are_good(function):
+    assert getattr(exo_kernels, function)(**good(function)).isfinite().all()
+
+
+@every_function
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None, [[0.0]], torch.zeros(N, T, D, dtype=torch.long), torch.zeros(D), torch.zeros(N, T, 0),
+        torch.zeros(1, N, T, D),
+    ],
+    ids=["none", "a-list", "integers", "one-dimension", "no-width", "four-dimensions"],
+)  # fmt: skip
+def test_hidden(function, bad):
+    refused("hidden", function, hidden=bad)
+
+
+@every_function
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None, [[0.0]], torch.zeros(V, D, dtype=torch.long), torch.zeros(D, V), torch.zeros(V), torch.zeros(1, V, D),
+        torch.zeros(0, D), torch.zeros(V, D, device="meta"), torch.zeros(V, D).to(torch.float8_e4m3fn),
+    ],
+    ids=["none", "a-list", "integers", "transposed", "flat", "three-dimensions", "empty", "elsewhere", "float8"],
+)  # fmt: skip
+def test_weight(function, bad):
+    refused("weight", function, weight=bad)
+
+
+@every_function
+@pytest.mark.parametrize("bad", [0.0, torch.zeros(V + 1), torch.zeros(V, 1), torch.zeros(V, dtype=torch.long)], ids=str)
+def test_bias(function, bad):
+    refused("bias", function, bias=bad)
+
+
+@every_function
+@pytest.mark.parametrize("name", ["logit_scale", "softcap", "temperature"])
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), "1", True, torch.tensor(1.0)], ids=str)
+def test_numbers_of_the_curve(function, name, bad):
+    refused(name, function, **{name: bad})
+
+
+@every_function
+def test_options(function):
+    assert "'512MiB'" in refused("memory_budget", function, memory_budget="lots")
+    assert "'deferred'" in refused("schedule", function, schedule="fast", weight=torch.zeros(V, D, requires_grad=True))
+    refused("impl", function, impl="cuda")
+    refused("labels", function, labels=torch.full((N, T), V))
+    refused("process_group", function, process_group="world")
+
+
+@every_loss
+def test_schedules_of_losses(function):
+    weight = torch.zeros(V, D, requires_grad=True)
+    message = refused("schedule", function, weight=weight, schedule="group", reduction="none")
+    assert "reduction 'mean' or 'sum'" in message
+
+
+@pytest.mark.parametrize("function", ["linear_token_logps", "linear_sequence_logps"])
+def test_schedules_of_log_probs(function):
+    refused("schedule", function, weight=torch.zeros(V, D, requires_grad=True), schedule="group")
+
+
+@every_loss
+def test_the_reference_model(function):
+    hidden = torch.zeros(N, T, D)
+    assert refused("ref_logps", function, ref_logps=None).endswith("got neither")
+    assert refused("ref_logps", function, ref_hidden=hidden).endswith("got both")
+    refused("ref_weight", function, ref_weight=torch.zeros(V, D))
+    refused("ref_bias", function, ref_bias=torch.zeros(V))
+    scored = {"ref_logps": None}
+    refused("ref_hidden", function, ref_hidden=hidden[:, :2], **scored)
+    refused("ref_hidden", function, ref_hidden=hidden[..., :2], **scored)
+    refused("ref_hidden", function, ref_hidden=hidden.to("meta"), **scored)
+    refused("ref_hidden", function, ref_hidden=hidden.long(), **scored)
+    narrow = {"ref_hidden": hidden[..., :2], "ref_weight": torch.zeros(V, 2)}  # a smaller model is a reference too
+    assert getattr(exo_kernels, function)(**(good(function) | scored | narrow)).isfinite()
+    refused("ref_weight", function, ref_hidden=hidden, ref_weight=torch.zeros(V, D + 1), **scored)
+
+
+def test_modules_refuse_unknown_options():
+    with pytest.raises(ValueError, match=r"^beta: expected an option: group_size, .*; got an unknown one$"):
+        EXOLoss(beta=0.1)
+    with pytest.raises(ValueError, match=r"^objective: expected one of 'exo', 'dpo'; got 'ppo'"):
+        LinearEXOLoss(objective="ppo")
+
+
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+def test_modules_are_the_functions(objective):
+    """Options at the call come before those of the construction; nothing to train, nothing to save."""
+    arguments = good("fused_linear_exo_loss")
+    hidden, weight, labels, ref = (torch.randn_like(x) if x.is_floating_point() else x for x in arguments.values())
+    rewards = torch.randn(N)
+    module = LinearEXOLoss(objective=objective, group_size=4, beta_pi=0.7, softcap=2.0)
+    function = getattr(exo_kernels, f"fused_linear_{objective}_loss")
+    result = module(hidden, weight, labels, ref, rewards=rewards, group_size=2)
+    expected = function(hidden, weight, labels, ref, rewards=rewards, group_size=2, beta_pi=0.7, softcap=2.0)
+    assert torch.equal(result, expected)
+    logits = hidden @ weight.T
+    result = EXOLoss(objective=objective, reduction="none")(logits, labels, ref)
+    assert torch.equal(result, getattr(exo_kernels, f"fused_{objective}_loss")(logits, labels, ref, reduction="none"))
+    assert not list(module.parameters()) and not module.state_dict()
+    assert repr(module) == f"LinearEXOLoss(objective='{objective}', group_size=4, beta_pi=0.7, softcap=2.0)"
