@@ -104,7 +104,7 @@ class GroupCase(NamedTuple):
 
 
 class ChunkCase(NamedTuple):
-    """One launch on a chunk of three rows of accumulators, or the gradient: in place, or beside it in dtype `out`."""
+    """One launch on a chunk of three rows of accumulators; the gradient's is in place, or beside it in dtype `out`."""
 
     gradient: bool
     bias: bool = False
@@ -117,7 +117,7 @@ class ChunkCase(NamedTuple):
     def __str__(self) -> str:
         words = ["chunk-gradient" if self.gradient else "chunk-logps", str(self.dtype).removeprefix("torch.")]
         words += ["bias"] * self.bias + ["capped"] * self.capped + ["entropy"] * self.entropy
-        return "-".join(words + ([] if self.out is None else [f"to-{self.out}".replace("torch.", "")]))
+        return "-".join(words + ["to-" + str(self.out).removeprefix("torch.")] * (self.out is not None))
 
     def launch(self, warp_size: int) -> Launch:
         def rows(dtype: torch.dtype) -> torch.Tensor:
@@ -158,14 +158,11 @@ OTHERS = [
     TokenCase(True, torch.float64, entropy=True),
 ]
 GROUPS = [GroupCase("exo", False, False), GroupCase("exo", True, True), GroupCase("dpo", True, False)]
-# (bias, capped, entropy)
-CHUNKS = [ChunkCase(False, *flags) for flags in itertools.product((False, True), repeat=3)]
-CHUNKS += [
-    ChunkCase(True, *flags, out)
-    for flags in itertools.product((False, True), repeat=3)
-    for out in (None, torch.bfloat16)
-]
-CHUNKS += [ChunkCase(backward, *f, dtype=torch.float64) for backward in (False, True) for f in ((), (True, True, True))]
+PLAIN, BIAS, CAPPED, BOTH, ENTROPY = (), (True,), (False, True), (True, True), (False, False, True)
+CHUNKS = [ChunkCase(False, *flags) for flags in (PLAIN, BIAS, CAPPED, BOTH, ENTROPY)]
+CHUNKS += [ChunkCase(True, *flags, out=torch.bfloat16) for flags in (PLAIN, BOTH, ENTROPY)]
+CHUNKS += [ChunkCase(True, *flags) for flags in (PLAIN, CAPPED)]
+CHUNKS += [ChunkCase(gradient, dtype=torch.float64) for gradient in (False, True)]
 CASES = WALKED + OTHERS + GROUPS + CHUNKS
 
 
@@ -256,7 +253,7 @@ def _read_amdgcn(text: str) -> tuple[int, int, float, Loop | None]:
 
 
 ACCESS = re.compile(r"(?:(LDG)|(STG))\.(\S+)|(?:global|buffer|flat)_(?:(load)|(store))_(\w+)")
-WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 WIDTHS |= {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "ushort": 2, "short": 2, "sbyte": 1, "ubyte": 1, "byte": 1}
 
 

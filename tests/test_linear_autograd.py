@@ -91,6 +91,21 @@ def test_two_backward_passes_into_grad(impl, device):
 
 
 @every_schedule
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_a_gradient_scaler_is_heard(impl, device, schedule, dtype):
+    """What fp16 cannot hold before the loss is multiplied by 2^16 is there afterwards: no gradient has flushed to 0."""
+    case = make_linear_case(4, 5, 16, 129, dtype, reference_model="tokens", num_groups=10**6).to(dtype, device)
+    scaled = []
+    for scale, numbers in ((2.0**16, case), (2.0**16, case.to(torch.float32))):
+        leaves = [numbers.hidden.detach().requires_grad_(), numbers.weight.detach().requires_grad_()]
+        options = numbers.options | {"impl": impl, "schedule": schedule}
+        loss = exo_kernels.fused_linear_exo_loss(*leaves, numbers.labels, numbers.ref_logps, **options)
+        scaled.append(torch.autograd.grad(loss * scale, leaves))
+    for a, b in zip(*scaled, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0.02, atol=1e-6)
+
+
+@every_schedule
 def test_double_backward_is_refused(impl, device, schedule):
     case = make_linear_case(4, 3, 8, 33).to(torch.float32, device)
     leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
@@ -150,7 +165,7 @@ def test_opcheck_of_the_group_loss(impl, device):
         )
     gradients = (torch.randn(shape, device=device) for shape in ((4, 3, 4), (5, 4), (5,)))
     g = torch.tensor(0.5, device=device)
-    torch.library.opcheck(ops.linear_group_loss_backward, (g, *gradients, torch.bfloat16, torch.float32))
+    torch.library.opcheck(ops.linear_group_loss_backward, (g, *gradients, torch.float16, torch.bfloat16, torch.float32))
 
 
 # True: shapes and numbers are symbols from the start. None: from the second shape on, as users get it.

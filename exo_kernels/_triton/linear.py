@@ -1,8 +1,9 @@
 """What happens between two matmuls, on a chunk of rows by the vocabulary: the functions of chunked/linear.py.
 
 One program a row. Chunks are buffers of the library's own, so rows begin at aligned addresses and are padded to whole
-accesses; what stands in the padding is read and thrown away. The first kernel reads the chunk once, the second reads it
-and writes the gradient, in place or in 16 bits beside it. tests/test_aot.py reads all this from the machine code.
+accesses (linear/head.py); what stands in the padding is read and thrown away. The first kernel reads the chunk once,
+the second reads it and writes the gradient, in place or in 16 bits beside it. tests/test_aot.py reads all this from the
+machine code.
 """
 
 import torch
@@ -23,22 +24,23 @@ from exo_kernels._triton.token_logps import (
 )
 from exo_kernels.curve import Curve
 
-# Sizes change from call to call and tell the compiler nothing.
-RUNTIME = ["V", "M", "stride", "out_stride", "a", "out"]
+# Sizes change from call to call and tell the compiler nothing. And on AMD, triton would address tensors below 2 GiB in
+# a way that makes it forget the alignment of their rows, and load element by element.
+RUNTIME = ["a", "out", "V", "M", "stride", "out_stride"]
 
 
 @triton.jit
 def _tanh(x):
-    """tanh by e^(-2|x|), which cannot overflow: fp32 with a series below 5/8, fp64 with e^(-2|x|) - 1 made exact."""
+    """tanh: fp32 by e^(-2|x|), below 5/8 by a series; fp64 by e^(2|x|) - 1, whose lost digits log gives back."""
     a = tl.abs(x)
     if x.dtype == tl.float64:
-        y = 2.0 * tl.where(a > 40.0, 40.0, a)
+        y = 2.0 * tl.where(a > 40.0, 40.0, a)  # no infinity, but still NaN
         w = tl.exp(y)
-        less = tl.where(w == 1.0, y, (w - 1.0) * y / tl.where(w == 1.0, 1.0, tl.log(w)))  # what w lost, so did its log
+        less = tl.where(w == 1.0, y, (w - 1.0) * y / tl.where(w == 1.0, 1.0, tl.log(w)))
         t = less / (less + 2.0)
         return tl.where(x < 0, -t, t)
     w = tl.exp2(1.0 - a * (2 * LOG2E))  # twice the power
-    root = tl.rsqrt(1.0 + 0.5 * w)  # its square is as exact as a division, which would cost eight instructions more
+    root = tl.rsqrt(1.0 + 0.5 * w)  # about as exact as a division, and five instructions an element cheaper
     t = 1.0 - w * (root * root)
     s = x * x
     series = -5.70498872745e-3 * s + 2.06390887954e-2
@@ -176,7 +178,7 @@ def chunk_logps(
             vocab, n, a.stride(0),
             curve.outer, curve.inner,
             BIAS=bias is not None, CAPPED=curve.capped, ENTROPY=entropy,
-            LANES=lanes, num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, lanes),
+            LANES=lanes, num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, a, lanes),
         )  # fmt: skip
     return stats, entropies
 
@@ -202,7 +204,7 @@ def chunk_gradient(
             vocab, n, a.stride(0), out.stride(0),
             curve.outer, curve.inner,
             BIAS=bias is not None, CAPPED=curve.capped, WEIGHTED=h is not None,
-            OUT_SIZE=out.element_size(), num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, lanes),
+            OUT_SIZE=out.element_size(), num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, out, lanes),
         )  # fmt: skip
 
 
@@ -216,7 +218,7 @@ def chunk_logps_and_gradient(
     return stats
 
 
-def _shape(a: Tensor, lanes: int) -> dict[str, int]:
-    """Launch options for rows of accumulators."""
+def _shape(a: Tensor, out: Tensor, lanes: int) -> dict[str, int]:
+    """Launch options for rows of both; neighbours in a lane fill a whole access in the narrower dtype."""
     size = a.element_size()
-    return {"SIZE": size, "UNIT": WIDEST_ACCESS // size, "BLOCK": lanes * LANE_BYTES // size}
+    return {"SIZE": size, "UNIT": WIDEST_ACCESS // min(size, out.element_size()), "BLOCK": lanes * LANE_BYTES // size}

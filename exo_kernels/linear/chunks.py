@@ -125,10 +125,13 @@ def log_prob(stats: Tensor) -> Tensor:  # (3, M) -> (M,)
 class Gradients:
     """The sums over chunks that become the gradients of hidden, weight and bias, each where it is needed."""
 
-    def __init__(self, call: Call, hidden: bool, weight: bool, bias: bool) -> None:
+    def __init__(self, call: Call, hidden: bool, weight: bool, bias: bool, scale: Tensor | None = None) -> None:
         self.call = call
+        self.scale = scale  # () of the coefficients, where fp16 could not hold their products
         device, vocab = call.hidden.device, len(call.weight)
-        dtype = call.acc if call.shard.parallel else call.hidden.dtype  # ranks add up before they round
+        wide = call.shard.parallel or scale is not None  # ranks add up before they round
+        dtype = call.acc if wide else call.hidden.dtype
+        self.dtype = call.hidden.dtype if scale is None else call.acc
         self.hidden = torch.zeros(call.hidden.shape, dtype=dtype, device=device) if hidden else None
         self.weight = call.implementation.new_buffer(call.weight.shape, call.acc, device) if weight else None
         self.bias = call.zeros(vocab, 1) if bias else None
@@ -141,6 +144,8 @@ class Gradients:
         if self.hidden is not None:
             product = head.hidden_gradient(d, self.call.weight).mul_(c)
             self.hidden[rows] = product.masked_fill_(none[:, None], 0.0).to(self.hidden.dtype)
+        if self.scale is not None:
+            c = c / self.scale
         if self.weight is not None:
             side = (hidden * c).masked_fill_(none[:, None], 0.0).to(d.dtype)
             head.add_weight_gradient_(self.weight, d, side, self.first)
@@ -149,13 +154,16 @@ class Gradients:
         self.first = False
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of hidden in its dtype, of weight and bias in accumulators; (0,) where not needed."""
+        """Of hidden in its dtype (given a scale, in accumulators), of weight and bias in accumulators; or (0,)."""
         if self.weight is not None and self.first:
             self.weight.zero_()
+        for total in (self.weight, self.bias):
+            if total is not None and self.scale is not None:
+                total.mul_(self.scale)
         if self.hidden is not None:
             vocab_parallel.sum_(self.hidden, self.call.shard)
         return (
-            self.call.zeros(0) if self.hidden is None else self.hidden.to(self.call.hidden.dtype),
+            self.call.zeros(0) if self.hidden is None else self.hidden.to(self.dtype),
             self.call.zeros(0) if self.weight is None else self.weight,
             self.call.zeros(0) if self.bias is None else self.bias[:, 0],
         )

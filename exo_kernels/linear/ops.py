@@ -214,9 +214,14 @@ def _(hidden, weight, bias, targets, ref_hidden, ref_logps, rewards, seq_offsets
     def new(*size):
         return hidden.new_empty(size, dtype=acc)
 
-    d_hidden = hidden.new_empty(hidden.shape) if needs_hidden else new(0)
+    d_hidden = hidden.new_empty(hidden.shape, dtype=_early(hidden.dtype)) if needs_hidden else new(0)
     d_weight, d_bias = new(*(weight.shape if needs_weight else (0,))), new(weight.shape[0] if needs_bias else 0)
     return new(), new(n_groups), *(new(n_sequences) for _ in range(5)), d_hidden, d_weight, d_bias
+
+
+def _early(dtype: torch.dtype) -> torch.dtype:
+    """Of the hidden states' gradient before it is multiplied by the loss's: fp16 could not hold it."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @torch.library.custom_op("exo_kernels::linear_group_loss_backward", mutates_args=())
@@ -225,6 +230,7 @@ def linear_group_loss_backward(
     d_hidden: Tensor,
     d_weight: Tensor,
     d_bias: Tensor,
+    hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,20 +239,20 @@ def linear_group_loss_backward(
     def times(x: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mul(x, grad_loss, out=torch.empty_like(x, dtype=dtype))
 
-    return times(d_hidden, d_hidden.dtype), times(d_weight, weight_dtype), times(d_bias, bias_dtype)
+    return times(d_hidden, hidden_dtype), times(d_weight, weight_dtype), times(d_bias, bias_dtype)
 
 
 @linear_group_loss_backward.register_fake
-def _(grad_loss, d_hidden, d_weight, d_bias, weight_dtype, bias_dtype):
+def _(grad_loss, d_hidden, d_weight, d_bias, hidden_dtype, weight_dtype, bias_dtype):
     return (
-        torch.empty_like(d_hidden), torch.empty_like(d_weight, dtype=weight_dtype),
+        torch.empty_like(d_hidden, dtype=hidden_dtype), torch.empty_like(d_weight, dtype=weight_dtype),
         torch.empty_like(d_bias, dtype=bias_dtype),
     )  # fmt: skip
 
 
 def _save_group_loss(ctx, inputs, output):
     hidden, weight, bias = inputs[:3]
-    ctx.dtypes = weight.dtype, head.accumulator(hidden.dtype) if bias is None else bias.dtype
+    ctx.dtypes = hidden.dtype, weight.dtype, head.accumulator(hidden.dtype) if bias is None else bias.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros for every output that nobody asked about would be most of the bytes
     ctx.save_for_backward(*output[7:])
@@ -257,8 +263,7 @@ def _backward_group_loss(ctx, grad_loss, *_):
         return (None,) * 27
     gradients = ctx.saved_tensors
     if _is_one(grad_loss):  # as after loss.backward(): nothing to multiply, and nothing to copy
-        dtypes = (gradients[0].dtype, *ctx.dtypes)
-        grads = tuple(x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
+        grads = tuple(x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
     else:
         grads = linear_group_loss_backward(grad_loss, *gradients, *ctx.dtypes)
     needs = ctx.needs_input_grad[:3]

@@ -205,7 +205,9 @@ def group_pass(
 
     logps = call.zeros(*call.targets.shape)
     ref_logps = call.zeros(*(call.targets.shape if call.ref_hidden is not None else (0,)))
-    sums = Gradients(call, *needs)
+    # fp16 ends at 6e-8, and the loss's gradient, which users of fp16 make large, is not known yet
+    scale = loss.options[1] * call.curve.factor / denominator if call.hidden.dtype == torch.float16 else None
+    sums = Gradients(call, *needs, scale=None if scale is None else scale.to(call.acc))
     longest = max((part.stop - part.start for unit in units for part in unit.parts), default=0)
     work = Workspace(call, longest)
     results = []
