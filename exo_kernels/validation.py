@@ -110,15 +110,25 @@ def plain(name: str, value: Any) -> None:
         fail(name, "a plain tensor: take its local or its full one", f"a {type(value).__name__}")
 
 
-def gathered(name: str, weight: Any) -> Any:
-    """A head as one plain matrix: a DTensor is gathered, once and differentiably; what cannot be is refused."""
-    if hasattr(weight, "full_tensor"):
-        return weight.full_tensor()
-    if isinstance(weight, Tensor) and (weight.numel() == 0 or hasattr(weight, "ds_id") and weight.dim() != 2):
-        cause = "its rows lie on other ranks: ZeRO-3 and FSDP empty a parameter outside the forward of its module"
+def gathered(name: str, part: Any, process_group: Any = None) -> Any:
+    """A head's weight or bias as one plain tensor: a DTensor is gathered, once; what cannot be is refused.
+
+    So is a DTensor over several ranks that wants a gradient: whether their gradients are to be added up depends on
+    whether their hidden states differ (data parallel) or not (tensor parallel), which nobody here can know.
+    """
+    if hasattr(part, "full_tensor"):
+        got = f"a {type(part).__name__} over {part.device_mesh.size()} ranks"
+        if process_group is not None:
+            fail(name, "with process_group, a plain tensor of this rank's rows: take to_local()", got)
+        if part.requires_grad and torch.is_grad_enabled() and part.device_mesh.size() > 1:
+            way = "full_tensor(grad_placements=[Partial()]) where ranks have other rows, full_tensor() where the same"
+            fail(name, f"the whole head; inside its module's forward FSDP hands it out, elsewhere take {way}", got)
+        return part.full_tensor()
+    if isinstance(part, Tensor) and (part.numel() == 0 or name.endswith("weight") and part.dim() == 1):
+        cause = "rows on other ranks: ZeRO-3 and FSDP empty or flatten a parameter outside the forward of its module"
         todo = "call the loss inside that forward, or under deepspeed.zero.GatheredParameters or summon_full_params"
-        fail(name, f"a head (V, D) with V, D >= 1; {todo}", f"{describe(weight)}: {cause}")
-    return weight
+        fail(name, f"the whole head, V, D >= 1; {todo}", f"{describe(part)}: {cause}")
+    return part
 
 
 def head(name: str, weight: Any, bias_name: str, bias: Any, hidden: Tensor) -> None:

@@ -57,6 +57,7 @@ def linear_token_logps(
         hidden: fp16, bf16, fp32 or fp64, any strides: what goes into the head.
         weight: (V, D). Hidden and weight are multiplied in autocast's dtype where it is on, else in the wider of both;
             logits, softmax and sums are fp32 (fp64 for fp64) whatever the operands are.
+            A DTensor without gradients is gathered; one that wants them must be, by who knows what ranks share.
         labels, temperature, cu_seqlens, shift, ignore_index: as in `token_logps`.
         bias: (V,) or None.
         logit_scale: multiplies the logits, > 0 (Cohere's logit_scale; 1 / Granite's logits_scaling).
@@ -64,7 +65,8 @@ def linear_token_logps(
         memory_budget: bytes, as an integer or as "512MiB", beyond inputs, gradients and one fp32 copy of the weight's.
         schedule: "auto", or "deferred", "store" or "recompute" (see `explain`); counts only where gradients are needed.
         process_group: the head's rows are sharded over these ranks in their order, and `weight` and `bias` are this
-            rank's; every rank passes the same hidden states and labels, and gets the same results.
+            rank's; every rank passes the same hidden states and labels, and gets the same results. Breaks the graph
+            of torch.compile.
         impl: "auto", "triton" (GPU), "chunked" (plain torch) or "reference" (the oracle, which makes all logits).
         return_entropy: also return the entropy of every row, in nats, differentiable too.
 
@@ -258,7 +260,8 @@ def _fused_loss(
     if ref_hidden is not None and not shared:
         with torch.no_grad():
             own = head._replace(bias=ref_bias if ref_bias is not None or ref_weight is not None else head.bias)
-            ref_rows = prepare(ref_hidden, weight if ref_weight is None else ref_weight, labels, own, sequences=True)
+            matrix = weight if ref_weight is None else ref_weight
+            ref_rows = prepare(ref_hidden, matrix, labels, own, sequences=True, prefix="ref_")
             ref_logps = _token_logps(ref_rows, own, False)[0].view(labels.shape)
     loss, stats = _by_schedule(knobs, head, rows, ref_logps)
     return (loss, stats) if return_stats else loss

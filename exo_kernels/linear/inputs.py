@@ -64,28 +64,32 @@ class Inputs(NamedTuple):
 
 
 def prepare(
-    hidden: Tensor, weight: Tensor, labels: Tensor, head: Head, *, sequences: bool, ref_hidden: Tensor | None = None
-) -> Inputs:
-    validation.plain("hidden", hidden)
+    hidden: Tensor, weight: Tensor, labels: Tensor, head: Head, *, sequences: bool, ref_hidden: Tensor | None = None,
+    prefix: str = "",  # of the names in messages: "ref_" where these are the reference's
+) -> Inputs:  # fmt: skip
+    name, *names = (prefix + x for x in ("hidden", "weight", "bias"))
+    validation.plain(name, hidden)
     shift = validation.rows(
-        "hidden", hidden, labels, head.cu_seqlens, head.shift, head.ignore_index, sequences=sequences, width="D"
+        name, hidden, labels, head.cu_seqlens, head.shift, head.ignore_index, sequences=sequences, width="D"
     )
-    if head.process_group is None:
-        weight = validation.gathered("weight", weight)
-    validation.head("weight", weight, "bias", head.bias, hidden)
+    validation.choice("impl", head.impl, dispatch.IMPLS)
+    impl = dispatch.resolve(head.impl, hidden.device)
+    group, bias = head.process_group, head.bias
+    if impl == "reference":  # takes them as they are
+        validation.plain(names[0], weight)
+        validation.plain(names[1], bias)
+        if group is not None:
+            validation.fail("process_group", "None with impl='reference', which has the whole head", "a process group")
+    weight, bias = validation.gathered(names[0], weight, group), validation.gathered(names[1], bias, group)
+    validation.head(names[0], weight, names[1], bias, hidden)
     validation.positive("temperature", head.temperature)
     validation.positive("logit_scale", head.logit_scale)
     if head.softcap is not None:
         validation.positive("softcap", head.softcap)
-    validation.choice("impl", head.impl, dispatch.IMPLS)
     budget = plan.parse_budget(head.memory_budget)
-    impl = dispatch.resolve(head.impl, hidden.device)
-    if head.process_group is not None and impl == "reference":
-        validation.fail("process_group", "None with impl='reference', which has the whole head", "a process group")
     dtype = _matmul_dtype(hidden, weight)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     ref_hidden = None if ref_hidden is None else ref_hidden.detach().to(dtype)
-    group = head.process_group
     shard = vocab_parallel.whole(len(weight)) if group is None else vocab_parallel.join(weight, group)
     targets = groups.align_targets(labels, shift, head.ignore_index)
     if hidden.dim() == 2:
@@ -97,7 +101,7 @@ def prepare(
             validation.offset_values("cu_seqlens", offsets, targets.numel(), 0)
         if impl == "reference":  # the operators check for the others
             validation.label_values(targets, shard.vocab, head.ignore_index)
-    return Inputs(hidden, weight, head.bias, targets, offsets, ref_hidden, shard, budget, impl)
+    return Inputs(hidden, weight, bias, targets, offsets, ref_hidden, shard, budget, impl)
 
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

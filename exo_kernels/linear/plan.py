@@ -83,10 +83,12 @@ class Plan(NamedTuple):
     extra_bytes: int  # beyond inputs, returned gradients and one fp32 weight gradient
 
     def __str__(self) -> str:
-        over = f"; {self.oversized_groups} groups exceed a chunk and recompute" if self.oversized_groups else ""
+        over = (
+            f"; groups larger than a chunk, which recompute: {self.oversized_groups}" if self.oversized_groups else ""
+        )
         return (
             f"{self.schedule}: {self.reason}. {self.rows_with_loss} of {self.rows} rows carry loss,"
-            f" {self.chunks} chunks of at most {self.chunk_rows} rows{over}; {self.flops / 1e9:.4g} GFLOP"
+            f" chunks: {self.chunks} of at most {self.chunk_rows} rows{over}; {self.flops / 1e9:.4g} GFLOP"
             f" ({self.flops / max(self.bound_flops, 1):.2f} x the bound), {self.extra_bytes / 2**20:.4g} MiB extra"
         )
 

@@ -1,8 +1,9 @@
 """A head whose rows (the vocabulary) lie on several ranks: what each knows of a row of logits becomes what all know.
 
 Every rank has the same hidden states and labels, and the rows [start, start + V_local) of the weight, in the order of
-ranks. A chunk costs two all-reduces of a few numbers a row (maximum; sum of exponentials and target), a call one more
-of the hidden states' gradient. Left out: gathering a sharded weight (api.py refuses or gathers it).
+ranks. Scoring a chunk costs two all-reduces of a few numbers a row (maximum; sum of exponentials and target), a call
+one more of the hidden states' gradient. Ranks must decide alike, so they decide by what all know: the labels, and the
+largest part. Left out: a DTensor or an empty weight (validation.gathered).
 """
 
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from exo_kernels import validation
 
 _GROUPS: dict[str, dist.ProcessGroup] = {}  # operators take names
 
@@ -33,12 +36,16 @@ def whole(vocab: int) -> Shard:
 
 def join(weight: Tensor, process_group: dist.ProcessGroup) -> Shard:
     """Tell each other the parts' sizes: one small collective and one synchronisation."""
-    world, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-    sizes = torch.empty(world, dtype=torch.long, device=weight.device)
-    dist.all_gather_into_tensor(sizes, sizes.new_tensor([len(weight)]), group=process_group)
-    parts = sizes.tolist()
-    _GROUPS[process_group.group_name] = process_group
-    return Shard(sum(parts[:rank]), sum(parts), max(parts), process_group.group_name)
+    if not isinstance(process_group, dist.ProcessGroup):  # new_group gives an integer to those who are not in it
+        expected = "a torch.distributed.ProcessGroup that this process is in, or None"
+        validation.fail("process_group", expected, validation.describe(process_group))
+    if torch.compiler.is_compiling():  # the sizes decide how many chunks there are, so no graph can hold this
+        torch._dynamo.graph_break(msg="process_group: ranks tell each other the sizes of their parts first")
+    sizes = torch.zeros(dist.get_world_size(process_group), 1, dtype=torch.long, device=weight.device)
+    dist.all_gather(list(sizes), sizes.new_tensor([len(weight)]), group=process_group)
+    parts, rank, name = sizes[:, 0].tolist(), dist.get_rank(process_group), process_group.group_name
+    _GROUPS[name] = process_group
+    return Shard(sum(parts[:rank]), sum(parts), max(parts), name)
 
 
 def sum_(x: Tensor, shard: Shard) -> None:
@@ -61,7 +68,7 @@ def combine(
     everywhere = top.clone()
     dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=_GROUPS[shard.group])
     everywhere = everywhere.masked_fill(everywhere == -torch.inf, 0.0)
-    log_share = top + log_total - everywhere  # of the sum of exponentials, not yet divided by it
+    log_share = (top - everywhere) + log_total  # in this order a large common offset costs no digits
     share = log_share.exp()
     sums = torch.zeros(3 if entropies.numel() else 2, len(targets), dtype=stats.dtype, device=stats.device)
     sums[0] = share
@@ -74,4 +81,4 @@ def combine(
     combined = torch.stack([sums[1].masked_fill(~inside, torch.nan), everywhere, log_total])
     if not entropies.numel():
         return combined, entropies
-    return combined, torch.where(sums[0] > 0, sums[2] / sums[0] + log_total, 0.0)
+    return combined, torch.where(sums[0] == 0, 0.0, sums[2] / sums[0] + log_total)
