@@ -284,3 +284,23 @@ def test_confident_rows_in_a_large_vocabulary(impl, device):
     """50257 columns, a peak and a long tail below it: fp32 torch alone loses 4e-5 nat of the tail."""
     case = make_linear_case(1, 7, 8, 50257, seed=9, shift=False, reference_model="tokens", group_size=1)
     check_linear_tokens(case, impl, device)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
+def test_more_exact_than_its_matmul(impl, device, softcap):
+    """The target's logit is made anew in fp64, which a wide head's fp32 matmul is not."""
+    rng = seeded(0)
+    weight = torch.randn(3000, 2000, generator=rng, dtype=torch.float64).float() / 45 * 3
+    hidden = torch.randn(1, 40, 2000, generator=rng, dtype=torch.float64).float()
+    labels = (hidden @ weight.T).softmax(-1)[0].multinomial(1, generator=rng).view(1, 40)
+    options = {"shift": False, "softcap": softcap, "bias": torch.randn(3000, generator=rng)}
+    exact = exo_kernels.reference.linear_token_logps(
+        hidden.double(), weight.double(), labels, **options | {"bias": options["bias"].double()}
+    )
+    plain = exo_kernels.reference.linear_token_logps(hidden, weight, labels, **options)
+    there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    result = exo_kernels.linear_token_logps(
+        hidden.to(device), weight.to(device), labels.to(device), impl=impl, **there
+    ).cpu()
+    ours, torchs = ((x.double() - exact).square().mean().sqrt() for x in (result, plain))
+    assert ours < 0.8 * torchs, (ours, torchs)

@@ -37,6 +37,14 @@ class Call(NamedTuple):
         return torch.zeros(shape, dtype=self.acc, device=self.hidden.device)
 
 
+class Score(NamedTuple):
+    """What is known of a chunk's rows."""
+
+    stats: Tensor  # (3, M) logit of the target, top logit, log sum exp above it
+    logps: Tensor  # (M,)
+    entropies: Tensor  # (M,) or (0,)
+
+
 class Chunk(NamedTuple):
     """Rows of which the workspace holds the gradients, until it takes the next."""
 
@@ -77,11 +85,15 @@ class Workspace:
         hidden, targets, a = self.logits(rows, with_ref=True)
         a, ref = a[: len(targets)], a[len(targets) :]
         d = self.place_of_gradient(a)
-        stats = self.score_and_gradient(d, a, targets) if gradient else self.score(a, targets)[0]
-        logps[rows] = log_prob(stats)
+        score = self.score_and_gradient(d, a, hidden, targets) if gradient else self.score(a, hidden, targets)
+        logps[rows] = score.logps
+        self.score_ref(ref, rows, targets, ref_logps)
+        return Chunk(rows, hidden, score.stats, d)
+
+    def score_ref(self, a: Tensor, rows: Rows, targets: Tensor, ref_logps: Tensor) -> None:
+        """Fill in the log-probs of the reference's rows, where they are below the policy's."""
         if self.call.ref_hidden is not None:
-            ref_logps[rows] = log_prob(self.score(ref, targets)[0])
-        return Chunk(rows, hidden, stats, d)
+            ref_logps[rows] = self.score(a, self.call.ref_hidden[rows], targets).logps
 
     def again(self, chunk: "Chunk") -> "Chunk":
         """Make its logits once more, and d of them."""
@@ -93,22 +105,36 @@ class Workspace:
     def place_of_gradient(self, a: Tensor) -> Tensor:
         return a if self.d is None else self.d[: len(a)]
 
-    def score(self, a: Tensor, targets: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor]:
-        """Stats (3, M) of whole rows, and their entropies."""
+    def score(self, a: Tensor, hidden: Tensor, targets: Tensor, entropy: bool = False) -> "Score":
         call = self.call
         local = targets - call.shard.start
         stats, entropies = call.implementation.chunk_logps(a, self.bias, local, call.curve, entropy)
-        return vocab_parallel.combine(stats, entropies, targets, a.shape[1], call.shard)
+        lost = self._lost(stats, hidden, local)
+        stats, lost, entropies = vocab_parallel.combine(stats, lost, entropies, targets, a.shape[1], call.shard)
+        return Score(stats, _log_probs(stats, lost), entropies)
 
-    def score_and_gradient(self, out: Tensor, a: Tensor, targets: Tensor) -> Tensor:
-        """Stats (3, M); `out` becomes d."""
+    def score_and_gradient(self, out: Tensor, a: Tensor, hidden: Tensor, targets: Tensor) -> "Score":
+        """`out` becomes d."""
         call = self.call
         local = targets - call.shard.start
         if not call.shard.parallel:
-            return call.implementation.chunk_logps_and_gradient(out, a, self.bias, local, call.curve)
-        stats, _ = self.score(a, targets)
-        self.gradient(out, a, targets, stats)
-        return stats
+            stats = call.implementation.chunk_logps_and_gradient(out, a, self.bias, local, call.curve)
+            return Score(stats, _log_probs(stats, self._lost(stats, hidden, local)), stats[:0, 0])
+        score = self.score(a, hidden, targets)
+        self.gradient(out, a, targets, score.stats)
+        return score
+
+    def _lost(self, stats: Tensor, hidden: Tensor, local: Tensor) -> Tensor:  # (M,) float64
+        """What the matmul's rounding took from the target's logit; 0 where it is none of these columns."""
+        call = self.call
+        if call.acc == torch.float64:
+            return torch.zeros_like(stats[0])
+        x = head.exact_logits(hidden, call.weight, local)
+        if call.bias is not None:
+            x = x + call.bias.double()[local.clamp(0, len(call.bias) - 1)]
+        exact = call.curve.outer * (torch.tanh(call.curve.inner * x) if call.curve.capped else x)
+        lost = exact - stats[0]
+        return torch.where(lost.isfinite(), lost, 0.0)
 
     def gradient(self, out: Tensor, a: Tensor, targets: Tensor, stats: Tensor, *weights: Tensor) -> None:
         """`out` becomes d; or, given entropies, g and h, the gradient of - g log p - h H."""
@@ -118,8 +144,10 @@ class Workspace:
         call.implementation.chunk_gradient(out, a, self.bias, local, call.curve, stats, entropies, g, h)
 
 
-def log_prob(stats: Tensor) -> Tensor:  # (3, M) -> (M,)
-    return stats[0] - stats[1] - stats[2]
+def _log_probs(stats: Tensor, lost: Tensor) -> Tensor:  # (3, M), (M,) -> (M,)
+    """log p of the targets, had their logits not been rounded: the logit moves by that, and the sum by p of it."""
+    logps = stats[0] - stats[1] - stats[2]
+    return (logps - torch.expm1(logps.double()) * lost).to(logps.dtype)
 
 
 class Gradients:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 PADDING = 16  # rows of a chunk are padded to so many elements, that each begins at an aligned address
+EXACT_CPU, EXACT_GPU = 2**22, 2**25  # bytes at a time for exact logits: in cache, or in few launches
 BLOCK_BYTES = 2**25  # of a 16-bit weight in fp32, where the device cannot multiply it as it is
 
 
@@ -53,6 +54,25 @@ def logits(
         hidden = hidden.float()
         for columns, block in _blocks(weight):
             torch.mm(hidden, block.t(), out=out[:, columns])
+
+
+def exact_logits(
+    hidden: Tensor,  # (M, D)
+    weight: Tensor,  # (V, D)
+    rows: Tensor,  # (M,) int64, of the weight; any number where there is none
+) -> Tensor:  # (M,) float64
+    """One logit a row, as exact as the operands: a matmul in fp32 is off by more than the log-ratios can bear.
+
+    Products of 16-bit numbers are exact in fp32, those of fp32 numbers in fp64; the sums are fp64.
+    """
+    wide = torch.float32 if hidden.dtype.itemsize == 2 else torch.float64
+    step = max(1, (EXACT_GPU if hidden.device.type == "cuda" else EXACT_CPU) // (24 * hidden.shape[1]))
+    rows = rows.clamp(0, len(weight) - 1)
+    sums = [
+        (hidden[i : i + step].to(wide) * weight[rows[i : i + step]].to(wide)).sum(-1, dtype=torch.float64)
+        for i in range(0, len(hidden), step)
+    ]
+    return torch.cat(sums)
 
 
 def hidden_gradient(

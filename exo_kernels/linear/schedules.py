@@ -18,7 +18,7 @@ from torch import Tensor
 
 from exo_kernels import groups
 from exo_kernels.linear import head, plan, vocab_parallel
-from exo_kernels.linear.chunks import Call, Gradients, Rows, Workspace, log_prob
+from exo_kernels.linear.chunks import Call, Gradients, Rows, Workspace
 
 
 def _indices(mask: Tensor) -> Rows:
@@ -58,25 +58,23 @@ def forward(call: Call, schedule: str, ignore_index: int, entropy: bool) -> Scor
     work = Workspace(call, max(part.stop - part.start for part in parts))
     for part in parts:
         some = _take(rows, part)
-        _, targets, a = work.logits(some, with_ref=True)
+        hidden, targets, a = work.logits(some, with_ref=True)
         a, ref = a[: len(targets)], a[len(targets) :]
         if schedule == "store":
-            stored = result.kept[part, : a.shape[1]]
-            stats = work.score_and_gradient(stored, a, targets)
+            score = work.score_and_gradient(result.kept[part, : a.shape[1]], a, hidden, targets)
         elif schedule == "deferred":
             d = work.place_of_gradient(a)
-            stats = work.score_and_gradient(d, a, targets)
+            score = work.score_and_gradient(d, a, hidden, targets)
             unit = head.hidden_gradient(d, call.weight).mul_(-call.curve.factor)
             result.kept[some] = unit.to(result.kept.dtype)
         else:
-            stats, entropies = work.score(a, targets, entropy)
-            if entropy:
-                result.entropies[some] = entropies
-        result.logps[some] = log_prob(stats)
+            score = work.score(a, hidden, targets, entropy)
+        result.logps[some] = score.logps
+        if entropy:
+            result.entropies[some] = score.entropies
         if result.stats.numel():
-            result.stats[(slice(None), *some)] = stats
-        if call.ref_hidden is not None:
-            result.ref_logps[some] = log_prob(work.score(ref, targets)[0])
+            result.stats[(slice(None), *some)] = score.stats
+        work.score_ref(ref, some, targets, result.ref_logps)
     if schedule == "deferred":
         vocab_parallel.sum_(result.kept, call.shard)
     elif schedule == "store":
@@ -158,7 +156,7 @@ def _backward_recompute(
         else:
             work.gradient(d, a, targets, stats, scores.entropies[some], g, grad_entropies[some].to(call.acc))
             coefficient = torch.full_like(g, -call.curve.factor)
-        sums.add(some, d, hidden, coefficient, log_prob(stats))
+        sums.add(some, d, hidden, coefficient, scores.logps[some])
     return sums.finish()
 
 

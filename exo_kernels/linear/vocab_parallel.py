@@ -56,29 +56,32 @@ def sum_(x: Tensor, shard: Shard) -> None:
 
 def combine(
     stats: Tensor,  # (3, M) of this rank's columns: target's logit, top (-inf where there is nothing), log sum above it
+    lost: Tensor,  # (M,) what rounding took from the target's logit
     entropies: Tensor,  # (M,) of this rank's columns, or (0,)
     targets: Tensor,  # (M,) in the whole vocabulary
     vocab: int,  # columns of this rank
     shard: Shard,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same of all columns. A row of nothing but -inf has top 0; a label outside the vocabulary stays NaN."""
     target, top, log_total = stats
     if not shard.parallel:
-        return torch.stack([target, top.masked_fill(top == -torch.inf, 0.0), log_total]), entropies
+        return torch.stack([target, top.masked_fill(top == -torch.inf, 0.0), log_total]), lost, entropies
     everywhere = top.clone()
     dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=_GROUPS[shard.group])
     everywhere = everywhere.masked_fill(everywhere == -torch.inf, 0.0)
     log_share = (top - everywhere) + log_total  # in this order a large common offset costs no digits
     share = log_share.exp()
-    sums = torch.zeros(3 if entropies.numel() else 2, len(targets), dtype=stats.dtype, device=stats.device)
+    foreign = (targets < shard.start) | (targets >= shard.start + vocab)
+    sums = torch.zeros(4 if entropies.numel() else 3, len(targets), dtype=stats.dtype, device=stats.device)
     sums[0] = share
-    sums[1] = target.masked_fill((targets < shard.start) | (targets >= shard.start + vocab), 0.0)
+    sums[1] = target.masked_fill(foreign, 0.0)
+    sums[2] = lost.masked_fill(foreign, 0.0)
     if entropies.numel():
-        sums[2] = torch.where(share > 0, share * (entropies - log_share), 0.0)
+        sums[3] = torch.where(share > 0, share * (entropies - log_share), 0.0)
     sum_(sums, shard)
     log_total = torch.where(sums[0] > 0, sums[0].log(), sums[0])
     inside = (targets >= 0) & (targets < shard.vocab)
     combined = torch.stack([sums[1].masked_fill(~inside, torch.nan), everywhere, log_total])
-    if not entropies.numel():
-        return combined, entropies
-    return combined, torch.where(sums[0] == 0, 0.0, sums[2] / sums[0] + log_total)
+    if entropies.numel():
+        entropies = torch.where(sums[0] == 0, 0.0, sums[3] / sums[0] + log_total)
+    return combined, sums[2], entropies
