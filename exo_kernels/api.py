@@ -158,7 +158,7 @@ def preference_loss(
     seq_offsets = torch.arange(n + 1, device=policy_logps.device)
     targets = torch.zeros(n, dtype=torch.long, device=policy_logps.device)
     impl = dispatch.resolve("auto", policy_logps.device)
-    return losses.group_loss(knobs, policy_logps, targets, ref_logps, seq_offsets, -100, impl)[0]
+    return losses.group_loss(knobs, policy_logps, targets, ref_logps, seq_offsets, -100, impl, False)[0]
 
 
 def fused_exo_loss(
@@ -282,5 +282,8 @@ def _fused_loss(
     logps, _, _ = ops.token_logps(
         rows.logits, rows.targets, float(temperature), ignore_index, False, inplace_backward, rows.impl
     )
-    loss, stats = losses.group_loss(knobs, logps, rows.targets, ref_logps, rows.seq_offsets, ignore_index, rows.impl)
+    per_token_ref = tuple(ref_logps.shape) != (n,)
+    loss, stats = losses.group_loss(
+        knobs, logps, rows.targets, ref_logps, rows.seq_offsets, ignore_index, rows.impl, per_token_ref
+    )
     return (loss, stats) if return_stats else loss

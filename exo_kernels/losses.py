@@ -62,10 +62,10 @@ def group_loss(
     seq_offsets: Tensor,  # (N+1,)
     ignore_index: int,
     impl: str,
+    per_token_ref: bool,
 ) -> tuple[Tensor, LossStats]:
     """The second half of every loss: K scalars a prompt, reduced."""
     n = seq_offsets.numel() - 1
-    per_token_ref = tuple(ref_logps.shape) != (n,)
     offsets = groups.group_offsets(knobs.group_size, n, logps.device)
     losses, _, *seen = ops.group_loss(
         logps.flatten(), targets.flatten(), ref_logps.detach().flatten(), knobs.constant_rewards, seq_offsets, offsets,

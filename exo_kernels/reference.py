@@ -157,6 +157,7 @@ def _fused_loss(
     num_groups: int | float | Tensor | None = None,
     compat: str | None = None,
     return_stats: bool = False,
+    per_token_ref: bool = False,  # (n,) are not (N,) sums, though n = N
 ) -> Any:
     if label_smoothing is None:
         label_smoothing = objectives.LABEL_SMOOTHING.get(objective, 0.0)
@@ -168,7 +169,7 @@ def _fused_loss(
         [nothing] + [_sequence_token_logps(x, y, temperature, ignore_index)[0].double().sum()[None] for x, y in rows]
     )  # (N,)
     ref = ref_logps.detach().double()
-    if ref.shape != policy.shape:  # per token
+    if per_token_ref or ref.shape != policy.shape:
         parts = ref.split(cu_seqlens.diff().tolist()) if cu_seqlens is not None else ref.unbind()
         ref = torch.stack([r[: k.numel()][k].sum() for r, k in zip(parts, keeps, strict=True)])
     log_ratios = policy - ref
@@ -267,13 +268,14 @@ def _fused_linear_loss(
     layout: dict[str, Any] = {"temperature": temperature, "cu_seqlens": cu_seqlens}
     layout |= {"shift": shift, "ignore_index": ignore_index}
     logits = _logits(hidden, weight, labels, bias, *curve)
+    scored_here = ref_logps is None
     if ref_logps is None:
         assert ref_hidden is not None
         own_bias = bias if ref_weight is None and ref_bias is None else ref_bias
         with torch.no_grad():
             ref_logits = _logits(ref_hidden, weight if ref_weight is None else ref_weight, labels, own_bias, *curve)
             ref_logps = token_logps(ref_logits, labels, **layout)
-    return _fused_loss(objective, logits, labels, ref_logps, **layout, **options)
+    return _fused_loss(objective, logits, labels, ref_logps, per_token_ref=scored_here, **layout, **options)
 
 
 def fused_linear_exo_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *args: Any, **options: Any) -> Any:

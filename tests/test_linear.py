@@ -82,6 +82,20 @@ def test_chunks(impl, device, schedule, rows):
     check_linear_loss(case, impl, device, schedule=schedule, memory_budget=rows * 550)
 
 
+@schedules
+@pytest.mark.parametrize("reference_model", ["hidden", "own"])
+def test_as_many_rows_as_sequences(impl, device, schedule, reference_model):
+    """Packed, n = N, because a sequence is empty: log-probs of the reference that were made here are no sums."""
+    case = make_linear_case(lengths=[2, 0, 1, 1], reference_model=reference_model, group_size=4, rewards=True)
+    result = check_linear_loss(case, impl, device, schedule=schedule)
+    ref = exo_kernels.linear_token_logps(
+        case.options["ref_hidden"], case.options.get("ref_weight", case.weight), case.labels,
+        bias=case.options["bias"] if reference_model == "hidden" else None,
+    )  # fmt: skip
+    ratios = result["policy_logps"].cpu() - sums_of(ref, case.cu_seqlens())
+    torch.testing.assert_close(result["implicit_rewards"].cpu(), 0.1 * ratios, rtol=1e-4, atol=1e-5)
+
+
 # The log-prob functions.
 
 

@@ -165,7 +165,8 @@ def fused_linear_exo_loss(
         hidden, weight, labels, bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index, memory_budget,
             process_group, impl: as in `linear_token_logps`; packed input needs `cu_seqlens`.
         ref_logps: as in `fused_exo_loss`; or None, and the reference is scored in the same call from
-        ref_hidden: the reference model's hidden states, shaped like `hidden`. No gradient.
+        ref_hidden: the reference model's hidden states, shaped like `hidden`, in whose dtype they are multiplied. No
+            gradient.
         ref_weight, ref_bias: its head; None means the policy's, whose matmul then takes both models' rows together.
         schedule: "auto", "deferred", "group", "store" or "recompute" (see `explain`). A group whose rows do not fit the
             budget is recomputed alone.
@@ -263,25 +264,29 @@ def _fused_loss(
             matrix = weight if ref_weight is None else ref_weight
             ref_rows = prepare(ref_hidden, matrix, labels, own, sequences=True, prefix="ref_")
             ref_logps = _token_logps(ref_rows, own, False)[0].view(labels.shape)
-    loss, stats = _by_schedule(knobs, head, rows, ref_logps)
+    per_token_ref = ref_hidden is not None or tuple(ref_logps.shape) != (n,)  # type: ignore[union-attr]
+    loss, stats = _by_schedule(knobs, head, rows, ref_logps, per_token_ref)
     return (loss, stats) if return_stats else loss
 
 
-def _by_schedule(knobs: Knobs, head: Head, rows: Inputs, ref_logps: Tensor | None) -> tuple[Tensor, losses.LossStats]:
+def _by_schedule(
+    knobs: Knobs, head: Head, rows: Inputs, ref_logps: Tensor | None, per_token_ref: bool
+) -> tuple[Tensor, losses.LossStats]:
     whole_loss = knobs.reduction != "none"
     sizes, needs = rows.sizes(), rows.needs(whole_loss=whole_loss)
     schedule, _ = plan.choose(head.schedule, needs, sizes, rows.budget)
     if schedule != "group":
         logps, _, scored_ref = _token_logps(rows, head, False, whole_loss)
-        ref = scored_ref.flatten() if ref_logps is None else ref_logps
-        return losses.group_loss(knobs, logps, rows.targets, ref, rows.seq_offsets, head.ignore_index, rows.impl)
+        ref = scored_ref if ref_logps is None else ref_logps
+        return losses.group_loss(
+            knobs, logps, rows.targets, ref, rows.seq_offsets, head.ignore_index, rows.impl, per_token_ref
+        )
     n = rows.seq_offsets.numel() - 1
     offsets = groups.group_offsets(knobs.group_size, n, rows.hidden.device)
     denominator = _as_scalar(knobs.denominator(offsets.numel() - 1), rows.hidden.device)
-    per_token_ref = ref_logps is None or tuple(ref_logps.shape) != (n,)
     loss, group_losses, *rest = ops.linear_group_loss(
         rows.hidden, rows.weight, rows.bias, rows.targets, rows.ref_hidden,
-        None if ref_logps is None else ref_logps.detach(), knobs.constant_rewards, rows.seq_offsets, offsets,
+        None if ref_logps is None else ref_logps.detach().flatten(), knobs.constant_rewards, rows.seq_offsets, offsets,
         denominator, per_token_ref, knobs.objective, float(knobs.beta_pi), float(knobs.beta_r), *knobs.log_targets,
         *head.curve(), head.ignore_index, needs.hidden, needs.weight, needs.bias, sizes.chunk_rows(rows.budget),
         list(rows.shard[:3]), rows.shard.group, rows.impl,
@@ -302,6 +307,9 @@ def explain(
     labels: Tensor,  # (N, T), or packed (n,)
     *,
     bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     loss: bool = True,
     group_size: int | Tensor = 2,
     reduction: Reduction = "mean",
@@ -331,7 +339,8 @@ def explain(
     validation.flag("loss", loss)
     validation.reduction(reduction, None)
     head = Head(
-        bias, 1.0, None, 1.0, cu_seqlens, shift, ignore_index, memory_budget, schedule, process_group, impl
+        bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index, memory_budget, schedule,
+        process_group, impl,
     )  # fmt: skip
     shared = ref_weight is None and ref_bias is None
     rows = prepare(hidden, weight, labels, head, sequences=loss, ref_hidden=ref_hidden if shared else None)

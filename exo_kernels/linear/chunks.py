@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
     """Rows of which the workspace holds the gradients, until it takes the next."""
 
     rows: Rows
-    hidden: Tensor  # (M, D)
+    hidden: Tensor  # (M, D), empty while d is not made
     stats: Tensor  # (3, M)
     d: Tensor  # (M, V)
 
@@ -88,7 +88,7 @@ class Workspace:
         score = self.score_and_gradient(d, a, hidden, targets) if gradient else self.score(a, hidden, targets)
         logps[rows] = score.logps
         self.score_ref(ref, rows, targets, ref_logps)
-        return Chunk(rows, hidden, score.stats, d)
+        return Chunk(rows, hidden if gradient else hidden.new_empty(0), score.stats, d)
 
     def score_ref(self, a: Tensor, rows: Rows, targets: Tensor, ref_logps: Tensor) -> None:
         """Fill in the log-probs of the reference's rows, where they are below the policy's."""

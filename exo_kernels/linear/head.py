@@ -12,7 +12,7 @@ from torch import Tensor
 
 PADDING = 16  # rows of a chunk are padded to so many elements, that each begins at an aligned address
 EXACT_CPU, EXACT_GPU = 2**22, 2**25  # bytes at a time for exact logits: in cache, or in few launches
-BLOCK_BYTES = 2**25  # of a 16-bit weight in fp32, where the device cannot multiply it as it is
+BLOCK_BYTES = 2**23  # of a 16-bit weight in fp32, where the device cannot multiply it as it is
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

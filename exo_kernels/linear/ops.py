@@ -135,8 +135,22 @@ def _fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias
     )
 
 
+@torch.library.custom_op("exo_kernels::linear_deferred_backward", mutates_args=())
+def linear_deferred_backward(kept: Tensor, logps: Tensor, grad_logps: Tensor, dtype: torch.dtype) -> Tensor:
+    """The hidden states' gradient under `deferred`."""
+    return schedules.multiply_deferred(kept, logps, grad_logps, dtype)
+
+
+@linear_deferred_backward.register_fake
+def _(kept, logps, grad_logps, dtype):
+    return torch.empty_like(kept, dtype=dtype)
+
+
 def _save_token_logps(ctx, inputs, output):
     hidden, weight, bias, targets = inputs[:4]
+    ctx.dtype, ctx.deferred = hidden.dtype, inputs[10] == "deferred"
+    if ctx.deferred and not any(ctx.needs_input_grad[1:3]):
+        hidden = weight = bias = None  # all that is needed of them is in `kept`
     ctx.options = (*inputs[5:9], *inputs[10:])  # all but ref_hidden and entropy
     ctx.entropy = inputs[9]
     logps, entropies, ref_logps, stats, kept = output
@@ -148,9 +162,18 @@ def _save_token_logps(ctx, inputs, output):
 def _backward_token_logps(ctx, grad_logps, grad_entropies, *_):
     needs = ctx.needs_input_grad[:3]
     grad_entropies = grad_entropies if ctx.entropy else None
+    saved = ctx.saved_tensors
     if grad_logps is None:
-        grad_logps = torch.zeros_like(ctx.saved_tensors[4])
-    grads = linear_token_logps_backward(grad_logps, grad_entropies, *ctx.saved_tensors, *ctx.options, *needs)
+        grad_logps = torch.zeros_like(saved[4])
+    deferred = None
+    if ctx.deferred:
+        deferred = linear_deferred_backward(saved[-1], saved[4], grad_logps, ctx.dtype)
+        needs = (False, *needs[1:])
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if any(needs):
+        grads = linear_token_logps_backward(grad_logps, grad_entropies, *saved, *ctx.options, *needs)
+    if ctx.deferred:
+        grads, needs = (deferred, *grads[1:]), (True, *needs[1:])
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 12
 
 
@@ -237,7 +260,8 @@ def linear_group_loss_backward(
     """Each times the loss's gradient, rounded once. An operator, because double backward must not pass."""
 
     def times(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.mul(x, grad_loss, out=torch.empty_like(x, dtype=dtype))
+        # one-dimensional: a 0-dimensional factor would be rounded to the dtype of what it multiplies
+        return torch.mul(x, grad_loss.reshape(1), out=torch.empty_like(x, dtype=dtype))
 
     return times(d_hidden, hidden_dtype), times(d_weight, weight_dtype), times(d_bias, bias_dtype)
 
@@ -262,6 +286,8 @@ def _backward_group_loss(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 27
     gradients = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not grad_loss.requires_grad:
+        grad_loss = grad_loss.clone().requires_grad_()  # double backward must meet the operator, which refuses it
     if _is_one(grad_loss):  # as after loss.backward(): nothing to multiply, and nothing to copy
         grads = tuple(x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
     else:
@@ -271,10 +297,15 @@ def _backward_group_loss(ctx, grad_loss, *_):
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Asked where it costs nothing: on a CPU, outside torch.compile and double backward."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(grad) is not Tensor:
+    """Asked where it costs nothing, on a CPU; and where nobody else can see the gradients that are handed out."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(grad) is not Tensor or _graph_is_kept():
         return False
-    return grad.device.type == "cpu" and grad.item() == 1
+    return grad.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(grad) and grad.item() == 1
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass may be asked for again; True where torch does not say."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
 
 linear_group_loss.register_autograd(_backward_group_loss, setup_context=_save_group_loss)

@@ -126,6 +126,9 @@ def choose(schedule: str, needs: Needs, sizes: Sizes, budget: int) -> tuple[str,
 def _refuse(schedule: str, needs: Needs) -> None:
     if needs.entropy and schedule != "recompute":
         validation.fail("schedule", "'recompute' or 'auto' for entropies with gradients", repr(schedule))
+    if schedule == "deferred" and not needs.hidden:
+        expected = "another than 'deferred', whose point is the gradient of the hidden states"
+        validation.fail("schedule", expected, repr(schedule))
     if schedule == "group" and not needs.whole_loss:
         expected = "another than 'group', which needs a fused loss with reduction 'mean' or 'sum'"
         validation.fail("schedule", expected, repr(schedule))
@@ -151,7 +154,7 @@ def units(
 ) -> list[Unit]:
     """Fill chunks of at most `most` rows evenly with whole groups; a larger group is a unit by itself."""
     fitting = sum(c for c in counts if c <= most)
-    target = -(-fitting // max(1, -(-fitting // most)))
+    target = max(1, -(-fitting // max(1, -(-fitting // most))))
     bounds, held = [0], 0
     for g, count in enumerate(counts):
         # a unit is closed when it is as full as the others, or when the next group would not fit
@@ -190,6 +193,8 @@ def explain(
     extra = max(chunks, default=0) * sizes.row_bytes + sizes.fixed_bytes
     if schedule == "store":
         extra += n * sizes.stored_row_bytes
+    if schedule == "deferred":  # kept until the gradient has been made of it
+        extra = max(extra, sizes.rows * sizes.hidden * sizes.dtype.itemsize)
     return Plan(
         schedule, reason, sizes.rows, n, most, len(chunks), len(over),
         products * unit + again, products * unit, extra if n else 0,

@@ -30,6 +30,9 @@ def _take(rows: Rows, part: slice) -> Rows:
     return rows[0][part], rows[1][part]
 
 
+DEFERRED_CPU = 2**22  # bytes
+
+
 class Scores(NamedTuple):
     """What the forward pass of a schedule leaves."""
 
@@ -101,22 +104,34 @@ def backward(
     ignore_index: int,
     needs: tuple[bool, bool, bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden (its dtype), weight and bias (accumulators); (0,) where not needed."""
+    """Gradients of hidden (its dtype), weight and bias (accumulators); (0,) where not needed.
+
+    Under `deferred` those of the head alone, made as `recompute` makes them: see `multiply_deferred`.
+    """
     scored = call.targets != ignore_index
     if schedule == "store":
         return _backward_store(call, scores, grad_logps, _indices(scored), needs)
-    unit = None
-    if schedule == "deferred":
-        g = torch.where(scores.logps.isnan() & (grad_logps != 0), torch.nan, grad_logps)[..., None]
-        unit = torch.where(g == 0, 0.0, scores.kept * g).to(call.hidden.dtype)
-        needs = (False, *needs[1:])
-        if not any(needs):
-            return unit, call.zeros(0), call.zeros(0)
     wanted = scored & (grad_logps != 0)
     if grad_entropies is not None:
         wanted |= scored & (grad_entropies != 0)
-    result = _backward_recompute(call, scores, grad_logps, grad_entropies, _indices(wanted), needs)
-    return result if unit is None else (unit, *result[1:])
+    return _backward_recompute(call, scores, grad_logps, grad_entropies, _indices(wanted), needs)
+
+
+def multiply_deferred(
+    kept: Tensor,  # (N, T, D), dH of unit coefficients
+    logps: Tensor,  # (N, T)
+    grad_logps: Tensor,  # (N, T)
+    dtype: torch.dtype,
+) -> Tensor:  # (N, T, D)
+    """The gradient in the hidden states. Zero coefficients give zeros; rows without a log-prob, NaN."""
+    g = torch.where(logps.isnan() & (grad_logps != 0), torch.nan, grad_logps).view(-1, 1)  # (NT, 1)
+    result = torch.empty(kept.shape, dtype=dtype, device=kept.device)
+    rows, out = kept.view(-1, kept.shape[-1]), result.view(-1, kept.shape[-1])
+    step = max(1, DEFERRED_CPU // max(4 * rows.shape[1], 1)) if g.device.type == "cpu" else max(len(g), 1)
+    for i in range(0, len(g), step):  # on a CPU torch would convert all of a 16-bit tensor at once
+        part = slice(i, i + step)
+        torch.mul(rows[part], g[part], out=out[part])
+    return result.masked_fill_((g == 0).view(*kept.shape[:2], 1), 0.0)
 
 
 def _backward_store(
@@ -211,14 +226,13 @@ def group_pass(
     results = []
     for unit in units:
         s, r = (slice(first[unit.groups.start], first[unit.groups.stop]) for first in (first_seq, first_row))
-        chunks = [
-            work.forward(_take(rows, part), logps, ref_logps, gradient=len(unit.parts) == 1) for part in unit.parts
-        ]
+        fits = len(unit.parts) == 1
+        chunks = [work.forward(_take(rows, part), logps, ref_logps, gradient=fits) for part in unit.parts]
         results.append(loss(logps, call.targets, ref_logps, unit.groups, s, r))
         slopes = groups.spread(results[-1][1], loss.seq_offsets[s.start : s.stop + 1], r.stop - r.start)
         coefficients = (slopes / denominator * -call.curve.factor).to(call.acc)
         for chunk in chunks:
-            if len(chunks) > 1:  # too large a group: its logits once more, now that its slopes are known
+            if not fits:  # too large a group: its logits once more, now that its slopes are known
                 chunk = work.again(chunk)
             at = chunk.rows[0] * call.targets.shape[1] + chunk.rows[1] - r.start
             sums.add(chunk.rows, chunk.d, chunk.hidden, coefficients[at], logps[chunk.rows])
