@@ -77,6 +77,7 @@ def chunk_logps_and_gradient(
         slope = _logits_(a[rows], bias, curve)
         p = _score(a[rows], targets[rows], False, stats[:, rows], entropies).p
         tiles.add_at_targets_(p, targets[rows], -1.0)
+        stats[1, rows].masked_fill_(stats[1, rows] == -torch.inf, 0.0)
         _finish(out[rows], p, slope, stats[:, rows])
     return stats
 

@@ -260,7 +260,7 @@ def _fused_loss(
         return answer if return_stats else answer[0]
     if ref_hidden is not None and not shared:
         with torch.no_grad():
-            own = head._replace(bias=ref_bias if ref_bias is not None or ref_weight is not None else head.bias)
+            own = head._replace(bias=ref_bias)
             matrix = weight if ref_weight is None else ref_weight
             ref_rows = prepare(ref_hidden, matrix, labels, own, sequences=True, prefix="ref_")
             ref_logps = _token_logps(ref_rows, own, False)[0].view(labels.shape)
