@@ -1,17 +1,26 @@
-"""Options, and the table at the end of the session."""
+"""Options, and the tables at the end of the session."""
+
+import gc
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import report, workload
+from benchmarks import accuracy, linear_report, linear_scaling, linear_workload, logits_report, logits_workload, report
 
 ROWS = pytest.StashKey[list]()
+TABLES = {module.SUITE: module.block for module in (logits_report, linear_report, linear_scaling, accuracy)}
+CASES = {
+    "work": logits_workload.workloads,
+    "linear_work": linear_workload.workloads,
+    "accuracy_case": accuracy.cases,
+}
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("exo_kernels benchmarks")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
-    group.addoption("--rounds", type=int, help="rounds of all contenders (default: 15 on a CPU, 50 on a GPU)")
+    group.addoption("--rounds", type=int, help="rounds of all contenders (default: see README.md)")
     group.addoption("--results", metavar="FILE", help="write every figure as JSON")
     group.addoption("--strict-targets", action="store_true", help="fail where a target is missed")
 
@@ -23,13 +32,14 @@ def pytest_configure(config):
     gpu = torch.cuda.is_available()
     if config.option.device is None:
         config.option.device = "cuda" if gpu else "cpu"
-    if config.option.device == "cuda" and not gpu:
+    if config.option.device == "cuda" and not gpu and not config.option.collectonly:
         raise pytest.UsageError("--device cuda: torch finds no GPU")
 
 
 def pytest_generate_tests(metafunc):
-    if "work" in metafunc.fixturenames:
-        metafunc.parametrize("work", workload.workloads(metafunc.config.getoption("device")), ids=str)
+    for name, cases in CASES.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, cases(metafunc.config.getoption("device")), ids=str)
 
 
 @pytest.fixture
@@ -43,15 +53,44 @@ def rows(pytestconfig):
     return pytestconfig.stash[ROWS]
 
 
+@pytest.fixture
+def verdict(pytestconfig):
+    """Takes a test's targets; a missed one fails the test under --strict-targets."""
+
+    def judge(targets: list[report.Target]) -> None:
+        missed = [str(target) for target in targets if not target.met]
+        if missed and pytestconfig.getoption("strict_targets"):
+            pytest.fail(", ".join(missed), pytrace=False)
+
+    return judge
+
+
+@pytest.fixture(autouse=True)
+def free_memory(device):
+    """What a test leaves behind is no part of the next one's peak."""
+    yield
+    torch.compiler.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def pytest_terminal_summary(terminalreporter, config):
     found, device = config.stash[ROWS], config.getoption("device")
     if not found:
         return
-    terminalreporter.section("exo_kernels: time and memory")
-    for line in report.table(device, found):
+    terminalreporter.section("exo_kernels: time, memory and accuracy")
+    for line in [report.heading(device), *_tables(found)]:
         terminalreporter.write_line(line)
     path = config.getoption("results")
     if path:
         with open(path, "w", encoding="utf-8") as file:
             file.write(report.as_json(device, found))
         terminalreporter.write_line(f"\nwritten: {path}")
+
+
+def _tables(found: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for suite, workload in dict.fromkeys((row["suite"], row["workload"]) for row in found):
+        lines += TABLES[suite]([row for row in found if (row["suite"], row["workload"]) == (suite, workload)])
+    return lines

@@ -1,4 +1,4 @@
-"""How it is measured: seconds and bytes of one call. Left out: repetition and ratios (test_logits.py, report.py).
+"""How it is measured: seconds and bytes of one call. Left out: repetition (harness.py) and ratios (report.py).
 
 Time on a GPU is the device's own, between two events. The device first gets copies to do, so that the host has queued
 the whole call before it begins (in training the model's kernels do that), and those copies are the measured bandwidth.
@@ -71,7 +71,7 @@ class Memory(NamedTuple):
         return max(x for x in self if x is not None)
 
 
-def memory(call: Callable[[], Any], device: str) -> Memory:
+def memory(call: Callable[[], Any], device: str, resident_runs: int = RESIDENT_RUNS) -> Memory:
     """Warm up before: what is compiled or cached on first use is not part of the call."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -83,7 +83,7 @@ def memory(call: Callable[[], Any], device: str) -> Memory:
         return Memory(extra, None)
     if not _reset_peak():
         return Memory(_allocated(call), None)
-    return Memory(_allocated(call), int(statistics.median(_resident(call) for _ in range(RESIDENT_RUNS))))
+    return Memory(_allocated(call), int(statistics.median(_resident(call) for _ in range(resident_runs))))
 
 
 def _allocated(call: Callable[[], Any]) -> int:

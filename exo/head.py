@@ -64,7 +64,9 @@ class CausalHead:
 
     @contextmanager
     def _instead(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """The head computes `forward`; hooks, also those of sharded parameters, run as ever."""
+        """The head computes `forward`. Its hooks run as ever, those of sharded parameters among them; what has replaced
+        its forward itself, as offloading does, stands aside.
+        """
         own = vars(self.head)  # an instance's attribute comes before its class's method
         before = own.get("forward")
         own["forward"] = forward

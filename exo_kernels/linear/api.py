@@ -51,7 +51,7 @@ def linear_token_logps(
     """Log-probability of every label from hidden states and the LM head; differentiable, the logits never exist whole.
 
     The logits are softcap(logit_scale * (hidden weight^T + bias)) / temperature, softcap(a) = c tanh(a / c). Rows of
-    ignored labels are dropped before the first matmul; counting the others costs one synchronisation on a GPU.
+    ignored labels are dropped before the first matmul; counting the others synchronises a GPU.
 
     Args:
         hidden: fp16, bf16, fp32 or fp64, any strides: what goes into the head.
@@ -62,7 +62,8 @@ def linear_token_logps(
         bias: (V,) or None.
         logit_scale: multiplies the logits, > 0 (Cohere's logit_scale; 1 / Granite's logits_scaling).
         softcap: caps them, > 0 (Gemma 2's final_logit_softcapping).
-        memory_budget: bytes, as an integer or as "512MiB", beyond inputs, gradients and one fp32 copy of the weight's.
+        memory_budget: bytes, as an integer or as "512MiB", beyond inputs, gradients and one fp32 copy of the weight's;
+            what autocast or mixed dtypes make hidden and weight into counts as input.
         schedule: "auto", or "deferred", "store" or "recompute" (see `explain`); counts only where gradients are needed.
         process_group: the head's rows are sharded over these ranks in their order, and `weight` and `bias` are this
             rank's; every rank passes the same hidden states and labels, and gets the same results. Breaks the graph

@@ -1,8 +1,8 @@
 """The language model's head: its three matmuls.
 
-Products of 16-bit operands come out in fp32. On CUDA and ROCm the vendor's matmul does that by itself; elsewhere the
-weight is converted block by block, and everything is multiplied in fp32. Left out: what happens to the logits in
-between (curve.py, chunked/linear.py, _triton/linear.py).
+Products of 16-bit operands come out in fp32. On CUDA and ROCm the vendor's matmul does that by itself (and, from torch
+2.11 on, adds to an fp32 sum); elsewhere the weight is converted block by block, and everything is multiplied in fp32.
+Left out: what happens to the logits in between (curve.py, chunked/linear.py, _triton/linear.py).
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Who computes it: ours, and what a user of PyTorch writes; and the gate that each must pass before it is timed.
+"""Who computes it from logits: ours, and what a user of PyTorch writes; and the errors that the gate looks at.
 
 Left out: other libraries (the logits path is measured against PyTorch alone).
 """
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.workload import IGNORE, Problem
+from benchmarks.harness import OURS
+from benchmarks.logits_workload import IGNORE, Problem
 from exo_kernels import fused_exo_loss, reference
 
 BETA_PI, BETA_R = 0.1, 1.0
-OURS, EAGER, COMPILED, EAGER_LOW = "ours", "eager", "compile", "eager, own dtype"
+EAGER, COMPILED, EAGER_LOW = "eager", "compile", "eager, own dtype"
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,18 @@ def _eager(
     mask = labels != IGNORE
     log_p_tokens = (logits.float() if upcast else logits).log_softmax(-1)
     logps = log_p_tokens.gather(-1, labels.clamp(min=0)[..., None])[..., 0].float()
-    ratios = (logps * mask).sum(-1) - ref_logps
-    log_p = (BETA_PI * ratios.view(-1, group_size)).log_softmax(-1)
+    return exo((logps * mask).sum(-1) - ref_logps, rewards, group_size)
+
+
+def exo(log_ratios: Tensor, rewards: Tensor, group_size: int) -> Tensor:
+    """The objective alone, from the sequences' log-ratios (N,)."""
+    log_p = (BETA_PI * log_ratios.view(-1, group_size)).log_softmax(-1)
     log_q = (rewards.view(-1, group_size) / BETA_R).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def errors(problem: Problem, results: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[float, float]]:
-    """Relative errors of (loss, gradient) of each result on the very data that is timed, against the oracle in fp64.
+def errors(problem: Problem, results: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
+    """Relative errors of loss and gradient of each result on the very data that is timed, against the oracle in fp64.
 
     Group by group, because the oracle materialises: the loss is the mean of the groups', and nothing couples them.
     """
@@ -86,6 +91,6 @@ def errors(problem: Problem, results: dict[str, tuple[Tensor, Tensor]]) -> dict[
         for name, (_, gradient) in results.items():
             distances[name] += (gradient[i] - truth).square().sum().item()
     return {
-        name: (abs(result[0].item() - loss) / abs(loss), (distances[name] / norm) ** 0.5)
+        name: {"loss": abs(result[0].item() - loss) / abs(loss), "gradient": (distances[name] / norm) ** 0.5}
         for name, result in results.items()
     }

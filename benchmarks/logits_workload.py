@@ -1,6 +1,6 @@
 """What is computed: one optimizer step's worth of logits, half of it prompt, and the bytes that any method must move.
 
-Left out: who computes it (contenders.py) and how it is measured (measure.py).
+Left out: who computes it (logits_contenders.py) and how it is measured (measure.py).
 """
 
 from dataclasses import dataclass
