@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import IGNORED, make_labels, seeded
+from conftest import INTERPRETED
 from linear_cases import make_linear_case
 from torch.autograd import gradcheck
 
@@ -192,7 +193,7 @@ def test_opcheck_of_the_group_loss(impl, device):
 # True: shapes and numbers are symbols from the start. None: from the second shape on, as users get it.
 @pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
+@pytest.mark.parametrize("schedule", ["auto"] if INTERPRETED else ["auto", *SCHEDULES])
 def test_compiled_is_eager(impl, device, backend, dynamic, schedule):
     """In one graph, whatever the schedule; `store` keeps as many rows as carry loss, which no compiler can know."""
     torch._dynamo.reset()
