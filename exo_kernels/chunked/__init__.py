@@ -1,8 +1,7 @@
 """The implementation for any device, in plain torch: the functions of _triton again, on tiles that stay in cache."""
 
 from exo_kernels.chunked.group_loss import group_loss
-from exo_kernels.chunked.linear import chunk_gradient, chunk_logps, chunk_logps_and_gradient
-from exo_kernels.chunked.tiles import new_zeros as new_buffer
+from exo_kernels.chunked.linear import chunk_gradient, chunk_logps, chunk_logps_and_gradient, new_buffer
 from exo_kernels.chunked.token_logps import new_gradient, token_logps, token_logps_backward
 
 __all__ = [
