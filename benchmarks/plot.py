@@ -26,7 +26,6 @@ COLOURS = {
 NAMES = {OURS: "exo_kernels", COMPILED: "torch.compile", EAGER: "eager PyTorch (fp32 log-softmax)"}
 BAR = 0.24  # inches
 GAP = 1.2  # bars
-CUT = 3.0  # times ours: longer bars run out of the panel, and their number says how far
 Rows = list[dict[str, Any]]
 
 
@@ -132,9 +131,7 @@ def _error(row: dict[str, Any]) -> Bar | None:
 def _panel(axes, rows: Rows, of: Callable[[dict[str, Any]], Bar | None], log: bool = False) -> None:
     positions, labels, height = _layout(rows)
     bars = [of(row) for row in rows]
-    ours = [bar[0] for bar, row in zip(bars, rows, strict=True) if bar and row["contender"] == OURS]
-    most = [bar[2] for bar in bars if bar and (log or bar[2] <= CUT * max(ours, default=1) or of is _memory)]
-    limit = 1.3 * max(most, default=1) or 1
+    limit = 1.3 * max((bar[2] for bar in bars if bar), default=1) or 1
     for at, row, bar in zip(positions, rows, bars, strict=True):
         if bar is None:
             missing = row.get("not_timed") or row.get("not_run")
@@ -142,13 +139,9 @@ def _panel(axes, rows: Rows, of: Callable[[dict[str, Any]], Bar | None], log: bo
             continue
         value, low, high, text = bar
         axes.barh(at, value, height=0.86, color=COLOURS[row["contender"]])
-        if low < high <= limit:
+        if low < high:
             axes.plot([low, high], [at, at], color="black", linewidth=0.8)
-        place = {"xytext": (4, 0), "ha": "left"} if high <= limit else {"xytext": (-4, 0), "ha": "right"}
-        axes.annotate(
-            text, (min(high, limit), at), textcoords="offset points", va="center", fontsize=8, annotation_clip=False,
-            **place,
-        )  # fmt: skip
+        axes.annotate(text, (high, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
     if log:
         axes.set_xscale("log")
         axes.set_xlim(min((bar[0] for bar in bars if bar), default=1) / 10, 5 * limit)
