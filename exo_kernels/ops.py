@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from exo_kernels import groups, validation
+from exo_kernels.dtypes import accumulator
 
 KERNEL_OBJECTIVES = ("exo", "dpo")  # what _triton/group_loss.py computes
 
@@ -46,10 +47,6 @@ def checked_groups(
     )
 
 
-def _result_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("exo_kernels::token_logps", mutates_args=())
 def token_logps(
     logits: Tensor,  # (N, T, V)
@@ -68,7 +65,7 @@ def token_logps(
 
 @token_logps.register_fake
 def _(logits, targets, temperature, ignore_index, entropy, inplace_backward, impl):
-    dtype = _result_dtype(logits.dtype)
+    dtype = accumulator(logits.dtype)
     saved = (2, *targets.shape) if impl == "triton" else (0,)
     shapes = (targets.shape, targets.shape if entropy else (0,), saved)
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)

@@ -7,13 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from exo_kernels.dtypes import accumulator
+
 # Measured on 1 MiB of second-level and 32 MiB of third-level cache: below 2 MiB the calls cost, above 8 the misses.
 TILE_BYTES = 4 * 2**20
 LAZY_BYTES = 2**25  # above, the C library maps and unmaps every block anyway
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tile_rows(vocab: int, dtype: torch.dtype) -> int:

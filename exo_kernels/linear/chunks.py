@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from exo_kernels.curve import Curve
+from exo_kernels.dtypes import accumulator
 from exo_kernels.linear import head, vocab_parallel
 from exo_kernels.linear.vocab_parallel import Shard
 
@@ -31,7 +32,7 @@ class Call(NamedTuple):
 
     @property
     def acc(self) -> torch.dtype:
-        return head.accumulator(self.hidden.dtype)
+        return accumulator(self.hidden.dtype)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.acc, device=self.hidden.device)

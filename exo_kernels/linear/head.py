@@ -10,13 +10,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from exo_kernels.dtypes import accumulator
+
 PADDING = 16  # rows of a chunk are padded to so many elements, that each begins at an aligned address
 EXACT_CPU, EXACT_GPU = 2**22, 2**25  # bytes at a time for exact logits: in cache, or in few launches
 BLOCK_BYTES = 2**23  # of a 16-bit weight in fp32, where the device cannot multiply it as it is
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def multiplies_16_bits(device: torch.device) -> bool:

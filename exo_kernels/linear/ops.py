@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exo_kernels import ops, validation
 from exo_kernels.curve import Curve
+from exo_kernels.dtypes import accumulator
 from exo_kernels.linear import head, plan, schedules
 from exo_kernels.linear.vocab_parallel import Shard
 
@@ -65,7 +66,7 @@ def linear_token_logps(
 @linear_token_logps.register_fake
 def _(hidden, weight, bias, targets, ref_hidden, logit_scale, softcap, temperature, ignore_index, entropy, schedule,
       chunk_rows, parts, group, impl):  # fmt: skip
-    acc, shape = head.accumulator(hidden.dtype), targets.shape
+    acc, shape = accumulator(hidden.dtype), targets.shape
 
     def new(*size, dtype=acc):
         return hidden.new_empty(size, dtype=dtype)
@@ -127,7 +128,7 @@ def _(grad_logps, grad_entropies, hidden, weight, bias, targets, logps, entropie
 
 
 def _fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias):
-    acc = head.accumulator(hidden.dtype)
+    acc = accumulator(hidden.dtype)
     return (
         hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0, dtype=acc),
         weight.new_empty(weight.shape if needs_weight else (0,)),
@@ -231,7 +232,7 @@ def linear_group_loss(
 def _(hidden, weight, bias, targets, ref_hidden, ref_logps, rewards, seq_offsets, group_offsets, denominator,
       per_token_ref, objective, beta_pi, beta_r, log_chosen, log_others, logit_scale, softcap, temperature,
       ignore_index, needs_hidden, needs_weight, needs_bias, chunk_rows, parts, group, impl):  # fmt: skip
-    acc = head.accumulator(hidden.dtype)
+    acc = accumulator(hidden.dtype)
     n_sequences, n_groups = seq_offsets.numel() - 1, group_offsets.numel() - 1
 
     def new(*size):
@@ -276,7 +277,7 @@ def _(grad_loss, d_hidden, d_weight, d_bias, hidden_dtype, weight_dtype, bias_dt
 
 def _save_group_loss(ctx, inputs, output):
     hidden, weight, bias = inputs[:3]
-    ctx.dtypes = hidden.dtype, weight.dtype, head.accumulator(hidden.dtype) if bias is None else bias.dtype
+    ctx.dtypes = hidden.dtype, weight.dtype, accumulator(hidden.dtype) if bias is None else bias.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros for every output that nobody asked about would be most of the bytes
     ctx.save_for_backward(*output[7:])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from exo_kernels import validation
+from exo_kernels.dtypes import accumulator
 from exo_kernels.linear import head
 
 SCHEDULES = ("auto", "deferred", "group", "store", "recompute")
@@ -46,7 +47,7 @@ class Sizes(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Of a chunk: its logits, its gradients where they cannot take their place, and the thin rows beside them."""
-        acc = head.accumulator(self.dtype)
+        acc = accumulator(self.dtype)
         sides = 2 if self.stacked else 1
         wide = head.padded(self.vocab) * acc.itemsize * sides
         if head.gradient_dtype(self.dtype, self.device) != acc:
