@@ -28,14 +28,37 @@ def option(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What every stage that trains has in common."""
+class Stage:
+    """What every stage has in common."""
 
-    output_dir: str = option("runs/align", "directory of the run")
+    output_dir: str = option("runs/stage", "directory of the run")
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir")
     seed: int = option(0, "seed of every random choice")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+
+
+@dataclass(frozen=True)
+class Compute(Stage):
+    """What every stage that runs a model has in common."""
+
+    max_tokens_per_batch: int = option(8192, "padded tokens per forward pass; bounds the memory")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "compute dtype over fp32 weights; auto is bfloat16 on a GPU that has it, else float32"
+    )
+    device: Literal["auto", "cpu"] = option("auto", "cpu keeps off a GPU that is there")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_tokens_per_batch >= 1, "max_tokens_per_batch", ">= 1", self.max_tokens_per_batch)
+
+
+@dataclass(frozen=True)
+class Training(Compute):
+    """What every stage that trains has in common."""
+
     batch_size: int = option(64, "prompts per optimizer step, over all processes")
-    max_tokens_per_batch: int = option(8192, "padded tokens per forward pass; bounds the memory of a step")
     num_train_epochs: float = option(1.0, "passes over the data, unless max_steps is set")
     max_steps: int = option(-1, "optimizer steps; -1 means num_train_epochs decides")
     learning_rate: float = option(1e-6, "peak learning rate of AdamW")
@@ -47,10 +70,6 @@ class Training:
     adam_beta2: float = option(0.95, "AdamW's second moment")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
     max_grad_norm: float = option(1.0, "clip the gradient's norm; 0 means never")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "compute dtype over fp32 weights; auto is bfloat16 on a GPU that has it, else float32"
-    )
-    device: Literal["auto", "cpu"] = option("auto", "cpu keeps off a GPU that is there")
     dropout: bool = option(False, "train with the model's own dropout")
     max_length: int = option(1024, "tokens of prompt and completion together")
     max_completion_length: int | None = option(None, "tokens of a completion, its end of sequence included")
@@ -61,6 +80,7 @@ class Training:
     report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_ranges(self)
 
 
@@ -174,8 +194,7 @@ def _or_none(base: Any) -> Any:
 
 
 def _check_ranges(config: Training) -> None:
-    require(0 <= config.seed < 2**32, "seed", "in [0, 2^32)", config.seed)
-    for name in ("batch_size", "max_tokens_per_batch", "logging_steps"):
+    for name in ("batch_size", "logging_steps"):
         require(getattr(config, name) >= 1, name, ">= 1", getattr(config, name))
     for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
         require(0 < getattr(config, name) < float("inf"), name, "a finite number > 0", getattr(config, name))

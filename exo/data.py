@@ -24,8 +24,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+Purpose = Literal["comparisons", "samples", "texts", "prompts", "labels"]
 StrPath = str | os.PathLike[str]
 Row = dict[str, Any]
 Place = tuple[int, str]  # number of a row, and the file:line to blame
@@ -50,12 +51,23 @@ class _Malformed(Exception):
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt and the completions to be compared."""
+    """One prompt and its completions: those to be compared, samples of a model, the one to imitate, or none."""
 
     prompt: str
     completions: tuple[str, ...]
-    rewards: tuple[float, ...] | None  # None: preferences, and completions[0] is the chosen one
+    rewards: tuple[float, ...] | None  # None where no number was given: of a preference, completions[0] is the chosen
     line: int  # 1-based line, or 1-based row of a .json array
+    tokens: "Tokens | None" = None  # where the completions were sampled by us
+    label: int | None = None  # of a text to be classified, which is the one completion
+
+
+class Tokens(NamedTuple):
+    """The completions as the model made them, so that nobody tokenises again."""
+
+    tokenizer: str  # packing.tokenizer_hash of the one that the numbers belong to
+    ids: tuple[tuple[int, ...], ...]  # a row a completion; without an end of sequence where it ended for its length
+    logprobs: tuple[float, ...]  # sums, at the temperature of the sampling
+    finish: tuple[str, ...]  # "eos" or "length"
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,8 @@ class _Reading(NamedTuple):
     rewards: tuple[float, ...] | None = None
     later_turns: bool = False
     skip: str = ""
+    tokens: Tokens | None = None
+    label: int | None = None
 
 
 class _Shape(NamedTuple):
@@ -99,12 +113,13 @@ class _Shape(NamedTuple):
         return f"{self.name} ({'/'.join(self.keys)})"
 
 
-def read(path: StrPath, *, skip_invalid: bool = False) -> Dataset:
+def read(path: StrPath, *, purpose: Purpose = "comparisons", skip_invalid: bool = False) -> Dataset:
     """Read a data file. Its first valid row sets the shape; a row of another shape is malformed.
 
-    A malformed row raises `DataError`, or is counted under `skip_invalid`. Rows with nothing to
-    compare (an empty completion, a single one, all the same) are skipped and counted in any case.
-    A file without a usable row raises, and so does one damaged beyond telling its rows apart.
+    `purpose` says what is wanted of a row: completions to compare, a model's samples, one text to imitate, a prompt
+    alone, or a text with its class. A malformed row raises `DataError`, or is counted under `skip_invalid`. Rows that
+    do not serve the purpose (nothing to compare: an empty completion, a single one, all the same) are skipped and
+    counted in any case. A file without a usable row raises, and so does one damaged beyond telling its rows apart.
     """
     groups: list[Group] = []
     skipped: Counter[str] = Counter()
@@ -118,7 +133,7 @@ def read(path: StrPath, *, skip_invalid: bool = False) -> Dataset:
             rows += 1
             try:
                 row = _parse(raw)
-                candidate = _match(row, shape)
+                candidate = _match(row, shape, _SHAPES[purpose])
                 reading = candidate.convert(row)
             except _Malformed as error:
                 message = f"{place}: {error}"
@@ -128,11 +143,12 @@ def read(path: StrPath, *, skip_invalid: bool = False) -> Dataset:
                 skipped["malformed"] += 1
                 continue
             shape = candidate  # only now: a malformed row must not decide for the file
-            if reason := reading.skip or _degenerate(reading.completions):
+            if reason := reading.skip or _useless(reading, purpose):
                 skipped[reason] += 1
                 continue
-            groups.append(Group(reading.prompt, reading.completions, reading.rewards, number))
-            noted.update(_remarks(reading))
+            texts = reading.completions[:1] if purpose == "texts" else reading.completions
+            groups.append(Group(reading.prompt, texts, reading.rewards, number, reading.tokens, reading.label))
+            noted.update(_remarks(reading) if purpose == "comparisons" else ())
     if shape is None or not groups:
         found = f"no usable row: {_account(rows, skipped)}" if rows else "the file holds no rows"
         hint = f"; first malformed: {first_malformed}" if first_malformed else ""
@@ -265,16 +281,18 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _match(row: Row, expected: _Shape | None) -> _Shape:
+def _match(row: Row, expected: _Shape | None, known: tuple[_Shape, ...]) -> _Shape:
     """The shape that a row's keys tell; it must be that of the rows before. More keys are fine."""
     prompted = "prompt" in row
-    fitting = [s for s in _SHAPES if set(s.keys) <= row.keys() and prompted == ("prompt" in s.keys)]
+    fitting = [s for s in known if set(s.keys) <= row.keys() and prompted == ("prompt" in s.keys)]
+    most = max((len(s.keys) for s in fitting), default=0)
+    fitting = [s for s in fitting if len(s.keys) == most]
     if len(fitting) > 1:
         raise _Malformed("keys of two shapes, chosen/rejected and completions/rewards; keep one")
     if fitting and expected in (None, fitting[0]):
         return fitting[0]
     if expected is None:
-        shapes = ", ".join(map(str, _SHAPES))
+        shapes = ", ".join(map(str, known))
         raise _Malformed(f"unknown shape, keys found: {_names(row)}; shapes read: {shapes}")
     missing = [key for key in expected.keys if key not in row]
     what = f"missing {_names(missing)}" if missing else "another shape"
@@ -297,7 +315,54 @@ def _scored(row: Row) -> _Reading:
         prompt,
         tuple(_string(f"completions[{i}]", value) for i, value in enumerate(completions)),
         tuple(_number(f"rewards[{i}]", value) for i, value in enumerate(rewards)),
+        tokens=_tokens(row, len(completions)),
     )
+
+
+def _samples(row: Row) -> _Reading:
+    if not (isinstance(row["completions"], list) and row["completions"]):
+        raise _Malformed("completions must be an array, and not empty")
+    texts = tuple(_string(f"completions[{i}]", value) for i, value in enumerate(row["completions"]))
+    return _Reading(_string("prompt", row["prompt"]), texts, tokens=_tokens(row, len(texts)))
+
+
+def _tokens(row: Row, k: int) -> Tokens | None:
+    """What our own `sample` adds; a file of someone else's has none of it, and half of it is a mistake."""
+    keys = ("tokenizer", "token_ids", "logprobs", "finish")
+    if not {"tokenizer", "token_ids"} & row.keys():
+        return None
+    if missing := [key for key in keys if key not in row]:
+        raise _Malformed(f"token ids without {_names(missing)}")
+    for key in keys[1:]:
+        if not isinstance(row[key], list) or len(row[key]) != k:
+            raise _Malformed(f"{key} must be an array of {k}, one for each completion")
+    ids = row["token_ids"]
+    if not all(isinstance(row, list) and row and all(type(i) is int and i >= 0 for i in row) for row in ids):
+        raise _Malformed("token_ids must hold arrays of token numbers, none empty")
+    if not set(row["finish"]) <= {"eos", "length"}:
+        raise _Malformed("finish must hold 'eos' or 'length'")
+    return Tokens(
+        _string("tokenizer", row["tokenizer"]),
+        tuple(map(tuple, ids)),
+        tuple(_number(f"logprobs[{i}]", value) for i, value in enumerate(row["logprobs"])),
+        tuple(row["finish"]),
+    )
+
+
+def _text(row: Row) -> _Reading:
+    key = "completion" if "completion" in row else "chosen"
+    return _Reading(_string("prompt", row["prompt"]), (_string(key, row[key]),))
+
+
+def _prompt(row: Row) -> _Reading:
+    return _Reading(_string("prompt", row["prompt"]))
+
+
+def _labelled(row: Row) -> _Reading:
+    label = row["label"]
+    if type(label) is not int or not 0 <= label <= 1:
+        raise _Malformed("label must be 0 or 1")
+    return _Reading(completions=(_string("text", row["text"]),), label=label)
 
 
 def _dialogues(row: Row) -> _Reading:
@@ -330,11 +395,18 @@ def _turns(key: str, row: Row) -> list[tuple[str, str]]:
     return [("", before)] * bool(before) + list(zip(roles, texts, strict=True))
 
 
-_SHAPES = (
-    _Shape("preferences", ("prompt", "chosen", "rejected"), _preference),
-    _Shape("completions with rewards", ("prompt", "completions", "rewards"), _scored),
-    _Shape("Anthropic HH dialogues", ("chosen", "rejected"), _dialogues),
-)
+_PREFERENCES = _Shape("preferences", ("prompt", "chosen", "rejected"), _preference)
+_SCORED = _Shape("completions with rewards", ("prompt", "completions", "rewards"), _scored)
+_HH = _Shape("Anthropic HH dialogues", ("chosen", "rejected"), _dialogues)
+_SAMPLES = _Shape("samples", ("prompt", "completions"), _samples)
+_TEXTS = (_Shape("texts", ("prompt", "completion"), _text), _Shape("texts", ("prompt", "chosen"), _text))
+_SHAPES: dict[Purpose, tuple[_Shape, ...]] = {
+    "comparisons": (_PREFERENCES, _SCORED, _HH),
+    "samples": (_SAMPLES, _SCORED),
+    "texts": (*_TEXTS, _PREFERENCES, _HH),
+    "prompts": (_Shape("prompts", ("prompt",), _prompt), *_TEXTS, _PREFERENCES, _SAMPLES, _SCORED, _HH),
+    "labels": (_Shape("labelled texts", ("text", "label"), _labelled),),
+}
 
 
 def _string(name: str, value: Any) -> str:
@@ -356,6 +428,15 @@ def _number(name: str, value: Any) -> float:
         raise _Malformed(f"{name} is too large for a float") from None
 
 
+def _useless(reading: _Reading, purpose: Purpose) -> str:
+    """Why a row does not serve its purpose, or ""."""
+    if purpose == "comparisons":
+        return _degenerate(reading.completions if reading.tokens is None else tuple(map(str, reading.tokens.ids)))
+    if purpose in ("texts", "labels") and not reading.completions[0].strip():
+        return "empty text"
+    return ""
+
+
 def _degenerate(completions: tuple[str, ...]) -> str:
     """Why there is nothing to compare, or "". White space counts as a difference: code needs it."""
     if not all(text.strip() for text in completions):
@@ -368,7 +449,7 @@ def _degenerate(completions: tuple[str, ...]) -> str:
 def _remarks(reading: _Reading) -> list[str]:
     found = {
         "later turns dropped": reading.later_turns,
-        "all rewards equal": reading.rewards is not None and len(set(reading.rewards)) == 1,
+        "all rewards equal (the target is uniform)": reading.rewards is not None and len(set(reading.rewards)) == 1,
         "some completions repeated": len(set(reading.completions)) < len(reading.completions),
         "empty prompt": not reading.prompt,
     }

@@ -4,10 +4,12 @@ Prompt and completion are tokenised apart, so that the border between them is ri
 from lengths, never from token ids. Left out: sharing the prompt among its completions, and padding-free rows.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,25 +66,59 @@ class Batch(NamedTuple):
         return Batch(*map(moved, self))
 
 
-def encode(groups: Iterable[Group], tokenizer: Any, limits: Limits, path: str) -> tuple[list[TokenGroup], Counter[str]]:
-    """Tokenise; also count, by reason, the rows cut or dropped for their length. `path` is named in errors."""
+def tokenizer_hash(tokenizer: Any) -> str:
+    """What a token id means, as 16 hex digits: equal for tokenizers that name all tokens alike."""
+    meaning = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
+    return hashlib.sha256(meaning.encode()).hexdigest()[:16]
+
+
+def encode(
+    groups: Iterable[Group], tokenizer: Any, limits: Limits, path: str, *, foreign: Literal["refuse", "text"] = "refuse"
+) -> tuple[list[TokenGroup], Counter[str]]:
+    """Tokenise; also count, by reason, the rows cut or dropped for their length. `path` is named in errors.
+
+    Sampled completions keep the tokens they were sampled as. `foreign` says what becomes of those of another tokenizer:
+    a policy refuses them, and a reward model reads their text.
+    """
     counts: Counter[str] = Counter()
     encoded = []
-    # Where the tokenizer itself begins texts with BOS, prompts do; an EOS that it would append never ends a prompt.
-    first = tokenizer("a")["input_ids"][:1]
-    start = first if first == [tokenizer.bos_token_id] else []
+    own = ""  # a large vocabulary takes a while to hash: only where token ids are met
+    start = _beginning(tokenizer)
     for group in groups:
-        prompt = start + tokenizer(group.prompt, add_special_tokens=False)["input_ids"]
-        if not prompt:  # the first token of a completion needs a token before it
-            prompt = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-        completions = [
-            [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            for text in group.completions
-        ]
-        fitted = _fit(prompt, completions, len(start), limits, f"{path}:{group.line}", counts)
+        place = f"{path}:{group.line}"
+        if group.tokens is not None:
+            own = own or tokenizer_hash(tokenizer)
+        if group.tokens is not None and group.tokens.tokenizer == own:
+            completions = [list(ids) for ids in group.tokens.ids]
+        elif group.tokens is not None and foreign == "refuse":
+            raise DataError(
+                f"{place}: token ids of another tokenizer ({group.tokens.tokenizer}, the model's is {own}); "
+                "python -m exo.sample with this model makes others"
+            )
+        else:
+            ended = ["eos"] * len(group.completions) if group.tokens is None else group.tokens.finish
+            completions = [
+                tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (how == "eos")
+                for text, how in zip(group.completions, ended, strict=True)
+            ]
+        prompt = prompt_ids(group.prompt, tokenizer)
+        fitted = _fit(prompt, completions, len(start), limits, place, counts)
         if fitted is not None:
             encoded.append(TokenGroup(*fitted, group.rewards, group.line))
     return encoded, counts
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """A prompt as every stage has it: sampling, training and scoring must agree on it."""
+    ids = _beginning(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    # the first token of a completion needs a token before it
+    return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """Where the tokenizer itself begins texts with BOS, prompts do; an EOS that it would append never ends a prompt."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _fit(

@@ -35,7 +35,7 @@ LAYERS = {
 }
 # Of exo: stages talk through files. What several need lives in a module that is no stage; only the runs of several
 # stages import them.
-STAGES = {"sft", "sample", "reward", "score", "align", "ppo", "evaluate", "judge", "report"}
+STAGES = {"prepare", "sft", "sample", "reward", "score", "align", "ppo", "best_of_n", "evaluate", "judge", "label", "report"}
 RUNS = {"train", "quickstart.recipe"}
 
 

@@ -1,0 +1,154 @@
+"""What made what: a stage's record of its inputs and outputs, and whether it still holds.
+
+A stage begins with `begin` and ends with `finish`; its run.json then holds the sha256 of what it read and of what it
+made. `source` is how a stage finds its input: a stage's directory stands for what that stage makes. `holds` tells the
+driver that a stage need not run again. Left out: resuming inside a stage.
+"""
+
+import datetime
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from exo import artifacts
+from exo.artifacts import RunError
+
+# What each stage makes; "." is a model directory.
+OUTPUTS = {
+    "prepare": "prompts.jsonl",
+    "sft": ".",
+    "sample": "samples.jsonl",
+    "score": "scored.jsonl",
+    "reward": ".",
+    "align": ".",
+    "ppo": ".",
+    "best_of_n": "samples.jsonl",
+    "evaluate": "evaluation.json",
+    "judge": "judge.json",
+    "label": "label.json",
+    "report": "report.html",
+}
+# Where a run's results go and what it prints change nothing of what it makes.
+_IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to"}
+_MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+
+
+def begin(config: Any, stage: str, *, inputs: Iterable[str] = (), **facts: Any) -> Path:
+    """Make the run directory and its record. `inputs` are the options that name what the run reads.
+
+    Call it once everything that can be checked has been, in one process: only now may an earlier run make room.
+    """
+    paths = {name: getattr(config, name) for name in inputs if getattr(config, name)}
+    directory = artifacts.prepare(
+        config.output_dir,
+        overwrite=config.overwrite_output_dir,
+        inputs=[p for v in paths.values() for p in v.split(",")],
+    )
+    hashes = {name: fingerprint(path) for name, path in paths.items()}
+    artifacts.write_run(directory, config, stage, inputs=hashes, **facts)
+    return directory
+
+
+def finish(directory: Path, **facts: Any) -> None:
+    """The run is complete, and this is what it made."""
+    made = {str(file.relative_to(directory)): _digest(file) for file in _made(directory)}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    artifacts.update_run(directory, **facts, outputs=made, finished=now)
+
+
+def record(directory: Path) -> dict[str, Any] | None:
+    """The run.json of a directory that a run of ours made; None without one."""
+    if not artifacts.is_run(directory):
+        return None
+    return json.loads((directory / artifacts.RUN_FILE).read_text(encoding="utf-8"))
+
+
+def source(option: str, path: str, *stages: str) -> str:
+    """The file or model directory that an option names.
+
+    `stages` are those that make such a thing. A directory of one of them stands for its product. RunError where the run
+    has not finished; ValueError where nothing is there, or what another stage made.
+    """
+    place = Path(path)
+    making = " or ".join(f"python -m exo.{stage}" for stage in stages)
+    run = record(place if place.is_dir() else place.parent)
+    if run is not None and (place.is_dir() or place.name == OUTPUTS.get(run["stage"])):
+        if place.is_dir() and run["stage"] not in stages:
+            raise ValueError(
+                f"--{option} {path}: expected what {' or '.join(stages)} makes; found a run of {run['stage']}; "
+                f"{making} makes one"
+            )
+        if "finished" not in run:
+            raise RunError(f"--{option} {path}: its run did not finish; run it again: {command(run)}")
+        return str(place if not place.is_dir() or OUTPUTS[run["stage"]] == "." else place / OUTPUTS[run["stage"]])
+    if not place.exists() and (place.is_absolute() or path.startswith(".") or place.suffix or place.parent.is_dir()):
+        raise ValueError(f"--{option} {path}: no such file or directory; {making} makes one")
+    return path
+
+
+def command(run: Mapping[str, Any]) -> str:
+    """The command that a record holds, as one would type it."""
+    return shlex.join(run["command"])
+
+
+def holds(directory: Path, config: Any, stage: str, inputs: Iterable[str]) -> bool:
+    """Whether the directory has a finished run of that stage with these options, the same inputs and whole outputs."""
+    run = record(directory)
+    if run is None or run["stage"] != stage or "finished" not in run:
+        return False
+    paths = {name: getattr(config, name) for name in inputs if getattr(config, name)}
+    skipped = _IMMATERIAL | paths.keys()
+    before = {name: value for name, value in run["arguments"].items() if name not in skipped}
+    wanted = {name: value for name, value in asdict(config).items() if name not in skipped}
+    same_inputs = run.get("inputs") == {name: fingerprint(path) for name, path in paths.items()}
+    return before == wanted and same_inputs and _whole(directory, run["outputs"])
+
+
+def _whole(directory: Path, outputs: Mapping[str, str]) -> bool:
+    return all((directory / name).is_file() and _digest(directory / name) == sha for name, sha in outputs.items())
+
+
+def _made(directory: Path) -> list[Path]:
+    """The files of a run but its record, its log and its pictures; and nothing hidden, which is half made."""
+    return [
+        file
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+        and file.suffix not in (".png", ".html")
+        and file.name not in (artifacts.RUN_FILE, "metrics.jsonl")
+        and not any(part.startswith(".") for part in file.relative_to(directory).parts)
+    ]
+
+
+def fingerprint(paths: str) -> str:
+    """sha256 of what an option names: a file, a model directory, several with commas; a hub name stands for itself."""
+    return "+".join(_fingerprint(path) for path in paths.split(","))
+
+
+def _fingerprint(path: str) -> str:
+    place = Path(path)
+    if place.is_file():
+        return _digest(place)
+    if not place.is_dir():
+        return path
+    files = sorted(f for f in place.rglob("*") if f.suffix in _MODEL_FILES and f.name != artifacts.RUN_FILE)
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.relative_to(place)} {_digest(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def _digest(file: Path) -> str:
+    state = file.stat()
+    return _sha256(file, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(file: Path, size: int, changed: int) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
