@@ -449,7 +449,7 @@ def _degenerate(completions: tuple[str, ...]) -> str:
 def _remarks(reading: _Reading) -> list[str]:
     found = {
         "later turns dropped": reading.later_turns,
-        "all rewards equal (the target is uniform)": reading.rewards is not None and len(set(reading.rewards)) == 1,
+        "all rewards equal": reading.rewards is not None and len(set(reading.rewards)) == 1,
         "some completions repeated": len(set(reading.completions)) < len(reading.completions),
         "empty prompt": not reading.prompt,
     }

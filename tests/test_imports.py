@@ -35,7 +35,8 @@ LAYERS = {
 }
 # Of exo: stages talk through files. What several need lives in a module that is no stage; only the runs of several
 # stages import them.
-STAGES = {"prepare", "sft", "sample", "reward", "score", "align", "ppo", "best_of_n", "evaluate", "judge", "label", "report"}
+STAGES = {"prepare", "sft", "sample", "score", "reward", "align", "ppo", "best_of_n"}
+STAGES |= {"evaluate", "judge", "label", "report"}
 RUNS = {"train", "quickstart.recipe"}
 
 
