@@ -4,10 +4,11 @@ python -m exo.align --model DIR_OR_NAME --data FILE. Reference log-probs are com
 directory is the model directory. Left out: resuming, adapters, more than the loss's own objectives.
 """
 
-import difflib
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from exo import artifacts, config, console, data, loop, models, packing, plots, policy
+from exo import artifacts, config, console, data, lineage, loop, models, packing, plots, policy, targets
 from exo.config import option, require
 from exo.packing import TokenGroup
 
@@ -26,6 +27,13 @@ SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc
 class Config(config.Training):
     model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data")
     data: str = option("", "preferences or scored completions (.jsonl, .json, .gz)")
+    target: Literal["auto", "pref", "rw"] = option(
+        "auto", "what the data are taken for; pref on rewards sets the best completion of a row against its worst"
+    )
+    max_completions: int | None = option(None, "use the first so many completions of each row")
+    reward_norm: targets.Norm = option(
+        "none", "rewards less their mean, over their standard deviation: of each prompt, or of all the data"
+    )
     ref_model: str | None = option(None, "the reference, when it is not the starting policy")
     loss: Literal["exo", "dpo"] = option("exo", "reverse or forward KL")
     beta_pi: float = option(0.1, "scale of the policy's log-ratios")
@@ -54,31 +62,35 @@ class Config(config.Training):
         expected = "in (0, 1) for exo" if self.loss == "exo" else "in [0, 1)"
         require(0 <= eps < 1 and not (eps == 0 and self.loss == "exo"), "label_smoothing", expected, eps)
         require(0 <= self.eval_fraction < 1, "eval_fraction", "in [0, 1)", self.eval_fraction)
+        require(
+            self.max_completions is None or self.max_completions >= 2, "max_completions", ">= 2", self.max_completions
+        )
         for name in ("eval_steps", "save_steps"):
             require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
 
 
 def run(config: Config) -> Path:
     """Align and return the run directory."""
-    dataset = data.read(config.data, skip_invalid=config.skip_invalid)
-    held_out = data.read(config.eval_data, skip_invalid=config.skip_invalid) if config.eval_data else None
+    dataset = _read(config, config.data)
+    held_out = _read(config, config.eval_data) if config.eval_data else None
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
 
     console.headline("Data")
-    for source in filter(None, (dataset, held_out)):
-        console.say(source.summary())
+    for read in filter(None, (dataset, held_out)):
+        console.say(read.summary())
     console.headline("Model")
-    model, tokenizer = _load(config, dataset)
-    train_groups, eval_groups = _encode(config, dataset, held_out, tokenizer, model)
+    model, tokenizer = models.load_or_tiny(
+        lineage.source("model", config.model, "sft", "align", "ppo"), dataset.texts, seed=config.seed
+    )
+    train_groups, eval_groups, counts = _encode(config, dataset, held_out, tokenizer, model)
+    loop.refuse_empty_shares(config, len(train_groups), accelerator)
     _describe(config, model, tokenizer, train_groups, accelerator)
     # all that could be checked has been: only now may an earlier run make room
     directory = Path(config.output_dir)
     if accelerator.is_main_process:
-        inputs = (config.model, config.ref_model, config.data, config.eval_data)
-        artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir, inputs=inputs)
-        hashes = {"data_sha256": dataset.sha256} | ({"eval_sha256": held_out.sha256} if held_out else {})
-        artifacts.write_run(directory, config, "align", data=hashes)
+        inputs = ("model", "ref_model", "data", "eval_data")
+        lineage.begin(config, "align", inputs=inputs, rows=dataset.account(counts))
     accelerator.wait_for_everyone()
 
     console.headline("Reference log-probs")
@@ -93,9 +105,11 @@ def run(config: Config) -> Path:
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature,
     ).train(config.dropout)  # fmt: skip
     watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics, directory)
+    steps = loop.total_steps(config, len(train_groups))
     loop.train(
-        module, train_groups, config, accelerator, metrics,
-        pad_id=tokenizer.pad_token_id, denominator=len, shown=SHOWN,
+        module, loop.batches(train_groups, config, steps), steps, config, accelerator, metrics,
+        collate=partial(packing.collate, pad_id=tokenizer.pad_token_id), denominator=len, shown=SHOWN,
+        steps_an_epoch=loop.epoch_steps(config, len(train_groups)),
         first=_first_loss_check(config, module, train_groups, accelerator), after=watch,
     )  # fmt: skip
     metrics.close()
@@ -105,18 +119,17 @@ def run(config: Config) -> Path:
     return directory
 
 
-def _load(config: Config, dataset: data.Dataset) -> tuple[Any, Any]:
-    if config.model != "tiny":
-        if not Path(config.model).exists() and difflib.get_close_matches(config.model, ["tiny"]):
-            raise ValueError(f"--model {config.model}: no such directory; did you mean tiny?")
-        return models.load(config.model)
-    texts = [text for group in dataset.groups for text in (group.prompt, *group.completions)]
-    return models.tiny(texts, seed=config.seed)
+def _read(config: Config, path: str) -> data.Dataset:
+    path = lineage.source("data", path, "score")
+    dataset = data.read(path, skip_invalid=config.skip_invalid)
+    if config.target == "rw" and dataset.groups[0].rewards is None:
+        raise ValueError(f"--target rw: expected completions with rewards; {path} has preferences")
+    return dataset
 
 
 def _encode(
     config: Config, dataset: data.Dataset, held_out: data.Dataset | None, tokenizer: Any, model: Any
-) -> tuple[list[TokenGroup], list[TokenGroup]]:
+) -> tuple[list[TokenGroup], list[TokenGroup], Counter[str]]:
     """Tokens for training and evaluation; what was cut or dropped is said, what cannot be trained on is an error."""
     limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate)
     train_rows, eval_rows, eval_path = dataset.groups, held_out.groups if held_out else [], config.eval_data
@@ -127,16 +140,29 @@ def _encode(
         chosen = set(prompts[: min(len(prompts) - 1, max(1, round(config.eval_fraction * len(prompts))))])
         eval_rows = [group for group in dataset.groups if group.prompt in chosen]
         train_rows = [group for group in dataset.groups if group.prompt not in chosen]
-    groups, counts = packing.encode(train_rows, tokenizer, limits, config.data)
-    eval_groups, more = packing.encode(eval_rows, tokenizer, limits, eval_path or config.data)
-    for reason, count in sorted((counts + more).items()):
-        console.say(f"  {count:,} {reason}")
+    train_rows, counts = _compared(config, train_rows)
+    eval_rows, more = _compared(config, eval_rows)
+    groups, cut = packing.encode(train_rows, tokenizer, limits, config.data)
+    eval_groups, cut_too = packing.encode(eval_rows, tokenizer, limits, eval_path or config.data)
+    counts = counts + more + cut + cut_too
+    console.counts(counts)
     if not groups:
         raise data.DataError(f"{config.data}: no row is left to train on")
     if eval_rows and not eval_groups:
         raise data.DataError(f"{eval_path or config.data}: no held-out row is left to evaluate on")
     models.check_fits(model, groups + eval_groups)
-    return groups, eval_groups
+    return groups, eval_groups, counts
+
+
+def _compared(config: Config, rows: list[data.Group]) -> tuple[list[data.Group], Counter[str]]:
+    """What the options make of the rows: fewer completions, pairs of rewards, rewards on another scale."""
+    counts: Counter[str] = Counter()
+    if config.max_completions is not None:
+        rows, counts = targets.first(rows, config.max_completions)
+    if config.target == "pref":
+        rows, more = targets.best_against_worst(rows)
+        return rows, counts + more
+    return targets.normalise(rows, config.reward_norm) if rows else rows, counts
 
 
 def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGroup], accelerator: Accelerator) -> None:
@@ -184,7 +210,7 @@ def _reference(
 ) -> tuple[list[TokenGroup], list[TokenGroup]]:
     reference = model
     if config.ref_model is not None:
-        reference, other = models.load(config.ref_model)
+        reference, other = models.load(lineage.source("ref_model", config.ref_model, "sft", "align", "ppo"))
         if other.get_vocab() != tokenizer.get_vocab():
             raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
         models.check_fits(reference, train_groups + eval_groups)
@@ -284,7 +310,7 @@ def _finish(model: Any, tokenizer: Any, directory: Path, watch: _Watch) -> None:
     with artifacts.staged_into(directory) as staging:
         models.save(model, tokenizer, staging)
     pictures = plots.training_curves(directory)
-    artifacts.update_run(directory, result=watch.last)
+    lineage.finish(directory, result=watch.last)
     console.headline("Done")
     if watch.last:
         console.say(f"held-out: {_summary(watch.last, len(watch.groups))}")

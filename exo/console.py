@@ -31,6 +31,12 @@ def headline(text: str) -> None:
     say(f"\n== {text}  [{duration(time.perf_counter() - _STARTED)}]")
 
 
+def counts(reasons: Mapping[str, int]) -> None:
+    """What became of rows, a reason a line."""
+    for reason, count in sorted(reasons.items()):
+        say(f"  {count:,} {reason}")
+
+
 def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"

@@ -85,6 +85,15 @@ class Dataset:
     def __post_init__(self) -> None:
         assert self.rows == len(self.groups) + sum(self.skipped.values()), "rows unaccounted for"
 
+    def texts(self) -> Iterator[str]:
+        return (text for group in self.groups for text in (group.prompt, *group.completions))
+
+    def account(self, later: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """What became of the rows, for run.json; `later` counts what happened to those that were used."""
+        return {"format": self.format, "rows": self.rows, "skipped": self.skipped, "noted": self.noted} | (
+            {"later": dict(later)} if later else {}
+        )
+
     def summary(self) -> str:
         lines = [f"{_show(self.path)}: {self.format}", _account(self.rows, self.skipped)]
         if self.noted:

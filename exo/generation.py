@@ -3,7 +3,8 @@
 Own loop instead of `model.generate`, for two things that it does not offer: every completion has
 its own random stream, so that it does not change with the batch it happens to be in, and the
 log-probability of what was drawn is summed on the way, at the temperature it was drawn at.
-Leaves out top-k, top-p and beams: the loss assumes completions drawn from the policy itself.
+Leaves out top-k and beams. Top-p is there for evaluation as the paper does it; for training, the loss
+assumes completions drawn from the policy itself.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ class _HasEos(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion: its tokens, EOS included if it came, their log-probability, why it ended."""
+    """One completion: its tokens, EOS included if it came, their log-probability (before top-p), why it ended."""
 
     token_ids: tuple[int, ...]
     logprob: float
@@ -40,17 +41,21 @@ def sample(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    top_p: float = 1.0,
+    numbers: Sequence[int] | None = None,
     batch_size: int = 512,
     progress: Callable[[int], object] | None = None,
 ) -> list[list[Sample]]:
     """Draw `k` completions of each prompt; those of prompt i are in row i.
 
-    `batch_size` counts sequences; `progress` is called with the number of sequences just done.
-    A completion depends on (seed, index of its prompt, its number among the k) alone. Rounding is
+    `batch_size` counts sequences; `progress` is called with the number of sequences just done. `numbers` names the
+    prompts (default: their index), so that a part of the prompts gets what it would get among all of them.
+    A completion depends on (seed, number of its prompt, its number among the k) alone. Rounding is
     the one exception: matrix products round differently at other batch sizes, and a draw within
     that error (about 1e-6 in fp32) of the border between two tokens goes either way.
     """
-    _validate(model, prompts, k, temperature, max_new_tokens, batch_size)
+    _validate(model, prompts, k, temperature, top_p, max_new_tokens, batch_size)
+    numbers = range(len(prompts)) if numbers is None else numbers
     # Longest first: a batch that does not fit in memory fails at once, and padding stays small.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [(i, j) for i in order for j in range(k)]
@@ -58,8 +63,8 @@ def sample(
     with _evaluating(model), torch.no_grad():
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            uniforms = torch.stack([_stream(seed, i, j, max_new_tokens) for i, j in batch])
-            samples = _draw(model, tokenizer.eos_token_id, prompts, batch, uniforms, temperature)
+            uniforms = torch.stack([_stream(seed, numbers[i], j, max_new_tokens) for i, j in batch])
+            samples = _draw(model, tokenizer.eos_token_id, prompts, batch, uniforms, temperature, top_p)
             drawn.update(zip(batch, samples, strict=True))
             if progress is not None:
                 progress(len(batch))
@@ -73,6 +78,7 @@ def _draw(
     batch: list[tuple[int, int]],
     uniforms: Tensor,  # (B, max_new_tokens)
     temperature: float,
+    top_p: float,
 ) -> list[Sample]:
     """The completions of one batch. Rows that have ended leave it; `alive` names the others."""
     device = next(model.parameters()).device
@@ -85,7 +91,7 @@ def _draw(
     decoder = _Decoder(model, prompts, [i for i, _ in batch])
     for step in range(steps):
         logprobs = torch.log_softmax(decoder.logits.float() / temperature, -1)  # (alive, V)
-        choice = _inverse_cdf(logprobs, uniforms[alive, step])
+        choice = _inverse_cdf(_nucleus(logprobs, top_p), uniforms[alive, step])
         tokens[alive, step] = choice
         scores[alive, step] = logprobs.gather(1, choice[:, None])[:, 0]
         going = choice != eos
@@ -145,6 +151,20 @@ class _Decoder:
         self.logits = self.logits[rows]
 
 
+def _nucleus(
+    logprobs: Tensor,  # (B, V)
+    top_p: float,
+) -> Tensor:
+    """The most probable tokens whose probabilities reach `top_p`; the others get none. One token always stays."""
+    if top_p >= 1:
+        return logprobs
+    ordered, place = logprobs.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    return logprobs.masked_fill(
+        torch.empty_like(place, dtype=torch.bool).scatter_(-1, place, before >= top_p), -torch.inf
+    )
+
+
 def _inverse_cdf(
     logprobs: Tensor,  # (B, V)
     uniforms: Tensor,  # (B,)
@@ -180,6 +200,7 @@ def _validate(
     prompts: Sequence[Sequence[int]],
     k: int,
     temperature: float,
+    top_p: float,
     max_new_tokens: int,
     batch_size: int,
 ) -> None:
@@ -188,6 +209,8 @@ def _validate(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompts: expected at least one token in each, got none in prompt {i}")

@@ -35,6 +35,7 @@ OUTPUTS = {
 }
 # Where a run's results go and what it prints change nothing of what it makes.
 _IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to"}
+_DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
@@ -86,7 +87,13 @@ def source(option: str, path: str, *stages: str) -> str:
         if "finished" not in run:
             raise RunError(f"--{option} {path}: its run did not finish; run it again: {command(run)}")
         return str(place if not place.is_dir() or OUTPUTS[run["stage"]] == "." else place / OUTPUTS[run["stage"]])
-    if not place.exists() and (place.is_absolute() or path.startswith(".") or place.suffix or place.parent.is_dir()):
+    # what could be a hub name ("gpt2", "owner/name") is left to whoever loads it
+    local = (
+        path.startswith((".", "~", "/"))
+        or place.suffix in _DATA_FILES
+        or (place.parent != Path() and place.parent.is_dir())
+    )
+    if local and not place.exists():
         raise ValueError(f"--{option} {path}: no such file or directory; {making} makes one")
     return path
 
@@ -136,6 +143,9 @@ def _fingerprint(path: str) -> str:
         return _digest(place)
     if not place.is_dir():
         return path
+    run = record(place)
+    if run is not None and OUTPUTS.get(run["stage"], ".") != ".":
+        return _digest(place / OUTPUTS[run["stage"]])
     files = sorted(f for f in place.rglob("*") if f.suffix in _MODEL_FILES and f.name != artifacts.RUN_FILE)
     whole = hashlib.sha256()
     for file in files:

@@ -6,11 +6,12 @@ changes the gradient. Left out: what the loss is, and resuming.
 """
 
 import importlib.util
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from exo import console
 from exo.artifacts import Metrics, RunError
-from exo.config import ConfigError, Training
-from exo.packing import TokenGroup, collate, micro_batches
+from exo.config import Compute, ConfigError, Training
+from exo.packing import TokenGroup, micro_batches
 
+G = TypeVar("G", bound=TokenGroup)
 MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
 
 
@@ -31,21 +33,22 @@ class Share(NamedTuple):
     sums: Mapping[str, tuple[Tensor | float, Tensor | float]]
 
 
-def make_accelerator(config: Training) -> Accelerator:
+def make_accelerator(config: Compute) -> Accelerator:
     """accelerate, set up as the options say. Without a GPU of CUDA's or ROCm's it is the CPU: sums need float64."""
     dtype = config.dtype
     if dtype == "auto":
         on_gpu = config.device != "cpu" and torch.cuda.is_available()
         bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if bf16 else "float32"
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+    tracker = config.report_to if isinstance(config, Training) else "none"
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
         # accelerate would drop a tracker that is not installed
-        raise ConfigError(f"--report_to {config.report_to}: not installed; pip install {config.report_to}")
+        raise ConfigError(f"--report_to {tracker}: not installed; pip install {tracker}")
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
     accelerator = Accelerator(
         cpu=config.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision=mixed,
-        log_with=None if config.report_to == "none" else config.report_to,
+        log_with=None if tracker == "none" else tracker,
         project_dir=config.output_dir,
     )
     kind = accelerator.distributed_type.value
@@ -68,6 +71,13 @@ def total_steps(config: Training, n_groups: int) -> int:
     return max(1, round(config.num_train_epochs * epoch_steps(config, n_groups)))
 
 
+def refuse_empty_shares(config: Training, n_groups: int, accelerator: Accelerator) -> None:
+    """ConfigError where a process would get no prompt in some step; a last batch may be half the size."""
+    world = accelerator.num_processes
+    if world > 1 and min(n_groups, config.batch_size / 2) < world:
+        raise ConfigError(f"--batch_size: expected at least 2 prompts for each of {world} processes, and as much data")
+
+
 def batches(groups: Sequence[TokenGroup], config: Training, steps: int) -> Iterator[list[TokenGroup]]:
     """Global batches, each epoch in an order of its own. The generator is private: nothing else moves it."""
     size, each = config.batch_size, epoch_steps(config, len(groups))
@@ -79,13 +89,18 @@ def batches(groups: Sequence[TokenGroup], config: Training, steps: int) -> Itera
         yield [groups[k] for k in order[i * size : len(order) if i == each - 1 else (i + 1) * size]]
 
 
-def optimizer(module: nn.Module, config: Training) -> torch.optim.AdamW:
-    """AdamW; no decay on vectors (norms, biases), as everywhere in the field."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def optimizer(module: nn.Module, config: Training, rates: Mapping[nn.Module, float] | None = None) -> torch.optim.AdamW:
+    """AdamW; no decay on vectors (norms, biases), as everywhere in the field.
+
+    `rates` gives parts of the module a peak learning rate of their own.
+    """
+    groups = []
+    for part, peak in (rates or {module: config.learning_rate}).items():
+        parameters = [p for p in part.parameters() if p.requires_grad]
+        groups += [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay, "peak": peak},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "peak": peak},
+        ]
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
 
@@ -103,39 +118,40 @@ def learning_rate_share(config: Training, steps: int, step: int) -> float:
 
 def train(
     module: nn.Module,
-    groups: Sequence[TokenGroup],
+    source: Iterable[list[G]],
+    steps: int,
     config: Training,
     accelerator: Accelerator,
     metrics: Metrics,
     *,
-    pad_id: int,
-    denominator: Callable[[Sequence[TokenGroup]], int],
+    collate: Callable[[Sequence[G]], Any],
+    denominator: Callable[[Sequence[G]], int],
     shown: Mapping[str, str],
+    steps_an_epoch: int | None = None,
+    rates: Mapping[nn.Module, float] | None = None,
     first: Callable[[float, Mapping[str, float]], None] | None = None,
     after: Callable[[int, bool], None] | None = None,
 ) -> nn.Module:
-    """Train `module` on `groups`; return it as accelerate wrapped it.
+    """Train `module` for `steps` global batches of `source`; return it as accelerate wrapped it.
 
-    `denominator` counts a global batch in the loss's own unit. `first` sees the first loss and metrics before the first
-    update and may raise. `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` maps
-    metrics to their labels on the progress line.
+    A batch is asked for after the update before it, so that `source` may sample from the policy. `collate` makes a
+    micro-batch of a part of it. `denominator` counts a global batch in the loss's own unit. `first` sees the first loss
+    and metrics before the first update and may raise. `after(step, last)` is called after each update, for evaluation
+    and checkpoints. `shown` maps metrics to their labels on the progress line.
     """
-    steps = total_steps(config, len(groups))
     world = accelerator.num_processes
-    if world > 1 and min(len(groups), config.batch_size / 2) < world:
-        raise ConfigError(f"--batch_size: expected at least 2 prompts for each of {world} processes, and as much data")
-    optim = optimizer(module, config)
+    optim = optimizer(module, config, rates)
     module, optim = accelerator.prepare(module, optim)
     progress = console.Progress("step", steps, every=config.logging_steps)
-    skipped = 0
+    skipped = clipped = 0
     try:
-        for step, batch in enumerate(batches(groups, config, steps), start=1):
+        for step, batch in enumerate(itertools.islice(source, steps), start=1):
             began = time.perf_counter()
-            rate = config.learning_rate * learning_rate_share(config, steps, step - 1)
+            share = learning_rate_share(config, steps, step - 1)
             for group in optim.param_groups:
-                group["lr"] = rate
+                group["lr"] = group["peak"] * share
             parts = micro_batches(batch[accelerator.process_index :: world], config.max_tokens_per_batch)
-            loss, sums, tokens = _accumulate(module, parts, denominator(batch), accelerator, pad_id, step)
+            loss, sums, tokens = _accumulate(module, parts, denominator(batch), accelerator, collate, step)
             loss, sums, tokens = _across_processes(accelerator, loss, sums, tokens)
             values = {name: total / count for name, (total, count) in sums.items() if count}
             if step == 1 and first is not None:
@@ -144,10 +160,11 @@ def train(
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
             if skipped == MOST_SKIPPED:
                 raise RunError(f"step {step}: {skipped} updates in a row overflowed float16; use bfloat16")
-            rates = {"learning_rate": rate, "grad_norm": norm, "tokens": tokens}
-            rates["tokens_per_second"] = tokens / (time.perf_counter() - began)
-            epoch = step / epoch_steps(config, len(groups))
-            line = {"step": step, "epoch": epoch, "loss": loss} | values | rates
+            line = {"step": step} | ({"epoch": step / steps_an_epoch} if steps_an_epoch else {}) | {"loss": loss}
+            line |= values | {"learning_rate": config.learning_rate * share, "grad_norm": norm, "tokens": tokens}
+            line["clipped"] = float(0 < config.max_grad_norm < norm)
+            clipped += int(line["clipped"])
+            line["tokens_per_second"] = tokens / (time.perf_counter() - began)
             if accelerator.is_main_process:
                 metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
                 accelerator.log(line, step=step)
@@ -156,27 +173,30 @@ def train(
                 after(step, step == steps)
     finally:
         progress.stop()
+    console.say(
+        f"  the gradient's norm was clipped to {config.max_grad_norm:g} in {100 * clipped / steps:.0f}% of the steps"
+    )
     return module
 
 
 def _accumulate(
     module: nn.Module,
-    parts: list[list[TokenGroup]],
+    parts: Sequence[Sequence[TokenGroup]],
     count: int,
     accelerator: Accelerator,
-    pad_id: int,
+    collate: Callable[[Any], Any],
     step: int,
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
     """Forward and backward over one process's part of a step."""
     loss, tokens, sums = 0.0, 0.0, dict[str, tuple[float, float]]()
     for i, part in enumerate(parts):
-        batch = collate(part, pad_id).to(accelerator.device)
+        batch = collate(part).to(accelerator.device)
         last = i == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(module):
             share = module(batch, count)
             value = float(share.loss.detach())
             if not math.isfinite(value):
-                lines = ", ".join(map(str, batch.lines[:10]))
+                lines = ", ".join(str(group.line) for group in part[:10])
                 raise RunError(f"step {step}: the loss is {value}; stopped before the update; rows at lines {lines}")
             # processes are averaged by the wrapper, but the denominator already counts them all
             accelerator.backward(share.loss * accelerator.num_processes)

@@ -5,8 +5,9 @@ config and a tokenizer. Leaves out devices, dtypes other than fp32 and adapters:
 owns those.
 """
 
+import difflib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,7 @@ try:
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
         AutoTokenizer,
         LlamaConfig,
         LlamaForCausalLM,
@@ -54,8 +56,49 @@ def load(name: str | PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenize
     with _bars_only_on_a_terminal():
         config = _load_config(name)
         refuse_unsupported(config)
-        tokenizer = _load_tokenizer(name)  # before the weights, which take longer to read
-        return _load_weights(name, config), tokenizer
+        tokenizer = load_tokenizer(name)  # before the weights, which take longer to read
+        return _load_weights(AutoModelForCausalLM, name, config), tokenizer
+
+
+def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with one output (a reward model) or two, and its tokenizer; as strict as `load`."""
+    with _bars_only_on_a_terminal():
+        config = _load_config(name)
+        if not any("SequenceClassification" in head for head in config.architectures or []):
+            raise ValueError(
+                f"model {name!r}: expected a sequence classifier, got {config.architectures}; python -m exo.reward "
+                "trains one"
+            )
+        if (config.num_labels or 0) > 2:
+            raise ValueError(f"model {name!r}: expected one output (a reward) or two classes, got {config.num_labels}")
+        tokenizer = load_tokenizer(name)
+        model = _load_weights(AutoModelForSequenceClassification, name, config)
+        model.config.pad_token_id = tokenizer.pad_token_id  # its pooling goes by it
+        return model, tokenizer
+
+
+def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier on the body of a causal LM, its head new and drawn from the seed."""
+    with _bars_only_on_a_terminal():
+        config = _load_config(name)
+        refuse_unsupported(config)
+        tokenizer = load_tokenizer(name)
+        config.num_labels = outputs
+        config.pad_token_id = tokenizer.pad_token_id
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return _load_weights(AutoModelForSequenceClassification, name, config, head_is_new=True), tokenizer
+
+
+def load_or_tiny(
+    name: str, texts: Callable[[], Iterable[str]], *, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load`, or where the name is "tiny" a small model on `texts`."""
+    if name == "tiny":
+        return tiny(texts(), seed=seed)
+    if not Path(name).exists() and difflib.get_close_matches(name, ["tiny"]):
+        raise ValueError(f"--model {name}: no such directory; did you mean tiny?")
+    return load(name)
 
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
@@ -146,7 +189,8 @@ def _load_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; one without padding pads with its end of sequence."""
     with _explained(name, "a tokenizer beside the weights (tokenizer.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
@@ -161,10 +205,11 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    with _explained(name, "weights in safetensors (pickles are not read; save_pretrained converts)"):
+def _load_weights(kind: Any, name: str, config: PreTrainedConfig, *, head_is_new: bool = False) -> PreTrainedModel:
+    what = "weights in safetensors (pickles are not read; save_pretrained converts)"
+    with _explained(name, what), _without_warnings():
         # Typed for its usual answer; asked for its report as well, it gives two things.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             name,
             config=config,
             dtype=torch.float32,
@@ -177,6 +222,8 @@ def _load_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     # transformers fills what is missing or misshapen with random numbers, and warns.
     wrong = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
     wrong |= report["missing_keys"]
+    if head_is_new:
+        wrong = {key for key in wrong if key.startswith(f"{model.base_model_prefix}.")}
     if wrong:
         raise ValueError(
             f"model {name!r}: expected every weight of {type(model).__name__} in the shape that "
@@ -267,6 +314,17 @@ def _llama(tokenizer: PreTrainedTokenizerBase, seed: int, hidden: int, layers: i
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """transformers prints a table of what it found missing; what matters of it is an error here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 @contextmanager

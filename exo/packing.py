@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ class TokenGroup:
         return len(self.prompt) + max(map(len, self.completions))
 
 
+G = TypeVar("G", bound=TokenGroup)
+
+
 class Batch(NamedTuple):
     """Padded on the right; the completions of one prompt are adjacent."""
 
@@ -52,7 +55,6 @@ class Batch(NamedTuple):
     group_size: Tensor  # (G,) int64
     rewards: Tensor | None  # (N,) float64
     ref_logps: Tensor | None  # (N,) float64
-    lines: tuple[int, ...]  # (G,)
 
     def known_ref_logps(self) -> Tensor:  # (N,)
         if self.ref_logps is None:
@@ -60,10 +62,8 @@ class Batch(NamedTuple):
         return self.ref_logps
 
     def to(self, device: torch.device) -> "Batch":
-        def moved(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        return Batch(*map(moved, self))
+        moved: list[Any] = [None if value is None else value.to(device) for value in self]
+        return Batch(*moved)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -168,10 +168,7 @@ def collate(groups: Sequence[TokenGroup], pad_id: int) -> Batch:
         attention_mask[i, :end] = 1
         labels[i, len(prompt) : end] = input_ids[i, len(prompt) : end]
     sizes = torch.tensor([len(group.completions) for group in groups])
-    lines = tuple(group.line for group in groups)
-    return Batch(
-        input_ids, attention_mask, labels, sizes, _column(groups, "rewards"), _column(groups, "ref_logps"), lines
-    )
+    return Batch(input_ids, attention_mask, labels, sizes, _column(groups, "rewards"), _column(groups, "ref_logps"))
 
 
 def _column(groups: Sequence[TokenGroup], name: str) -> Tensor | None:
@@ -181,12 +178,12 @@ def _column(groups: Sequence[TokenGroup], name: str) -> Tensor | None:
     return torch.tensor([x for value in values for x in value], dtype=torch.float64)
 
 
-def micro_batches(groups: Sequence[TokenGroup], max_tokens: int) -> list[list[TokenGroup]]:
+def micro_batches(groups: Sequence[G], max_tokens: int) -> list[list[G]]:
     """Split a batch so that no part has more than `max_tokens` padded tokens; a larger group stands alone.
 
     Sorted by length, so that little is padding; the loss is a sum over groups and does not mind the order.
     """
-    parts: list[list[TokenGroup]] = []
+    parts: list[list[G]] = []
     rows = 0
     for group in sorted(groups, key=lambda g: (-g.longest, g.line)):
         size = len(group.completions)

@@ -16,6 +16,7 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
 CURVES = (
     ("loss", "loss (nats)"),
     ("rewards/accuracies", "accuracy of the implicit reward"),
+    ("accuracy", "accuracy"),
     ("rewards/margins", "margin of the implicit reward"),
     ("grad_norm", "gradient norm before clipping"),
 )

@@ -5,7 +5,7 @@ model, metrics, the loss that a run must begin with, and evaluation on held-out 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -33,6 +33,9 @@ TOKEN_NOISE = {"no": 1e-5, "fp16": 2e-3, "bf16": 1.5e-2}
 
 
 MEAN_SQUARE = "log_ratios/mean_square"  # of S_k, the sequence log-ratios
+METRICS = ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/stuck"]
+METRICS += ["logps/chosen", "logps/rejected", "target/entropy", "target/ess", MEAN_SQUARE]
+STUCK = -3.0  # of the margin beta_pi (S_best - S_worst)
 
 
 class PolicyLoss(nn.Module):
@@ -111,15 +114,17 @@ def _sums(metrics: dict[str, list[float]]) -> dict[str, tuple[float, int]]:
 
 def group_metrics(stats: LossStats, batch: Batch, beta_pi: float) -> dict[str, list[float]]:
     """Metrics by their usual names, one value a group; a group that prefers nothing has none of most."""
-    names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-    found: dict[str, list[float]] = {name: [] for name in (*names, "logps/chosen", "logps/rejected", MEAN_SQUARE)}
+    found: dict[str, list[float]] = {name: [] for name in METRICS}
     sizes = batch.group_size.tolist()
     implicit = stats.implicit_rewards.double().cpu().split(sizes)
     logps = stats.policy_logps.double().cpu().split(sizes)
+    wanted = stats.q.double().cpu().split(sizes)
     # preferences are rewards of which the first completion has the higher
     targets = batch.rewards.cpu().split(sizes) if batch.rewards is not None else None
     for i, size in enumerate(sizes):
         found[MEAN_SQUARE].append(float((implicit[i] / beta_pi).square().mean()))
+        found["target/entropy"].append(float(-torch.special.xlogy(wanted[i], wanted[i]).sum()))
+        found["target/ess"].append(float(1 / wanted[i].square().sum()))
         target = targets[i] if targets is not None else -torch.arange(size).clamp(max=1).double()
         if size < 2 or bool((target == target[0]).all()):
             continue  # nothing is preferred here
@@ -128,6 +133,8 @@ def group_metrics(stats: LossStats, batch: Batch, beta_pi: float) -> dict[str, l
         found["rewards/rejected"].append(float(implicit[i][worst]))
         found["rewards/margins"].append(float(implicit[i][best] - implicit[i][worst]))
         found["rewards/accuracies"].append(agreement(implicit[i], target))
+        # so badly ranked that EXO's gradient has all but vanished (0.3 of what it was at the start, and falling)
+        found["rewards/stuck"].append(float(implicit[i][best] - implicit[i][worst] < STUCK))
         found["logps/chosen"].append(float(logps[i][best]))
         found["logps/rejected"].append(float(logps[i][worst]))
     return found
@@ -141,8 +148,16 @@ def agreement(scores: Tensor, target: Tensor) -> float:
     return float(right[ranked].mean())
 
 
+def score(model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, **options: Any) -> list[TokenGroup]:
+    """The groups with this model's log-probs as their reference: fp64 sums. `options` are those of `token_logps`."""
+    sums: dict[int, tuple[float, ...]] = {}
+    for i, rows in token_logps(model, groups, accelerator, **options):
+        sums[i] = tuple(float(row.sum()) for row in rows)
+    return [replace(group, ref_logps=sums[i]) for i, group in enumerate(groups)]
+
+
 @torch.no_grad()
-def score(
+def token_logps(
     model: nn.Module,
     groups: Sequence[TokenGroup],
     accelerator: Accelerator,
@@ -150,28 +165,30 @@ def score(
     pad_id: int,
     max_tokens: int,
     temperature: float,
-    advance: Callable[[int], None],
-) -> list[TokenGroup]:
-    """The groups with this model's log-probs as their reference: fp64 sums of per-token log-probs.
+    advance: Callable[[int], None] = lambda _: None,
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """(index of a group, log-probs of the tokens of each of its completions in fp64), in order of length.
 
     The model is left as it was; no random state moves.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     head = CausalHead(model)
-    sums: dict[int, tuple[float, ...]] = {}
     position = {id(group): i for i, group in enumerate(groups)}
-    for part in micro_batches(groups, max_tokens):
-        batch = collate(part, pad_id).to(accelerator.device)
-        with accelerator.autocast():
-            hidden = head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            per_token = linear_token_logps(hidden, head.weight, batch.labels, temperature=temperature, **head.options)
-        totals = per_token.double().sum(-1).cpu().split(batch.group_size.tolist())
-        for group, total in zip(part, totals, strict=True):
-            sums[position[id(group)]] = tuple(total.tolist())
-        advance(len(part))
-    model.train(was_training)
-    return [replace(group, ref_logps=sums[i]) for i, group in enumerate(groups)]
+    try:
+        for part in micro_batches(groups, max_tokens):
+            batch = collate(part, pad_id).to(accelerator.device)
+            with accelerator.autocast():
+                hidden = head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                scores = linear_token_logps(hidden, head.weight, batch.labels, temperature=temperature, **head.options)
+            rows = iter(scores.double().cpu())
+            for group in part:
+                start = len(group.prompt) - 1  # the row that makes the first token
+                yield position[id(group)], [next(rows)[start : start + len(ids)] for ids in group.completions]
+            advance(len(part))
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()
@@ -188,7 +205,7 @@ def evaluate(
         with accelerator.autocast():
             share, stats = module.losses(batch, reduction="sum")
         if not math.isfinite(float(share)):
-            lines = ", ".join(map(str, batch.lines[:10]))
+            lines = ", ".join(str(group.line) for group in part[:10])
             raise RunError(f"evaluation: the loss is {float(share)}; held-out rows at lines {lines}")
         loss += float(share)
         for name, found in group_metrics(stats, batch, module.betas["beta_pi"]).items():

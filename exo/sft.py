@@ -1,17 +1,18 @@
-"""Supervised fine-tuning: the loss of completions given their prompts, from {"prompt", "completion"} lines to a model.
+"""Supervised fine-tuning: the loss of completions given their prompts, from a causal LM and texts to a model directory.
 
-python -m exo.sft --model DIR_OR_NAME --data FILE. Mean over the completion tokens of a step, whatever the
-micro-batches. Left out: held-out evaluation, other formats, packing.
+python -m exo.sft --model DIR_OR_NAME --data FILE. Of preferences, the chosen completion is learned. Mean over the
+completion tokens of a step, whatever the micro-batches. Left out: held-out evaluation, packing.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from accelerate.utils import set_seed
 from torch import nn
 
-from exo import artifacts, config, console, data, loop, models, packing, plots
+from exo import artifacts, config, console, data, lineage, loop, models, packing, plots
 from exo.config import option, require
 from exo.head import CausalHead
 from exo.packing import IGNORE, Batch, TokenGroup
@@ -22,13 +23,14 @@ from exo_kernels import linear_token_logps
 class Config(config.Training):
     output_dir: str = option("runs/sft", "directory of the run")
     learning_rate: float = option(1e-5, "peak learning rate of AdamW")
-    model: str = option("", "directory or hub name of a causal LM")
-    data: str = option("", 'lines of {"prompt", "completion"}')
+    model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data")
+    data: str = option("", "prompts with a completion, or preferences")
+    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.model), "model", "a directory or a hub name", self.model)
-        require(bool(self.data), "data", 'a file of {"prompt", "completion"} lines', self.data)
+        require(bool(self.data), "data", "a file of prompts with completions", self.data)
 
 
 class NextToken(nn.Module):
@@ -47,26 +49,38 @@ class NextToken(nn.Module):
 
 def run(config: Config) -> Path:
     """Fine-tune and return the run directory, which is the model directory."""
+    dataset = data.read(
+        lineage.source("data", config.data, "prepare"), purpose="texts", skip_invalid=config.skip_invalid
+    )
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
-    model, tokenizer = models.load(config.model)
-    groups = _read(config, tokenizer)
+    console.say(dataset.summary())
+    model, tokenizer = models.load_or_tiny(
+        lineage.source("model", config.model, "sft"), dataset.texts, seed=config.seed
+    )
+    limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate)
+    groups, counts = packing.encode(dataset.groups, tokenizer, limits, config.data)
+    console.counts(counts)
+    if not groups:
+        raise data.DataError(f"{config.data}: no row is left to train on")
     models.check_fits(model, groups)
+    loop.refuse_empty_shares(config, len(groups), accelerator)
     directory = Path(config.output_dir)
     if accelerator.is_main_process:
-        inputs = (config.model, config.data)
-        artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir, inputs=inputs)
-        artifacts.write_run(directory, config, "sft")
+        lineage.begin(config, "sft", inputs=("model", "data"), rows=dataset.account(counts))
     accelerator.wait_for_everyone()
+    steps = loop.total_steps(config, len(groups))
     console.say(
-        f"{len(groups):,} texts, {loop.total_steps(config, len(groups)):,} steps of {config.batch_size}, "
+        f"{len(groups):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
     accelerator.init_trackers("exo")
     metrics = artifacts.Metrics(directory / "metrics.jsonl")
+    module = NextToken(model).train(config.dropout)
     loop.train(
-        NextToken(model).train(config.dropout), groups, config, accelerator, metrics,
-        pad_id=tokenizer.pad_token_id, denominator=_tokens, shown={"loss": "loss", "tokens_per_second": "tok/s"},
+        module, loop.batches(groups, config, steps), steps, config, accelerator, metrics,
+        collate=partial(packing.collate, pad_id=tokenizer.pad_token_id), denominator=_tokens,
+        steps_an_epoch=loop.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
     metrics.close()
     accelerator.end_training()
@@ -74,30 +88,12 @@ def run(config: Config) -> Path:
         with artifacts.staged_into(directory) as staging:
             models.save(model, tokenizer, staging)
         plots.training_curves(directory)
+        lineage.finish(directory)
     return directory
 
 
 def _tokens(groups: Sequence[TokenGroup]) -> int:
     return sum(len(completion) for group in groups for completion in group.completions)
-
-
-def _read(config: Config, tokenizer: object) -> list[TokenGroup]:
-    """Strict: a line without both strings is an error."""
-    texts = []
-    for line, row in data.read_jsonl(config.data):
-        prompt, completion = row.get("prompt"), row.get("completion")
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise data.DataError(f"{config.data}:{line}: expected strings 'prompt' and 'completion'")
-        texts.append(data.Group(prompt, (completion,), None, line))
-    if not texts:
-        raise data.DataError(f"{config.data}: holds no line")
-    limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate)
-    groups, counts = packing.encode(texts, tokenizer, limits, config.data)
-    for reason, count in sorted(counts.items()):
-        console.say(f"  {count:,} {reason}")
-    if not groups:
-        raise data.DataError(f"{config.data}: no row is left to train on")
-    return groups
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,10 +4,16 @@ prompts("train"), prompts("test")     openings of reviews; the test ones never r
 corpus(n, seed)                       (prompt, continuation) pairs of mixed sentiment
 vocabulary()                          every word that can occur
 score(text)                           the reward: sentiment in log-odds, between -6 and 6
+reward(prompt, continuation)          the same, as `--oracle exo.quickstart:reward` takes it
 explain(text)                         the claims that a score is made of
 """
 
 from exo.quickstart.grammar import corpus, prompts, vocabulary
 from exo.quickstart.oracle import explain, score
 
-__all__ = ["corpus", "explain", "prompts", "score", "vocabulary"]
+__all__ = ["corpus", "explain", "prompts", "reward", "score", "vocabulary"]
+
+
+def reward(prompt: str, continuation: str) -> float:
+    """Sentiment of the whole review."""
+    return score(f"{prompt} {continuation}")

@@ -1,0 +1,64 @@
+"""Best-of-N: of every N completions of a row the one of the highest reward, the paper's upper bound on what is in them.
+
+python -m exo.best_of_n --data SCORED --n N. A row of M N completions gives M of them. The policy that this amounts to
+is at most log N - (N - 1)/N nats from the one that was sampled: exactly that where no two completions are alike.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exo import artifacts, config, console, data, lineage, samples, targets
+from exo.config import option, require
+
+
+@dataclass(frozen=True)
+class Config(config.Stage):
+    output_dir: str = option("runs/best_of_n", "directory of the run")
+    data: str = option("", "scored completions, a multiple of n in a row")
+    n: int = option(8, "completions of which the best is taken")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.data), "data", "a file of scored completions", self.data)
+        require(self.n >= 1, "n", ">= 1", self.n)
+
+
+def kl_bound(n: int) -> float:
+    """KL(best of n || the policy sampled), at most, in nats."""
+    return math.log(n) - (n - 1) / n
+
+
+def run(config: Config) -> Path:
+    """Choose, and return the run directory, which has samples.jsonl."""
+    dataset = data.read(lineage.source("data", config.data, "score"), purpose="samples")
+    console.say(dataset.summary())
+    chosen = [_best(group, config) for group in dataset.groups]
+    directory = lineage.begin(config, "best_of_n", inputs=("data",), rows=dataset.account())
+    with artifacts.staged_file(directory / "samples.jsonl") as file:
+        data.write_jsonl(file, map(samples.row, chosen))
+    console.say(f"best of {config.n}: at most {kl_bound(config.n):.3f} nats from the policy that was sampled")
+    lineage.finish(directory, result={"n": config.n, "kl_bound": kl_bound(config.n)})
+    return directory
+
+
+def _best(group: data.Group, config: Config) -> data.Group:
+    rewards = group.rewards
+    if rewards is None:
+        raise data.DataError(f"{config.data}:{group.line}: has no rewards; python -m exo.score makes them")
+    if len(rewards) % config.n:
+        raise data.DataError(
+            f"{config.data}:{group.line}: expected a multiple of --n {config.n} completions; got {len(rewards)}"
+        )
+    blocks = (range(start, start + config.n) for start in range(0, len(rewards), config.n))
+    return targets.select(group, [max(block, key=lambda i: rewards[i]) for block in blocks])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = config.parse(Config, argv, prog="python -m exo.best_of_n", description=__doc__)
+    return artifacts.guarded(run, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,173 @@
+"""The reward model: a scalar on the last token, trained so that the chosen completion of a pair scores higher.
+
+python -m exo.reward --model DIR_OR_NAME --data FILE. Bradley-Terry: -log sigmoid(r_chosen - r_rejected), mean over
+pairs; scored completions become pairs of best and worst. With --labels, lines of {"text", "label"} train a classifier
+of two classes instead, whose log-odds are the paper's oracle for sentiment. Saved as a model that
+AutoModelForSequenceClassification reads. Left out: margins, several completions at once.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from exo import artifacts, config, console, data, intervals, lineage, loop, models, packing, plots, rewards, targets
+from exo.config import option, require
+from exo.packing import Batch, TokenGroup
+
+SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
+
+
+@dataclass(frozen=True)
+class Config(config.Training):
+    output_dir: str = option("runs/reward", "directory of the run")
+    learning_rate: float = option(1e-5, "peak learning rate of AdamW")
+    model: str = option("", "directory or hub name of a causal LM, whose body is trained on")
+    data: str = option("", "preferences, scored completions, or texts with a label")
+    max_completions: int | None = option(None, "make pairs of the first so many completions of each row")
+    labels: bool = option(False, "the data are texts with a label, 0 or 1")
+    eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none")
+    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.model), "model", "a directory or a hub name", self.model)
+        require(bool(self.data), "data", "a file of preferences, scored completions or labelled texts", self.data)
+        require(0 <= self.eval_fraction < 1, "eval_fraction", "in [0, 1)", self.eval_fraction)
+        require(
+            self.max_completions is None or self.max_completions >= 2, "max_completions", ">= 2", self.max_completions
+        )
+
+
+class PairLoss(nn.Module):
+    """A reward model whose forward is the Bradley-Terry loss of pairs: rows 2i chosen, 2i + 1 rejected."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def margins(self, batch: Batch) -> Tensor:  # (G,) positive where the right one wins
+        chosen, rejected = rewards.last_token_rewards(self.model, batch).view(-1, 2).unbind(1)
+        return chosen - rejected
+
+    def forward(self, batch: Batch, count: int) -> loop.Share:
+        margins = self.margins(batch)
+        right = (margins > 0).double().sum()
+        loss = -nn.functional.logsigmoid(margins).sum() / count
+        return loop.Share(loss, {"accuracy": (right, len(margins)), "margin": (margins.detach().sum(), len(margins))})
+
+
+class LabelLoss(PairLoss):
+    """The same for a classifier: the cross-entropy of two classes is that of the log-odds, signed by the label."""
+
+    def margins(self, batch: Batch) -> Tensor:  # (G,)
+        assert batch.rewards is not None
+        return rewards.last_token_rewards(self.model, batch) * (2 * batch.rewards.float() - 1)
+
+
+def run(config: Config) -> Path:
+    """Train and return the run directory, which is the model directory."""
+    path = lineage.source("data", config.data, "prepare", "score")
+    dataset = data.read(path, purpose="labels" if config.labels else "comparisons", skip_invalid=config.skip_invalid)
+    accelerator = loop.make_accelerator(config)
+    set_seed(config.seed)
+    console.say(dataset.summary())
+    name = lineage.source("model", config.model, "sft")
+    model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
+    groups, held_out, counts = _encode(config, dataset, tokenizer)
+    models.check_fits(model, groups + held_out)
+    loop.refuse_empty_shares(config, len(groups), accelerator)
+    directory = Path(config.output_dir)
+    if accelerator.is_main_process:
+        lineage.begin(config, "reward", inputs=("model", "data"), rows=dataset.account(counts))
+    accelerator.wait_for_everyone()
+    steps = loop.total_steps(config, len(groups))
+    console.say(f"{len(groups):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
+    accelerator.init_trackers("exo")
+    metrics = artifacts.Metrics(directory / "metrics.jsonl")
+    module = (LabelLoss if config.labels else PairLoss)(model).train(config.dropout)
+    collate = partial(packing.collate, pad_id=tokenizer.pad_token_id)
+    loop.train(
+        module, loop.batches(groups, config, steps), steps, config, accelerator, metrics, collate=collate,
+        denominator=len, steps_an_epoch=loop.epoch_steps(config, len(groups)), shown=SHOWN,
+    )  # fmt: skip
+    result = _evaluate(module, held_out, config, accelerator, collate)
+    metrics.write(step=steps, **result)
+    metrics.close()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        with artifacts.staged_into(directory) as staging:
+            models.save(model, tokenizer, staging)
+        plots.training_curves(directory)
+        lineage.finish(directory, result=result)
+    return directory
+
+
+def _encode(
+    config: Config, dataset: data.Dataset, tokenizer: Any
+) -> tuple[list[TokenGroup], list[TokenGroup], Counter[str]]:
+    """Pairs or texts as tokens; those held out share no prompt (no text) with the others."""
+    rows, counts = dataset.groups, Counter[str]()
+    if config.max_completions is not None:
+        rows, counts = targets.first(rows, config.max_completions)
+    if config.labels:  # the label travels where rewards do
+        rows = [data.Group("", group.completions, (float(group.label or 0),), group.line) for group in rows]
+    else:
+        rows, more = targets.best_against_worst(rows)
+        counts += more
+    names = sorted({_name(group) for group in rows})
+    random.Random(config.seed).shuffle(names)
+    kept = set(names[: round(config.eval_fraction * len(names))])
+    limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate)
+    parts = [[g for g in rows if _name(g) not in kept], [g for g in rows if _name(g) in kept]]
+    (train, cut), (held_out, cut_too) = (
+        packing.encode(part, tokenizer, limits, config.data, foreign="text") for part in parts
+    )
+    counts = counts + cut + cut_too
+    console.counts(counts)
+    if not train:
+        raise data.DataError(f"{config.data}: no row is left to train on")
+    return train, held_out, counts
+
+
+def _name(group: data.Group) -> str:
+    return group.prompt or group.completions[0]
+
+
+@torch.no_grad()
+def _evaluate(
+    module: PairLoss, groups: Sequence[TokenGroup], config: Config, accelerator: Accelerator, collate: Any
+) -> dict[str, float]:
+    """Loss and accuracy on what was held out, with the accuracy's 95% interval; nothing where nothing was."""
+    if not groups:
+        return {}
+    module.eval()
+    margins: list[float] = []
+    for part in packing.micro_batches(groups, config.max_tokens_per_batch):
+        with accelerator.autocast():
+            margins += module.margins(collate(part).to(accelerator.device)).tolist()
+    right = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
+    low, high = intervals.accuracy_interval(right)
+    accuracy = sum(right) / len(right)
+    loss = float(-nn.functional.logsigmoid(torch.tensor(margins, dtype=torch.float64)).mean())
+    console.say(
+        f"held-out accuracy {100 * accuracy:.1f}% (95% interval {100 * low:.1f} to {100 * high:.1f}) on {len(right):,}"
+    )
+    return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": high}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = config.parse(Config, argv, prog="python -m exo.reward", description=__doc__)
+    return artifacts.guarded(run, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

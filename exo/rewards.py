@@ -1,0 +1,114 @@
+"""What a completion is worth: a reward model, a classifier's log-odds, or a function of one's own.
+
+A scorer takes rows of data and gives a number a completion. A sequence classifier with one output is a reward model;
+with two, the reward is the log-odds of class 1, the paper's oracle for sentiment. A completion that its sampler cut for
+length is scored without an end of sequence. Left out: several scorers at once.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from exo import config, lineage, models, packing
+from exo.config import option, require
+from exo.data import Group
+from exo.packing import TokenGroup, collate, micro_batches
+
+Scores = list[tuple[float, ...]]  # a row a group, a number a completion
+
+
+class Scorer(NamedTuple):
+    """`score(groups)`; `name` is for people."""
+
+    name: str
+    score: Callable[[Sequence[Group]], Scores]
+
+
+class Options(NamedTuple):
+    """The two options by which a stage says who scores; one of them is set."""
+
+    reward_model: str | None
+    oracle: str | None
+
+
+REWARD_MODEL = option(None, "a sequence classifier: one output is the reward, of two the log-odds of class 1")
+ORACLE = option(None, "a function of your own, module:function, of (prompt, completion) to a number")
+
+
+def check(options: Options) -> None:
+    given = [name for name, value in options._asdict().items() if value]
+    require(len(given) == 1, "reward_model", "this or --oracle, and not both", " and ".join(given) or "neither")
+
+
+def load(options: Options, compute: config.Compute, accelerator: Accelerator, max_length: int) -> Scorer:
+    """The scorer that the options name."""
+    if options.oracle is not None:
+        return Scorer(options.oracle, _of_function(options.oracle))
+    assert options.reward_model is not None
+    name = lineage.source("reward_model", options.reward_model, "reward")
+    model, tokenizer = models.load_classifier(name)
+    model.to(accelerator.device).eval()
+    limits = packing.Limits(max_length, None, "prompt-left")
+
+    def score(groups: Sequence[Group]) -> Scores:
+        encoded, _ = packing.encode(groups, tokenizer, limits, "samples", foreign="text")
+        models.check_fits(model, encoded)
+        return _classify(model, encoded, accelerator, tokenizer.pad_token_id, compute.max_tokens_per_batch)
+
+    return Scorer(name, score)
+
+
+def _of_function(name: str) -> Callable[[Sequence[Group]], Scores]:
+    module, _, function = name.partition(":")
+    try:
+        oracle = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--oracle {name}: expected module:function that can be imported; {error}") from None
+
+    def score(groups: Sequence[Group]) -> Scores:
+        rewards = [tuple(float(oracle(group.prompt, text)) for text in group.completions) for group in groups]
+        for group, values in zip(groups, rewards, strict=True):
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"--oracle {name}: expected finite numbers; got {values} for line {group.line}")
+        return rewards
+
+    return score
+
+
+@torch.no_grad()
+def _classify(
+    model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, pad_id: int, max_tokens: int
+) -> Scores:
+    found: dict[int, tuple[float, ...]] = {}
+    place = {id(group): i for i, group in enumerate(groups)}
+    for part in micro_batches(groups, max_tokens):
+        batch = collate(part, pad_id).to(accelerator.device)
+        with accelerator.autocast():
+            rewards = last_token_rewards(model, batch)
+        for group, values in zip(part, rewards.double().cpu().split(batch.group_size.tolist()), strict=True):
+            found[place[id(group)]] = tuple(values.tolist())
+    return [found[i] for i in range(len(groups))]
+
+
+def last_token_rewards(model: nn.Module, batch: packing.Batch) -> Tensor:  # (N,)
+    """One number a sequence, by the model's own pooling, which takes the last token that is no padding."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
+    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+
+def describe(rewards: Scores) -> dict[str, Any]:
+    """Mean and spread of all rewards, and what is degenerate among them."""
+    values = torch.tensor([value for row in rewards for value in row], dtype=torch.float64)
+    return {
+        "mean": float(values.mean()),
+        "standard_deviation": float(values.std(correction=0)),
+        "completions": len(values),
+        "rows": len(rewards),
+        "rows of one completion": sum(len(row) == 1 for row in rewards),
+        "rows whose rewards are all equal": sum(len(row) > 1 and len(set(row)) == 1 for row in rewards),
+    }

@@ -1,0 +1,126 @@
+"""Sampling: K completions a prompt, with their tokens, log-probs and how each ended.
+
+python -m exo.sample --model DIR_OR_NAME --data FILE. Each completion has a random stream of its own, named by the seed,
+the prompt's place in the file and its number among the K: parts of the data (--first, --prompts) agree with the whole.
+--engine vllm samples there instead, where it is installed; its streams are its own. Left out: going on where an earlier
+run stopped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from exo import artifacts, config, console, data, lineage, loop, models, packing, samples
+from exo.config import option, require
+from exo.data import Group
+from exo.generation import Sample
+
+
+@dataclass(frozen=True)
+class Config(config.Compute):
+    output_dir: str = option("runs/samples", "directory of the run")
+    model: str = option("", "directory or hub name of a causal LM")
+    data: str = option("", "prompts: any data file that has them")
+    k: int = option(4, "completions a prompt")
+    temperature: float = option(1.0, "divides the logits")
+    top_p: float = option(1.0, "draw from the most probable tokens whose probabilities reach it; 1 means all")
+    max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included")
+    max_prompt_length: int = option(768, "tokens of a prompt; a longer one loses its left")
+    batch_size: int = option(256, "completions at a time")
+    first: int = option(0, "place of the first prompt to use, counted from 0")
+    prompts: int | None = option(None, "use so many prompts, beginning anew where the file has fewer")
+    engine: Literal["torch", "vllm"] = option("torch", "what samples")
+    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.model), "model", "a directory or a hub name", self.model)
+        require(bool(self.data), "data", "a file of prompts", self.data)
+        for name in ("k", "max_new_tokens", "max_prompt_length", "batch_size"):
+            require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        require(0 < self.temperature < float("inf"), "temperature", "a finite number > 0", self.temperature)
+        require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        require(self.first >= 0, "first", ">= 0", self.first)
+        require(self.prompts is None or self.prompts >= 1, "prompts", ">= 1", self.prompts)
+
+
+def run(config: Config) -> Path:
+    """Sample and return the run directory, which has samples.jsonl."""
+    path = lineage.source("data", config.data, "prepare")
+    dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
+    console.say(dataset.summary())
+    model = lineage.source("model", config.model, "sft", "align", "ppo")
+    numbers, prompts = _chosen(config, dataset)
+    console.say(f"{len(prompts):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
+    groups = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, numbers)
+    result = samples.describe(groups)
+    console.say(
+        f"  mean {result['mean_tokens']:.1f} tokens; {100 * result['unfinished']:.1f}% were cut for their length"
+    )
+    directory = lineage.begin(config, "sample", inputs=("model", "data"), rows=dataset.account())
+    with artifacts.staged_file(directory / "samples.jsonl") as file:
+        data.write_jsonl(file, map(samples.row, groups))
+    lineage.finish(directory, result=result)
+    return directory
+
+
+def _chosen(config: Config, dataset: data.Dataset) -> tuple[list[int], list[str]]:
+    """Places and prompts. A prompt that comes round again has a new place, and so new completions."""
+    total = len(dataset.groups)
+    if config.prompts is None:
+        require(config.first < total, "first", f"less than the {total} prompts of --data", config.first)
+    end = total if config.prompts is None else config.first + config.prompts
+    numbers = list(range(config.first, end))
+    return numbers, [dataset.groups[i % total].prompt for i in numbers]
+
+
+def _torch(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int]) -> list[Group]:
+    accelerator = loop.make_accelerator(config)
+    model, tokenizer = models.load(name)
+    model.to(accelerator.device)
+    with accelerator.autocast():
+        return samples.draw(
+            model, tokenizer, prompts, label="completions", max_prompt_length=config.max_prompt_length, numbers=numbers,
+            k=config.k, temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens,
+            seed=config.seed, batch_size=config.batch_size,
+        )  # fmt: skip
+
+
+def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int]) -> list[Group]:
+    """The same from vLLM. Log-probs are those it drew from, so at a top_p below 1 they are not the model's own."""
+    try:
+        import vllm
+    except ModuleNotFoundError:
+        raise ValueError("--engine vllm: not installed; pip install vllm, or leave out --engine") from None
+    tokenizer: Any = models.load_tokenizer(name)
+    ids = [packing.prompt_ids(prompt, tokenizer)[-config.max_prompt_length :] for prompt in prompts]
+    dtype = "auto" if config.dtype == "auto" else config.dtype
+    engine = vllm.LLM(model=name, dtype=dtype, seed=config.seed, logprobs_mode="processed_logprobs")
+    wanted = [
+        vllm.SamplingParams(
+            n=1, temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_new_tokens, logprobs=0,
+            seed=(config.seed * 1_000_003 + number) * 1009 + j, stop_token_ids=[tokenizer.eos_token_id],
+        )
+        for number in numbers
+        for j in range(config.k)
+    ]  # fmt: skip
+    outputs = engine.generate([{"prompt_token_ids": row} for row in ids for _ in range(config.k)], wanted)
+    flat = [_from_vllm(output.outputs[0]) for output in outputs]
+    drawn = [flat[i : i + config.k] for i in range(0, len(flat), config.k)]
+    return samples.groups(prompts, drawn, tokenizer, numbers)
+
+
+def _from_vllm(completion: Any) -> Sample:
+    ids = tuple(completion.token_ids)
+    logprob = sum(at[token].logprob for at, token in zip(completion.logprobs, ids, strict=True))
+    return Sample(ids, logprob, "eos" if completion.finish_reason == "stop" else "length")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = config.parse(Config, argv, prog="python -m exo.sample", description=__doc__)
+    return artifacts.guarded(run, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,66 @@
+"""Scoring: a reward for every completion of a file of samples, by a reward model, a classifier or a function.
+
+python -m exo.score --data FILE --reward_model DIR, or --oracle module:function. What the rows hold beside their rewards
+goes on to the next stage. Left out: going on where an earlier run stopped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from exo import artifacts, config, console, data, lineage, loop, rewards, samples
+from exo.config import option, require
+
+AT_ONCE = 1024  # rows between two looks at the clock
+
+
+@dataclass(frozen=True)
+class Config(config.Compute):
+    output_dir: str = option("runs/scored", "directory of the run")
+    data: str = option("", "samples: prompts with completions")
+    reward_model: str | None = rewards.REWARD_MODEL
+    oracle: str | None = rewards.ORACLE
+    max_length: int = option(1024, "tokens of prompt and completion together; a longer prompt loses its left")
+    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.data), "data", "a file of samples", self.data)
+        require(self.max_length >= 2, "max_length", ">= 2", self.max_length)
+        rewards.check(rewards.Options(self.reward_model, self.oracle))
+
+
+def run(config: Config) -> Path:
+    """Score and return the run directory, which has scored.jsonl."""
+    path = lineage.source("data", config.data, "sample", "best_of_n", "score")
+    dataset = data.read(path, purpose="samples", skip_invalid=config.skip_invalid)
+    console.say(dataset.summary())
+    options = rewards.Options(config.reward_model, config.oracle)
+    scorer = rewards.load(options, config, loop.make_accelerator(config), config.max_length)
+    console.say(f"scored by {scorer.name}")
+    progress = console.Progress("rows", len(dataset.groups), every=max(1, len(dataset.groups) // 4))
+    scores: rewards.Scores = []
+    for start in range(0, len(dataset.groups), AT_ONCE):
+        part = dataset.groups[start : start + AT_ONCE]
+        scores += scorer.score(part)
+        progress.advance(len(part))
+    result = rewards.describe(scores)
+    console.say(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")
+    for name in ("rows of one completion", "rows whose rewards are all equal"):
+        if result[name]:
+            console.say(f"  {result[name]:,} {name}: nothing to compare")
+    directory = lineage.begin(config, "score", inputs=("data", "reward_model"), rows=dataset.account())
+    with artifacts.staged_file(directory / "scored.jsonl") as file:
+        scored = zip(dataset.groups, scores, strict=True)
+        data.write_jsonl(file, (samples.row(replace(group, rewards=values)) for group, values in scored))
+    lineage.finish(directory, result=result)
+    return directory
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = config.parse(Config, argv, prog="python -m exo.score", description=__doc__)
+    return artifacts.guarded(run, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

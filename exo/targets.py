@@ -1,0 +1,73 @@
+"""From scored completions to what is compared: the first K of a row, the best against the worst, rewards on one scale.
+
+Pure functions on rows of data; each says what it leaves out, by reason. Left out: making the scores.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from exo.data import Group, Tokens
+
+Norm = Literal["none", "prompt", "global"]
+
+
+def first(groups: Sequence[Group], k: int) -> tuple[list[Group], Counter[str]]:
+    """The first `k` completions of each row, where that leaves something to compare."""
+    counts: Counter[str] = Counter()
+    kept = []
+    for group in groups:
+        short = select(group, range(min(k, len(group.completions))))
+        if len(set(short.completions)) == 1 and len(set(group.completions)) > 1:
+            counts[f"rows skipped: the first {k} completions identical"] += 1
+        else:
+            kept.append(short)
+    return kept, counts
+
+
+def best_against_worst(groups: Sequence[Group]) -> tuple[list[Group], Counter[str]]:
+    """Preferences out of rewards: the completion of the highest reward is chosen, that of the lowest rejected."""
+    counts: Counter[str] = Counter()
+    pairs = []
+    for group in groups:
+        if group.rewards is None:
+            pairs.append(group)
+        elif min(group.rewards) == max(group.rewards):
+            counts["rows skipped: all rewards equal, so no best and worst"] += 1
+        else:
+            best, worst = (group.rewards.index(extreme(group.rewards)) for extreme in (max, min))
+            pairs.append(replace(select(group, (best, worst)), rewards=None))
+    return pairs, counts
+
+
+def normalise(groups: Sequence[Group], how: Norm) -> list[Group]:
+    """Rewards less their mean, over their standard deviation: of the row ("prompt"), or of all of them ("global").
+
+    Rewards without spread become 0. Preferences stay as they are.
+    """
+    if how == "none" or groups[0].rewards is None:
+        return list(groups)
+    if how == "prompt":
+        return [replace(group, rewards=_scale(group.rewards or ())(group.rewards or ())) for group in groups]
+    scaled = _scale([reward for group in groups for reward in group.rewards or ()])
+    return [replace(group, rewards=scaled(group.rewards or ())) for group in groups]
+
+
+def _scale(values: Sequence[float]) -> Callable[[Sequence[float]], tuple[float, ...]]:
+    mean, spread = statistics.fmean(values), statistics.pstdev(values)
+    return lambda rewards: tuple((reward - mean) / spread if spread else 0.0 for reward in rewards)
+
+
+def select(group: Group, places: Sequence[int]) -> Group:
+    """The row with these of its completions, in this order."""
+
+    def of(values: Sequence) -> tuple:
+        return tuple(values[i] for i in places)
+
+    tokens = group.tokens
+    if tokens is not None:
+        tokens = Tokens(tokens.tokenizer, of(tokens.ids), of(tokens.logprobs), of(tokens.finish))
+    rewards = None if group.rewards is None else of(group.rewards)
+    return replace(group, completions=of(group.completions), rewards=rewards, tokens=tokens)
