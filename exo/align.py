@@ -272,7 +272,7 @@ class _Watch:
         if self.groups and (last or (config.eval_steps and step % config.eval_steps == 0)):
             self._evaluate(step)
         if config.save_steps and step % config.save_steps == 0 and self.accelerator.is_main_process:
-            self._save(f"step-{step}")
+            models.save_checkpoint(self.model, self.tokenizer, self.directory, f"step-{step}")
 
     def _evaluate(self, step: int) -> None:
         self.last = policy.evaluate(
@@ -286,13 +286,7 @@ class _Watch:
         console.say(f"  evaluation after step {step}: {_summary(self.last, len(self.groups))}")
         if self.config.eval_steps and self.last["eval_loss"] < self.best:
             self.best = self.last["eval_loss"]
-            self._save("best")
-
-    def _save(self, name: str) -> None:
-        target = self.directory / "checkpoints" / name
-        target.parent.mkdir(exist_ok=True)
-        with artifacts.staged(target) as staging:
-            models.save(self.model, self.tokenizer, staging)
+            models.save_checkpoint(self.model, self.tokenizer, self.directory, "best")
 
 
 def _summary(result: dict[str, float], n: int) -> str:

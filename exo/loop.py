@@ -201,7 +201,7 @@ def _accumulate(
             # processes are averaged by the wrapper, but the denominator already counts them all
             accelerator.backward(share.loss * accelerator.num_processes)
         loss += value
-        tokens += float(batch.attention_mask.sum())
+        tokens += sum(len(g.prompt) + len(ids) for g in part for ids in g.completions)
         for name, (total, n) in share.sums.items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + float(total), before[1] + float(n))

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from exo import artifacts
+
 try:
     from huggingface_hub.errors import StrictDataclassError
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -161,6 +163,14 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
     with _bars_only_on_a_terminal():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path, name: str) -> None:
+    """`save` into checkpoints/`name` of a run: there whole, or not at all."""
+    target = run / "checkpoints" / name
+    target.parent.mkdir(exist_ok=True)
+    with artifacts.staged(target) as staging:
+        save(model, tokenizer, staging)
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -1,0 +1,242 @@
+"""PPO, the paper's baseline: the policy against a reward, held near the reference by a KL penalty on every token.
+
+python -m exo.ppo --model DIR_OR_NAME --data PROMPTS --reward_model DIR, or --oracle module:function. Clipped objective,
+a critic of its own with a clipped loss, and at first the critic alone, the actor frozen, as in the paper's appendix C.
+The run directory is the model directory; the critic is not kept. Left out: adaptive KL coefficients, entropy bonus.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from exo import artifacts, config, console, data, lineage, loop, models, packing, plots, policy, rewards, rollouts
+from exo.config import option, require
+from exo.head import CausalHead
+from exo.packing import TokenGroup
+from exo.rollouts import Rollout, RolloutBatch
+from exo_kernels import linear_token_logps
+
+SHOWN = {"score": "score", "kl": "kl", "value_loss": "value", "tokens_per_second": "tok/s"}
+
+
+@dataclass(frozen=True)
+class Config(config.Training):
+    output_dir: str = option("runs/ppo", "directory of the run")
+    model: str = option("", "directory or hub name of a causal LM, the start and the reference")
+    data: str = option("", "prompts: any data file that has them")
+    reward_model: str | None = rewards.REWARD_MODEL
+    oracle: str | None = rewards.ORACLE
+    max_steps: int = option(200, "optimizer steps, those of the critic alone among them")
+    batch_size: int = option(64, "completions per optimizer step, over all processes")
+    rollout_size: int = option(128, "completions sampled at a time")
+    ppo_epochs: int = option(2, "passes over them before the next are sampled")
+    critic_warmup_steps: int = option(20, "steps at the beginning that train the critic alone")
+    critic_learning_rate: float = option(5e-6, "peak learning rate of the critic")
+    kl_coef: float = option(0.1, "reward lost per nat of log pi - log pi_ref")
+    temperature: float = option(1.0, "divides the logits")
+    max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included")
+    gamma: float = option(1.0, "discount of a token's reward")
+    lam: float = option(0.95, "GAE's lambda")
+    clip_range: float = option(0.2, "how far the probability ratio may go")
+    clip_range_value: float = option(0.2, "how far a value may go in one update")
+    value_coef: float = option(0.5, "weight of the critic's loss")
+    save_steps: int = option(0, "steps between checkpoints; 0 means none")
+    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.model), "model", "a directory or a hub name", self.model)
+        require(bool(self.data), "data", "a file of prompts", self.data)
+        rewards.check(rewards.Options(self.reward_model, self.oracle))
+        for name in ("max_steps", "ppo_epochs", "max_new_tokens"):
+            require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        for name in ("critic_warmup_steps", "kl_coef", "value_coef", "save_steps"):
+            require(0 <= getattr(self, name) < float("inf"), name, ">= 0", getattr(self, name))
+        for name in ("temperature", "critic_learning_rate", "clip_range", "clip_range_value"):
+            require(0 < getattr(self, name) < float("inf"), name, "a finite number > 0", getattr(self, name))
+        for name in ("gamma", "lam"):
+            require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        whole = self.rollout_size >= 1 and self.rollout_size % self.batch_size == 0
+        require(whole, "rollout_size", f"a multiple of --batch_size {self.batch_size}", self.rollout_size)
+
+
+class Critic(nn.Module):
+    """The value of the state before each token: a body like the policy's, and a linear head that begins at 0."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.body = copy.deepcopy(model.base_model)
+        self.value = nn.Linear(model.get_input_embeddings().weight.shape[1], 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, batch: packing.Batch) -> Tensor:  # (N, T) float32
+        output = self.body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return self.value(output.last_hidden_state)[..., 0].float()
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic; the forward is PPO's loss of a batch of rollouts."""
+
+    def __init__(self, model: nn.Module, critic: Critic, config: Config) -> None:
+        super().__init__()
+        self.model, self.critic, self.config = model, critic, config
+        self.head = CausalHead(model)
+
+    def forward(self, rollout: RolloutBatch, num_tokens: int) -> loop.Share:
+        batch, config = rollout.batch, self.config
+        hidden = self.head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        logps = linear_token_logps(
+            hidden, self.head.weight, batch.labels, temperature=config.temperature, **self.head.options
+        )
+        change = (logps.float() - rollout.logps) * rollout.mask
+        actor, clipped = policy_loss(change, rollout.advantages, config.clip_range)
+        critic = value_loss(self.critic(batch), rollout.values, rollout.returns, config.clip_range_value)
+
+        def total(values: Tensor) -> Tensor:
+            return (values * rollout.mask).double().sum()
+
+        # a frozen actor takes part with weight 0, or the processes would wait for its gradient
+        loss = (total(actor) * (not rollout.frozen) + config.value_coef * total(critic)) / num_tokens
+        n, tokens = len(rollout.scores), rollout.mask.sum()
+        sums: dict[str, tuple[Any, Any]] = {
+            "score": (rollout.scores.sum(), n),
+            "kl": (rollout.kls.sum(), n),
+            "value_loss": (total(critic).detach(), tokens),
+            "clip_fraction": (total(clipped), tokens),
+            policy.MEAN_SQUARE: (total(change.detach().square()), tokens),
+        }
+        return loop.Share(loss, sums)
+
+
+def policy_loss(
+    change: Tensor,  # (N, T) log pi - log pi_old
+    advantages: Tensor,  # (N, T)
+    clip_range: float,
+) -> tuple[Tensor, Tensor]:  # (N, T) each
+    """Schulman et al. 2017, eq. 7, as a loss; and 1 where the clipping bites."""
+    ratio = change.exp()
+    plain, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(plain, held), (held > plain).float()
+
+
+def value_loss(
+    values: Tensor,  # (N, T)
+    before: Tensor,  # (N, T) as the critic had them when the rollout was made
+    returns: Tensor,  # (N, T)
+    clip_range: float,
+) -> Tensor:  # (N, T)
+    """Half the squared error, of the value or of the value held near what it was: the larger."""
+    held = before + (values - before).clamp(-clip_range, clip_range)
+    return 0.5 * torch.maximum((values - returns).square(), (held - returns).square())
+
+
+def run(config: Config) -> Path:
+    """Train and return the run directory, which is the model directory."""
+    path = lineage.source("data", config.data, "prepare")
+    dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
+    accelerator = loop.make_accelerator(config)
+    set_seed(config.seed)
+    console.say(dataset.summary())
+    model, tokenizer = models.load(lineage.source("model", config.model, "sft", "align", "ppo"))
+    options = rewards.Options(config.reward_model, config.oracle)
+    scorer = rewards.load(options, config, accelerator, config.max_length)
+    module = ActorCritic(model, Critic(model), config).train(config.dropout)
+    reference = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
+    module.to(accelerator.device)
+    maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
+    directory = Path(config.output_dir)
+    if accelerator.is_main_process:
+        lineage.begin(config, "ppo", inputs=("model", "data", "reward_model"), rows=dataset.account())
+    accelerator.wait_for_everyone()
+    console.say(
+        f"{config.max_steps:,} steps of {config.batch_size} completions, the first {config.critic_warmup_steps} for "
+        f"the critic alone; scored by {scorer.name}"
+    )
+    accelerator.init_trackers("exo")
+    metrics = artifacts.Metrics(directory / "metrics.jsonl")
+    source = rollouts.batches(
+        maker, [group.prompt for group in dataset.groups], rollout_size=config.rollout_size,
+        batch_size=config.batch_size, epochs=config.ppo_epochs, warmup_steps=config.critic_warmup_steps,
+        seed=config.seed,
+    )  # fmt: skip
+
+    def after(step: int, last: bool) -> None:
+        if config.save_steps and step % config.save_steps == 0 and accelerator.is_main_process:
+            models.save_checkpoint(model, tokenizer, directory, f"step-{step}")
+
+    loop.train(
+        module, source, config.max_steps, config, accelerator, metrics,
+        collate=partial(rollouts.collate, pad_id=tokenizer.pad_token_id), denominator=_tokens, shown=SHOWN,
+        rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
+        first=partial(_check_ratio, config, accelerator), after=after,
+    )  # fmt: skip
+    metrics.close()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        with artifacts.staged_into(directory) as staging:
+            models.save(model, tokenizer, staging)
+        plots.training_curves(directory)
+        lineage.finish(directory)
+    return directory
+
+
+def _maker(
+    config: Config,
+    module: ActorCritic,
+    reference: Any,
+    tokenizer: Any,
+    scorer: rewards.Scorer,
+    accelerator: Accelerator,
+) -> rollouts.Maker:
+    @torch.no_grad()
+    def values(groups: Sequence[TokenGroup]) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        place = {id(group): i for i, group in enumerate(groups)}
+        for part in packing.micro_batches(groups, config.max_tokens_per_batch):
+            with accelerator.autocast():
+                rows = module.critic(packing.collate(part, tokenizer.pad_token_id).to(accelerator.device))
+            for group, row in zip(part, rows.double().cpu(), strict=True):
+                start = len(group.prompt) - 1
+                found[place[id(group)]] = row[start : start + len(group.completions[0])]
+        return [found[i] for i in range(len(groups))]
+
+    sampling = {
+        "temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed,
+        "max_prompt_length": config.max_length - config.max_new_tokens,
+    }  # fmt: skip
+    return rollouts.Maker(
+        module.model, reference, tokenizer, scorer, values, accelerator, sampling, config.max_tokens_per_batch,
+        config.kl_coef, config.gamma, config.lam,
+    )  # fmt: skip
+
+
+def _tokens(groups: Sequence[Rollout]) -> int:
+    return sum(len(group.completions[0]) for group in groups)
+
+
+def _check_ratio(config: Config, accelerator: Accelerator, loss: float, values: Mapping[str, float]) -> None:
+    """Before the first update the policy is the one that sampled: their log-probs differ by rounding alone."""
+    square, most = values[policy.MEAN_SQUARE], policy.TOKEN_NOISE[accelerator.mixed_precision] / config.temperature
+    if not config.dropout and not square <= (6 * most) ** 2:
+        raise artifacts.RunError(
+            f"the first update is off policy: log-probs of its tokens differ by {square**0.5:.2g} nats rms, and "
+            f"{6 * most:.2g} is the most that rounding does: a wrong mask, temperature or dropout"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = config.parse(Config, argv, prog="python -m exo.ppo", description=__doc__)
+    return artifacts.guarded(run, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

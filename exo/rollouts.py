@@ -1,0 +1,169 @@
+"""Experience for PPO: completions of the policy as it is now, with what every one of their tokens earned.
+
+A token's reward is -kl_coef (log pi - log pi_ref), and the last one's has the completion's score on top; so the sum
+over a completion is the objective of eq. 4. Advantages are Schulman's GAE. Left out: the update, and sampling that is
+shared among processes (each makes all of it, and all make the same).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from exo import packing, policy, samples
+from exo.data import Group
+from exo.packing import Batch, TokenGroup
+from exo.rewards import Scorer
+
+
+@dataclass(frozen=True)
+class Rollout(TokenGroup):
+    """One prompt, one completion of n tokens; one number a token."""
+
+    logps: tuple[float, ...] = ()  # of the policy that drew it
+    values: tuple[float, ...] = ()
+    advantages: tuple[float, ...] = ()
+    returns: tuple[float, ...] = ()
+    score: float = 0.0
+    kl: float = 0.0  # sum of log pi - log pi_ref
+    frozen: bool = False  # the actor is not to learn from it
+
+
+class RolloutBatch(NamedTuple):
+    """Numbers of the tokens stand at the row that makes the token, as `linear_token_logps` has them."""
+
+    batch: Batch
+    mask: Tensor  # (N, T) float32, 1 where there is such a token
+    logps: Tensor  # (N, T) float32, and so the next three
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    scores: Tensor  # (N,)
+    kls: Tensor  # (N,)
+    frozen: bool
+
+    def to(self, device: torch.device) -> "RolloutBatch":
+        moved: list[Any] = [value if isinstance(value, bool) else value.to(device) for value in self]
+        return RolloutBatch(*moved)
+
+
+def collate(rollouts: Sequence[Rollout], pad_id: int) -> RolloutBatch:
+    batch = packing.collate(rollouts, pad_id)
+
+    def rows(name: str) -> Tensor:  # (N, T)
+        grid = torch.zeros(batch.labels.shape)
+        for i, rollout in enumerate(rollouts):
+            start = len(rollout.prompt) - 1
+            values = torch.tensor(getattr(rollout, name))
+            grid[i, start : start + len(values)] = values
+        return grid
+
+    mask = torch.zeros(batch.labels.shape)
+    mask[:, :-1] = (batch.labels[:, 1:] != packing.IGNORE).float()
+    scores, kls = (torch.tensor([getattr(r, name) for r in rollouts]) for name in ("score", "kl"))
+    logps, values, advantages, returns = (rows(name) for name in ("logps", "values", "advantages", "returns"))
+    return RolloutBatch(batch, mask, logps, values, advantages, returns, scores, kls, rollouts[0].frozen)
+
+
+class Maker(NamedTuple):
+    """What rollouts are made of. `values(groups)` gives the critic's value of the state before each token."""
+
+    model: Any
+    reference: Any
+    tokenizer: Any
+    scorer: Scorer
+    values: Callable[[Sequence[TokenGroup]], list[Tensor]]
+    accelerator: Any
+    sampling: dict[str, Any]  # of samples.draw
+    max_tokens: int
+    kl_coef: float
+    gamma: float
+    lam: float
+
+    def make(self, prompts: Sequence[str], numbers: Sequence[int], *, frozen: bool) -> list[Rollout]:
+        """One completion of each prompt."""
+        with self.accelerator.autocast():
+            drawn = samples.draw(self.model, self.tokenizer, prompts, numbers=numbers, k=1, **self.sampling)
+        scores = [row[0] for row in self.scorer.score(drawn)]
+        groups = self._encode(drawn)
+        now, before = self._logps(self.model, groups), self._logps(self.reference, groups)
+        values = self.values(groups)
+        rewards = [-self.kl_coef * (a - b) for a, b in zip(now, before, strict=True)]
+        for row, score in zip(rewards, scores, strict=True):
+            row[-1] += score
+        advantages = [gae(r, v, self.gamma, self.lam) for r, v in zip(rewards, values, strict=True)]
+        returns = [a + v for a, v in zip(advantages, values, strict=True)]
+        everything = torch.cat(advantages)
+        mean, spread = everything.mean(), everything.std(correction=0).clamp(min=1e-8)
+        return [
+            Rollout(
+                group.prompt, group.completions, None, group.line, None, tuple(now[i].tolist()),
+                tuple(values[i].tolist()), tuple(((advantages[i] - mean) / spread).tolist()),
+                tuple(returns[i].tolist()), scores[i], float((now[i] - before[i]).sum()), frozen,
+            )
+            for i, group in enumerate(groups)
+        ]  # fmt: skip
+
+    def _encode(self, drawn: Sequence[Group]) -> list[TokenGroup]:
+        longest = self.sampling["max_prompt_length"] + self.sampling["max_new_tokens"]
+        groups, _ = packing.encode(drawn, self.tokenizer, packing.Limits(longest, None, "prompt-left"), "rollouts")
+        return groups
+
+    def _logps(self, model: Any, groups: Sequence[TokenGroup]) -> list[Tensor]:
+        found = dict(
+            policy.token_logps(
+                model, groups, self.accelerator, pad_id=self.tokenizer.pad_token_id, max_tokens=self.max_tokens,
+                temperature=self.sampling["temperature"],
+            )
+        )  # fmt: skip
+        return [found[i][0] for i in range(len(groups))]
+
+
+def gae(
+    rewards: Tensor,  # (n,)
+    values: Tensor,  # (n,) of the state before each token; after the last there is nothing more to earn
+    gamma: float,
+    lam: float,
+) -> Tensor:  # (n,)
+    """Generalised advantage estimates: A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t."""
+    after = torch.cat([values[1:], values.new_zeros(1)])
+    delta = (rewards + gamma * after - values).tolist()
+    found, advantage = [], 0.0
+    for change in reversed(delta):
+        advantage = change + gamma * lam * advantage
+        found.append(advantage)
+    return rewards.new_tensor(found[::-1])
+
+
+def batches(
+    maker: Maker,
+    prompts: Sequence[str],
+    *,
+    rollout_size: int,
+    batch_size: int,
+    epochs: int,
+    warmup_steps: int,
+    seed: int,
+) -> Iterator[list[Rollout]]:
+    """Batches without end: a phase of `rollout_size` new rollouts, gone through `epochs` times, and again.
+
+    The actor is frozen in those of the first `warmup_steps` batches. A prompt that comes round again gets new
+    completions. The order is private: no global random state moves.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    done = phase = 0
+    while True:
+        while len(order) < rollout_size:
+            order += torch.randperm(len(prompts), generator=generator).tolist()
+        chosen, order = order[:rollout_size], order[rollout_size:]
+        numbers = range(phase * rollout_size, (phase + 1) * rollout_size)
+        rollouts = maker.make([prompts[i] for i in chosen], numbers, frozen=done < warmup_steps)
+        for _ in range(epochs):
+            places = torch.randperm(rollout_size, generator=generator).tolist()
+            for start in range(0, rollout_size, batch_size):
+                yield [rollouts[i] for i in places[start : start + batch_size]]
+                done += 1
+        phase += 1
