@@ -22,3 +22,12 @@ def standard_error(values: Sequence[float]) -> float:
     """Of the mean of independent values."""
     x = torch.tensor(values, dtype=torch.float64)
     return float(x.std() / len(x) ** 0.5) if len(x) > 1 else float("nan")
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """95% interval of the mean of independent values, from the means of samples of them drawn with replacement."""
+    x = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.stack([x[torch.randint(len(x), (len(x),), generator=generator)].mean() for _ in range(resamples)])
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

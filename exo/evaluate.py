@@ -1,0 +1,244 @@
+"""Evaluation: reward, accuracy, KL to the reference and win rates of a policy's checkpoints, on held-out prompts.
+
+python -m exo.evaluate --model RUN --reference DIR --data PROMPTS --reward_model DIR, or --oracle module:function. Every
+checkpoint of the run is sampled anew, k completions a prompt. --samples FILE evaluates completions that exist (of
+Best-of-N) instead. Writes evaluation.json, samples/, and with --density log-probs of the reference's own samples, for
+the picture of the density ratio. Left out: judges that are no function (judge, label), pictures (report).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+
+from exo import artifacts, config, console, data, estimates, lineage, loop, models, packing, policy, rewards, samples
+from exo.config import option, require
+from exo.data import Group
+from exo.rewards import Scores
+
+
+@dataclass(frozen=True)
+class Config(config.Compute):
+    output_dir: str = option("runs/evaluation", "directory of the run")
+    model: str | None = option(None, "run whose checkpoints are evaluated, or a causal LM")
+    samples: str | None = option(None, "completions to evaluate instead of a model's")
+    reference: str = option("", "the causal LM that the KL is measured to")
+    data: str = option("", "held-out prompts: any data file that has them")
+    chosen: bool = option(False, "also compare with the chosen completions, which the data then must have")
+    baseline: str | None = option(None, "an evaluation of the reference, to compare with")
+    density: str | None = option(None, "scored samples of the reference, many a prompt, for the density ratio")
+    reward_model: str | None = rewards.REWARD_MODEL
+    oracle: str | None = rewards.ORACLE
+    prompts: int = option(512, "use at most so many prompts")
+    k: int = option(4, "completions a prompt")
+    temperature: float = option(1.0, "divides the logits, of policy and reference")
+    top_p: float = option(1.0, "draw from the most probable tokens; the KL is of the whole distribution")
+    max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included")
+    max_length: int = option(1024, "tokens of prompt and completion together; a longer prompt loses its left")
+    batch_size: int = option(256, "completions sampled at a time")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("model", "samples") if getattr(self, name)]
+        require(len(given) == 1, "model", "this or --samples, and not both", " and ".join(given) or "neither")
+        require(bool(self.reference), "reference", "a directory or a hub name", self.reference)
+        require(bool(self.data), "data", "a file of prompts", self.data)
+        rewards.check(rewards.Options(self.reward_model, self.oracle))
+        for name in ("prompts", "k", "max_new_tokens", "batch_size"):
+            require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        require(0 < self.temperature < float("inf"), "temperature", "a finite number > 0", self.temperature)
+        require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
+
+
+class Checkpoint(NamedTuple):
+    name: str
+    step: int | None
+    path: str
+
+
+INPUTS = ("model", "samples", "reference", "data", "baseline", "density", "reward_model")
+
+
+def run(config: Config) -> Path:
+    """Evaluate and return the run directory, which has evaluation.json."""
+    prompts, chosen = _prompts(config)
+    baseline = _baseline(config, prompts)
+    accelerator = loop.make_accelerator(config)
+    options = rewards.Options(config.reward_model, config.oracle)
+    scorer = rewards.load(options, config, accelerator, config.max_length)
+    reference, _ = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
+    reference.to(accelerator.device)
+    chosen_scores = scorer.score(chosen) if chosen else None
+    drawn = _given(config, prompts) if config.samples else _sampled(config, prompts, accelerator)
+    directory = lineage.begin(config, "evaluate", inputs=INPUTS)
+    (directory / "samples").mkdir()
+    console.say(f"{len(prompts):,} prompts x {config.k} completions, scored by {scorer.name}")
+    found = []
+    for checkpoint, groups, model, tokenizer in drawn:
+        scores = scorer.score(groups)
+        entry = {"name": checkpoint.name, "step": checkpoint.step} | _values(scores, baseline, chosen_scores)
+        entry |= samples.describe(groups)
+        if model is not None:
+            entry |= _distance(config, model, reference, groups, tokenizer, accelerator)
+        else:
+            entry |= _bound(config)
+        with artifacts.staged_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
+            scored = zip(groups, scores, strict=True)
+            data.write_jsonl(file, (samples.row(replace(group, rewards=values)) for group, values in scored))
+        console.say(f"  {checkpoint.name:10s} {_line(entry)}")
+        found.append(entry)
+    if config.density and config.model:
+        _density(config, directory, model, reference, tokenizer, accelerator)
+    settings = {name: getattr(config, name) for name in ("k", "temperature", "top_p", "max_new_tokens")}
+    result = settings | {"scorer": scorer.name, "prompts": len(prompts), "checkpoints": found}
+    artifacts.write_json(directory / "evaluation.json", result)
+    lineage.finish(directory)
+    return directory
+
+
+def _prompts(config: Config) -> tuple[list[str], list[Group]]:
+    """Held-out prompts, and the chosen completions where they are wanted."""
+    path = lineage.source("data", config.data, "prepare")
+    dataset = data.read(path, purpose="texts" if config.chosen else "prompts")
+    console.say(dataset.summary())
+    groups = dataset.groups[: config.prompts]
+    return [group.prompt for group in groups], groups if config.chosen else []
+
+
+def _baseline(config: Config, prompts: Sequence[str]) -> Scores | None:
+    """Rewards of the reference's own samples for these prompts, from its evaluation."""
+    if config.baseline is None:
+        return None
+    path = Path(lineage.source("baseline", config.baseline, "evaluate")).parent / "samples" / "final.jsonl"
+    groups = data.read(path, purpose="samples").groups
+    if [group.prompt for group in groups] != list(prompts):
+        raise ValueError(f"--baseline {config.baseline}: expected an evaluation on the same prompts; got others")
+    return [group.rewards or () for group in groups]
+
+
+def checkpoints(model: str) -> list[Checkpoint]:
+    """Those that a run left, in order of their steps, and what it ended with, once."""
+    directory = Path(model)
+    log = directory / "metrics.jsonl"
+    steps = [row["step"] for _, row in data.read_jsonl(log)] if log.exists() else []
+    last = max(steps, default=None)
+    found = [Checkpoint(path.name, int(path.name[5:]), str(path)) for path in directory.glob("checkpoints/step-*")]
+    before = sorted((c for c in found if c.step != last), key=lambda c: c.step or 0)
+    return [*before, Checkpoint("final", last, model)]
+
+
+Drawn = Iterator[tuple[Checkpoint, list[Group], Any, Any]]
+
+
+def _sampled(config: Config, prompts: Sequence[str], accelerator: Accelerator) -> Drawn:
+    """(checkpoint, its samples, its model, its tokenizer), each loaded when its turn comes."""
+    assert config.model is not None
+    for checkpoint in checkpoints(lineage.source("model", config.model, "sft", "align", "ppo")):
+        model, tokenizer = models.load(checkpoint.path)
+        model.to(accelerator.device)
+        with accelerator.autocast():
+            groups = samples.draw(
+                model, tokenizer, prompts, k=config.k, temperature=config.temperature, top_p=config.top_p,
+                max_new_tokens=config.max_new_tokens, max_prompt_length=config.max_length - config.max_new_tokens,
+                seed=config.seed, batch_size=config.batch_size,
+            )  # fmt: skip
+        yield checkpoint, groups, model, tokenizer
+
+
+def _given(config: Config, prompts: Sequence[str]) -> Drawn:
+    """The completions of a file, for the prompts of the data and in their order."""
+    assert config.samples is not None
+    path = lineage.source("samples", config.samples, "sample", "score", "best_of_n")
+    groups = data.read(path, purpose="samples").groups[: len(prompts)]
+    if [group.prompt for group in groups] != list(prompts):
+        raise ValueError(f"--samples {path}: expected the prompts of --data, in their order; got others")
+    yield Checkpoint("samples", None, path), groups, None, None
+
+
+def _values(scores: Scores, baseline: Scores | None, chosen: Scores | None) -> dict[str, Any]:
+    means = estimates.means(scores)
+    entry: dict[str, Any] = {"reward": estimates.summary(means), "spread": estimates.spread(scores)}
+    entry["accuracy"] = estimates.summary(estimates.accuracies(scores))
+    entry["win_rate"] = {}
+    if baseline is not None:
+        rise = [after - before for after, before in zip(means, estimates.means(baseline), strict=True)]
+        entry["rise"] = estimates.summary(rise)
+        entry["win_rate"]["reference"] = estimates.summary(estimates.win_rates(scores, baseline))
+    if chosen is not None:
+        entry["win_rate"]["chosen"] = estimates.summary(estimates.win_rates(scores, chosen))
+    return entry
+
+
+def _distance(
+    config: Config, model: Any, reference: Any, groups: Sequence[Group], tokenizer: Any, accelerator: Accelerator
+) -> dict[str, Any]:
+    """KL of policy to reference, whole completions, by two estimators."""
+    encoded, _ = packing.encode(groups, tokenizer, packing.Limits(config.max_length, None, "prompt-left"), "samples")
+
+    def logps(of: Any) -> dict[int, Any]:
+        return dict(
+            policy.token_logps(
+                of, encoded, accelerator, pad_id=tokenizer.pad_token_id, max_tokens=config.max_tokens_per_batch,
+                temperature=config.temperature,
+            )
+        )  # fmt: skip
+
+    ours, theirs = logps(model), logps(reference)
+    differences = [[a - b for a, b in zip(ours[i], theirs[i], strict=True)] for i in range(len(encoded))]
+    return {
+        "kl": estimates.summary(estimates.kl_k1(differences)),
+        "kl_k3": estimates.summary(estimates.kl_k3(differences)),
+    }
+
+
+def _bound(config: Config) -> dict[str, Any]:
+    """The KL that the maker of the samples knows, where it does."""
+    run = lineage.record(Path(config.samples or "")) or lineage.record(Path(config.samples or "").parent) or {}
+    return {name: value for name, value in run.get("result", {}).items() if name in ("kl_bound", "n")}
+
+
+def _density(
+    config: Config, directory: Path, model: Any, reference: Any, tokenizer: Any, accelerator: Accelerator
+) -> None:
+    """Log-probs of the reference's samples under both, for the last checkpoint."""
+    path = lineage.source("density", config.density or "", "score")
+    groups = data.read(path, purpose="samples").groups
+    encoded, _ = packing.encode(groups, tokenizer, packing.Limits(config.max_length, None, "prompt-left"), path)
+    scored = [
+        policy.score(
+            of, encoded, accelerator, pad_id=tokenizer.pad_token_id, max_tokens=config.max_tokens_per_batch,
+            temperature=config.temperature,
+        )
+        for of in (model, reference)
+    ]  # fmt: skip
+    rows = (
+        {"prompt": group.prompt, "logps": a.ref_logps, "ref_logps": b.ref_logps, "rewards": group.rewards}
+        for group, a, b in zip(groups, *scored, strict=True)
+    )
+    with artifacts.staged_file(directory / "density.jsonl") as file:
+        data.write_jsonl(file, rows)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    def shown(value: dict[str, float], form: str) -> str:
+        return f"{value['mean']:{form}} +- {value['standard_error']:.2f}"
+
+    parts = [f"reward {shown(entry['reward'], '+.2f')}"]
+    if "kl" in entry:
+        parts.append(f"KL {shown(entry['kl'], '.2f')} nats")
+    if "kl_bound" in entry:
+        parts.append(f"KL <= {entry['kl_bound']:.2f} nats")
+    parts += [f"{100 * rate['mean']:.0f}% over {name}" for name, rate in entry["win_rate"].items()]
+    return "  ".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = config.parse(Config, argv, prog="python -m exo.evaluate", description=__doc__)
+    return artifacts.guarded(run, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
