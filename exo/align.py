@@ -89,8 +89,7 @@ def run(config: Config) -> Path:
     # all that could be checked has been: only now may an earlier run make room
     directory = Path(config.output_dir)
     if accelerator.is_main_process:
-        inputs = ("model", "ref_model", "data", "eval_data")
-        lineage.begin(config, "align", inputs=inputs, rows=dataset.account(counts))
+        lineage.begin(config, "align", rows=dataset.account(counts))
     accelerator.wait_for_everyone()
 
     console.headline("Reference log-probs")

@@ -35,7 +35,7 @@ def run(config: Config) -> Path:
     dataset = data.read(lineage.source("data", config.data, "score"), purpose="samples")
     console.say(dataset.summary())
     chosen = [_best(group, config) for group in dataset.groups]
-    directory = lineage.begin(config, "best_of_n", inputs=("data",), rows=dataset.account())
+    directory = lineage.begin(config, "best_of_n", rows=dataset.account())
     with artifacts.staged_file(directory / "samples.jsonl") as file:
         data.write_jsonl(file, map(samples.row, chosen))
     console.say(f"best of {config.n}: at most {kl_bound(config.n):.3f} nats from the policy that was sampled")

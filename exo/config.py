@@ -118,12 +118,12 @@ def _from_yaml(file: str, cls: type) -> list[str]:
         raise ConfigError(f"--config {file}: {' '.join(str(error).split())}") from None
     if not isinstance(options, dict):
         raise ConfigError(f"--config {file}: expected a mapping of option names to values")
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name.rstrip("_") for field in dataclasses.fields(cls)}
     flags: list[str] = []
     for key, value in options.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise ConfigError(f"--config {file}: unknown option {key!r}{_suggestion(name, known)}")
+            raise ConfigError(f"--config {file}: unknown option {key!r}{suggestion(name, known)}")
         if isinstance(value, dict | list):
             raise ConfigError(f"--config {file}: {key}: expected one value, got a {type(value).__name__}")
         flags += [f"--{name}={'none' if value is None else value}"]
@@ -139,7 +139,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             known = {name.removeprefix("--") for name in self._option_string_actions}
             name = unknown[0].removeprefix("--").split("=")[0]
-            self.error(f"unknown option {unknown[0].split('=')[0]}{_suggestion(name, known)}")
+            self.error(f"unknown option {unknown[0].split('=')[0]}{suggestion(name, known)}")
         return values
 
     def error(self, message: str) -> NoReturn:
@@ -153,7 +153,7 @@ def _underscored(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _suggestion(name: str, known: set[str]) -> str:
+def suggestion(name: str, known: set[str]) -> str:
     close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
     return f"; did you mean {close[0]}?" if close else "; --help lists them"
 
@@ -174,7 +174,8 @@ def _add(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
         settings |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     else:
         settings |= {"type": _or_none(base) if optional else base, "metavar": base.__name__.upper()}
-    parser.add_argument(f"--{field.name}", **settings)
+    # `from` is no name for a field of Python's: it is written from_
+    parser.add_argument(f"--{field.name.rstrip('_')}", dest=field.name, **settings)
 
 
 def _boolean(text: str) -> bool:

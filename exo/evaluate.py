@@ -59,9 +59,6 @@ class Checkpoint(NamedTuple):
     path: str
 
 
-INPUTS = ("model", "samples", "reference", "data", "baseline", "density", "reward_model")
-
-
 def run(config: Config) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
     prompts, chosen = _prompts(config)
@@ -73,7 +70,7 @@ def run(config: Config) -> Path:
     reference.to(accelerator.device)
     chosen_scores = scorer.score(chosen) if chosen else None
     drawn = _given(config, prompts) if config.samples else _sampled(config, prompts, accelerator)
-    directory = lineage.begin(config, "evaluate", inputs=INPUTS)
+    directory = lineage.begin(config, "evaluate")
     (directory / "samples").mkdir()
     console.say(f"{len(prompts):,} prompts x {config.k} completions, scored by {scorer.name}")
     found = []

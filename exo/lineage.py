@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,20 @@ from typing import Any
 from exo import artifacts
 from exo.artifacts import RunError
 
-# What each stage makes; "." is a model directory.
+# The options of each stage that name what it reads.
+INPUTS: dict[str, tuple[str, ...]] = {
+    "prepare": ("source",),
+    "sft": ("model", "data"),
+    "sample": ("model", "data"),
+    "score": ("data", "reward_model"),
+    "reward": ("model", "data"),
+    "align": ("model", "ref_model", "data", "eval_data"),
+    "ppo": ("model", "data", "reward_model"),
+    "best_of_n": ("data",),
+    "evaluate": ("model", "samples", "reference", "data", "baseline", "density", "reward_model"),
+    "report": ("run",),
+}
+# What it makes; "." is a model directory.
 OUTPUTS = {
     "prepare": "prompts.jsonl",
     "sft": ".",
@@ -39,12 +52,12 @@ _DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
-def begin(config: Any, stage: str, *, inputs: Iterable[str] = (), **facts: Any) -> Path:
-    """Make the run directory and its record. `inputs` are the options that name what the run reads.
+def begin(config: Any, stage: str, **facts: Any) -> Path:
+    """Make the run directory and its record.
 
     Call it once everything that can be checked has been, in one process: only now may an earlier run make room.
     """
-    paths = {name: getattr(config, name) for name in inputs if getattr(config, name)}
+    paths = _inputs(config, stage)
     directory = artifacts.prepare(
         config.output_dir,
         overwrite=config.overwrite_output_dir,
@@ -103,12 +116,16 @@ def command(run: Mapping[str, Any]) -> str:
     return shlex.join(run["command"])
 
 
-def holds(directory: Path, config: Any, stage: str, inputs: Iterable[str]) -> bool:
+def _inputs(config: Any, stage: str) -> dict[str, str]:
+    return {name: getattr(config, name) for name in INPUTS[stage] if getattr(config, name)}
+
+
+def holds(directory: Path, config: Any, stage: str) -> bool:
     """Whether the directory has a finished run of that stage with these options, the same inputs and whole outputs."""
     run = record(directory)
     if run is None or run["stage"] != stage or "finished" not in run:
         return False
-    paths = {name: getattr(config, name) for name in inputs if getattr(config, name)}
+    paths = _inputs(config, stage)
     skipped = _IMMATERIAL | paths.keys()
     before = {name: value for name, value in run["arguments"].items() if name not in skipped}
     wanted = {name: value for name, value in asdict(config).items() if name not in skipped}

@@ -178,6 +178,12 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def parameters_of(name: str) -> int:
+    """Parameters of a causal LM by its config alone; its weights are not read."""
+    with torch.device("meta"):
+        return parameter_count(AutoModelForCausalLM.from_config(_load_config(name), trust_remote_code=False))
+
+
 def check_fits(model: PreTrainedModel, rows: Iterable[Any]) -> None:
     """ValueError unless every token of `rows` (packing.TokenGroup) has an embedding, and every position a place."""
     embeddings: Any = model.get_input_embeddings()

@@ -155,7 +155,7 @@ def run(config: Config) -> Path:
     maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
     directory = Path(config.output_dir)
     if accelerator.is_main_process:
-        lineage.begin(config, "ppo", inputs=("model", "data", "reward_model"), rows=dataset.account())
+        lineage.begin(config, "ppo", rows=dataset.account())
     accelerator.wait_for_everyone()
     console.say(
         f"{config.max_steps:,} steps of {config.batch_size} completions, the first {config.critic_warmup_steps} for "

@@ -87,7 +87,7 @@ def run(config: Config) -> Path:
     loop.refuse_empty_shares(config, len(groups), accelerator)
     directory = Path(config.output_dir)
     if accelerator.is_main_process:
-        lineage.begin(config, "reward", inputs=("model", "data"), rows=dataset.account(counts))
+        lineage.begin(config, "reward", rows=dataset.account(counts))
     accelerator.wait_for_everyone()
     steps = loop.total_steps(config, len(groups))
     console.say(f"{len(groups):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")

@@ -29,7 +29,8 @@ class Config(config.Compute):
     max_prompt_length: int = option(768, "tokens of a prompt; a longer one loses its left")
     batch_size: int = option(256, "completions at a time")
     first: int = option(0, "place of the first prompt to use, counted from 0")
-    prompts: int | None = option(None, "use so many prompts, beginning anew where the file has fewer")
+    prompts: int | None = option(None, "use at most so many prompts")
+    epochs: int = option(1, "times through the prompts, each with completions of its own")
     engine: Literal["torch", "vllm"] = option("torch", "what samples")
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
@@ -37,7 +38,7 @@ class Config(config.Compute):
         super().__post_init__()
         require(bool(self.model), "model", "a directory or a hub name", self.model)
         require(bool(self.data), "data", "a file of prompts", self.data)
-        for name in ("k", "max_new_tokens", "max_prompt_length", "batch_size"):
+        for name in ("k", "max_new_tokens", "max_prompt_length", "batch_size", "epochs"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         require(0 < self.temperature < float("inf"), "temperature", "a finite number > 0", self.temperature)
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
@@ -58,7 +59,7 @@ def run(config: Config) -> Path:
     console.say(
         f"  mean {result['mean_tokens']:.1f} tokens; {100 * result['unfinished']:.1f}% were cut for their length"
     )
-    directory = lineage.begin(config, "sample", inputs=("model", "data"), rows=dataset.account())
+    directory = lineage.begin(config, "sample", rows=dataset.account())
     with artifacts.staged_file(directory / "samples.jsonl") as file:
         data.write_jsonl(file, map(samples.row, groups))
     lineage.finish(directory, result=result)
@@ -68,11 +69,10 @@ def run(config: Config) -> Path:
 def _chosen(config: Config, dataset: data.Dataset) -> tuple[list[int], list[str]]:
     """Places and prompts. A prompt that comes round again has a new place, and so new completions."""
     total = len(dataset.groups)
-    if config.prompts is None:
-        require(config.first < total, "first", f"less than the {total} prompts of --data", config.first)
-    end = total if config.prompts is None else config.first + config.prompts
-    numbers = list(range(config.first, end))
-    return numbers, [dataset.groups[i % total].prompt for i in numbers]
+    require(config.first < total, "first", f"less than the {total} prompts of --data", config.first)
+    chosen = range(config.first, total if config.prompts is None else min(total, config.first + config.prompts))
+    numbers = [epoch * total + i for epoch in range(config.epochs) for i in chosen]
+    return numbers, [dataset.groups[number % total].prompt for number in numbers]
 
 
 def _torch(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int]) -> list[Group]:

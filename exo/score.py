@@ -49,7 +49,7 @@ def run(config: Config) -> Path:
     for name in ("rows of one completion", "rows whose rewards are all equal"):
         if result[name]:
             console.say(f"  {result[name]:,} {name}: nothing to compare")
-    directory = lineage.begin(config, "score", inputs=("data", "reward_model"), rows=dataset.account())
+    directory = lineage.begin(config, "score", rows=dataset.account())
     with artifacts.staged_file(directory / "scored.jsonl") as file:
         scored = zip(dataset.groups, scores, strict=True)
         data.write_jsonl(file, (samples.row(replace(group, rewards=values)) for group, values in scored))

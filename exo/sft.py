@@ -67,7 +67,7 @@ def run(config: Config) -> Path:
     loop.refuse_empty_shares(config, len(groups), accelerator)
     directory = Path(config.output_dir)
     if accelerator.is_main_process:
-        lineage.begin(config, "sft", inputs=("model", "data"), rows=dataset.account(counts))
+        lineage.begin(config, "sft", rows=dataset.account(counts))
     accelerator.wait_for_everyone()
     steps = loop.total_steps(config, len(groups))
     console.say(

@@ -1,26 +1,229 @@
-"""The road from data to an aligned model. Without --data: the quickstart, offline, in minutes, on a laptop.
+"""The road from data to an aligned model, and the paper's experiment as one command.
 
-python -m exo.train                                          the quickstart
-python -m exo.train --model DIR_OR_NAME --data FILE          align a model; python -m exo.align --help: all options
-python -m exo.train --model tiny --data FILE                 the same without weights, for a trial
+python -m exo.train                                    the quickstart: every method, offline, in minutes, on a laptop
+python -m exo.train --recipe NAME_OR_FILE.yaml         another experiment; --dry_run prints its plan with the cost
+python -m exo.train --model DIR_OR_NAME --data FILE    align a model on your data, as python -m exo.align does
+python -m exo.train --model tiny --data FILE           the same without weights, for a trial
+
+A recipe's steps write below --output_dir. The same command again goes on where it stopped: a step whose result is whole
+and whose inputs and options are the same is not run again.
 """
 
 import dataclasses
+import importlib
+import multiprocessing
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from exo import align
-from exo.quickstart import recipe
+import torch
+import yaml
+
+from exo import align, artifacts, config, console, costs, lineage, pipeline
+from exo.config import option, require
+from exo.pipeline import Step
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = option("quickstart", "an experiment: quickstart, imdb, tldr, hh, instruct, custom, or a YAML file")
+    output_dir: str | None = option(None, "directory of the run (default: runs/NAME of the recipe)")
+    methods: str | None = option(None, f"some of {','.join(pipeline.METHODS)}")
+    seeds: str | None = option(None, "seeds of alignment, with commas")
+    sweep: str | None = option(None, "values to try, as in 'beta_pi=0.1,0.5 learning_rate=1e-6,3e-6'")
+    full: bool = option(False, "the recipe's long form")
+    source: str | None = option(None, "where the task's files are: a file, a directory, or a hub name")
+    model: str | None = option(None, "causal LM to begin with")
+    set: str | None = option(None, "options of stages, as in 'sft.max_steps=60 align.beta_pi=0.5'")
+    from_: str | None = option(None, "run this step and those after it anew, whatever is there")
+    to: str | None = option(None, "stop after this step")
+    jobs: int = option(1, "steps at a time, each in a process of its own")
+    dry_run: bool = option(False, "print the plan and its cost, and do nothing")
+
+    def __post_init__(self) -> None:
+        require(self.jobs >= 1, "jobs", ">= 1", self.jobs)
+
+
+def run(config: Config) -> Path:
+    """Run what is left of the plan and return the run directory."""
+    recipe = _recipe(config)
+    directory = Path(config.output_dir or f"runs/{Path(config.recipe).stem}")
+    steps = pipeline.plan(recipe, directory)
+    steps = _until(steps, config.to)
+    again = _from(steps, config.from_)
+    if config.dry_run:
+        costs.tell(recipe, steps, directory, again)
+        return directory
+    _begin(config, recipe, steps, directory)
+    if recipe.threads and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(recipe.threads)
+    began = time.perf_counter()
+    ran = _run_all(steps, directory, again, config.jobs, recipe.threads)
+    artifacts.update_run(directory, seconds=round(time.perf_counter() - began, 1), steps_run=ran)
+    console.headline("Finished")
+    if (directory / "report" / "report.html").exists():
+        console.say(f"report: {directory / 'report' / 'report.html'}")
+    return directory
+
+
+def _recipe(config: Config) -> pipeline.Recipe:
+    changes: dict[str, Any] = {"source": config.source, "model": config.model}
+    if config.methods:
+        changes["methods"] = config.methods.split(",")
+    if config.seeds:
+        changes["seeds"] = [_number("seeds", text, int) for text in config.seeds.split(",")]
+    if config.sweep:
+        changes["sweep"] = {
+            name: [_number("sweep", text, float) for text in values.split(",")]
+            for name, values in (_assignment("sweep", part) for part in config.sweep.split())
+        }
+    if config.set:
+        changes["stages"] = {}
+        for part in config.set.split():
+            name, value = _assignment("set", part)
+            stage, dot, key = name.rpartition(".")
+            require(bool(dot), "set", "stage.option=value", part)
+            changes["stages"].setdefault(stage, {})[key] = yaml.safe_load(value)
+    return pipeline.load(config.recipe, full=config.full, **changes)
+
+
+def _assignment(name: str, text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    require(bool(key and equals and value), name, "name=value", text)
+    return key, value
+
+
+def _number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise config.ConfigError(f"--{name}: expected numbers, with commas; got {text!r}") from None
+
+
+def _until(steps: list[Step], name: str | None) -> list[Step]:
+    if name is None:
+        return steps
+    _known(steps, "to", name)
+    return steps[: max(i for i, step in enumerate(steps) if _below(step, name)) + 1]
+
+
+def _from(steps: list[Step], name: str | None) -> set[str]:
+    """Names of the steps to run anew: that one, and all that need it."""
+    if name is None:
+        return set()
+    _known(steps, "from", name)
+    again = {step.name for step in steps if _below(step, name)}
+    for step in steps:
+        if again & set(step.needs):
+            again.add(step.name)
+    return again
+
+
+def _below(step: Step, name: str) -> bool:
+    return step.name == name or step.name.startswith(f"{name}/")
+
+
+def _known(steps: list[Step], option: str, name: str) -> None:
+    names = {step.name for step in steps} | {step.name.split("/")[0] for step in steps}
+    require(any(_below(step, name) for step in steps), option, f"one of {', '.join(sorted(names))}", name)
+
+
+def _begin(config: Config, recipe: pipeline.Recipe, steps: list[Step], directory: Path) -> None:
+    """The record of the whole. An earlier run of a recipe there is gone on with; anything else there is refused."""
+    if not artifacts.is_run(directory, "train"):
+        artifacts.prepare(str(directory), overwrite=False)
+    artifacts.write_run(directory, config, "train", recipe=dataclasses.asdict(recipe), plan=[
+        {"name": step.name, "stage": step.stage, "needs": step.needs} | step.facts for step in steps
+    ])  # fmt: skip
+
+
+def _run_all(steps: list[Step], directory: Path, again: set[str], jobs: int, threads: int | None) -> int:
+    """Run what does not hold, in order or several at a time; return how many ran."""
+    ran = 0
+    for step in _one_by_one(steps, directory, again) if jobs == 1 else _at_once(steps, directory, again, jobs, threads):
+        ran += step is not None
+    return ran
+
+
+def _held(step: Step, directory: Path, again: set[str]) -> bool:
+    return (
+        step.name not in again
+        and step.stage != "report"  # it reads all the others, and takes a moment
+        and lineage.holds(directory / step.name, step.config, step.stage)
+    )
+
+
+def _one_by_one(steps: list[Step], directory: Path, again: set[str]) -> Iterator[Step | None]:
+    for i, step in enumerate(steps, 1):
+        if _held(step, directory, again):
+            console.say(f"[{i}/{len(steps)}] {step.name}: already there")
+            yield None
+            continue
+        console.headline(f"{i}/{len(steps)} {step.name}")
+        _stage(step)
+        yield step
+
+
+def _at_once(
+    steps: list[Step], directory: Path, again: set[str], jobs: int, threads: int | None
+) -> Iterator[Step | None]:
+    """Each step as soon as those it needs are there. One that fails stops the rest; those under way end first."""
+    waiting, done = list(steps), set[str]()
+    under_way: dict[Future[float], Step] = {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _quiet, (threads,)) as pool:
+        while waiting or under_way:
+            for step in [s for s in waiting if set(s.needs) <= done]:
+                if _held(step, directory, again):
+                    waiting.remove(step)
+                    done.add(step.name)
+                    yield None
+                elif len(under_way) < jobs:
+                    waiting.remove(step)
+                    under_way[pool.submit(_timed, step)] = step
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done if under_way else ():
+                step = under_way.pop(future)
+                try:
+                    seconds = future.result()
+                except Exception:
+                    pool.shutdown(cancel_futures=True)
+                    print(f"{step.name}: failed", file=sys.stderr)
+                    raise
+                done.add(step.name)
+                console.say(f"[{len(done)}/{len(steps)}] {step.name}  {console.duration(seconds)}")
+                yield step
+
+
+def _quiet(threads: int | None) -> None:
+    console.mute()
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _timed(step: Step) -> float:
+    began = time.perf_counter()
+    _stage(step)
+    return time.perf_counter() - began
+
+
+def _stage(step: Step) -> None:
+    importlib.import_module(f"exo.{step.stage}").run(step.config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"}
-    if flags & {"help"} or "-h" in arguments:
+    if "help" in flags or "-h" in arguments:
         print(__doc__)
-    # what only alignment knows (--data, --config, --learning_rate) is for alignment, which says what it misses
-    quickstart = {field.name for field in dataclasses.fields(recipe.Config)} | {"help"}
-    return recipe.main(arguments) if flags <= quickstart else align.main(arguments)
+    # --data is for alignment; a recipe says where its data are with --source
+    if "recipe" not in flags and flags & ({f.name for f in dataclasses.fields(align.Config)} - {"output_dir", "seed"}):
+        return align.main(arguments)
+    options = config.parse(Config, arguments, prog="python -m exo.train", description=None)
+    return artifacts.guarded(run, options)
 
 
 if __name__ == "__main__":

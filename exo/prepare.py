@@ -1,0 +1,49 @@
+"""The data of a task as the stages read them: texts to imitate, prompts, held-out prompts, preferences.
+
+python -m exo.prepare --task NAME [--source FILE_DIR_OR_HUB]. What the files hold is said in exo.tasks. Left out:
+tokens, which depend on the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exo import artifacts, config, console, lineage, tasks
+from exo.config import option, require
+
+
+@dataclass(frozen=True)
+class Config(config.Stage):
+    output_dir: str = option("runs/data", "directory of the run")
+    task: str = option("quickstart", f"one of {', '.join(tasks.TASKS)}")
+    source: str | None = option(None, "where the task's files are: a file, a directory, or a hub name")
+    rows: int | None = option(None, "use at most so many rows of the source")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.task in tasks.TASKS, "task", f"one of {', '.join(tasks.TASKS)}", self.task)
+        require(self.rows is None or self.rows >= 2, "rows", ">= 2", self.rows)
+        needed = "where the files are" if self.source is None else "none, since the task makes its own"
+        require((self.task == "quickstart") == (self.source is None), "source", needed, self.source)
+
+
+def run(config: Config) -> Path:
+    """Write the task's files and return the run directory."""
+    made = tasks.TASKS[config.task](config.source, config.rows, config.seed)
+    directory = lineage.begin(config, "prepare")
+    counts = {}
+    for name, write in made.items():
+        with artifacts.staged(directory / name) if "." not in name else artifacts.staged_file(directory / name) as path:
+            counts[name] = write(path)
+        console.say(f"  {name}: {counts[name]:,}" if counts[name] else f"  {name}")
+    lineage.finish(directory, result=counts)
+    return directory
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = config.parse(Config, argv, prog="python -m exo.prepare", description=__doc__)
+    return artifacts.guarded(run, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

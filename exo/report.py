@@ -1,0 +1,18 @@
+"""stub while the real one is written"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exo import artifacts, config, lineage
+from exo.config import option
+
+
+@dataclass(frozen=True)
+class Config(config.Stage):
+    output_dir: str = option("runs/report", "directory of the report")
+    run: str = option("", "directory of a recipe's run")
+
+
+def run(config: Config) -> Path:
+    return Path(config.output_dir)
