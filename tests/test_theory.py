@@ -180,6 +180,21 @@ def test_exo_seeks_a_mode_from_k_8_but_not_at_2():
     assert many[0] > 0.95 and many[2] < 1e-4
 
 
+def test_exo_has_a_local_minimum_at_the_minor_mode_and_dpo_has_not():
+    world, grid = theory.two_modes()
+    start = torch.tensor([2.0, -0.5], dtype=torch.float64)
+    ends = []
+    for objective in theory.OBJECTIVES:
+        theta = theory.minimise(
+            lambda t, objective=objective: theory.loss(
+                world, theory.bell(grid, t), theory.everything(world), objective, 1.0, 1.0
+            ),
+            start,
+        )
+        ends.append((theta - theory.fit(objective)).abs().max())
+    assert ends[0] > 3 and ends[1] < 1e-4
+
+
 # The formulas of peers, on pairs; `delta` is beta_pi (S_w - S_l).
 
 
