@@ -131,9 +131,21 @@ def test_the_gradient_does_not_turn_to_the_other_divergence(objective, beta_pi, 
 
 @objectives
 def test_fused_losses_have_that_gradient(objective):
-    """Completions of one token, the vocabulary being all of them: from logits, and from hidden states and a head."""
-    world, family, theta = case(3)
+    """Completions of two tokens out of three, so M = 9: from logits, and from hidden states and a trained head.
+
+    theta[v, c] is the logit of token v in context c: 0 at the start, then 1 + the first token.
+    """
+    world, _, _ = case(3, size=9)
+    theta = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     drawn = theory.draw(world, 8, 4, torch.Generator().manual_seed(0))
+    labels = torch.stack((drawn.flatten() // 3, drawn.flatten() % 3), -1)  # (N, 2)
+    contexts = torch.stack((torch.zeros(len(labels), dtype=torch.long), 1 + labels[:, 0]), -1)  # (N, 2)
+
+    def log_pi(t: torch.Tensor) -> torch.Tensor:
+        log_probs = torch.log_softmax(t, dim=0)
+        return (log_probs[:, 0, None] + log_probs[:, 1:].T).flatten()
+
+    expected = theory.gradient(lambda t: theory.loss(world, log_pi(t), drawn, objective, 0.5, 0.3), theta)
     options = {
         "group_size": 4,
         "rewards": world.rewards[drawn.flatten()],
@@ -141,20 +153,11 @@ def test_fused_losses_have_that_gradient(objective):
         "beta_r": 0.3,
         "shift": False,
     }
-    inputs = (drawn.view(-1, 1), world.log_ref[drawn].flatten())
-    expected = theory.gradient(lambda t: theory.loss(world, family(t), drawn, objective, 0.5, 0.3), theta)
+    inputs = (labels, world.log_ref[drawn].flatten())
     fused = {"exo": fused_exo_loss, "dpo": fused_dpo_loss}[objective]
     linear = {"exo": fused_linear_exo_loss, "dpo": fused_linear_dpo_loss}[objective]
-
-    def from_logits(t: torch.Tensor) -> torch.Tensor:
-        logits = (world.log_ref + family.features @ t).expand(drawn.numel(), 1, -1)
-        return fused(logits, *inputs, **options)
-
-    def from_hidden(t: torch.Tensor) -> torch.Tensor:
-        hidden = t.expand(drawn.numel(), 1, -1)
-        return linear(hidden, family.features, *inputs, bias=world.log_ref, **options)
-
-    for value in (from_logits, from_hidden):
+    hidden = torch.nn.functional.one_hot(contexts, 4).double()
+    for value in (lambda t: fused(t.T[contexts], *inputs, **options), lambda t: linear(hidden, t, *inputs, **options)):
         assert torch.allclose(theory.gradient(value, theta), expected, rtol=1e-11, atol=1e-14)
 
 
