@@ -1,10 +1,9 @@
 """stub while the real one is written"""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo import artifacts, config, lineage
+from exo import config
 from exo.config import option
 
 

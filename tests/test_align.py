@@ -237,7 +237,9 @@ def test_micro_batches_never_change_the_gradient():
         module, pad_id = _module(seed=0)
         accelerator = loop.make_accelerator(Training(device="cpu"))
         parts = packing.micro_batches(_groups(), max_tokens)
-        loss, _, _ = loop._accumulate(module, parts, len(_groups()), accelerator, partial(packing.collate, pad_id=pad_id), 1)
+        loss, _, _ = loop._accumulate(
+            module, parts, len(_groups()), accelerator, partial(packing.collate, pad_id=pad_id), 1
+        )
         gradients.append((loss, [p.grad.clone() for p in module.parameters()]))
     assert len(packing.micro_batches(_groups(), 1)) == 8
     for loss, gradient in gradients[1:]:
