@@ -74,7 +74,7 @@ def read(
     not serve the purpose (nothing to compare: an empty completion, a single one, all the same) are skipped and counted
     in any case. Data without a usable row raises, and so does what is damaged beyond telling its rows apart.
     """
-    new_names = renaming(columns) if columns else {}
+    new_names = {} if columns is None else renaming(columns)
     source = containers.open_source(path)
     groups: list[Group] = []
     skipped: Counter[str] = Counter()
@@ -105,7 +105,7 @@ def read(
         hint = f"; first malformed: {first_malformed}" if first_malformed else ""
         raise DataError(f"{show(path)}: {found}{hint}")
     chat = "chat messages" if kind.chat else ""
-    renames = f"columns {columns}" if columns else ""
+    renames = f"columns {columns}" if new_names else ""
     words = ", ".join(filter(None, (str(kind.shape), chat, renames, source.container)))
     return Dataset(groups, words, rows, dict(skipped), dict(noted), source.sha256, os.fspath(path))
 
