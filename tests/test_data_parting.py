@@ -109,3 +109,75 @@ def test_prompt_and_completion_always_begin_the_dialogue(tmp_path_factory, share
             assert text.startswith(whole)
             assert text == whole or text[len(whole) :].startswith((H, A))
             assert H not in completion and A not in completion
+
+
+# Conversations of messages part as dialogues do.
+
+
+def talk(*turns: str) -> list[dict[str, str]]:
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        (talk("u x", "a y"), talk("u z", "a y"), HUMAN_FIRST),
+        (talk("u q", "a x"), talk("u q", "a x"), "identical dialogues"),
+        (talk("u q", "a x"), talk("u q", "a x", "u more"), "one dialogue continues the other"),
+        (talk("u q", "a "), talk("u q", "a x"), "empty completion"),
+        (talk("a x"), talk("a y"), "nothing before the answer"),
+    ],
+)
+def test_conversations_without_two_answers_to_compare_are_skipped(tmp_path, chosen, rejected, reason):
+    good = {"chosen": talk("u q", "a x"), "rejected": talk("u q", "a y")}
+    data = read(put(tmp_path, [{"chosen": chosen, "rejected": rejected}, good]))
+    assert data.skipped == {reason: 1} and data.format == "whole conversations (chosen/rejected), chat messages"
+
+
+def test_conversations_share_their_beginning_and_lose_what_comes_later(tmp_path):
+    shared = ("s be kind", "u q", "a r", "u s")
+    row = {"chosen": talk(*shared, "a x", "u t", "a u"), "rejected": talk(*shared, "a y")}
+    data = read(put(tmp_path, [row]))
+    assert [m._asdict() for m in data.groups[0].prompt.messages] == talk(*shared)
+    assert data.groups[0].completions == ("x", "y") and data.noted == {"later turns dropped": 1}
+
+
+# Plain texts: what they begin with alike is the prompt.
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is green.", "The sky is"),
+        ("The sky is blue.", "The sky is black.", "The sky is"),
+        ("Q: x\nA: yes", "Q: x\nA: no", "Q: x\nA:"),
+        ("Q: x\nA:\nyes", "Q: x\nA:\nno", "Q: x\nA:\n"),
+        ("one two", "one twofold x", "one"),
+        ("问题。答：蓝色", "问题。答：绿色", "问题。答："),
+        ("yes", "no", ""),
+        ("prefix", "pretext", ""),
+        ("é1 x", "é1  y", "é1"),
+    ],
+)
+def test_the_shared_beginning_is_the_prompt_and_no_word_is_cut(tmp_path, chosen, rejected, prompt):
+    data = read(put(tmp_path, [{"chosen": chosen, "rejected": rejected}]))
+    assert data.groups == [Group(prompt, (chosen[len(prompt) :], rejected[len(prompt) :]), None, 1)]
+    assert data.format == "texts with an implicit prompt (chosen/rejected)"
+    assert data.noted == ({} if prompt else {"empty prompt": 1})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [("a b", "a b", "identical completions"), ("a b", "a b c", "one text continues the other")],
+)
+def test_texts_that_do_not_part_are_skipped(tmp_path, chosen, rejected, reason):
+    rows = [{"chosen": chosen, "rejected": rejected}, {"chosen": "a b", "rejected": "a c"}]
+    data = read(put(tmp_path, rows))
+    assert data.skipped == {reason: 1} and data.groups == [Group("a", (" b", " c"), None, 2)]
+
+
+def test_dialogues_and_plain_texts_are_not_mixed(tmp_path):
+    plain = {"chosen": "a b", "rejected": "a c"}
+    for rows, name in (((plain, HH), "texts with an implicit prompt"), ((HH, plain), "Anthropic HH dialogues")):
+        assert f":2: another shape; the file began as {name}" in refusal(put(tmp_path, list(rows)))

@@ -110,12 +110,16 @@ def implicit(row: Row) -> Reading:
     A blank there goes to the completions, as tokenizers have it.
     """
     chosen, rejected = string("chosen", row["chosen"]), string("rejected", row["rejected"])
-    differ = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-    at = next(differ, None)
-    if at is None:
-        return Reading(skip="identical completions" if chosen == rejected else "one text continues the other")
-    while at and any(text[at - 1].isalnum() and text[at].isalnum() for text in (chosen, rejected)):
+    if chosen == rejected:
+        return Reading(skip="identical completions")
+    shorter = min(len(chosen), len(rejected))
+    at = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    while at and any(
+        len(pair) == 2 and pair.isalnum() for pair in (chosen[at - 1 : at + 1], rejected[at - 1 : at + 1])
+    ):
         at -= 1
+    if at == shorter:
+        return Reading(skip="one text continues the other")
     at -= chosen[:at].endswith(" ")
     return Reading(chosen[:at], (chosen[at:], rejected[at:]))
 
