@@ -104,11 +104,12 @@ def test_another_end_of_turn_is_kept_and_told(tokenizer):
     assert reason.startswith("completions that end as the chat template says") and times == 2
 
 
-def test_a_template_that_ends_no_turn_is_ended_by_eos(tokenizer):
-    set_up(tokenizer, PLAIN, "<eos>")
+@pytest.mark.parametrize(("content", "second"), [("m.content", " abcd<eos>"), ("m.content | trim", "abcd<eos>")])
+def test_a_template_that_ends_no_turn_is_ended_by_eos(tokenizer, content, second):
+    set_up(tokenizer, PLAIN.replace("m.content", content), "<eos>")
     [group], counts = encode(tokenizer, "ab", " abcd")
     assert tokenizer.decode(group.prompt).endswith("user: ab abc?\nassistant: ")
-    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<eos>", " abcd<eos>"] and not counts
+    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<eos>", second] and not counts
 
 
 @pytest.mark.parametrize(

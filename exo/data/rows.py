@@ -48,7 +48,7 @@ def open_source(path: StrPath) -> Source:
         place = Path(path)
         if place.is_dir():
             return _shards(place)
-        if not place.exists() and (name := tables.hub_name(path)):
+        if name := tables.hub_name(path):
             return Source(*tables.from_hub(name))
         if not place.is_file():
             what = "not a regular file" if place.exists() else "no such file or directory"

@@ -76,9 +76,7 @@ def renamed(row: Row, new_names: Mapping[str, str]) -> Row:
     """All at once, so that two columns can change places; a column that had our name before gives way."""
     if missing := [theirs for theirs in new_names.values() if theirs not in row]:
         raise Malformed(f"columns: no key {names(missing)}; keys found: {names(row)}")
-    gone = {*new_names.values(), *new_names}
-    kept = {key: value for key, value in row.items() if key not in gone}
-    return kept | {ours: row[theirs] for ours, theirs in new_names.items()}
+    return row | {ours: row[theirs] for ours, theirs in new_names.items()}
 
 
 # One prompt, and what was answered.

@@ -25,7 +25,7 @@ class HubName(NamedTuple):
 
 
 def hub_name(path: StrPath) -> HubName | None:
-    """What a name says, if it can be one: what looks like a file, or lies in a folder that is here, is a slip."""
+    """What a name says, if it can be one: what lies in a folder that is here, or looks like a file, is a path."""
     found = _HUB.fullmatch(os.fspath(path))
     if found is None or found[1].endswith(_FILES) or Path(found[1]).parent.is_dir():
         return None
