@@ -26,7 +26,7 @@ SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc
 @dataclass(frozen=True)
 class Config(config.Training):
     model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data")
-    data: str = option("", "preferences or scored completions (.jsonl, .json, .gz)")
+    data: str = option("", "preferences or scored completions: a file, a directory of shards, a hub name")
     target: Literal["auto", "pref", "rw"] = option(
         "auto", "what the data are taken for; pref on rewards sets the best completion of a row against its worst"
     )

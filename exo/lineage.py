@@ -47,9 +47,10 @@ OUTPUTS = {
     "report": "report.html",
 }
 # Where a run's results go and what it prints change nothing of what it makes.
+_OWN = (artifacts.RUN_FILE, "metrics.jsonl")
 _IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to"}
 _DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
-_MODEL_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+_READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".model", ".jinja")
 
 
 def begin(config: Any, stage: str, **facts: Any) -> Path:
@@ -58,11 +59,7 @@ def begin(config: Any, stage: str, **facts: Any) -> Path:
     Call it once everything that can be checked has been, in one process: only now may an earlier run make room.
     """
     paths = _inputs(config, stage)
-    directory = artifacts.prepare(
-        config.output_dir,
-        overwrite=config.overwrite_output_dir,
-        inputs=[p for v in paths.values() for p in v.split(",")],
-    )
+    directory = artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir, inputs=paths.values())
     hashes = {name: fingerprint(path) for name, path in paths.items()}
     artifacts.write_run(directory, config, stage, inputs=hashes, **facts)
     return directory
@@ -144,17 +141,13 @@ def _made(directory: Path) -> list[Path]:
         for file in sorted(directory.rglob("*"))
         if file.is_file()
         and file.suffix not in (".png", ".html")
-        and file.name not in (artifacts.RUN_FILE, "metrics.jsonl")
+        and file.name not in _OWN
         and not any(part.startswith(".") for part in file.relative_to(directory).parts)
     ]
 
 
-def fingerprint(paths: str) -> str:
-    """sha256 of what an option names: a file, a model directory, several with commas; a hub name stands for itself."""
-    return "+".join(_fingerprint(path) for path in paths.split(","))
-
-
-def _fingerprint(path: str) -> str:
+def fingerprint(path: str) -> str:
+    """sha256 of what an option names: a file, a model directory, one of shards; a hub name stands for itself."""
     place = Path(path)
     if place.is_file():
         return _digest(place)
@@ -163,7 +156,7 @@ def _fingerprint(path: str) -> str:
     run = record(place)
     if run is not None and OUTPUTS.get(run["stage"], ".") != ".":
         return _digest(place / OUTPUTS[run["stage"]])
-    files = sorted(f for f in place.rglob("*") if f.suffix in _MODEL_FILES and f.name != artifacts.RUN_FILE)
+    files = sorted(f for f in place.rglob("*") if f.suffix in _READ_FILES and f.name not in _OWN)
     whole = hashlib.sha256()
     for file in files:
         whole.update(f"{file.relative_to(place)} {_digest(file)}\n".encode())

@@ -1,7 +1,8 @@
 """From texts to batches: tokens of prompt and completions, the limits on their lengths, padded micro-batches.
 
 Prompt and completion are tokenised apart, so that the border between them is right by construction; loss masks come
-from lengths, never from token ids. Left out: sharing the prompt among its completions, and padding-free rows.
+from lengths, never from token ids. What chat messages look like is for exo.chat. Left out: sharing the prompt among its
+completions, and padding-free rows.
 """
 
 import hashlib
@@ -14,7 +15,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from exo.data import DataError, Group
+from exo import chat
+from exo.data import Chat, DataError, Group
 
 IGNORE = -100  # the label of rows without loss, as everywhere in the field
 
@@ -83,7 +85,6 @@ def encode(
     counts: Counter[str] = Counter()
     encoded = []
     own = ""  # a large vocabulary takes a while to hash: only where token ids are met
-    start = _beginning(tokenizer)
     for group in groups:
         place = f"{path}:{group.line}"
         if group.tokens is not None:
@@ -101,18 +102,41 @@ def encode(
                 tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (how == "eos")
                 for text, how in zip(group.completions, ended, strict=True)
             ]
-        prompt = prompt_ids(group.prompt, tokenizer)
-        fitted = _fit(prompt, completions, len(start), limits, place, counts)
+        try:
+            prompt = prompt_ids(group.prompt, tokenizer)
+            if isinstance(group.prompt, Chat) and group.tokens is None:  # a sample was drawn as it stands
+                completions = [_answer(group.prompt, text, tokenizer, counts) for text in group.completions]
+                if len(completions) > 1 and all(ids == completions[0] for ids in completions):
+                    counts["rows dropped: completions identical in the chat template"] += 1
+                    continue
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
+        start = int(prompt[:1] == [tokenizer.bos_token_id])
+        fitted = _fit(prompt, completions, start, limits, place, counts)
         if fitted is not None:
             encoded.append(TokenGroup(*fitted, group.rewards, group.line))
     return encoded, counts
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """A prompt as every stage has it: sampling, training and scoring must agree on it."""
+    """A prompt as every stage has it: sampling, training and scoring must agree on it.
+
+    A chat template says itself whether a BOS comes first; none is added to what it says.
+    """
+    if isinstance(prompt, Chat):
+        return tokenizer(chat.prompt_text(prompt, tokenizer), add_special_tokens=False)["input_ids"]
     ids = _beginning(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     # the first token of a completion needs a token before it
     return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+
+
+def _answer(prompt: Chat, text: str, tokenizer: Any, counts: Counter[str]) -> list[int]:
+    """A completion of chat messages, with its end."""
+    rendered, end = chat.answer_text(prompt, text, tokenizer)
+    if end == "template":
+        counts["completions that end as the chat template says, which is not the tokenizer's end of sequence"] += 1
+    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    return ids + [tokenizer.eos_token_id] * (end == "none")
 
 
 def _beginning(tokenizer: Any) -> list[int]:

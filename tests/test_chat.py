@@ -1,0 +1,178 @@
+"""Chat messages as text and tokens: the border before the answer, one BOS, and the end that the template says."""
+
+import pytest
+
+from exo import chat, models, packing
+from exo.data import Chat, DataError, Group, Message, read, write_jsonl
+from exo.packing import Limits
+
+OPENED = "{% if add_generation_prompt %}"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    + OPENED
+    + "<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}<h>{{ m.role }}</h>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    + OPENED
+    + "<h>assistant</h>\n\n{% endif %}"
+)
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + OPENED + "assistant: {% endif %}"
+# Opens an answer with a thought that the finished answer does not have.
+THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role\nhere') }}{% endif %}" + CHATML
+
+CHAT = Chat([Message("system", "Be kind."), Message("user", "ab abc?")])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    _, tokenizer = models.tiny(["ab abc abcd assistant user system? Be kind. " * 20], hidden_size=32, num_layers=1)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|eot|>", "<bos>"]})
+    return tokenizer
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    """Set its template, eos and bos as the test needs them; they are put back."""
+    before = tiny.eos_token
+    yield tiny
+    tiny.eos_token, tiny.bos_token, tiny.chat_template = before, None, None
+
+
+def set_up(tokenizer, template, eos, bos=None):
+    tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token = template, eos, bos
+    return tokenizer
+
+
+def encode(tokenizer, *completions, prompt=CHAT, **limits):
+    limits = Limits(**{"max_length": 200, "max_completion_length": None, "truncate": "prompt-left"} | limits)
+    return packing.encode([Group(prompt, completions, None, 7)], tokenizer, limits, "rows.jsonl")
+
+
+def test_chatml_ends_with_its_eos_and_not_with_the_line_break(tokenizer):
+    set_up(tokenizer, CHATML, "<|im_end|>")
+    [group], counts = encode(tokenizer, "ab", " abcd")
+    assert tokenizer.decode(group.prompt) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nab abc?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<|im_end|>", " abcd<|im_end|>"]
+    assert all(ids.count(tokenizer.eos_token_id) == 1 for ids in group.completions) and not counts
+
+
+def test_a_template_that_writes_bos_has_it_once(tokenizer):
+    set_up(tokenizer, LLAMA, "<|eot|>", "<bos>")
+    [group], counts = encode(tokenizer, "ab", " abcd ")
+    assert group.prompt[0] == tokenizer.bos_token_id and group.prompt.count(tokenizer.bos_token_id) == 1
+    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<|eot|>", "abcd<|eot|>"] and not counts
+
+
+class AddsBos:
+    """The same tokenizer, but one that begins plain texts with a BOS by itself, as Llama's does."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = self.inner(text, add_special_tokens=False)["input_ids"]
+        return {"input_ids": [self.bos_token_id] * add_special_tokens + ids}
+
+
+@pytest.mark.parametrize(("template", "eos", "times"), [(LLAMA, "<|eot|>", 1), (CHATML, "<|im_end|>", 0)])
+def test_the_template_alone_decides_on_bos(tokenizer, template, eos, times):
+    tokenizer = AddsBos(set_up(tokenizer, template, eos, "<bos>"))
+    [group], _ = encode(tokenizer, "ab", "abcd")
+    assert group.prompt.count(tokenizer.bos_token_id) == times
+    assert packing.prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
+
+
+def test_bos_stays_when_the_prompt_is_cut(tokenizer):
+    set_up(tokenizer, LLAMA, "<|eot|>", "<bos>")
+    [group], counts = encode(tokenizer, "ab", "abcd", max_length=20)
+    assert group.longest == 20 and group.prompt[0] == tokenizer.bos_token_id
+    assert counts == {"rows with the prompt cut on the left": 1}
+
+
+def test_another_end_of_turn_is_kept_and_told(tokenizer):
+    set_up(tokenizer, CHATML, "<eos>")
+    [group], counts = encode(tokenizer, "ab", "abcd")
+    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<|im_end|>", "abcd<|im_end|>"]
+    [(reason, times)] = counts.items()
+    assert reason.startswith("completions that end as the chat template says") and times == 2
+
+
+@pytest.mark.parametrize(("content", "second"), [("m.content", " abcd<eos>"), ("m.content | trim", "abcd<eos>")])
+def test_a_template_that_ends_no_turn_is_ended_by_eos(tokenizer, content, second):
+    set_up(tokenizer, PLAIN.replace("m.content", content), "<eos>")
+    [group], counts = encode(tokenizer, "ab", " abcd")
+    assert tokenizer.decode(group.prompt).endswith("user: ab abc?\nassistant: ")
+    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<eos>", second] and not counts
+
+
+@pytest.mark.parametrize(
+    ("template", "eos"), [(CHATML, "<|im_end|>"), (LLAMA, "<|eot|>"), (CHATML, "<eos>"), (PLAIN, "<eos>")]
+)
+def test_sampling_sees_the_prompt_of_training_and_both_make_the_rendering(tokenizer, template, eos):
+    set_up(tokenizer, template, eos, "<bos>")
+    [group], _ = encode(tokenizer, "ab", "abcd")
+    assert tuple(packing.prompt_ids(CHAT, tokenizer)) == group.prompt
+    messages = [message._asdict() for message in (*CHAT.messages, Message("assistant", "ab"))]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = tokenizer.decode(group.prompt + group.completions[0])
+    assert whole.rstrip() == (text.removesuffix("<eos>") if template == PLAIN else text)
+
+
+def test_prompts_read_for_sampling_and_written_with_samples_keep_their_tokens(tokenizer, tmp_path):
+    set_up(tokenizer, CHATML, "<|im_end|>")
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": CHAT}])
+    [asked] = read(tmp_path / "a.jsonl", purpose="prompts").groups
+    ids = tokenizer("ab<|im_end|>", add_special_tokens=False)["input_ids"]
+    other = ids[:1]
+    row = {"prompt": asked.prompt, "completions": ["ab", "a"], "rewards": [1, 2], "token_ids": [ids, other]}
+    row |= {"tokenizer": packing.tokenizer_hash(tokenizer), "logprobs": [-1, -2], "finish": ["eos", "length"]}
+    write_jsonl(tmp_path / "b.jsonl", [row])
+    [group] = read(tmp_path / "b.jsonl").groups
+    [encoded], _ = packing.encode([group], tokenizer, Limits(99, None, "error"), "b.jsonl")
+    assert encoded.prompt == tuple(packing.prompt_ids(CHAT, tokenizer))
+    assert encoded.completions == (tuple(ids), tuple(other))
+
+
+def test_completions_that_the_template_makes_alike_are_dropped(tokenizer):
+    set_up(tokenizer, LLAMA, "<|eot|>", "<bos>")
+    rows, counts = encode(tokenizer, "ab", " ab ")
+    assert not rows and counts == {"rows dropped: completions identical in the chat template": 1}
+
+
+def test_a_single_text_to_imitate_is_not_alike_to_itself(tokenizer):
+    set_up(tokenizer, CHATML, "<|im_end|>")
+    assert len(encode(tokenizer, "ab")[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (None, "chat messages, but the tokenizer has no chat template; take the model's instruct version"),
+        (THINKING, "the chat template renders the prompt otherwise once it is answered"),
+        (STRICT, "the chat template refuses these messages: no system role"),
+        ("{{ messages[9].role.x }}", "the chat template refuses these messages: "),
+        ("{% if %}", "the chat template refuses these messages: "),
+    ],
+)
+def test_what_cannot_be_rendered_is_one_line_with_its_place(tokenizer, template, words):
+    set_up(tokenizer, template, "<|im_end|>")
+    with pytest.raises(DataError) as caught:
+        encode(tokenizer, "ab", "abcd")
+    message = str(caught.value)
+    assert message.startswith(f"rows.jsonl:7: {words}") and len(message.splitlines()) == 1
+
+
+def test_the_border_is_before_the_answer_even_where_the_template_thinks_first(tokenizer):
+    """An empty thought that only finished answers have belongs to the completion."""
+    thought = CHATML.replace(
+        "{{ m.content }}", "{{ '<think></think>' if loop.last and m.role != 'user' }}{{ m.content }}"
+    )
+    set_up(tokenizer, thought, "<|im_end|>")
+    assert chat.answer_text(CHAT, "ab", tokenizer) == ("<think></think>ab<|im_end|>", "eos")

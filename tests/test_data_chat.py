@@ -1,0 +1,201 @@
+"""Chat messages and the shapes that other trainers read: which column says what, and what is refused."""
+
+import copy
+import json
+import pickle
+
+import pytest
+from data_files import CANARY, GOOD, put, refusal
+
+from exo.data import Chat, Group, Message, read, read_jsonl, write_jsonl
+
+pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+ASK = {"role": "user", "content": "p"}
+GOOD_ANSWER = {"role": "assistant", "content": " a"}
+BAD_ANSWER = {"role": "assistant", "content": " b"}
+MORE = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "c"}]
+HUMAN, GPT, GPT_BAD = ({"from": who, "value": text} for who, text in (("human", "p"), ("gpt", " a"), ("gpt", " b")))
+
+USER = (Message("user", "p"),)
+BOTH = (Message("system", "Be kind."), *USER)
+
+
+def only(folder, row, **options) -> Group:
+    data = read(put(folder, [row]), **options)
+    [group] = data.groups
+    assert isinstance(group.prompt, Chat) and data.format.endswith(", chat messages")
+    return group
+
+
+# Messages in every column.
+
+COMPARED = {
+    "prompt": {"prompt": [ASK], "chosen": " a", "rejected": " b"},
+    "prompt alone, not in a list": {"prompt": ASK, "chosen": " a", "rejected": " b"},
+    "answers": {"prompt": "p", "chosen": [GOOD_ANSWER], "rejected": [BAD_ANSWER]},
+    "answers, not in lists": {"prompt": "p", "chosen": GOOD_ANSWER, "rejected": BAD_ANSWER},
+    "one answer": {"prompt": "p", "chosen": " a", "rejected": BAD_ANSWER},
+    "all": {"prompt": [ASK], "chosen": [GOOD_ANSWER], "rejected": [BAD_ANSWER]},
+    "whole": {"chosen": [ASK, GOOD_ANSWER], "rejected": [ASK, BAD_ANSWER]},
+    "whole, with the prompt": {"prompt": "p", "chosen": [ASK, GOOD_ANSWER], "rejected": [ASK, BAD_ANSWER]},
+    "whole, with the prompt's message": {"prompt": [ASK], "chosen": [ASK, GOOD_ANSWER], "rejected": [ASK, BAD_ANSWER]},
+    "ShareGPT's names": {"prompt": [HUMAN], "chosen": [GPT], "rejected": [GPT_BAD]},
+    "ShareGPT": {"conversations": [HUMAN], "chosen": GPT, "rejected": GPT_BAD},
+    "other keys": {"prompt": [{**ASK, "name": None, "tool_calls": None, "id": 3}], "chosen": " a", "rejected": " b"},
+}
+
+
+@pytest.mark.parametrize("row", COMPARED.values(), ids=COMPARED)
+def test_messages_are_read_in_every_column(tmp_path, row):
+    group = only(tmp_path, row)
+    assert group.prompt.messages == USER and group.completions == (" a", " b") and group.rewards is None
+
+
+def test_messages_among_completions_with_rewards_and_samples(tmp_path):
+    completions = [[GOOD_ANSWER], BAD_ANSWER, " c"]
+    row = {"prompt": [SYSTEM, ASK], "completions": completions, "rewards": [1, 2, 3]}
+    group = only(tmp_path, row)
+    assert group.prompt.messages == BOTH
+    assert (group.completions, group.rewards) == ((" a", " b", " c"), (1.0, 2.0, 3.0))
+    assert only(tmp_path, row, purpose="samples").completions == (" a", " b", " c")
+
+
+TALK = [SYSTEM, ASK, GOOD_ANSWER, *MORE]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK},
+        {"messages": [*TALK, ASK]},
+        {"conversations": TALK},
+        {"prompt": "p", "messages": TALK},
+        {"prompt": TALK[:-1], "completion": "c"},
+        {"prompt": TALK[:-1], "completion": [TALK[-1]]},
+        {"prompt": "and?", "chosen": TALK},
+        {"prompt": "and?", "chosen": TALK, "rejected": [*TALK[:-1], BAD_ANSWER]},
+    ],
+    ids=lambda row: "/".join(row),
+)
+def test_the_last_answer_is_the_text_to_imitate(tmp_path, row):
+    group = only(tmp_path, row, purpose="texts")
+    assert group.completions == ("c",)
+    assert group.prompt.messages == (*BOTH, Message("assistant", " a"), Message("user", "and?"))
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"prompt": [SYSTEM, ASK]}, BOTH),
+        ({"messages": [SYSTEM, ASK]}, BOTH),
+        ({"messages": [SYSTEM, ASK, GOOD_ANSWER]}, BOTH),
+        ({"prompt": "p", "messages": [ASK, GOOD_ANSWER]}, USER),
+        ({"prompt": "p", "completion": GOOD_ANSWER}, USER),
+        ({"prompt": "p", "chosen": [ASK, GOOD_ANSWER], "rejected": [ASK, BAD_ANSWER]}, USER),
+        ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT_BAD}, USER),
+    ],
+)
+def test_prompts_of_messages(tmp_path, row, messages):
+    assert only(tmp_path, row, purpose="prompts").prompt.messages == messages
+
+
+@pytest.mark.parametrize(
+    ("row", "purpose", "reason"),
+    [
+        ({"messages": [ASK]}, "texts", "no message of the assistant"),
+        ({"messages": [GOOD_ANSWER]}, "texts", "nothing before the answer"),
+        ({"messages": [ASK, {**GOOD_ANSWER, "content": " "}]}, "texts", "empty text"),
+        ({"messages": [GOOD_ANSWER]}, "prompts", "nothing to answer"),
+    ],
+)
+def test_conversations_without_a_use_are_skipped(tmp_path, row, purpose, reason):
+    data = read(put(tmp_path, [row, {"messages": TALK}]), purpose=purpose)
+    assert data.skipped == {reason: 1} and len(data.groups) == 1
+
+
+def test_turns_after_the_answer_are_dropped_and_noted(tmp_path):
+    rows = [{"prompt": "p", "chosen": [GOOD_ANSWER, *MORE], "rejected": [BAD_ANSWER]}]
+    assert read(put(tmp_path, rows)).noted == {"later turns dropped": 1}
+    rows = [{"messages": [*TALK, ASK]}, {"messages": TALK}]
+    assert read(put(tmp_path, rows), purpose="texts").noted == {"later turns dropped": 1}
+
+
+TEXT = f'"{CANARY}"'
+BROKEN = [
+    ('[{"role": "user"}]', "prompt[0]: a chat message without 'content'"),
+    ('[{"from": "human", "content": "x"}]', "prompt[0]: a chat message without 'value'"),
+    (f'[{{"role": "user", "content": ["{CANARY}"]}}]', "prompt[0].content must be a string, not an array"),
+    ('[{"role": "user", "content": null}]', "prompt[0].content must be a string, not null"),
+    (f'[{{"role": {TEXT}, "content": "x"}}]', "prompt[0].role must be one of system, developer, user, assistant"),
+    (f'[{{"from": {TEXT}, "value": "x"}}]', "prompt[0].from must be one of human, gpt, system"),
+    ('[{"role": "human", "content": "x"}]', "prompt[0].role must be one of"),
+    (f'[{{"role": "user", "content": "x"}}, {TEXT}]', "prompt[1] must be a chat message, not a string"),
+    ('[{"role": "user", "content": "x", "tool_calls": [1]}]', "prompt[0]: tool calls are not read"),
+    (f'[{{"role": "assistant", "content": {TEXT}}}]', "the prompt ends with a message of the assistant"),
+    ("[]", "prompt must be a string, not an array"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "words"), BROKEN)
+def test_malformed_messages_are_named(tmp_path, prompt, words):
+    path = put(tmp_path, f'{{"prompt": {prompt}, "chosen": "a", "rejected": "b"}}\n{json.dumps(COMPARED["all"])}\n')
+    message = refusal(path)
+    assert message.startswith(f"{path}:1: ") and words in message
+    assert read(path, skip_invalid=True).skipped == {"malformed": 1}
+
+
+def test_a_prompt_that_the_conversations_do_not_hold_is_malformed(tmp_path):
+    row = {"prompt": CANARY, "chosen": [ASK, GOOD_ANSWER], "rejected": [ASK, BAD_ANSWER]}
+    assert "prompt is not said in the conversation before the answer" in refusal(put(tmp_path, [row]))
+    row["prompt"] = [SYSTEM, ASK]
+    assert "prompt is not said" in refusal(put(tmp_path, [row]))
+
+
+@pytest.mark.parametrize("rows", [(GOOD, COMPARED["all"]), (COMPARED["all"], GOOD)])
+def test_texts_and_messages_in_one_file_are_not_mixed(tmp_path, rows):
+    path = put(tmp_path, list(rows))
+    assert refusal(path).startswith(f"{path}:2: ") and "and the file began with" in refusal(path)
+    assert read(path, skip_invalid=True).skipped == {"malformed": 1}
+
+
+# The prompt as a thing.
+
+
+def test_a_chat_is_its_transcript_and_survives_writing_pickling_and_copying(tmp_path):
+    chat = Chat(BOTH)
+    assert chat == "system: Be kind.\n\nuser: p" and isinstance(chat, str)
+    for again in (copy.deepcopy(chat), pickle.loads(pickle.dumps(chat))):
+        assert again == chat and again.messages == BOTH
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": chat, "completions": ["x"], "rewards": [1]}])
+    [(_, row)] = read_jsonl(tmp_path / "rows.jsonl")
+    assert row["prompt"] == [SYSTEM, ASK]
+    assert only(tmp_path, row, purpose="samples").prompt.messages == BOTH
+
+
+# Shapes of other trainers.
+
+
+@pytest.mark.parametrize("key", ["instruction", "prompt"])
+def test_ultrafeedback(tmp_path, key):
+    items = [{"response": text, "overall_score": score, "model": "m"} for text, score in (("a", 8.5), ("b", 3))]
+    data = read(put(tmp_path, [{key: "p", "completions": items, "source": "s"}]))
+    assert data.groups == [Group("p", ("a", "b"), (8.5, 3.0), 1)]
+    assert data.format == f"UltraFeedback completions with scores ({key}/completions)"
+    assert read(put(tmp_path, [{key: "p", "completions": items}]), purpose="prompts").groups[0].prompt == "p"
+    items[1]["overall_score"] = None
+    assert "completions[1].overall_score must be a number, not null" in refusal(
+        put(tmp_path, [{key: CANARY, "completions": items}])
+    )
+    del items[1]["overall_score"]
+    assert "completions[1] must be an object with 'response', 'overall_score'" in refusal(
+        put(tmp_path, [{key: CANARY, "completions": items}])
+    )
+
+
+def test_nectar_the_best_rank_has_the_highest_reward(tmp_path):
+    answers = [{"answer": text, "rank": rank} for text, rank in (("a", 2.0), ("b", 1), ("c", 7))]
+    data = read(put(tmp_path, [{"prompt": "p", "answers": answers}]))
+    assert data.groups == [Group("p", ("a", "b", "c"), (-2.0, -1.0, -7.0), 1)]
+    assert "answers must be an array, and not empty" in refusal(put(tmp_path, [{"prompt": "p", "answers": []}]))

@@ -1,0 +1,238 @@
+"""Tables: parquet, directories of shards and hub names; and columns by other names."""
+
+import datetime
+import hashlib
+import json
+import shutil
+import sys
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from data_files import CANARY, GOOD, SCORED, put, refusal
+
+from exo.data import DataError, Group, read, read_jsonl
+
+pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
+
+GOOD_GROUP = Group("p", (" a", " b"), None, 1)
+
+
+def parquet(folder, columns, name="data.parquet"):
+    table = pyarrow.table(columns) if isinstance(columns, dict) else pyarrow.Table.from_pylist(columns)
+    pyarrow.parquet.write_table(table, folder / name)
+    return folder / name
+
+
+# Parquet.
+
+
+def test_parquet_reads_as_the_lines_would(tmp_path):
+    rows = [{**SCORED, "prompt": str(i), "day": datetime.date(2026, 1, 1), "raw": b"\xff"} for i in range(2500)]
+    path = parquet(tmp_path, rows, "any.name")
+    data = read(path)
+    assert [group.line for group in data.groups] == list(range(1, 2501))
+    assert data.groups[7] == Group("7", (" a", " b", " c"), (1.0, 0.5, -2.0), 8)
+    assert data.format == "completions with rewards (prompt/completions/rewards), parquet"
+    assert data.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() and data.rows == 2500
+
+
+INVALID = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"ok", b"\xff" + CANARY.encode()]).buffers())
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (
+            {**{key: ["x", "y"] for key in ("prompt", "chosen")}, "rejected": ["b", None]},
+            "rejected must be a string, not null",
+        ),
+        ({"prompt": ["x", "y"], "chosen": ["a", "b"], "rejected": INVALID}, "not UTF-8"),
+        (
+            {"prompt": [b"x", b"y"], "chosen": ["a", "b"], "rejected": ["", ""]},
+            "prompt must be a string, not of type bytes",
+        ),
+        (
+            {"prompt": ["x", CANARY], "completions": [["a", "b"]] * 2, "rewards": [[1.0, 2.0], [float("nan"), 1.0]]},
+            "rewards[0] is not finite",
+        ),
+        (
+            {"prompt": ["x", CANARY], "completions": [["a", "b"]] * 2, "rewards": [[1.0, 2.0], [1.0, float("inf")]]},
+            "rewards[1] is not finite",
+        ),
+        (
+            {"prompt": ["x", CANARY], "completions": [["a", "b"]] * 2, "rewards": [[1.0, 2.0], [1.0, None]]},
+            "rewards[1] must be a number, not null",
+        ),
+    ],
+)
+def test_a_malformed_row_of_a_table_is_named(tmp_path, columns, words):
+    path = parquet(tmp_path, columns)
+    message = refusal(path)
+    first_row_too = "bytes" in words
+    assert message.startswith(f"{path}:{1 if first_row_too else 2}: ") and words in message
+    if not first_row_too:
+        data = read(path, skip_invalid=True)
+        assert data.skipped == {"malformed": 1} and [group.line for group in data.groups] == [1]
+
+
+def test_damaged_parquet_is_refused_in_one_line(tmp_path):
+    whole = parquet(tmp_path, [GOOD] * 50).read_bytes()
+    flipped = bytes(byte ^ (0xFF if 4 <= i < 30 else 0) for i, byte in enumerate(whole))
+    for content in (b"PAR1", whole[:-20], whole[: len(whole) // 2], flipped):
+        for skip_invalid in (False, True):
+            message = refusal(put(tmp_path, content, "cut.parquet"), skip_invalid=skip_invalid)
+            assert message.startswith(f"{tmp_path}/cut.parquet: the parquet data is cut off or damaged: ")
+
+
+def test_an_empty_table_and_twin_columns_are_refused(tmp_path):
+    assert refusal(parquet(tmp_path, {"prompt": pyarrow.array([], "string")})).endswith("holds no rows")
+    twins = pyarrow.table([["a"], ["b"], ["c"]], names=["prompt", "chosen", "chosen"])
+    pyarrow.parquet.write_table(twins, tmp_path / "twins.parquet")
+    assert "column 'chosen' appears twice" in refusal(tmp_path / "twins.parquet")
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "datasets"])
+def test_a_missing_library_is_one_line(tmp_path, monkeypatch, package):
+    path = str(parquet(tmp_path, [GOOD])) if package == "pyarrow" else "owner/name"
+    monkeypatch.setitem(sys.modules, package, None)
+    assert refusal(path).endswith(f"needs {package}: pip install {package}")
+
+
+def test_files_between_stages_are_lines(tmp_path):
+    with pytest.raises(DataError, match="data.parquet:1: "):
+        list(read_jsonl(parquet(tmp_path, [GOOD])))
+
+
+# Directories of shards.
+
+
+def test_shards_are_read_by_name_and_counted_through(tmp_path):
+    put(tmp_path, [{**GOOD, "prompt": "3"}, {**GOOD, "prompt": "4"}], "b.jsonl")
+    parquet(tmp_path, [{**GOOD, "prompt": "1"}, {**GOOD, "prompt": "2"}], "a.parquet")
+    put(tmp_path, f"[{json.dumps({**GOOD, 'prompt': '5'})}]", "c.json")
+    put(tmp_path, "not data", ".hidden")
+    data = read(tmp_path)
+    assert [(group.prompt, group.line) for group in data.groups] == [(str(i), i) for i in range(1, 6)]
+    assert data.format.endswith(", 3 JSON and parquet files") and data.path == str(tmp_path)
+    before = data.sha256
+    put(tmp_path, [{**GOOD, "prompt": "x"}], "b.jsonl")
+    assert read(tmp_path).sha256 != before
+
+
+def test_a_malformed_row_of_a_shard_names_the_shard(tmp_path):
+    put(tmp_path, [GOOD], "a.jsonl")
+    bad = put(tmp_path, [GOOD, {"prompt": CANARY}], "b.jsonl")
+    assert refusal(tmp_path).startswith(f"{bad}:2: ")
+    assert read(tmp_path, skip_invalid=True).skipped == {"malformed": 1}
+
+
+@pytest.mark.parametrize("other", ["README.md", "sub"])
+def test_a_directory_with_anything_else_is_refused(tmp_path, other):
+    assert "a directory without a data file; accepted" in refusal(tmp_path)
+    put(tmp_path, [GOOD])
+    (tmp_path / other).mkdir()
+    assert f"directory of data files alone (.jsonl, .json, .gz, .parquet), found '{other}'" in refusal(tmp_path)
+
+
+# Hub names.
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of one dataset; the calls that reached it."""
+    calls = []
+
+    def load_dataset(path, *, name, split):
+        calls.append((path, name, split))
+        return datasets.Dataset.from_list([GOOD, {**GOOD, "chosen": None}, GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("owner/name", ("owner/name", None, "train")),
+        ("owner/na-me_1.5:con.fig", ("owner/na-me_1.5", "con.fig", "train")),
+        ("owner/name@test", ("owner/name", None, "test")),
+        ("owner/name:config@train[:10%]", ("owner/name", "config", "train[:10%]")),
+    ],
+)
+def test_a_hub_name_says_name_config_and_split(hub, name, call):
+    with pytest.raises(DataError, match=r"^owner/na\S*:2: chosen must be a string, not null$"):
+        read(name)
+    data = read(name, skip_invalid=True)
+    assert hub == [call] * 2
+    assert data.groups == [GOOD_GROUP, Group("p", (" a", " b"), None, 3)] and data.skipped == {"malformed": 1}
+    fingerprint = data.sha256.removeprefix("fingerprint:")
+    assert fingerprint and data.format.endswith(f", from the hub, fingerprint {fingerprint}")
+
+
+def test_a_path_that_is_here_wins(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    put(tmp_path / "owner", [GOOD], "name")
+    assert read("owner/name").groups == [GOOD_GROUP] and not hub
+    for slip in ("owner/nam", "elsewhere/name.jsonl", "./owner/nam", "name", "a/b/c", "/owner/name", "owner/name@"):
+        assert "no such file or directory" in refusal(slip)
+    assert not hub
+    shutil.rmtree("owner")
+    read("owner/name", skip_invalid=True)
+    assert hub
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, ConnectionError, ValueError, RuntimeError])
+def test_what_the_hub_cannot_give_is_one_line(monkeypatch, error):
+    def load_dataset(*args, **options):
+        raise error("Unknown split\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert refusal("owner/name@x") == "owner/name@x: no such path here, and from the hub: Unknown split"
+
+
+def test_offline_nothing_is_asked_of_the_hub(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("the network was asked"))
+    assert "from the hub: Couldn't reach 'owner/name'" in refusal("owner/name")
+
+
+def test_the_real_library_takes_our_call(tmp_path, monkeypatch):
+    """A directory stands in for the hub: what load_dataset is called with, and what it gives back, are its own."""
+    real = datasets.load_dataset
+    (tmp_path / "repo").mkdir()
+    put(tmp_path / "repo", [{**GOOD, "meta": {"score": None}}, GOOD], "train.jsonl")
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, **options: real(str(tmp_path / "repo"), cache_dir=tmp_path, **options)
+    )
+    assert read("owner/name").groups[0] == GOOD_GROUP
+    assert "Unknown split" in refusal("owner/name@nope")
+    assert "'config' not found" in refusal("owner/name:config")
+
+
+# Columns by other names.
+
+
+def test_columns_are_renamed_all_at_once(tmp_path):
+    swapped = {"question": "p", "chosen": " b", "rejected": " a", "prompt": "other"}
+    data = read(put(tmp_path, [swapped]), columns="prompt=question, chosen=rejected,rejected=chosen")
+    assert data.groups == [GOOD_GROUP]
+    assert data.format.endswith(", columns prompt=question, chosen=rejected,rejected=chosen")
+
+
+@pytest.mark.parametrize("columns", ["prompt", "prompt=", "=question", "", " ", "prompt=a,", "prompt=a,=c"])
+def test_columns_that_say_nothing_are_refused(tmp_path, columns):
+    path = put(tmp_path, [GOOD])
+    assert f"expected ours=theirs,... (prompt=question), got {columns!r}" in refusal(path, columns=columns)
+
+
+def test_columns_of_unknown_names_are_refused(tmp_path):
+    path = put(tmp_path, [{"question": CANARY, "chosen": "a", "rejected": "b"}])
+    assert "columns: 'query' is no name that is read; names: prompt, chosen" in refusal(path, columns="query=question")
+    assert "columns: 'prompt' is given twice" in refusal(path, columns="prompt=question,prompt=chosen")
+    found = "columns: no key 'quest'; keys found: 'question', 'chosen', 'rejected'"
+    assert refusal(path, columns="prompt=quest") == f"{path}:1: {found}"
+    assert found in refusal(path, columns="prompt=quest", skip_invalid=True)
