@@ -101,7 +101,7 @@ def _pairs(config: Config) -> list[Pair]:
     references, categories = systems.read_references(config.references) if config.references else ({}, {})
     with_references = files | ({"references": references} if references else {})
     pairs = []
-    for number, key in enumerate(systems.shared(with_references, limit=config.limit, seed=config.seed)):
+    for number, key in enumerate(systems.shared(with_references, config.limit, config.seed)):
         chosen = {
             name: systems.choose(answers, key, config.samples_per_prompt, seed=config.seed, name=getattr(config, name))
             for name, answers in files.items()

@@ -48,7 +48,7 @@ def _keyed(dataset: data.Dataset) -> Answers:
     return answers
 
 
-def shared(systems: Mapping[str, Answers], *, limit: int | None, seed: int) -> list[Key]:
+def shared(systems: Mapping[str, Answers], limit: int | None, seed: int) -> list[Key]:
     """The prompts that all systems answered, or `limit` of them, in the first one's order; says what is left out."""
     first = next(iter(systems.values()))
     common = [key for key in first if all(key in answers for answers in systems.values())]

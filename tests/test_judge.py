@@ -62,6 +62,18 @@ def longer(question: str):
     return said(f"Comparison: one is longer.\n**Preferred:** {'A' if len(a) > len(b) else 'B'}")
 
 
+def test_help_and_a_file_of_options(tmp_path, files, capsys):
+    with pytest.raises(SystemExit) as stop:
+        judge.main(["--help"])
+    assert stop.value.code == 0 and "{prompt}, {a}, {b}, {reference}" in capsys.readouterr().out
+    file = tmp_path / "judge.yaml"
+    file.write_text("limit: 1\ntemplate: dialogue\n")
+    with serving(lambda _: said("A")) as server:
+        flags = [f"--endpoint={server.url}", "--model=m", f"--output_dir={tmp_path / 'run'}"]
+        assert judge.main(["--config", str(file), *files, *flags]) == 0
+    assert len(server.questions) == 2 and "[Conversation]" in server.questions[0]
+
+
 # What it counts.
 
 
@@ -155,13 +167,13 @@ def test_limit_and_samples_are_chosen_by_seed(tmp_path):
         return set(server.questions)
 
     count = itertools.count()
-    content = [{"prompt": f"p{i}", "completions": [f"{i}:{k}" for k in range(4)]} for i in range(12)]
-    files = ["--a", rows(tmp_path / "a.jsonl", content), "--b", samples(tmp_path, "b", ["b"] * 12)]
+    content = [{"prompt": f"p{i}", "completions": [f"{i}:{k}" for k in range(4)]} for i in range(9)]
+    files = ["--a", rows(tmp_path / "a.jsonl", content), "--b", samples(tmp_path, "b", ["b"] * 9)]
     five = asked("--limit=5")
     assert len(five) == 10 and five == asked("--limit=5") and five < asked("--limit=7")
     assert five != asked("--limit=5", "--seed=1")
-    assert len(asked("--samples_per_prompt=3")) == 2 * 3 * 12
-    assert result(tmp_path)["prompts"] == result(tmp_path)["win_rate"]["prompts"] == 12
+    assert len(asked("--samples_per_prompt=3")) == 2 * 3 * 9
+    assert result(tmp_path)["prompts"] == result(tmp_path)["win_rate"]["prompts"] == 9
 
 
 def test_too_few_samples_for_the_asking(tmp_path, capsys):
