@@ -18,7 +18,7 @@ from exo.artifacts import RunError
 from exo.config import option, require
 from exo.endpoint import Chat, Unanswered
 from exo.verdicts import TEMPLATES, Cache, Template
-from exo.winrate import ORDERS, Judgement, Pair
+from exo.winrate import ORDERS, Judged, Judgement, Pair
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -72,14 +72,13 @@ def run(config: Config) -> Path:
     key = endpoint.key_from(config.api_key_env, KEY_VARIABLE)
     config = dataclasses.replace(config, a=systems.source("a", config.a), b=systems.source("b", config.b))
     pairs = _pairs(config)
-
-    directory = lineage.begin(config, "judge", inputs=("a", "b", "references", "template"))
     chat = Chat(
         config.endpoint, config.model, key,
         retries=config.retries, timeout=config.timeout, max_tokens=config.max_tokens,
     )  # fmt: skip
     cache = Cache(Path(config.cache_path))
     try:
+        directory = lineage.begin(config, "judge", inputs=("a", "b", "references", "template"))
         judged = _judge_all(config, template, pairs, chat, cache)
     finally:
         cache.close()
@@ -113,13 +112,11 @@ def _pairs(config: Config) -> list[Pair]:
     return pairs
 
 
-def _judge_all(
-    config: Config, template: Template, pairs: Sequence[Pair], chat: Chat, cache: Cache
-) -> dict[tuple[int, str], Judgement]:
+def _judge_all(config: Config, template: Template, pairs: Sequence[Pair], chat: Chat, cache: Cache) -> Judged:
     """By pair and order. RunError when the server refuses, or answers nothing for too long."""
     tasks = [(number, order) for number in range(len(pairs)) for order in ORDERS]
     progress = console.Progress("judgements", len(tasks), every=max(1, len(tasks) // 10))
-    judged: dict[tuple[int, str], Judgement] = {}
+    judged: Judged = {}
     silent, patience = 0, max(8, config.concurrency)
     pool = ThreadPoolExecutor(config.concurrency)
     try:

@@ -362,6 +362,7 @@ def test_a_file_that_is_no_cache_is_left_alone(tmp_path, files, capsys, content)
     mine.write_text(content)
     assert run(tmp_path, "http://127.0.0.1:1", *files, f"--cache={mine}") == 2
     assert "mine:1: not a line of a cache of verdicts" in capsys.readouterr().err and mine.read_text() == content
+    assert not (tmp_path / "run").exists()  # nor did an earlier run make room for nothing
 
 
 def test_the_cache_must_not_be_in_what_is_removed(tmp_path, files, capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from exo import intervals
-from exo.verdicts import TEMPLATES, Template
+from exo.verdicts import TEMPLATES, Cache, Template
 
 
 @pytest.fixture
@@ -75,6 +75,10 @@ def test_a_template_that_is_not_there():
 def test_the_last_line_that_states_a_choice(template, answer, choice):
     assert template('{a}{b} "tie"').choice(answer) == choice
     assert template("{a}{b} no tie").choice(answer) == (None if choice == "tie" else choice)
+
+
+def test_the_same_words_under_another_template_are_another_question():
+    assert Cache.key(Template("summary"), b"x") != Cache.key(Template("dialogue"), b"x")
 
 
 def test_bootstrap_covers_as_the_normal_interval_does():
