@@ -24,10 +24,14 @@ def standard_error(values: Sequence[float]) -> float:
     return float(x.std() / len(x) ** 0.5) if len(x) > 1 else float("nan")
 
 
-def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95% interval of the mean of independent values, from the means of samples of them drawn with replacement."""
+def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """95% percentile interval of the mean of independent values, the same for the same seed.
+
+    Values that are all alike give an interval without width, however few they are.
+    """
     x = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack([x[torch.randint(len(x), (len(x),), generator=generator)].mean() for _ in range(resamples)])
+    draws = (torch.randint(len(x), (len(x),), generator=generator) for _ in range(resamples))
+    means = torch.stack([x[draw].mean() for draw in draws])
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

@@ -29,6 +29,8 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "ppo": ("model", "data", "reward_model"),
     "best_of_n": ("data",),
     "evaluate": ("model", "samples", "reference", "data", "baseline", "density", "reward_model"),
+    "judge": ("a", "b", "references", "template"),
+    "label": ("references", "key"),
     "report": ("run",),
 }
 # What it makes; "." is a model directory.
@@ -154,8 +156,9 @@ def fingerprint(path: str) -> str:
     if not place.is_dir():
         return path
     run = record(place)
-    if run is not None and OUTPUTS.get(run["stage"], ".") != ".":
-        return _digest(place / OUTPUTS[run["stage"]])
+    product = place / OUTPUTS.get(run["stage"], ".") if run is not None else place
+    if product.is_file():
+        return _digest(product)
     files = sorted(f for f in place.rglob("*") if f.suffix in _READ_FILES and f.name not in _OWN)
     whole = hashlib.sha256()
     for file in files:

@@ -1,0 +1,168 @@
+"""One question to a chat model: any server that speaks OpenAI's chat completions, over the standard library.
+
+What may pass is tried again: no connection, a time-out, HTTP 429 and 5xx, a body that is no chat completion. What will
+not pass stops the run: any other status, such as a wrong key or an unknown model. The key comes from the environment,
+goes into one header, and is cut out of whatever the server says. Left out: streaming, and redirects, which would carry
+the key to another host.
+"""
+
+import email.utils
+import http.client
+import json
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any
+
+from exo.artifacts import RunError
+from exo.config import ConfigError
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; doubled from try to try
+LONGEST_RETRY_AFTER = 300.0
+_LARGEST = 1 << 24  # bytes of an answer
+
+
+class Unanswered(Exception):
+    """No answer after all tries; one line says why."""
+
+
+class _Passing(Exception):
+    """What went wrong with one try, and how long the server wants to be left alone."""
+
+    def __init__(self, reason: str, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None  # urllib then reports the 3xx as it is
+
+
+def check(endpoint: str) -> None:
+    """ConfigError unless it is the plain address of a server. Secrets in it would end up in run.json."""
+    expected = "--endpoint: expected http://host:port/v1, without a password or a query"
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        plain = parts.username is None and not parts.query and not parts.fragment
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        plain, whole = "@" not in endpoint, False
+    if not plain or not endpoint.isprintable() or " " in endpoint:
+        raise ConfigError(expected)
+    if not whole:
+        raise ConfigError(f"{expected}; got {endpoint!r}")
+
+
+def key_from(variable: str, default: str) -> str:
+    """The key in an environment variable, "" where the default one is not set. Never quotes what it was given."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        raise ConfigError("--api_key_env: expected the name of an environment variable, not the key itself")
+    key = os.environ.get(variable, "").strip()
+    if not key and variable != default:
+        raise ConfigError("--api_key_env: the environment variable that it names is not set")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("--api_key_env: the variable's value holds characters that no HTTP header can")
+    return key
+
+
+class Chat:
+    """A model behind an endpoint. Threads may share it."""
+
+    def __init__(
+        self, endpoint: str, model: str, key: str, *, retries: int, timeout: float, max_tokens: int | None
+    ) -> None:
+        self._endpoint, self._key, self._retries, self._timeout = endpoint, key, retries, timeout
+        self._settings = {"model": model, "temperature": 0} | ({"max_tokens": max_tokens} if max_tokens else {})
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._stopped = threading.Event()
+
+    def body(self, question: str) -> bytes:
+        """The request, byte for byte the same for the same question."""
+        messages = [{"role": "user", "content": question}]
+        return json.dumps(self._settings | {"messages": messages}, sort_keys=True).encode()
+
+    def ask(self, body: bytes) -> str:
+        """The answer's text. Unanswered when all tries failed, RunError when another would fail too."""
+        for attempt in range(self._retries + 1):
+            try:
+                return self._try(body)
+            except _Passing as error:
+                reason, after = str(error), error.after
+            wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.5)
+            if attempt == self._retries or self._stopped.wait(max(wait, after)):
+                break
+        raise Unanswered(reason)
+
+    def stop(self) -> None:
+        """Let the threads that wait for another try give up."""
+        self._stopped.set()
+
+    def _try(self, body: bytes) -> str:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        request = urllib.request.Request(self._endpoint.rstrip("/") + "/chat/completions", data=body, headers=headers)
+        try:
+            try:
+                response = self._opener.open(request, timeout=self._timeout)
+            except urllib.error.HTTPError as error:
+                response = error  # an answer too
+            with response:
+                status, after = response.status, response.headers.get("Retry-After", "")
+                text = response.read(_LARGEST).decode("utf-8", errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise _Passing(self._clean(str(getattr(error, "reason", "") or error) or type(error).__name__)) from None
+        if status == 429 or status >= 500:
+            raise _Passing(f"HTTP {status}{self._said(text)}", _seconds(after))
+        if status != 200:
+            raise RunError(f"--endpoint {self._endpoint}: HTTP {status}{self._said(text)}; {_advice(status)}")
+        return self._clean(_content(text))
+
+    def _said(self, text: str) -> str:
+        """What the server gave as the reason, on one line."""
+        try:
+            said = json.loads(text)
+            said = said.get("error", said)
+            said = said if isinstance(said, str) else str(said.get("message") or said.get("detail") or "")
+        except (ValueError, AttributeError, RecursionError):
+            said = text
+        said = " ".join(self._clean(said).split())
+        return f" ({said[:200]})" if said else ""
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _content(text: str) -> str:
+    try:
+        content = json.loads(text)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        content = 0
+    if content is None:
+        return ""  # a refusal, or thoughts that took all the tokens
+    if not isinstance(content, str):
+        raise _Passing("HTTP 200, but the body is no chat completion")
+    return content.encode("utf-8", errors="replace").decode("utf-8")  # JSON may hold half a character
+
+
+def _seconds(retry_after: str) -> float:
+    """Retry-After is a number of seconds or a date."""
+    value = retry_after.strip()
+    if value.isascii() and value.isdigit():
+        wanted = float(value[:9])
+    else:
+        date = email.utils.parsedate_tz(value)
+        wanted = email.utils.mktime_tz(date) - time.time() if date else 0.0
+    return min(max(wanted, 0.0), LONGEST_RETRY_AFTER)
+
+
+def _advice(status: int) -> str:
+    if status in (401, 403):
+        return "check the key in the variable that --api_key_env names"
+    if status == 404 or 300 <= status < 400:
+        return "check --endpoint and --model"
+    return "the request was refused, and would be again"

@@ -1,0 +1,187 @@
+"""Win rate of one system over another, by a chat model that compares their answers in pairs.
+
+python -m exo.judge --a FILE --b FILE --template summary --endpoint http://host:port/v1 --model NAME. The protocol
+is the paper's: 100 prompts, one completion each, judged twice with the answers swapped. Answers are cached beside the
+run, so that what was paid for survives a crash, --overwrite_output_dir and a change of --limit. Left out: batch
+endpoints, and judges that are no chat model.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exo import artifacts, config, console, data, endpoint, lineage, systems, winrate
+from exo.artifacts import RunError
+from exo.config import option, require
+from exo.endpoint import Chat, Unanswered
+from exo.verdicts import TEMPLATES, Cache, Template
+from exo.winrate import ORDERS, Judged, Judgement, Pair
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+@dataclass(frozen=True)
+class Config(config.Stage):
+    output_dir: str = option("runs/judge", "directory of the run")
+    a: str = option("", "answers of the system whose win rate is wanted: samples, texts or preferences (their chosen)")
+    b: str = option("", "answers of the system it is compared with")
+    references: str | None = option(
+        None, 'texts to judge by, for a template that shows them; "category" in a row gives a win rate by category'
+    )
+    template: str = option("", f"{', '.join(TEMPLATES)}, or a text file with {{prompt}}, {{a}}, {{b}}, {{reference}}")
+    endpoint: str = option("", "an OpenAI-compatible server, as http://host:port/v1")
+    model: str = option("", "the judge's name on that server")
+    api_key_env: str = option(KEY_VARIABLE, "environment variable that holds the key, which is sent if it is set")
+    limit: int | None = option(100, "prompts, chosen by seed; none means all")
+    samples_per_prompt: int = option(1, "pairs of completions a prompt, chosen by seed")
+    concurrency: int = option(8, "requests at a time")
+    retries: int = option(5, "more tries of a request that failed for a reason that may pass")
+    timeout: float = option(120.0, "seconds that the server may be silent")
+    max_tokens: int | None = option(512, "most tokens of an answer; none leaves it to the server")
+    cache: str | None = option(None, "file of answers so far; none is judge-cache.jsonl beside output_dir")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("a", "b"):
+            require(bool(getattr(self, name)), name, "a file of answers", getattr(self, name))
+        require(bool(self.template), "template", f"{', '.join(TEMPLATES)}, or a file", self.template)
+        require(bool(self.model), "model", "the judge's name on the server", self.model)
+        endpoint.check(self.endpoint)
+        for name in ("limit", "max_tokens"):
+            require(getattr(self, name) is None or getattr(self, name) >= 1, name, ">= 1, or none", getattr(self, name))
+        for name in ("samples_per_prompt", "concurrency"):
+            require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        require(self.retries >= 0, "retries", ">= 0", self.retries)
+        require(0 < self.timeout < float("inf"), "timeout", "a finite number > 0", self.timeout)
+        inside = Path(self.cache_path).resolve().is_relative_to(Path(self.output_dir).resolve())
+        require(not inside, "cache", "a file outside --output_dir, which may be removed", self.cache)
+
+    @property
+    def cache_path(self) -> str:
+        return self.cache or str(Path(self.output_dir).parent / "judge-cache.jsonl")
+
+
+def run(config: Config) -> Path:
+    """Judge and return the run directory."""
+    template = Template(config.template)
+    if template.shows_reference and not config.references:
+        raise ValueError(f"--references: expected a file, since the template {config.template} shows a reference")
+    key = endpoint.key_from(config.api_key_env, KEY_VARIABLE)
+    config = dataclasses.replace(config, a=systems.source("a", config.a), b=systems.source("b", config.b))
+    pairs = _pairs(config)
+    chat = Chat(
+        config.endpoint, config.model, key,
+        retries=config.retries, timeout=config.timeout, max_tokens=config.max_tokens,
+    )  # fmt: skip
+    cache = Cache(Path(config.cache_path))
+    try:
+        directory = lineage.begin(config, "judge")
+        judged = _judge_all(config, template, pairs, chat, cache)
+    finally:
+        cache.close()
+    with artifacts.staged_file(directory / "verdicts.jsonl") as file:
+        data.write_jsonl(file, winrate.rows(pairs, judged))
+    counted = winrate.count(pairs, judged, config.seed)
+    if counted is None:
+        raise RunError(f"{directory}: no pair was decided in both orders; its verdicts.jsonl has what was said")
+    named = {name: getattr(config, name) for name in ("a", "b", "references", "template", "model")}
+    result = named | {"template_sha256": template.sha256} | counted
+    artifacts.write_json(directory / "judge.json", result)
+    _show(result, directory)
+    lineage.finish(directory, win_rate=result["win_rate"])
+    return directory
+
+
+def _pairs(config: Config) -> list[Pair]:
+    files = {"a": systems.read(config.a), "b": systems.read(config.b)}
+    references, categories = systems.read_references(config.references) if config.references else ({}, {})
+    with_references = files | ({"references": references} if references else {})
+    pairs = []
+    for number, key in enumerate(systems.shared(with_references, config.limit, config.seed)):
+        chosen = {
+            name: systems.choose(answers, key, config.samples_per_prompt, seed=config.seed, name=getattr(config, name))
+            for name, answers in files.items()
+        }
+        reference = references[key].completions[0] if references else ""
+        for sample, (a, b) in enumerate(zip(chosen["a"], chosen["b"], strict=True)):
+            texts = {"prompt": key[0], "a": a, "b": b, "reference": reference}
+            pairs.append(Pair(number, files["a"][key].line, sample, categories.get(key, ""), texts))
+    return pairs
+
+
+def _judge_all(config: Config, template: Template, pairs: Sequence[Pair], chat: Chat, cache: Cache) -> Judged:
+    """By pair and order. RunError when the server refuses, or answers nothing for too long."""
+    tasks = [(number, order) for number in range(len(pairs)) for order in ORDERS]
+    progress = console.Progress("judgements", len(tasks), every=max(1, len(tasks) // 10))
+    judged: Judged = {}
+    silent, patience = 0, max(8, config.concurrency)
+    pool = ThreadPoolExecutor(config.concurrency)
+    try:
+        futures = {
+            pool.submit(_judge, template, chat, cache, pairs[number].question(template, order), config.retries): task
+            for task in tasks
+            for number, order in [task]
+        }
+        for future in as_completed(futures):
+            judgement = judged[futures[future]] = future.result()
+            progress.advance()
+            silent = silent + 1 if judgement.answer is None else 0
+            if silent == min(patience, len(tasks)):
+                raise RunError(
+                    f"--endpoint {config.endpoint}: {silent} requests in a row were not answered, last: "
+                    f"{judgement.reason}; answers so far are kept: run again with --overwrite_output_dir to go on"
+                )
+    finally:
+        chat.stop()
+        pool.shutdown(cancel_futures=True)
+        progress.stop()
+    return judged
+
+
+def _judge(template: Template, chat: Chat, cache: Cache, question: str, retries: int) -> Judgement:
+    body = chat.body(question)
+    key = cache.key(template, body)
+    answer = cache.get(key)
+    if answer is None:
+        try:
+            answer = chat.ask(body)
+            if template.choice(answer) is None and retries:
+                answer = chat.ask(body)  # once more: servers are not exact even at temperature 0
+        except Unanswered as error:
+            return Judgement(None, None, str(error))
+        cache.put(key, answer)
+    return Judgement(answer, template.choice(answer))
+
+
+def _show(result: dict[str, Any], directory: Path) -> None:
+    def percent(rate: dict[str, float]) -> str:
+        return f"{rate['mean']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}] on {rate['prompts']:,} prompts"
+
+    console.say(f"\n{result['a']}\n  against {result['b']}, judged by {result['model']}")
+    console.say(f"win rate {percent(result['win_rate'])} (95% interval)")
+    console.say(f"{result['wins']:,} won, {result['ties']:,} tied, {result['losses']:,} lost")
+    for name, rate in result["by_category"].items():
+        console.say(f"  {name}: {percent(rate)}")
+    share = result["first_position_share"]
+    first = "" if share is None else f"; the first answer won {share:.1%} of the judgements without a tie"
+    console.say(f"same position preferred in both orders: {result['position_bias_rate']:.1%} of the pairs{first}")
+    lost = result["undecided"]
+    if lost["pairs_left_out"]:
+        console.say(
+            f"left out: {lost['pairs_left_out']:,} pairs, for {lost['unanswered']:,} requests without an answer and "
+            f"{lost['unreadable']:,} answers without a choice; "
+            "run again with --overwrite_output_dir to ask for the missing answers"
+        )
+    console.say(f"{directory / 'judge.json'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = config.parse(Config, argv, prog="python -m exo.judge", description=__doc__)
+    return artifacts.guarded(run, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

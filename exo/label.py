@@ -1,0 +1,251 @@
+"""Blind comparison by human raters: sheets to fill in, and what the filled ones say.
+
+python -m exo.label --systems exo=FILE,dpo=FILE --matchups exo:dpo --references FILE --output_dir DIR
+python -m exo.label --mode import --sheets DIR/sheets --key DIR/key.json --output_dir DIR2
+The protocol is the paper's: 100 instructions, every matchup of systems on each, 3 raters, win, tie or lose. Only
+DIR/sheets goes to the raters; key.json says which answer is whose. Left out: how sheets travel, and paying anyone.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from exo import agreement, artifacts, config, console, data, lineage, sheets, systems
+from exo.artifacts import RunError
+from exo.config import option, require
+
+SIDES = ("answer 1", "answer 2")
+
+
+@dataclass(frozen=True)
+class Config(config.Stage):
+    output_dir: str = option("runs/label", "directory of the run")
+    mode: Literal["export", "import"] = option("export", "make sheets, or count filled ones")
+    systems: str | None = option(
+        None, "export: name=FILE,name=FILE,... of samples, texts or preferences (their chosen)"
+    )
+    matchups: str | None = option(None, "export: name:name,name:name,...; results are from the first one's view")
+    references: str | None = option(None, "export: texts to show as the reference answer")
+    raters: int = option(3, "export: sheets to make, one a rater")
+    limit: int | None = option(100, "export: prompts, chosen by seed; none means all")
+    sheets: str | None = option(None, "import: directory of filled sheets, or files with commas between")
+    key: str | None = option(None, "import: key.json of the export")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("systems", "matchups") if self.mode == "export" else ("sheets", "key"):
+            require(bool(getattr(self, name)), name, f"a value for --mode {self.mode}", getattr(self, name))
+        require(self.raters >= 1, "raters", ">= 1", self.raters)
+        require(self.limit is None or self.limit >= 1, "limit", ">= 1, or none", self.limit)
+        if self.mode == "export":
+            self.pairs()
+
+    def files(self) -> dict[str, str]:
+        """The systems' files by name."""
+        entries = [entry.partition("=")[::2] for entry in (self.systems or "").split(",")]
+        names = [name for name, _ in entries]
+        good = all(re.fullmatch(r"[\w.-]+", name) and file for name, file in entries) and len(set(names)) == len(names)
+        require(good, "systems", "name=FILE,name=FILE,... with every name once", self.systems)
+        return dict(entries)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The matchups; each is two systems."""
+        entries = [tuple(entry.split(":")) for entry in (self.matchups or "").split(",")]
+        names = set(self.files())
+        good = all(len(set(entry)) == len(entry) == 2 and set(entry) <= names for entry in entries)
+        expected = f"name:name,... of {', '.join(sorted(names))}, every matchup once"
+        require(good and len({frozenset(e) for e in entries}) == len(entries), "matchups", expected, self.matchups)
+        return [(first, second) for first, second in entries]
+
+
+def run(config: Config) -> Path:
+    """Make the sheets, or count them, and return the run directory."""
+    return _export(config) if config.mode == "export" else _import(config)
+
+
+def _export(config: Config) -> Path:
+    files = {name: systems.source("systems", file) for name, file in config.files().items()}
+    answers = {name: systems.read(file) for name, file in files.items()}
+    references = systems.read_references(config.references)[0] if config.references else {}
+    keys = systems.shared(answers | ({"references": references} if references else {}), config.limit, config.seed)
+    items = _items(config, files, answers, references, keys)
+    for file in files.values():  # lineage looks at whole options, and this one holds names too
+        if Path(file).resolve().is_relative_to(Path(config.output_dir).resolve()):
+            raise RunError(f"--output_dir {config.output_dir}: holds {file}, which this run reads; choose another")
+
+    hashes = {name: lineage.fingerprint(file) for name, file in files.items()}
+    directory = lineage.begin(config, "label", systems=hashes)
+    artifacts.write_json(directory / "key.json", {
+        "matchups": [":".join(pair) for pair in config.pairs()],
+        "raters": config.raters,
+        "items": {item: about for item, (about, _) in items.items()},
+    })  # fmt: skip
+    with artifacts.staged(directory / "sheets") as staging:
+        for rater in range(1, config.raters + 1):
+            rows = [{"item": item} | texts for item, (_, texts) in items.items()]
+            random.Random(f"{config.seed}/rater {rater}").shuffle(rows)
+            sheets.write(staging / f"rater-{rater}.csv", rows)
+        text = (Path(__file__).parent / "templates" / "raters.txt").read_text(encoding="utf-8")
+        (staging / "instructions.txt").write_text(text, encoding="utf-8")
+    lineage.finish(directory, items=len(items))
+    console.say(
+        f"{len(items):,} items = {len(keys):,} prompts x {len(config.pairs())} matchups, for {config.raters} raters\n"
+        f"for the raters: {directory / 'sheets'}   not for the raters: {directory / 'key.json'}"
+    )
+    return directory
+
+
+def _items(
+    config: Config,
+    files: Mapping[str, str],
+    answers: Mapping[str, systems.Answers],
+    references: systems.Answers,
+    keys: Sequence[systems.Key],
+) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
+    """By item: what the key says of it, and the texts shown.
+
+    An item's name is a hash of all that, so that a sheet of another export does not fit this one's key.
+    """
+    rng = random.Random(config.seed)
+    texts = {
+        (name, key): systems.choose(own, key, 1, seed=config.seed, name=files[name])[0]
+        for name, own in answers.items()
+        for key in keys
+    }
+    items = {}
+    for pair in config.pairs():
+        swapped = [i % 2 == 1 for i in range(len(keys))]  # balanced: each side half of the time
+        rng.shuffle(swapped)
+        for key, swap in zip(keys, swapped, strict=True):
+            sides = dict(zip(SIDES, reversed(pair) if swap else pair, strict=True))
+            about = {"matchup": ":".join(pair), "line": answers[pair[0]][key].line} | sides
+            shown = {"instruction": key[0], "reference answer": references[key].completions[0] if references else ""}
+            shown |= {side: texts[name, key] for side, name in sides.items()}
+            shown = {column: text.strip() for column, text in shown.items()}
+            digest = hashlib.sha256(json.dumps([about, shown]).encode()).hexdigest()
+            items[f"q{digest[:10]}"] = about, shown  # the letter keeps a program from reading it as a number
+    assert len(items) == len(keys) * len(config.pairs())
+    return dict(sorted(items.items()))
+
+
+def _import(config: Config) -> Path:
+    assert config.sheets and config.key
+    files = _sheets(config.sheets)
+    key = _read_key(Path(config.key))
+    filled = {file.stem: sheets.read(file, key["items"]) for file in files}
+    outcomes: dict[str, list[list[str]]] = {matchup: [] for matchup in key["matchups"]}
+    for item, about in key["items"].items():
+        said = [_outcome(about, own.verdicts[item]) for own in filled.values() if item in own.verdicts]
+        if said:
+            outcomes[about["matchup"]].append(said)
+    if not any(outcomes.values()):
+        raise data.DataError(f"--sheets {config.sheets}: no verdict could be read; expected 1, 2 or tie in 'verdict'")
+    found = [
+        {"item": item, "rater": rater, "found": own.unreadable.get(item, "")}
+        for rater, own in filled.items()
+        for item in key["items"]
+        if item not in own.verdicts
+    ]
+    result = {
+        "raters": sorted(filled),
+        "matchups": {name: _summary(items, config.seed) for name, items in outcomes.items()},
+        "missing": [{"item": f["item"], "rater": f["rater"]} for f in found if not f["found"]],
+        "unreadable": [f for f in found if f["found"]],
+    }
+    directory = lineage.begin(config, "label", sheets={file.name: lineage.fingerprint(str(file)) for file in files})
+    artifacts.write_json(directory / "label.json", result)
+    lineage.finish(directory)
+    _show(result, key["raters"], directory)
+    return directory
+
+
+def _sheets(paths: str) -> list[Path]:
+    """The files, in order; a rater is the name of a file."""
+    files = [
+        file
+        for path in map(Path, paths.split(","))
+        for file in (sorted(path.glob("*.csv")) if path.is_dir() else [path])
+    ]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"--sheets {file}: no such file")
+    if not files:
+        raise ValueError(f"--sheets {paths}: expected filled sheets; found no .csv file in it")
+    if len({file.stem for file in files}) < len(files):
+        raise ValueError(f"--sheets {paths}: two files have the same name, which is the rater's; rename one")
+    return files
+
+
+def _read_key(path: Path) -> dict[str, Any]:
+    try:
+        key = json.loads(path.read_text(encoding="utf-8"))
+        sound = isinstance(key["raters"], int) and all(
+            about["matchup"] in key["matchups"] and {about[side] for side in SIDES} == set(about["matchup"].split(":"))
+            for about in key["items"].values()
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise data.DataError(f"--key {path}: expected the key.json that --mode export wrote")
+    return key
+
+
+def _outcome(about: Mapping[str, str], verdict: str) -> str:
+    """Win, tie or lose of the matchup's first system."""
+    if verdict == "tie":
+        return "tie"
+    return "win" if about[f"answer {verdict}"] == about["matchup"].split(":")[0] else "lose"
+
+
+def _summary(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
+    if not items:
+        return {"items": 0, "pooled": None, "majority": None, "agreement": None, "kappa": None}
+    agreed, kappa = agreement.agreement(items)
+    return {
+        "items": len(items),
+        "pooled": agreement.pooled(items, seed),
+        "majority": agreement.majority(items, seed),
+        "agreement": agreed,
+        "kappa": kappa,
+    }
+
+
+def _show(result: Mapping[str, Any], raters: int, directory: Path) -> None:
+    console.say(f"{len(result['raters'])} sheets of {raters}: {', '.join(result['raters'])}\n")
+    console.say(f"{'matchup':<24}{'':<10}{'win':>6}{'tie':>6}{'lose':>6}{'split':>6}  win rate, 95% interval")
+    for name, found in result["matchups"].items():
+        for view in ("pooled", "majority") if found["items"] else ():
+            counts = found[view]
+            numbers = "".join(f"{counts.get(outcome, ''):>6}" for outcome in (*agreement.OUTCOMES, "split"))
+            rate = counts["win_rate"]
+            shown = f"{rate['mean']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}]"
+            console.say(f"{name if view == 'pooled' else '':<24}{view:<10}{numbers}  {shown}")
+        console.say(f"{'':<24}{_agreement(found)}")
+    for kind in ("missing", "unreadable"):
+        if gone := result[kind]:
+            listed = ", ".join(f"{g['item']} of {g['rater']}" for g in gone[:10]) + ", ..." * (len(gone) > 10)
+            console.say(f"{len(gone):,} {kind} verdicts, left out: {listed}")
+    console.say(f"{directory / 'label.json'}")
+
+
+def _agreement(found: Mapping[str, Any]) -> str:
+    if not found["items"]:
+        return "no verdict"
+    if found["agreement"] is None:
+        return "agreement undefined: no item has two verdicts"
+    kappa = "undefined: everyone said the same" if found["kappa"] is None else f"{found['kappa']:.2f}"
+    return f"{found['items']:,} items; pairs of raters agree {found['agreement']:.1%}, Fleiss' kappa {kappa}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = config.parse(Config, argv, prog="python -m exo.label", description=__doc__)
+    return artifacts.guarded(run, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,105 @@
+"""What a judge is asked and what it said: templates, the choice in an answer, and a cache of answers.
+
+A template is plain text with {prompt}, {a}, {b} and, where it shows one, {reference}. It allows ties when it names the
+choice "tie", in double quotes. Left out: everything about the network.
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+from pathlib import Path
+
+from exo.data import DataError
+
+TEMPLATES = ("summary", "dialogue", "instruction")
+_PLACE = re.compile(r"\{([a-z_]+)\}")
+_PLACES = {"prompt", "a", "b", "reference"}
+# [label: [noun]] choice, with nothing after it; markup and quotes are gone by then. A noun needs the label: "Answer B"
+# alone may be a heading of the question, repeated.
+_CHOICE = re.compile(
+    r"(?:[^\W\d][\w ]{0,40}[:：]\s*(?:(?i:summary|response|answer|assistant|option)\s+)?)?(A|B|(?i:tie))"
+)
+_MARKUP = re.compile(r"[*_`#\"'“”‘’<>\[\]()]")
+_LINE_START = b'{"key": "'
+
+
+class Template:
+    """A question to a judge, with places for the texts."""
+
+    def __init__(self, name: str) -> None:
+        path = Path(__file__).parent / "templates" / f"{name}.txt" if name in TEMPLATES else Path(name)
+        if not path.is_file():
+            raise ValueError(f"--template {name}: expected {', '.join(TEMPLATES)}, or a text file; found no such file")
+        try:
+            self.text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"--template {name}: expected UTF-8 text; save it as UTF-8") from None
+        places = set(_PLACE.findall(self.text))
+        for needed in ("a", "b"):
+            if needed not in places:
+                raise ValueError(f"--template {name}: expected a place {{{needed}}} for an answer; found none; add it")
+        if unknown := sorted(places - _PLACES):
+            raise ValueError(f"--template {name}: unknown place {{{unknown[0]}}}; known: {', '.join(sorted(_PLACES))}")
+        self.shows_reference = "reference" in places
+        self.ties = '"tie"' in self.text
+        self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
+
+    def fill(self, **texts: str) -> str:
+        """Each place gets its text, in one pass: braces within a text are left alone."""
+        return _PLACE.sub(lambda place: texts[place[1]].strip(), self.text)
+
+    def choice(self, answer: str) -> str | None:
+        """ "A", "B" or "tie": of the last line that states one and nothing else; None where no line does."""
+        for line in reversed(answer.splitlines()):
+            found = _CHOICE.fullmatch(_MARKUP.sub("", line).strip().rstrip(".").rstrip())
+            if found and (self.ties or found[1] in "AB"):
+                return found[1] if found[1] in "AB" else "tie"
+        return None
+
+
+class Cache:
+    """Answers by the hash of what was asked, a line each. A line is one write: a crash can only cut the last."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._answers: dict[str, str] = {}
+        half = self._load(path) if path.exists() else 0
+        self._file = open(path, "ab", buffering=0)
+        if half:
+            self._file.truncate(path.stat().st_size - half)
+
+    def _load(self, path: Path) -> int:
+        """Take in every whole line; return the length of a half one at the end. What is no cache is left as it is."""
+        content = path.read_bytes()
+        *lines, rest = content.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                key, answer = row["key"], row["answer"]
+            except (ValueError, LookupError, TypeError):
+                raise DataError(f"{path}:{number}: not a line of a cache of verdicts; choose another --cache") from None
+            self._answers[key] = answer
+        if not (rest.startswith(_LINE_START) or _LINE_START.startswith(rest)):
+            raise DataError(f"{path}:{len(lines) + 1}: not a line of a cache of verdicts; choose another --cache")
+        return len(rest)
+
+    @staticmethod
+    def key(template: Template, body: bytes) -> str:
+        return hashlib.sha256(template.sha256.encode() + body).hexdigest()
+
+    def get(self, key: str) -> str | None:
+        return self._answers.get(key)
+
+    def put(self, key: str, answer: str) -> None:
+        line = json.dumps({"key": key, "answer": answer}).encode() + b"\n"
+        assert line.startswith(_LINE_START)
+        with self._lock:
+            self._answers[key] = answer
+            self._file.write(line)
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()

@@ -1,0 +1,90 @@
+"""Templates and the choice in an answer; the interval of a win rate."""
+
+import pytest
+
+from exo import intervals
+from exo.verdicts import TEMPLATES, Cache, Template
+
+
+@pytest.fixture
+def template(tmp_path):
+    def make(text: str) -> Template:
+        path = tmp_path / "template.txt"
+        path.write_text(text, encoding="utf-8")
+        return Template(str(path))
+
+    return make
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ours_hold_what_they_ask_for(name):
+    texts = {"prompt": "<p>", "a": "<first>", "b": "<second>", "reference": "<r>"}
+    ours = Template(name)
+    filled = ours.fill(**texts)
+    assert filled.index("<p>") < filled.index("<first>") < filled.index("<second>")
+    assert ("<r>" in filled) == ours.shows_reference == ours.ties == (name == "instruction")
+    assert ours.choice(filled) is None  # a judge that repeats the question has not decided
+
+
+def test_braces_of_the_texts_survive(template):
+    text = template("{prompt}|{a}|{b}").fill(prompt="{a} {}", a="\\1 {b}", b=" {'x': {reference}} %s\n", reference="")
+    assert text == "{a} {}|\\1 {b}|{'x': {reference}} %s"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{prompt} {a}", "expected a place {b} for an answer; found none"),
+        ("{prompt} {b}", "expected a place {a}"),
+        ("{prompt} {a} {b} {refrence}", "unknown place {refrence}; known: a, b, prompt, reference"),
+    ],
+)
+def test_a_template_without_its_places(template, text, message):
+    with pytest.raises(ValueError, match=message):
+        template(text)
+
+
+def test_a_template_that_is_not_there():
+    with pytest.raises(ValueError, match="--template sumary: expected summary, dialogue, instruction, or a text file"):
+        Template("sumary")
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("Comparison: A is better than B.\nPreferred: B", "B"),
+        ('**Preferred:** "A"\n', "A"),
+        ("More helpful: [[B]].", "B"),
+        ("> `A`", "A"),
+        ("Preferred: Response B", "B"),
+        ("Preferred:\n\n  A  ", "A"),
+        ("Preferred: A\nOn reflection:\nPreferred: B\nThank you!", "B"),
+        ("Better：“A”", "A"),
+        ("Preferred: **Summary A**", "A"),
+        ("tie", "tie"),
+        ("Better: Tie.", "tie"),
+        ('Preferred: "A" or "B"', None),
+        ("Preferred: A, narrowly", None),
+        ("A good answer, B is not", None),
+        ("a", None),
+        ("AB", None),
+        ("C", None),
+        ("", None),
+    ],
+)
+def test_the_last_line_that_states_a_choice(template, answer, choice):
+    assert template('{a}{b} "tie"').choice(answer) == choice
+    assert template("{a}{b} no tie").choice(answer) == (None if choice == "tie" else choice)
+
+
+def test_the_same_words_under_another_template_are_another_question():
+    assert Cache.key(Template("summary"), b"x") != Cache.key(Template("dialogue"), b"x")
+
+
+def test_bootstrap_covers_as_the_normal_interval_does():
+    values = [0.0] * 40 + [1.0] * 60
+    low, high = intervals.bootstrap(values, seed=0)
+    half = 1.96 * 0.049
+    assert low == pytest.approx(0.6 - half, abs=0.02) and high == pytest.approx(0.6 + half, abs=0.02)
+    assert (low, high) == intervals.bootstrap(values, seed=0) != intervals.bootstrap(values, seed=1)
+    assert intervals.bootstrap([0.5] * 3, seed=0) == (0.5, 0.5)
