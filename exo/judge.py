@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exo import artifacts, config, console, data, endpoint, lineage, systems, winrate
+from exo import artifacts, config, console, data, lineage
 from exo.artifacts import RunError
+from exo.comparison import endpoint, systems, winrate
+from exo.comparison.endpoint import Chat, Unanswered
+from exo.comparison.verdicts import TEMPLATES, Cache, Template
+from exo.comparison.winrate import ORDERS, Judged, Judgement, Pair
 from exo.config import option, require
-from exo.endpoint import Chat, Unanswered
-from exo.verdicts import TEMPLATES, Cache, Template
-from exo.winrate import ORDERS, Judged, Judgement, Pair
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 

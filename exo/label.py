@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from exo import agreement, artifacts, config, console, data, lineage, sheets, systems
+from exo import artifacts, config, console, data, lineage
 from exo.artifacts import RunError
+from exo.comparison import agreement, sheets, systems, verdicts
 from exo.config import option, require
 
 SIDES = ("answer 1", "answer 2")
@@ -90,7 +91,7 @@ def _export(config: Config) -> Path:
             rows = [{"item": item} | texts for item, (_, texts) in items.items()]
             random.Random(f"{config.seed}/rater {rater}").shuffle(rows)
             sheets.write(staging / f"rater-{rater}.csv", rows)
-        text = (Path(__file__).parent / "templates" / "raters.txt").read_text(encoding="utf-8")
+        text = (verdicts.FOLDER / "raters.txt").read_text(encoding="utf-8")
         (staging / "instructions.txt").write_text(text, encoding="utf-8")
     lineage.finish(directory, items=len(items))
     console.say(

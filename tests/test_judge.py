@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from chat_server import Server, failed, said, serving
 
-from exo import endpoint, judge
+from exo import judge
+from exo.comparison import endpoint
 
 KEY = "sk-secret-4711"
 TEMPLATE = 'Q: {prompt}\nA: {a}\nB: {b}\nSay "A", "B" or "tie".'

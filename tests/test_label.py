@@ -12,7 +12,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from exo import agreement, label, sheets
+from exo import label
+from exo.comparison import agreement, sheets
 
 MATCHUPS = ("zeta:theta", "zeta:iota")
 SYSTEMS = ("zeta", "theta", "iota")

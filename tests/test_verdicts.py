@@ -3,7 +3,7 @@
 import pytest
 
 from exo import intervals
-from exo.verdicts import TEMPLATES, Cache, Template
+from exo.comparison.verdicts import TEMPLATES, Cache, Template
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from exo import intervals
-from exo.verdicts import Template
+from exo.comparison.verdicts import Template
 
 ORDERS = ("ab", "ba")  # whose answer the judge sees first
 

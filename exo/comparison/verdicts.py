@@ -13,6 +13,7 @@ from pathlib import Path
 
 from exo.data import DataError
 
+FOLDER = Path(__file__).parent / "templates"
 TEMPLATES = ("summary", "dialogue", "instruction")
 _PLACE = re.compile(r"\{([a-z_]+)\}")
 _PLACES = {"prompt", "a", "b", "reference"}
@@ -29,7 +30,7 @@ class Template:
     """A question to a judge, with places for the texts."""
 
     def __init__(self, name: str) -> None:
-        path = Path(__file__).parent / "templates" / f"{name}.txt" if name in TEMPLATES else Path(name)
+        path = FOLDER / f"{name}.txt" if name in TEMPLATES else Path(name)
         if not path.is_file():
             raise ValueError(f"--template {name}: expected {', '.join(TEMPLATES)}, or a text file; found no such file")
         try:
