@@ -8,9 +8,10 @@ import argparse
 from pathlib import Path
 
 import torch
+import worlds
 from matplotlib import pyplot as plt
 
-from exo import artifacts, theory
+from exo import artifacts
 from exo.plots import BLUE, GREY, ORANGE
 
 GREEN, PURPLE = "#009e73", "#cc79a7"
@@ -21,13 +22,13 @@ TITLES = {
     "exo": "Theorem 3.2: EXO-rw and KL($\\hat\\pi$ || $\\pi^*$)",
     "dpo": "Theorem 3.3: DPO-rw and KL($\\pi^*$ || $\\hat\\pi$)",
 }
-Sweep = dict[tuple[str, tuple[float, float]], list[list[theory.Direction]]]  # one list of cases for each K
+Sweep = dict[tuple[str, tuple[float, float]], list[list[worlds.Direction]]]  # one list of cases for each K
 
 
 def sweep() -> Sweep:
     return {
-        (objective, split): [[theory.direction(objective, k, *split, seed) for seed in range(CASES)] for k in SIZES]
-        for objective in theory.OBJECTIVES
+        (objective, split): [[worlds.direction(objective, k, *split, seed) for seed in range(CASES)] for k in SIZES]
+        for objective in worlds.OBJECTIVES
         for split in SPLITS
     }
 
@@ -44,20 +45,20 @@ def print_directions(swept: Sweep) -> None:
         print(f"\n{objective}-rw, beta_pi {split[0]}, beta_r {split[1]}")
         print(f"{'K':>5} {'own divergence':>18} {'the other one':>18} {'length':>8}")
         for k, cases in zip(SIZES, by_size, strict=True):
-            own, other, length = (quantiles([getattr(c, name) for c in cases]) for name in theory.Direction._fields)
+            own, other, length = (quantiles([getattr(c, name) for c in cases]) for name in worlds.Direction._fields)
             print(f"{k:>5} {own[1]:>8.4f} ({own[0]:+.4f}) {other[1]:>8.4f} ({other[0]:+.4f}) {length[1]:>8.3f}")
 
 
 def print_fits(fits: dict[str, torch.Tensor]) -> None:
-    world, grid = theory.two_modes()
-    target = theory.optimum(world, 1.0)
+    world, grid = worlds.two_modes()
+    target = worlds.optimum(world, 1.0)
     print("\na bell fitted to two modes: its mean and width, its mass in three places, nats")
     print(f"{'':>12} {'mean':>7} {'width':>6} {'major':>7} {'valley':>7} {'minor':>7} {'KL(.||*)':>9} {'KL(*||.)':>9}")
-    print(f"{'pi*':>12} {'':>14} " + " ".join(f"{mass:>7.4f}" for mass in theory.masses(grid, target)))
+    print(f"{'pi*':>12} {'':>14} " + " ".join(f"{mass:>7.4f}" for mass in worlds.masses(grid, target)))
     for name, theta in fits.items():
-        log_pi = theory.bell(grid, theta)
-        places = " ".join(f"{mass:>7.4f}" for mass in theory.masses(grid, log_pi))
-        both = f"{theory.kl(log_pi, target):>9.3f} {theory.kl(target, log_pi):>9.3f}"
+        log_pi = worlds.bell(grid, theta)
+        places = " ".join(f"{mass:>7.4f}" for mass in worlds.masses(grid, log_pi))
+        both = f"{worlds.kl(log_pi, target):>9.3f} {worlds.kl(target, log_pi):>9.3f}"
         print(f"{name:>12} {theta[0]:>7.3f} {theta[1].exp():>6.3f} {places} {both}")
 
 
@@ -82,26 +83,26 @@ def draw_directions(axis: plt.Axes, swept: Sweep, objective: str) -> None:
 
 
 def draw_fits(axis: plt.Axes, fits: dict[str, torch.Tensor]) -> None:
-    world, grid = theory.two_modes()
+    world, grid = worlds.two_modes()
     step = (grid[1] - grid[0]).item()
-    target = theory.optimum(world, 1.0).exp() / step
+    target = worlds.optimum(world, 1.0).exp() / step
     axis.fill_between(grid, target, color=GREY, alpha=0.3, linewidth=0, label="target $\\pi^*$")
     for objective, colour in (("exo", BLUE), ("dpo", ORANGE)):
         for suffix, style, k in (("", "-", "$\\infty$"), (" K=2", ":", "2")):
-            density = theory.bell(grid, fits[objective + suffix]).exp() / step
+            density = worlds.bell(grid, fits[objective + suffix]).exp() / step
             axis.plot(grid, density, color=colour, linestyle=style, label=f"{objective.upper()}, K = {k}")
     axis.set(title="Figure 1: one bell for two modes", xlabel="y", ylabel="probability density (per unit of y)")
     axis.legend(frameon=False)
 
 
 def draw_valley(axis: plt.Axes, fits: dict[str, torch.Tensor]) -> None:
-    world, grid = theory.two_modes()
+    world, grid = worlds.two_modes()
     for objective, colour in (("exo", BLUE), ("dpo", ORANGE)):
-        points = [theory.masses(grid, theory.bell(grid, fits[f"{objective} K={k}"]))[1] for k in SIZES]
+        points = [worlds.masses(grid, worlds.bell(grid, fits[f"{objective} K={k}"]))[1] for k in SIZES]
         axis.plot(SIZES, points, color=colour, marker="o", markersize=3.5, label=objective.upper())
-        limit = theory.masses(grid, theory.bell(grid, fits[objective]))[1]
+        limit = worlds.masses(grid, worlds.bell(grid, fits[objective]))[1]
         axis.axhline(limit, color=colour, linestyle=":", linewidth=1.2, label=f"{objective.upper()}, K = $\\infty$")
-    level = theory.masses(grid, theory.optimum(world, 1.0))[1]
+    level = worlds.masses(grid, worlds.optimum(world, 1.0))[1]
     axis.axhline(level, color=GREY, linestyle="--", linewidth=1.2, label="target $\\pi^*$")
     axis.set_xscale("log", base=2)
     axis.set_xticks(SIZES, [str(k) for k in SIZES])
@@ -121,12 +122,12 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the tensors are small
     swept = sweep()
-    fits = {objective: theory.fit(objective) for objective in theory.OBJECTIVES}
-    fits |= {f"{objective} K={k}": theory.fit(objective, k) for k in SIZES for objective in theory.OBJECTIVES}
+    fits = {objective: worlds.fit(objective) for objective in worlds.OBJECTIVES}
+    fits |= {f"{objective} K={k}": worlds.fit(objective, k) for k in SIZES for objective in worlds.OBJECTIVES}
     print_directions(swept)
     print_fits(fits)
     figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.6))
-    for axis, objective in zip(axes[0], theory.OBJECTIVES, strict=True):
+    for axis, objective in zip(axes[0], worlds.OBJECTIVES, strict=True):
         draw_directions(axis, swept, objective)
     draw_fits(axes[1][0], fits)
     draw_valley(axes[1][1], fits)

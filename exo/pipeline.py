@@ -16,9 +16,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from exo.config import ConfigError, require, suggestion
+from exo import lineage
+from exo.config import ConfigError, build, require, suggestion
 
 METHODS = ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo", "bon")
+SECTIONS = [
+    *("prepare", "sft", "classifier", "sample", "density", "bon", "score", "reward", "align", "align.pref", "align.rw"),
+    *("ppo", "best_of_n", "evaluate", "report"),
+]
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -99,133 +104,109 @@ class _Planner:
 
     def __init__(self, recipe: Recipe, directory: Path) -> None:
         self.recipe, self.directory = recipe, directory
+        self.names: list[str] = []  # of the steps so far
         self.rewarded = any(method in ("exo-rw", "dpo-rw", "ppo", "bon") for method in recipe.methods)
-        self.preferred = any(method.endswith("-pref") for method in recipe.methods)
+        self.pairs = self.path("labelled" if recipe.oracle else "data/pairs.jsonl")
         # without an oracle the reward model evaluates, as in the paper's section 4.2
-        self.judge: dict[str, Any] = self._oracle() if recipe.oracle else {"reward_model": self.path("reward")}
-        self.judges = ("classifier",) if recipe.oracle == "classifier" else () if recipe.oracle else ("reward",)
-        chosen = not recipe.oracle and recipe.task != "quickstart"
-        self.held_out: dict[str, Any] = {"data": self.path("data/test.jsonl"), "chosen": chosen}
+        self.judge: dict[str, Any] = {"reward_model": self.path("classifier" if recipe.oracle else "reward")}
+        if recipe.oracle and recipe.oracle != "classifier":
+            self.judge = {"oracle": recipe.oracle}
+        _check_names(recipe)
 
     def path(self, name: str) -> str:
         return str(self.directory / name)
 
-    def _oracle(self) -> dict[str, Any]:
-        if self.recipe.oracle == "classifier":
-            return {"reward_model": self.path("classifier")}
-        return {"oracle": str(self.recipe.oracle)}
-
     def steps(self) -> Iterator[Step]:
         yield self._step("data", "prepare", ["prepare"], task=self.recipe.task, source=self.recipe.source)
         base = self.recipe.model or self.path("data/base")
-        yield self._step("sft", "sft", ["sft"], "data", model=base, data=self.path("data/sft.jsonl"))
-        yield from self._preferences()
-        if self.rewarded:
-            yield self._step("scored", "score", ["score"], "samples", "reward", data=self.path("samples"),
-                             reward_model=self.path("reward"))  # fmt: skip
+        yield self._step("sft", "sft", ["sft"], model=base, data=self.path("data/sft.jsonl"))
+        yield from self._rewards()
+        yield from self._reference()
         evaluations = ["evaluation/sft"]
-        yield from self._reference_samples()
-        yield self._evaluation("sft", "sft", seed=0, facts={"method": "sft"})
         for method in self.recipe.methods:
             for step in self._best_of_n() if method == "bon" else self._aligned(method):
                 yield step
                 evaluations += [step.name] if step.stage == "evaluate" else []
-        yield self._step("report", "report", ["report"], *evaluations, run=str(self.directory))
+        yield self._step("report", "report", ["report"], run=str(self.directory))._replace(needs=tuple(evaluations))
 
-    def _preferences(self) -> Iterator[Step]:
-        """Samples of the fine-tuned model, the preferences, and the reward model that learns from them."""
-        if self.recipe.oracle == "classifier":
-            yield self._step("classifier", "reward", ["classifier"], "sft", model=self.path("sft"), labels=True,
-                             data=self.path("data/labelled.jsonl"))  # fmt: skip
-        if self.rewarded or self.recipe.oracle:
-            yield self._step("samples", "sample", ["sample"], "sft", model=self.path("sft"),
-                             data=self.path("data/prompts.jsonl"))  # fmt: skip
-        if self.recipe.oracle:
-            yield self._step("labelled", "score", ["score"], "samples", *self.judges, data=self.path("samples"),
-                             **self.judge)  # fmt: skip
-        if self.rewarded or not self.recipe.oracle:
-            needs = "labelled" if self.recipe.oracle else "sft"
-            yield self._step("reward", "reward", ["reward"], needs, model=self.path("sft"), data=self._pairs())
+    def _rewards(self) -> Iterator[Step]:
+        """Samples of the fine-tuned model, the preferences, the reward model that learns from them, its scores."""
+        sft, oracle = self.path("sft"), self.recipe.oracle
+        if oracle == "classifier":
+            labelled = self.path("data/labelled.jsonl")
+            yield self._step("classifier", "reward", ["classifier"], model=sft, labels=True, data=labelled)
+        if self.rewarded or oracle:
+            yield self._step("samples", "sample", ["sample"], model=sft, data=self.path("data/prompts.jsonl"))
+        if oracle:
+            yield self._step("labelled", "score", ["score"], data=self.path("samples"), **self.judge)
+        if self.rewarded or not oracle:
+            yield self._step("reward", "reward", ["reward"], model=sft, data=self.pairs)
+        if self.rewarded:
+            scorer = {"reward_model": self.path("reward")}
+            yield self._step("scored", "score", ["score"], data=self.path("samples"), **scorer)
 
-    def _pairs(self) -> str:
-        return self.path("labelled" if self.recipe.oracle else "data/pairs.jsonl")
-
-    def _reference_samples(self) -> Iterator[Step]:
-        """Many samples of the reference for a few prompts: where the density ratio is measured."""
-        yield self._step("density/samples", "sample", ["sample", "density"], "sft", model=self.path("sft"),
-                         data=self.path("data/test.jsonl"))  # fmt: skip
-        yield self._step("density/scored", "score", ["score"], "density/samples", *self.judges,
-                         data=self.path("density/samples"), **self.judge)  # fmt: skip
+    def _reference(self) -> Iterator[Step]:
+        """The fine-tuned model evaluated, and many of its samples for a few prompts, for the density ratio."""
+        drawn, held_out = self.path("density/samples"), self.path("data/test.jsonl")
+        yield self._step("density/samples", "sample", ["sample", "density"], model=self.path("sft"), data=held_out)
+        yield self._step("density/scored", "score", ["score"], data=drawn, **self.judge)
+        # with random streams of its own: pairs of samples that share theirs would not be independent
+        own = max(self.recipe.seeds) + 1
+        yield self._evaluation("sft", {"method": "sft"}, model=self.path("sft"), seed=own)
 
     def _aligned(self, method: str) -> Iterator[Step]:
         """Training and evaluation of a method, for every K, seed and value of the sweep."""
         sizes = self.recipe.group_sizes if method.endswith("-rw") else [None]
         for k, varied, seed in itertools.product(sizes, self._sweep(method), self.recipe.seeds):
-            facts = {"method": method, "k": k, "seed": seed, "varied": varied}
-            parts = [method, *([f"k{k}"] if k else []), *(f"{n}={v:g}" for n, v in varied.items()), f"seed{seed}"]
-            name = "/".join([parts[0], "-".join(parts[1:])])
+            parts = [f"k{k}"] if k else []
+            parts += [f"{option}={value:g}" for option, value in varied.items()]
+            name = f"{method}/{'-'.join([*parts, f'seed{seed}'])}"
+            options = {"model": self.path("sft"), "seed": seed, **varied}
             if method == "ppo":
-                rewarded: dict[str, Any] = {
-                    "data": self.path("data/prompts.jsonl"),
-                    "reward_model": self.path("reward"),
-                }
-                yield self._step(name, "ppo", ["ppo"], "sft", "reward", "data", model=self.path("sft"), seed=seed,
-                                 **rewarded, **varied)  # fmt: skip
+                options |= {"data": self.path("data/prompts.jsonl"), "reward_model": self.path("reward")}
+                yield self._step(name, "ppo", ["ppo"], **options)
             else:
-                yield self._alignment(name, method, k, seed, varied)
-            yield self._evaluation(name, name, seed=seed, facts=facts)
-
-    def _alignment(self, name: str, method: str, k: int | None, seed: int, varied: Mapping[str, Any]) -> Step:
-        loss, target = method.split("-")
-        source = self.path("scored") if target == "rw" else self._pairs()
-        needs = "scored" if target == "rw" else "labelled" if self.recipe.oracle else "data"
-        wanted: dict[str, Any] = {"target": target} if target == "rw" or self.recipe.oracle else {}
-        wanted |= {"max_completions": k} if k else {}
-        return self._step(name, "align", ["align", f"align.{target}"], "sft", needs, model=self.path("sft"),
-                          data=source, loss=loss, seed=seed, **wanted, **varied)  # fmt: skip
+                loss, target = method.split("-")
+                options |= {"data": self.path("scored") if target == "rw" else self.pairs, "loss": loss}
+                options |= {"target": target} | ({"max_completions": k} if k else {})
+                yield self._step(name, "align", ["align", f"align.{target}"], **options)
+            facts = {"method": method, "k": k, "seed": seed, "varied": varied}
+            dense = self.path("density/scored")
+            yield self._evaluation(name, facts, model=self.path(name), seed=seed, density=dense)
 
     def _best_of_n(self) -> Iterator[Step]:
         """k blocks of N samples a prompt, of which the reward model takes the best."""
         n = self.recipe.stages.get("best_of_n", {}).get("n", 8)
         evaluated = {"k": 4, "prompts": 512} | dict(self.recipe.stages.get("evaluate", {}))
+        many = {"k": n * evaluated["k"], "prompts": evaluated["prompts"], "epochs": 1}
         for seed in self.recipe.seeds:
-            name = f"bon/seed{seed}"
-            yield self._step(f"{name}/samples", "sample", ["sample", "bon"], "sft", model=self.path("sft"),
-                             k=n * evaluated["k"], prompts=evaluated["prompts"], data=self.path("data/test.jsonl"),
-                             epochs=1, seed=seed + 1)  # fmt: skip
-            yield self._step(f"{name}/scored", "score", ["score"], f"{name}/samples", "reward",
-                             data=self.path(f"{name}/samples"), reward_model=self.path("reward"))  # fmt: skip
-            yield self._step(f"{name}/best", "best_of_n", ["best_of_n"], f"{name}/scored",
-                             data=self.path(f"{name}/scored"), n=n)  # fmt: skip
+            name, held_out = f"bon/seed{seed}", self.path("data/test.jsonl")
+            drawn, scored, best = (self.path(f"{name}/{part}") for part in ("samples", "scored", "best"))
+            options = many | {"model": self.path("sft"), "data": held_out, "seed": seed}
+            yield self._step(f"{name}/samples", "sample", ["sample", "bon"], **options)
+            yield self._step(f"{name}/scored", "score", ["score"], data=drawn, reward_model=self.path("reward"))
+            yield self._step(f"{name}/best", "best_of_n", ["best_of_n"], data=scored, n=n)
             facts = {"method": "bon", "k": None, "seed": seed, "varied": {}, "n": n}
-            yield self._evaluation(name, f"{name}/best", seed=seed, facts=facts, samples=self.path(f"{name}/best"))
+            yield self._evaluation(name, facts, samples=best, seed=seed)
 
-    def _evaluation(self, name: str, of: str, *, seed: int, facts: dict[str, Any], samples: str | None = None) -> Step:
-        options: dict[str, Any] = {"samples": samples} if samples else {"model": self.path(of)}
-        needs = ["data", "sft", of, *self.judges]
-        if of != "sft":
-            options |= {"baseline": self.path("evaluation/sft")}
-            needs.append("evaluation/sft")
-        if of != "sft" and not samples:
-            options |= {"density": self.path("density/scored")}
-            needs.append("density/scored")
-        return self._step(f"evaluation/{name}", "evaluate", ["evaluate"], *needs, reference=self.path("sft"),
-                          seed=seed, facts=facts, **self.held_out, **self.judge, **options)  # fmt: skip
+    def _evaluation(self, name: str, facts: dict[str, Any], **options: Any) -> Step:
+        options |= {"reference": self.path("sft"), "data": self.path("data/test.jsonl")} | self.judge
+        options |= {} if name == "sft" else {"baseline": self.path("evaluation/sft")}
+        if not self.recipe.oracle:
+            options["chosen"] = True  # people's answers are there to compare with
+        return self._step(f"evaluation/{name}", "evaluate", ["evaluate"], **options)._replace(facts=facts)
 
     def _sweep(self, method: str) -> Iterator[dict[str, Any]]:
         """Every combination of the swept options that the method's stage has; one empty one without any."""
-        has = {f.name for f in dataclasses.fields(_config_of("ppo" if method == "ppo" else "align"))}
-        swept = {name: values for name, values in self.recipe.sweep.items() if name in has}
+        has = _options("ppo" if method == "ppo" else "align")
+        # to YAML 1e-3 is a text
+        swept = {name: [float(v) for v in values] for name, values in self.recipe.sweep.items() if name in has}
         for values in itertools.product(*swept.values()):
             yield dict(zip(swept, values, strict=True))
 
-    def _step(
-        self, name: str, stage: str, sections: Sequence[str], *needs: str, facts: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> Step:  # fmt: skip
-        """The recipe's options, common ones first; `options` have the last word."""
-        config = _config_of(stage)
-        known = {f.name for f in dataclasses.fields(config)}
+    def _step(self, name: str, stage: str, sections: Sequence[str], **options: Any) -> Step:
+        """The recipe's options, common ones first; `options` have the last word. It needs whatever it reads."""
+        known = _options(stage)
         values: dict[str, Any] = {name: value for name, value in self.recipe.common.items() if name in known}
         for section in sections:
             for key, value in self.recipe.stages.get(section, {}).items():
@@ -233,7 +214,27 @@ class _Planner:
                     raise ConfigError(f"recipe: {section}: unknown option {key!r}{suggestion(key, known)}")
                 values[key] = value
         values |= options | {"output_dir": self.path(name), "overwrite_output_dir": True}
-        return Step(name, stage, config(**values), tuple(dict.fromkeys(needs)), facts or {})
+        config = build(_config_of(stage), values)
+        read = [Path(value) for option in lineage.INPUTS[stage] if (value := getattr(config, option))]
+        needs = tuple(n for n in self.names if any(path.is_relative_to(self.directory / n) for path in read))
+        self.names.append(name)
+        return Step(name, stage, config, needs, {})
+
+
+def _check_names(recipe: Recipe) -> None:
+    """ConfigError for a section or an option that no stage has."""
+    for section in recipe.stages:
+        if section not in SECTIONS:
+            raise ConfigError(f"recipe: unknown stage {section!r}{suggestion(section, set(SECTIONS))}")
+    known = {name for stage in lineage.INPUTS if stage not in ("judge", "label") for name in _options(stage)}
+    for where, names in (("common", recipe.common), ("sweep", recipe.sweep)):
+        for name in names:
+            if name not in (known if where == "common" else _options("align") | _options("ppo")):
+                raise ConfigError(f"recipe: {where}: unknown option {name!r}{suggestion(name, known)}")
+
+
+def _options(stage: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(_config_of(stage))}
 
 
 def _config_of(stage: str) -> Any:

@@ -100,7 +100,8 @@ def run(config: Config) -> Path:
         denominator=len, steps_an_epoch=loop.epoch_steps(config, len(groups)), shown=SHOWN,
     )  # fmt: skip
     result = _evaluate(module, held_out, config, accelerator, collate)
-    metrics.write(step=steps, **result)
+    if result:
+        metrics.write(step=steps, **result)
     metrics.close()
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -1,7 +1,8 @@
 """The theorems of arXiv 2402.00856, section 3, on M completions, with the product's own losses in fp64.
 
-Nothing here computes a loss: exo.theory draws groups and differentiates `preference_loss`, and the fused losses and the
-losses from hidden states are held against that. Below them the formulas of peers, written from their definitions.
+Nothing here computes a loss: examples/worlds.py draws groups and differentiates `preference_loss`, and the fused losses
+and the losses from hidden states are held against that. Below them the formulas of peers, written from their
+definitions.
 """
 
 import math
@@ -10,27 +11,27 @@ from functools import cache
 import pytest
 import torch
 
-from exo import theory
+from examples import worlds
 from exo_kernels import fused_dpo_loss, fused_exo_loss, fused_linear_dpo_loss, fused_linear_exo_loss, preference_loss
 
 SPLITS = [(1.0, 0.25), (0.5, 0.5), (0.25, 1.0), (0.1, 0.1)]  # (beta_pi, beta_r): one product three ways, and another
 AT_ONCE = [*SPLITS, (2.0, 0.7)]
-objectives = pytest.mark.parametrize("objective", theory.OBJECTIVES)
+objectives = pytest.mark.parametrize("objective", worlds.OBJECTIVES)
 splits = pytest.mark.parametrize(("beta_pi", "beta_r"), AT_ONCE)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def case(seed: int = 0, **sizes) -> tuple[theory.World, theory.Family, torch.Tensor]:
-    return theory.random_case(torch.Generator().manual_seed(seed), **sizes)
+def case(seed: int = 0, **sizes) -> tuple[worlds.World, worlds.Family, torch.Tensor]:
+    return worlds.random_case(torch.Generator().manual_seed(seed), **sizes)
 
 
-def every_policy(world: theory.World) -> theory.Family:
-    return theory.Family(torch.eye(world.counts.numel(), dtype=torch.float64), world.log_ref)
+def every_policy(world: worlds.World) -> worlds.Family:
+    return worlds.Family(torch.eye(world.counts.numel(), dtype=torch.float64), world.log_ref)
 
 
-def apart(world: theory.World, one: torch.Tensor, other: torch.Tensor, beta_pi: float) -> torch.Tensor:
+def apart(world: worlds.World, one: torch.Tensor, other: torch.Tensor, beta_pi: float) -> torch.Tensor:
     """KL between what the objectives see of two policies; pi* itself may be all but one-hot, and tell nothing."""
-    return theory.kl(theory.blend(world, one, beta_pi), theory.blend(world, other, beta_pi))
+    return worlds.kl(worlds.blend(world, one, beta_pi), worlds.blend(world, other, beta_pi))
 
 
 # Theorem 3.1: what is the optimum.
@@ -40,20 +41,20 @@ def apart(world: theory.World, one: torch.Tensor, other: torch.Tensor, beta_pi: 
 def test_the_maximiser_of_the_alignment_objective(beta_pi, beta_r):
     """pi* in proportion to pi_ref exp(r / (beta_pi beta_r)): L-BFGS climbs to it; J is flat there, lower around."""
     world, _, _ = case(size=8)
-    family, best = every_policy(world), theory.optimum(world, beta_pi * beta_r)
+    family, best = every_policy(world), worlds.optimum(world, beta_pi * beta_r)
 
     def height(log_pi: torch.Tensor) -> torch.Tensor:
-        return theory.alignment_objective(world, log_pi, beta_pi, beta_r)
+        return worlds.alignment_objective(world, log_pi, beta_pi, beta_r)
 
-    slope = theory.gradient(lambda theta: height(best + family.features @ theta), torch.zeros(8, dtype=torch.float64))
+    slope = worlds.gradient(lambda theta: height(best + family.features @ theta), torch.zeros(8, dtype=torch.float64))
     assert slope.abs().max() < 1e-13
     generator = torch.Generator().manual_seed(1)
     for scale in (0.01, 0.1, 1.0):
         other = torch.log_softmax(best + scale * torch.randn(8, dtype=torch.float64, generator=generator), 0)
         assert height(other) < height(best)
-    reached = family(theory.minimise(lambda theta: -height(family(theta)), torch.zeros(8, dtype=torch.float64)))
+    reached = family(worlds.minimise(lambda theta: -height(family(theta)), torch.zeros(8, dtype=torch.float64)))
     assert apart(world, reached, best, beta_pi) < 1e-6
-    assert apart(world, reached, theory.optimum(world, 1.5 * beta_pi * beta_r), beta_pi) > 1e-3
+    assert apart(world, reached, worlds.optimum(world, 1.5 * beta_pi * beta_r), beta_pi) > 1e-3
 
 
 @splits
@@ -62,8 +63,8 @@ def test_the_alignment_objective_is_a_reverse_kl(beta_pi, beta_r):
     world, family, theta = case()
     constant = beta_r * torch.logsumexp(world.log_ref + world.rewards / beta_r, 0)
     for policy in (family(theta), family(-theta), world.log_ref):
-        gap = theory.alignment_objective(world, policy, beta_pi, beta_r) - constant
-        assert gap.item() == pytest.approx(-beta_r * theory.divergence("exo", world, policy, beta_pi, beta_r).item())
+        gap = worlds.alignment_objective(world, policy, beta_pi, beta_r) - constant
+        assert gap.item() == pytest.approx(-beta_r * worlds.divergence("exo", world, policy, beta_pi, beta_r).item())
 
 
 @objectives
@@ -71,15 +72,15 @@ def test_the_alignment_objective_is_a_reverse_kl(beta_pi, beta_r):
 def test_both_losses_have_that_optimum_at_any_k(objective, beta_pi, beta_r):
     """p = q in every group there, so no group has a gradient: for a family of all policies, small K has no bias."""
     world, _, _ = case(size=8)
-    best = theory.optimum(world, beta_pi * beta_r)
+    best = worlds.optimum(world, beta_pi * beta_r)
     generator = torch.Generator().manual_seed(2)
-    samples = [theory.draw(world, 1, k, generator) for k in (2, 3, 8) for _ in range(8)]
-    for groups in (theory.everything(world), *samples):
-        slope = theory.gradient(lambda lp, g=groups: theory.loss(world, lp, g, objective, beta_pi, beta_r), best)
+    samples = [worlds.draw(world, 1, k, generator) for k in (2, 3, 8) for _ in range(8)]
+    for groups in (worlds.everything(world), *samples):
+        slope = worlds.gradient(lambda lp, g=groups: worlds.loss(world, lp, g, objective, beta_pi, beta_r), best)
         assert slope.abs().max() < 1e-13
     family = every_policy(world)
-    reached = theory.minimise(
-        lambda theta: theory.loss(world, family(theta), theory.everything(world), objective, beta_pi, beta_r),
+    reached = worlds.minimise(
+        lambda theta: worlds.loss(world, family(theta), worlds.everything(world), objective, beta_pi, beta_r),
         torch.zeros(8, dtype=torch.float64),
     )
     assert apart(world, family(reached), best, beta_pi) < 1e-6
@@ -96,18 +97,18 @@ def test_without_sampling_the_gradient_is_that_of_the_divergence(objective, beta
     world, family, theta = case(seed)
 
     def value(t: torch.Tensor) -> torch.Tensor:
-        return theory.loss(world, family(t), theory.everything(world), objective, beta_pi, beta_r)
+        return worlds.loss(world, family(t), worlds.everything(world), objective, beta_pi, beta_r)
 
-    exact = theory.exact_gradient(objective, world, family, theta, beta_pi, beta_r)
-    assert torch.allclose(theory.gradient(value, theta), exact, rtol=1e-11, atol=1e-14)
+    exact = worlds.exact_gradient(objective, world, family, theta, beta_pi, beta_r)
+    assert torch.allclose(worlds.gradient(value, theta), exact, rtol=1e-11, atol=1e-14)
     if objective == "exo":
-        kl = theory.divergence("exo", world, family(theta), beta_pi, beta_r)
+        kl = worlds.divergence("exo", world, family(theta), beta_pi, beta_r)
         assert value(theta).item() == pytest.approx(kl.item(), rel=1e-12)
 
 
 @cache
-def directions(objective: str, k: int, beta_pi: float, beta_r: float) -> list[theory.Direction]:
-    return [theory.direction(objective, k, beta_pi, beta_r, seed) for seed in range(4)]
+def directions(objective: str, k: int, beta_pi: float, beta_r: float) -> list[worlds.Direction]:
+    return [worlds.direction(objective, k, beta_pi, beta_r, seed) for seed in range(4)]
 
 
 @objectives
@@ -137,7 +138,7 @@ def test_fused_losses_have_that_gradient(objective):
     """
     world, _, _ = case(3, size=9)
     theta = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    drawn = theory.draw(world, 8, 4, torch.Generator().manual_seed(0))
+    drawn = worlds.draw(world, 8, 4, torch.Generator().manual_seed(0))
     labels = torch.stack((drawn.flatten() // 3, drawn.flatten() % 3), -1)  # (N, 2)
     contexts = torch.stack((torch.zeros(len(labels), dtype=torch.long), 1 + labels[:, 0]), -1)  # (N, 2)
 
@@ -145,7 +146,7 @@ def test_fused_losses_have_that_gradient(objective):
         log_probs = torch.log_softmax(t, dim=0)
         return (log_probs[:, 0, None] + log_probs[:, 1:].T).flatten()
 
-    expected = theory.gradient(lambda t: theory.loss(world, log_pi(t), drawn, objective, 0.5, 0.3), theta)
+    expected = worlds.gradient(lambda t: worlds.loss(world, log_pi(t), drawn, objective, 0.5, 0.3), theta)
     options = {
         "group_size": 4,
         "rewards": world.rewards[drawn.flatten()],
@@ -158,43 +159,43 @@ def test_fused_losses_have_that_gradient(objective):
     linear = {"exo": fused_linear_exo_loss, "dpo": fused_linear_dpo_loss}[objective]
     hidden = torch.nn.functional.one_hot(contexts, 4).double()
     for value in (lambda t: fused(t.T[contexts], *inputs, **options), lambda t: linear(hidden, t, *inputs, **options)):
-        assert torch.allclose(theory.gradient(value, theta), expected, rtol=1e-11, atol=1e-14)
+        assert torch.allclose(worlds.gradient(value, theta), expected, rtol=1e-11, atol=1e-14)
 
 
 # Figure 1: what a family that is too small makes of the two divergences.
 
 
 def test_exo_seeks_a_mode_and_dpo_covers_both():
-    world, grid = theory.two_modes()
-    target = theory.optimum(world, 1.0)
-    exo, dpo = (theory.bell(grid, theory.fit(objective)) for objective in theory.OBJECTIVES)
-    valley = theory.masses(grid, target)[1]
-    assert theory.masses(grid, exo)[0] > 0.95 and theory.masses(grid, exo)[1] < 1.1 * valley
-    assert theory.masses(grid, dpo)[1] > 10 * valley and min(theory.masses(grid, dpo)) > 0.15
-    assert theory.kl(exo, target) < 0.3 < 1.2 < theory.kl(dpo, target)
-    assert theory.kl(target, dpo) < 0.56 < 4.9 < theory.kl(target, exo)
+    world, grid = worlds.two_modes()
+    target = worlds.optimum(world, 1.0)
+    exo, dpo = (worlds.bell(grid, worlds.fit(objective)) for objective in worlds.OBJECTIVES)
+    valley = worlds.masses(grid, target)[1]
+    assert worlds.masses(grid, exo)[0] > 0.95 and worlds.masses(grid, exo)[1] < 1.1 * valley
+    assert worlds.masses(grid, dpo)[1] > 10 * valley and min(worlds.masses(grid, dpo)) > 0.15
+    assert worlds.kl(exo, target) < 0.3 < 1.2 < worlds.kl(dpo, target)
+    assert worlds.kl(target, dpo) < 0.56 < 4.9 < worlds.kl(target, exo)
 
 
 def test_exo_seeks_a_mode_from_k_8_but_not_at_2():
     """At K = 2 the loss hardly tells the two divergences apart, and EXO covers both modes as DPO does."""
-    _, grid = theory.two_modes()
-    few, many = (theory.masses(grid, theory.bell(grid, theory.fit("exo", k))) for k in (2, 8))
+    _, grid = worlds.two_modes()
+    few, many = (worlds.masses(grid, worlds.bell(grid, worlds.fit("exo", k))) for k in (2, 8))
     assert min(few) > 0.2
     assert many[0] > 0.95 and many[2] < 1e-4
 
 
 def test_exo_has_a_local_minimum_at_the_minor_mode_and_dpo_has_not():
-    world, grid = theory.two_modes()
+    world, grid = worlds.two_modes()
     start = torch.tensor([2.0, -0.5], dtype=torch.float64)
     ends = []
-    for objective in theory.OBJECTIVES:
-        theta = theory.minimise(
-            lambda t, objective=objective: theory.loss(
-                world, theory.bell(grid, t), theory.everything(world), objective, 1.0, 1.0
+    for objective in worlds.OBJECTIVES:
+        theta = worlds.minimise(
+            lambda t, objective=objective: worlds.loss(
+                world, worlds.bell(grid, t), worlds.everything(world), objective, 1.0, 1.0
             ),
             start,
         )
-        ends.append((theta - theory.fit(objective)).abs().max())
+        ends.append((theta - worlds.fit(objective)).abs().max())
     assert ends[0] > 3 and ends[1] < 1e-4
 
 

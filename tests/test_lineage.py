@@ -1,0 +1,100 @@
+"""What a stage finds as its input, what it says when that is missing, half made or of another kind, and what holds."""
+
+import dataclasses
+import json
+
+import pytest
+
+from exo import artifacts, lineage, sample, score
+from tests.tasks import PROMPTS, write_model, write_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model, prompts and the configs of a sampling and a scoring, both run."""
+    directory = tmp_path_factory.mktemp("lineage")
+    model = write_model(directory / "model")
+    prompts = write_rows(directory / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    drawn = sample.Config(
+        model=model, data=prompts, k=2, max_new_tokens=4, output_dir=str(directory / "samples"), device="cpu",
+        overwrite_output_dir=True,
+    )  # fmt: skip
+    scored = score.Config(
+        data=str(directory / "samples"), oracle="tests.tasks:reward", output_dir=str(directory / "scored"),
+        overwrite_output_dir=True, device="cpu",
+    )  # fmt: skip
+    sample.run(drawn)
+    score.run(scored)
+    return directory, drawn, scored
+
+
+def test_a_directory_stands_for_what_its_stage_made(made):
+    directory = made[0]
+    assert lineage.source("data", str(directory / "samples"), "sample") == str(directory / "samples" / "samples.jsonl")
+    assert lineage.source("model", str(directory / "model"), "sft") == str(directory / "model")
+    assert lineage.source("model", "gpt2", "sft") == "gpt2" and lineage.source("model", "a/b", "sft") == "a/b"
+
+
+def test_what_is_missing_is_said_with_what_makes_it(made):
+    for path in (made[0] / "absent.jsonl", made[0] / "absent"):
+        with pytest.raises(ValueError, match=r"--data .*absent.*: no such file .*; python -m exo.sample makes"):
+            lineage.source("data", str(path), "sample")
+
+
+def test_what_another_stage_made_is_said(made):
+    with pytest.raises(ValueError, match=r"what score makes; found a run of sample; python -m exo.score makes"):
+        lineage.source("data", str(made[0] / "samples"), "score")
+
+
+def test_what_is_half_made_is_said_with_the_command_that_goes_on(made, tmp_path):
+    record = json.loads((made[0] / "samples" / "run.json").read_text())
+    del record["finished"]
+    artifacts.write_json(tmp_path / "run.json", record)
+    for path in (tmp_path, tmp_path / "samples.jsonl"):
+        with pytest.raises(artifacts.RunError, match=r"its run did not finish; run it again: python -m exo.sample --"):
+            lineage.source("data", str(path), "sample")
+
+
+def test_a_run_holds_until_options_inputs_or_outputs_change(made, tmp_path):
+    directory, drawn, scored = made
+    assert lineage.holds(directory / "samples", drawn, "sample") and lineage.holds(
+        directory / "scored", scored, "score"
+    )
+    assert not lineage.holds(directory / "absent", drawn, "sample")
+    assert not lineage.holds(directory / "samples", drawn, "score")
+    assert not lineage.holds(directory / "samples", dataclasses.replace(drawn, k=3), "sample")
+    elsewhere = dataclasses.replace(drawn, output_dir="x", overwrite_output_dir=False)
+    assert lineage.holds(directory / "samples", elsewhere, "sample")
+    copy = tmp_path / "prompts.jsonl"
+    copy.write_bytes((directory / "prompts.jsonl").read_bytes())
+    assert lineage.holds(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample"), (
+        "a path is no input"
+    )
+    copy.write_text('{"prompt": "red"}\n')
+    assert not lineage.holds(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample")
+
+
+def test_damaged_or_missing_outputs_do_not_hold(made):
+    directory, drawn, _ = made
+    file = directory / "samples" / "samples.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert not lineage.holds(directory / "samples", drawn, "sample")
+    file.unlink()
+    assert not lineage.holds(directory / "samples", drawn, "sample")
+    file.write_bytes(whole)
+    assert lineage.holds(directory / "samples", drawn, "sample")
+
+
+def test_a_model_is_its_weights_config_and_tokenizer(made, tmp_path):
+    before = lineage.fingerprint(str(made[0] / "model"))
+    assert before == lineage.fingerprint(write_model(tmp_path / "same"))
+    assert before != lineage.fingerprint(write_model(tmp_path / "other", seed=1))
+    assert before != lineage.fingerprint(write_model(tmp_path / "words", words=["x"]))
+    assert lineage.fingerprint("owner/name") == "owner/name"
+
+
+def test_every_stage_is_known():
+    assert set(lineage.INPUTS) == set(lineage.OUTPUTS)

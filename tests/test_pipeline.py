@@ -1,0 +1,145 @@
+"""Recipes and plans: what a run consists of, what it skips, what it says of mistakes."""
+
+import pytest
+import yaml
+
+from exo import lineage, pipeline, train
+from exo.config import ConfigError
+
+
+def planned(tmp_path, **changes):
+    recipe = pipeline.load("quickstart", **changes)
+    return {step.name: step for step in pipeline.plan(recipe, tmp_path)}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_every_step_comes_after_what_it_needs_and_reads_only_that(tmp_path, full):
+    steps = pipeline.plan(pipeline.load("quickstart", full=full), tmp_path)
+    before = set()
+    for step in steps:
+        assert set(step.needs) <= before, step.name
+        read = {getattr(step.config, name) for name in lineage.INPUTS[step.stage]} - {None}
+        for path in read - {str(tmp_path)}:
+            owners = {
+                need for need in step.needs if path == str(tmp_path / need) or path.startswith(f"{tmp_path / need}/")
+            }
+            assert owners, f"{step.name} reads {path} and needs {step.needs}"
+        before.add(step.name)
+    assert len({step.name for step in steps}) == len(steps)
+
+
+def test_the_reward_model_learns_from_the_oracle_and_drives_all_but_the_preferences(tmp_path):
+    steps = planned(tmp_path)
+    assert steps["labelled"].config.oracle == "exo.quickstart:reward"
+    assert steps["reward"].config.data == str(tmp_path / "labelled")
+    assert steps["exo-rw/k4-seed0"].config.data == steps["dpo-rw/k4-seed0"].config.data == str(tmp_path / "scored")
+    assert steps["scored"].config.reward_model == str(tmp_path / "reward")
+    assert steps["ppo/seed0"].config.reward_model == str(tmp_path / "reward")
+    assert steps["exo-pref/seed0"].config.data == str(tmp_path / "labelled")
+    assert steps["exo-pref/seed0"].config.target == "pref" and steps["exo-pref/seed0"].config.max_completions == 2
+    assert all(step.config.oracle for step in steps.values() if step.stage == "evaluate")
+
+
+def test_methods_are_treated_alike(tmp_path):
+    steps = planned(tmp_path)
+    fair = ("learning_rate", "batch_size", "max_steps", "beta_pi", "beta_r", "temperature", "save_steps", "model")
+    aligned = [step.config for step in steps.values() if step.stage == "align"]
+    assert len(aligned) == 4
+    for name in fair:
+        assert len({getattr(config, name) for config in aligned}) == 1, name
+    grid = pipeline.load("quickstart", full=True).sweep["learning_rate"]
+    full = pipeline.plan(pipeline.load("quickstart", full=True), tmp_path)
+    for method in ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo"):
+        runs = [s for s in full if s.name.startswith(f"{method}/") and s.stage in ("align", "ppo")]
+        assert {s.config.learning_rate for s in runs} == set(grid) and {s.config.seed for s in runs} == {0, 1, 2}
+
+
+def test_the_baseline_has_random_streams_of_its_own(tmp_path):
+    steps = planned(tmp_path, seeds=[0, 1])
+    others = {step.config.seed for name, step in steps.items() if step.stage == "evaluate" and name != "evaluation/sft"}
+    assert others == {0, 1} and steps["evaluation/sft"].config.seed not in others
+
+
+def test_a_sweep_varies_what_a_stage_has(tmp_path):
+    steps = planned(tmp_path, methods=["exo-pref", "ppo"], sweep={"beta_pi": [0.1, 0.5], "learning_rate": [1e-4]})
+    names = {name for name in steps if name.startswith(("exo-pref", "ppo"))}
+    assert names == {
+        "exo-pref/beta_pi=0.1-learning_rate=0.0001-seed0", "exo-pref/beta_pi=0.5-learning_rate=0.0001-seed0",
+        "ppo/learning_rate=0.0001-seed0",
+    }  # fmt: skip
+    assert steps["exo-pref/beta_pi=0.1-learning_rate=0.0001-seed0"].config.beta_pi == 0.1
+
+
+def test_preferences_of_people_need_no_oracle(tmp_path):
+    recipe = pipeline.Recipe(title="t", task="quickstart", model="m")
+    steps = {step.name: step for step in pipeline.plan(recipe, tmp_path)}
+    assert "labelled" not in steps
+    assert steps["reward"].config.data == steps["exo-pref/seed0"].config.data == str(tmp_path / "data" / "pairs.jsonl")
+    assert all(s.config.reward_model == str(tmp_path / "reward") for s in steps.values() if s.stage == "evaluate")
+
+
+def test_pairs_alone_need_no_reward_model_where_an_oracle_evaluates(tmp_path):
+    steps = planned(tmp_path, methods=["exo-pref"])
+    assert "reward" not in steps and "scored" not in steps and "samples" in steps
+
+
+def test_numbers_that_yaml_takes_for_texts(tmp_path):
+    steps = planned(tmp_path, stages={"align": {"learning_rate": "1e-3"}}, sweep={"beta_pi": ["2e-1"]})
+    config = steps["exo-pref/beta_pi=0.2-seed0"].config
+    assert config.learning_rate == 1e-3 and config.beta_pi == 0.2
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"stages": {"sft": {"max_stepz": 3}}}, "sft: unknown option 'max_stepz'; did you mean max_steps?"),
+        ({"stages": {"sftt": {"max_steps": 3}}}, "unknown stage 'sftt'; did you mean sft?"),
+        ({"common": {"temprature": 1}}, "common: unknown option 'temprature'; did you mean temperature?"),
+        ({"methods": ["exo"]}, "--methods: expected some of"),
+        ({"sweep": {"beta": [1]}}, "sweep: unknown option 'beta'"),
+        ({"stages": {"align": {"max_steps": "many"}}}, "--max_steps: invalid int value"),
+        ({"stages": {"align": {"dtype": "float8"}}}, "--dtype: invalid choice: 'float8'"),
+        ({"titel": "x"}, "unknown key 'titel'; did you mean title?"),
+        ({"stages": {"align": {"beta_pi": -1}}}, "--beta_pi: expected a finite number > 0"),
+    ],
+)
+def test_mistakes_in_a_recipe(tmp_path, change, said):
+    values = yaml.safe_load((pipeline.RECIPES / "quickstart.yaml").read_text())
+    values = pipeline._merged(values, change) if "sweep" not in change else values | change
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError) as error:
+        pipeline.plan(pipeline.load(str(path)), tmp_path)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--recipe", "quickstartt"], "--recipe quickstartt: expected one of"),
+        (["--set", "max_steps=3"], "--set: expected stage.option=value"),
+        (["--seeds", "0,x"], "--seeds: expected numbers, with commas; got 'x'"),
+        (["--from", "smaples"], "--from: expected one of"),
+        (["--jobs", "0"], "--jobs: expected >= 1"),
+    ],
+)
+def test_mistakes_on_the_command_line(tmp_path, capsys, arguments, said):
+    try:
+        code = train.main([*arguments, "--output_dir", str(tmp_path / "x"), "--dry_run"])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and said in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_from_takes_all_that_follows_with_it(tmp_path):
+    steps = list(planned(tmp_path).values())
+    again = train._from(steps, "reward")
+    assert {"reward", "scored", "exo-rw/k4-seed0", "evaluation/ppo/seed0", "report"} <= again
+    assert not {"sft", "labelled", "exo-pref/seed0", "evaluation/sft"} & again
+    assert [step.name for step in train._until(steps, "samples")][-1] == "samples"
+
+
+def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path, capsys):
+    assert train.main(["--dry_run", "--output_dir", str(tmp_path / "x")]) == 0
+    said = capsys.readouterr().out
+    assert "exo-rw/k4-seed0" in said and "at most 2,048,000 tokens" in said and not (tmp_path / "x").exists()

@@ -1,0 +1,145 @@
+"""The reward model: it learns what is preferred, is saved for transformers, and gives the same number in any batch."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from exo import data, loop, models, packing, reward, rewards
+from exo.config import Training
+from tests.tasks import WORDS, lines, write_model, write_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("policy") / "model")
+
+
+def pairs(n):
+    """The one with "good" is chosen; lengths and places vary."""
+    made = []
+    for i in range(n):
+        words = [WORDS[(i + j) % 5] for j in range(2 + i % 3)]
+        good, bad = [*words[:1], "good", *words[1:]], [*words[:1], "bad", *words[1:]]
+        row = {"prompt": f"{WORDS[i % 5]} {WORDS[i // 5 % 5]}", "chosen": " ".join(good), "rejected": " ".join(bad)}
+        made.append(row)
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(policy, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("reward")
+    source = write_rows(directory / "pairs.jsonl", pairs(100))
+    return reward.run(
+        reward.Config(
+            model=policy, data=source, output_dir=str(directory / "run"), learning_rate=3e-3, batch_size=20,
+            max_steps=20, eval_fraction=0.2,
+        )
+    )  # fmt: skip
+
+
+def scorer(directory, max_tokens=8192):
+    compute = Training(device="cpu", max_tokens_per_batch=max_tokens)
+    return rewards.load(rewards.Options(str(directory), None), compute, loop.make_accelerator(compute), 64)
+
+
+def group(prompt, *completions):
+    return data.Group(prompt, completions, None, 1)
+
+
+def test_it_ranks_held_out_pairs(trained):
+    result = json.loads((trained / "run.json").read_text())["result"]
+    assert result["eval_accuracy"] > 0.9
+    assert result["eval_accuracy_low"] < result["eval_accuracy"] <= result["eval_accuracy_high"]
+    assert lines(trained / "metrics.jsonl")[0]["loss"] == pytest.approx(0.693, abs=0.02)
+
+
+def test_transformers_reads_it_and_gives_the_same_number(trained):
+    model = AutoModelForSequenceClassification.from_pretrained(trained).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert model.config.num_labels == 1
+    ids = [*tokenizer("red round")["input_ids"], *tokenizer("good blue")["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        theirs = float(model(torch.tensor([ids])).logits)
+    assert scorer(trained).score([group("red round", "good blue")])[0][0] == pytest.approx(theirs, abs=1e-6)
+
+
+def test_a_reward_does_not_depend_on_its_batch(trained):
+    groups = [group("red", "good"), group("red blue", "bad round square", "good"), group("blue", "green " * 9)]
+    alone = [scorer(trained).score([g])[0] for g in groups]
+    for max_tokens in (1, 16, 8192):
+        for together, single in zip(scorer(trained, max_tokens).score(groups), alone, strict=True):
+            assert together == pytest.approx(single, abs=1e-5)
+    assert scorer(trained).score(groups[::-1])[::-1] == [pytest.approx(row, abs=1e-5) for row in alone]
+
+
+def test_it_reads_the_end_of_sequence_where_there_is_one(trained):
+    """A completion that was cut for its length did not end, and is not scored as if it had."""
+    _, tokenizer = models.load_classifier(str(trained))
+    ids = tuple(tokenizer("good blue")["input_ids"])
+    known = packing.tokenizer_hash(tokenizer)
+    tokens = data.Tokens(known, ((*ids, tokenizer.eos_token_id), ids), (-1.0, -1.0), ("eos", "length"))
+    both = scorer(trained).score([data.Group("red", ("good blue", "good blue"), None, 1, tokens)])[0]
+    assert both[0] != both[1]
+    assert both[0] == pytest.approx(scorer(trained).score([group("red", "good blue")])[0][0], abs=1e-6)
+
+
+def test_the_loss_is_bradley_terrys(policy):
+    model, tokenizer = models.classifier_from(policy, 1, seed=0)
+    limits = packing.Limits(64, None, "error")
+    groups, _ = packing.encode(
+        [group("red", "good blue", "bad"), group("blue", "good", "bad red")], tokenizer, limits, "x"
+    )
+    batch = packing.collate(groups, tokenizer.pad_token_id)
+    module = reward.PairLoss(model)
+    with torch.no_grad():
+        share = module(batch, 7)
+        values = rewards.last_token_rewards(model, batch)
+    expected = sum(float(-torch.sigmoid(values[i] - values[i + 1]).log()) for i in (0, 2)) / 7
+    assert float(share.loss) == pytest.approx(expected, abs=1e-6)
+
+
+def test_scored_samples_become_pairs(policy, tmp_path):
+    rows = [{"prompt": row["prompt"], "completions": [row["rejected"], row["chosen"], "red"], "rewards": [0, 2, 1]}
+            for row in pairs(40)]  # fmt: skip
+    rows += [{"prompt": "red", "completions": ["good", "bad"], "rewards": [1, 1]}]
+    source = write_rows(tmp_path / "scored.jsonl", rows)
+    run = reward.run(
+        reward.Config(
+            model=policy, data=source, output_dir=str(tmp_path / "run"), learning_rate=3e-3, batch_size=20,
+            max_steps=15, eval_fraction=0,
+        )
+    )  # fmt: skip
+    record = json.loads((run / "run.json").read_text())
+    assert record["rows"]["later"] == {"rows skipped: all rewards equal, so no best and worst": 1}
+    assert lines(run / "metrics.jsonl")[-1]["accuracy"] == 1.0
+    assert record["result"] == {}
+
+
+def test_labelled_texts_make_a_classifier_whose_log_odds_are_the_reward(policy, tmp_path):
+    texts = [{"text": row["chosen"], "label": 1} for row in pairs(50)]
+    texts += [{"text": row["rejected"], "label": 0} for row in pairs(50)]
+    source = write_rows(tmp_path / "texts.jsonl", texts)
+    run = reward.run(
+        reward.Config(
+            model=policy, data=source, labels=True, output_dir=str(tmp_path / "run"), learning_rate=3e-3,
+            batch_size=20, max_steps=25, eval_fraction=0.2,
+        )
+    )  # fmt: skip
+    assert json.loads((run / "run.json").read_text())["result"]["eval_accuracy"] > 0.9
+    model, tokenizer = models.load_classifier(str(run))
+    assert model.config.num_labels == 2
+    ids = [*tokenizer("red")["input_ids"], *tokenizer("good blue")["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    odds = torch.log_softmax(logits, 0)
+    found = scorer(run).score([group("red", "good blue", "bad blue")])[0]
+    assert found[0] == pytest.approx(float(odds[1] - odds[0]), abs=1e-5) and found[0] > 0 > found[1]
+
+
+def test_a_causal_lm_is_no_reward_model(policy):
+    with pytest.raises(ValueError, match="expected a sequence classifier, .*; python -m exo.reward trains one"):
+        scorer(policy)

@@ -1,0 +1,98 @@
+"""What is made of scored completions before they are compared, and what samples say of a policy."""
+
+import math
+
+import pytest
+import torch
+
+from exo import estimates, intervals, targets
+from exo.data import Group, Tokens
+
+
+def group(rewards, texts="abcdefgh"):
+    tokens = Tokens("t", tuple((i,) for i in range(len(rewards))), tuple(map(float, range(len(rewards)))),
+                    ("eos",) * len(rewards))  # fmt: skip
+    return Group("p", tuple(texts[: len(rewards)]), tuple(map(float, rewards)), 3, tokens)
+
+
+def test_best_against_worst_takes_the_first_of_each_and_all_that_belongs_to_it():
+    pairs, counts = targets.best_against_worst([group([1, 5, 0, 5, 0])])
+    assert pairs == [Group("p", ("b", "c"), None, 3, Tokens("t", ((1,), (2,)), (1.0, 2.0), ("eos", "eos")))]
+    assert not counts
+
+
+def test_rows_without_a_best_are_counted_and_preferences_stay():
+    preference = Group("p", ("x", "y"), None, 1)
+    pairs, counts = targets.best_against_worst([group([2, 2]), preference])
+    assert pairs == [preference] and counts == {"rows skipped: all rewards equal, so no best and worst": 1}
+
+
+def test_the_first_completions():
+    kept, counts = targets.first([group([1, 2, 3]), group([1, 2, 3], "aab"), group([1])], 2)
+    assert [g.completions for g in kept] == [("a", "b"), ("a",)]
+    assert kept[0].tokens.ids == ((0,), (1,)) and kept[0].rewards == (1.0, 2.0)
+    assert counts == {"rows skipped: the first 2 completions identical": 1}
+
+
+def test_rewards_on_one_scale():
+    groups = [group([1, 3]), group([10, 10, 16])]
+    by_prompt = targets.normalise(groups, "prompt")
+    assert by_prompt[0].rewards == (-1.0, 1.0)
+    assert by_prompt[1].rewards == pytest.approx((-(0.5**0.5), -(0.5**0.5), 2**0.5))
+    together = [x for g in targets.normalise(groups, "global") for x in g.rewards]
+    assert sum(together) == pytest.approx(0, abs=1e-12) and sum(x * x for x in together) / 5 == pytest.approx(1)
+    assert targets.normalise([group([2, 2])], "prompt")[0].rewards == (0.0, 0.0)
+    assert targets.normalise(groups, "none") == groups
+
+
+# Estimates.
+
+
+def test_win_rates_count_all_pairs_and_ties_half():
+    assert estimates.win_rates([[1, 2], [0.0]], [[1, 0, 3], [0.0]]) == [pytest.approx((1 + 0.5 + 2) / 6), 0.5]
+
+
+def test_accuracy_is_the_mean_sigmoid_and_survives_large_log_odds():
+    assert estimates.accuracies([[0.0, math.log(3)], [1e4, -1e4]]) == [pytest.approx(0.625), 0.5]
+
+
+def test_spread_is_within_prompts():
+    assert estimates.spread([[1.0, 3.0], [100.0, 100.0]]) == pytest.approx(0.5)
+
+
+def test_summary_of_one_value_and_of_many():
+    assert estimates.summary([2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "standard_error": 0.0}
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
+    found = estimates.summary(values.tolist())
+    error = float(values.std()) / 20
+    assert found["standard_error"] == pytest.approx(error)
+    assert found["mean"] - found["low"] == pytest.approx(1.96 * error, rel=0.15)
+    assert found["high"] - found["mean"] == pytest.approx(1.96 * error, rel=0.15)
+
+
+def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(1)
+    covered = 0
+    for trial in range(200):
+        sample = torch.rand(40, generator=generator, dtype=torch.float64).square()
+        low, high = intervals.bootstrap(sample.tolist(), seed=trial, resamples=400)
+        covered += low <= 1 / 3 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_both_estimators_of_the_kl_are_unbiased():
+    """Two tokens, the second's law depending on the first, against the sum over all completions."""
+    generator = torch.Generator().manual_seed(0)
+    pi, ref = (torch.randn(3, generator=generator).double().log_softmax(0) for _ in range(2))
+    pi2, ref2 = (torch.randn(3, 3, generator=generator).double().log_softmax(1) for _ in range(2))
+    joint = pi[:, None] + pi2
+    exact = float((joint.exp() * (joint - ref[:, None] - ref2)).sum())
+    draws = torch.multinomial(joint.exp().flatten(), 20_000, replacement=True, generator=generator)
+    first, second = draws // 3, draws % 3
+    steps = torch.stack([pi[first] - ref[first], pi2[first, second] - ref2[first, second]], 1)
+    samples = [[row] for row in steps]
+    for estimator in (estimates.kl_k1, estimates.kl_k3):
+        values = torch.tensor(estimator(samples)).double()
+        assert abs(float(values.mean()) - exact) < 4 * float(values.std()) / len(values) ** 0.5
+    assert min(estimates.kl_k3(samples)) >= 0 > min(estimates.kl_k1(samples))
+    assert torch.tensor(estimates.kl_k3(samples)).std() < torch.tensor(estimates.kl_k1(samples)).std()
