@@ -63,7 +63,7 @@ def run(config: Config) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
     prompts, chosen = _prompts(config)
     baseline = _baseline(config, prompts)
-    accelerator = loop.make_accelerator(config)
+    accelerator = loop.make_lone_accelerator(config)
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, accelerator, config.max_length)
     reference, _ = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))

@@ -60,6 +60,16 @@ def make_accelerator(config: Compute) -> Accelerator:
     return accelerator
 
 
+def make_lone_accelerator(config: Compute) -> Accelerator:
+    """The same for a stage whose work is not shared among processes, which would each do all of it."""
+    accelerator = make_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"accelerate: expected one process, which this stage runs in; got {accelerator.num_processes}"
+        )
+    return accelerator
+
+
 def epoch_steps(config: Training, n_groups: int) -> int:
     """Batches of an epoch. A last one of less than half the size joins the one before: its mean would be all noise."""
     return max(1, int(n_groups / config.batch_size + 0.5))

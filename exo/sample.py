@@ -76,7 +76,7 @@ def _chosen(config: Config, dataset: data.Dataset) -> tuple[list[int], list[str]
 
 
 def _torch(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int]) -> list[Group]:
-    accelerator = loop.make_accelerator(config)
+    accelerator = loop.make_lone_accelerator(config)
     model, tokenizer = models.load(name)
     model.to(accelerator.device)
     with accelerator.autocast():

@@ -36,7 +36,7 @@ def run(config: Config) -> Path:
     dataset = data.read(path, purpose="samples", skip_invalid=config.skip_invalid)
     console.say(dataset.summary())
     options = rewards.Options(config.reward_model, config.oracle)
-    scorer = rewards.load(options, config, loop.make_accelerator(config), config.max_length)
+    scorer = rewards.load(options, config, loop.make_lone_accelerator(config), config.max_length)
     console.say(f"scored by {scorer.name}")
     progress = console.Progress("rows", len(dataset.groups), every=max(1, len(dataset.groups) // 4))
     scores: rewards.Scores = []
