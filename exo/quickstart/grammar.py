@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from exo.quickstart.oracle import ADJECTIVES
 
 SHORTEST, LONGEST = 12, 24
-TRAIN_PROMPTS, TEST_PROMPTS = 192, 64
+TRAIN_PROMPTS, TEST_PROMPTS = 192, 256
 
 WHO = ("i", "we", "my sister", "my parents")
 WHEN = ("last week", "on friday", "in june", "this spring", "yesterday")
