@@ -1,0 +1,156 @@
+"""The report's sections on how a run was made: training curves, rows of data, samples to read, commands.
+
+Each returns HTML, or "" where the run has nothing for it. Left out: what came out (findings).
+"""
+
+import random
+import statistics
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from exo import console, data, figures, lineage, page
+from exo.results import Results, Step
+
+ALIGNMENT = (  # of metrics.jsonl, where a run has them
+    ("loss", "loss (nats)"),
+    ("rewards/accuracies", "accuracy of the implicit reward"),
+    ("target/entropy", "entropy of the target (nats)"),
+    ("target/ess", "effective sample size of the target"),
+    ("rewards/stuck", "share of prompts with a stuck pair"),
+)
+PPO = (
+    ("score", "PPO: score of the rollouts"),
+    ("kl", "PPO: KL to the reference (nats)"),
+    ("value_loss", "PPO: value loss"),
+)
+SHOWN = 3  # held-out prompts whose samples are printed
+
+
+def training(found: Results, directory: Path) -> str:
+    shown = {setting.first.method: setting.first for setting in found.best_of_method}
+    for trial in found.trials:
+        if trial.method not in shown and trial.arguments:
+            shown[trial.method] = trial
+    lines = {trial.series: (trial.method, _metrics(found, trial.name)) for trial in shown.values()}
+    lines = {label: found_lines for label, found_lines in lines.items() if found_lines[1]}
+    own = {s.name: ("", _metrics(found, s.name)) for s in found.steps if s.stage in ("sft", "reward")}
+    clipped = {
+        label: (method, rows, statistics.fmean(row["clipped"] for row in rows))
+        for label, (method, rows) in lines.items()
+        if "clipped" in rows[0]
+    }
+    panels = [("loss", f"loss of {name} (nats)", {name: one}) for name, one in own.items()]
+    aligned = {label: line for label, line in lines.items() if line[0] != "ppo"}
+    panels += [(name, label, aligned) for name, label in ALIGNMENT]
+    norms = {f"{label}, clipped {100 * share:.0f}%": (m, rows) for label, (m, rows, share) in clipped.items()}
+    panels.append(("grad_norm", "gradient norm before clipping", norms))
+    panels += [(name, label, {k: v for k, v in lines.items() if v[0] == "ppo"}) for name, label in PPO]
+    pictures = []
+    for i, (name, label, of) in enumerate(panels):
+        points = {
+            k: (method, [(row["step"], row[name]) for row in rows if name in row]) for k, (method, rows) in of.items()
+        }
+        points = {k: line for k, line in points.items() if line[1]}
+        if points:
+            pictures.append((figures.training(points, label, directory / f"training-{i}.png"), f"{label}."))
+    if not pictures:
+        return ""
+    most = [f"{100 * share:.0f}% ({label})" for label, (_, _, share) in clipped.items()]
+    return page.section(
+        "Training",
+        page.paragraph(
+            f"The gradient was clipped in {page.listed(most)} of the steps." if most else "No alignment has run yet."
+        ),
+        page.figures(pictures),
+        page.paragraph(
+            "Smoothed over a twentieth of the run, pale as it was; best setting of each method, first seed. A pair is "
+            "stuck where the policy ranks it so wrongly that EXO's gradient has all but vanished."
+        ),
+    )
+
+
+def _metrics(found: Results, name: str) -> list[dict[str, Any]]:
+    """The lines of training, without those of evaluations."""
+    path = found.directory / name / "metrics.jsonl"
+    if not any(step.name == name and not step.missing for step in found.steps) or not path.exists():
+        return []
+    return [row for _, row in data.read_jsonl(path) if "loss" in row]
+
+
+def rows(found: Results) -> str:
+    rows, skipped = [], 0
+    for step in found.steps:
+        account = step.record.get("rows")
+        if account:
+            lost = sum(account["skipped"].values())
+            skipped += lost
+            remarks = {**account["skipped"], **account["noted"], **account.get("later", {})}
+            said = "; ".join(f"{reason}: {count:,}" for reason, count in remarks.items())
+            rows.append([step.name, f"{account['rows']:,}", f"{account['rows'] - lost:,}", f"{lost:,}", said])
+    unfinished = [[name, f"{100 * share:.1f}%"] for name, share in _unfinished(found) if share > 0]
+    if not rows:
+        return ""
+    ends = "Every sample ended before the limit of tokens." if not unfinished else "Samples that did not end:"
+    return page.section(
+        "What became of the rows",
+        page.paragraph(f"The readers skipped {skipped:,} rows in {len(rows)} steps; every row is counted below."),
+        page.table(["step", "rows", "used", "skipped", "remarks"], rows),
+        page.paragraph(ends),
+        page.table(["samples", "reached the limit"], unfinished) if unfinished else "",
+    )
+
+
+def _unfinished(found: Results) -> Iterator[tuple[str, float]]:
+    for step in found.steps:
+        if step.stage == "sample" and not step.missing:
+            yield step.name, step.record["result"]["unfinished"]
+    for trial in [*filter(None, [found.start]), *found.evaluated]:
+        yield from ((f"{trial.name}, {c.name}", c.unfinished) for c in trial.checkpoints)
+
+
+def samples(found: Results, seed: int) -> str:
+    if not found.start:
+        return ""
+    columns = [("SFT", found.start), *((s.first.series, s.first) for s in found.best_of_method)]
+    groups = [(name, trial.samples(trial.last)) for name, trial in columns]
+    count = len(groups[0][1])
+    places = sorted(random.Random(seed).sample(range(count), min(SHOWN, count)))
+    body = []
+    for place in places:
+        body.append(page.heading(groups[0][1][place].prompt or "(empty prompt)"))
+        shown = []
+        for name, rows in groups:
+            row = rows[place]
+            reward = f", reward {row.rewards[0]:+.2f}" if row.rewards else ""
+            shown.append((name + reward, row.completions[0]))
+        body.append(page.pairs(shown))
+    said = (
+        f"{len(places)} of {count:,} held-out prompts, drawn by the seed {seed} and not by how they look; the first "
+        "sample of each method's best setting, first seed, last checkpoint."
+    )
+    return page.section("Samples side by side", page.paragraph(said), *body)
+
+
+def commands(found: Results) -> str:
+    record = found.record
+    done = [step for step in found.steps if not step.missing]
+    body = [page.code(lineage.command(record))]
+    body.append(page.pairs([("versions", ", ".join(f"{k} {v}" for k, v in record["versions"].items())),
+                            ("platform", record["platform"])]))  # fmt: skip
+    steps = [page.heading(f"{step.name}, {_took(step)}", 4) + page.code(lineage.command(step.record)) for step in done]
+    seconds = sum(_seconds(step) for step in done)
+    said = f"{len(done)} of {len(found.steps)} steps finished, {console.duration(seconds)} of work between them."
+    return page.section(
+        "How to do it again", page.paragraph(said), *body, page.folded("The command of every step", *steps)
+    )
+
+
+def _seconds(step: Step) -> float:
+    began, ended = (datetime.fromisoformat(step.record[name]) for name in ("started", "finished"))
+    return (ended - began).total_seconds()
+
+
+def _took(step: Step) -> str:
+    return f"begun {page.date(step.record['started'])}, {console.duration(_seconds(step))}"
