@@ -43,8 +43,10 @@ def _finish(figure: plt.Figure, path: Path) -> Path:
     """The legend goes below, where no data are."""
     axis = figure.axes[0]
     plots.tidy(axis)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=9)
+    labels = axis.get_legend_handles_labels()[1]
+    if labels:
+        columns = 2 if max(map(len, labels)) < 30 else 1
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False, fontsize=9)
     return plots.save(figure, path)
 
 
@@ -60,12 +62,14 @@ def frontier(found: Results, value: Value, ylabel: str, path: Path, series: Sequ
         look: dict[str, Any] = {"color": _shade(i, len(groups)) if series else style.color, "marker": style.marker}
         points = [checkpoint for trial in trials for checkpoint in trial.checkpoints]
         for trial in trials:
-            _run(axis, trial.checkpoints, start, value, look)
-        measured = [(c.kl.mean, value(c).mean) for c in points if c.kl]
-        if measured:
-            x, y = zip(*results.envelope(measured), strict=True)
-            axis.plot(x, y, color=look["color"], linestyle=dashes, linewidth=2.4, zorder=3)
-            axis.plot([], [], **look, linestyle=dashes, linewidth=2.4, label=name)  # for the legend
+            _points(axis, trial.checkpoints, value, look, alpha=0.25)
+            _line(axis, ([start] if start else []) + list(trial.checkpoints), value, look["color"])
+        top = results.envelope([(c.kl.mean, value(c).mean) for c in points if c.kl])
+        if top:
+            _points(axis, [c for c in points if c.kl and (c.kl.mean, value(c).mean) in top], value, look, alpha=1)
+            x, y = zip(*top, strict=True)
+            axis.plot(x, y, color=look["color"], linestyle=dashes, linewidth=2, zorder=3)
+            axis.plot([], [], **look, linestyle=dashes, linewidth=2, label=name)  # for the legend
         for i, checkpoint in enumerate(c for c in points if c.kl_bound is not None):
             label = f"{trials[0].series}: KL at most this" if not i else None
             _bound(axis, checkpoint.kl_bound or 0.0, value(checkpoint), look, label)
@@ -75,13 +79,17 @@ def frontier(found: Results, value: Value, ylabel: str, path: Path, series: Sequ
     return _finish(figure, path)
 
 
-def _run(axis: plt.Axes, points: Sequence[Checkpoint], start: Checkpoint | None, value: Value, look: Any) -> None:
-    measured = [(c.kl, value(c)) for c in points if c.kl]
+def _points(axis: plt.Axes, checkpoints: Sequence[Checkpoint], value: Value, look: Any, alpha: float) -> None:
+    measured = [(c.kl, value(c)) for c in checkpoints if c.kl]
     x, y = [kl.mean for kl, _ in measured], [at.mean for _, at in measured]
-    begin = ([0.0], [value(start).mean]) if start else ([], [])
-    axis.plot([*begin[0], *x], [*begin[1], *y], color=look["color"], linewidth=0.8, alpha=0.35)
     across, up = _errors(kl for kl, _ in measured), _errors(at for _, at in measured)
-    axis.errorbar(x, y, up, across, **look, linestyle="none", markersize=4.5, elinewidth=0.7, alpha=0.75)
+    axis.errorbar(x, y, up, across, **look, linestyle="none", markersize=4.5, elinewidth=0.8, alpha=alpha)
+
+
+def _line(axis: plt.Axes, checkpoints: Sequence[Checkpoint], value: Value, color: Any) -> None:
+    measured = [(c.kl.mean, value(c).mean) for c in checkpoints if c.kl]
+    if measured:
+        axis.plot(*zip(*measured, strict=True), color=color, linewidth=0.7, alpha=0.25)
 
 
 def _bound(axis: plt.Axes, kl: float, at: Estimate, look: Any, label: str | None) -> None:
@@ -155,12 +163,14 @@ def density(curves: Mapping[str, tuple[str, Curve]], path: Path) -> Path:
     """Density ratios for one prompt; `curves`: label -> (method, or "" for the optimal policy)."""
     figure, axis = _panel("log probability under the reference (nats)", "density over the reference's")
     axis.axhline(1, color=plots.GREY, linewidth=0.8, linestyle=":")
+    optimal = iter([Style("#000000", "", dashes) for dashes in ("-", ":")])  # one for each beta
     for label, (method, curve) in curves.items():
-        style = STYLES[method] if method else Style("#000000", "", "-")
+        style = STYLES[method] if method else next(optimal)
         line = {"color": style.color, "linestyle": style.linestyle, "linewidth": 2.0 if method else 1.4}
         label = f"{label}: ESS {curve.effective:.3g} of {curve.samples}"
         axis.plot(curve.log_ref, curve.ratio, **line, alpha=0.4 if curve.thin else 1, label=label)
     axis.set_ylim(bottom=0)
+    axis.locator_params(axis="x", nbins=6)
     return _finish(figure, path)
 
 

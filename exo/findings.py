@@ -128,10 +128,10 @@ def frontiers(found: Results, directory: Path) -> str:
         page.paragraph(_at_equal_kl(found)),
         page.figures(pictures),
         page.paragraph(
-            "A point is a checkpoint with 95% intervals, a thin line a run, a thick line the upper envelope of a "
-            "method, which luck raises a little where there are many runs. The KL is the mean of log pi - log pi_ref "
-            "over samples (k1). Best-of-N has no log-probs of its own; it stands at the most that its KL can be, "
-            "log N - (N - 1) / N."
+            "A point is a checkpoint with 95% intervals, a thin line a run from SFT on, a thick line the upper "
+            "envelope of a method, which luck raises a little where there are many runs. The KL is the mean of "
+            "log pi - log pi_ref over samples (k1). Best-of-N has no log-probs of its own; it stands at the most that "
+            "its KL can be, log N - (N - 1) / N."
         ),
         page.folded(f"All {len(rows)} checkpoints, with 95% intervals", page.table(header, rows)),
     )

@@ -35,7 +35,9 @@ th:first-child, td:first-child { position: sticky; left: 0; background: #fff; pa
 figure { margin: 0; max-width: 36rem }
 img { width: 100%; height: auto }
 figcaption { font-size: .9rem; color: #444 }
-.note { border-left: 4px solid #b8860b; padding: .2rem .8rem; background: #fdf7e7; margin: 1rem 0 }
+.note { border-left: 4px solid #b8860b; padding: .2rem .8rem; background: #fdf7e7; margin: 1rem 0; max-width: 46rem }
+.note summary { font-weight: 600 }
+.note ul { margin: .3rem 0; padding-left: 1.2rem }
 dl { margin: .3rem 0 }
 dt { font-weight: 600; font-size: .9rem }
 dd { margin: 0 0 .5rem; white-space: pre-wrap }
@@ -67,8 +69,10 @@ def paragraph(text: str) -> str:
 
 
 def note(title: str, lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="note"><strong>{escape(title)}</strong><ul>{items}</ul></div>'
+    """What must not be overlooked; a long list is folded."""
+    items = "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    opened = " open" if len(lines) <= 12 else ""
+    return f'<details class="note"{opened}><summary>{escape(title)}</summary>{items}</details>'
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], failed: Sequence[bool] = ()) -> str:

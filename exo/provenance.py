@@ -5,7 +5,7 @@ Each returns HTML, or "" where the run has nothing for it. Left out: what came o
 
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,50 +25,54 @@ PPO = (
     ("kl", "PPO: KL to the reference (nats)"),
     ("value_loss", "PPO: value loss"),
 )
+Lines = Mapping[str, tuple[str, list[dict[str, Any]]]]  # label -> method, its lines of metrics.jsonl
 SHOWN = 3  # held-out prompts whose samples are printed
 
 
 def training(found: Results, directory: Path) -> str:
-    shown = {setting.first.method: setting.first for setting in found.best_of_method}
-    for trial in found.trials:
-        if trial.method not in shown and trial.arguments:
-            shown[trial.method] = trial
-    lines = {trial.series: (trial.method, _metrics(found, trial.name)) for trial in shown.values()}
-    lines = {label: found_lines for label, found_lines in lines.items() if found_lines[1]}
-    own = {s.name: ("", _metrics(found, s.name)) for s in found.steps if s.stage in ("sft", "reward")}
-    clipped = {
-        label: (method, rows, statistics.fmean(row["clipped"] for row in rows))
-        for label, (method, rows) in lines.items()
-        if "clipped" in rows[0]
-    }
-    panels = [("loss", f"loss of {name} (nats)", {name: one}) for name, one in own.items()]
-    aligned = {label: line for label, line in lines.items() if line[0] != "ppo"}
-    panels += [(name, label, aligned) for name, label in ALIGNMENT]
-    norms = {f"{label}, clipped {100 * share:.0f}%": (m, rows) for label, (m, rows, share) in clipped.items()}
-    panels.append(("grad_norm", "gradient norm before clipping", norms))
-    panels += [(name, label, {k: v for k, v in lines.items() if v[0] == "ppo"}) for name, label in PPO]
-    pictures = []
-    for i, (name, label, of) in enumerate(panels):
-        points = {
-            k: (method, [(row["step"], row[name]) for row in rows if name in row]) for k, (method, rows) in of.items()
-        }
+    chosen = {setting.first.method: setting.first for setting in found.best_of_method}
+    for trial in found.trials:  # what has been trained and not evaluated yet
+        chosen.setdefault(trial.method, trial)
+    lines = {t.series: (t.method, rows) for t in chosen.values() if (rows := _metrics(found, t.name))}
+    pictures, flat = [], []
+    for i, (name, label, of) in enumerate(_panels(found, lines)):
+        points = {k: (m, [(row["step"], row[name]) for row in rows if name in row]) for k, (m, rows) in of.items()}
         points = {k: line for k, line in points.items() if line[1]}
-        if points:
+        if any(value for _, curve in points.values() for _, value in curve):
             pictures.append((figures.training(points, label, directory / f"training-{i}.png"), f"{label}."))
+        elif points:
+            flat.append(label)
     if not pictures:
         return ""
-    most = [f"{100 * share:.0f}% ({label})" for label, (_, _, share) in clipped.items()]
+    clipped = [f"{100 * _clipped(rows):.0f}% ({label})" for label, (_, rows) in lines.items()]
+    said = [f"The gradient was clipped in {page.listed(clipped)} of the steps."] * bool(clipped)
+    said += [f"Zero at every step, so not drawn: {page.listed(flat)}."] * bool(flat)
     return page.section(
         "Training",
-        page.paragraph(
-            f"The gradient was clipped in {page.listed(most)} of the steps." if most else "No alignment has run yet."
-        ),
+        page.paragraph(" ".join(said)),
         page.figures(pictures),
         page.paragraph(
             "Smoothed over a twentieth of the run, pale as it was; best setting of each method, first seed. A pair is "
             "stuck where the policy ranks it so wrongly that EXO's gradient has all but vanished."
         ),
     )
+
+
+def _panels(found: Results, lines: Lines) -> Iterator[tuple[str, str, Lines]]:
+    """(name in metrics.jsonl, label, lines) of every picture that there may be."""
+    for step in found.steps:
+        if step.stage in ("sft", "reward"):
+            yield "loss", f"loss of {step.name} (nats)", {step.name: ("", _metrics(found, step.name))}
+    for name, label in ALIGNMENT:
+        yield name, label, {key: line for key, line in lines.items() if line[0] != "ppo"}
+    norms = {f"{key}, clipped {100 * _clipped(rows):.0f}%": (method, rows) for key, (method, rows) in lines.items()}
+    yield "grad_norm", "gradient norm before clipping", norms
+    for name, label in PPO:
+        yield name, label, {key: line for key, line in lines.items() if line[0] == "ppo"}
+
+
+def _clipped(rows: Sequence[dict[str, Any]]) -> float:
+    return statistics.fmean(row["clipped"] for row in rows)
 
 
 def _metrics(found: Results, name: str) -> list[dict[str, Any]]:
@@ -80,25 +84,34 @@ def _metrics(found: Results, name: str) -> list[dict[str, Any]]:
 
 
 def rows(found: Results) -> str:
-    rows, skipped = [], 0
+    plain: list[list[str]] = []
+    remarked: list[list[str]] = []
+    skipped = 0
     for step in found.steps:
         account = step.record.get("rows")
         if account:
+            later = account.get("later", {})
             lost = sum(account["skipped"].values())
+            lost += sum(count for reason, count in later.items() if reason.startswith("rows skipped"))
             skipped += lost
-            remarks = {**account["skipped"], **account["noted"], **account.get("later", {})}
+            remarks = {**account["skipped"], **account["noted"], **later}
             said = "; ".join(f"{reason}: {count:,}" for reason, count in remarks.items())
-            rows.append([step.name, f"{account['rows']:,}", f"{account['rows'] - lost:,}", f"{lost:,}", said])
-    unfinished = [[name, f"{100 * share:.1f}%"] for name, share in _unfinished(found) if share > 0]
-    if not rows:
+            row = [step.name, f"{account['rows']:,}", f"{account['rows'] - lost:,}", f"{lost:,}", said]
+            (remarked if said else plain).append(row)
+    if not plain and not remarked:
         return ""
-    ends = "Every sample ended before the limit of tokens." if not unfinished else "Samples that did not end:"
+    header = ["step", "rows", "used", "skipped", "remarks"]
+    unfinished = [[name, f"{100 * share:.1f}%"] for name, share in _unfinished(found) if share > 0]
+    ends = (
+        "Samples that were cut at the limit of tokens:" if unfinished else "No sample was cut at the limit of tokens."
+    )
     return page.section(
         "What became of the rows",
-        page.paragraph(f"The readers skipped {skipped:,} rows in {len(rows)} steps; every row is counted below."),
-        page.table(["step", "rows", "used", "skipped", "remarks"], rows),
+        page.paragraph(f"{len(plain) + len(remarked)} steps read rows and skipped {skipped:,} of them between them."),
+        page.table(header, remarked) if remarked else "",
+        page.folded(f"{len(plain)} steps without a remark", page.table(header[:-1], (row[:-1] for row in plain))),
         page.paragraph(ends),
-        page.table(["samples", "reached the limit"], unfinished) if unfinished else "",
+        page.table(["samples", "cut"], unfinished) if unfinished else "",
     )
 
 
