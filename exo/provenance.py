@@ -92,7 +92,7 @@ def rows(found: Results) -> str:
         if account:
             later = account.get("later", {})
             lost = sum(account["skipped"].values())
-            lost += sum(count for reason, count in later.items() if reason.startswith("rows skipped"))
+            lost += sum(count for reason, count in later.items() if reason.startswith(("rows skipped", "rows dropped")))
             skipped += lost
             remarks = {**account["skipped"], **account["noted"], **later}
             said = "; ".join(f"{reason}: {count:,}" for reason, count in remarks.items())
@@ -103,7 +103,7 @@ def rows(found: Results) -> str:
     header = ["step", "rows", "used", "skipped", "remarks"]
     unfinished = [[name, f"{100 * share:.1f}%"] for name, share in _unfinished(found) if share > 0]
     ends = (
-        "Samples that were cut at the limit of tokens:" if unfinished else "No sample was cut at the limit of tokens."
+        "Samples that were cut at the limit of tokens:" if unfinished else "No sample was cut at its limit of tokens."
     )
     return page.section(
         "What became of the rows",
