@@ -4,6 +4,7 @@ A method keeps its colour, marker and dashes in all of them: colour-blind reader
 function draws one picture and returns its path; numbers come from `results`. Left out: words (report, page).
 """
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,10 @@ def frontier(found: Results, value: Value, ylabel: str, path: Path, series: Sequ
         for i, checkpoint in enumerate(c for c in points if c.kl_bound is not None):
             label = f"{trials[0].series}: KL at most this" if not i else None
             _bound(axis, checkpoint.kl_bound or 0.0, value(checkpoint), look, label)
+    kls = [c.kl.mean for trial in found.evaluated for c in trial.checkpoints if c.kl]
+    if kls and max(kls) > 10 * statistics.median(kls):  # a run that went astray must not squeeze the others
+        axis.set_xscale("symlog", linthresh=max(0.1, 2 * statistics.median(kls)))
+        axis.set_xlabel("KL to the reference (nats, logarithmic to the right)")
     if start:
         error = 1.96 * value(start).standard_error
         axis.errorbar(0, value(start).mean, error, fmt="X", color="black", capsize=2, label="SFT", zorder=4)

@@ -77,9 +77,9 @@ def headline(found: Results, methods: Table) -> Iterator[str]:
     missing = [f"{step.name}: {step.missing}" for step in found.steps if step.missing]
     if missing:
         yield page.note(f"Unfinished: {len(missing)} of {len(found.steps)} steps have no result yet.", missing)
-    stale = [f"{step.name} is older than {step.stale}" for step in found.steps if step.stale]
+    stale = [f"{step.name}, made from {step.stale}" for step in found.steps if step.stale]
     if stale:
-        yield page.note("Older than what they were made from:", stale)
+        yield page.note("Older than what they were made from, which has changed since or is not whole:", stale)
     if not found.best:
         yield page.paragraph("No method has been evaluated yet.")
         return
@@ -87,7 +87,8 @@ def headline(found: Results, methods: Table) -> Iterator[str]:
     lost = sum(setting.failed for setting in found.best)
     yield page.paragraph(
         f"{top.first.series} rises most above its SFT start, by {_pm(top.rise)} at KL {_kl(top)} nats; "
-        f"{lost or 'none'} of {len(found.best)} did not beat the start by {results.FAILED_BELOW:g} standard errors."
+        f"{len(found.best) - lost} of {len(found.best)} beat the start by more than {results.FAILED_BELOW:g} "
+        "standard errors."
     )
     yield page.table(*methods, failed=[False, *(setting.failed for setting in found.best)])
     if lost:
@@ -286,7 +287,7 @@ def densities(found: Results, directory: Path) -> str:
             for label in (label for label, (_, curve) in curves.items() if curve.thin):
                 thin.setdefault(label, set()).add(i)
             path = figures.density(curves, directory / f"density-{target}-{i}.png")
-            pictures.append((path, f"{target}, prompt {i}: “{rows[0]['prompt']}”"))
+            pictures.append((path, f"{target}, prompt {i}: “{page.ending(rows[0]['prompt'])}”"))
     if not pictures:
         return ""
     places = [f"{label} (prompt {', '.join(map(str, sorted(prompts)))})" for label, prompts in thin.items()]

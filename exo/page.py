@@ -118,3 +118,9 @@ def listed(items: Sequence[str]) -> str:
 
 def date(stamp: str) -> str:
     return datetime.fromisoformat(stamp).strftime("%d %B %Y, %H:%M UTC")
+
+
+def ending(text: str, most: int = 80) -> str:
+    """A text in a line, without its beginning where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"…{line[-most:]}"

@@ -132,8 +132,8 @@ def samples(found: Results, seed: int) -> str:
     places = sorted(random.Random(seed).sample(range(count), min(SHOWN, count)))
     body = []
     for place in places:
-        body.append(page.heading(groups[0][1][place].prompt or "(empty prompt)"))
-        shown = []
+        body.append(page.heading(f"Prompt {place + 1}"))
+        shown = [("prompt", groups[0][1][place].prompt)]
         for name, rows in groups:
             row = rows[place]
             reward = f", reward {row.rewards[0]:+.2f}" if row.rewards else ""

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exo import artifacts, data, estimates, intervals, lineage
+from exo import artifacts, data, intervals, lineage
 
 FAILED_BELOW = 3.0  # standard errors of the rise over the start
 
@@ -96,11 +96,13 @@ class Setting:
     @cached_property
     def rise(self) -> Estimate:
         """Of the last checkpoint over the start, prompt by prompt, from the samples' own rewards."""
-        before = estimates.means(_rewards(self.start.samples(self.start.last)))
+        before = _mean_rewards(self.start)
         rises = []
         for trial in self.trials:
-            after = estimates.means(_rewards(trial.samples(trial.last)))
-            rises.append([a - b for a, b in zip(after, before, strict=True)])
+            after = _mean_rewards(trial)
+            if [prompt for prompt, _ in after] != [prompt for prompt, _ in before]:
+                raise ValueError(f"{trial.folder}: expected the prompts of {self.start.folder}; evaluate both again")
+            rises.append([a - b for (_, a), (_, b) in zip(after, before, strict=True)])
         return crossed(rises)
 
     @property
@@ -184,7 +186,9 @@ def _steps(directory: Path, plan: Sequence[dict[str, Any]]) -> list[Step]:
         record = lineage.record(directory / entry["name"]) or {}
         missing = "" if "finished" in record else "did not finish" if record else "has not begun"
         needed = [found[name] for name in entry["needs"] if name in found]
-        newer = [step.name for step in needed if record and step.record.get("finished", "") > record["started"]]
+        newer = [
+            step.name for step in needed if record and (step.missing or step.record["finished"] > record["started"])
+        ]
         facts = {key: value for key, value in entry.items() if key not in ("name", "stage", "needs")}
         stale = "" if missing else ", ".join(newer)
         found[entry["name"]] = Step(entry["name"], entry["stage"], facts, record, missing, stale)
@@ -239,8 +243,10 @@ def _value(checkpoint: Checkpoint, name: str) -> Estimate | None:
     return value.get(inner) if inner else value
 
 
-def _rewards(groups: Iterable[data.Group]) -> list[Sequence[float]]:
-    return [group.rewards or () for group in groups]
+def _mean_rewards(trial: Trial) -> list[tuple[str, float]]:
+    """(prompt, mean reward of its samples) at the last checkpoint."""
+    groups = trial.samples(trial.last)
+    return [(group.prompt, statistics.fmean(group.rewards or ())) for group in groups]
 
 
 def over_seeds(values: Sequence[Estimate | None]) -> Estimate | None:

@@ -221,7 +221,7 @@ def test_failed_lists_every_trial(whole):
         for beta, rise in zip((0.1, 0.5), rises, strict=True)
     ]
     page = "".join(findings.headline(whole, findings.methods(whole)))
-    assert "1 of 4 did not beat the start by 3 standard errors" in page
+    assert "3 of 4 beat the start by more than 3 standard errors" in page
     assert re.findall('<tr class="failed"><td>(.*?)</td>', page) == ["dpo-rw K=2 FAILED"]
 
 
@@ -243,6 +243,9 @@ def test_the_frontier_shows_every_checkpoint(whole, drawn, tmp_path):
     }
     assert len(files) == 15
     assert shown == files | {(0.0, round(whole.start.last.reward.mean, 9))}
+    thick = next(line for line in drawn["frontier"].lines if line.get_linewidth() == 2 and len(line.get_xdata()))
+    points = [(c.kl.mean, c.reward.mean) for t in whole.trials if t.method == "exo-rw" for c in t.checkpoints]
+    assert [tuple(point) for point in thick.get_xydata().tolist()] == results.envelope(points)
     table = {(row[0], row[1]): row for row in cells(page)[1:]}
     k3 = whole.trials[0].last.kl_k3
     assert len(table) == 16
@@ -420,7 +423,18 @@ def test_a_result_older_than_what_it_was_made_from_is_named(tmp_path):
     found = results.read(run)
     assert [(s.name, s.stale) for s in found.steps if s.stale] == [("evaluation/exo-rw/0-seed0", "exo-rw/0-seed0")]
     page = text_of("".join(findings.headline(found, findings.methods(found))))
-    assert "evaluation/exo-rw/0-seed0 is older than exo-rw/0-seed0" in page
+    assert "evaluation/exo-rw/0-seed0, made from exo-rw/0-seed0" in page
+    (run / "exo-rw/0-seed0/run.json").unlink()
+    assert [step.stale for step in results.read(run).steps if step.stale] == ["exo-rw/0-seed0"]
+
+
+def test_other_prompts_are_not_compared(tmp_path, capsys):
+    run = make_run(tmp_path / "run", TRIALS[:1])
+    path = run / "evaluation/exo-rw/0-seed0/samples/final.jsonl"
+    path.write_text(path.read_text().replace("prompt 3", "prompt 33"))
+    assert report.main(["--run", str(run), "--output_dir", str(run / "report")]) == 2
+    error = capsys.readouterr().err
+    assert "expected the prompts of" in error and len(error.splitlines()) == 1 and not (run / "report").exists()
 
 
 def test_what_is_no_run_of_a_recipe_is_refused(tmp_path, capsys):
