@@ -99,9 +99,8 @@ def _line(axis: plt.Axes, checkpoints: Sequence[Checkpoint], value: Value, color
 
 def _bound(axis: plt.Axes, kl: float, at: Estimate, look: Any, label: str | None) -> None:
     """A point whose KL is this or less: an arrow to the left."""
-    axis.annotate(
-        "", (kl - 0.06 * max(kl, 1), at.mean), (kl, at.mean), arrowprops={"arrowstyle": "->", "color": "grey"}
-    )
+    look_left = {"arrowstyle": "<-", "color": plots.GREY}  # from the text's place to the point, so turned round
+    axis.annotate("", (kl, at.mean), (-24, 0), textcoords="offset points", arrowprops=look_left)
     axis.errorbar(kl, at.mean, 1.96 * at.standard_error, **look, linestyle="none", markersize=10, label=label)
 
 

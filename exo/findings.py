@@ -180,7 +180,7 @@ def win_rates(found: Results) -> str:
     judged = [page.heading("Judges and labels")]
     for path in sorted([*found.directory.glob("judge/**/judge.json"), *found.directory.glob("label/**/label.json")]):
         judged.append(page.heading(str(path.parent.relative_to(found.directory)), 4))
-        judged.append(page.table(["", ""], _flat(results.load(path))))
+        judged.append(page.table(["key", "value"], _flat(results.load(path))))
     if not over and len(judged) == 1:
         return ""
     best = [(setting, setting.mean("win_rates.reference")) for setting in found.best]

@@ -13,7 +13,7 @@ import statistics
 import pytest
 import torch
 
-from exo import density, estimates, figures, findings, plots, provenance, report, results
+from exo import density, estimates, figures, findings, page, plots, provenance, report, results
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
 WHEN = "2026-01-02T03:04:{:02d}+00:00"
@@ -375,11 +375,17 @@ def test_densities_of_a_run(whole, drawn, tmp_path):
     assert "rw, prompt 1: “prompt 0”" in page
 
 
+def test_a_long_prompt_shows_its_end():
+    assert page.ending("a\n b") == "a b"
+    assert page.ending("x" * 90 + "end") == "…" + "x" * 77 + "end"
+
+
 # The stage.
 
 
 def test_the_report_is_one_file(tmp_path, capsys):
     run = make_run(tmp_path / "run", [TRIALS[0], TRIALS[5]], text=HOSTILE)
+    put(run / "judge/one/judge.json", {HOSTILE: HOSTILE})
     assert report.main(["--run", str(run), "--output_dir", str(run / "report")]) == 0
     said = capsys.readouterr().out
     assert "dpo-rw K=2 FAILED" in said and "FAILED dpo-rw K=2, beta_pi 0.1, seed 0: rise" in said
