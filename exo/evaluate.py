@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from exo import artifacts, config, console, data, estimates, lineage, loop, models, packing, policy, rewards, samples
 from exo.config import option, require
@@ -78,13 +79,17 @@ def run(config: Config) -> Path:
         scores = scorer.score(groups)
         entry = {"name": checkpoint.name, "step": checkpoint.step} | _values(scores, baseline, chosen_scores)
         entry |= samples.describe(groups)
+        rows = [samples.row(replace(group, rewards=values)) for group, values in zip(groups, scores, strict=True)]
         if model is not None:
-            entry |= _distance(config, model, reference, groups, tokenizer, accelerator)
+            ratios = _log_ratios(config, model, reference, groups, tokenizer, accelerator)
+            entry["kl"] = estimates.summary(estimates.kl_k1(ratios))
+            entry["kl_k3"] = estimates.summary(estimates.kl_k3(ratios))
+            for row, of_row in zip(rows, ratios, strict=True):
+                row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
         else:
             entry |= _bound(config)
         with artifacts.staged_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
-            scored = zip(groups, scores, strict=True)
-            data.write_jsonl(file, (samples.row(replace(group, rewards=values)) for group, values in scored))
+            data.write_jsonl(file, rows)
         console.say(f"  {checkpoint.name:10s} {_line(entry)}")
         found.append(entry)
     if config.density and config.model:
@@ -169,13 +174,13 @@ def _values(scores: Scores, baseline: Scores | None, chosen: Scores | None) -> d
     return entry
 
 
-def _distance(
+def _log_ratios(
     config: Config, model: Any, reference: Any, groups: Sequence[Group], tokenizer: Any, accelerator: Accelerator
-) -> dict[str, Any]:
-    """KL of policy to reference, whole completions, by two estimators."""
+) -> list[list[Tensor]]:
+    """log pi - log ref of every token of every completion."""
     encoded, _ = packing.encode(groups, tokenizer, packing.Limits(config.max_length, None, "prompt-left"), "samples")
 
-    def logps(of: Any) -> dict[int, Any]:
+    def logps(of: Any) -> dict[int, list[Tensor]]:
         return dict(
             policy.token_logps(
                 of, encoded, accelerator, pad_id=tokenizer.pad_token_id, max_tokens=config.max_tokens_per_batch,
@@ -184,11 +189,7 @@ def _distance(
         )  # fmt: skip
 
     ours, theirs = logps(model), logps(reference)
-    differences = [[a - b for a, b in zip(ours[i], theirs[i], strict=True)] for i in range(len(encoded))]
-    return {
-        "kl": estimates.summary(estimates.kl_k1(differences)),
-        "kl_k3": estimates.summary(estimates.kl_k3(differences)),
-    }
+    return [[a - b for a, b in zip(ours[i], theirs[i], strict=True)] for i in range(len(encoded))]
 
 
 def _bound(config: Config) -> dict[str, Any]:

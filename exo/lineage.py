@@ -47,6 +47,7 @@ OUTPUTS = {
     "judge": "judge.json",
     "label": "label.json",
     "report": "report.html",
+    "train": "run.json",  # the plan; the steps have records of their own
 }
 # Where a run's results go and what it prints change nothing of what it makes.
 _OWN = (artifacts.RUN_FILE, "metrics.jsonl")

@@ -33,32 +33,32 @@ def training_curves(directory: Path) -> list[Path]:
         points = [(line["step"], line[name]) for line in train if name in line]
         steps, values = zip(*points, strict=True)
         axis.plot(steps, values, color=BLUE, alpha=0.35, linewidth=1)
-        axis.plot(steps, _smooth(values), color=BLUE, linewidth=2, label="training")
+        axis.plot(steps, smooth(values), color=BLUE, linewidth=2, label="training")
         evals = [(line["step"], line["eval_" + name]) for line in held_out if "eval_" + name in line]
         if evals:
             axis.plot(*zip(*evals, strict=True), color=ORANGE, marker="o", linewidth=1.5, label="held-out")
         axis.set(xlabel="optimizer step", title=label)
-        _tidy(axis)
+        tidy(axis)
     axes[0][0].legend(frameon=False)
-    return [_save(figure, directory / "plots" / "training.png")]
+    return [save(figure, directory / "plots" / "training.png")]
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Mean of a window that trails by a twentieth of the curve."""
     width = max(1, len(values) // 20)
     return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
-def _tidy(axis: plt.Axes) -> None:
+def tidy(axis: plt.Axes) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def save(figure: plt.Figure, path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     figure.tight_layout()
     with artifacts.staged_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+        figure.savefig(temporary, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return path
 
@@ -87,8 +87,8 @@ def quickstart(
     points = [(line["step"], line["rewards/accuracies"]) for line in lines if "rewards/accuracies" in line]
     steps, accuracies = zip(*points, strict=True)
     right.plot(steps, accuracies, color=BLUE, alpha=0.35, linewidth=1)
-    right.plot(steps, _smooth(accuracies), color=BLUE, linewidth=2)
+    right.plot(steps, smooth(accuracies), color=BLUE, linewidth=2)
     right.set(xlabel="optimizer step", title="Training pairs ranked as the oracle does")
     for axis in (left, right):
-        _tidy(axis)
-    return _save(figure, path)
+        tidy(axis)
+    return save(figure, path)

@@ -53,13 +53,13 @@ def run(config: Config) -> Path:
     """Run what is left of the plan and return the run directory."""
     recipe = _recipe(config)
     directory = Path(config.output_dir or f"runs/{Path(config.recipe).stem}")
-    steps = pipeline.plan(recipe, directory)
-    steps = _until(steps, config.to)
+    whole = pipeline.plan(recipe, directory)
+    steps = _until(whole, config.to)
     again = _from(steps, config.from_)
     if config.dry_run:
         costs.tell(recipe, steps, directory, again)
         return directory
-    _begin(config, recipe, steps, directory)
+    _begin(config, recipe, whole, directory)
     if recipe.threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(recipe.threads)
     began = time.perf_counter()

@@ -1,0 +1,63 @@
+"""How a policy's density compares with the reference's, from samples of the reference (the paper's Figures 3 and 9).
+
+A policy is the reference's samples under self-normalised weights. The ratio is that of two kernel density estimates of
+log pi_ref, weighted over unweighted, with one bandwidth. Left out: scoring the samples (evaluate), drawing (figures).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LITTLE = 10  # effective samples
+
+
+class Curve(NamedTuple):
+    log_ref: list[float]  # where the ratio is known
+    ratio: list[float]
+    effective: float  # sample size of the weights, out of `samples`
+    samples: int
+
+    @property
+    def thin(self) -> bool:
+        """Too few effective samples for the curve to mean much."""
+        return self.effective < LITTLE
+
+
+def of_policy(logps: Sequence[float], ref_logps: Sequence[float]) -> Tensor:
+    """Weights pi / pi_ref, which add up to 1."""
+    return (_double(logps) - _double(ref_logps)).softmax(0)
+
+
+def of_optimum(rewards: Sequence[float], beta: float) -> Tensor:
+    """Weights of pi_ref exp(r / beta), the policy that the objective seeks (eq. 2 of the paper)."""
+    return (_double(rewards) / beta).softmax(0)
+
+
+def curve(ref_logps: Sequence[float], weights: Tensor, points: int = 200) -> Curve:
+    """The density ratio against log pi_ref, over the middle 96% of the reference's samples.
+
+    Further out neither density is known. ValueError where all samples are equally probable: nothing to draw against.
+    """
+    x = _double(ref_logps)
+    width = silverman(x)
+    if not width:
+        raise ValueError("density: expected samples of different log-probability; all are alike")
+    low, high = x.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64)).tolist()
+    grid = torch.linspace(low, high, points, dtype=torch.float64)
+    kernels = torch.exp(-0.5 * ((grid[:, None] - x) / width) ** 2)
+    ratio = (kernels @ weights) / kernels.mean(1)
+    return Curve(grid.tolist(), ratio.tolist(), float(1 / (weights**2).sum()), len(x))
+
+
+def silverman(x: Tensor) -> float:
+    """Bandwidth of a Gaussian kernel: 0.9 min(standard deviation, interquartile range / 1.34) n^(-1/5)."""
+    low, high = x.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+    spread = float(x.std(correction=0))
+    return 0.9 * min(spread, (high - low) / 1.34 or math.inf) * len(x) ** -0.2
+
+
+def _double(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
