@@ -172,7 +172,7 @@ def _versions() -> dict[str, str]:
 
 
 def _flags(arguments: Mapping[str, Any]) -> list[str]:
-    return [f"--{name}={value}" for name, value in arguments.items() if value is not None]
+    return [f"--{name.rstrip('_')}={value}" for name, value in arguments.items() if value is not None]
 
 
 def guarded(run: Callable[[Any], object], options: Any) -> int:
