@@ -36,6 +36,7 @@ def run(config: Config) -> Path:
     with artifacts.staged_file(directory / "report.html") as file:
         file.write_text(page.document(title, filter(None, body)), encoding="utf-8")
     _tell(*methods, findings.trials_of_failed(found))
+    console.say(f"  page: {directory / 'report.html'}")
     lineage.finish(directory)
     return directory
 

@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -66,8 +67,9 @@ def run(config: Config) -> Path:
     ran = _run_all(steps, directory, again, config.jobs, recipe.threads)
     artifacts.update_run(directory, seconds=round(time.perf_counter() - began, 1), steps_run=ran)
     console.headline("Finished")
-    if (directory / "report" / "report.html").exists():
-        console.say(f"report: {directory / 'report' / 'report.html'}")
+    if (page := directory / "report" / "report.html").exists():
+        shutil.copyfile(page, directory / "report.html")  # it stands alone: its pictures are in it
+        console.say(f"report: {directory / 'report.html'}")
     return directory
 
 
