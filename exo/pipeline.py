@@ -16,10 +16,17 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from exo import tasks
 from exo.config import ConfigError, require, suggestion
 
 METHODS = ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo", "bon")
 RECIPES = Path(__file__).parent / "recipes"
+# The sections of a recipe's `stages`, and whose options they hold.
+SECTIONS = {
+    "prepare": "prepare", "sft": "sft", "classifier": "reward", "sample": "sample", "density": "sample",
+    "bon": "sample", "score": "score", "reward": "reward", "align": "align", "align.rw": "align",
+    "align.pref": "align", "ppo": "ppo", "best_of_n": "best_of_n", "evaluate": "evaluate", "report": "report",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,19 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def plan(recipe: Recipe, directory: Path) -> list[Step]:
     """The steps in an order in which they can run."""
+    _check_names(recipe)
     return list(_Planner(recipe, directory).steps())
+
+
+def _check_names(recipe: Recipe) -> None:
+    """What no step would read is a slip, and would be dropped in silence."""
+    for section in recipe.stages:
+        if section not in SECTIONS:
+            raise ConfigError(f"recipe: unknown section {section!r}{suggestion(section, set(SECTIONS))}")
+    options = {f.name for stage in SECTIONS.values() for f in dataclasses.fields(_config_of(stage))}
+    for key in recipe.common:
+        if key not in options:
+            raise ConfigError(f"recipe: common: unknown option {key!r}{suggestion(key, options)}")
 
 
 class _Planner:
@@ -116,7 +135,11 @@ class _Planner:
         return {"oracle": str(self.recipe.oracle)}
 
     def steps(self) -> Iterator[Step]:
-        yield self._step("data", "prepare", ["prepare"], task=self.recipe.task, source=self.recipe.source)
+        cutter = self.recipe.model if self.recipe.task in tasks.BY_TOKENS else None
+        yield self._step("data", "prepare", ["prepare"], task=self.recipe.task, source=self.recipe.source,
+                         tokenizer=cutter)  # fmt: skip
+        makes = self.recipe.task in tasks.MODEL_MAKERS
+        require(makes or bool(self.recipe.model), "model", "a directory or a hub name to begin with", None)
         base = self.recipe.model or self.path("data/base")
         yield self._step("sft", "sft", ["sft"], "data", model=base, data=self.path("data/sft.jsonl"))
         yield from self._preferences()
