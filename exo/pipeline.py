@@ -9,10 +9,12 @@ exo-rw, dpo-rw, PPO and Best-of-N. Left out: running the steps (train).
 import dataclasses
 import importlib
 import itertools
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -249,14 +251,35 @@ class _Planner:
         """The recipe's options, common ones first; `options` have the last word."""
         config = _config_of(stage)
         known = {f.name for f in dataclasses.fields(config)}
-        values: dict[str, Any] = {name: value for name, value in self.recipe.common.items() if name in known}
+        values: dict[str, Any] = {
+            name: _typed(config, f"common.{name}", value) for name, value in self.recipe.common.items() if name in known
+        }
         for section in sections:
             for key, value in self.recipe.stages.get(section, {}).items():
                 if key not in known:
                     raise ConfigError(f"recipe: {section}: unknown option {key!r}{suggestion(key, known)}")
-                values[key] = value
+                values[key] = _typed(config, f"{section}.{key}", value)
         values |= options | {"output_dir": self.path(name), "overwrite_output_dir": True}
         return Step(name, stage, config(**values), tuple(dict.fromkeys(needs)), facts or {})
+
+
+def _typed(config: Any, name: str, value: Any) -> Any:
+    """The value as the option's type has it. To YAML 1e-4 is a text; with a dot, 1.0e-4, it is a number."""
+    hint = typing.get_type_hints(config)[name.rpartition(".")[2]]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            if value in typing.get_args(kind):
+                return value
+        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+        elif kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+    shown = " or ".join(", ".join(typing.get_args(k)) if typing.get_origin(k) is Literal else k.__name__ for k in kinds)
+    raise ConfigError(f"recipe: {name}: expected {shown.replace('NoneType', 'null')}; got {value!r}")
 
 
 def _config_of(stage: str) -> Any:

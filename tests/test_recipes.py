@@ -98,6 +98,10 @@ def test_a_slip_is_one_line(arguments, expected, tmp_path, capsys):
         ({"stages": {"sft": {"learning_rat": 1}}}, "sft: unknown option 'learning_rat'; did you mean learning_rate?"),
         ({"stages": {"slign": {"beta_pi": 1}}}, "unknown section 'slign'; did you mean align?"),
         ({"common": {"temprature": 1}}, "common: unknown option 'temprature'; did you mean temperature?"),
+        ({"stages": {"sft": {"learning_rate": "fast"}}}, "sft.learning_rate: expected float; got 'fast'"),
+        ({"stages": {"sft": {"max_steps": 1.5}}}, "sft.max_steps: expected int; got 1.5"),
+        ({"stages": {"align": {"loss": "dop"}}}, "align.loss: expected exo, dpo; got 'dop'"),
+        ({"common": {"max_completion_length": True}}, "expected int or null; got True"),
         ({"task": "polarty"}, "--task: expected one of quickstart, polarity"),
     ],
 )
@@ -108,3 +112,17 @@ def test_a_slip_in_a_recipe_of_ones_own(changed, expected, tmp_path, capsys):
     assert train.main(["--recipe", str(path), "--dry-run", "--output_dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert expected in error and len(error.splitlines()) == 1
+
+
+def test_numbers_as_yaml_has_them(tmp_path):
+    """1e-4 is a text to YAML 1.1: without a dot it is no number there."""
+    recipe = pipeline.load("quickstart", stages=yaml.safe_load("{sft: {learning_rate: 1e-4, warmup_ratio: 0}}"))
+    config = pipeline.plan(recipe, tmp_path)[1].config
+    assert config.learning_rate == 1e-4 and type(config.warmup_ratio) is float
+
+
+def test_what_all_stages_share_can_be_set(tmp_path, capsys):
+    options = train.Config(recipe="quickstart", set="common.temperature=0.7 sft.max_steps=3")
+    recipe = train._recipe(options)
+    assert recipe.common["temperature"] == 0.7 and recipe.common["device"] == "cpu"
+    assert recipe.stages["sft"]["max_steps"] == 3

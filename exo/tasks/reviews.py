@@ -20,7 +20,7 @@ from exo.tasks.making import Files, Wanted, drawn, hold_out, lines, parts, read,
 
 PREFIX_TOKENS, PREFIX_WORDS = 10, 4
 # Of polarity's model: what two CPU cores fine-tune in minutes, and 10,000 sentences can fill.
-SMALL: dict[str, int] = {"vocab_size": 2048, "hidden_size": 128, "num_layers": 2, "num_heads": 4}
+SMALL: dict[str, int] = {"vocab_size": 6144, "hidden_size": 128, "num_layers": 2, "num_heads": 4}
 _LONGEST = 2048  # characters that the first tokens are looked for in: a token of GPT-2's has 128 at most
 
 
