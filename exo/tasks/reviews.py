@@ -61,11 +61,10 @@ def polarity(wanted: Wanted) -> Files:
     files = {name: place / f"rt_polarity.{name}" for name in ("pos", "neg")}
     if not all(file.is_file() for file in files.values()):
         raise DataError(f"{wanted.source}: expected a directory with rt_polarity.pos and rt_polarity.neg")
-    # not splitlines: byte 85 is an ellipsis in cp1252, and it would end a line
     sentences = [
         (line.strip(), int(name == "pos"))
         for name, file in files.items()
-        for line in file.read_bytes().decode("cp1252").split("\n")
+        for line in _text(file, "cp1252").splitlines()
     ]
     train, test = hold_out(_cut(drawn(dict.fromkeys(sentences), wanted), _first_words), _prompt, wanted.seed)
 
@@ -105,10 +104,17 @@ def _unpacked(directory: Path) -> list[tuple[str, int]]:
         if not any((directory / name).glob("*.txt")):
             raise DataError(f"{directory / name}: expected the .txt files of aclImdb; found none")
     return [
-        (file.read_text(encoding="utf-8"), int(name == "pos"))
+        (_text(file, "utf-8"), int(name == "pos"))
         for name in ("pos", "neg")
         for file in sorted((directory / name).glob("*.txt"))
     ]
+
+
+def _text(file: Path, encoding: str) -> str:
+    try:
+        return file.read_bytes().decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not {encoding} (byte {error.start + 1})") from None
 
 
 def _first_words(text: str) -> int:
