@@ -23,6 +23,7 @@ from exo.config import ConfigError, require, suggestion
 
 METHODS = ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo", "bon")
 RECIPES = Path(__file__).parent / "recipes"
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 # The sections of a recipe's `stages`, and whose options they hold.
 SECTIONS = {
     "prepare": "prepare", "sft": "sft", "classifier": "reward", "sample": "sample", "density": "sample",
@@ -68,8 +69,7 @@ def load(name: str, *, full: bool = False, **changes: Any) -> Recipe:
     """The recipe of that name, or of a YAML file of one's own; `changes` that are None change nothing."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
-        own = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        raise ConfigError(f"--recipe {name}: expected one of {', '.join(own)}, or a YAML file of your own")
+        raise ConfigError(f"--recipe {name}: expected one of {', '.join(SHIPPED)}, or a YAML file of your own")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -31,7 +31,7 @@ from exo.pipeline import Step
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str = option("quickstart", "an experiment: quickstart, imdb, tldr, hh, instruct, custom, or a YAML file")
+    recipe: str = option("quickstart", f"one of {', '.join(pipeline.SHIPPED)}, or a YAML file")
     output_dir: str | None = option(None, "directory of the run (default: runs/NAME of the recipe)")
     methods: str | None = option(None, f"some of {','.join(pipeline.METHODS)}")
     seeds: str | None = option(None, "seeds of alignment, with commas")
