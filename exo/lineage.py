@@ -20,7 +20,7 @@ from exo.artifacts import RunError
 
 # The options of each stage that name what it reads.
 INPUTS: dict[str, tuple[str, ...]] = {
-    "prepare": ("source",),
+    "prepare": ("source", "tokenizer"),
     "sft": ("model", "data"),
     "sample": ("model", "data"),
     "score": ("data", "reward_model"),
@@ -53,7 +53,7 @@ OUTPUTS = {
 _OWN = (artifacts.RUN_FILE, "metrics.jsonl")
 _IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to"}
 _DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
-_READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".model", ".jinja")
+_READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
 
 
 def begin(config: Any, stage: str, **facts: Any) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from exo import lineage
+from exo import lineage, tasks
 from exo.config import ConfigError, build, require, suggestion
 
 METHODS = ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo", "bon")
@@ -25,6 +25,7 @@ SECTIONS = [
     *("ppo", "best_of_n", "evaluate", "report"),
 ]
 RECIPES = Path(__file__).parent / "recipes"
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def load(name: str, *, full: bool = False, **changes: Any) -> Recipe:
     """The recipe of that name, or of a YAML file of one's own; `changes` that are None change nothing."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
-        own = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        raise ConfigError(f"--recipe {name}: expected one of {', '.join(own)}, or a YAML file of your own")
+        raise ConfigError(f"--recipe {name}: expected one of {', '.join(SHIPPED)}, or a YAML file of your own")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -117,7 +117,11 @@ class _Planner:
         return str(self.directory / name)
 
     def steps(self) -> Iterator[Step]:
-        yield self._step("data", "prepare", ["prepare"], task=self.recipe.task, source=self.recipe.source)
+        cutter = self.recipe.model if self.recipe.task in tasks.BY_TOKENS else None
+        source = {"task": self.recipe.task, "source": self.recipe.source, "tokenizer": cutter}
+        yield self._step("data", "prepare", ["prepare"], **source)
+        makes = self.recipe.task in tasks.MODEL_MAKERS
+        require(makes or bool(self.recipe.model), "model", "a directory or a hub name to begin with", None)
         base = self.recipe.model or self.path("data/base")
         yield self._step("sft", "sft", ["sft"], model=base, data=self.path("data/sft.jsonl"))
         yield from self._rewards()
@@ -222,10 +226,10 @@ class _Planner:
 
 
 def _check_names(recipe: Recipe) -> None:
-    """ConfigError for a section or an option that no stage has."""
+    """What no step would read is a slip, and would be dropped in silence."""
     for section in recipe.stages:
         if section not in SECTIONS:
-            raise ConfigError(f"recipe: unknown stage {section!r}{suggestion(section, set(SECTIONS))}")
+            raise ConfigError(f"recipe: unknown section {section!r}{suggestion(section, set(SECTIONS))}")
     known = {name for stage in lineage.INPUTS if stage not in ("judge", "label") for name in _options(stage)}
     for where, names in (("common", recipe.common), ("sweep", recipe.sweep)):
         for name in names:

@@ -17,19 +17,24 @@ class Config(config.Stage):
     output_dir: str = option("runs/data", "directory of the run")
     task: str = option("quickstart", f"one of {', '.join(tasks.TASKS)}")
     source: str | None = option(None, "where the task's files are: a file, a directory, or a hub name")
-    rows: int | None = option(None, "use at most so many rows of the source")
+    rows: int | None = option(None, "use at most so many rows of each part of the source")
+    tokenizer: str | None = option(None, "model whose tokens cut the texts of imdb: a directory or a hub name")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.task in tasks.TASKS, "task", f"one of {', '.join(tasks.TASKS)}", self.task)
         require(self.rows is None or self.rows >= 2, "rows", ">= 2", self.rows)
+        cuts = self.task in tasks.BY_TOKENS
+        needed = "a model, whose tokens cut the texts" if cuts else "none: nothing is cut by tokens"
+        require(cuts == (self.tokenizer is not None), "tokenizer", needed, self.tokenizer)
         needed = "where the files are" if self.source is None else "none, since the task makes its own"
         require((self.task == "quickstart") == (self.source is None), "source", needed, self.source)
 
 
 def run(config: Config) -> Path:
     """Write the task's files and return the run directory."""
-    made = tasks.TASKS[config.task](config.source, config.rows, config.seed)
+    wanted = tasks.Wanted(config.source or "", config.rows, config.seed, config.tokenizer)
+    made = tasks.TASKS[config.task](wanted)
     directory = lineage.begin(config, "prepare")
     counts = {}
     for name, write in made.items():

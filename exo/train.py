@@ -32,7 +32,7 @@ from exo.pipeline import Step
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str = option("quickstart", "an experiment: quickstart, imdb, tldr, hh, instruct, custom, or a YAML file")
+    recipe: str = option("quickstart", f"one of {', '.join(pipeline.SHIPPED)}, or a YAML file")
     output_dir: str | None = option(None, "directory of the run (default: runs/NAME of the recipe)")
     methods: str | None = option(None, f"some of {','.join(pipeline.METHODS)}")
     seeds: str | None = option(None, "seeds of alignment, with commas")
@@ -40,7 +40,7 @@ class Config:
     full: bool = option(False, "the recipe's long form")
     source: str | None = option(None, "where the task's files are: a file, a directory, or a hub name")
     model: str | None = option(None, "causal LM to begin with")
-    set: str | None = option(None, "options of stages, as in 'sft.max_steps=60 align.beta_pi=0.5'")
+    set: str | None = option(None, "options of stages, or of all, as in 'sft.max_steps=60 common.temperature=0.7'")
     from_: str | None = option(None, "run this step and those after it anew, whatever is there")
     to: str | None = option(None, "stop after this step")
     jobs: int = option(1, "steps at a time, each in a process of its own")
@@ -90,7 +90,8 @@ def _recipe(config: Config) -> pipeline.Recipe:
             name, value = _assignment("set", part)
             stage, dot, key = name.rpartition(".")
             require(bool(dot), "set", "stage.option=value", part)
-            changes["stages"].setdefault(stage, {})[key] = yaml.safe_load(value)
+            section = changes if stage == "common" else changes["stages"]
+            section.setdefault(stage, {})[key] = yaml.safe_load(value)
     return pipeline.load(config.recipe, full=config.full, **changes)
 
 

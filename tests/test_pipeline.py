@@ -93,7 +93,7 @@ def test_numbers_that_yaml_takes_for_texts(tmp_path):
     "change, said",
     [
         ({"stages": {"sft": {"max_stepz": 3}}}, "sft: unknown option 'max_stepz'; did you mean max_steps?"),
-        ({"stages": {"sftt": {"max_steps": 3}}}, "unknown stage 'sftt'; did you mean sft?"),
+        ({"stages": {"sftt": {"max_steps": 3}}}, "unknown section 'sftt'; did you mean sft?"),
         ({"common": {"temprature": 1}}, "common: unknown option 'temprature'; did you mean temperature?"),
         ({"methods": ["exo"]}, "--methods: expected some of"),
         ({"sweep": {"beta": [1]}}, "sweep: unknown option 'beta'"),

@@ -25,7 +25,8 @@ from exo.data.reading import Reading, Tokens
 from exo.data.shapes import SHAPES, Purpose, Shape, match, renamed, renaming
 
 __all__ = [
-    "Chat", "DataError", "Dataset", "Group", "Message", "Purpose", "Tokens", "read", "read_jsonl", "write_jsonl",
+    "Chat", "DataError", "Dataset", "Group", "Message", "Purpose", "Tokens", "read", "read_jsonl", "read_rows",
+    "write_jsonl",
 ]  # fmt: skip
 
 
@@ -151,6 +152,15 @@ def read_jsonl(path: StrPath) -> Iterator[tuple[int, dict[str, Any]]]:
         if isinstance(row, Malformed):
             raise DataError(f"{place}: {row}")
         yield number, row
+
+
+def read_rows(path: StrPath) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place to blame, row) of whatever `read` reads, but without its shapes."""
+    with closing(containers.open_source(path).rows) as stream:
+        for (_, place), row in stream:
+            if isinstance(row, Malformed):
+                raise DataError(f"{place}: {row}")
+            yield place, row
 
 
 def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> int:

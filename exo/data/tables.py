@@ -1,7 +1,8 @@
 """Rows of tables: parquet files through pyarrow, and hub data through `datasets`; both imported when first needed.
 
-A hub name is `owner/name`, with `:config` and `@split` where they are not the only one and `train`. No code of the hub
-is run; HF_HUB_OFFLINE is heeded. Columns that nobody reads may hold anything. Left out: streaming, revisions by name.
+A hub name is `owner/name`, with `:config` and `@split` where they are not the only one and `train`; a config that ends
+in / is a folder of the repository. No code of the hub is run; HF_HUB_OFFLINE is heeded. Columns that nobody reads may
+hold anything. Left out: streaming, revisions by name.
 """
 
 import os
@@ -14,7 +15,7 @@ from exo.data.errors import DataError, Malformed, StrPath, names
 
 Rows = Generator[tuple[tuple[int, str], dict[str, Any] | Malformed], None, None]
 
-_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?(?:@([\w.\[\]%:+-]+))?", re.ASCII)
+_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+/?))?(?:@([\w.\[\]%:+-]+))?", re.ASCII)
 _FILES = (".jsonl", ".json", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".zip", ".zst")
 
 
@@ -40,7 +41,9 @@ def from_hub(hub: HubName) -> tuple[Rows, str, str]:
     except ModuleNotFoundError as error:
         raise _missing(shown, "hub data", "datasets", error) from None
     try:
-        dataset = datasets.load_dataset(hub.name, name=hub.config, split=hub.split)
+        folder = hub.config if hub.config and hub.config.endswith("/") else None
+        part = {"data_dir": folder[:-1]} if folder else {"name": hub.config}
+        dataset = datasets.load_dataset(hub.name, split=hub.split, **part)
     # unknown or out of reach, no such config or split, a script that is not run
     except (OSError, ValueError, RuntimeError) as error:
         what = (str(error).splitlines() or [type(error).__name__])[0]
