@@ -76,6 +76,19 @@ def test_a_reward_does_not_depend_on_its_batch(trained):
     assert scorer(trained).score(groups[::-1])[::-1] == [pytest.approx(row, abs=1e-5) for row in alone]
 
 
+def test_a_reward_does_not_depend_on_what_else_is_in_its_row(trained):
+    """Where the limit cuts: a longer neighbour takes nothing of the prompt, and two that are cut alike both count."""
+    short = rewards.load(
+        rewards.Options(str(trained), None), Training(device="cpu"), loop.make_accelerator(Training(device="cpu")), 6
+    )
+    texts = ["good", "bad " * 4, "blue " * 8 + "good", "blue " * 8 + "bad"]
+    prompt = "red green blue round square"
+    alone = [short.score([group(prompt, text)])[0][0] for text in texts]
+    assert short.score([group(prompt, *texts)])[0] == pytest.approx(alone, abs=1e-6)
+    assert short.score([group(prompt, *texts[2:])])[0] == pytest.approx(alone[2:], abs=1e-6)
+    assert alone[0] != alone[1] and alone[2] == alone[3]
+
+
 def test_it_reads_the_end_of_sequence_where_there_is_one(trained):
     """A completion that was cut for its length did not end, and is not scored as if it had."""
     _, tokenizer = models.load_classifier(str(trained))
