@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exo import data, evaluate, models, packing, sample, score
-from tests.tasks import PROMPTS, lines, reward, write_model, write_rows
+from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOW = {
@@ -134,3 +134,12 @@ def test_another_baseline_is_refused(run, tmp_path, capsys):
     ]
     assert evaluate.main(arguments) == 2
     assert "expected an evaluation on the same prompts; got others" in capsys.readouterr().err
+
+
+def test_a_reference_of_another_tokenizer_is_refused_before_anything_is_written(run, tmp_path, capsys):
+    """The same words in another order would give a KL without a meaning."""
+    other = write_model(tmp_path / "other", scale=2.0, words=WORDS[::-1])
+    arguments = ["--model", str(run[0] / "policy"), "--reference", other, "--data", str(run[0] / "prompts.jsonl")]
+    arguments += ["--oracle", "tests.tasks:reward", "--device", "cpu", "--output_dir", str(tmp_path / "x")]
+    assert evaluate.main(arguments) == 2
+    assert "expected the tokenizer of --model" in capsys.readouterr().err and not (tmp_path / "x").exists()
