@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from exo import data, loop, models, packing, reward, rewards
+from exo import console, data, loop, models, packing, reward, rewards
 from exo.config import Training
 from tests.tasks import WORDS, lines, write_model, write_rows
 
@@ -156,3 +157,14 @@ def test_labelled_texts_make_a_classifier_whose_log_odds_are_the_reward(policy, 
 def test_a_causal_lm_is_no_reward_model(policy):
     with pytest.raises(ValueError, match="expected a sequence classifier, .*; python -m exo.reward trains one"):
         scorer(policy)
+
+
+def test_a_process_that_is_not_the_first_writes_nothing(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _: False))
+    monkeypatch.setattr(console, "_muted", True)
+    (tmp_path / "run").mkdir()
+    source = write_rows(tmp_path / "pairs.jsonl", pairs(20))
+    run = reward.run(
+        reward.Config(model=policy, data=source, output_dir=str(tmp_path / "run"), batch_size=10, max_steps=1)
+    )
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"] and lines(run / "metrics.jsonl") == []
