@@ -210,6 +210,7 @@ def test_one_that_starts_off_policy_is_stopped(policy, tmp_path, monkeypatch, ca
         ("rollout_size", "100", "--rollout_size: expected a multiple of --batch_size 64; got 100"),
         ("kl_coef", "-1", "--kl_coef: expected >= 0"),
         ("lam", "1.5", "--lam: expected in [0, 1]"),
+        ("max_length", "256", "--max_length: expected more than max_new_tokens; got 256"),
     ],
 )
 def test_options_out_of_range(policy, capsys, option, value, said):
@@ -223,3 +224,14 @@ def test_no_global_random_state_moves(made):
     before = torch.random.get_rng_state()
     maker.make(PROMPTS[:2], range(2), frozen=False)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_batch_that_leaves_a_process_without_work_is_refused(policy, tmp_path, monkeypatch, capsys):
+    """It would wait for the others' gradients for ever."""
+    alone = loop.make_accelerator(Training(device="cpu"))
+    two = type("Two", (), {"num_processes": 2, "is_main_process": True, "device": alone.device})()
+    monkeypatch.setattr(loop, "make_accelerator", lambda _: two)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    arguments = ["--model", policy, "--data", prompts, "--oracle", "tests.tasks:reward", "--batch_size", "1"]
+    assert ppo.main([*arguments, "--output_dir", str(tmp_path / "run")]) == 2
+    assert "--batch_size: expected at least 2" in capsys.readouterr().err
