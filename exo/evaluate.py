@@ -189,7 +189,8 @@ def _log_ratios(
     config: Config, model: Any, reference: Any, groups: Sequence[Group], tokenizer: Any, accelerator: Accelerator
 ) -> list[list[Tensor]]:
     """log pi - log ref of every token of every completion."""
-    encoded, _ = packing.encode(groups, tokenizer, packing.Limits(config.max_length, None, "prompt-left"), "samples")
+    limits = packing.Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
+    encoded, _ = packing.encode(groups, tokenizer, limits, "samples")
 
     def logps(of: Any) -> dict[int, list[Tensor]]:
         return dict(

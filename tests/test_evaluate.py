@@ -143,3 +143,22 @@ def test_a_reference_of_another_tokenizer_is_refused_before_anything_is_written(
     arguments += ["--oracle", "tests.tasks:reward", "--device", "cpu", "--output_dir", str(tmp_path / "x")]
     assert evaluate.main(arguments) == 2
     assert "expected the tokenizer of --model" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_the_kl_of_a_long_prompt_is_of_what_was_sampled_after(run, tmp_path):
+    """The log-probs that it was drawn with, less those of the reference after the same cut prompt."""
+    words = ("red green blue round square " * 4).split()
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": " ".join(words)}])
+    done = evaluate.run(
+        evaluate.Config(model=str(run[0] / "policy"), reference=str(run[0] / "reference"), data=prompts,
+                        output_dir=str(tmp_path / "x"), **(HOW | {"k": 1, "seed": 1}))
+    )  # fmt: skip
+    (row,) = lines(done / "samples" / "final.jsonl")
+    (ids,) = row["token_ids"]
+    assert len(ids) < 6, "the case must leave room for more of the prompt"
+    reference, tokenizer = models.load(run[0] / "reference")
+    seen = packing.prompt_ids(" ".join(words[-10:]), tokenizer)
+    with torch.no_grad():
+        logprobs = torch.log_softmax(reference(torch.tensor([seen + ids])).logits[0].double() / 0.8, -1)
+    theirs = sum(float(logprobs[9 + i, t]) for i, t in enumerate(ids))
+    assert row["log_ratios"] == pytest.approx([row["logprobs"][0] - theirs], abs=1e-5)
