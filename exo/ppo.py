@@ -64,6 +64,8 @@ class Config(config.Training):
             require(0 < getattr(self, name) < float("inf"), name, "a finite number > 0", getattr(self, name))
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        still = not (self.critic_warmup_steps and self.weight_decay)
+        require(still, "weight_decay", "0 where --critic_warmup_steps freezes the actor: it decays", self.weight_decay)
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
         whole = self.rollout_size >= 1 and self.rollout_size % self.batch_size == 0
         require(whole, "rollout_size", f"a multiple of --batch_size {self.batch_size}", self.rollout_size)

@@ -125,6 +125,13 @@ def test_returns_are_made_of_the_penalty_on_every_token_and_the_score_on_the_las
     assert torch.allclose((x - x.mean()) / x.std(correction=0), y, atol=1e-3)
 
 
+def test_a_long_prompt_is_scored_as_far_as_it_was_sampled_after(made):
+    _, maker, _, _ = made
+    found = maker.make(["red green blue round square " * 4] * 8, range(8), frozen=False)
+    assert {len(rollout.prompt) for rollout in found} == {10}
+    assert any(len(rollout.completions[0]) < 6 for rollout in found), "some must leave room for more of the prompt"
+
+
 def test_a_batch_has_each_number_at_the_row_that_makes_its_token(made):
     found = made[3]
     batch = rollouts.collate(found, pad_id=0)
@@ -210,6 +217,7 @@ def test_one_that_starts_off_policy_is_stopped(policy, tmp_path, monkeypatch, ca
         ("rollout_size", "100", "--rollout_size: expected a multiple of --batch_size 64; got 100"),
         ("kl_coef", "-1", "--kl_coef: expected >= 0"),
         ("lam", "1.5", "--lam: expected in [0, 1]"),
+        ("weight_decay", "0.1", "--weight_decay: expected 0 where --critic_warmup_steps freezes the actor"),
         ("max_length", "256", "--max_length: expected more than max_new_tokens; got 256"),
     ],
 )
