@@ -70,6 +70,31 @@ def test_a_sweep_varies_what_a_stage_has(tmp_path):
     assert steps["exo-pref/beta_pi=0.1-learning_rate=0.0001-seed0"].config.beta_pi == 0.1
 
 
+def test_a_sweep_takes_options_that_count(tmp_path):
+    steps = planned(tmp_path, methods=["exo-pref"], sweep={"max_steps": [10.0, 200.0], "beta_pi": [1.0]})
+    found = {n: s.config for n, s in steps.items() if n.startswith("exo-pref")}
+    assert [(n, c.max_steps, c.beta_pi) for n, c in found.items()] == [
+        ("exo-pref/max_steps=10-beta_pi=1-seed0", 10, 1.0), ("exo-pref/max_steps=200-beta_pi=1-seed0", 200, 1.0),
+    ]  # fmt: skip
+
+
+def test_best_of_n_and_the_density_ratio_are_of_samples_drawn_as_evaluation_draws(tmp_path):
+    """Whatever the samples to train on are drawn with."""
+    stages = {"evaluate": {"temperature": 0.5, "top_p": 0.9, "k": 3, "max_length": 50}, "best_of_n": {"n": 5},
+              "sample": {"temperature": 1.5, "top_p": 0.7, "max_new_tokens": 9}}  # fmt: skip
+    steps = planned(tmp_path, stages=stages)
+    asked, drawn = steps["evaluation/bon/seed0"].config, steps["bon/seed0/samples"].config
+    for config in (drawn, steps["density/samples"].config):
+        assert (config.temperature, config.max_new_tokens) == (asked.temperature, asked.max_new_tokens) == (0.5, 32)
+        assert config.max_prompt_length == 50 - 32
+    assert drawn.top_p == 0.9 and drawn.k == 15 and drawn.prompts == asked.prompts
+    assert steps["density/samples"].config.top_p == 1
+    recipe = pipeline.Recipe(title="t", task="quickstart", model="m", common={"k": 7, "top_p": 0.8})
+    steps = {step.name: step for step in pipeline.plan(recipe, tmp_path)}
+    assert steps["evaluation/bon/seed0"].config.k == 7 and steps["bon/seed0/samples"].config.k == 7 * 8
+    assert steps["bon/seed0/samples"].config.top_p == 0.8
+
+
 def test_preferences_of_people_need_no_oracle(tmp_path):
     recipe = pipeline.Recipe(title="t", task="quickstart", model="m")
     steps = {step.name: step for step in pipeline.plan(recipe, tmp_path)}
