@@ -1,5 +1,7 @@
 """Recipes and plans: what a run consists of, what it skips, what it says of mistakes."""
 
+import os
+
 import pytest
 import yaml
 
@@ -168,3 +170,20 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path, capsys):
     assert train.main(["--dry_run", "--output_dir", str(tmp_path / "x")]) == 0
     said = capsys.readouterr().out
     assert "exo-rw/k4-seed0" in said and "at most 2,048,000 tokens" in said and not (tmp_path / "x").exists()
+
+
+def test_a_recipe_is_driven_by_one_process(tmp_path, capsys, monkeypatch):
+    """Under a launcher each process would write the same steps."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["--output_dir", str(tmp_path / "x")]) == 2
+    assert "--recipe: expected one process" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def _die(step):
+    os._exit(9)
+
+
+def test_a_step_whose_process_dies_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "_timed", _die)
+    assert train.main(["--output_dir", str(tmp_path / "x"), "--jobs", "2", "--to", "data"]) == 1
+    assert "error: data: the process of one of them was killed" in capsys.readouterr().err
