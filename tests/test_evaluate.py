@@ -86,7 +86,7 @@ def test_the_kl_is_zero_where_the_models_are_the_same_and_theirs_where_not(run):
     assert found["step-2"]["rise"]["mean"] == 0 and found["step-2"]["win_rate"]["reference"]["mean"] == 0.5
     policy, tokenizer = models.load(run[0] / "policy")
     reference, _ = models.load(run[0] / "reference")
-    differences = []
+    differences, thirds = [], []
     for row in lines(run[1] / "samples" / "final.jsonl"):
         prompt = packing.prompt_ids(row["prompt"], tokenizer)
         for ids in row["token_ids"]:
@@ -95,10 +95,11 @@ def test_the_kl_is_zero_where_the_models_are_the_same_and_theirs_where_not(run):
                     torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0].double() / 0.8, -1)
                     for model in (policy, reference)
                 )
-            differences.append(
-                sum(float(a[len(prompt) - 1 + i, t] - b[len(prompt) - 1 + i, t]) for i, t in enumerate(ids))
-            )
+            tokens = [float(a[len(prompt) - 1 + i, t] - b[len(prompt) - 1 + i, t]) for i, t in enumerate(ids)]
+            differences.append(sum(tokens))
+            thirds.append(sum(math.exp(-d) - 1 + d for d in tokens))
     assert found["final"]["kl"]["mean"] == pytest.approx(sum(differences) / len(differences), abs=1e-5)
+    assert found["final"]["kl_k3"]["mean"] == pytest.approx(sum(thirds) / len(thirds), abs=1e-5)
     assert abs(found["final"]["kl"]["mean"]) > 1e-3
 
 

@@ -44,12 +44,12 @@ def test_the_policy_loss_has_no_gradient_where_it_is_clipped_and_the_policy_grad
 
 def test_the_value_loss_takes_the_larger_error():
     values, before, returns = (
-        torch.tensor([1.0, 1.0, 0.1]),
-        torch.tensor([0.0, 0.0, 0.0]),
-        torch.tensor([2.0, 0.0, 1.0]),
+        torch.tensor([1.0, 1.0, 0.1, 3.0]),
+        torch.tensor([0.0, 0.0, 0.0, 2.0]),
+        torch.tensor([2.0, 0.0, 1.0, 2.9]),
     )
     loss = ppo.value_loss(values, before, returns, 0.2)
-    assert loss.tolist() == pytest.approx([0.5 * 1.8**2, 0.5 * 1.0, 0.5 * 0.9**2])
+    assert loss.tolist() == pytest.approx([0.5 * 1.8**2, 0.5 * 1.0, 0.5 * 0.9**2, 0.5 * 0.7**2])
 
 
 # Rollouts of a small model.
@@ -156,6 +156,33 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
         assert square < 1e-8
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
     assert torch.allclose(*gradients, atol=1e-5) and gradients[0].abs().max() > 1e-3
+
+
+def test_the_loss_is_that_of_the_policy_and_the_weighted_one_of_the_critic_a_token(made):
+    settings, _, module, found = made
+    batch = rollouts.collate(found, pad_id=0)
+    with torch.no_grad():
+        share = module(batch, 10)
+        critic = ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2)[batch.mask == 1].sum()
+    assert settings.value_coef == 0.5 and critic > 0.1
+    expected = (0.5 * float(critic) - float((batch.advantages * batch.mask).sum())) / 10  # the ratio is 1
+    assert float(share.loss) == pytest.approx(expected, abs=1e-4)
+
+
+def test_actor_and_critic_have_learning_rates_of_their_own(policy, tmp_path):
+    """Warm-up alone: at a rate of (almost) nothing the critic fits no better than it did."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    found = {}
+    for rate in (1e-12, 3e-2):
+        run = ppo.run(
+            config(
+                policy, data=prompts, output_dir=str(tmp_path / f"{rate}"), max_steps=12, critic_warmup_steps=12,
+                rollout_size=16, batch_size=16, ppo_epochs=12, critic_learning_rate=rate, clip_range_value=100.0,
+            )
+        )  # fmt: skip
+        losses = [row["value_loss"] for row in lines(run / "metrics.jsonl")]
+        found[rate] = losses[-1] / losses[0]
+    assert found[1e-12] == pytest.approx(1, abs=1e-3) and found[3e-2] < 0.7
 
 
 def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
