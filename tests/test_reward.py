@@ -58,6 +58,15 @@ def test_it_ranks_held_out_pairs(trained):
     assert lines(trained / "metrics.jsonl")[0]["loss"] == pytest.approx(0.693, abs=0.02)
 
 
+def test_held_out_prompts_are_not_trained_on_with_other_completions(policy):
+    rows = [data.Group(f"{a} {b}", (c, "bad"), None, 1) for a in WORDS[:4] for b in WORDS[:4] for c in ("good", "red")]
+    config = reward.Config(model=policy, data="x", eval_fraction=0.25)
+    dataset = data.Dataset(rows, "", len(rows), {}, {}, "", "x")
+    train, held_out, _ = reward._encode(config, dataset, models.load_tokenizer(policy))
+    assert len(train) == 24 and len(held_out) == 8
+    assert {group.prompt for group in train}.isdisjoint({group.prompt for group in held_out})
+
+
 def test_transformers_reads_it_and_gives_the_same_number(trained):
     model = AutoModelForSequenceClassification.from_pretrained(trained).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained)
