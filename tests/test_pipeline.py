@@ -42,6 +42,27 @@ def test_the_reward_model_learns_from_the_oracle_and_drives_all_but_the_preferen
     assert all(step.config.oracle for step in steps.values() if step.stage == "evaluate")
 
 
+def test_best_of_n_goes_by_the_reward_model_and_is_evaluated_by_the_oracle(tmp_path):
+    steps = planned(tmp_path, seeds=[0, 5])
+    for seed in (0, 5):
+        drawn, scored, best = (steps[f"bon/seed{seed}/{part}"].config for part in ("samples", "scored", "best"))
+        assert drawn.model == str(tmp_path / "sft") and drawn.seed == seed
+        assert scored.data == drawn.output_dir and scored.reward_model == str(tmp_path / "reward")
+        assert scored.oracle is None and best.data == scored.output_dir
+        evaluation = steps[f"evaluation/bon/seed{seed}"].config
+        assert evaluation.samples == best.output_dir and evaluation.oracle and not evaluation.model
+
+
+def test_what_evaluates_is_never_trained_on(tmp_path):
+    held_out = str(tmp_path / "data" / "test.jsonl")
+    for step in planned(tmp_path).values():
+        data = getattr(step.config, "data", None)
+        if step.stage in ("sft", "reward", "align", "ppo") or step.name == "samples":
+            assert data != held_out
+        if step.stage == "evaluate" or step.name.endswith("/samples"):
+            assert data == held_out
+
+
 def test_methods_are_treated_alike(tmp_path):
     steps = planned(tmp_path)
     fair = ("learning_rate", "batch_size", "max_steps", "beta_pi", "beta_r", "temperature", "save_steps", "model")
