@@ -76,6 +76,16 @@ def test_a_run_holds_until_options_inputs_or_outputs_change(made, tmp_path):
     assert not lineage.holds(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample")
 
 
+def test_a_run_that_did_not_finish_does_not_hold(made, tmp_path):
+    _, drawn, _ = made
+    run = sample.run(dataclasses.replace(drawn, output_dir=str(tmp_path / "run")))
+    record = json.loads((run / "run.json").read_text())
+    assert lineage.holds(run, drawn, "sample")
+    for gone in ({"finished"}, {"finished", "outputs"}):
+        artifacts.write_json(run / "run.json", {name: value for name, value in record.items() if name not in gone})
+        assert not lineage.holds(run, drawn, "sample")
+
+
 def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_make_room(made, tmp_path, monkeypatch):
     _, drawn, _ = made
     config = dataclasses.replace(drawn, output_dir=str(tmp_path / "run"))
