@@ -44,12 +44,22 @@ def prepare(directory: str, *, overwrite: bool, inputs: Iterable[str | None] = (
             raise RunError(
                 f"--output_dir {directory}: holds an earlier run; choose another or pass --overwrite_output_dir"
             )
-        shutil.rmtree(path)
+        _empty(path)
     elif path.exists() and any(path.iterdir()):
         # not ours to remove, whatever the flags say
         raise RunError(f"--output_dir {directory}: holds files that no run wrote; choose another")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _empty(run: Path) -> None:
+    """Remove all that is in a run, its record last: interrupted, it is still a run, which may make room again."""
+    for entry in run.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != RUN_FILE:
+            entry.unlink()
+    (run / RUN_FILE).unlink()
 
 
 def is_run(directory: Path, stage: str | None = None) -> bool:

@@ -67,14 +67,15 @@ def run(config: Config) -> Path:
     accelerator = loop.make_lone_accelerator(config)
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, accelerator, config.max_length)
-    reference, _ = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
+    reference, known = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
     reference.to(accelerator.device)
     chosen_scores = scorer.score(chosen) if chosen else None
-    drawn = _given(config, prompts) if config.samples else _sampled(config, prompts, accelerator)
+    found = _checkpoints(config, known) if config.model else []
+    drawn = _given(config, prompts) if config.samples else _sampled(config, prompts, accelerator, found)
     directory = lineage.begin(config, "evaluate")
     (directory / "samples").mkdir()
     console.say(f"{len(prompts):,} prompts x {config.k} completions, scored by {scorer.name}")
-    found = []
+    entries = []
     for checkpoint, groups, model, tokenizer in drawn:
         scores = scorer.score(groups)
         entry = {"name": checkpoint.name, "step": checkpoint.step} | _values(scores, baseline, chosen_scores)
@@ -91,11 +92,11 @@ def run(config: Config) -> Path:
         with artifacts.staged_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
             data.write_jsonl(file, rows)
         console.say(f"  {checkpoint.name:10s} {_line(entry)}")
-        found.append(entry)
+        entries.append(entry)
     if config.density and config.model:
         _density(config, directory, model, reference, tokenizer, accelerator)
     settings = {name: getattr(config, name) for name in ("k", "temperature", "top_p", "max_new_tokens")}
-    result = settings | {"scorer": scorer.name, "prompts": len(prompts), "checkpoints": found}
+    result = settings | {"scorer": scorer.name, "prompts": len(prompts), "checkpoints": entries}
     artifacts.write_json(directory / "evaluation.json", result)
     lineage.finish(directory)
     return directory
@@ -135,10 +136,20 @@ def checkpoints(model: str) -> list[Checkpoint]:
 Drawn = Iterator[tuple[Checkpoint, list[Group], Any, Any]]
 
 
-def _sampled(config: Config, prompts: Sequence[str], accelerator: Accelerator) -> Drawn:
+def _checkpoints(config: Config, known: Any) -> list[Checkpoint]:
+    """Those of the model; ValueError where the reference's tokenizer, `known`, is another: there is no KL then."""
+    name = lineage.source("model", config.model or "", "sft", "align", "ppo")
+    if models.load_tokenizer(name).get_vocab() != known.get_vocab():
+        raise ValueError(
+            f"--reference {config.reference}: expected the tokenizer of --model {name}; got another; name the model "
+            "that it was trained from"
+        )
+    return checkpoints(name)
+
+
+def _sampled(config: Config, prompts: Sequence[str], accelerator: Accelerator, found: Sequence[Checkpoint]) -> Drawn:
     """(checkpoint, its samples, its model, its tokenizer), each loaded when its turn comes."""
-    assert config.model is not None
-    for checkpoint in checkpoints(lineage.source("model", config.model, "sft", "align", "ppo")):
+    for checkpoint in found:
         model, tokenizer = models.load(checkpoint.path)
         model.to(accelerator.device)
         with accelerator.autocast():
@@ -178,7 +189,8 @@ def _log_ratios(
     config: Config, model: Any, reference: Any, groups: Sequence[Group], tokenizer: Any, accelerator: Accelerator
 ) -> list[list[Tensor]]:
     """log pi - log ref of every token of every completion."""
-    encoded, _ = packing.encode(groups, tokenizer, packing.Limits(config.max_length, None, "prompt-left"), "samples")
+    limits = packing.Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
+    encoded, _ = packing.encode(groups, tokenizer, limits, "samples")
 
     def logps(of: Any) -> dict[int, list[Tensor]]:
         return dict(

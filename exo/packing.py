@@ -28,6 +28,7 @@ class Limits:
     max_length: int
     max_completion_length: int | None
     truncate: str  # "prompt-left" | "drop" | "error"
+    max_prompt_length: int | None = None  # where the completions were sampled after no more of it
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def encode(
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
         start = int(prompt[:1] == [tokenizer.bos_token_id])
+        prompt = last_of(prompt, start, limits.max_prompt_length or len(prompt))
         fitted = _fit(prompt, completions, start, limits, place, counts)
         if fitted is not None:
             encoded.append(TokenGroup(*fitted, group.rewards, group.line))
@@ -128,6 +130,20 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     ids = _beginning(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     # the first token of a completion needs a token before it
     return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+
+
+def sampled_prompt_ids(prompt: str, tokenizer: Any, most: int) -> list[int]:
+    """The same, cut on the left where it is longer than `most`."""
+    ids = prompt_ids(prompt, tokenizer)
+    return last_of(ids, int(ids[:1] == [tokenizer.bos_token_id]), most)
+
+
+def last_of(prompt: list[int], start: int, room: int) -> list[int]:
+    """The last `room` tokens, the first `start` of the prompt among them: a BOS stays where it is."""
+    if len(prompt) <= room:
+        return prompt
+    kept = start if start < room else 0
+    return prompt[:kept] + prompt[len(prompt) - (room - kept) :]
 
 
 def _answer(prompt: Chat, text: str, tokenizer: Any, counts: Counter[str]) -> list[int]:
@@ -174,8 +190,7 @@ def _fit(
     room = limits.max_length - max(map(len, completions))
     if len(prompt) > room:
         counts["rows with the prompt cut on the left"] += 1
-        kept = start if start < room else 0
-        prompt = prompt[:kept] + prompt[len(prompt) - (room - kept) :]
+        prompt = last_of(prompt, start, room)
     return tuple(prompt), tuple(map(tuple, completions))
 
 

@@ -152,7 +152,9 @@ class _Planner:
     def _reference(self) -> Iterator[Step]:
         """The fine-tuned model evaluated, and many of its samples for a few prompts, for the density ratio."""
         drawn, held_out = self.path("density/samples"), self.path("data/test.jsonl")
-        yield self._step("density/samples", "sample", ["sample", "density"], model=self.path("sft"), data=held_out)
+        # weights pi / pi_ref are those of samples of pi_ref itself: at evaluate's temperature, and all of it
+        options = self._evaluated()[1] | {"top_p": 1.0, "model": self.path("sft"), "data": held_out}
+        yield self._step("density/samples", "sample", ["sample", "density"], **options)
         yield self._step("density/scored", "score", ["score"], data=drawn, **self.judge)
         # with random streams of its own: pairs of samples that share theirs would not be independent
         own = max(self.recipe.seeds) + 1
@@ -181,8 +183,8 @@ class _Planner:
     def _best_of_n(self) -> Iterator[Step]:
         """k blocks of N samples a prompt, of which the reward model takes the best."""
         n = self.recipe.stages.get("best_of_n", {}).get("n", 8)
-        evaluated = {"k": 4, "prompts": 512} | dict(self.recipe.stages.get("evaluate", {}))
-        many = {"k": n * evaluated["k"], "prompts": evaluated["prompts"], "epochs": 1}
+        evaluated, alike = self._evaluated()
+        many = alike | {"k": n * int(evaluated["k"]), "prompts": evaluated["prompts"], "epochs": 1}
         for seed in self.recipe.seeds:
             name, held_out = f"bon/seed{seed}", self.path("data/test.jsonl")
             drawn, scored, best = (self.path(f"{name}/{part}") for part in ("samples", "scored", "best"))
@@ -192,6 +194,14 @@ class _Planner:
             yield self._step(f"{name}/best", "best_of_n", ["best_of_n"], data=scored, n=n)
             facts = {"method": "bon", "k": None, "seed": seed, "varied": {}, "n": n}
             yield self._evaluation(name, facts, samples=best, seed=seed)
+
+    def _evaluated(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The options of evaluate, and what of them makes sample draw as it does."""
+        values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(_config_of("evaluate"))}
+        values |= {name: value for name, value in self.recipe.common.items() if name in values}
+        values |= self.recipe.stages.get("evaluate", {})
+        alike = {name: values[name] for name in ("temperature", "top_p", "max_new_tokens")}
+        return values, alike | {"max_prompt_length": int(values["max_length"]) - int(values["max_new_tokens"])}
 
     def _evaluation(self, name: str, facts: dict[str, Any], **options: Any) -> Step:
         options |= {"reference": self.path("sft"), "data": self.path("data/test.jsonl")} | self.judge
@@ -203,8 +213,8 @@ class _Planner:
     def _sweep(self, method: str) -> Iterator[dict[str, Any]]:
         """Every combination of the swept options that the method's stage has; one empty one without any."""
         has = _options("ppo" if method == "ppo" else "align")
-        # to YAML 1e-3 is a text
-        swept = {name: [float(v) for v in values] for name, values in self.recipe.sweep.items() if name in has}
+        # to YAML 1e-3 is a text; and what counts is no fraction
+        swept = {name: [_number(v) for v in values] for name, values in self.recipe.sweep.items() if name in has}
         for values in itertools.product(*swept.values()):
             yield dict(zip(swept, values, strict=True))
 
@@ -223,6 +233,11 @@ class _Planner:
         needs = tuple(n for n in self.names if any(path.is_relative_to(self.directory / n) for path in read))
         self.names.append(name)
         return Step(name, stage, config, needs, {})
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
 def _check_names(recipe: Recipe) -> None:

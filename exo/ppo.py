@@ -64,6 +64,9 @@ class Config(config.Training):
             require(0 < getattr(self, name) < float("inf"), name, "a finite number > 0", getattr(self, name))
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        still = not (self.critic_warmup_steps and self.weight_decay)
+        require(still, "weight_decay", "0 where --critic_warmup_steps freezes the actor: it decays", self.weight_decay)
+        require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
         whole = self.rollout_size >= 1 and self.rollout_size % self.batch_size == 0
         require(whole, "rollout_size", f"a multiple of --batch_size {self.batch_size}", self.rollout_size)
 
@@ -144,6 +147,7 @@ def run(config: Config) -> Path:
     path = lineage.source("data", config.data, "prepare")
     dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
     accelerator = loop.make_accelerator(config)
+    loop.refuse_empty_shares(config, config.batch_size, accelerator)
     set_seed(config.seed)
     console.say(dataset.summary())
     model, tokenizer = models.load(lineage.source("model", config.model, "sft", "align", "ppo"))

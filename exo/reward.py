@@ -100,7 +100,7 @@ def run(config: Config) -> Path:
         denominator=len, steps_an_epoch=loop.epoch_steps(config, len(groups)), shown=SHOWN,
     )  # fmt: skip
     result = _evaluate(module, held_out, config, accelerator, collate)
-    if result:
+    if result and accelerator.is_main_process:
         metrics.write(step=steps, **result)
     metrics.close()
     accelerator.end_training()

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import config, lineage, models, packing
+from exo import config, lineage, models, packing, targets
 from exo.config import option, require
 from exo.data import Group
 from exo.packing import TokenGroup, collate, micro_batches
@@ -56,9 +56,13 @@ def load(options: Options, compute: config.Compute, accelerator: Accelerator, ma
     limits = packing.Limits(max_length, None, "prompt-left")
 
     def score(groups: Sequence[Group]) -> Scores:
-        encoded, _ = packing.encode(groups, tokenizer, limits, "samples", foreign="text")
+        # each alone: together they would be cut as the longest of them needs, and dropped where that makes them alike
+        alone = [targets.select(group, (i,)) for group in groups for i in range(len(group.completions))]
+        encoded, _ = packing.encode(alone, tokenizer, limits, "samples", foreign="text")
         models.check_fits(model, encoded)
-        return _classify(model, encoded, accelerator, tokenizer.pad_token_id, compute.max_tokens_per_batch)
+        found = _classify(model, encoded, accelerator, tokenizer.pad_token_id, compute.max_tokens_per_batch)
+        values = iter(value for (value,) in found)
+        return [tuple(next(values) for _ in group.completions) for group in groups]
 
     return Scorer(name, score)
 

@@ -107,8 +107,9 @@ class Maker(NamedTuple):
         ]  # fmt: skip
 
     def _encode(self, drawn: Sequence[Group]) -> list[TokenGroup]:
-        longest = self.sampling["max_prompt_length"] + self.sampling["max_new_tokens"]
-        groups, _ = packing.encode(drawn, self.tokenizer, packing.Limits(longest, None, "prompt-left"), "rollouts")
+        most = self.sampling["max_prompt_length"]
+        limits = packing.Limits(most + self.sampling["max_new_tokens"], None, "prompt-left", most)
+        groups, _ = packing.encode(drawn, self.tokenizer, limits, "rollouts")
         return groups
 
     def _logps(self, model: Any, groups: Sequence[TokenGroup]) -> list[Tensor]:

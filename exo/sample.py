@@ -94,7 +94,7 @@ def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[i
     except ModuleNotFoundError:
         raise ValueError("--engine vllm: not installed; pip install vllm, or leave out --engine") from None
     tokenizer: Any = models.load_tokenizer(name)
-    ids = [packing.prompt_ids(prompt, tokenizer)[-config.max_prompt_length :] for prompt in prompts]
+    ids = [packing.sampled_prompt_ids(prompt, tokenizer, config.max_prompt_length) for prompt in prompts]
     dtype = "auto" if config.dtype == "auto" else config.dtype
     engine = vllm.LLM(model=name, dtype=dtype, seed=config.seed, logprobs_mode="processed_logprobs")
     wanted = [

@@ -40,7 +40,7 @@ def draw(
     **options: Any,
 ) -> list[Group]:
     """`generation.sample` from texts to rows of data; a prompt over its limit loses its left. Quiet without a label."""
-    ids = [packing.prompt_ids(prompt, tokenizer)[-max_prompt_length:] for prompt in prompts]
+    ids = [packing.sampled_prompt_ids(prompt, tokenizer, max_prompt_length) for prompt in prompts]
     total = len(ids) * options["k"]
     progress = console.Progress(label, total, every=max(1, total // 4), quiet=not label)
     drawn = generation.sample(model, tokenizer, ids, numbers=numbers, progress=progress.advance, **options)

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class Config:
 
 def run(config: Config) -> Path:
     """Run what is left of the plan and return the run directory."""
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"--recipe: expected one process, which runs the steps; got {world}; --jobs runs several")
     recipe = _recipe(config)
     directory = Path(config.output_dir or f"runs/{Path(config.recipe).stem}")
     whole = pipeline.plan(recipe, directory)
@@ -192,6 +195,12 @@ def _at_once(
                 step = under_way.pop(future)
                 try:
                     seconds = future.result()
+                except BrokenProcessPool:
+                    names = ", ".join(s.name for s in (step, *under_way.values()))
+                    raise artifacts.RunError(
+                        f"{names}: the process of one of them was killed, perhaps for lack of memory; run it again, "
+                        "with fewer --jobs if need be"
+                    ) from None
                 except Exception:
                     pool.shutdown(cancel_futures=True)
                     print(f"{step.name}: failed", file=sys.stderr)

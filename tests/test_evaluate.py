@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exo import data, evaluate, models, packing, sample, score
-from tests.tasks import PROMPTS, lines, reward, write_model, write_rows
+from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOW = {
@@ -86,7 +86,7 @@ def test_the_kl_is_zero_where_the_models_are_the_same_and_theirs_where_not(run):
     assert found["step-2"]["rise"]["mean"] == 0 and found["step-2"]["win_rate"]["reference"]["mean"] == 0.5
     policy, tokenizer = models.load(run[0] / "policy")
     reference, _ = models.load(run[0] / "reference")
-    differences = []
+    differences, thirds = [], []
     for row in lines(run[1] / "samples" / "final.jsonl"):
         prompt = packing.prompt_ids(row["prompt"], tokenizer)
         for ids in row["token_ids"]:
@@ -95,10 +95,11 @@ def test_the_kl_is_zero_where_the_models_are_the_same_and_theirs_where_not(run):
                     torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0].double() / 0.8, -1)
                     for model in (policy, reference)
                 )
-            differences.append(
-                sum(float(a[len(prompt) - 1 + i, t] - b[len(prompt) - 1 + i, t]) for i, t in enumerate(ids))
-            )
+            tokens = [float(a[len(prompt) - 1 + i, t] - b[len(prompt) - 1 + i, t]) for i, t in enumerate(ids)]
+            differences.append(sum(tokens))
+            thirds.append(sum(math.exp(-d) - 1 + d for d in tokens))
     assert found["final"]["kl"]["mean"] == pytest.approx(sum(differences) / len(differences), abs=1e-5)
+    assert found["final"]["kl_k3"]["mean"] == pytest.approx(sum(thirds) / len(thirds), abs=1e-5)
     assert abs(found["final"]["kl"]["mean"]) > 1e-3
 
 
@@ -134,3 +135,31 @@ def test_another_baseline_is_refused(run, tmp_path, capsys):
     ]
     assert evaluate.main(arguments) == 2
     assert "expected an evaluation on the same prompts; got others" in capsys.readouterr().err
+
+
+def test_a_reference_of_another_tokenizer_is_refused_before_anything_is_written(run, tmp_path, capsys):
+    """The same words in another order would give a KL without a meaning."""
+    other = write_model(tmp_path / "other", scale=2.0, words=WORDS[::-1])
+    arguments = ["--model", str(run[0] / "policy"), "--reference", other, "--data", str(run[0] / "prompts.jsonl")]
+    arguments += ["--oracle", "tests.tasks:reward", "--device", "cpu", "--output_dir", str(tmp_path / "x")]
+    assert evaluate.main(arguments) == 2
+    assert "expected the tokenizer of --model" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_the_kl_of_a_long_prompt_is_of_what_was_sampled_after(run, tmp_path):
+    """The log-probs that it was drawn with, less those of the reference after the same cut prompt."""
+    words = ("red green blue round square " * 4).split()
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": " ".join(words)}])
+    done = evaluate.run(
+        evaluate.Config(model=str(run[0] / "policy"), reference=str(run[0] / "reference"), data=prompts,
+                        output_dir=str(tmp_path / "x"), **(HOW | {"k": 1, "seed": 1}))
+    )  # fmt: skip
+    (row,) = lines(done / "samples" / "final.jsonl")
+    (ids,) = row["token_ids"]
+    assert len(ids) < 6, "the case must leave room for more of the prompt"
+    reference, tokenizer = models.load(run[0] / "reference")
+    seen = packing.prompt_ids(" ".join(words[-10:]), tokenizer)
+    with torch.no_grad():
+        logprobs = torch.log_softmax(reference(torch.tensor([seen + ids])).logits[0].double() / 0.8, -1)
+    theirs = sum(float(logprobs[9 + i, t]) for i, t in enumerate(ids))
+    assert row["log_ratios"] == pytest.approx([row["logprobs"][0] - theirs], abs=1e-5)

@@ -76,6 +76,36 @@ def test_a_run_holds_until_options_inputs_or_outputs_change(made, tmp_path):
     assert not lineage.holds(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample")
 
 
+def test_a_run_that_did_not_finish_does_not_hold(made, tmp_path):
+    _, drawn, _ = made
+    run = sample.run(dataclasses.replace(drawn, output_dir=str(tmp_path / "run")))
+    record = json.loads((run / "run.json").read_text())
+    assert lineage.holds(run, drawn, "sample")
+    for gone in ({"finished"}, {"finished", "outputs"}):
+        artifacts.write_json(run / "run.json", {name: value for name, value in record.items() if name not in gone})
+        assert not lineage.holds(run, drawn, "sample")
+
+
+def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_make_room(made, tmp_path, monkeypatch):
+    _, drawn, _ = made
+    config = dataclasses.replace(drawn, output_dir=str(tmp_path / "run"))
+    run = sample.run(config)
+    (run / "more").mkdir()
+
+    def killed(path):
+        (path / "run.json").unlink(missing_ok=True)  # in a directory the order is any
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sample.run(config)
+    (run / "samples.jsonl").unlink(missing_ok=True)
+    assert artifacts.is_run(run) and not lineage.holds(run, config, "sample")
+    sample.run(config)
+    assert lineage.holds(run, config, "sample") and not (run / "more").exists()
+
+
 def test_damaged_or_missing_outputs_do_not_hold(made):
     directory, drawn, _ = made
     file = directory / "samples" / "samples.jsonl"
@@ -97,4 +127,4 @@ def test_a_model_is_its_weights_config_and_tokenizer(made, tmp_path):
 
 
 def test_every_stage_is_known():
-    assert set(lineage.INPUTS) == set(lineage.OUTPUTS)
+    assert set(lineage.INPUTS) == set(lineage.OUTPUTS) - {"train"}

@@ -62,6 +62,16 @@ def test_bos_stays_and_eos_never_ends_a_prompt():
     assert cut.prompt == (2, 13, 14)
 
 
+def test_a_prompt_is_cut_for_sampling_as_for_training():
+    text = "a bb ccc dddd"
+    limits = Limits(50, None, "error", 3)  # the cut is not the limits' doing, so it is no error
+    ((row,), counts) = packing.encode([Group(text, ("a",), None, 1)], Templated(), limits, "")
+    assert packing.sampled_prompt_ids(text, Templated(), 3) == [*row.prompt] == [2, 13, 14] and not counts
+    assert packing.sampled_prompt_ids(text, Words(), 3) == [12, 13, 14]
+    assert packing.sampled_prompt_ids(text, Templated(), 1) == [14]
+    assert packing.sampled_prompt_ids(text, Templated(), 5) == [2, 11, 12, 13, 14]
+
+
 def test_completions_that_the_cut_makes_alike_are_dropped():
     rows, counts = encode(Group("a", ("a a a bb", "a a a ccc"), None, 1), max_completion_length=3)
     assert not rows and counts == {"rows dropped: completions identical once cut": 1}

@@ -1,5 +1,7 @@
 """Recipes and plans: what a run consists of, what it skips, what it says of mistakes."""
 
+import os
+
 import pytest
 import yaml
 
@@ -40,6 +42,27 @@ def test_the_reward_model_learns_from_the_oracle_and_drives_all_but_the_preferen
     assert all(step.config.oracle for step in steps.values() if step.stage == "evaluate")
 
 
+def test_best_of_n_goes_by_the_reward_model_and_is_evaluated_by_the_oracle(tmp_path):
+    steps = planned(tmp_path, seeds=[0, 5])
+    for seed in (0, 5):
+        drawn, scored, best = (steps[f"bon/seed{seed}/{part}"].config for part in ("samples", "scored", "best"))
+        assert drawn.model == str(tmp_path / "sft") and drawn.seed == seed
+        assert scored.data == drawn.output_dir and scored.reward_model == str(tmp_path / "reward")
+        assert scored.oracle is None and best.data == scored.output_dir
+        evaluation = steps[f"evaluation/bon/seed{seed}"].config
+        assert evaluation.samples == best.output_dir and evaluation.oracle and not evaluation.model
+
+
+def test_what_evaluates_is_never_trained_on(tmp_path):
+    held_out = str(tmp_path / "data" / "test.jsonl")
+    for step in planned(tmp_path).values():
+        data = getattr(step.config, "data", None)
+        if step.stage in ("sft", "reward", "align", "ppo") or step.name == "samples":
+            assert data != held_out
+        if step.stage == "evaluate" or step.name.endswith("/samples"):
+            assert data == held_out
+
+
 def test_methods_are_treated_alike(tmp_path):
     steps = planned(tmp_path)
     fair = ("learning_rate", "batch_size", "max_steps", "beta_pi", "beta_r", "temperature", "save_steps", "model")
@@ -68,6 +91,31 @@ def test_a_sweep_varies_what_a_stage_has(tmp_path):
         "ppo/learning_rate=0.0001-seed0",
     }  # fmt: skip
     assert steps["exo-pref/beta_pi=0.1-learning_rate=0.0001-seed0"].config.beta_pi == 0.1
+
+
+def test_a_sweep_takes_options_that_count(tmp_path):
+    steps = planned(tmp_path, methods=["exo-pref"], sweep={"max_steps": [10.0, 200.0], "beta_pi": [1.0]})
+    found = {n: s.config for n, s in steps.items() if n.startswith("exo-pref")}
+    assert [(n, c.max_steps, c.beta_pi) for n, c in found.items()] == [
+        ("exo-pref/max_steps=10-beta_pi=1-seed0", 10, 1.0), ("exo-pref/max_steps=200-beta_pi=1-seed0", 200, 1.0),
+    ]  # fmt: skip
+
+
+def test_best_of_n_and_the_density_ratio_are_of_samples_drawn_as_evaluation_draws(tmp_path):
+    """Whatever the samples to train on are drawn with."""
+    stages = {"evaluate": {"temperature": 0.5, "top_p": 0.9, "k": 3, "max_length": 50}, "best_of_n": {"n": 5},
+              "sample": {"temperature": 1.5, "top_p": 0.7, "max_new_tokens": 9}}  # fmt: skip
+    steps = planned(tmp_path, stages=stages)
+    asked, drawn = steps["evaluation/bon/seed0"].config, steps["bon/seed0/samples"].config
+    for config in (drawn, steps["density/samples"].config):
+        assert (config.temperature, config.max_new_tokens) == (asked.temperature, asked.max_new_tokens) == (0.5, 32)
+        assert config.max_prompt_length == 50 - 32
+    assert drawn.top_p == 0.9 and drawn.k == 15 and drawn.prompts == asked.prompts
+    assert steps["density/samples"].config.top_p == 1
+    recipe = pipeline.Recipe(title="t", task="quickstart", model="m", common={"k": 7, "top_p": 0.8})
+    steps = {step.name: step for step in pipeline.plan(recipe, tmp_path)}
+    assert steps["evaluation/bon/seed0"].config.k == 7 and steps["bon/seed0/samples"].config.k == 7 * 8
+    assert steps["bon/seed0/samples"].config.top_p == 0.8
 
 
 def test_preferences_of_people_need_no_oracle(tmp_path):
@@ -143,3 +191,20 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path, capsys):
     assert train.main(["--dry_run", "--output_dir", str(tmp_path / "x")]) == 0
     said = capsys.readouterr().out
     assert "exo-rw/k4-seed0" in said and "at most 2,048,000 tokens" in said and not (tmp_path / "x").exists()
+
+
+def test_a_recipe_is_driven_by_one_process(tmp_path, capsys, monkeypatch):
+    """Under a launcher each process would write the same steps."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["--output_dir", str(tmp_path / "x")]) == 2
+    assert "--recipe: expected one process" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def _die(step):
+    os._exit(9)
+
+
+def test_a_step_whose_process_dies_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "_timed", _die)
+    assert train.main(["--output_dir", str(tmp_path / "x"), "--jobs", "2", "--to", "data"]) == 1
+    assert "error: data: the process of one of them was killed" in capsys.readouterr().err

@@ -44,12 +44,12 @@ def test_the_policy_loss_has_no_gradient_where_it_is_clipped_and_the_policy_grad
 
 def test_the_value_loss_takes_the_larger_error():
     values, before, returns = (
-        torch.tensor([1.0, 1.0, 0.1]),
-        torch.tensor([0.0, 0.0, 0.0]),
-        torch.tensor([2.0, 0.0, 1.0]),
+        torch.tensor([1.0, 1.0, 0.1, 3.0]),
+        torch.tensor([0.0, 0.0, 0.0, 2.0]),
+        torch.tensor([2.0, 0.0, 1.0, 2.9]),
     )
     loss = ppo.value_loss(values, before, returns, 0.2)
-    assert loss.tolist() == pytest.approx([0.5 * 1.8**2, 0.5 * 1.0, 0.5 * 0.9**2])
+    assert loss.tolist() == pytest.approx([0.5 * 1.8**2, 0.5 * 1.0, 0.5 * 0.9**2, 0.5 * 0.7**2])
 
 
 # Rollouts of a small model.
@@ -125,6 +125,13 @@ def test_returns_are_made_of_the_penalty_on_every_token_and_the_score_on_the_las
     assert torch.allclose((x - x.mean()) / x.std(correction=0), y, atol=1e-3)
 
 
+def test_a_long_prompt_is_scored_as_far_as_it_was_sampled_after(made):
+    _, maker, _, _ = made
+    found = maker.make(["red green blue round square " * 4] * 8, range(8), frozen=False)
+    assert {len(rollout.prompt) for rollout in found} == {10}
+    assert any(len(rollout.completions[0]) < 6 for rollout in found), "some must leave room for more of the prompt"
+
+
 def test_a_batch_has_each_number_at_the_row_that_makes_its_token(made):
     found = made[3]
     batch = rollouts.collate(found, pad_id=0)
@@ -149,6 +156,33 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
         assert square < 1e-8
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
     assert torch.allclose(*gradients, atol=1e-5) and gradients[0].abs().max() > 1e-3
+
+
+def test_the_loss_is_that_of_the_policy_and_the_weighted_one_of_the_critic_a_token(made):
+    settings, _, module, found = made
+    batch = rollouts.collate(found, pad_id=0)
+    with torch.no_grad():
+        share = module(batch, 10)
+        critic = ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2)[batch.mask == 1].sum()
+    assert settings.value_coef == 0.5 and critic > 0.1
+    expected = (0.5 * float(critic) - float((batch.advantages * batch.mask).sum())) / 10  # the ratio is 1
+    assert float(share.loss) == pytest.approx(expected, abs=1e-4)
+
+
+def test_actor_and_critic_have_learning_rates_of_their_own(policy, tmp_path):
+    """Warm-up alone: at a rate of (almost) nothing the critic fits no better than it did."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    found = {}
+    for rate in (1e-12, 3e-2):
+        run = ppo.run(
+            config(
+                policy, data=prompts, output_dir=str(tmp_path / f"{rate}"), max_steps=12, critic_warmup_steps=12,
+                rollout_size=16, batch_size=16, ppo_epochs=12, critic_learning_rate=rate, clip_range_value=100.0,
+            )
+        )  # fmt: skip
+        losses = [row["value_loss"] for row in lines(run / "metrics.jsonl")]
+        found[rate] = losses[-1] / losses[0]
+    assert found[1e-12] == pytest.approx(1, abs=1e-3) and found[3e-2] < 0.7
 
 
 def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
@@ -210,6 +244,8 @@ def test_one_that_starts_off_policy_is_stopped(policy, tmp_path, monkeypatch, ca
         ("rollout_size", "100", "--rollout_size: expected a multiple of --batch_size 64; got 100"),
         ("kl_coef", "-1", "--kl_coef: expected >= 0"),
         ("lam", "1.5", "--lam: expected in [0, 1]"),
+        ("weight_decay", "0.1", "--weight_decay: expected 0 where --critic_warmup_steps freezes the actor"),
+        ("max_length", "256", "--max_length: expected more than max_new_tokens; got 256"),
     ],
 )
 def test_options_out_of_range(policy, capsys, option, value, said):
@@ -223,3 +259,14 @@ def test_no_global_random_state_moves(made):
     before = torch.random.get_rng_state()
     maker.make(PROMPTS[:2], range(2), frozen=False)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_batch_that_leaves_a_process_without_work_is_refused(policy, tmp_path, monkeypatch, capsys):
+    """It would wait for the others' gradients for ever."""
+    alone = loop.make_accelerator(Training(device="cpu"))
+    two = type("Two", (), {"num_processes": 2, "is_main_process": True, "device": alone.device})()
+    monkeypatch.setattr(loop, "make_accelerator", lambda _: two)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    arguments = ["--model", policy, "--data", prompts, "--oracle", "tests.tasks:reward", "--batch_size", "1"]
+    assert ppo.main([*arguments, "--output_dir", str(tmp_path / "run")]) == 2
+    assert "--batch_size: expected at least 2" in capsys.readouterr().err

@@ -357,6 +357,11 @@ def test_a_tilted_normal():
     assert found.effective == pytest.approx(20_000 * math.exp(-a * a), rel=0.01)
 
 
+def test_the_bandwidth_goes_by_the_quartiles_where_tails_are_long():
+    x = torch.tensor([-100.0, 0, 1, 2, 3, 4, 5, 6, 7, 100], dtype=torch.float64)
+    assert density.silverman(x) == pytest.approx(0.9 * (5.75 - 1.25) / 1.34 * 10**-0.2)
+
+
 def test_the_optimum_follows_rewards_over_beta():
     assert density.of_optimum([0.0, math.log(3)], 0.5).tolist() == pytest.approx([0.1, 0.9])
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from exo import data, loop, models, packing, reward, rewards
+from exo import console, data, loop, models, packing, reward, rewards
 from exo.config import Training
 from tests.tasks import WORDS, lines, write_model, write_rows
 
@@ -57,6 +58,15 @@ def test_it_ranks_held_out_pairs(trained):
     assert lines(trained / "metrics.jsonl")[0]["loss"] == pytest.approx(0.693, abs=0.02)
 
 
+def test_held_out_prompts_are_not_trained_on_with_other_completions(policy):
+    rows = [data.Group(f"{a} {b}", (c, "bad"), None, 1) for a in WORDS[:4] for b in WORDS[:4] for c in ("good", "red")]
+    config = reward.Config(model=policy, data="x", eval_fraction=0.25)
+    dataset = data.Dataset(rows, "", len(rows), {}, {}, "", "x")
+    train, held_out, _ = reward._encode(config, dataset, models.load_tokenizer(policy))
+    assert len(train) == 24 and len(held_out) == 8
+    assert {group.prompt for group in train}.isdisjoint({group.prompt for group in held_out})
+
+
 def test_transformers_reads_it_and_gives_the_same_number(trained):
     model = AutoModelForSequenceClassification.from_pretrained(trained).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained)
@@ -74,6 +84,19 @@ def test_a_reward_does_not_depend_on_its_batch(trained):
         for together, single in zip(scorer(trained, max_tokens).score(groups), alone, strict=True):
             assert together == pytest.approx(single, abs=1e-5)
     assert scorer(trained).score(groups[::-1])[::-1] == [pytest.approx(row, abs=1e-5) for row in alone]
+
+
+def test_a_reward_does_not_depend_on_what_else_is_in_its_row(trained):
+    """Where the limit cuts: a longer neighbour takes nothing of the prompt, and two that are cut alike both count."""
+    short = rewards.load(
+        rewards.Options(str(trained), None), Training(device="cpu"), loop.make_accelerator(Training(device="cpu")), 6
+    )
+    texts = ["good", "bad " * 4, "blue " * 8 + "good", "blue " * 8 + "bad"]
+    prompt = "red green blue round square"
+    alone = [short.score([group(prompt, text)])[0][0] for text in texts]
+    assert short.score([group(prompt, *texts)])[0] == pytest.approx(alone, abs=1e-6)
+    assert short.score([group(prompt, *texts[2:])])[0] == pytest.approx(alone[2:], abs=1e-6)
+    assert alone[0] != alone[1] and alone[2] == alone[3]
 
 
 def test_it_reads_the_end_of_sequence_where_there_is_one(trained):
@@ -143,3 +166,14 @@ def test_labelled_texts_make_a_classifier_whose_log_odds_are_the_reward(policy, 
 def test_a_causal_lm_is_no_reward_model(policy):
     with pytest.raises(ValueError, match="expected a sequence classifier, .*; python -m exo.reward trains one"):
         scorer(policy)
+
+
+def test_a_process_that_is_not_the_first_writes_nothing(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda _: False))
+    monkeypatch.setattr(console, "_muted", True)
+    (tmp_path / "run").mkdir()
+    source = write_rows(tmp_path / "pairs.jsonl", pairs(20))
+    run = reward.run(
+        reward.Config(model=policy, data=source, output_dir=str(tmp_path / "run"), batch_size=10, max_steps=1)
+    )
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"] and lines(run / "metrics.jsonl") == []
