@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -103,15 +104,20 @@ def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: s
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """`cls` from values of a YAML file, each as its flag would take it: to YAML 1e-3 is a text."""
-    parser = _Parser(prog="recipe", add_help=False, allow_abbrev=False, exit_on_error=False)
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        _add(parser, field, hints[field.name])
     flags = [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
     try:
-        return cls(**vars(parser.parse_args(flags)))
+        return cls(**vars(_parser(cls).parse_args(flags)))
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from None
+
+
+@cache  # a plan has hundreds of steps of a dozen kinds
+def _parser(cls: type) -> "_Parser":
+    parser = _Parser(prog="recipe", add_help=False, allow_abbrev=False, exit_on_error=False)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        _add(parser, field, hints[field.name])
+    return parser
 
 
 def _split_config(prog: str, arguments: list[str]) -> tuple[str | None, list[str]]:
