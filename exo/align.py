@@ -24,7 +24,7 @@ SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc
 
 
 @dataclass(frozen=True)
-class Config(config.Training):
+class Config(config.DataTraining):
     model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data")
     data: str = option("", "preferences or scored completions: a file, a directory of shards, a hub name")
     target: Literal["auto", "pref", "rw"] = option(

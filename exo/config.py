@@ -60,8 +60,6 @@ class Training(Compute):
     """What every stage that trains has in common."""
 
     batch_size: int = option(64, "prompts per optimizer step, over all processes")
-    num_train_epochs: float = option(1.0, "passes over the data, unless max_steps is set")
-    max_steps: int = option(-1, "optimizer steps; -1 means num_train_epochs decides")
     learning_rate: float = option(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option("cosine", "decay after the warm-up")
     warmup_steps: int = option(0, "steps of linear warm-up; overrides warmup_ratio when > 0")
@@ -73,16 +71,33 @@ class Training(Compute):
     max_grad_norm: float = option(1.0, "clip the gradient's norm; 0 means never")
     dropout: bool = option(False, "train with the model's own dropout")
     max_length: int = option(1024, "tokens of prompt and completion together")
-    max_completion_length: int | None = option(None, "tokens of a completion, its end of sequence included")
-    truncate: Literal["prompt-left", "drop", "error"] = option(
-        "prompt-left", "rows over the limits: cut the prompt's left and the completion's right, skip, or stop"
-    )
     logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step")
     report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_ranges(self)
+
+
+@dataclass(frozen=True)
+class DataTraining(Training):
+    """What every stage has in common that trains on rows of data, again and again."""
+
+    num_train_epochs: float = option(1.0, "passes over the data, unless max_steps is set")
+    max_steps: int = option(-1, "optimizer steps; -1 means num_train_epochs decides")
+    max_completion_length: int | None = option(None, "tokens of a completion, its end of sequence included")
+    truncate: Literal["prompt-left", "drop", "error"] = option(
+        "prompt-left", "rows over the limits: cut the prompt's left and the completion's right, skip, or stop"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            0 < self.num_train_epochs < float("inf"), "num_train_epochs", "a finite number > 0", self.num_train_epochs
+        )
+        require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", ">= 1, or -1", self.max_steps)
+        limit = self.max_completion_length
+        require(limit is None or limit >= 1, "max_completion_length", ">= 1", limit)
 
 
 def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str | None) -> T:
@@ -105,8 +120,9 @@ def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: s
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """`cls` from values of a YAML file, each as its flag would take it: to YAML 1e-3 is a text."""
     flags = [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
+    known: Any = cls
     try:
-        return cls(**vars(_parser(cls).parse_args(flags)))
+        return cls(**vars(_parser(known).parse_args(flags)))
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from None
 
@@ -216,17 +232,14 @@ def _or_none(base: Any) -> Any:
 def _check_ranges(config: Training) -> None:
     for name in ("batch_size", "logging_steps"):
         require(getattr(config, name) >= 1, name, ">= 1", getattr(config, name))
-    for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
+    for name in ("learning_rate", "adam_epsilon"):
         require(0 < getattr(config, name) < float("inf"), name, "a finite number > 0", getattr(config, name))
     for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
         require(0 <= getattr(config, name) < float("inf"), name, ">= 0", getattr(config, name))
     for name in ("adam_beta1", "adam_beta2"):
         require(0 <= getattr(config, name) < 1, name, "in [0, 1)", getattr(config, name))
     require(0 <= config.warmup_ratio <= 1, "warmup_ratio", "in [0, 1]", config.warmup_ratio)
-    require(config.max_steps == -1 or config.max_steps >= 1, "max_steps", ">= 1, or -1", config.max_steps)
     require(config.max_length >= 2, "max_length", ">= 2", config.max_length)
-    limit = config.max_completion_length
-    require(limit is None or limit >= 1, "max_completion_length", ">= 1", limit)
 
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:

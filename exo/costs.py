@@ -1,7 +1,7 @@
-"""What a plan costs before it runs: tokens and operations of each step, as far as its options tell.
+"""What a plan costs before it runs: the tokens that its steps train on and draw, as far as their options tell.
 
-An upper bound: completions as long as they may be. 6 operations a parameter and token to train, 2 to run the model.
-Left out: time, which depends on the machine.
+Bounds, with completions as long as they may be: 6 operations a parameter and token to train, 2 to draw. Left out: what
+the data decide (epochs, all prompts of a file), log-probs and scores of what was drawn, and time.
 """
 
 from pathlib import Path
@@ -17,15 +17,18 @@ def tell(recipe: Recipe, steps: list[Step], directory: Path, again: set[str]) ->
     parameters = _parameters(recipe)
     total = 0.0
     for i, step in enumerate(steps, 1):
-        there = step.name not in again and lineage.holds(directory / step.name, step.config, step.stage)
-        tokens, train = _tokens(step.stage, step.config)
-        work = (6 if train else 2) * tokens * (parameters or 0)
-        total += 0 if there else work
-        amount = f"at most {tokens:,} tokens" if tokens else ""
-        cost = f", {work:.1e} operations" if work else ""
-        console.say(f"[{i}/{len(steps)}] {step.name:40s} {'already there' if there else amount + cost}")
+        if step.name not in again and lineage.holds(directory / step.name, step.config, step.stage):
+            cost = "already there"
+        else:
+            trained, drawn = _tokens(step.stage, step.config)
+            work = (6 * trained + 2 * drawn) * (parameters or 0)
+            total += work
+            counts = ((trained, "trains on"), (drawn, "draws"))
+            parts = [f"{verb} at most {tokens:,} tokens" for tokens, verb in counts if tokens]
+            cost = ", ".join([*parts, *([f"{work:.1e} operations"] if work else [])])
+        console.say(f"[{i}/{len(steps)}] {step.name:40s} {cost}".rstrip())
     if parameters:
-        console.say(f"{parameters / 1e6:,.0f}M parameters; at most {total:.1e} operations are left to do")
+        console.say(f"{parameters / 1e6:,.0f}M parameters; {total:.1e} operations for the tokens named above")
 
 
 def _parameters(recipe: Recipe) -> int | None:
@@ -39,15 +42,16 @@ def _parameters(recipe: Recipe) -> int | None:
         return None
 
 
-def _tokens(stage: str, config: Any) -> tuple[int, bool]:
-    """(tokens through the model, whether it is trained); 0 where the data decide."""
-    if stage in ("sft", "align", "reward", "ppo"):
-        rows = config.batch_size * max(config.max_steps, 0)
-        if stage == "align":
-            rows *= config.max_completions or 1
-        return rows * config.max_length, True
+def _tokens(stage: str, config: Any) -> tuple[int, int]:
+    """(trained on, drawn); 0 where the data decide."""
+    if stage in ("sft", "align", "reward"):
+        completions = {"sft": 1, "reward": 2, "align": getattr(config, "max_completions", None) or 2}[stage]
+        return config.batch_size * max(config.max_steps, 0) * completions * config.max_length, 0
+    if stage == "ppo":  # actor and critic
+        rows = config.batch_size * config.max_steps
+        return 2 * rows * config.max_length, rows // config.ppo_epochs * config.max_new_tokens
     if stage == "sample":
-        return (config.prompts or 0) * config.epochs * config.k * config.max_new_tokens, False
-    if stage == "evaluate":
-        return config.prompts * config.k * config.max_length, False
-    return 0, False
+        return 0, (config.prompts or 0) * config.epochs * config.k * config.max_new_tokens
+    if stage == "evaluate" and config.model:  # a checkpoint; how many the run leaves is not known here
+        return 0, config.prompts * config.k * config.max_new_tokens
+    return 0, 0

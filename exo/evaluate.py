@@ -44,6 +44,9 @@ class Config(config.Compute):
         super().__post_init__()
         given = [name for name in ("model", "samples") if getattr(self, name)]
         require(len(given) == 1, "model", "this or --samples, and not both", " and ".join(given) or "neither")
+        require(
+            not (self.density and self.samples), "density", "none with --samples, which have no model", self.density
+        )
         require(bool(self.reference), "reference", "a directory or a hub name", self.reference)
         require(bool(self.data), "data", "a file of prompts", self.data)
         rewards.check(rewards.Options(self.reward_model, self.oracle))

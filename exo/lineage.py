@@ -7,6 +7,7 @@ driver that a stage need not run again. Left out: resuming inside a stage.
 
 import datetime
 import hashlib
+import importlib.util
 import json
 import shlex
 from collections.abc import Mapping
@@ -23,12 +24,12 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "prepare": ("source", "tokenizer"),
     "sft": ("model", "data"),
     "sample": ("model", "data"),
-    "score": ("data", "reward_model"),
+    "score": ("data", "reward_model", "oracle"),
     "reward": ("model", "data"),
     "align": ("model", "ref_model", "data", "eval_data"),
-    "ppo": ("model", "data", "reward_model"),
+    "ppo": ("model", "data", "reward_model", "oracle"),
     "best_of_n": ("data",),
-    "evaluate": ("model", "samples", "reference", "data", "baseline", "density", "reward_model"),
+    "evaluate": ("model", "samples", "reference", "data", "baseline", "density", "reward_model", "oracle"),
     "judge": ("a", "b", "references", "template"),
     "label": ("references", "key"),
     "report": ("run",),
@@ -154,6 +155,8 @@ def fingerprint(path: str) -> str:
     place = Path(path)
     if place.is_file():
         return _digest(place)
+    if ":" in path and not place.exists() and (code := _code(path.partition(":")[0])):
+        return hashlib.sha256("".join(map(_digest, code)).encode()).hexdigest()
     if not place.is_dir():
         return path
     run = record(place)
@@ -165,6 +168,18 @@ def fingerprint(path: str) -> str:
     for file in files:
         whole.update(f"{file.relative_to(place)} {_digest(file)}\n".encode())
     return whole.hexdigest()
+
+
+def _code(module: str) -> list[Path]:
+    """The source of a module, with that of its package; none where there is no such module."""
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return []
+    if found is None or found.origin is None:
+        return []
+    origin = Path(found.origin)
+    return sorted(origin.parent.rglob("*.py")) if found.submodule_search_locations else [origin]
 
 
 def _digest(file: Path) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from exo import console
 from exo.artifacts import Metrics, RunError
-from exo.config import Compute, ConfigError, Training
+from exo.config import Compute, ConfigError, DataTraining, Training
 from exo.packing import TokenGroup, micro_batches
 
 G = TypeVar("G", bound=TokenGroup)
@@ -70,12 +70,12 @@ def make_lone_accelerator(config: Compute) -> Accelerator:
     return accelerator
 
 
-def epoch_steps(config: Training, n_groups: int) -> int:
+def epoch_steps(config: DataTraining, n_groups: int) -> int:
     """Batches of an epoch. A last one of less than half the size joins the one before: its mean would be all noise."""
     return max(1, int(n_groups / config.batch_size + 0.5))
 
 
-def total_steps(config: Training, n_groups: int) -> int:
+def total_steps(config: DataTraining, n_groups: int) -> int:
     if config.max_steps > 0:
         return config.max_steps
     return max(1, round(config.num_train_epochs * epoch_steps(config, n_groups)))
@@ -88,7 +88,7 @@ def refuse_empty_shares(config: Training, n_groups: int, accelerator: Accelerato
         raise ConfigError(f"--batch_size: expected at least 2 prompts for each of {world} processes, and as much data")
 
 
-def batches(groups: Sequence[TokenGroup], config: Training, steps: int) -> Iterator[list[TokenGroup]]:
+def batches(groups: Sequence[TokenGroup], config: DataTraining, steps: int) -> Iterator[list[TokenGroup]]:
     """Global batches, each epoch in an order of its own. The generator is private: nothing else moves it."""
     size, each = config.batch_size, epoch_steps(config, len(groups))
     for step in range(steps):

@@ -24,6 +24,18 @@ SECTIONS = [
     *("prepare", "sft", "classifier", "sample", "density", "bon", "score", "reward", "align", "align.pref", "align.rw"),
     *("ppo", "best_of_n", "evaluate", "report"),
 ]
+PLANNED = {
+    "loss",
+    "target",
+    "model",
+    "data",
+    "samples",
+    "reference",
+    "baseline",
+    "reward_model",
+    "oracle",
+    "output_dir",
+}
 RECIPES = Path(__file__).parent / "recipes"
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -156,6 +168,8 @@ class _Planner:
         options = self._evaluated()[1] | {"top_p": 1.0, "model": self.path("sft"), "data": held_out}
         yield self._step("density/samples", "sample", ["sample", "density"], **options)
         yield self._step("density/scored", "score", ["score"], data=drawn, **self.judge)
+        if self.rewarded and self.recipe.oracle:  # what learns from the reward model has another optimum
+            yield self._step("density/rewarded", "score", ["score"], data=drawn, reward_model=self.path("reward"))
         # with random streams of its own: pairs of samples that share theirs would not be independent
         own = max(self.recipe.seeds) + 1
         yield self._evaluation("sft", {"method": "sft"}, model=self.path("sft"), seed=own)
@@ -177,7 +191,8 @@ class _Planner:
                 options |= {"target": target} | ({"max_completions": k} if k else {})
                 yield self._step(name, "align", ["align", f"align.{target}"], **options)
             facts = {"method": method, "k": k, "seed": seed, "varied": varied}
-            dense = self.path("density/scored")
+            own = self.recipe.oracle and not method.endswith("-pref")
+            dense = self.path("density/rewarded" if own else "density/scored")
             yield self._evaluation(name, facts, model=self.path(name), seed=seed, density=dense)
 
     def _best_of_n(self) -> Iterator[Step]:
@@ -228,7 +243,10 @@ class _Planner:
                     raise ConfigError(f"recipe: {section}: unknown option {key!r}{suggestion(key, known)}")
                 values[key] = value
         values |= options | {"output_dir": self.path(name), "overwrite_output_dir": True}
-        config = build(_config_of(stage), values)
+        try:
+            config = build(_config_of(stage), values)
+        except ConfigError as error:
+            raise ConfigError(f"recipe: {name}: {error}") from None
         read = [Path(value) for option in lineage.INPUTS[stage] if (value := getattr(config, option))]
         needs = tuple(n for n in self.names if any(path.is_relative_to(self.directory / n) for path in read))
         self.names.append(name)
@@ -242,9 +260,11 @@ def _number(value: Any) -> float:
 
 def _check_names(recipe: Recipe) -> None:
     """What no step would read is a slip, and would be dropped in silence."""
-    for section in recipe.stages:
+    for section, options in recipe.stages.items():
         if section not in SECTIONS:
             raise ConfigError(f"recipe: unknown section {section!r}{suggestion(section, set(SECTIONS))}")
+        if planned := PLANNED & options.keys():
+            raise ConfigError(f"recipe: {section}: {min(planned)} is for the plan to set")
     known = {name for stage in lineage.INPUTS if stage not in ("judge", "label") for name in _options(stage)}
     for where, names in (("common", recipe.common), ("sweep", recipe.sweep)):
         for name in names:

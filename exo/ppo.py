@@ -67,6 +67,8 @@ class Config(config.Training):
         still = not (self.critic_warmup_steps and self.weight_decay)
         require(still, "weight_decay", "0 where --critic_warmup_steps freezes the actor: it decays", self.weight_decay)
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
+        learns = self.critic_warmup_steps < self.max_steps
+        require(learns, "critic_warmup_steps", f"less than --max_steps {self.max_steps}", self.critic_warmup_steps)
         whole = self.rollout_size >= 1 and self.rollout_size % self.batch_size == 0
         require(whole, "rollout_size", f"a multiple of --batch_size {self.batch_size}", self.rollout_size)
 
@@ -83,7 +85,8 @@ class Critic(nn.Module):
 
     def forward(self, batch: packing.Batch) -> Tensor:  # (N, T) float32
         output = self.body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return self.value(output.last_hidden_state)[..., 0].float()
+        with torch.autocast(output.last_hidden_state.device.type, enabled=False):  # a value has no 16 bits to spare
+            return self.value(output.last_hidden_state.float())[..., 0]
 
 
 class ActorCritic(nn.Module):

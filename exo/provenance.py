@@ -94,7 +94,10 @@ def rows(found: Results) -> str:
             lost = sum(account["skipped"].values())
             lost += sum(count for reason, count in later.items() if reason.startswith(("rows skipped", "rows dropped")))
             skipped += lost
-            remarks = {**account["skipped"], **account["noted"], **later}
+            degenerate = {
+                name: n for name, n in step.record.get("result", {}).items() if name.startswith("rows ") and n
+            }
+            remarks = {**account["skipped"], **account["noted"], **later, **degenerate}
             said = "; ".join(f"{reason}: {count:,}" for reason, count in remarks.items())
             row = [step.name, f"{account['rows']:,}", f"{account['rows'] - lost:,}", f"{lost:,}", said]
             (remarked if said else plain).append(row)

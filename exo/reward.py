@@ -27,7 +27,7 @@ SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
 
 
 @dataclass(frozen=True)
-class Config(config.Training):
+class Config(config.DataTraining):
     output_dir: str = option("runs/reward", "directory of the run")
     learning_rate: float = option(1e-5, "peak learning rate of AdamW")
     model: str = option("", "directory or hub name of a causal LM, whose body is trained on")
@@ -119,8 +119,9 @@ def _encode(
     rows, counts = dataset.groups, Counter[str]()
     if config.max_completions is not None:
         rows, counts = targets.first(rows, config.max_completions)
-    if config.labels:  # the label travels where rewards do
-        rows = [data.Group("", group.completions, (float(group.label or 0),), group.line) for group in rows]
+    if config.labels:
+        # as a text is scored: prompt, completion, end of sequence; and the label travels where rewards do
+        rows = [data.Group(g.completions[0], ("",), (float(g.label or 0),), g.line) for g in rows]
     else:
         rows, more = targets.best_against_worst(rows)
         counts += more

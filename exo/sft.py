@@ -20,7 +20,7 @@ from exo_kernels import linear_token_logps
 
 
 @dataclass(frozen=True)
-class Config(config.Training):
+class Config(config.DataTraining):
     output_dir: str = option("runs/sft", "directory of the run")
     learning_rate: float = option(1e-5, "peak learning rate of AdamW")
     model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data")

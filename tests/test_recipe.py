@@ -9,8 +9,8 @@ from exo import data, lineage, train
 from tests.tasks import lines
 
 SHORT = (
-    "sft.max_steps=150 sample.epochs=2 reward.max_steps=40 align.max_steps=24 align.save_steps=12 "
-    "align.learning_rate=3e-4 ppo.max_steps=6 ppo.critic_warmup_steps=2 ppo.save_steps=0 evaluate.prompts=48 "
+    "sft.max_steps=150 sample.epochs=4 reward.max_steps=40 align.max_steps=48 align.save_steps=24 "
+    "align.learning_rate=3e-4 ppo.max_steps=8 ppo.critic_warmup_steps=2 ppo.save_steps=0 evaluate.prompts=128 "
     "density.prompts=1 density.k=16 best_of_n.n=4"
 )
 
@@ -44,7 +44,7 @@ def digests(directory):
 def test_every_method_is_trained_and_evaluated(quickstart):
     found = evaluations(quickstart)
     assert set(found) == {"sft", "exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo", "bon"}
-    assert [entry["step"] for entry in found["exo-rw"]] == [12, 24]
+    assert [entry["step"] for entry in found["exo-rw"]] == [24, 48]
     for method in ("exo-pref", "dpo-pref", "bon"):  # what the reward model learns in so short a time is little
         rise = found[method][-1]["rise"]
         assert rise["mean"] > 3 * rise["standard_error"], method
