@@ -5,6 +5,9 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 INSTALLED := .venv/.installed
 DEMO_ARGS ?=
+# tests are spread over processes by their files, each on one thread
+WORKERS ?= 2
+SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # waiting threads that spin take the core that others need; whoever set another policy is heard
 export OMP_WAIT_POLICY ?= passive
 
@@ -23,12 +26,12 @@ demo: setup
 
 # The Triton kernels run for real in the second lane, on a CPU; TRITON_INTERPRET has to be set before triton is imported.
 test: setup
-	$(PYTEST) -m "not gpu and not slow"
-	TRITON_INTERPRET=1 $(PYTEST) -m "kernel and not gpu and not slow"
+	$(SPREAD) -m "not gpu and not slow"
+	TRITON_INTERPRET=1 $(SPREAD) -m "kernel and not gpu and not slow"
 
 test-all: setup
-	$(PYTEST) -m "not gpu"
-	TRITON_INTERPRET=1 $(PYTEST) -m "kernel and not gpu"
+	$(SPREAD) -m "not gpu"
+	TRITON_INTERPRET=1 $(SPREAD) -m "kernel and not gpu"
 
 gpu: setup
 	$(PYTEST) -m "gpu or kernel"

@@ -18,6 +18,7 @@ TEST = [
     *BENCH,
     "hypothesis>=6.100",
     "mypy>=1.15",
+    "pytest-xdist>=3.6",  # make test uses both cores
     "numpy>=2.0",  # the Triton interpreter computes with it
     "ruff>=0.12",
     "types-PyYAML",

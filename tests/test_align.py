@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exo import align, artifacts, intervals, loop, models, packing, policy
 from exo import data as data_module
-from exo.config import Training
+from exo.config import DataTraining, Training
 from exo.packing import TokenGroup
 
 WORDS = "red green blue round square small large heavy light".split()
@@ -251,7 +251,7 @@ def test_micro_batches_never_change_the_gradient():
 def test_batches_visit_every_prompt_once_an_epoch_and_leave_the_random_state_alone():
     groups = _groups()
     state = torch.get_rng_state()
-    config = Training(batch_size=3, seed=5)
+    config = DataTraining(batch_size=3, seed=5)
     epochs = list(loop.batches(groups, config, steps=6))
     assert torch.equal(state, torch.get_rng_state())
     for epoch in (epochs[:3], epochs[3:]):
@@ -277,7 +277,7 @@ def test_accuracy_counts_ties_as_one_half():
 
 @pytest.mark.parametrize(("size", "sizes"), [(7, [8, 8]), (6, [8, 8]), (5, [5, 3, 5, 3]), (9, [8, 8]), (99, [8, 8])])
 def test_a_small_last_batch_joins_the_one_before(size, sizes):
-    config = Training(batch_size=size, num_train_epochs=2)
+    config = DataTraining(batch_size=size, num_train_epochs=2)
     steps = loop.total_steps(config, 8)
     assert [len(b) for b in loop.batches(_groups(), config, steps)] == sizes
 
