@@ -16,10 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from exo import artifacts, config, console, data, lineage, loop, models, packing, plots, policy, targets
+from exo import artifacts, config, console, data, lineage, loop, models, packing, plots, policy, runs, targets
 from exo.config import option, require
 from exo.packing import TokenGroup
 
+HEAD_BUDGET = 2**29  # the default memory_budget of the losses on hidden states
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc", "tokens_per_second": "tok/s"}
 
 
@@ -42,6 +43,7 @@ class Config(config.DataTraining):
         None, "eps on preferences (unused on rewards); none is 1e-3 for exo, 0 for dpo"
     )
     temperature: float = option(1.0, "divides the logits; the one that completions were sampled at")
+    max_prompt_length: int | None = option(None, "tokens of a prompt that are used, its last: as many as sample used")
     eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none")
     eval_data: str | None = option(None, "a held-out file, instead of eval_fraction")
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
@@ -65,6 +67,8 @@ class Config(config.DataTraining):
         require(
             self.max_completions is None or self.max_completions >= 2, "max_completions", ">= 2", self.max_completions
         )
+        most = self.max_prompt_length
+        require(most is None or most >= 1, "max_prompt_length", ">= 1", most)
         for name in ("eval_steps", "save_steps"):
             require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
 
@@ -86,24 +90,18 @@ def run(config: Config) -> Path:
     train_groups, eval_groups, counts = _encode(config, dataset, held_out, tokenizer, model)
     loop.refuse_empty_shares(config, len(train_groups), accelerator)
     _describe(config, model, tokenizer, train_groups, accelerator)
-    # all that could be checked has been: only now may an earlier run make room
-    directory = Path(config.output_dir)
-    if accelerator.is_main_process:
-        lineage.begin(config, "align", rows=dataset.account(counts))
-    accelerator.wait_for_everyone()
+    metrics = runs.begin(config, "align", accelerator, dataset.account(counts))
 
     console.headline("Reference log-probs")
     model.to(accelerator.device)
     train_groups, eval_groups = _reference(config, model, train_groups, eval_groups, accelerator, tokenizer)
 
     console.headline("Training")
-    accelerator.init_trackers("exo")
-    metrics = artifacts.Metrics(directory / "metrics.jsonl")
     module = policy.PolicyLoss(
         model, loss=config.loss, beta_pi=config.beta_pi, beta_r=config.beta_r,
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature,
     ).train(config.dropout)  # fmt: skip
-    watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics, directory)
+    watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics)
     steps = loop.total_steps(config, len(train_groups))
     loop.train(
         module, loop.batches(train_groups, config, steps), steps, config, accelerator, metrics,
@@ -111,10 +109,8 @@ def run(config: Config) -> Path:
         steps_an_epoch=loop.epoch_steps(config, len(train_groups)),
         first=_first_loss_check(config, module, train_groups, accelerator), after=watch,
     )  # fmt: skip
-    metrics.close()
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        _finish(model, tokenizer, directory, watch)
+    directory = runs.end(metrics, model, tokenizer, accelerator, watch.last)
+    _conclude(directory, watch)
     return directory
 
 
@@ -130,7 +126,7 @@ def _encode(
     config: Config, dataset: data.Dataset, held_out: data.Dataset | None, tokenizer: Any, model: Any
 ) -> tuple[list[TokenGroup], list[TokenGroup], Counter[str]]:
     """Tokens for training and evaluation; what was cut or dropped is said, what cannot be trained on is an error."""
-    limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate)
+    limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
     train_rows, eval_rows, eval_path = dataset.groups, held_out.groups if held_out else [], config.eval_data
     if held_out is None and config.eval_fraction:
         # split by prompt, so that no held-out prompt was trained on with other completions
@@ -178,7 +174,7 @@ def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGrou
         f"{len(groups):,} prompts for training, {steps:,} steps of {config.batch_size}\n"
         f"longest row of a prompt: median {lengths[len(lengths) // 2]} tokens, most {lengths[-1]}\n"
         f"memory: about {_memory(config, model, groups, accelerator) / 2**30:.2f} GiB a process "
-        "(weights, gradients, Adam, logits and their gradient; activations come on top)"
+        "(weights, gradients, Adam, the head's working memory; activations come on top)"
     )
     for group in groups[:3]:
         prompt = tokenizer.decode(group.prompt[-40:])
@@ -190,13 +186,14 @@ def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGrou
 
 
 def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: Accelerator) -> int:
-    """Bytes in a process: fp32 weights, gradients, two moments; twice the logits of the largest micro-batch; and what
-    autocast keeps of the weights in 16 bits, or a second model that scores, whichever is more."""
+    """Bytes in a process: fp32 weights, gradients, two moments; the head's budget, or twice the logits of the largest
+    micro-batch where that is less; and what autocast keeps of the weights in 16 bits, or a second model that scores,
+    whichever is more."""
     widest = max(group.longest * len(group.completions) for group in groups)
     tokens = min(max(config.max_tokens_per_batch, widest), sum(g.longest * len(g.completions) for g in groups))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     beside = 4 if config.ref_model else 0 if accelerator.mixed_precision == "no" else 2
-    return (16 + beside) * models.parameter_count(model) + 2 * 4 * tokens * vocabulary
+    return (16 + beside) * models.parameter_count(model) + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
 
 
 def _reference(
@@ -258,11 +255,10 @@ class _Watch:
         groups: list[TokenGroup],
         accelerator: Accelerator,
         metrics: artifacts.Metrics,
-        directory: Path,
     ) -> None:
         self.config, self.module, self.tokenizer, self.groups = config, module, tokenizer, groups
         self.model: Any = module.model
-        self.accelerator, self.metrics, self.directory = accelerator, metrics, directory
+        self.accelerator, self.metrics, self.directory = accelerator, metrics, Path(config.output_dir)
         self.best = float("inf")
         self.last: dict[str, float] = {}
 
@@ -299,19 +295,14 @@ def _summary(result: dict[str, float], n: int) -> str:
     return ", ".join(parts) + f", {n:,} held-out prompts"
 
 
-def _finish(model: Any, tokenizer: Any, directory: Path, watch: _Watch) -> None:
-    with artifacts.staged_into(directory) as staging:
-        models.save(model, tokenizer, staging)
-    pictures = plots.training_curves(directory)
-    lineage.finish(directory, result=watch.last)
+def _conclude(directory: Path, watch: _Watch) -> None:
     console.headline("Done")
     if watch.last:
         console.say(f"held-out: {_summary(watch.last, len(watch.groups))}")
     console.say(f"model: {directory}  (AutoModelForCausalLM.from_pretrained({str(directory)!r}))")
     if watch.best < float("inf"):
         console.say(f"best checkpoint by held-out loss: {directory / 'checkpoints' / 'best'}")
-    for picture in pictures:
-        console.say(f"picture: {picture}")
+    console.say(f"picture: {directory / plots.TRAINING}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

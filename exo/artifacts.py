@@ -141,6 +141,7 @@ class Metrics:
     """metrics.jsonl: one object a line, one line a write."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, **values: Any) -> None:

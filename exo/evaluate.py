@@ -195,16 +195,14 @@ def _log_ratios(
     limits = packing.Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
     encoded, _ = packing.encode(groups, tokenizer, limits, "samples")
 
-    def logps(of: Any) -> dict[int, list[Tensor]]:
-        return dict(
-            policy.token_logps(
-                of, encoded, accelerator, pad_id=tokenizer.pad_token_id, max_tokens=config.max_tokens_per_batch,
-                temperature=config.temperature,
-            )
-        )  # fmt: skip
-
-    ours, theirs = logps(model), logps(reference)
-    return [[a - b for a, b in zip(ours[i], theirs[i], strict=True)] for i in range(len(encoded))]
+    ours, theirs = (
+        policy.token_logps(
+            of, encoded, accelerator, pad_id=tokenizer.pad_token_id, max_tokens=config.max_tokens_per_batch,
+            temperature=config.temperature,
+        )
+        for of in (model, reference)
+    )  # fmt: skip
+    return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(ours, theirs, strict=True)]
 
 
 def _bound(config: Config) -> dict[str, Any]:

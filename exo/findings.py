@@ -79,7 +79,7 @@ def headline(found: Results, methods: Table) -> Iterator[str]:
         yield page.note(f"Unfinished: {len(missing)} of {len(found.steps)} steps have no result yet.", missing)
     stale = [f"{step.name}, made from {step.stale}" for step in found.steps if step.stale]
     if stale:
-        yield page.note("Older than what they were made from, which has changed since or is not whole:", stale)
+        yield page.note("Made from what has changed since or is not whole:", stale)
     if not found.best:
         yield page.paragraph("No method has been evaluated yet.")
         return
@@ -124,6 +124,8 @@ def frontiers(found: Results, directory: Path) -> str:
             rows.append([trial.name, c.name, _interval(c.reward, "+.2f"), kl, _interval(c.kl_k3), f"{c.spread:.2f}",
                          _interval(c.win_rates.get("reference"), ".1f", 100, "%")])  # fmt: skip
     header = ["run", "checkpoint", "reward", "KL, k1 (nats)", "KL, k3 (nats)", "spread", "wins over SFT"]
+    top_p = {results.evaluation(trial.folder)["top_p"] for trial in found.evaluated}
+    biased = " Where top_p is less than 1 no estimate of it is unbiased: the samples are not the policy's own."
     return page.section(
         "Reward against KL",
         page.paragraph(_at_equal_kl(found)),
@@ -132,7 +134,7 @@ def frontiers(found: Results, directory: Path) -> str:
             "A point is a checkpoint with 95% intervals, a thin line a run from SFT on, a thick line the upper "
             "envelope of a method, which luck raises a little where there are many runs. The KL is the mean of "
             "log pi - log pi_ref over samples (k1). Best-of-N has no log-probs of its own; it stands at the most that "
-            "its KL can be, log N - (N - 1) / N."
+            "its KL can be, log N - (N - 1) / N." + biased * (min(top_p) < 1)
         ),
         page.folded(f"All {len(rows)} checkpoints, with 95% intervals", page.table(header, rows)),
     )

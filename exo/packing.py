@@ -8,7 +8,7 @@ completions, and padding-free rows.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -47,6 +47,7 @@ class TokenGroup:
 
 
 G = TypeVar("G", bound=TokenGroup)
+R = TypeVar("R")
 
 
 class Batch(NamedTuple):
@@ -86,6 +87,7 @@ def encode(
     counts: Counter[str] = Counter()
     encoded = []
     own = ""  # a large vocabulary takes a while to hash: only where token ids are met
+    prompt_text, known_prompt = None, list[int]()  # rows that follow each other may share one
     for group in groups:
         place = f"{path}:{group.line}"
         if group.tokens is not None:
@@ -104,7 +106,8 @@ def encode(
                 for text, how in zip(group.completions, ended, strict=True)
             ]
         try:
-            prompt = prompt_ids(group.prompt, tokenizer)
+            if group.prompt is not prompt_text:
+                prompt_text, known_prompt = group.prompt, prompt_ids(group.prompt, tokenizer)
             if isinstance(group.prompt, Chat) and group.tokens is None:  # a sample was drawn as it stands
                 completions = [_answer(group.prompt, text, tokenizer, counts) for text in group.completions]
                 if len(completions) > 1 and all(ids == completions[0] for ids in completions):
@@ -112,8 +115,10 @@ def encode(
                     continue
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
-        start = int(prompt[:1] == [tokenizer.bos_token_id])
-        prompt = last_of(prompt, start, limits.max_prompt_length or len(prompt))
+        start = int(known_prompt[:1] == [tokenizer.bos_token_id])
+        prompt = last_of(known_prompt, start, limits.max_prompt_length or len(known_prompt))
+        if len(prompt) < len(known_prompt):
+            counts["rows with the prompt cut on the left to --max_prompt_length"] += 1
         fitted = _fit(prompt, completions, start, limits, place, counts)
         if fitted is not None:
             encoded.append(TokenGroup(*fitted, group.rewards, group.line))
@@ -233,3 +238,22 @@ def micro_batches(groups: Sequence[G], max_tokens: int) -> list[list[G]]:
             parts.append([group])
             rows = size
     return parts
+
+
+def in_parts(groups: Sequence[G], max_tokens: int, of: Callable[[list[G]], Sequence[R]]) -> list[R]:
+    """What `of` gives for each group, asked a micro-batch at a time; in the order of the groups."""
+    found: dict[int, R] = {}
+    for part in micro_batches(groups, max_tokens):
+        found.update(zip(map(id, part), of(part), strict=True))
+    return [found[id(group)] for group in groups]
+
+
+def of_completions(
+    groups: Sequence[TokenGroup],
+    values: Tensor,  # (N, T), row t about the token after it
+) -> Iterator[list[Tensor]]:
+    """For each group of a batch the values of each completion's tokens, (its tokens,)."""
+    rows = iter(values)
+    for group in groups:
+        start = len(group.prompt) - 1  # the row that makes the first token
+        yield [next(rows)[start : start + len(ids)] for ids in group.completions]

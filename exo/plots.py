@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -12,6 +11,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from exo import artifacts  # noqa: E402
 
+TRAINING = Path("plots/training.png")  # in the directory of a run
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
 CURVES = (
     ("loss", "loss (nats)"),
@@ -22,8 +22,8 @@ CURVES = (
 )
 
 
-def training_curves(directory: Path) -> list[Path]:
-    """Draw metrics.jsonl as plots/training.png."""
+def training_curves(directory: Path) -> None:
+    """Draw metrics.jsonl as TRAINING."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "loss" in line]
     held_out = [line for line in lines if "eval_loss" in line]
@@ -40,7 +40,7 @@ def training_curves(directory: Path) -> list[Path]:
         axis.set(xlabel="optimizer step", title=label)
         tidy(axis)
     axes[0][0].legend(frameon=False)
-    return [save(figure, directory / "plots" / "training.png")]
+    save(figure, directory / TRAINING)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -61,34 +61,3 @@ def save(figure: plt.Figure, path: Path) -> Path:
         figure.savefig(temporary, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return path
-
-
-def quickstart(
-    path: Path, rewards: dict[str, list[list[float]]], results: dict[str, Any], loss: str, aligned: Path
-) -> Path:
-    """Rewards of held-out samples before and after, beside the accuracy while training."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), width_ratios=(1.5, 1))
-    for name, colour in (("before", GREY), ("after", BLUE)):
-        values = [x for group in rewards[name] for x in group]
-        mean, error = results[f"reward_{name}"]["mean"], results[f"reward_{name}"]["standard_error"]
-        label = f"{name} {loss.upper()}: mean {mean:+.2f} $\\pm$ {error:.2f}"
-        bins = [-6.25 + 0.5 * i for i in range(26)]
-        left.hist(values, bins=bins, color=colour, alpha=0.55, label=label)
-        left.axvline(mean, color=colour, linewidth=2)
-    kl = results["kl_to_reference"]["mean"]
-    left.set(
-        xlabel="oracle reward of a held-out sample (log-odds of praise)",
-        ylabel="samples",
-        title=f"Sentiment before and after alignment, KL {kl:.1f} nats",
-    )
-    left.set_ylim(top=1.3 * left.get_ylim()[1])
-    left.legend(loc="upper left", framealpha=0.9, edgecolor="none")
-    lines = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
-    points = [(line["step"], line["rewards/accuracies"]) for line in lines if "rewards/accuracies" in line]
-    steps, accuracies = zip(*points, strict=True)
-    right.plot(steps, accuracies, color=BLUE, alpha=0.35, linewidth=1)
-    right.plot(steps, smooth(accuracies), color=BLUE, linewidth=2)
-    right.set(xlabel="optimizer step", title="Training pairs ranked as the oracle does")
-    for axis in (left, right):
-        tidy(axis)
-    return save(figure, path)

@@ -5,7 +5,7 @@ model, metrics, the loss that a run must begin with, and evaluation on held-out 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from exo import intervals
 from exo.artifacts import RunError
 from exo.head import CausalHead
 from exo.loop import Share
-from exo.packing import Batch, TokenGroup, collate, micro_batches
+from exo.packing import Batch, TokenGroup, collate, in_parts, micro_batches, of_completions
 from exo_kernels import (
     LossStats,
     fused_linear_dpo_loss,
@@ -150,10 +150,8 @@ def agreement(scores: Tensor, target: Tensor) -> float:
 
 def score(model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, **options: Any) -> list[TokenGroup]:
     """The groups with this model's log-probs as their reference: fp64 sums. `options` are those of `token_logps`."""
-    sums: dict[int, tuple[float, ...]] = {}
-    for i, rows in token_logps(model, groups, accelerator, **options):
-        sums[i] = tuple(float(row.sum()) for row in rows)
-    return [replace(group, ref_logps=sums[i]) for i, group in enumerate(groups)]
+    sums = token_logps(model, groups, accelerator, keep=lambda row: float(row.sum()), **options)
+    return [replace(group, ref_logps=tuple(values)) for group, values in zip(groups, sums, strict=True)]
 
 
 @torch.no_grad()
@@ -166,26 +164,26 @@ def token_logps(
     max_tokens: int,
     temperature: float,
     advance: Callable[[int], None] = lambda _: None,
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """(index of a group, log-probs of the tokens of each of its completions in fp64), in order of length.
+    keep: Callable[[Tensor], Any] = lambda row: row,
+) -> list[list[Any]]:
+    """For each group, `keep` of the log-probs of each completion's tokens: fp64, (its tokens,).
 
     The model is left as it was; no random state moves.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     head = CausalHead(model)
-    position = {id(group): i for i, group in enumerate(groups)}
+
+    def of(part: Sequence[TokenGroup]) -> list[list[Any]]:
+        batch = collate(part, pad_id).to(accelerator.device)
+        with accelerator.autocast():
+            hidden = head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            scores = linear_token_logps(hidden, head.weight, batch.labels, temperature=temperature, **head.options)
+        advance(len(part))
+        return [[keep(row) for row in rows] for rows in of_completions(part, scores.double().cpu())]
+
     try:
-        for part in micro_batches(groups, max_tokens):
-            batch = collate(part, pad_id).to(accelerator.device)
-            with accelerator.autocast():
-                hidden = head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-                scores = linear_token_logps(hidden, head.weight, batch.labels, temperature=temperature, **head.options)
-            rows = iter(scores.double().cpu())
-            for group in part:
-                start = len(group.prompt) - 1  # the row that makes the first token
-                yield position[id(group)], [next(rows)[start : start + len(ids)] for ids in group.completions]
-            advance(len(part))
+        return in_parts(groups, max_tokens, of)
     finally:
         for module, mode in modes:
             module.training = mode

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from exo import artifacts, config, console, data, lineage, loop, models, packing, plots, policy, rewards, rollouts
+from exo import artifacts, config, console, data, lineage, loop, models, packing, policy, rewards, rollouts, runs
 from exo.config import option, require
 from exo.head import CausalHead
 from exo.packing import TokenGroup
@@ -46,7 +46,7 @@ class Config(config.Training):
     gamma: float = option(1.0, "discount of a token's reward")
     lam: float = option(0.95, "GAE's lambda")
     clip_range: float = option(0.2, "how far the probability ratio may go")
-    clip_range_value: float = option(0.2, "how far a value may go in one update")
+    clip_range_value: float = option(0.2, "how far a value may go in one update, in units of the reward")
     value_coef: float = option(0.5, "weight of the critic's loss")
     save_steps: int = option(0, "steps between checkpoints; 0 means none")
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
@@ -160,16 +160,11 @@ def run(config: Config) -> Path:
     reference = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
     module.to(accelerator.device)
     maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
-    directory = Path(config.output_dir)
-    if accelerator.is_main_process:
-        lineage.begin(config, "ppo", rows=dataset.account())
-    accelerator.wait_for_everyone()
+    metrics = runs.begin(config, "ppo", accelerator, dataset.account())
     console.say(
         f"{config.max_steps:,} steps of {config.batch_size} completions, the first {config.critic_warmup_steps} for "
         f"the critic alone; scored by {scorer.name}"
     )
-    accelerator.init_trackers("exo")
-    metrics = artifacts.Metrics(directory / "metrics.jsonl")
     source = rollouts.batches(
         maker, [group.prompt for group in dataset.groups], rollout_size=config.rollout_size,
         batch_size=config.batch_size, epochs=config.ppo_epochs, warmup_steps=config.critic_warmup_steps,
@@ -178,7 +173,7 @@ def run(config: Config) -> Path:
 
     def after(step: int, last: bool) -> None:
         if config.save_steps and step % config.save_steps == 0 and accelerator.is_main_process:
-            models.save_checkpoint(model, tokenizer, directory, f"step-{step}")
+            models.save_checkpoint(model, tokenizer, Path(config.output_dir), f"step-{step}")
 
     loop.train(
         module, source, config.max_steps, config, accelerator, metrics,
@@ -186,14 +181,7 @@ def run(config: Config) -> Path:
         rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
         first=partial(_check_ratio, config, accelerator), after=after,
     )  # fmt: skip
-    metrics.close()
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        with artifacts.staged_into(directory) as staging:
-            models.save(model, tokenizer, staging)
-        plots.training_curves(directory)
-        lineage.finish(directory)
-    return directory
+    return runs.end(metrics, model, tokenizer, accelerator)
 
 
 def _maker(
@@ -205,16 +193,10 @@ def _maker(
     accelerator: Accelerator,
 ) -> rollouts.Maker:
     @torch.no_grad()
-    def values(groups: Sequence[TokenGroup]) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
-        place = {id(group): i for i, group in enumerate(groups)}
-        for part in packing.micro_batches(groups, config.max_tokens_per_batch):
-            with accelerator.autocast():
-                rows = module.critic(packing.collate(part, tokenizer.pad_token_id).to(accelerator.device))
-            for group, row in zip(part, rows.double().cpu(), strict=True):
-                start = len(group.prompt) - 1
-                found[place[id(group)]] = row[start : start + len(group.completions[0])]
-        return [found[i] for i in range(len(groups))]
+    def values(part: Sequence[TokenGroup]) -> list[Tensor]:
+        with accelerator.autocast():
+            rows = module.critic(packing.collate(part, tokenizer.pad_token_id).to(accelerator.device))
+        return [row for (row,) in packing.of_completions(part, rows.double().cpu())]
 
     sampling = {
         "temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed,

@@ -7,7 +7,7 @@ trials that differ in nothing but the seed. What is missing is said and never fi
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -34,7 +34,7 @@ class Step(NamedTuple):
     facts: dict[str, Any]
     record: dict[str, Any]  # its run.json; empty before it begins
     missing: str  # why there is no result to read, or ""
-    stale: str  # what it needs and is older than, or ""
+    stale: str  # what it read and has changed since, or ""
 
 
 class Checkpoint(NamedTuple):
@@ -179,20 +179,25 @@ def read(directory: Path) -> Results:
 
 
 def _steps(directory: Path, plan: Sequence[dict[str, Any]]) -> list[Step]:
-    found: dict[str, Step] = {}
+    found = []
     for entry in plan:
         if entry["stage"] == "report":
             continue
         record = lineage.record(directory / entry["name"]) or {}
         missing = "" if "finished" in record else "did not finish" if record else "has not begun"
-        needed = [found[name] for name in entry["needs"] if name in found]
-        newer = [
-            step.name for step in needed if record and (step.missing or step.record["finished"] > record["started"])
-        ]
         facts = {key: value for key, value in entry.items() if key not in ("name", "stage", "needs")}
-        stale = "" if missing else ", ".join(newer)
-        found[entry["name"]] = Step(entry["name"], entry["stage"], facts, record, missing, stale)
-    return list(found.values())
+        stale = "" if missing else ", ".join(_changed(directory, entry["name"], record))
+        found.append(Step(entry["name"], entry["stage"], facts, record, missing, stale))
+    return found
+
+
+def _changed(directory: Path, name: str, record: Mapping[str, Any]) -> Iterator[str]:
+    """Products of other steps that a step read and that are no longer what they were."""
+    run = record["arguments"]["output_dir"].removesuffix(name)  # where the whole run was; it may have been moved since
+    for option, known in record["inputs"].items():
+        path = record["arguments"][option]
+        if path.startswith(run) and lineage.fingerprint(str(directory / path.removeprefix(run))) != known:
+            yield path.removeprefix(run)
 
 
 def _trial(directory: Path, step: Step, steps: dict[str, Step], comparable: bool = True) -> Trial:

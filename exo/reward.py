@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from exo import artifacts, config, console, data, intervals, lineage, loop, models, packing, plots, rewards, targets
+from exo import artifacts, config, console, data, intervals, lineage, loop, models, packing, rewards, runs, targets
 from exo.config import option, require
 from exo.packing import Batch, TokenGroup
 
@@ -85,14 +85,9 @@ def run(config: Config) -> Path:
     groups, held_out, counts = _encode(config, dataset, tokenizer)
     models.check_fits(model, groups + held_out)
     loop.refuse_empty_shares(config, len(groups), accelerator)
-    directory = Path(config.output_dir)
-    if accelerator.is_main_process:
-        lineage.begin(config, "reward", rows=dataset.account(counts))
-    accelerator.wait_for_everyone()
+    metrics = runs.begin(config, "reward", accelerator, dataset.account(counts))
     steps = loop.total_steps(config, len(groups))
     console.say(f"{len(groups):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
-    accelerator.init_trackers("exo")
-    metrics = artifacts.Metrics(directory / "metrics.jsonl")
     module = (LabelLoss if config.labels else PairLoss)(model).train(config.dropout)
     collate = partial(packing.collate, pad_id=tokenizer.pad_token_id)
     loop.train(
@@ -102,14 +97,7 @@ def run(config: Config) -> Path:
     result = _evaluate(module, held_out, config, accelerator, collate)
     if result and accelerator.is_main_process:
         metrics.write(step=steps, **result)
-    metrics.close()
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        with artifacts.staged_into(directory) as staging:
-            models.save(model, tokenizer, staging)
-        plots.training_curves(directory)
-        lineage.finish(directory, result=result)
-    return directory
+    return runs.end(metrics, model, tokenizer, accelerator, result)
 
 
 def _encode(
@@ -152,10 +140,12 @@ def _evaluate(
     if not groups:
         return {}
     module.eval()
-    margins: list[float] = []
-    for part in packing.micro_batches(groups, config.max_tokens_per_batch):
+
+    def of(part: Sequence[TokenGroup]) -> list[float]:
         with accelerator.autocast():
-            margins += module.margins(collate(part).to(accelerator.device)).tolist()
+            return module.margins(collate(part).to(accelerator.device)).tolist()
+
+    margins = packing.in_parts(groups, config.max_tokens_per_batch, of)
     right = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
     low, high = intervals.accuracy_interval(right)
     accuracy = sum(right) / len(right)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from exo import config, lineage, models, packing, targets
 from exo.config import option, require
 from exo.data import Group
-from exo.packing import TokenGroup, collate, micro_batches
+from exo.packing import TokenGroup
 
 Scores = list[tuple[float, ...]]  # a row a group, a number a completion
 
@@ -88,15 +88,13 @@ def _of_function(name: str) -> Callable[[Sequence[Group]], Scores]:
 def _classify(
     model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, pad_id: int, max_tokens: int
 ) -> Scores:
-    found: dict[int, tuple[float, ...]] = {}
-    place = {id(group): i for i, group in enumerate(groups)}
-    for part in micro_batches(groups, max_tokens):
-        batch = collate(part, pad_id).to(accelerator.device)
+    def of(part: Sequence[TokenGroup]) -> Scores:
+        batch = packing.collate(part, pad_id).to(accelerator.device)
         with accelerator.autocast():
             rewards = last_token_rewards(model, batch)
-        for group, values in zip(part, rewards.double().cpu().split(batch.group_size.tolist()), strict=True):
-            found[place[id(group)]] = tuple(values.tolist())
-    return [found[i] for i in range(len(groups))]
+        return [tuple(values.tolist()) for values in rewards.double().cpu().split(batch.group_size.tolist())]
+
+    return packing.in_parts(groups, max_tokens, of)
 
 
 def last_token_rewards(model: nn.Module, batch: packing.Batch) -> Tensor:  # (N,)

@@ -68,7 +68,7 @@ def collate(rollouts: Sequence[Rollout], pad_id: int) -> RolloutBatch:
 
 
 class Maker(NamedTuple):
-    """What rollouts are made of. `values(groups)` gives the critic's value of the state before each token."""
+    """What rollouts are made of. `values(part)` gives the critic's value of the state before each token."""
 
     model: Any
     reference: Any
@@ -89,7 +89,7 @@ class Maker(NamedTuple):
         scores = [row[0] for row in self.scorer.score(drawn)]
         groups = self._encode(drawn)
         now, before = self._logps(self.model, groups), self._logps(self.reference, groups)
-        values = self.values(groups)
+        values = packing.in_parts(groups, self.max_tokens, self.values)
         rewards = [-self.kl_coef * (a - b) for a, b in zip(now, before, strict=True)]
         for row, score in zip(rewards, scores, strict=True):
             row[-1] += score
@@ -113,13 +113,11 @@ class Maker(NamedTuple):
         return groups
 
     def _logps(self, model: Any, groups: Sequence[TokenGroup]) -> list[Tensor]:
-        found = dict(
-            policy.token_logps(
-                model, groups, self.accelerator, pad_id=self.tokenizer.pad_token_id, max_tokens=self.max_tokens,
-                temperature=self.sampling["temperature"],
-            )
+        found = policy.token_logps(
+            model, groups, self.accelerator, pad_id=self.tokenizer.pad_token_id, max_tokens=self.max_tokens,
+            temperature=self.sampling["temperature"],
         )  # fmt: skip
-        return [found[i][0] for i in range(len(groups))]
+        return [row for (row,) in found]
 
 
 def gae(

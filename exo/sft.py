@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from torch import nn
 
-from exo import artifacts, config, console, data, lineage, loop, models, packing, plots
+from exo import artifacts, config, console, data, lineage, loop, models, packing, runs
 from exo.config import option, require
 from exo.head import CausalHead
 from exo.packing import IGNORE, Batch, TokenGroup
@@ -65,31 +65,19 @@ def run(config: Config) -> Path:
         raise data.DataError(f"{config.data}: no row is left to train on")
     models.check_fits(model, groups)
     loop.refuse_empty_shares(config, len(groups), accelerator)
-    directory = Path(config.output_dir)
-    if accelerator.is_main_process:
-        lineage.begin(config, "sft", rows=dataset.account(counts))
-    accelerator.wait_for_everyone()
+    metrics = runs.begin(config, "sft", accelerator, dataset.account(counts))
     steps = loop.total_steps(config, len(groups))
     console.say(
         f"{len(groups):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
-    accelerator.init_trackers("exo")
-    metrics = artifacts.Metrics(directory / "metrics.jsonl")
     module = NextToken(model).train(config.dropout)
     loop.train(
         module, loop.batches(groups, config, steps), steps, config, accelerator, metrics,
         collate=partial(packing.collate, pad_id=tokenizer.pad_token_id), denominator=_tokens,
         steps_an_epoch=loop.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
-    metrics.close()
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        with artifacts.staged_into(directory) as staging:
-            models.save(model, tokenizer, staging)
-        plots.training_curves(directory)
-        lineage.finish(directory)
-    return directory
+    return runs.end(metrics, model, tokenizer, accelerator)
 
 
 def _tokens(groups: Sequence[TokenGroup]) -> int:

@@ -187,6 +187,7 @@ def _at_once(
                 if _held(step, directory, again):
                     waiting.remove(step)
                     done.add(step.name)
+                    console.say(f"[{len(done)}/{len(steps)}] {step.name}: already there")
                     yield None
                 elif len(under_way) < jobs:
                     waiting.remove(step)

@@ -1,8 +1,6 @@
 """Chat messages and the shapes that other trainers read: which column says what, and what is refused."""
 
-import copy
 import json
-import pickle
 
 import pytest
 from data_files import CANARY, GOOD, put, refusal
@@ -163,11 +161,9 @@ def test_texts_and_messages_in_one_file_are_not_mixed(tmp_path, rows):
 # The prompt as a thing.
 
 
-def test_a_chat_is_its_transcript_and_survives_writing_pickling_and_copying(tmp_path):
+def test_a_chat_is_its_transcript_and_survives_writing(tmp_path):
     chat = Chat(BOTH)
     assert chat == "system: Be kind.\n\nuser: p" and isinstance(chat, str)
-    for again in (copy.deepcopy(chat), pickle.loads(pickle.dumps(chat))):
-        assert again == chat and again.messages == BOTH
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": chat, "completions": ["x"], "rewards": [1]}])
     [(_, row)] = read_jsonl(tmp_path / "rows.jsonl")
     assert row["prompt"] == [SYSTEM, ASK]

@@ -13,7 +13,7 @@ import statistics
 import pytest
 import torch
 
-from exo import density, estimates, figures, findings, page, plots, provenance, report, results
+from exo import density, estimates, figures, findings, lineage, page, plots, provenance, report, results
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
 WHEN = "2026-01-02T03:04:{:02d}+00:00"
@@ -26,9 +26,10 @@ def put(path, value):
 
 
 def put_step(directory, stage: str, begun: int, **facts):
-    record = {"stage": stage, "command": ["python", "-m", f"exo.{stage}"], "arguments": {}, "versions": {"python": "3"}}
+    record = {"stage": stage, "command": ["python", "-m", f"exo.{stage}"], "versions": {"python": "3"}, "inputs": {}}
     times = {"platform": "Linux", "started": WHEN.format(begun), "finished": WHEN.format(begun + 1)}
-    put(directory / "run.json", record | times | facts)
+    arguments = {"output_dir": str(directory)} | facts.pop("arguments", {})
+    put(directory / "run.json", record | times | {"arguments": arguments} | facts)
 
 
 def summary(values):
@@ -66,7 +67,14 @@ def put_evaluation(directory, checkpoints, baseline=None, bound=None, text="fine
         put(directory / "samples" / f"{name}.jsonl", [
             {"prompt": prompt, "completions": [text, f"{text} again"], "rewards": row} for prompt, row in rows
         ])  # fmt: skip
-    asked = {"k": 2, "temperature": 0.8, "scorer": "an oracle", "prompts": len(PROMPTS), "checkpoints": entries}
+    asked = {
+        "k": 2,
+        "temperature": 0.8,
+        "top_p": 1.0,
+        "scorer": "an oracle",
+        "prompts": len(PROMPTS),
+        "checkpoints": entries,
+    }
     put(directory / "evaluation.json", asked)
     put_step(directory, "evaluate", 50)
 
@@ -428,15 +436,30 @@ def test_without_its_start_nothing_is_compared(tmp_path, drawn, missing):
     assert "clipped in 50% (exo-rw K=2)" in page, "what has been trained is shown"
 
 
-def test_a_result_older_than_what_it_was_made_from_is_named(tmp_path):
-    run = make_run(tmp_path / "run", TRIALS[:1])
-    put_step(run / "exo-rw/0-seed0", "align", 55)
+def test_a_result_whose_input_has_changed_since_is_named(tmp_path):
+    before = make_run(tmp_path / "before", TRIALS[:1])
+    weights, evaluation = "exo-rw/0-seed0/model.safetensors", "evaluation/exo-rw/0-seed0"
+    (before / weights).write_text("weights")
+    model = str(before / "exo-rw/0-seed0")
+    known = {"model": lineage.fingerprint(model), "oracle": "elsewhere"}
+    asked = {"output_dir": str(before / evaluation), "model": model, "oracle": "elsewhere:oracle"}
+    put_step(before / evaluation, "evaluate", 50, arguments=asked, inputs=known)
+    run = before.rename(tmp_path / "moved")
+    put_step(run / "exo-rw/0-seed0", "align", 55)  # again, and the same
+    assert not any(step.stale for step in results.read(run).steps)
+    (run / weights).write_text("others")
     found = results.read(run)
-    assert [(s.name, s.stale) for s in found.steps if s.stale] == [("evaluation/exo-rw/0-seed0", "exo-rw/0-seed0")]
+    assert [(s.name, s.stale) for s in found.steps if s.stale] == [(evaluation, "exo-rw/0-seed0")]
     page = text_of("".join(findings.headline(found, findings.methods(found))))
     assert "evaluation/exo-rw/0-seed0, made from exo-rw/0-seed0" in page
-    (run / "exo-rw/0-seed0/run.json").unlink()
-    assert [step.stale for step in results.read(run).steps if step.stale] == ["exo-rw/0-seed0"]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_kl_of_truncated_sampling_is_called_biased(tmp_path, drawn, top_p):
+    run = make_run(tmp_path / "run", TRIALS[:1])
+    path = run / "evaluation/exo-rw/0-seed0/evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"top_p": top_p}))
+    assert ("no estimate of it is unbiased" in findings.frontiers(results.read(run), tmp_path)) == (top_p < 1)
 
 
 def test_other_prompts_are_not_compared(tmp_path, capsys):

@@ -33,9 +33,6 @@ class Chat(str):
         chat.messages = kept
         return chat
 
-    def __getnewargs__(self) -> tuple[Any, ...]:  # for copies and pickles
-        return (self.messages,)
-
 
 def is_chat(value: Any) -> bool:
     """Whether a value means to be a message, or a list of them."""
