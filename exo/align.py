@@ -75,6 +75,7 @@ class Config(config.DataTraining):
 
 def run(config: Config) -> Path:
     """Align and return the run directory."""
+    start = lineage.start(config, "align")
     dataset = _read(config, config.data)
     held_out = _read(config, config.eval_data) if config.eval_data else None
     accelerator = loop.make_accelerator(config)
@@ -90,7 +91,7 @@ def run(config: Config) -> Path:
     train_groups, eval_groups, counts = _encode(config, dataset, held_out, tokenizer, model)
     loop.refuse_empty_shares(config, len(train_groups), accelerator)
     _describe(config, model, tokenizer, train_groups, accelerator)
-    metrics = runs.begin(config, "align", accelerator, dataset.account(counts))
+    metrics = runs.begin(start, accelerator, dataset.account(counts))
 
     console.headline("Reference log-probs")
     model.to(accelerator.device)
@@ -115,7 +116,7 @@ def run(config: Config) -> Path:
 
 
 def _read(config: Config, path: str) -> data.Dataset:
-    path = lineage.source("data", path, "score")
+    path = lineage.source("data", path, "score", "prepare", prepared="pairs.jsonl")
     dataset = data.read(path, skip_invalid=config.skip_invalid)
     if config.target == "rw" and dataset.groups[0].rewards is None:
         raise ValueError(f"--target rw: expected completions with rewards; {path} has preferences")
@@ -127,19 +128,22 @@ def _encode(
 ) -> tuple[list[TokenGroup], list[TokenGroup], Counter[str]]:
     """Tokens for training and evaluation; what was cut or dropped is said, what cannot be trained on is an error."""
     limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
-    train_rows, eval_rows, eval_path = dataset.groups, held_out.groups if held_out else [], config.eval_data
-    if held_out is None and config.eval_fraction:
+    train_rows, counts = _compared(config, dataset.groups)
+    eval_rows: list[data.Group] = []
+    eval_path = config.eval_data
+    if held_out is not None:
+        eval_rows, more = _compared(config, held_out.groups)
+        counts += more
+    elif config.eval_fraction:
         # split by prompt, so that no held-out prompt was trained on with other completions
         prompts = sorted({group.prompt for group in train_rows})
         random.Random(config.seed).shuffle(prompts)
         chosen = set(prompts[: min(len(prompts) - 1, max(1, round(config.eval_fraction * len(prompts))))])
-        eval_rows = [group for group in dataset.groups if group.prompt in chosen]
-        train_rows = [group for group in dataset.groups if group.prompt not in chosen]
-    train_rows, counts = _compared(config, train_rows)
-    eval_rows, more = _compared(config, eval_rows)
+        eval_rows = [group for group in train_rows if group.prompt in chosen]
+        train_rows = [group for group in train_rows if group.prompt not in chosen]
     groups, cut = packing.encode(train_rows, tokenizer, limits, config.data)
     eval_groups, cut_too = packing.encode(eval_rows, tokenizer, limits, eval_path or config.data)
-    counts = counts + more + cut + cut_too
+    counts = counts + cut + cut_too
     console.counts(counts)
     if not groups:
         raise data.DataError(f"{config.data}: no row is left to train on")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 RUN_FILE = "run.json"
+STAGING = ".staging"  # how names of what is half made begin
 PACKAGES = ("exo-kernels", "torch", "triton", "transformers", "tokenizers", "accelerate", "safetensors")
 
 
@@ -27,16 +28,15 @@ class RunError(RuntimeError):
     """Why a run cannot begin or go on; one line."""
 
 
-def prepare(directory: str, *, overwrite: bool, inputs: Iterable[str | None] = ()) -> Path:
-    """Create the run directory. An earlier run in it is refused, or with `overwrite` removed.
+def check(directory: str, *, overwrite: bool, inputs: Iterable[str] = ()) -> None:
+    """RunError for a directory that no run may be written to: call it before any work is done.
 
-    Call it when everything that can be checked has been: a run that cannot begin must not cost an earlier one. `inputs`
-    are the paths that the run reads, which must not be in what is removed.
+    `inputs` are the paths that the run reads, which must not be in what may be removed.
     """
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise RunError(f"--output_dir {directory}: expected a directory, found a file")
-    for name in filter(None, inputs):
+    for name in inputs:
         if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
             raise RunError(f"--output_dir {directory}: holds {name}, which this run reads; choose another")
     if is_run(path):
@@ -44,10 +44,20 @@ def prepare(directory: str, *, overwrite: bool, inputs: Iterable[str | None] = (
             raise RunError(
                 f"--output_dir {directory}: holds an earlier run; choose another or pass --overwrite_output_dir"
             )
-        _empty(path)
-    elif path.exists() and any(path.iterdir()):
+    elif path.exists() and not all(entry.name.startswith(STAGING) for entry in path.iterdir()):
         # not ours to remove, whatever the flags say
         raise RunError(f"--output_dir {directory}: holds files that no run wrote; choose another")
+
+
+def prepare(directory: str, *, overwrite: bool, inputs: Iterable[str] = ()) -> Path:
+    """Create the run directory, and with `overwrite` empty it of an earlier run.
+
+    Call it when everything else that can be checked has been: a run that cannot begin must not cost an earlier one.
+    """
+    check(directory, overwrite=overwrite, inputs=inputs)
+    path = Path(directory)
+    if is_run(path):
+        _empty(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -97,7 +107,7 @@ def staged(target: Path) -> Iterator[Path]:
 @contextmanager
 def staged_into(directory: Path) -> Iterator[Path]:
     """Like `staged`, for files that join others in `directory`: each is moved into place once all are complete."""
-    staging = directory / ".staging"
+    staging = directory / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
@@ -128,7 +138,7 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
     """A path to write to; it becomes `path` once complete. The extension stays, for writers that look at it."""
-    temporary = path.with_name(f".staging-{path.name}")
+    temporary = path.with_name(f"{STAGING}-{path.name}")
     try:
         yield temporary
         _flush(temporary)
@@ -152,7 +162,7 @@ class Metrics:
 
 
 def write_run(directory: Path, config: Any, stage: str, **facts: Any) -> None:
-    """run.json: what was asked for, by which versions, when; and the facts a stage adds (data hash, results)."""
+    """run.json: what was asked for, by which versions; and the facts a stage adds (when, hashes, results)."""
     write_json(
         directory / RUN_FILE,
         {
@@ -161,10 +171,13 @@ def write_run(directory: Path, config: Any, stage: str, **facts: Any) -> None:
             "arguments": asdict(config),
             "versions": {"python": platform.python_version()} | _versions(),
             "platform": f"{platform.system()} {platform.machine()}",
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         | facts,
     )
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def update_run(directory: Path, **facts: Any) -> None:
@@ -201,7 +214,7 @@ def guarded(run: Callable[[Any], object], options: Any) -> int:
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
-        what = str(error).splitlines()[0]
-        print(f"error: {what} Lower --max_tokens_per_batch, then --max_length.", file=sys.stderr)
+        advice = "Lower --max_tokens_per_batch or --batch_size, then the limits on lengths."
+        print(f"error: {str(error).splitlines()[0]} {advice}", file=sys.stderr)
         return 1
     return 0

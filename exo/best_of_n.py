@@ -32,10 +32,11 @@ def kl_bound(n: int) -> float:
 
 def run(config: Config) -> Path:
     """Choose, and return the run directory, which has samples.jsonl."""
+    start = lineage.start(config, "best_of_n")
     dataset = data.read(lineage.source("data", config.data, "score"), purpose="samples")
     console.say(dataset.summary())
     chosen = [_best(group, config) for group in dataset.groups]
-    directory = lineage.begin(config, "best_of_n", rows=dataset.account())
+    directory = lineage.begin(start, rows=dataset.account())
     with artifacts.staged_file(directory / "samples.jsonl") as file:
         data.write_jsonl(file, map(samples.row, chosen))
     console.say(f"best of {config.n}: at most {kl_bound(config.n):.3f} nats from the policy that was sampled")

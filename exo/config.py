@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+import yaml
+
 T = TypeVar("T")
 
 
@@ -44,11 +46,17 @@ class Stage:
 class Compute(Stage):
     """What every stage that runs a model has in common."""
 
-    max_tokens_per_batch: int = option(8192, "padded tokens per forward pass; bounds the memory")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "compute dtype over fp32 weights; auto is bfloat16 on a GPU that has it, else float32"
     )
     device: Literal["auto", "cpu"] = option("auto", "cpu keeps off a GPU that is there")
+
+
+@dataclass(frozen=True)
+class Scoring(Compute):
+    """What every stage has in common that runs a model on whole texts."""
+
+    max_tokens_per_batch: int = option(8192, "padded tokens per forward pass; bounds the memory")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +64,7 @@ class Compute(Stage):
 
 
 @dataclass(frozen=True)
-class Training(Compute):
+class Training(Scoring):
     """What every stage that trains has in common."""
 
     batch_size: int = option(64, "prompts per optimizer step, over all processes")
@@ -103,14 +111,11 @@ class DataTraining(Training):
 def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str | None) -> T:
     """Build `cls` from flags; `--config FILE.yaml` supplies what the flags leave out. Exits with 2 on errors."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = _parser(cls, prog=prog, description=description)
     parser.add_argument("--config", metavar="FILE.yaml", help="options by name; flags override them")
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        _add(parser, field, hints[field.name])
     try:
-        file, flags = _split_config(prog, arguments)
-        values = vars(parser.parse_args(_from_yaml(file, cls) + flags)) if file else vars(parser.parse_args(flags))
+        file, flags = _split_config(arguments)
+        values = vars(parser.parse_args([*_checked(file, cls), *flags]))
         values.pop("config")
         return cls(**values)
     except ConfigError as error:
@@ -119,50 +124,73 @@ def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: s
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """`cls` from values of a YAML file, each as its flag would take it: to YAML 1e-3 is a text."""
-    flags = [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
     known: Any = cls
     try:
-        return cls(**vars(_parser(known).parse_args(flags)))
+        return cls(**vars(_recipe_parser(known).parse_args(_flags(values))))
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from None
 
 
-@cache  # a plan has hundreds of steps of a dozen kinds
-def _parser(cls: type) -> "_Parser":
-    parser = _Parser(prog="recipe", add_help=False, allow_abbrev=False, exit_on_error=False)
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        _add(parser, field, hints[field.name])
-    return parser
+def given(arguments: Sequence[str]) -> set[str]:
+    """Names of the options that are on a command line, or in the file that it names."""
+    try:
+        in_file = _read(_split_config(arguments)[0])
+    except ConfigError:  # whoever parses them says what is wrong
+        in_file = {}
+    flags = [argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
+    return {name.replace("-", "_") for name in [*flags, *in_file]}
 
 
-def _split_config(prog: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    head = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    head = _Parser(add_help=False, allow_abbrev=False, exit_on_error=False)
     head.add_argument("--config")
-    known, rest = head.parse_known_args(arguments)
+    try:
+        known, rest = head.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error).removeprefix("argument ")) from None
     return known.config, rest
 
 
-def _from_yaml(file: str, cls: type) -> list[str]:
-    """The file's options as flags, so that both go through the same parser."""
-    import yaml
-
+def _read(file: str | None) -> dict[str, Any]:
+    if file is None:
+        return {}
     try:
         options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {file}: {' '.join(str(error).split())}") from None
     if not isinstance(options, dict):
         raise ConfigError(f"--config {file}: expected a mapping of option names to values")
+    return {str(key): value for key, value in options.items()}
+
+
+def _checked(file: str | None, cls: type) -> list[str]:
+    """The file's options as flags, so that both go through the same parser."""
+    options = _read(file)
     known = {field.name.rstrip("_") for field in dataclasses.fields(cls)}
-    flags: list[str] = []
     for key, value in options.items():
-        name = str(key).replace("-", "_")
+        name = key.replace("-", "_")
         if name not in known:
             raise ConfigError(f"--config {file}: unknown option {key!r}{suggestion(name, known)}")
         if isinstance(value, dict | list):
             raise ConfigError(f"--config {file}: {key}: expected one value, got a {type(value).__name__}")
-        flags += [f"--{name}={'none' if value is None else value}"]
-    return flags
+    return _flags(options)
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    return [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
+
+
+def _parser(cls: type, **settings: Any) -> "_Parser":
+    parser = _Parser(allow_abbrev=False, **settings)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        _add(parser, field, hints[field.name])
+    return parser
+
+
+@cache  # a plan has hundreds of steps of a dozen kinds
+def _recipe_parser(cls: type) -> "_Parser":
+    return _parser(cls, prog="recipe", add_help=False, exit_on_error=False)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,22 +10,30 @@ from typing import Any
 from exo import console, lineage, models
 from exo.pipeline import Recipe, Step
 
+DATA_DECIDE = ("sft", "reward", "align", "sample")  # how many tokens, where no option says how many steps or prompts
+
 
 def tell(recipe: Recipe, steps: list[Step], directory: Path, again: set[str]) -> None:
     """Print the plan, a step a line: what is there already, and what the others will take."""
     console.say(f"{recipe.title}: {len(steps)} steps below {directory}")
     parameters = _parameters(recipe)
     total = 0.0
+    anew: set[str] = set()
     for i, step in enumerate(steps, 1):
-        if step.name not in again and lineage.holds(directory / step.name, step.config, step.stage):
+        # what a step reads is made again with it; and the report reads everything
+        there = step.name not in again and step.stage != "report" and not anew & set(step.needs)
+        if there and lineage.holds(directory / step.name, step.config, step.stage):
             cost = "already there"
         else:
+            anew.add(step.name)
             trained, drawn = _tokens(step.stage, step.config)
             work = (6 * trained + 2 * drawn) * (parameters or 0)
             total += work
             counts = ((trained, "trains on"), (drawn, "draws"))
             parts = [f"{verb} at most {tokens:,} tokens" for tokens, verb in counts if tokens]
-            cost = ", ".join([*parts, *([f"{work:.1e} operations"] if work else [])])
+            parts += [f"{work:.1e} operations"] * bool(work)
+            parts += ["as much as the data have"] * (not parts and step.stage in DATA_DECIDE)
+            cost = ", ".join(parts)
         console.say(f"[{i}/{len(steps)}] {step.name:40s} {cost}".rstrip())
     if parameters:
         console.say(f"{parameters / 1e6:,.0f}M parameters; {total:.1e} operations for the tokens named above")

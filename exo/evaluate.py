@@ -21,7 +21,7 @@ from exo.rewards import Scores
 
 
 @dataclass(frozen=True)
-class Config(config.Compute):
+class Config(config.Scoring):
     output_dir: str = option("runs/evaluation", "directory of the run")
     model: str | None = option(None, "run whose checkpoints are evaluated, or a causal LM")
     samples: str | None = option(None, "completions to evaluate instead of a model's")
@@ -50,7 +50,8 @@ class Config(config.Compute):
         require(bool(self.reference), "reference", "a directory or a hub name", self.reference)
         require(bool(self.data), "data", "a file of prompts", self.data)
         rewards.check(rewards.Options(self.reward_model, self.oracle))
-        for name in ("prompts", "k", "max_new_tokens", "batch_size"):
+        require(self.prompts >= 2, "prompts", ">= 2", self.prompts)
+        for name in ("k", "max_new_tokens", "batch_size"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         require(0 < self.temperature < float("inf"), "temperature", "a finite number > 0", self.temperature)
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
@@ -65,17 +66,21 @@ class Checkpoint(NamedTuple):
 
 def run(config: Config) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
+    start = lineage.start(config, "evaluate")
     prompts, chosen = _prompts(config)
     baseline = _baseline(config, prompts)
     accelerator = loop.make_lone_accelerator(config)
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, accelerator, config.max_length)
-    reference, known = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
-    reference.to(accelerator.device)
     chosen_scores = scorer.score(chosen) if chosen else None
-    found = _checkpoints(config, known) if config.model else []
-    drawn = _given(config, prompts) if config.samples else _sampled(config, prompts, accelerator, found)
-    directory = lineage.begin(config, "evaluate")
+    reference = None
+    if config.model:
+        reference, known = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
+        reference.to(accelerator.device)
+        drawn = _sampled(config, prompts, accelerator, _checkpoints(config, known))
+    else:
+        drawn = _given(config, prompts)
+    directory = lineage.begin(start)
     (directory / "samples").mkdir()
     console.say(f"{len(prompts):,} prompts x {config.k} completions, scored by {scorer.name}")
     entries = []
@@ -107,10 +112,12 @@ def run(config: Config) -> Path:
 
 def _prompts(config: Config) -> tuple[list[str], list[Group]]:
     """Held-out prompts, and the chosen completions where they are wanted."""
-    path = lineage.source("data", config.data, "prepare")
+    path = lineage.source("data", config.data, "prepare", prepared="test.jsonl")
     dataset = data.read(path, purpose="texts" if config.chosen else "prompts")
     console.say(dataset.summary())
     groups = dataset.groups[: config.prompts]
+    if len(groups) < 2:
+        raise data.DataError(f"{path}: expected two prompts at least, or no mean has an error")
     return [group.prompt for group in groups], groups if config.chosen else []
 
 
@@ -188,12 +195,16 @@ def _values(scores: Scores, baseline: Scores | None, chosen: Scores | None) -> d
     return entry
 
 
+def _limits(config: Config) -> packing.Limits:
+    """Of what was sampled: log-probs are conditional on as much of a prompt as its completions were."""
+    return packing.Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
+
+
 def _log_ratios(
     config: Config, model: Any, reference: Any, groups: Sequence[Group], tokenizer: Any, accelerator: Accelerator
 ) -> list[list[Tensor]]:
     """log pi - log ref of every token of every completion."""
-    limits = packing.Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
-    encoded, _ = packing.encode(groups, tokenizer, limits, "samples")
+    encoded, _ = packing.encode(groups, tokenizer, _limits(config), "samples")
 
     ours, theirs = (
         policy.token_logps(
@@ -217,7 +228,7 @@ def _density(
     """Log-probs of the reference's samples under both, for the last checkpoint."""
     path = lineage.source("density", config.density or "", "score")
     groups = data.read(path, purpose="samples").groups
-    encoded, _ = packing.encode(groups, tokenizer, packing.Limits(config.max_length, None, "prompt-left"), path)
+    encoded, _ = packing.encode(groups, tokenizer, _limits(config), path)
     scored = [
         policy.score(
             of, encoded, accelerator, pad_id=tokenizer.pad_token_id, max_tokens=config.max_tokens_per_batch,

@@ -77,9 +77,9 @@ def headline(found: Results, methods: Table) -> Iterator[str]:
     missing = [f"{step.name}: {step.missing}" for step in found.steps if step.missing]
     if missing:
         yield page.note(f"Unfinished: {len(missing)} of {len(found.steps)} steps have no result yet.", missing)
-    stale = [f"{step.name}, made from {step.stale}" for step in found.steps if step.stale]
+    stale = [f"{step.name}: {step.stale}" for step in found.steps if step.stale]
     if stale:
-        yield page.note("Made from what has changed since or is not whole:", stale)
+        yield page.note("Made with what has changed since, or from what is not whole:", stale)
     if not found.best:
         yield page.paragraph("No method has been evaluated yet.")
         return
@@ -125,7 +125,10 @@ def frontiers(found: Results, directory: Path) -> str:
                          _interval(c.win_rates.get("reference"), ".1f", 100, "%")])  # fmt: skip
     header = ["run", "checkpoint", "reward", "KL, k1 (nats)", "KL, k3 (nats)", "spread", "wins over SFT"]
     top_p = {results.evaluation(trial.folder)["top_p"] for trial in found.evaluated}
-    biased = " Where top_p is less than 1 no estimate of it is unbiased: the samples are not the policy's own."
+    biased = (
+        " Where top_p is less than 1 no estimate of it is unbiased, since the samples are not the policy's own, and "
+        "Best-of-N's bound is one to the truncated reference."
+    )
     return page.section(
         "Reward against KL",
         page.paragraph(_at_equal_kl(found)),
@@ -208,7 +211,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
         elif isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield [prefix + key, f"{value:.4g}" if isinstance(value, float) else str(value)]
+            shown = "undecided" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield [prefix + key, shown]
 
 
 def progress(found: Results, directory: Path) -> str:
@@ -278,19 +282,23 @@ def _along(found: Results, best: Setting, name: str) -> list[tuple[float, Estima
 
 
 def densities(found: Results, directory: Path) -> str:
-    pictures = []
+    pictures, flat = [], []
     thin: dict[str, set[int]] = {}
     for target in ("rw", "pref"):
         trials = [s.first for s in found.best_of_method if s.first.method in (f"exo-{target}", f"dpo-{target}")]
         trials = [trial for trial in trials if (trial.folder / "density.jsonl").exists()]
         files = [[row for _, row in data.read_jsonl(trial.folder / "density.jsonl")] for trial in trials]
         for i, rows in enumerate(zip(*files, strict=True), 1):
-            curves = _curves(trials, rows)
+            try:
+                curves = _curves(trials, rows)
+            except ValueError as error:
+                flat.append(f"prompt {i} ({target}): {error}")
+                continue
             for label in (label for label, (_, curve) in curves.items() if curve.thin):
                 thin.setdefault(label, set()).add(i)
             path = figures.density(curves, directory / f"density-{target}-{i}.png")
             pictures.append((path, f"{target}, prompt {i}: “{page.ending(rows[0]['prompt'])}”"))
-    if not pictures:
+    if not pictures and not flat:
         return ""
     places = [f"{label} (prompt {', '.join(map(str, sorted(prompts)))})" for label, prompts in thin.items()]
     warning = (
@@ -299,6 +307,7 @@ def densities(found: Results, directory: Path) -> str:
     return page.section(
         "Density against the reference's",
         page.paragraph(warning if thin else f"Every curve rests on {density.LITTLE} effective samples or more."),
+        page.note("Not drawn:", flat) if flat else "",
         page.figures(pictures),
         page.paragraph(
             "Samples of the reference under self-normalised weights: pi / pi_ref of the policy, exp(r / beta) of the "
@@ -314,8 +323,9 @@ def _curves(trials: Sequence[Trial], rows: Sequence[dict[str, Any]]) -> dict[str
     curves = {}
     for trial, row in zip(trials, rows, strict=True):
         beta = trial.arguments["beta_pi"] * trial.arguments["beta_r"]
-        best = density.of_optimum(row["rewards"], beta)
-        curves[f"optimal, beta {beta:g}"] = "", density.curve(row["ref_logps"], best)
+        if trial.arguments["reward_norm"] == "none":  # else the optimum is that of other rewards
+            best = density.of_optimum(row["rewards"], beta)
+            curves[f"optimal, beta {beta:g}"] = "", density.curve(row["ref_logps"], best)
         mine = density.of_policy(row["logps"], row["ref_logps"])
         curves[trial.series] = trial.method, density.curve(row["ref_logps"], mine)
     return curves

@@ -177,10 +177,14 @@ def _inverse_cdf(
     return choice.clamp(max=logprobs.shape[1] - 1)
 
 
-def _stream(seed: int, prompt: int, number: int, length: int) -> Tensor:
+def stream_seed(seed: int, prompt: int, number: int) -> int:
+    """In [0, 2^63): one for each completion, whoever draws it and beside whichever others."""
     digest = hashlib.blake2b(f"{seed}/{prompt}/{number}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.rand(length, generator=generator)
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _stream(seed: int, prompt: int, number: int, length: int) -> Tensor:
+    return torch.rand(length, generator=torch.Generator().manual_seed(stream_seed(seed, prompt, number)))
 
 
 @contextmanager

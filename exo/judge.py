@@ -72,6 +72,7 @@ def run(config: Config) -> Path:
         raise ValueError(f"--references: expected a file, since the template {config.template} shows a reference")
     key = endpoint.key_from(config.api_key_env, KEY_VARIABLE)
     config = dataclasses.replace(config, a=systems.source("a", config.a), b=systems.source("b", config.b))
+    start = lineage.start(config, "judge")
     pairs = _pairs(config)
     chat = Chat(
         config.endpoint, config.model, key,
@@ -79,18 +80,20 @@ def run(config: Config) -> Path:
     )  # fmt: skip
     cache = Cache(Path(config.cache_path))
     try:
-        directory = lineage.begin(config, "judge")
-        judged = _judge_all(config, template, pairs, chat, cache)
+        directory = lineage.begin(start)
+        judged, down = _judge_all(config, template, pairs, chat, cache)
     finally:
         cache.close()
     with artifacts.staged_file(directory / "verdicts.jsonl") as file:
         data.write_jsonl(file, winrate.rows(pairs, judged))
     counted = winrate.count(pairs, judged, config.seed)
-    if counted is None:
-        raise RunError(f"{directory}: no pair was decided in both orders; its verdicts.jsonl has what was said")
     named = {name: getattr(config, name) for name in ("a", "b", "references", "template", "model")}
     result = named | {"template_sha256": template.sha256} | counted
     artifacts.write_json(directory / "judge.json", result)
+    if down:
+        raise RunError(down)
+    if result["win_rate"] is None:
+        raise RunError(f"{directory}: no pair was decided in both orders; its verdicts.jsonl has what was said")
     _show(result, directory)
     lineage.finish(directory, win_rate=result["win_rate"])
     return directory
@@ -113,11 +116,14 @@ def _pairs(config: Config) -> list[Pair]:
     return pairs
 
 
-def _judge_all(config: Config, template: Template, pairs: Sequence[Pair], chat: Chat, cache: Cache) -> Judged:
-    """By pair and order. RunError when the server refuses, or answers nothing for too long."""
+def _judge_all(
+    config: Config, template: Template, pairs: Sequence[Pair], chat: Chat, cache: Cache
+) -> tuple[Judged, str]:
+    """By pair and order; and what to say where the server answered nothing for too long, or ""."""
     tasks = [(number, order) for number in range(len(pairs)) for order in ORDERS]
     progress = console.Progress("judgements", len(tasks), every=max(1, len(tasks) // 10))
-    judged: Judged = {}
+    judged: Judged = dict.fromkeys(tasks, Judgement(None, None, "not asked: the server was silent"))
+    down = ""
     silent, patience = 0, max(8, config.concurrency)
     pool = ThreadPoolExecutor(config.concurrency)
     try:
@@ -131,15 +137,16 @@ def _judge_all(config: Config, template: Template, pairs: Sequence[Pair], chat: 
             progress.advance()
             silent = silent + 1 if judgement.answer is None else 0
             if silent == min(patience, len(tasks)):
-                raise RunError(
+                down = (
                     f"--endpoint {config.endpoint}: {silent} requests in a row were not answered, last: "
                     f"{judgement.reason}; answers so far are kept: run again with --overwrite_output_dir to go on"
                 )
+                break
     finally:
         chat.stop()
         pool.shutdown(cancel_futures=True)
         progress.stop()
-    return judged
+    return judged, down
 
 
 def _judge(template: Template, chat: Chat, cache: Cache, question: str, retries: int) -> Judgement:

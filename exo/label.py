@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exo import artifacts, config, console, data, lineage
-from exo.artifacts import RunError
 from exo.comparison import agreement, sheets, systems, verdicts
 from exo.config import option, require
 
@@ -71,16 +70,13 @@ def run(config: Config) -> Path:
 
 def _export(config: Config) -> Path:
     files = {name: systems.source("systems", file) for name, file in config.files().items()}
+    start = lineage.start(config, "label", files.values())
     answers = {name: systems.read(file) for name, file in files.items()}
     references = systems.read_references(config.references)[0] if config.references else {}
     keys = systems.shared(answers | ({"references": references} if references else {}), config.limit, config.seed)
     items = _items(config, files, answers, references, keys)
-    for file in files.values():  # lineage looks at whole options, and this one holds names too
-        if Path(file).resolve().is_relative_to(Path(config.output_dir).resolve()):
-            raise RunError(f"--output_dir {config.output_dir}: holds {file}, which this run reads; choose another")
-
     hashes = {name: lineage.fingerprint(file) for name, file in files.items()}
-    directory = lineage.begin(config, "label", systems=hashes)
+    directory = lineage.begin(start, systems=hashes)
     artifacts.write_json(directory / "key.json", {
         "matchups": [":".join(pair) for pair in config.pairs()],
         "raters": config.raters,
@@ -137,6 +133,7 @@ def _items(
 def _import(config: Config) -> Path:
     assert config.sheets and config.key
     files = _sheets(config.sheets)
+    start = lineage.start(config, "label", map(str, files))
     key = _read_key(Path(config.key))
     filled = {file.stem: sheets.read(file, key["items"]) for file in files}
     outcomes: dict[str, list[list[str]]] = {matchup: [] for matchup in key["matchups"]}
@@ -158,7 +155,7 @@ def _import(config: Config) -> Path:
         "missing": [{"item": f["item"], "rater": f["rater"]} for f in found if not f["found"]],
         "unreadable": [f for f in found if f["found"]],
     }
-    directory = lineage.begin(config, "label", sheets={file.name: lineage.fingerprint(str(file)) for file in files})
+    directory = lineage.begin(start, sheets={file.name: lineage.fingerprint(str(file)) for file in files})
     artifacts.write_json(directory / "label.json", result)
     lineage.finish(directory)
     _show(result, key["raters"], directory)

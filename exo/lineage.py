@@ -1,20 +1,19 @@
 """What made what: a stage's record of its inputs and outputs, and whether it still holds.
 
-A stage begins with `begin` and ends with `finish`; its run.json then holds the sha256 of what it read and of what it
-made. `source` is how a stage finds its input: a stage's directory stands for what that stage makes. `holds` tells the
-driver that a stage need not run again. Left out: resuming inside a stage.
+A stage asks with `start`, begins to write with `begin` and ends with `finish`; its run.json then holds the sha256 of
+what it read and of what it made. `source` is how a stage finds its input: a stage's directory stands for what that
+stage makes. `holds` tells the driver that a stage need not run again. Left out: resuming inside a stage.
 """
 
-import datetime
 import hashlib
 import importlib.util
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from exo import artifacts
 from exo.artifacts import RunError
@@ -34,9 +33,9 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "label": ("references", "key"),
     "report": ("run",),
 }
-# What it makes; "." is a model directory.
+# What it makes; "." is a directory that is read as one.
 OUTPUTS = {
-    "prepare": "prompts.jsonl",
+    "prepare": ".",  # several files; who reads one says which
     "sft": ".",
     "sample": "samples.jsonl",
     "score": "scored.jsonl",
@@ -57,23 +56,42 @@ _DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
 _READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
 
 
-def begin(config: Any, stage: str, **facts: Any) -> Path:
+class Start(NamedTuple):
+    """A run that has been asked for: when, and what its inputs were then."""
+
+    config: Any
+    stage: str
+    reads: list[str]
+    facts: dict[str, Any]  # of its record
+
+
+def start(config: Any, stage: str, reads: Iterable[str] = ()) -> Start:
+    """RunError where the output directory cannot be used; before any work is done, and any process waits for another.
+
+    `reads` are inputs beside those that options of their own name.
+    """
+    paths = _inputs(config, stage)
+    everything = [*paths.values(), *reads]
+    artifacts.check(config.output_dir, overwrite=config.overwrite_output_dir, inputs=everything)
+    hashes = {name: fingerprint(path) for name, path in paths.items()}
+    return Start(config, stage, everything, {"started": artifacts.now(), "inputs": hashes})
+
+
+def begin(start: Start, **facts: Any) -> Path:
     """Make the run directory and its record.
 
     Call it once everything that can be checked has been, in one process: only now may an earlier run make room.
     """
-    paths = _inputs(config, stage)
-    directory = artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir, inputs=paths.values())
-    hashes = {name: fingerprint(path) for name, path in paths.items()}
-    artifacts.write_run(directory, config, stage, inputs=hashes, **facts)
+    config = start.config
+    directory = artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir, inputs=start.reads)
+    artifacts.write_run(directory, config, start.stage, **start.facts, **facts)
     return directory
 
 
 def finish(directory: Path, **facts: Any) -> None:
     """The run is complete, and this is what it made."""
     made = {str(file.relative_to(directory)): _digest(file) for file in _made(directory)}
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    artifacts.update_run(directory, **facts, outputs=made, finished=now)
+    artifacts.update_run(directory, **facts, outputs=made, finished=artifacts.now())
 
 
 def record(directory: Path) -> dict[str, Any] | None:
@@ -83,16 +101,17 @@ def record(directory: Path) -> dict[str, Any] | None:
     return json.loads((directory / artifacts.RUN_FILE).read_text(encoding="utf-8"))
 
 
-def source(option: str, path: str, *stages: str) -> str:
+def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
     """The file or model directory that an option names.
 
-    `stages` are those that make such a thing. A directory of one of them stands for its product. RunError where the run
-    has not finished; ValueError where nothing is there, or what another stage made.
+    `stages` are those that make such a thing. A directory of one of them stands for its product; that of prepare for
+    its file `prepared`. RunError where the run has not finished; ValueError where nothing is there, or what another
+    stage made.
     """
     place = Path(path)
     making = " or ".join(f"python -m exo.{stage}" for stage in stages)
     run = record(place if place.is_dir() else place.parent)
-    if run is not None and (place.is_dir() or place.name == OUTPUTS.get(run["stage"])):
+    if run is not None:
         if place.is_dir() and run["stage"] not in stages:
             raise ValueError(
                 f"--{option} {path}: expected what {' or '.join(stages)} makes; found a run of {run['stage']}; "
@@ -100,7 +119,12 @@ def source(option: str, path: str, *stages: str) -> str:
             )
         if "finished" not in run:
             raise RunError(f"--{option} {path}: its run did not finish; run it again: {command(run)}")
-        return str(place if not place.is_dir() or OUTPUTS[run["stage"]] == "." else place / OUTPUTS[run["stage"]])
+        if place.is_dir():
+            product = prepared if run["stage"] == "prepare" else OUTPUTS[run["stage"]]
+            place = place / product
+            if not place.exists():
+                raise ValueError(f"--{option} {path}: expected {product} in it, which this task does not make")
+            return str(place)
     # what could be a hub name ("gpt2", "owner/name") is left to whoever loads it
     local = (
         path.startswith((".", "~", "/"))
@@ -127,11 +151,16 @@ def holds(directory: Path, config: Any, stage: str) -> bool:
     if run is None or run["stage"] != stage or "finished" not in run:
         return False
     paths = _inputs(config, stage)
-    skipped = _IMMATERIAL | paths.keys()
-    before = {name: value for name, value in run["arguments"].items() if name not in skipped}
-    wanted = {name: value for name, value in asdict(config).items() if name not in skipped}
     same_inputs = run.get("inputs") == {name: fingerprint(path) for name, path in paths.items()}
-    return before == wanted and same_inputs and _whole(directory, run["outputs"])
+    return not changed(run, asdict(config)) and same_inputs and _whole(directory, run["outputs"])
+
+
+def changed(run: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Options whose values are not those that a run had; what it read is compared by content, not by name."""
+    skipped = {*_IMMATERIAL, *INPUTS[run["stage"]]}
+    before = run["arguments"]
+    names = dict.fromkeys([*before, *wanted])
+    return [name for name in names if name not in skipped and before.get(name) != wanted.get(name)]
 
 
 def _whole(directory: Path, outputs: Mapping[str, str]) -> bool:

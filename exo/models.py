@@ -86,10 +86,13 @@ def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedMo
         refuse_unsupported(config)
         tokenizer = load_tokenizer(name)
         config.num_labels = outputs
-        config.pad_token_id = tokenizer.pad_token_id
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return _load_weights(AutoModelForSequenceClassification, name, config, head_is_new=True), tokenizer
+            model = _load_weights(AutoModelForSequenceClassification, name, config, head_is_new=True)
+            if tokenizer.pad_token_id == tokenizer.eos_token_id:
+                _pad_apart(model, tokenizer)
+        model.config.pad_token_id = tokenizer.pad_token_id  # its pooling goes by it
+        return model, tokenizer
 
 
 def load_or_tiny(
@@ -203,6 +206,16 @@ def check_fits(model: PreTrainedModel, rows: Iterable[Any]) -> None:
 def _load_config(name: str) -> PreTrainedConfig:
     with _explained(name, "a config.json of a type that transformers knows without remote code"):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def _pad_apart(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A padding token that is not the end of sequence: a classifier pools at the last token that is no padding, and
+    would never see the end."""
+    known = tokenizer.get_vocab()
+    own = next((token for token in (PAD, "<|padding|>", "[PAD]", "<|pad|>") if token in known), PAD)
+    tokenizer.add_special_tokens({"pad_token": own})
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

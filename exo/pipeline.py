@@ -61,6 +61,9 @@ class Recipe:
         for method in self.methods:
             require(method in METHODS, "methods", f"some of {','.join(METHODS)}", method)
         require(len(self.seeds) > 0, "seeds", "one at least", self.seeds)
+        for name in ("methods", "group_sizes", "seeds"):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), name, "each once", ",".join(map(str, values)))
 
 
 class Step(NamedTuple):
@@ -108,7 +111,11 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def plan(recipe: Recipe, directory: Path) -> list[Step]:
     """The steps in an order in which they can run."""
-    return list(_Planner(recipe, directory).steps())
+    steps = list(_Planner(recipe, directory).steps())
+    names = [step.name for step in steps]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"recipe: two steps have the name {max(names, key=names.count)}; two values are too alike")
+    return steps
 
 
 class _Planner:
@@ -166,9 +173,12 @@ class _Planner:
         drawn, held_out = self.path("density/samples"), self.path("data/test.jsonl")
         # weights pi / pi_ref are those of samples of pi_ref itself: at evaluate's temperature, and all of it
         options = self._evaluated()[1] | {"top_p": 1.0, "model": self.path("sft"), "data": held_out}
-        yield self._step("density/samples", "sample", ["sample", "density"], **options)
-        yield self._step("density/scored", "score", ["score"], data=drawn, **self.judge)
-        if self.rewarded and self.recipe.oracle:  # what learns from the reward model has another optimum
+        aligned = [method for method in self.recipe.methods if method not in ("ppo", "bon")]
+        if aligned:
+            yield self._step("density/samples", "sample", ["sample", "density"], **options)
+            yield self._step("density/scored", "score", ["score"], data=drawn, **self.judge)
+        if self.recipe.oracle and {"exo-rw", "dpo-rw"} & set(aligned):
+            # what learns from the reward model has another optimum
             yield self._step("density/rewarded", "score", ["score"], data=drawn, reward_model=self.path("reward"))
         # with random streams of its own: pairs of samples that share theirs would not be independent
         own = max(self.recipe.seeds) + 1
@@ -191,9 +201,11 @@ class _Planner:
                 options |= {"target": target} | ({"max_completions": k} if k else {})
                 yield self._step(name, "align", ["align", f"align.{target}"], **options)
             facts = {"method": method, "k": k, "seed": seed, "varied": varied}
-            own = self.recipe.oracle and not method.endswith("-pref")
-            dense = self.path("density/rewarded" if own else "density/scored")
-            yield self._evaluation(name, facts, model=self.path(name), seed=seed, density=dense)
+            of = {"model": self.path(name), "seed": seed}
+            if method != "ppo":
+                own = self.recipe.oracle and method.endswith("-rw")
+                of["density"] = self.path("density/rewarded" if own else "density/scored")
+            yield self._evaluation(name, facts, **of)
 
     def _best_of_n(self) -> Iterator[Step]:
         """k blocks of N samples a prompt, of which the reward model takes the best."""
@@ -265,6 +277,8 @@ def _check_names(recipe: Recipe) -> None:
             raise ConfigError(f"recipe: unknown section {section!r}{suggestion(section, set(SECTIONS))}")
         if planned := PLANNED & options.keys():
             raise ConfigError(f"recipe: {section}: {min(planned)} is for the plan to set")
+        if process := {"dtype", "device"} & options.keys():
+            raise ConfigError(f"recipe: {section}: {min(process)} belongs under common; steps share a process")
     known = {name for stage in lineage.INPUTS if stage not in ("judge", "label") for name in _options(stage)}
     for where, names in (("common", recipe.common), ("sweep", recipe.sweep)):
         for name in names:

@@ -147,7 +147,8 @@ def value_loss(
 
 def run(config: Config) -> Path:
     """Train and return the run directory, which is the model directory."""
-    path = lineage.source("data", config.data, "prepare")
+    start = lineage.start(config, "ppo")
+    path = lineage.source("data", config.data, "prepare", prepared="prompts.jsonl")
     dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
     accelerator = loop.make_accelerator(config)
     loop.refuse_empty_shares(config, config.batch_size, accelerator)
@@ -160,7 +161,7 @@ def run(config: Config) -> Path:
     reference = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
     module.to(accelerator.device)
     maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
-    metrics = runs.begin(config, "ppo", accelerator, dataset.account())
+    metrics = runs.begin(start, accelerator, dataset.account())
     console.say(
         f"{config.max_steps:,} steps of {config.batch_size} completions, the first {config.critic_warmup_steps} for "
         f"the critic alone; scored by {scorer.name}"

@@ -33,9 +33,10 @@ class Config(config.Stage):
 
 def run(config: Config) -> Path:
     """Write the task's files and return the run directory."""
+    start = lineage.start(config, "prepare")
     wanted = tasks.Wanted(config.source or "", config.rows, config.seed, config.tokenizer)
     made = tasks.TASKS[config.task](wanted)
-    directory = lineage.begin(config, "prepare")
+    directory = lineage.begin(start)
     counts = {}
     for name, write in made.items():
         with artifacts.staged(directory / name) if "." not in name else artifacts.staged_file(directory / name) as path:

@@ -24,9 +24,10 @@ class Config(config.Stage):
 
 def run(config: Config) -> Path:
     """Write report.html and return its directory."""
+    start = lineage.start(config, "report")
     found = results.read(Path(config.run))
     methods = findings.methods(found)
-    directory = lineage.begin(config, "report")
+    directory = lineage.begin(start)
     title = found.record["recipe"]["title"]
     body = [page.heading(title, 1), *findings.headline(found, methods)]
     body += [findings.frontiers(found, directory), findings.win_rates(found), findings.progress(found, directory)]

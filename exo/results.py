@@ -34,7 +34,7 @@ class Step(NamedTuple):
     facts: dict[str, Any]
     record: dict[str, Any]  # its run.json; empty before it begins
     missing: str  # why there is no result to read, or ""
-    stale: str  # what it read and has changed since, or ""
+    stale: str  # options, and what it read, that have changed since, or ""
 
 
 class Checkpoint(NamedTuple):
@@ -185,15 +185,17 @@ def _steps(directory: Path, plan: Sequence[dict[str, Any]]) -> list[Step]:
             continue
         record = lineage.record(directory / entry["name"]) or {}
         missing = "" if "finished" in record else "did not finish" if record else "has not begun"
-        facts = {key: value for key, value in entry.items() if key not in ("name", "stage", "needs")}
-        stale = "" if missing else ", ".join(_changed(directory, entry["name"], record))
+        facts = {key: value for key, value in entry.items() if key not in ("name", "stage", "needs", "options")}
+        stale = "" if missing else ", ".join(_changed(directory, entry, record))
         found.append(Step(entry["name"], entry["stage"], facts, record, missing, stale))
     return found
 
 
-def _changed(directory: Path, name: str, record: Mapping[str, Any]) -> Iterator[str]:
-    """Products of other steps that a step read and that are no longer what they were."""
-    run = record["arguments"]["output_dir"].removesuffix(name)  # where the whole run was; it may have been moved since
+def _changed(directory: Path, entry: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
+    """What a step had that is no longer so: options, and products of other steps that it read."""
+    yield from (f"--{name}" for name in lineage.changed(record, entry.get("options", record["arguments"])))
+    # where the whole run was; it may have been moved since
+    run = record["arguments"]["output_dir"].removesuffix(entry["name"])
     for option, known in record["inputs"].items():
         path = record["arguments"][option]
         if path.startswith(run) and lineage.fingerprint(str(directory / path.removeprefix(run))) != known:

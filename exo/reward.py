@@ -75,7 +75,9 @@ class LabelLoss(PairLoss):
 
 def run(config: Config) -> Path:
     """Train and return the run directory, which is the model directory."""
-    path = lineage.source("data", config.data, "prepare", "score")
+    start = lineage.start(config, "reward")
+    prepared = "labelled.jsonl" if config.labels else "pairs.jsonl"
+    path = lineage.source("data", config.data, "prepare", "score", prepared=prepared)
     dataset = data.read(path, purpose="labels" if config.labels else "comparisons", skip_invalid=config.skip_invalid)
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
@@ -85,7 +87,7 @@ def run(config: Config) -> Path:
     groups, held_out, counts = _encode(config, dataset, tokenizer)
     models.check_fits(model, groups + held_out)
     loop.refuse_empty_shares(config, len(groups), accelerator)
-    metrics = runs.begin(config, "reward", accelerator, dataset.account(counts))
+    metrics = runs.begin(start, accelerator, dataset.account(counts))
     steps = loop.total_steps(config, len(groups))
     console.say(f"{len(groups):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
     module = (LabelLoss if config.labels else PairLoss)(model).train(config.dropout)

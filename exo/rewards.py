@@ -45,7 +45,7 @@ def check(options: Options) -> None:
     require(len(given) == 1, "reward_model", "this or --oracle, and not both", " and ".join(given) or "neither")
 
 
-def load(options: Options, compute: config.Compute, accelerator: Accelerator, max_length: int) -> Scorer:
+def load(options: Options, compute: config.Scoring, accelerator: Accelerator, max_length: int) -> Scorer:
     """The scorer that the options name."""
     if options.oracle is not None:
         return Scorer(options.oracle, _of_function(options.oracle))

@@ -6,7 +6,7 @@ shared among processes (each makes all of it, and all make the same).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +82,7 @@ class Maker(NamedTuple):
     gamma: float
     lam: float
 
-    def make(self, prompts: Sequence[str], numbers: Sequence[int], *, frozen: bool) -> list[Rollout]:
+    def make(self, prompts: Sequence[str], numbers: Sequence[int]) -> list[Rollout]:
         """One completion of each prompt."""
         with self.accelerator.autocast():
             drawn = samples.draw(self.model, self.tokenizer, prompts, numbers=numbers, k=1, **self.sampling)
@@ -101,7 +101,7 @@ class Maker(NamedTuple):
             Rollout(
                 group.prompt, group.completions, None, group.line, None, tuple(now[i].tolist()),
                 tuple(values[i].tolist()), tuple(((advantages[i] - mean) / spread).tolist()),
-                tuple(returns[i].tolist()), scores[i], float((now[i] - before[i]).sum()), frozen,
+                tuple(returns[i].tolist()), scores[i], float((now[i] - before[i]).sum()),
             )
             for i, group in enumerate(groups)
         ]  # fmt: skip
@@ -159,10 +159,11 @@ def batches(
             order += torch.randperm(len(prompts), generator=generator).tolist()
         chosen, order = order[:rollout_size], order[rollout_size:]
         numbers = range(phase * rollout_size, (phase + 1) * rollout_size)
-        rollouts = maker.make([prompts[i] for i in chosen], numbers, frozen=done < warmup_steps)
+        rollouts = maker.make([prompts[i] for i in chosen], numbers)
         for _ in range(epochs):
             places = torch.randperm(rollout_size, generator=generator).tolist()
             for start in range(0, rollout_size, batch_size):
-                yield [rollouts[i] for i in places[start : start + batch_size]]
+                batch = [rollouts[i] for i in places[start : start + batch_size]]
+                yield [replace(rollout, frozen=True) for rollout in batch] if done < warmup_steps else batch
                 done += 1
         phase += 1

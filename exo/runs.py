@@ -11,16 +11,16 @@ from accelerate import Accelerator
 
 from exo import artifacts, lineage, models, plots
 from exo.artifacts import Metrics
-from exo.config import Training
+from exo.lineage import Start
 
 
-def begin(config: Training, stage: str, accelerator: Accelerator, rows: Mapping[str, Any]) -> Metrics:
+def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Metrics:
     """Make the run directory; once all that could be checked has been, for only now may an earlier run make room."""
     if accelerator.is_main_process:
-        lineage.begin(config, stage, rows=rows)
+        lineage.begin(start, rows=rows)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("exo")
-    return Metrics(Path(config.output_dir) / "metrics.jsonl")
+    return Metrics(Path(start.config.output_dir) / "metrics.jsonl")
 
 
 def end(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from exo import artifacts, config, console, data, lineage, loop, models, packing, samples
+from exo import artifacts, config, console, data, generation, lineage, loop, models, packing, samples
 from exo.config import option, require
 from exo.data import Group
 from exo.generation import Sample
@@ -48,7 +48,8 @@ class Config(config.Compute):
 
 def run(config: Config) -> Path:
     """Sample and return the run directory, which has samples.jsonl."""
-    path = lineage.source("data", config.data, "prepare")
+    start = lineage.start(config, "sample")
+    path = lineage.source("data", config.data, "prepare", prepared="prompts.jsonl")
     dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
     console.say(dataset.summary())
     model = lineage.source("model", config.model, "sft", "align", "ppo")
@@ -59,7 +60,7 @@ def run(config: Config) -> Path:
     console.say(
         f"  mean {result['mean_tokens']:.1f} tokens; {100 * result['unfinished']:.1f}% were cut for their length"
     )
-    directory = lineage.begin(config, "sample", rows=dataset.account())
+    directory = lineage.begin(start, rows=dataset.account())
     with artifacts.staged_file(directory / "samples.jsonl") as file:
         data.write_jsonl(file, map(samples.row, groups))
     lineage.finish(directory, result=result)
@@ -100,7 +101,7 @@ def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[i
     wanted = [
         vllm.SamplingParams(
             n=1, temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_new_tokens, logprobs=0,
-            seed=(config.seed * 1_000_003 + number) * 1009 + j, stop_token_ids=[tokenizer.eos_token_id],
+            seed=generation.stream_seed(config.seed, number, j), stop_token_ids=[tokenizer.eos_token_id],
         )
         for number in numbers
         for j in range(config.k)

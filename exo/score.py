@@ -15,7 +15,7 @@ AT_ONCE = 1024  # rows between two looks at the clock
 
 
 @dataclass(frozen=True)
-class Config(config.Compute):
+class Config(config.Scoring):
     output_dir: str = option("runs/scored", "directory of the run")
     data: str = option("", "samples: prompts with completions")
     reward_model: str | None = rewards.REWARD_MODEL
@@ -32,6 +32,7 @@ class Config(config.Compute):
 
 def run(config: Config) -> Path:
     """Score and return the run directory, which has scored.jsonl."""
+    start = lineage.start(config, "score")
     path = lineage.source("data", config.data, "sample", "best_of_n", "score")
     dataset = data.read(path, purpose="samples", skip_invalid=config.skip_invalid)
     console.say(dataset.summary())
@@ -40,8 +41,8 @@ def run(config: Config) -> Path:
     console.say(f"scored by {scorer.name}")
     progress = console.Progress("rows", len(dataset.groups), every=max(1, len(dataset.groups) // 4))
     scores: rewards.Scores = []
-    for start in range(0, len(dataset.groups), AT_ONCE):
-        part = dataset.groups[start : start + AT_ONCE]
+    for first in range(0, len(dataset.groups), AT_ONCE):
+        part = dataset.groups[first : first + AT_ONCE]
         scores += scorer.score(part)
         progress.advance(len(part))
     result = rewards.describe(scores)
@@ -49,7 +50,7 @@ def run(config: Config) -> Path:
     for name in ("rows of one completion", "rows whose rewards are all equal"):
         if result[name]:
             console.say(f"  {result[name]:,} {name}: nothing to compare")
-    directory = lineage.begin(config, "score", rows=dataset.account())
+    directory = lineage.begin(start, rows=dataset.account())
     with artifacts.staged_file(directory / "scored.jsonl") as file:
         scored = zip(dataset.groups, scores, strict=True)
         data.write_jsonl(file, (samples.row(replace(group, rewards=values)) for group, values in scored))

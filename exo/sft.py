@@ -49,8 +49,11 @@ class NextToken(nn.Module):
 
 def run(config: Config) -> Path:
     """Fine-tune and return the run directory, which is the model directory."""
+    start = lineage.start(config, "sft")
     dataset = data.read(
-        lineage.source("data", config.data, "prepare"), purpose="texts", skip_invalid=config.skip_invalid
+        lineage.source("data", config.data, "prepare", prepared="sft.jsonl"),
+        purpose="texts",
+        skip_invalid=config.skip_invalid,
     )
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
@@ -65,7 +68,7 @@ def run(config: Config) -> Path:
         raise data.DataError(f"{config.data}: no row is left to train on")
     models.check_fits(model, groups)
     loop.refuse_empty_shares(config, len(groups), accelerator)
-    metrics = runs.begin(config, "sft", accelerator, dataset.account(counts))
+    metrics = runs.begin(start, accelerator, dataset.account(counts))
     steps = loop.total_steps(config, len(groups))
     console.say(
         f"{len(groups):,} texts, {steps:,} steps of {config.batch_size}, "

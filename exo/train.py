@@ -66,11 +66,11 @@ def run(config: Config) -> Path:
     _begin(config, recipe, whole, directory)
     if recipe.threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(recipe.threads)
-    began = time.perf_counter()
     ran = _run_all(steps, directory, again, config.jobs, recipe.threads)
-    artifacts.update_run(directory, seconds=round(time.perf_counter() - began, 1), steps_run=ran)
+    artifacts.update_run(directory, steps_run=ran)
     console.headline("Finished")
-    if (page := directory / "report" / "report.html").exists():
+    page = directory / "report" / "report.html"
+    if steps[-1].stage == "report":
         shutil.copyfile(page, directory / "report.html")  # it stands alone: its pictures are in it
         console.say(f"report: {directory / 'report.html'}")
     return directory
@@ -143,8 +143,10 @@ def _begin(config: Config, recipe: pipeline.Recipe, steps: list[Step], directory
     """The record of the whole. An earlier run of a recipe there is gone on with; anything else there is refused."""
     if not artifacts.is_run(directory, "train"):
         artifacts.prepare(str(directory), overwrite=False)
-    artifacts.write_run(directory, config, "train", recipe=dataclasses.asdict(recipe), plan=[
-        {"name": step.name, "stage": step.stage, "needs": step.needs} | step.facts for step in steps
+    artifacts.write_run(directory, config, "train", started=artifacts.now(), recipe=dataclasses.asdict(recipe), plan=[
+        {"name": step.name, "stage": step.stage, "needs": step.needs, "options": dataclasses.asdict(step.config)}
+        | step.facts
+        for step in steps
     ])  # fmt: skip
 
 
@@ -213,7 +215,7 @@ def _at_once(
 
 def _quiet(threads: int | None) -> None:
     console.mute()
-    if threads:
+    if threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
 
 
@@ -229,11 +231,11 @@ def _stage(step: Step) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    flags = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"}
-    if "help" in flags or "-h" in arguments:
+    if "--help" in arguments or "-h" in arguments:
         print(__doc__)
     # --data is for alignment; a recipe says where its data are with --source
-    if "recipe" not in flags and flags & ({f.name for f in dataclasses.fields(align.Config)} - {"output_dir", "seed"}):
+    own = {field.name for field in dataclasses.fields(align.Config)} - {"output_dir", "seed"}
+    if "recipe" not in (asked := config.given(arguments)) and asked & own:
         return align.main(arguments)
     options = config.parse(Config, arguments, prog="python -m exo.train", description=None)
     return artifacts.guarded(run, options)

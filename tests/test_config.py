@@ -2,7 +2,7 @@
 
 import pytest
 
-from exo import align
+from exo import align, train
 from exo.config import parse
 
 BASE = ["--model", "tiny", "--data", "rows.jsonl"]
@@ -85,3 +85,13 @@ def test_required_options_are_asked_for(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(align.Config, ["--model", "tiny"], prog="test", description=None)
     assert stop.value.code == 2 and "--data: expected a file" in capsys.readouterr().err
+
+
+def test_a_file_of_options_for_alignment_is_one_for_the_driver_too(tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text("model: tiny\ndata: absent.jsonl\n")
+    assert train.main(["--config", str(file), "--output_dir", str(tmp_path / "run")]) == 2
+    assert "absent.jsonl: no such file" in capsys.readouterr().err
+    file.write_text("recipe: absent\nmodel: tiny\n")
+    assert train.main(["--config", str(file), "--output_dir", str(tmp_path / "run")]) == 2
+    assert "--recipe absent: expected one of" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """Tables: parquet, directories of shards and hub names; and columns by other names."""
 
 import datetime
-import hashlib
 import json
+import re
 import shutil
 import sys
 
@@ -35,7 +35,7 @@ def test_parquet_reads_as_the_lines_would(tmp_path):
     assert [group.line for group in data.groups] == list(range(1, 2501))
     assert data.groups[7] == Group("7", (" a", " b", " c"), (1.0, 0.5, -2.0), 8)
     assert data.format == "completions with rewards (prompt/completions/rewards), parquet"
-    assert data.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() and data.rows == 2500
+    assert data.rows == 2500
 
 
 INVALID = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"ok", b"\xff" + CANARY.encode()]).buffers())
@@ -116,9 +116,6 @@ def test_shards_are_read_by_name_and_counted_through(tmp_path):
     data = read(tmp_path)
     assert [(group.prompt, group.line) for group in data.groups] == [(str(i), i) for i in range(1, 6)]
     assert data.format.endswith(", 3 JSON and parquet files") and data.path == str(tmp_path)
-    before = data.sha256
-    put(tmp_path, [{**GOOD, "prompt": "x"}], "b.jsonl")
-    assert read(tmp_path).sha256 != before
 
 
 def test_a_malformed_row_of_a_shard_names_the_shard(tmp_path):
@@ -167,8 +164,7 @@ def test_a_hub_name_says_name_config_and_split(hub, name, call):
     data = read(name, skip_invalid=True)
     assert hub == [call] * 2
     assert data.groups == [GOOD_GROUP, Group("p", (" a", " b"), None, 3)] and data.skipped == {"malformed": 1}
-    fingerprint = data.sha256.removeprefix("fingerprint:")
-    assert fingerprint and data.format.endswith(f", from the hub, fingerprint {fingerprint}")
+    assert re.search(", from the hub, fingerprint [0-9a-f]+$", data.format)
 
 
 def test_a_path_that_is_here_wins(hub, tmp_path, monkeypatch):
@@ -211,28 +207,3 @@ def test_the_real_library_takes_our_call(tmp_path, monkeypatch):
     assert read("owner/name").groups[0] == GOOD_GROUP
     assert "Unknown split" in refusal("owner/name@nope")
     assert "'config' not found" in refusal("owner/name:config")
-
-
-# Columns by other names.
-
-
-def test_columns_are_renamed_all_at_once(tmp_path):
-    swapped = {"question": "p", "chosen": " b", "rejected": " a", "prompt": "other"}
-    data = read(put(tmp_path, [swapped]), columns="prompt=question, chosen=rejected,rejected=chosen")
-    assert data.groups == [GOOD_GROUP]
-    assert data.format.endswith(", columns prompt=question, chosen=rejected,rejected=chosen")
-
-
-@pytest.mark.parametrize("columns", ["prompt", "prompt=", "=question", "", " ", "prompt=a,", "prompt=a,=c"])
-def test_columns_that_say_nothing_are_refused(tmp_path, columns):
-    path = put(tmp_path, [GOOD])
-    assert f"expected ours=theirs,... (prompt=question), got {columns!r}" in refusal(path, columns=columns)
-
-
-def test_columns_of_unknown_names_are_refused(tmp_path):
-    path = put(tmp_path, [{"question": CANARY, "chosen": "a", "rejected": "b"}])
-    assert "columns: 'query' is no name that is read; names: prompt, chosen" in refusal(path, columns="query=question")
-    assert "columns: 'prompt' is given twice" in refusal(path, columns="prompt=question,prompt=chosen")
-    found = "columns: no key 'quest'; keys found: 'question', 'chosen', 'rejected'"
-    assert refusal(path, columns="prompt=quest") == f"{path}:1: {found}"
-    assert found in refusal(path, columns="prompt=quest", skip_invalid=True)

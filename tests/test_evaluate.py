@@ -123,7 +123,7 @@ def test_samples_that_exist_are_scored_as_they_are(run, tmp_path):
 
 
 def test_another_baseline_is_refused(run, tmp_path, capsys):
-    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "red"}])
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "red"}, {"prompt": "blue"}])
     arguments = ["--model", str(run[0] / "policy"), "--reference", str(run[0] / "reference"), "--data", other]
     arguments += [
         "--baseline",
@@ -149,12 +149,12 @@ def test_a_reference_of_another_tokenizer_is_refused_before_anything_is_written(
 def test_the_kl_of_a_long_prompt_is_of_what_was_sampled_after(run, tmp_path):
     """The log-probs that it was drawn with, less those of the reference after the same cut prompt."""
     words = ("red green blue round square " * 4).split()
-    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": " ".join(words)}])
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": " ".join(words)}, {"prompt": "red"}])
     done = evaluate.run(
         evaluate.Config(model=str(run[0] / "policy"), reference=str(run[0] / "reference"), data=prompts,
                         output_dir=str(tmp_path / "x"), **(HOW | {"k": 1, "seed": 1}))
     )  # fmt: skip
-    (row,) = lines(done / "samples" / "final.jsonl")
+    row = lines(done / "samples" / "final.jsonl")[0]
     (ids,) = row["token_ids"]
     assert len(ids) < 6, "the case must leave room for more of the prompt"
     reference, tokenizer = models.load(run[0] / "reference")
@@ -163,3 +163,12 @@ def test_the_kl_of_a_long_prompt_is_of_what_was_sampled_after(run, tmp_path):
         logprobs = torch.log_softmax(reference(torch.tensor([seen + ids])).logits[0].double() / 0.8, -1)
     theirs = sum(float(logprobs[9 + i, t]) for i, t in enumerate(ids))
     assert row["log_ratios"] == pytest.approx([row["logprobs"][0] - theirs], abs=1e-5)
+
+
+def test_one_prompt_is_too_few(run, tmp_path, capsys):
+    """Its mean has no error, so that any rise would be a success."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "red"}])
+    arguments = ["--model", str(run[0] / "policy"), "--reference", str(run[0] / "reference"), "--data", prompts,
+                 "--oracle", "tests.tasks:reward", "--output_dir", str(tmp_path / "x")]  # fmt: skip
+    assert evaluate.main(arguments) == 2
+    assert "expected two prompts at least" in capsys.readouterr().err

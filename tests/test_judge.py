@@ -299,7 +299,8 @@ def test_a_server_that_is_not_there(tmp_path, files, capsys):
     assert run(tmp_path, url, *files, "--retries=1") == 1
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "8 requests in a row were not answered" in err and "refused" in err
-    assert not (tmp_path / "run" / "judge.json").exists()
+    assert result(tmp_path)["win_rate"] is None and result(tmp_path)["undecided"]["unanswered"] == 8
+    assert "finished" not in json.loads((tmp_path / "run" / "run.json").read_text())
 
 
 def test_a_server_that_dies_on_the_way_keeps_what_it_said(tmp_path, capsys):
@@ -317,7 +318,8 @@ def test_nothing_but_nonsense_is_no_win_rate(tmp_path, files, capsys):
     with serving(lambda _: said(None)) as server:
         assert run(tmp_path, server, *files) == 1
     assert "no pair was decided in both orders" in capsys.readouterr().err
-    assert len(verdicts(tmp_path)) == 8 and not (tmp_path / "run" / "judge.json").exists()
+    assert len(verdicts(tmp_path)) == 8 and result(tmp_path)["win_rate"] is None
+    assert result(tmp_path)["undecided"] == {"unanswered": 0, "unreadable": 8, "pairs_left_out": 4}
 
 
 # The cache.

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 
-from exo import artifacts, lineage, sample, score
+from exo import artifacts, data, lineage, sample, score
 from tests.tasks import PROMPTS, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,6 +36,37 @@ def test_a_directory_stands_for_what_its_stage_made(made):
     assert lineage.source("data", str(directory / "samples"), "sample") == str(directory / "samples" / "samples.jsonl")
     assert lineage.source("model", str(directory / "model"), "sft") == str(directory / "model")
     assert lineage.source("model", "gpt2", "sft") == "gpt2" and lineage.source("model", "a/b", "sft") == "a/b"
+
+
+def test_a_prepared_directory_stands_for_the_file_that_a_stage_wants(tmp_path):
+    (tmp_path / "test.jsonl").write_text("{}")
+    artifacts.write_json(tmp_path / "run.json", {"stage": "prepare", "command": [], "arguments": {}, "finished": "now"})
+    found = lineage.source("data", str(tmp_path), "prepare", prepared="test.jsonl")
+    assert found == str(tmp_path / "test.jsonl")
+    with pytest.raises(ValueError, match="expected sft.jsonl in it, which this task does not make"):
+        lineage.source("data", str(tmp_path), "prepare", prepared="sft.jsonl")
+
+
+def test_a_directory_in_use_is_refused_before_any_work(made, monkeypatch, capsys):
+    """Hours of sampling or scoring must not come before the refusal."""
+    for stage, asked in ((sample, made[1]), (score, made[2])):
+        monkeypatch.setattr(data, "read", None)
+        with pytest.raises(artifacts.RunError, match="holds an earlier run"):
+            stage.run(replace(asked, overwrite_output_dir=False))
+
+
+def test_a_run_begins_when_it_is_asked_for(made, monkeypatch):
+    """Its time and its inputs are those before the work, whatever happens to them meanwhile."""
+    times = iter(["before", "after"])
+    monkeypatch.setattr(artifacts, "now", lambda: next(times))
+    score.run(made[2])
+    record = json.loads((made[0] / "scored" / "run.json").read_text())
+    assert (record["started"], record["finished"]) == ("before", "after")
+
+
+def test_a_record_that_was_half_written_is_no_obstacle(tmp_path):
+    (tmp_path / ".staging-run.json").write_text("{")
+    artifacts.check(str(tmp_path), overwrite=False)
 
 
 def test_what_is_missing_is_said_with_what_makes_it(made):

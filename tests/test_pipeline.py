@@ -146,7 +146,10 @@ def test_numbers_that_yaml_takes_for_texts(tmp_path):
         ({"methods": ["exo"]}, "--methods: expected some of"),
         ({"sweep": {"beta": [1]}}, "sweep: unknown option 'beta'"),
         ({"stages": {"align": {"max_steps": "many"}}}, "--max_steps: invalid int value"),
-        ({"stages": {"align": {"dtype": "float8"}}}, "--dtype: invalid choice: 'float8'"),
+        ({"common": {"dtype": "float8"}}, "--dtype: invalid choice: 'float8'"),
+        ({"stages": {"align": {"dtype": "bfloat16"}}}, "align: dtype belongs under common"),
+        ({"seeds": [0, 1, 0]}, "--seeds: expected each once; got '0,1,0'"),
+        ({"sweep": {"beta_pi": [0.1, 0.1000001]}}, "two steps have the name exo-rw/k4-beta_pi=0.1-seed0"),
         ({"titel": "x"}, "unknown key 'titel'; did you mean title?"),
         ({"stages": {"align": {"beta_pi": -1}}}, "--beta_pi: expected a finite number > 0"),
     ],
@@ -191,6 +194,19 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path, capsys):
     assert train.main(["--dry_run", "--output_dir", str(tmp_path / "x")]) == 0
     said = capsys.readouterr().out
     assert "exo-rw/k4-seed0" in said and "trains on at most 2,048,000 tokens" in said and not (tmp_path / "x").exists()
+
+
+def test_a_dry_run_knows_what_a_change_takes_with_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lineage, "holds", lambda directory, config, stage: stage != "reward")
+    assert train.main(["--dry_run", "--output_dir", str(tmp_path / "x")]) == 0
+    plan = [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
+    there = {line.split()[0] for line in plan if line.endswith("already there")}
+    assert {"sft", "labelled", "exo-pref/seed0"} <= there
+    assert not there & {"reward", "scored", "exo-rw/k4-seed0", "evaluation/ppo/seed0", "report"}
+
+
+def test_best_of_n_alone_needs_no_density(tmp_path):
+    assert not [name for name in planned(tmp_path, methods=["bon", "ppo"]) if name.startswith("density")]
 
 
 def test_a_recipe_is_driven_by_one_process(tmp_path, capsys, monkeypatch):

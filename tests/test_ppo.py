@@ -1,6 +1,7 @@
 """PPO: advantages and losses by their definitions, rollouts that hold what they should, warm-up, a run that learns."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def made(policy):
     module.critic.value.weight.data.normal_(generator=torch.Generator().manual_seed(2))
     scorer = rewards.load(rewards.Options(None, "tests.tasks:reward"), settings, accelerator, 16)
     maker = ppo._maker(settings, module, reference, tokenizer, scorer, accelerator)
-    return settings, maker, module, maker.make(PROMPTS, range(6), frozen=False)
+    return settings, maker, module, maker.make(PROMPTS, range(6))
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def test_returns_are_made_of_the_penalty_on_every_token_and_the_score_on_the_las
 
 def test_a_long_prompt_is_scored_as_far_as_it_was_sampled_after(made):
     _, maker, _, _ = made
-    found = maker.make(["red green blue round square " * 4] * 8, range(8), frozen=False)
+    found = maker.make(["red green blue round square " * 4] * 8, range(8))
     assert {len(rollout.prompt) for rollout in found} == {10}
     assert any(len(rollout.completions[0]) < 6 for rollout in found), "some must leave room for more of the prompt"
 
@@ -187,7 +188,7 @@ def test_actor_and_critic_have_learning_rates_of_their_own(policy, tmp_path):
 
 def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
     _, maker, module, _ = made
-    found = maker.make(PROMPTS, range(6), frozen=True)
+    found = [replace(rollout, frozen=True) for rollout in maker.make(PROMPTS, range(6))]
     module.zero_grad()
     module(rollouts.collate(found, pad_id=0), ppo._tokens(found)).loss.backward()
     assert all(not p.grad.any() for p in module.model.parameters())
@@ -198,16 +199,17 @@ def test_phases_go_through_their_rollouts_the_asked_number_of_times_and_freeze_t
     calls = []
 
     class Maker:
-        def make(self, prompts, numbers, *, frozen):
-            calls.append((list(prompts), list(numbers), frozen))
-            return [rollouts.Rollout((1,), ((n,),), None, n, frozen=frozen) for n in numbers]
+        def make(self, prompts, numbers):
+            calls.append((list(prompts), list(numbers)))
+            return [rollouts.Rollout((1,), ((n,),), None, n) for n in numbers]
 
     source = rollouts.batches(
-        Maker(), ["a", "b", "c"], rollout_size=4, batch_size=2, epochs=2, warmup_steps=4, seed=0
+        Maker(), ["a", "b", "c"], rollout_size=4, batch_size=2, epochs=2, warmup_steps=3, seed=0
     )  # fmt: skip
-    batches = [[r.line for r in next(source)] for _ in range(8)]
+    drawn = [next(source) for _ in range(8)]
+    batches = [[r.line for r in batch] for batch in drawn]
     assert [sorted(sum(batches[i : i + 2], [])) for i in (0, 2, 4, 6)] == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
-    assert [call[2] for call in calls] == [True, False]
+    assert [{r.frozen for r in batch} for batch in drawn] == [{True}] * 3 + [{False}] * 5
     assert sorted(calls[0][0][:3]) == ["a", "b", "c"]
 
 
@@ -257,7 +259,7 @@ def test_options_out_of_range(policy, capsys, option, value, said):
 def test_no_global_random_state_moves(made):
     _, maker, _, _ = made
     before = torch.random.get_rng_state()
-    maker.make(PROMPTS[:2], range(2), frozen=False)
+    maker.make(PROMPTS[:2], range(2))
     assert torch.equal(before, torch.random.get_rng_state())
 
 

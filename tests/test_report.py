@@ -92,7 +92,7 @@ def make_run(directory, trials, text="fine"):
         facts = {"method": method, "k": k, "seed": seed, "varied": varied} | ({"n": 4} if method == "bon" else {})
         plan.append({"name": name, "stage": "align", "needs": ["sft"]})
         plan.append({"name": f"evaluation/{name}", "stage": "evaluate", "needs": [name], **facts})
-        put_step(directory / name, "align", 10, arguments={"beta_pi": 0.5, "beta_r": 0.5})
+        put_step(directory / name, "align", 10, arguments={"beta_pi": 0.5, "beta_r": 0.5, "reward_norm": "none"})
         lines = [
             {"step": s, "loss": 2.0, "grad_norm": 3.0, "clipped": float(s == 1), "rewards/stuck": 0.0} for s in (1, 2)
         ]
@@ -451,7 +451,34 @@ def test_a_result_whose_input_has_changed_since_is_named(tmp_path):
     found = results.read(run)
     assert [(s.name, s.stale) for s in found.steps if s.stale] == [(evaluation, "exo-rw/0-seed0")]
     page = text_of("".join(findings.headline(found, findings.methods(found))))
-    assert "evaluation/exo-rw/0-seed0, made from exo-rw/0-seed0" in page
+    assert "evaluation/exo-rw/0-seed0: exo-rw/0-seed0" in page
+
+
+def test_a_result_of_other_options_than_the_plans_is_named(tmp_path):
+    run = make_run(tmp_path / "run", TRIALS[:1])
+    record = json.loads((run / "run.json").read_text())
+    for entry in record["plan"]:
+        entry["options"] = {"beta_pi": 0.1, "beta_r": 0.5, "reward_norm": "none"} if entry["stage"] == "align" else {}
+    put(run / "run.json", record)
+    found = results.read(run)
+    assert [(s.name, s.stale) for s in found.steps if s.stale] == [("exo-rw/0-seed0", "--beta_pi")]
+
+
+def test_samples_all_alike_cost_no_more_than_their_picture(tmp_path, drawn):
+    run = make_run(tmp_path / "run", TRIALS[:1])
+    row = {"prompt": "p", "logps": [-1.0] * 4, "ref_logps": [-2.0] * 4, "rewards": [1.0] * 4}
+    put(run / "evaluation/exo-rw/0-seed0/density.jsonl", [row])
+    page = text_of(findings.densities(results.read(run), tmp_path))
+    assert "Not drawn: prompt 1 (rw): density: expected samples of different log-probability" in page
+
+
+def test_the_optimum_of_rewards_on_another_scale_is_not_drawn(tmp_path, drawn):
+    run = make_run(tmp_path / "run", TRIALS[:1])
+    trial = results.read(run).trials[0]
+    row = {"ref_logps": [-1.0, -2.0, -4.0], "logps": [-1.0, -2.0, -3.0], "rewards": [1.0, 2.0, 3.0]}
+    assert list(findings._curves([trial], [row])) == ["optimal, beta 0.25", "exo-rw K=2"]
+    trial.arguments["reward_norm"] = "global"
+    assert list(findings._curves([trial], [row])) == ["exo-rw K=2"]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])

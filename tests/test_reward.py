@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from exo import console, data, loop, models, packing, reward, rewards
 from exo.config import Training
@@ -61,7 +62,7 @@ def test_it_ranks_held_out_pairs(trained):
 def test_held_out_prompts_are_not_trained_on_with_other_completions(policy):
     rows = [data.Group(f"{a} {b}", (c, "bad"), None, 1) for a in WORDS[:4] for b in WORDS[:4] for c in ("good", "red")]
     config = reward.Config(model=policy, data="x", eval_fraction=0.25)
-    dataset = data.Dataset(rows, "", len(rows), {}, {}, "", "x")
+    dataset = data.Dataset(rows, "", len(rows), {}, {}, "x")
     train, held_out, _ = reward._encode(config, dataset, models.load_tokenizer(policy))
     assert len(train) == 24 and len(held_out) == 8
     assert {group.prompt for group in train}.isdisjoint({group.prompt for group in held_out})
@@ -108,6 +109,23 @@ def test_it_reads_the_end_of_sequence_where_there_is_one(trained):
     both = scorer(trained).score([data.Group("red", ("good blue", "good blue"), None, 1, tokens)])[0]
     assert both[0] != both[1]
     assert both[0] == pytest.approx(scorer(trained).score([group("red", "good blue")])[0][0], abs=1e-6)
+
+
+@pytest.mark.parametrize("spare", [True, False], ids=["a padding token is there", "none is there"])
+def test_padding_that_is_the_end_of_sequence_does_not_hide_it(policy, tmp_path, spare):
+    """As with gpt2 and pythia: pooled at the last token that is no padding, no end would ever be seen."""
+    model, tokenizer = models.load(policy)
+    if not spare:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str().replace("<pad>", "<other>"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="<eos>")
+    tokenizer.pad_token = tokenizer.eos_token
+    models.save(model, tokenizer, tmp_path)
+    classifier, own = models.classifier_from(str(tmp_path), 1, seed=0)
+    assert own.pad_token_id == classifier.config.pad_token_id != own.eos_token_id
+    models.save(classifier, own, tmp_path / "reward")
+    tokens = data.Tokens("foreign", ((5,), (5,)), (-1.0, -1.0), ("eos", "length"))
+    both = scorer(tmp_path / "reward").score([data.Group("red", ("good blue", "good blue"), None, 1, tokens)])[0]
+    assert both[0] != both[1]
 
 
 def test_the_loss_is_bradley_terrys(policy):

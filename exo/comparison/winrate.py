@@ -55,8 +55,8 @@ def rows(pairs: Sequence[Pair], judged: Judged) -> Iterable[dict[str, Any]]:
         } | ({"reason": judgement.reason} if judgement.reason else {})  # fmt: skip
 
 
-def count(pairs: Sequence[Pair], judged: Judged, seed: int) -> dict[str, Any] | None:
-    """Win rate of a with its interval over prompts, and what to know before trusting it; None if no pair was decided.
+def count(pairs: Sequence[Pair], judged: Judged, seed: int) -> dict[str, Any]:
+    """Win rate of a with its interval over prompts, and what to know before trusting it; None where none was decided.
 
     The pairs of one prompt are not independent, so that a prompt counts with the mean of its own.
     """
@@ -66,8 +66,6 @@ def count(pairs: Sequence[Pair], judged: Judged, seed: int) -> dict[str, Any] | 
         if None not in both:
             decided.append([judged[number, order].choice for order in ORDERS])
             points.append((pair, sum(filter(None, both)) / 2))
-    if not points:
-        return None
     choices = [choice for both in decided for choice in both if choice != "tie"]
     biased = sum(both in (["A", "A"], ["B", "B"]) for both in decided)
     unanswered = sum(judgement.answer is None for judgement in judged.values())
@@ -75,11 +73,11 @@ def count(pairs: Sequence[Pair], judged: Judged, seed: int) -> dict[str, Any] | 
     categories = sorted({pair.category for pair, _ in points} - {""})
     return {
         "prompts": len({pair.prompt for pair in pairs}),
-        "win_rate": _win_rate(points, seed),
+        "win_rate": _win_rate(points, seed) if points else None,
         "wins": sum(value > 0.5 for _, value in points),
         "ties": sum(value == 0.5 for _, value in points),
         "losses": sum(value < 0.5 for _, value in points),
-        "position_bias_rate": biased / len(decided),
+        "position_bias_rate": biased / len(decided) if decided else None,
         "first_position_share": choices.count("A") / len(choices) if choices else None,
         "undecided": {
             "unanswered": unanswered,

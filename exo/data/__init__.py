@@ -22,7 +22,7 @@ from exo.data import rows as containers
 from exo.data.errors import DataError, Malformed, StrPath, show
 from exo.data.messages import Chat, Message
 from exo.data.reading import Reading, Tokens
-from exo.data.shapes import SHAPES, Purpose, Shape, match, renamed, renaming
+from exo.data.shapes import SHAPES, Purpose, Shape, match
 
 __all__ = [
     "Chat", "DataError", "Dataset", "Group", "Message", "Purpose", "Tokens", "read", "read_jsonl", "read_rows",
@@ -51,7 +51,6 @@ class Dataset:
     rows: int
     skipped: dict[str, int]  # reason -> rows not used
     noted: dict[str, int]  # reason -> rows used but worth a remark
-    sha256: str  # of the file as it lies on disk, compressed or not; of shards together; of hub data "fingerprint:..."
     path: str
 
     def __post_init__(self) -> None:
@@ -73,18 +72,15 @@ class Dataset:
         return "\n".join(lines)
 
 
-def read(
-    path: StrPath, *, purpose: Purpose = "comparisons", skip_invalid: bool = False, columns: str | None = None
-) -> Dataset:
+def read(path: StrPath, *, purpose: Purpose = "comparisons", skip_invalid: bool = False) -> Dataset:
     """Read data. The first valid row sets the shape; a row of another shape is malformed.
 
     `path` is a file, a directory of files or a hub name. `purpose` says what is wanted of a row: completions to
-    compare, a model's samples, one text to imitate, a prompt alone, or a text with its class. `columns` renames:
-    "prompt=question,chosen=yes". A malformed row raises `DataError`, or is counted under `skip_invalid`. Rows that do
-    not serve the purpose (nothing to compare: an empty completion, a single one, all the same) are skipped and counted
-    in any case. Data without a usable row raises, and so does what is damaged beyond telling its rows apart.
+    compare, a model's samples, one text to imitate, a prompt alone, or a text with its class. A malformed row raises
+    `DataError`, or is counted under `skip_invalid`. Rows that do not serve the purpose (nothing to compare: an empty
+    completion, a single one, all the same) are skipped and counted in any case. Data without a usable row raises, and
+    so does what is damaged beyond telling its rows apart.
     """
-    new_names = {} if columns is None else renaming(columns)
     source = containers.open_source(path)
     groups: list[Group] = []
     skipped: Counter[str] = Counter()
@@ -96,7 +92,7 @@ def read(
         for (number, place), row in stream:
             rows += 1
             try:
-                kind, reading = _understand(row, kind, purpose, new_names)
+                kind, reading = _understand(row, kind, purpose)
             except Malformed as error:
                 message = f"{place}: {error}"
                 if not skip_invalid:
@@ -115,9 +111,8 @@ def read(
         hint = f"; first malformed: {first_malformed}" if first_malformed else ""
         raise DataError(f"{show(path)}: {found}{hint}")
     chat = "chat messages" if kind.chat else ""
-    renames = f"columns {columns}" if new_names else ""
-    words = ", ".join(filter(None, (str(kind.shape), chat, renames, source.container)))
-    return Dataset(groups, words, rows, dict(skipped), dict(noted), source.sha256, os.fspath(path))
+    words = ", ".join(filter(None, (str(kind.shape), chat, source.container)))
+    return Dataset(groups, words, rows, dict(skipped), dict(noted), os.fspath(path))
 
 
 @dataclass(frozen=True)
@@ -128,13 +123,10 @@ class _Kind:
     chat: bool | None  # None until a row has told
 
 
-def _understand(
-    row: dict[str, Any] | Malformed, kind: _Kind | None, purpose: Purpose, new_names: Mapping[str, str]
-) -> tuple[_Kind, Reading]:
+def _understand(row: dict[str, Any] | Malformed, kind: _Kind | None, purpose: Purpose) -> tuple[_Kind, Reading]:
     """What a row says, and the kind of row that the file is now known to hold. Only a valid row decides that."""
     if isinstance(row, Malformed):
         raise row
-    row = renamed(row, new_names)
     shape = match(row, kind.shape if kind else None, SHAPES[purpose])
     reading = shape.convert(row)
     before = kind.chat if kind else None

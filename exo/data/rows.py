@@ -7,7 +7,6 @@ from the hub.
 """
 
 import gzip
-import hashlib
 import io
 import json
 import math
@@ -38,7 +37,6 @@ _STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 
 class Source(NamedTuple):
     rows: Rows  # to be closed
-    sha256: str
     container: str  # in words; "" for JSON, which needs none
 
 
@@ -65,11 +63,9 @@ def open_source(path: StrPath) -> Source:
 def _file(path: Path, shown: str) -> Source:
     with open(path, "rb") as file:
         parquet = file.read(4) == b"PAR1"
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if parquet:
-        return Source(tables.from_parquet(path, shown), sha256, "parquet")
-    return Source(json_rows(path), sha256, "")
+        return Source(tables.from_parquet(path, shown), "parquet")
+    return Source(json_rows(path), "")
 
 
 def _shards(directory: Path) -> Source:
@@ -84,10 +80,9 @@ def _shards(directory: Path) -> Source:
                 f"found {names([file.name])}; name one file, or move the others out"
             )
     sources = [_file(file, show(file)) for file in files]
-    digests = "".join(f"{file.name} {source.sha256}\n" for file, source in zip(files, sources, strict=True))
     kinds = sorted({source.container or "JSON" for source in sources})
     container = f"{len(files)} {' and '.join(kinds)} file{'s' * (len(files) > 1)}"
-    return Source(_chained(sources), hashlib.sha256(digests.encode()).hexdigest(), container)
+    return Source(_chained(sources), container)
 
 
 def _chained(sources: list[Source]) -> Rows:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from exo.data.errors import DataError, Malformed, array, names, number, string
+from exo.data.errors import Malformed, array, names, number, string
 from exo.data.messages import Chat, Message, conversation, is_chat
 from exo.data.parting import (
     are_chats,
@@ -54,29 +54,6 @@ def match(row: Row, expected: Shape | None, known: tuple[Shape, ...]) -> Shape:
     missing = [key for key in expected.keys if key not in row]
     what = f"missing {names(missing)}" if missing else "another shape"
     raise Malformed(f"{what}; the file began as {expected}")
-
-
-def renaming(columns: str) -> dict[str, str]:
-    """{"prompt": "question"} of "prompt=question"."""
-    known = dict.fromkeys(key for shapes in SHAPES.values() for shape in shapes for key in shape.keys)
-    chosen: dict[str, str] = {}
-    for pair in columns.split(","):
-        ours, _, theirs = (part.strip() for part in pair.partition("="))
-        if not ours or not theirs:
-            raise DataError(f"columns: expected ours=theirs,... (prompt=question), got {columns!r}")
-        if ours not in known:
-            raise DataError(f"columns: {ours!r} is no name that is read; names: {', '.join(known)}")
-        if ours in chosen:
-            raise DataError(f"columns: {ours!r} is given twice in {columns!r}")
-        chosen[ours] = theirs
-    return chosen
-
-
-def renamed(row: Row, new_names: Mapping[str, str]) -> Row:
-    """All at once, so that two columns can change places; a column that had our name before gives way."""
-    if missing := [theirs for theirs in new_names.values() if theirs not in row]:
-        raise Malformed(f"columns: no key {names(missing)}; keys found: {names(row)}")
-    return row | {ours: row[theirs] for ours, theirs in new_names.items()}
 
 
 # One prompt, and what was answered.

@@ -33,8 +33,8 @@ def hub_name(path: StrPath) -> HubName | None:
     return HubName(found[1], found[2], found[3] or "train")
 
 
-def from_hub(hub: HubName) -> tuple[Rows, str, str]:
-    """Rows, the fingerprint that stands in for a sha256, and a word on both."""
+def from_hub(hub: HubName) -> tuple[Rows, str]:
+    """Rows, and a word on where they are from."""
     shown = f"{hub.name}{f':{hub.config}' if hub.config else ''}@{hub.split}"
     try:
         import datasets
@@ -51,7 +51,7 @@ def from_hub(hub: HubName) -> tuple[Rows, str, str]:
     _refuse_twins(shown, dataset.column_names)
     batches = dataset.with_format("arrow").iter(batch_size=1000)
     fingerprint = dataset._fingerprint  # of name, config, split and revision; there is no public name for it
-    return _rows(batches, shown), f"fingerprint:{fingerprint}", f"from the hub, fingerprint {fingerprint}"
+    return _rows(batches, shown), f"from the hub, fingerprint {fingerprint}"
 
 
 def from_parquet(path: Path, shown: str) -> Rows:

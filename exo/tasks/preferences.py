@@ -42,8 +42,10 @@ def _pairs(paths: list[str]) -> list[Group]:
 def _prompts(wanted: Wanted, train: list[Group]) -> list[str]:
     place = Path(wanted.source)
     own = named(place, "prompts") if place.is_dir() else []
-    groups = [group for dataset in read(own, "prompts") for group in dataset.groups] if own else train
-    return list(dict.fromkeys(map(_prompt, groups)))
+    if not own:
+        return list(dict.fromkeys(map(_prompt, train)))
+    groups = [group for dataset in read(own, "prompts") for group in dataset.groups]
+    return list(dict.fromkeys(map(_prompt, drawn(groups, wanted))))
 
 
 def _prompt(group: Group) -> str:
