@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from exo import artifacts, config, console, data, lineage, loop, models, packing, plots, policy, runs, targets
-from exo.config import option, require
+from exo.config import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
 from exo.packing import TokenGroup
 
 HEAD_BUDGET = 2**29  # the default memory_budget of the losses on hidden states
@@ -26,51 +26,48 @@ SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc
 
 @dataclass(frozen=True)
 class Config(config.DataTraining):
-    model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data")
-    data: str = option("", "preferences or scored completions: a file, a directory of shards, a hub name")
+    model: str = option(
+        "",
+        "directory or hub name of a causal LM; tiny builds a small one on the data",
+        named("a directory, a hub name, or tiny"),
+    )
+    data: str = option(
+        "",
+        "preferences or scored completions: a file, a directory of shards, a hub name",
+        named("a file of preferences or scored completions"),
+    )
     target: Literal["auto", "pref", "rw"] = option(
         "auto", "what the data are taken for; pref on rewards sets the best completion of a row against its worst"
     )
-    max_completions: int | None = option(None, "use the first so many completions of each row")
+    max_completions: int | None = option(None, "use the first so many completions of each row", at_least(2))
     reward_norm: targets.Norm = option(
         "none", "rewards less their mean, over their standard deviation: of each prompt, or of all the data"
     )
     ref_model: str | None = option(None, "the reference, when it is not the starting policy")
     loss: Literal["exo", "dpo"] = option("exo", "reverse or forward KL")
-    beta_pi: float = option(0.1, "scale of the policy's log-ratios")
-    beta_r: float = option(0.1, "temperature of the rewards (unused on preferences)")
+    beta_pi: float = option(0.1, "scale of the policy's log-ratios", POSITIVE)
+    beta_r: float = option(0.1, "temperature of the rewards (unused on preferences)", POSITIVE)
     label_smoothing: float | None = option(
         None, "eps on preferences (unused on rewards); none is 1e-3 for exo, 0 for dpo"
     )
-    temperature: float = option(1.0, "divides the logits; the one that completions were sampled at")
-    max_prompt_length: int | None = option(None, "tokens of a prompt that are used, its last: as many as sample used")
-    eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none")
+    temperature: float = option(1.0, "divides the logits; the one that completions were sampled at", POSITIVE)
+    max_prompt_length: int | None = option(
+        None, "tokens of a prompt that are used, its last: as many as sample used", at_least(1)
+    )
+    eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none", PART)
     eval_data: str | None = option(None, "a held-out file, instead of eval_fraction")
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
-    save_steps: int = option(0, "steps between checkpoints; 0 means none")
-    eval_steps: int = option(0, "steps between evaluations, keeping the best; 0 means at the end only")
+    save_steps: int = option(0, "steps between checkpoints; 0 means none", NOT_NEGATIVE)
+    eval_steps: int = option(0, "steps between evaluations, keeping the best; 0 means at the end only", NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.model), "model", "a directory, a hub name, or tiny", self.model)
-        require(bool(self.data), "data", "a file of preferences or scored completions", self.data)
-        for name in ("beta_pi", "beta_r", "temperature"):
-            value = getattr(self, name)
-            require(0 < value < float("inf"), name, "a finite number > 0", value)
         if self.label_smoothing is None:
             object.__setattr__(self, "label_smoothing", 1e-3 if self.loss == "exo" else 0.0)
         eps = self.label_smoothing
         assert eps is not None
         expected = "in (0, 1) for exo" if self.loss == "exo" else "in [0, 1)"
         require(0 <= eps < 1 and not (eps == 0 and self.loss == "exo"), "label_smoothing", expected, eps)
-        require(0 <= self.eval_fraction < 1, "eval_fraction", "in [0, 1)", self.eval_fraction)
-        require(
-            self.max_completions is None or self.max_completions >= 2, "max_completions", ">= 2", self.max_completions
-        )
-        most = self.max_prompt_length
-        require(most is None or most >= 1, "max_prompt_length", ">= 1", most)
-        for name in ("eval_steps", "save_steps"):
-            require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
 
 
 def run(config: Config) -> Path:

@@ -11,9 +11,9 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def write_run(directory: Path, config: Any, stage: str, **facts: Any) -> None:
         directory / RUN_FILE,
         {
             "stage": stage,
-            "command": ["python", "-m", f"exo.{stage}", *_flags(asdict(config))],
+            "command": ["python", "-m", f"exo.{stage}", *_flags(config)],
             "arguments": asdict(config),
             "versions": {"python": platform.python_version()} | _versions(),
             "platform": f"{platform.system()} {platform.machine()}",
@@ -195,8 +195,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _flags(arguments: Mapping[str, Any]) -> list[str]:
-    return [f"--{name.rstrip('_')}={value}" for name, value in arguments.items() if value is not None]
+def _flags(config: Any) -> list[str]:
+    """What is not as it is by default, and where it goes."""
+    values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
+    given = {name: value for name, (value, default) in values.items() if value != default or name == "output_dir"}
+    given.pop("overwrite_output_dir", None)  # for whoever runs it again to say
+    return [f"--{name.rstrip('_')}={'none' if value is None else value}" for name, value in given.items()]
 
 
 def guarded(run: Callable[[Any], object], options: Any) -> int:

@@ -10,19 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exo import artifacts, config, console, data, lineage, samples, targets
-from exo.config import option, require
+from exo.config import at_least, named, option
 
 
 @dataclass(frozen=True)
 class Config(config.Stage):
     output_dir: str = option("runs/best_of_n", "directory of the run")
-    data: str = option("", "scored completions, a multiple of n in a row")
-    n: int = option(8, "completions of which the best is taken")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(bool(self.data), "data", "a file of scored completions", self.data)
-        require(self.n >= 1, "n", ">= 1", self.n)
+    data: str = option("", "scored completions, a multiple of n in a row", named("a file of scored completions"))
+    n: int = option(8, "completions of which the best is taken", at_least(1))
 
 
 def kl_bound(n: int) -> float:
@@ -33,9 +28,12 @@ def kl_bound(n: int) -> float:
 def run(config: Config) -> Path:
     """Choose, and return the run directory, which has samples.jsonl."""
     start = lineage.start(config, "best_of_n")
-    dataset = data.read(lineage.source("data", config.data, "score"), purpose="samples")
+    path = lineage.source("data", config.data, "score")
+    dataset = data.read(path, purpose="samples")
     console.say(dataset.summary())
-    chosen = [_best(group, config) for group in dataset.groups]
+    chosen = [_best(group, config.n, path) for group in dataset.groups]
+    if alike := sum(len(set(group.rewards or ())) == 1 for group in dataset.groups):
+        console.say(f"  {alike:,} rows whose rewards are all equal: the first completion is taken")
     directory = lineage.begin(start, rows=dataset.account())
     with artifacts.staged_file(directory / "samples.jsonl") as file:
         data.write_jsonl(file, map(samples.row, chosen))
@@ -44,15 +42,13 @@ def run(config: Config) -> Path:
     return directory
 
 
-def _best(group: data.Group, config: Config) -> data.Group:
+def _best(group: data.Group, n: int, path: str) -> data.Group:
     rewards = group.rewards
     if rewards is None:
-        raise data.DataError(f"{config.data}:{group.line}: has no rewards; python -m exo.score makes them")
-    if len(rewards) % config.n:
-        raise data.DataError(
-            f"{config.data}:{group.line}: expected a multiple of --n {config.n} completions; got {len(rewards)}"
-        )
-    blocks = (range(start, start + config.n) for start in range(0, len(rewards), config.n))
+        raise data.DataError(f"{path}:{group.line}: has no rewards; python -m exo.score makes them")
+    if len(rewards) % n:
+        raise data.DataError(f"{path}:{group.line}: expected a multiple of --n {n} completions; got {len(rewards)}")
+    blocks = (range(start, start + n) for start in range(0, len(rewards), n))
     return targets.select(group, [max(block, key=lambda i: rewards[i]) for block in blocks])
 
 

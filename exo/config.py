@@ -1,20 +1,22 @@
 """Options: a frozen dataclass a stage, read from flags and from a YAML file that flags override.
 
-A field's type and default make its flag; `option` adds the help. Names are Hugging Face's where it has one; dashes and
-underscores are the same. Unknown names are errors that suggest the nearest known one. Left out: nested options.
+A field's type and default make its flag; `option` adds the help and the range. Names are Hugging Face's where it has
+one; dashes and underscores are the same. Unknown names are errors that suggest the nearest known one. Left out: nested
+options.
 """
 
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import yaml
 
@@ -25,9 +27,33 @@ class ConfigError(ValueError):
     """An option that cannot be used; one line."""
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the text of its flag's help."""
-    return dataclasses.field(default=default, metadata={"help": help})
+class Range(NamedTuple):
+    """What an option's values must be; none of an option that may be None is in every range."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def at_least(least: int) -> Range:
+    return Range(lambda value: value >= least, f">= {least}")
+
+
+def named(what: str) -> Range:
+    """A text that must be given."""
+    return Range(bool, what)
+
+
+MODEL = named("a directory or a hub name")
+POSITIVE = Range(lambda value: 0 < value < math.inf, "a finite number > 0")
+NOT_NEGATIVE = Range(lambda value: 0 <= value < math.inf, ">= 0")
+SHARE = Range(lambda value: 0 <= value <= 1, "in [0, 1]")
+TOP_P = Range(lambda value: 0 < value <= 1, "in (0, 1]")
+PART = Range(lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def option(default: Any, help: str, range: Range | None = None) -> Any:
+    """A dataclass field with the text of its flag's help, and what is expected of its value."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": range})
 
 
 @dataclass(frozen=True)
@@ -36,10 +62,12 @@ class Stage:
 
     output_dir: str = option("runs/stage", "directory of the run")
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir")
-    seed: int = option(0, "seed of every random choice")
+    seed: int = option(0, "seed of every random choice", Range(lambda value: 0 <= value < 2**32, "in [0, 2^32)"))
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+        for field in dataclasses.fields(self):
+            value, range = getattr(self, field.name), field.metadata["range"]
+            require(value is None or range is None or range.holds(value), field.name, range and range.expected, value)
 
 
 @dataclass(frozen=True)
@@ -56,56 +84,43 @@ class Compute(Stage):
 class Scoring(Compute):
     """What every stage has in common that runs a model on whole texts."""
 
-    max_tokens_per_batch: int = option(8192, "padded tokens per forward pass; bounds the memory")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.max_tokens_per_batch >= 1, "max_tokens_per_batch", ">= 1", self.max_tokens_per_batch)
+    max_tokens_per_batch: int = option(8192, "padded tokens per forward pass; bounds the memory", at_least(1))
 
 
 @dataclass(frozen=True)
 class Training(Scoring):
     """What every stage that trains has in common."""
 
-    batch_size: int = option(64, "prompts per optimizer step, over all processes")
-    learning_rate: float = option(1e-6, "peak learning rate of AdamW")
+    batch_size: int = option(64, "prompts per optimizer step, over all processes", at_least(1))
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW", POSITIVE)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option("cosine", "decay after the warm-up")
-    warmup_steps: int = option(0, "steps of linear warm-up; overrides warmup_ratio when > 0")
-    warmup_ratio: float = option(0.0, "share of the steps spent on warm-up")
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    adam_beta1: float = option(0.9, "AdamW's first moment")
-    adam_beta2: float = option(0.95, "AdamW's second moment")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = option(1.0, "clip the gradient's norm; 0 means never")
+    warmup_steps: int = option(0, "steps of linear warm-up; overrides warmup_ratio when > 0", NOT_NEGATIVE)
+    warmup_ratio: float = option(0.0, "share of the steps spent on warm-up", SHARE)
+    weight_decay: float = option(0.0, "decoupled weight decay", NOT_NEGATIVE)
+    adam_beta1: float = option(0.9, "AdamW's first moment", PART)
+    adam_beta2: float = option(0.95, "AdamW's second moment", PART)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", POSITIVE)
+    max_grad_norm: float = option(1.0, "clip the gradient's norm; 0 means never", NOT_NEGATIVE)
     dropout: bool = option(False, "train with the model's own dropout")
-    max_length: int = option(1024, "tokens of prompt and completion together")
-    logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step")
+    max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
+    logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step", at_least(1))
     report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_ranges(self)
 
 
 @dataclass(frozen=True)
 class DataTraining(Training):
     """What every stage has in common that trains on rows of data, again and again."""
 
-    num_train_epochs: float = option(1.0, "passes over the data, unless max_steps is set")
-    max_steps: int = option(-1, "optimizer steps; -1 means num_train_epochs decides")
-    max_completion_length: int | None = option(None, "tokens of a completion, its end of sequence included")
+    num_train_epochs: float = option(1.0, "passes over the data, unless max_steps is set", POSITIVE)
+    max_steps: int = option(
+        -1, "optimizer steps; -1 means num_train_epochs decides", Range(lambda n: n == -1 or n >= 1, ">= 1, or -1")
+    )
+    max_completion_length: int | None = option(
+        None, "tokens of a completion, its end of sequence included", at_least(1)
+    )
     truncate: Literal["prompt-left", "drop", "error"] = option(
         "prompt-left", "rows over the limits: cut the prompt's left and the completion's right, skip, or stop"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 < self.num_train_epochs < float("inf"), "num_train_epochs", "a finite number > 0", self.num_train_epochs
-        )
-        require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", ">= 1, or -1", self.max_steps)
-        limit = self.max_completion_length
-        require(limit is None or limit >= 1, "max_completion_length", ">= 1", limit)
 
 
 def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str | None) -> T:
@@ -257,20 +272,7 @@ def _or_none(base: Any) -> Any:
     return convert
 
 
-def _check_ranges(config: Training) -> None:
-    for name in ("batch_size", "logging_steps"):
-        require(getattr(config, name) >= 1, name, ">= 1", getattr(config, name))
-    for name in ("learning_rate", "adam_epsilon"):
-        require(0 < getattr(config, name) < float("inf"), name, "a finite number > 0", getattr(config, name))
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
-        require(0 <= getattr(config, name) < float("inf"), name, ">= 0", getattr(config, name))
-    for name in ("adam_beta1", "adam_beta2"):
-        require(0 <= getattr(config, name) < 1, name, "in [0, 1)", getattr(config, name))
-    require(0 <= config.warmup_ratio <= 1, "warmup_ratio", "in [0, 1]", config.warmup_ratio)
-    require(config.max_length >= 2, "max_length", ">= 2", config.max_length)
-
-
-def require(condition: bool, name: str, expected: str, got: object) -> None:
+def require(condition: bool, name: str, expected: str | None, got: object) -> None:
     """ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(f"--{name}: expected {expected}; got {got!r}")

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from exo import artifacts, config, console, data, estimates, lineage, loop, models, packing, policy, rewards, samples
-from exo.config import option, require
+from exo.config import MODEL, POSITIVE, TOP_P, at_least, named, option, require
 from exo.data import Group
 from exo.rewards import Scores
 
@@ -25,20 +25,20 @@ class Config(config.Scoring):
     output_dir: str = option("runs/evaluation", "directory of the run")
     model: str | None = option(None, "run whose checkpoints are evaluated, or a causal LM")
     samples: str | None = option(None, "completions to evaluate instead of a model's")
-    reference: str = option("", "the causal LM that the KL is measured to")
-    data: str = option("", "held-out prompts: any data file that has them")
+    reference: str = option("", "the causal LM that the KL is measured to", MODEL)
+    data: str = option("", "held-out prompts: any data file that has them", named("a file of prompts"))
     chosen: bool = option(False, "also compare with the chosen completions, which the data then must have")
     baseline: str | None = option(None, "an evaluation of the reference, to compare with")
     density: str | None = option(None, "scored samples of the reference, many a prompt, for the density ratio")
     reward_model: str | None = rewards.REWARD_MODEL
     oracle: str | None = rewards.ORACLE
-    prompts: int = option(512, "use at most so many prompts")
-    k: int = option(4, "completions a prompt")
-    temperature: float = option(1.0, "divides the logits, of policy and reference")
-    top_p: float = option(1.0, "draw from the most probable tokens; the KL is of the whole distribution")
-    max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included")
+    prompts: int = option(512, "use at most so many prompts", at_least(2))
+    k: int = option(4, "completions a prompt", at_least(1))
+    temperature: float = option(1.0, "divides the logits, of policy and reference", POSITIVE)
+    top_p: float = option(1.0, "draw from the most probable tokens; the KL is of the whole distribution", TOP_P)
+    max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included", at_least(1))
     max_length: int = option(1024, "tokens of prompt and completion together; a longer prompt loses its left")
-    batch_size: int = option(256, "completions sampled at a time")
+    batch_size: int = option(256, "completions sampled at a time", at_least(1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,14 +47,7 @@ class Config(config.Scoring):
         require(
             not (self.density and self.samples), "density", "none with --samples, which have no model", self.density
         )
-        require(bool(self.reference), "reference", "a directory or a hub name", self.reference)
-        require(bool(self.data), "data", "a file of prompts", self.data)
         rewards.check(rewards.Options(self.reward_model, self.oracle))
-        require(self.prompts >= 2, "prompts", ">= 2", self.prompts)
-        for name in ("k", "max_new_tokens", "batch_size"):
-            require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        require(0 < self.temperature < float("inf"), "temperature", "a finite number > 0", self.temperature)
-        require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
 
 
@@ -77,6 +70,7 @@ def run(config: Config) -> Path:
     if config.model:
         reference, known = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
         reference.to(accelerator.device)
+        console.counts(packing.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
         drawn = _sampled(config, prompts, accelerator, _checkpoints(config, known))
     else:
         drawn = _given(config, prompts)
@@ -101,6 +95,7 @@ def run(config: Config) -> Path:
             data.write_jsonl(file, rows)
         console.say(f"  {checkpoint.name:10s} {_line(entry)}")
         entries.append(entry)
+    console.counts(scorer.counts)
     if config.density and config.model:
         _density(config, directory, model, reference, tokenizer, accelerator)
     settings = {name: getattr(config, name) for name in ("k", "temperature", "top_p", "max_new_tokens")}

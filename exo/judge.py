@@ -19,7 +19,7 @@ from exo.comparison import endpoint, systems, winrate
 from exo.comparison.endpoint import Chat, Unanswered
 from exo.comparison.verdicts import TEMPLATES, Cache, Template
 from exo.comparison.winrate import ORDERS, Judged, Judgement, Pair
-from exo.config import option, require
+from exo.config import NOT_NEGATIVE, POSITIVE, at_least, named, option, require
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -27,36 +27,34 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 @dataclass(frozen=True)
 class Config(config.Stage):
     output_dir: str = option("runs/judge", "directory of the run")
-    a: str = option("", "answers of the system whose win rate is wanted: samples, texts or preferences (their chosen)")
-    b: str = option("", "answers of the system it is compared with")
+    a: str = option(
+        "",
+        "answers of the system whose win rate is wanted: samples, texts or preferences (their chosen)",
+        named("a file of answers"),
+    )
+    b: str = option("", "answers of the system it is compared with", named("a file of answers"))
     references: str | None = option(
         None, 'texts to judge by, for a template that shows them; "category" in a row gives a win rate by category'
     )
-    template: str = option("", f"{', '.join(TEMPLATES)}, or a text file with {{prompt}}, {{a}}, {{b}}, {{reference}}")
+    template: str = option(
+        "",
+        f"{', '.join(TEMPLATES)}, or a text file with {{prompt}}, {{a}}, {{b}}, {{reference}}",
+        named(f"{', '.join(TEMPLATES)}, or a file"),
+    )
     endpoint: str = option("", "an OpenAI-compatible server, as http://host:port/v1")
-    model: str = option("", "the judge's name on that server")
+    model: str = option("", "the judge's name on that server", named("the judge's name on the server"))
     api_key_env: str = option(KEY_VARIABLE, "environment variable that holds the key, which is sent if it is set")
-    limit: int | None = option(100, "prompts, chosen by seed; none means all")
-    samples_per_prompt: int = option(1, "pairs of completions a prompt, chosen by seed")
-    concurrency: int = option(8, "requests at a time")
-    retries: int = option(5, "more tries of a request that failed for a reason that may pass")
-    timeout: float = option(120.0, "seconds that the server may be silent")
-    max_tokens: int | None = option(512, "most tokens of an answer; none leaves it to the server")
+    limit: int | None = option(100, "prompts, chosen by seed; none means all", at_least(1))
+    samples_per_prompt: int = option(1, "pairs of completions a prompt, chosen by seed", at_least(1))
+    concurrency: int = option(8, "requests at a time", at_least(1))
+    retries: int = option(5, "more tries of a request that failed for a reason that may pass", NOT_NEGATIVE)
+    timeout: float = option(120.0, "seconds that the server may be silent", POSITIVE)
+    max_tokens: int | None = option(512, "most tokens of an answer; none leaves it to the server", at_least(1))
     cache: str | None = option(None, "file of answers so far; none is judge-cache.jsonl beside output_dir")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("a", "b"):
-            require(bool(getattr(self, name)), name, "a file of answers", getattr(self, name))
-        require(bool(self.template), "template", f"{', '.join(TEMPLATES)}, or a file", self.template)
-        require(bool(self.model), "model", "the judge's name on the server", self.model)
         endpoint.check(self.endpoint)
-        for name in ("limit", "max_tokens"):
-            require(getattr(self, name) is None or getattr(self, name) >= 1, name, ">= 1, or none", getattr(self, name))
-        for name in ("samples_per_prompt", "concurrency"):
-            require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        require(self.retries >= 0, "retries", ">= 0", self.retries)
-        require(0 < self.timeout < float("inf"), "timeout", "a finite number > 0", self.timeout)
         inside = Path(self.cache_path).resolve().is_relative_to(Path(self.output_dir).resolve())
         require(not inside, "cache", "a file outside --output_dir, which may be removed", self.cache)
 
@@ -93,7 +91,11 @@ def run(config: Config) -> Path:
     if down:
         raise RunError(down)
     if result["win_rate"] is None:
-        raise RunError(f"{directory}: no pair was decided in both orders; its verdicts.jsonl has what was said")
+        lost = result["undecided"]
+        raise RunError(
+            f"{directory}: no pair was decided in both orders: {lost['unanswered']:,} requests without an answer and "
+            f"{lost['unreadable']:,} answers without a choice, for which the template asks; verdicts.jsonl has them"
+        )
     _show(result, directory)
     lineage.finish(directory, win_rate=result["win_rate"])
     return directory
@@ -151,15 +153,16 @@ def _judge_all(
 
 def _judge(template: Template, chat: Chat, cache: Cache, question: str, retries: int) -> Judgement:
     body = chat.body(question)
-    key = cache.key(template, body)
-    answer = cache.get(key)
-    if answer is None:
-        try:
-            answer = chat.ask(body)
-            if template.choice(answer) is None and retries:
-                answer = chat.ask(body)  # once more: servers are not exact even at temperature 0
-        except Unanswered as error:
-            return Judgement(None, None, str(error))
+    key = cache.key(template, chat.url, body)
+    if (known := cache.get(key)) is not None:
+        return Judgement(known, template.choice(known), cached=True)
+    try:
+        answer = chat.ask(body)
+        if template.choice(answer) is None and retries:
+            answer = chat.ask(body)  # once more: servers are not exact even at temperature 0
+    except Unanswered as error:
+        return Judgement(None, None, str(error))
+    if template.choice(answer) is not None:  # what decides nothing is to be asked again
         cache.put(key, answer)
     return Judgement(answer, template.choice(answer))
 
@@ -176,6 +179,10 @@ def _show(result: dict[str, Any], directory: Path) -> None:
     share = result["first_position_share"]
     first = "" if share is None else f"; the first answer won {share:.1%} of the judgements without a tie"
     console.say(f"same position preferred in both orders: {result['position_bias_rate']:.1%} of the pairs{first}")
+    if result["cached"]:
+        console.say(f"{result['cached']:,} answers were not asked for again; they are those of an earlier run")
+    if result["identical"]:
+        console.say(f"{result['identical']:,} pairs are of two identical answers")
     lost = result["undecided"]
     if lost["pairs_left_out"]:
         console.say(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from exo import artifacts, config, console, data, lineage
 from exo.comparison import agreement, sheets, systems, verdicts
-from exo.config import option, require
+from exo.config import at_least, option, require
 
 SIDES = ("answer 1", "answer 2")
 
@@ -31,8 +31,8 @@ class Config(config.Stage):
     )
     matchups: str | None = option(None, "export: name:name,name:name,...; results are from the first one's view")
     references: str | None = option(None, "export: texts to show as the reference answer")
-    raters: int = option(3, "export: sheets to make, one a rater")
-    limit: int | None = option(100, "export: prompts, chosen by seed; none means all")
+    raters: int = option(3, "export: sheets to make, one a rater", at_least(1))
+    limit: int | None = option(100, "export: prompts, chosen by seed; none means all", at_least(1))
     sheets: str | None = option(None, "import: directory of filled sheets, or files with commas between")
     key: str | None = option(None, "import: key.json of the export")
 
@@ -40,8 +40,6 @@ class Config(config.Stage):
         super().__post_init__()
         for name in ("systems", "matchups") if self.mode == "export" else ("sheets", "key"):
             require(bool(getattr(self, name)), name, f"a value for --mode {self.mode}", getattr(self, name))
-        require(self.raters >= 1, "raters", ">= 1", self.raters)
-        require(self.limit is None or self.limit >= 1, "limit", ">= 1, or none", self.limit)
         if self.mode == "export":
             self.pairs()
 
@@ -135,6 +133,8 @@ def _import(config: Config) -> Path:
     files = _sheets(config.sheets)
     start = lineage.start(config, "label", map(str, files))
     key = _read_key(Path(config.key))
+    if len(files) > key["raters"]:
+        raise ValueError(f"--sheets {config.sheets}: expected at most {key['raters']}, one a rater; got {len(files)}")
     filled = {file.stem: sheets.read(file, key["items"]) for file in files}
     outcomes: dict[str, list[list[str]]] = {matchup: [] for matchup in key["matchups"]}
     for item, about in key["items"].items():
@@ -171,7 +171,7 @@ def _sheets(paths: str) -> list[Path]:
     ]
     for file in files:
         if not file.is_file():
-            raise ValueError(f"--sheets {file}: no such file")
+            raise ValueError(f"--sheets {file}: no such file; python -m exo.label --mode export makes sheets")
     if not files:
         raise ValueError(f"--sheets {paths}: expected filled sheets; found no .csv file in it")
     if len({file.stem for file in files}) < len(files):
@@ -180,6 +180,8 @@ def _sheets(paths: str) -> list[Path]:
 
 
 def _read_key(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--key {path}: no such file; python -m exo.label --mode export makes it")
     try:
         key = json.loads(path.read_text(encoding="utf-8"))
         sound = isinstance(key["raters"], int) and all(

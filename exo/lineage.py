@@ -118,27 +118,29 @@ def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
                 f"{making} makes one"
             )
         if "finished" not in run:
-            raise RunError(f"--{option} {path}: its run did not finish; run it again: {command(run)}")
+            raise RunError(f"--{option} {path}: its run did not finish; run it again: {command(run, again=True)}")
         if place.is_dir():
             product = prepared if run["stage"] == "prepare" else OUTPUTS[run["stage"]]
             place = place / product
             if not place.exists():
                 raise ValueError(f"--{option} {path}: expected {product} in it, which this task does not make")
             return str(place)
-    # what could be a hub name ("gpt2", "owner/name") is left to whoever loads it
-    local = (
-        path.startswith((".", "~", "/"))
-        or place.suffix in _DATA_FILES
-        or (place.parent != Path() and place.parent.is_dir())
-    )
-    if local and not place.exists():
-        raise ValueError(f"--{option} {path}: no such file or directory; {making} makes one")
+    if is_missing(path):
+        makes = f"; {making} makes one" if making else ""
+        raise ValueError(f"--{option} {path}: no such file or directory{makes}")
     return path
 
 
-def command(run: Mapping[str, Any]) -> str:
-    """The command that a record holds, as one would type it."""
-    return shlex.join(run["command"])
+def is_missing(path: str) -> bool:
+    """Whether nothing is there. What could be a hub name ("gpt2", "owner/name") is left to whoever loads it."""
+    place = Path(path)
+    local = path.startswith((".", "~", "/")) or place.suffix in _DATA_FILES
+    return not place.exists() and (local or (place.parent != Path() and place.parent.is_dir()))
+
+
+def command(run: Mapping[str, Any], again: bool = False) -> str:
+    """The command that a record holds, as one would type it, or to type where its run is to be made again."""
+    return shlex.join([*run["command"], *["--overwrite_output_dir"] * again])
 
 
 def _inputs(config: Any, stage: str) -> dict[str, str]:
@@ -205,7 +207,7 @@ def _code(module: str) -> list[Path]:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return []
-    if found is None or found.origin is None:
+    if found is None or not Path(found.origin or "").is_file():  # "frozen", "built-in"
         return []
     origin = Path(found.origin)
     return sorted(origin.parent.rglob("*.py")) if found.submodule_search_locations else [origin]

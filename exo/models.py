@@ -19,6 +19,7 @@ from exo import artifacts
 
 try:
     from huggingface_hub.errors import StrictDataclassError
+    from huggingface_hub.utils import logging as hub_logging
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
         AutoConfig,
@@ -195,7 +196,9 @@ def check_fits(model: PreTrainedModel, rows: Iterable[Any]) -> None:
     for row in rows:
         top = max(map(max, (row.prompt, *row.completions)))
         if top >= vocabulary:
-            raise ValueError(f"model: expected embeddings for every token; got {vocabulary} and token id {top}")
+            raise ValueError(
+                f"model: expected embeddings for every token; got {vocabulary} and token id {top} in line {row.line}"
+            )
         if positions is not None and row.longest > positions:
             raise ValueError(
                 f"--max_length: expected at most the {positions} positions that the model has; line {row.line} "
@@ -264,12 +267,18 @@ def _load_weights(kind: Any, name: str, config: PreTrainedConfig, *, head_is_new
 @contextmanager
 def _explained(name: str, expected: str) -> Iterator[None]:
     """What goes wrong while reading someone's files, as a ValueError of one line."""
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # it tells of every try to reach the hub
     try:
         yield
     except Exception as error:  # transformers' parts raise many types, tokenizers a bare Exception
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        if not Path(name).exists():
+            expected = "a directory, and there is none; or a hub name"
         raise ValueError(f"model {name!r}: expected {expected}; got: {lines[0]}") from error
+    finally:
+        hub_logging.set_verbosity(level)
 
 
 def _not_decoder_only(config: PreTrainedConfig) -> str | None:

@@ -137,10 +137,14 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
 
 
-def sampled_prompt_ids(prompt: str, tokenizer: Any, most: int) -> list[int]:
-    """The same, cut on the left where it is longer than `most`."""
-    ids = prompt_ids(prompt, tokenizer)
-    return last_of(ids, int(ids[:1] == [tokenizer.bos_token_id]), most)
+def sampled_prompts(prompts: Iterable[str], tokenizer: Any, most: int) -> tuple[list[list[int]], Counter[str]]:
+    """The same of many, cut on the left where they are longer than `most`; and how many were."""
+    counts: Counter[str] = Counter()
+    cut = []
+    for ids in (prompt_ids(prompt, tokenizer) for prompt in prompts):
+        counts["prompts cut on the left"] += len(ids) > most
+        cut.append(last_of(ids, int(ids[:1] == [tokenizer.bos_token_id]), most))
+    return cut, +counts
 
 
 def last_of(prompt: list[int], start: int, room: int) -> list[int]:

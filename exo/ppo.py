@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from exo import artifacts, config, console, data, lineage, loop, models, packing, policy, rewards, rollouts, runs
-from exo.config import option, require
+from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, SHARE, at_least, named, option, require
 from exo.head import CausalHead
 from exo.packing import TokenGroup
 from exo.rollouts import Rollout, RolloutBatch
@@ -30,46 +30,36 @@ SHOWN = {"score": "score", "kl": "kl", "value_loss": "value", "tokens_per_second
 @dataclass(frozen=True)
 class Config(config.Training):
     output_dir: str = option("runs/ppo", "directory of the run")
-    model: str = option("", "directory or hub name of a causal LM, the start and the reference")
-    data: str = option("", "prompts: any data file that has them")
+    model: str = option("", "directory or hub name of a causal LM, the start and the reference", MODEL)
+    data: str = option("", "prompts: any data file that has them", named("a file of prompts"))
     reward_model: str | None = rewards.REWARD_MODEL
     oracle: str | None = rewards.ORACLE
-    max_steps: int = option(200, "optimizer steps, those of the critic alone among them")
-    batch_size: int = option(64, "completions per optimizer step, over all processes")
-    rollout_size: int = option(128, "completions sampled at a time")
-    ppo_epochs: int = option(2, "passes over them before the next are sampled")
-    critic_warmup_steps: int = option(20, "steps at the beginning that train the critic alone")
-    critic_learning_rate: float = option(5e-6, "peak learning rate of the critic")
-    kl_coef: float = option(0.1, "reward lost per nat of log pi - log pi_ref")
-    temperature: float = option(1.0, "divides the logits")
-    max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included")
-    gamma: float = option(1.0, "discount of a token's reward")
-    lam: float = option(0.95, "GAE's lambda")
-    clip_range: float = option(0.2, "how far the probability ratio may go")
-    clip_range_value: float = option(0.2, "how far a value may go in one update, in units of the reward")
-    value_coef: float = option(0.5, "weight of the critic's loss")
-    save_steps: int = option(0, "steps between checkpoints; 0 means none")
+    max_steps: int = option(200, "optimizer steps, those of the critic alone among them", at_least(1))
+    batch_size: int = option(64, "completions per optimizer step, over all processes", at_least(1))
+    rollout_size: int = option(128, "completions sampled at a time", at_least(1))
+    ppo_epochs: int = option(2, "passes over them before the next are sampled", at_least(1))
+    critic_warmup_steps: int = option(20, "steps at the beginning that train the critic alone", NOT_NEGATIVE)
+    critic_learning_rate: float = option(5e-6, "peak learning rate of the critic", POSITIVE)
+    kl_coef: float = option(0.1, "reward lost per nat of log pi - log pi_ref", NOT_NEGATIVE)
+    temperature: float = option(1.0, "divides the logits", POSITIVE)
+    max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included", at_least(1))
+    gamma: float = option(1.0, "discount of a token's reward", SHARE)
+    lam: float = option(0.95, "GAE's lambda", SHARE)
+    clip_range: float = option(0.2, "how far the probability ratio may go", POSITIVE)
+    clip_range_value: float = option(0.2, "how far a value may go in one update, in units of the reward", POSITIVE)
+    value_coef: float = option(0.5, "weight of the critic's loss", NOT_NEGATIVE)
+    save_steps: int = option(0, "steps between checkpoints; 0 means none", NOT_NEGATIVE)
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.model), "model", "a directory or a hub name", self.model)
-        require(bool(self.data), "data", "a file of prompts", self.data)
         rewards.check(rewards.Options(self.reward_model, self.oracle))
-        for name in ("max_steps", "ppo_epochs", "max_new_tokens"):
-            require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        for name in ("critic_warmup_steps", "kl_coef", "value_coef", "save_steps"):
-            require(0 <= getattr(self, name) < float("inf"), name, ">= 0", getattr(self, name))
-        for name in ("temperature", "critic_learning_rate", "clip_range", "clip_range_value"):
-            require(0 < getattr(self, name) < float("inf"), name, "a finite number > 0", getattr(self, name))
-        for name in ("gamma", "lam"):
-            require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         still = not (self.critic_warmup_steps and self.weight_decay)
         require(still, "weight_decay", "0 where --critic_warmup_steps freezes the actor: it decays", self.weight_decay)
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
         learns = self.critic_warmup_steps < self.max_steps
         require(learns, "critic_warmup_steps", f"less than --max_steps {self.max_steps}", self.critic_warmup_steps)
-        whole = self.rollout_size >= 1 and self.rollout_size % self.batch_size == 0
+        whole = self.rollout_size % self.batch_size == 0
         require(whole, "rollout_size", f"a multiple of --batch_size {self.batch_size}", self.rollout_size)
 
 
@@ -161,13 +151,15 @@ def run(config: Config) -> Path:
     reference = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
     module.to(accelerator.device)
     maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
+    prompts = [group.prompt for group in dataset.groups]
+    console.counts(packing.sampled_prompts(prompts, tokenizer, config.max_length - config.max_new_tokens)[1])
     metrics = runs.begin(start, accelerator, dataset.account())
     console.say(
         f"{config.max_steps:,} steps of {config.batch_size} completions, the first {config.critic_warmup_steps} for "
         f"the critic alone; scored by {scorer.name}"
     )
     source = rollouts.batches(
-        maker, [group.prompt for group in dataset.groups], rollout_size=config.rollout_size,
+        maker, prompts, rollout_size=config.rollout_size,
         batch_size=config.batch_size, epochs=config.ppo_epochs, warmup_steps=config.critic_warmup_steps,
         seed=config.seed,
     )  # fmt: skip
@@ -182,6 +174,7 @@ def run(config: Config) -> Path:
         rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
         first=partial(_check_ratio, config, accelerator), after=after,
     )  # fmt: skip
+    console.counts(scorer.counts)
     return runs.end(metrics, model, tokenizer, accelerator)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exo import artifacts, config, console, lineage, tasks
-from exo.config import option, require
+from exo.config import at_least, option, require
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,12 @@ class Config(config.Stage):
     output_dir: str = option("runs/data", "directory of the run")
     task: str = option("quickstart", f"one of {', '.join(tasks.TASKS)}")
     source: str | None = option(None, "where the task's files are: a file, a directory, or a hub name")
-    rows: int | None = option(None, "use at most so many rows of each part of the source")
+    rows: int | None = option(None, "use at most so many rows of each part of the source", at_least(2))
     tokenizer: str | None = option(None, "model whose tokens cut the texts of imdb: a directory or a hub name")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.task in tasks.TASKS, "task", f"one of {', '.join(tasks.TASKS)}", self.task)
-        require(self.rows is None or self.rows >= 2, "rows", ">= 2", self.rows)
         cuts = self.task in tasks.BY_TOKENS
         needed = "a model, whose tokens cut the texts" if cuts else "none: nothing is cut by tokens"
         require(cuts == (self.tokenizer is not None), "tokenizer", needed, self.tokenizer)

@@ -9,17 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exo import artifacts, config, console, findings, lineage, page, provenance, results
-from exo.config import option, require
+from exo.config import named, option
 
 
 @dataclass(frozen=True)
 class Config(config.Stage):
     output_dir: str = option("runs/report", "directory of the report")
-    run: str = option("", "directory of a recipe's run")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(bool(self.run), "run", "the directory of a recipe's run", self.run)
+    run: str = option("", "directory of a recipe's run", named("the directory of a recipe's run"))
 
 
 def run(config: Config) -> Path:
@@ -47,7 +43,7 @@ def _tell(header: Sequence[str], rows: Sequence[Sequence[str]], failed: Sequence
     for row in (header, *rows) if rows else ():
         console.say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for line in failed:
-        console.say(f"FAILED {line}")
+        console.say(f"FAILED {line}, not more than {results.FAILED_BELOW:g} standard errors above the SFT start")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from exo import artifacts, config, console, data, intervals, lineage, loop, models, packing, rewards, runs, targets
-from exo.config import option, require
+from exo.config import MODEL, PART, POSITIVE, at_least, named, option
 from exo.packing import Batch, TokenGroup
 
 SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
@@ -29,22 +29,17 @@ SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
 @dataclass(frozen=True)
 class Config(config.DataTraining):
     output_dir: str = option("runs/reward", "directory of the run")
-    learning_rate: float = option(1e-5, "peak learning rate of AdamW")
-    model: str = option("", "directory or hub name of a causal LM, whose body is trained on")
-    data: str = option("", "preferences, scored completions, or texts with a label")
-    max_completions: int | None = option(None, "make pairs of the first so many completions of each row")
+    learning_rate: float = option(1e-5, "peak learning rate of AdamW", POSITIVE)
+    model: str = option("", "directory or hub name of a causal LM, whose body is trained on", MODEL)
+    data: str = option(
+        "",
+        "preferences, scored completions, or texts with a label",
+        named("a file of preferences, scored completions or labelled texts"),
+    )
+    max_completions: int | None = option(None, "make pairs of the first so many completions of each row", at_least(2))
     labels: bool = option(False, "the data are texts with a label, 0 or 1")
-    eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none")
+    eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none", PART)
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(bool(self.model), "model", "a directory or a hub name", self.model)
-        require(bool(self.data), "data", "a file of preferences, scored completions or labelled texts", self.data)
-        require(0 <= self.eval_fraction < 1, "eval_fraction", "in [0, 1)", self.eval_fraction)
-        require(
-            self.max_completions is None or self.max_completions >= 2, "max_completions", ">= 2", self.max_completions
-        )
 
 
 class PairLoss(nn.Module):
@@ -110,6 +105,8 @@ def _encode(
     if config.max_completions is not None:
         rows, counts = targets.first(rows, config.max_completions)
     if config.labels:
+        if len({group.label for group in rows}) == 1:
+            raise data.DataError(f"{config.data}: expected texts of both labels; all have {rows[0].label}")
         # as a text is scored: prompt, completion, end of sequence; and the label travels where rewards do
         rows = [data.Group(g.completions[0], ("",), (float(g.label or 0),), g.line) for g in rows]
     else:

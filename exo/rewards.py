@@ -7,6 +7,7 @@ length is scored without an end of sequence. Left out: several scorers at once.
 
 import importlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,10 +24,11 @@ Scores = list[tuple[float, ...]]  # a row a group, a number a completion
 
 
 class Scorer(NamedTuple):
-    """`score(groups)`; `name` is for people."""
+    """`score(groups)`; `name` is for people, and `counts` says what was scored in part, of all calls together."""
 
     name: str
     score: Callable[[Sequence[Group]], Scores]
+    counts: Counter[str]
 
 
 class Options(NamedTuple):
@@ -48,23 +50,26 @@ def check(options: Options) -> None:
 def load(options: Options, compute: config.Scoring, accelerator: Accelerator, max_length: int) -> Scorer:
     """The scorer that the options name."""
     if options.oracle is not None:
-        return Scorer(options.oracle, _of_function(options.oracle))
+        return Scorer(options.oracle, _of_function(options.oracle), Counter())
     assert options.reward_model is not None
     name = lineage.source("reward_model", options.reward_model, "reward")
     model, tokenizer = models.load_classifier(name)
     model.to(accelerator.device).eval()
     limits = packing.Limits(max_length, None, "prompt-left")
+    counts: Counter[str] = Counter()
 
     def score(groups: Sequence[Group]) -> Scores:
         # each alone: together they would be cut as the longest of them needs, and dropped where that makes them alike
         alone = [targets.select(group, (i,)) for group in groups for i in range(len(group.completions))]
-        encoded, _ = packing.encode(alone, tokenizer, limits, "samples", foreign="text")
+        encoded, cut = packing.encode(alone, tokenizer, limits, "samples", foreign="text")
+        for reason, count in cut.items():
+            counts[reason.replace("rows", "completions scored")] += count
         models.check_fits(model, encoded)
         found = _classify(model, encoded, accelerator, tokenizer.pad_token_id, compute.max_tokens_per_batch)
         values = iter(value for (value,) in found)
         return [tuple(next(values) for _ in group.completions) for group in groups]
 
-    return Scorer(name, score)
+    return Scorer(name, score, counts)
 
 
 def _of_function(name: str) -> Callable[[Sequence[Group]], Scores]:
@@ -75,11 +80,19 @@ def _of_function(name: str) -> Callable[[Sequence[Group]], Scores]:
         raise ValueError(f"--oracle {name}: expected module:function that can be imported; {error}") from None
 
     def score(groups: Sequence[Group]) -> Scores:
-        rewards = [tuple(float(oracle(group.prompt, text)) for text in group.completions) for group in groups]
-        for group, values in zip(groups, rewards, strict=True):
-            if not all(map(math.isfinite, values)):
-                raise ValueError(f"--oracle {name}: expected finite numbers; got {values} for line {group.line}")
-        return rewards
+        return [tuple(number(group, text) for text in group.completions) for group in groups]
+
+    def number(group: Group, text: str) -> float:
+        found = None
+        try:
+            found = oracle(group.prompt, text)
+            value = float(found)
+        except Exception as error:  # someone else's code
+            what = f"{type(error).__name__}: {error}" if found is None else type(found).__name__
+            raise ValueError(f"--oracle {name}: line {group.line}: expected a number; got {what}") from error
+        if not math.isfinite(value):
+            raise ValueError(f"--oracle {name}: line {group.line}: expected a finite number; got {value}")
+        return value
 
     return score
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exo import artifacts, config, console, data, generation, lineage, loop, models, packing, samples
-from exo.config import option, require
+from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
 from exo.data import Group
 from exo.generation import Sample
 
@@ -20,30 +20,19 @@ from exo.generation import Sample
 @dataclass(frozen=True)
 class Config(config.Compute):
     output_dir: str = option("runs/samples", "directory of the run")
-    model: str = option("", "directory or hub name of a causal LM")
-    data: str = option("", "prompts: any data file that has them")
-    k: int = option(4, "completions a prompt")
-    temperature: float = option(1.0, "divides the logits")
-    top_p: float = option(1.0, "draw from the most probable tokens whose probabilities reach it; 1 means all")
-    max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included")
-    max_prompt_length: int = option(768, "tokens of a prompt; a longer one loses its left")
-    batch_size: int = option(256, "completions at a time")
-    first: int = option(0, "place of the first prompt to use, counted from 0")
-    prompts: int | None = option(None, "use at most so many prompts")
-    epochs: int = option(1, "times through the prompts, each with completions of its own")
+    model: str = option("", "directory or hub name of a causal LM", MODEL)
+    data: str = option("", "prompts: any data file that has them", named("a file of prompts"))
+    k: int = option(4, "completions a prompt", at_least(1))
+    temperature: float = option(1.0, "divides the logits", POSITIVE)
+    top_p: float = option(1.0, "draw from the most probable tokens whose probabilities reach it; 1 means all", TOP_P)
+    max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included", at_least(1))
+    max_prompt_length: int = option(768, "tokens of a prompt; a longer one loses its left", at_least(1))
+    batch_size: int = option(256, "completions at a time", at_least(1))
+    first: int = option(0, "place of the first prompt to use, counted from 0", NOT_NEGATIVE)
+    prompts: int | None = option(None, "use at most so many prompts", at_least(1))
+    epochs: int = option(1, "times through the prompts, each with completions of its own", at_least(1))
     engine: Literal["torch", "vllm"] = option("torch", "what samples")
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(bool(self.model), "model", "a directory or a hub name", self.model)
-        require(bool(self.data), "data", "a file of prompts", self.data)
-        for name in ("k", "max_new_tokens", "max_prompt_length", "batch_size", "epochs"):
-            require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        require(0 < self.temperature < float("inf"), "temperature", "a finite number > 0", self.temperature)
-        require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
-        require(self.first >= 0, "first", ">= 0", self.first)
-        require(self.prompts is None or self.prompts >= 1, "prompts", ">= 1", self.prompts)
 
 
 def run(config: Config) -> Path:
@@ -95,7 +84,8 @@ def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[i
     except ModuleNotFoundError:
         raise ValueError("--engine vllm: not installed; pip install vllm, or leave out --engine") from None
     tokenizer: Any = models.load_tokenizer(name)
-    ids = [packing.sampled_prompt_ids(prompt, tokenizer, config.max_prompt_length) for prompt in prompts]
+    ids, counts = packing.sampled_prompts(prompts, tokenizer, config.max_prompt_length)
+    console.counts(counts)
     dtype = "auto" if config.dtype == "auto" else config.dtype
     engine = vllm.LLM(model=name, dtype=dtype, seed=config.seed, logprobs_mode="processed_logprobs")
     wanted = [

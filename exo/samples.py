@@ -40,7 +40,9 @@ def draw(
     **options: Any,
 ) -> list[Group]:
     """`generation.sample` from texts to rows of data; a prompt over its limit loses its left. Quiet without a label."""
-    ids = [packing.sampled_prompt_ids(prompt, tokenizer, max_prompt_length) for prompt in prompts]
+    ids, counts = packing.sampled_prompts(prompts, tokenizer, max_prompt_length)
+    if label:
+        console.counts(counts)
     total = len(ids) * options["k"]
     progress = console.Progress(label, total, every=max(1, total // 4), quiet=not label)
     drawn = generation.sample(model, tokenizer, ids, numbers=numbers, progress=progress.advance, **options)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exo import artifacts, config, console, data, lineage, loop, rewards, samples
-from exo.config import option, require
+from exo.config import at_least, named, option
 
 AT_ONCE = 1024  # rows between two looks at the clock
 
@@ -17,16 +17,16 @@ AT_ONCE = 1024  # rows between two looks at the clock
 @dataclass(frozen=True)
 class Config(config.Scoring):
     output_dir: str = option("runs/scored", "directory of the run")
-    data: str = option("", "samples: prompts with completions")
+    data: str = option("", "samples: prompts with completions", named("a file of samples"))
     reward_model: str | None = rewards.REWARD_MODEL
     oracle: str | None = rewards.ORACLE
-    max_length: int = option(1024, "tokens of prompt and completion together; a longer prompt loses its left")
+    max_length: int = option(
+        1024, "tokens of prompt and completion together; a longer prompt loses its left", at_least(2)
+    )
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.data), "data", "a file of samples", self.data)
-        require(self.max_length >= 2, "max_length", ">= 2", self.max_length)
         rewards.check(rewards.Options(self.reward_model, self.oracle))
 
 
@@ -36,6 +36,8 @@ def run(config: Config) -> Path:
     path = lineage.source("data", config.data, "sample", "best_of_n", "score")
     dataset = data.read(path, purpose="samples", skip_invalid=config.skip_invalid)
     console.say(dataset.summary())
+    if had := sum(group.rewards is not None for group in dataset.groups):
+        console.say(f"  {had:,} rows have rewards, which others replace")
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, loop.make_lone_accelerator(config), config.max_length)
     console.say(f"scored by {scorer.name}")
@@ -50,6 +52,7 @@ def run(config: Config) -> Path:
     for name in ("rows of one completion", "rows whose rewards are all equal"):
         if result[name]:
             console.say(f"  {result[name]:,} {name}: nothing to compare")
+    console.counts(scorer.counts)
     directory = lineage.begin(start, rows=dataset.account())
     with artifacts.staged_file(directory / "scored.jsonl") as file:
         scored = zip(dataset.groups, scores, strict=True)

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from exo import artifacts, config, console, data, lineage, loop, models, packing, runs
-from exo.config import option, require
+from exo.config import MODEL, POSITIVE, named, option
 from exo.head import CausalHead
 from exo.packing import IGNORE, Batch, TokenGroup
 from exo_kernels import linear_token_logps
@@ -22,15 +22,10 @@ from exo_kernels import linear_token_logps
 @dataclass(frozen=True)
 class Config(config.DataTraining):
     output_dir: str = option("runs/sft", "directory of the run")
-    learning_rate: float = option(1e-5, "peak learning rate of AdamW")
-    model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data")
-    data: str = option("", "prompts with a completion, or preferences")
+    learning_rate: float = option(1e-5, "peak learning rate of AdamW", POSITIVE)
+    model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data", MODEL)
+    data: str = option("", "prompts with a completion, or preferences", named("a file of prompts with completions"))
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(bool(self.model), "model", "a directory or a hub name", self.model)
-        require(bool(self.data), "data", "a file of prompts with completions", self.data)
 
 
 class NextToken(nn.Module):

@@ -58,6 +58,9 @@ def run(config: Config) -> Path:
     recipe = _recipe(config)
     directory = Path(config.output_dir or f"runs/{Path(config.recipe).stem}")
     whole = pipeline.plan(recipe, directory)
+    for name in ("source", "model"):
+        if (path := getattr(recipe, name)) and lineage.is_missing(path):
+            raise ValueError(f"--{name} {path}: no such file or directory")
     steps = _until(whole, config.to)
     again = _from(steps, config.from_)
     if config.dry_run:

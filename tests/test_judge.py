@@ -305,13 +305,14 @@ def test_a_server_that_is_not_there(tmp_path, files, capsys):
 
 def test_a_server_that_dies_on_the_way_keeps_what_it_said(tmp_path, capsys):
     files = ["--a", samples(tmp_path, "a", ["longer"] * 30), "--b", samples(tmp_path, "b", ["short"] * 30)]
-    asked = itertools.count()
-    with serving(lambda q: longer(q) if next(asked) < 20 else None) as server:
+    asked, down = itertools.count(), [True]
+    with serving(lambda q: None if down and next(asked) >= 20 else longer(q)) as server:
         assert run(tmp_path, server, *files, "--retries=0", "--concurrency=2") == 1
-        assert "8 requests in a row were not answered" in capsys.readouterr().err and len(server.requests) < 35
-    with serving(longer) as server:
+        before = len(server.requests)
+        assert "8 requests in a row were not answered" in capsys.readouterr().err and before < 35
+        down.clear()
         assert run(tmp_path, server, *files) == 0
-    assert len(server.requests) == 60 - 20 and result(tmp_path)["win_rate"]["mean"] == 1
+        assert len(server.requests) == before + 60 - 20 and result(tmp_path)["win_rate"]["mean"] == 1
 
 
 def test_nothing_but_nonsense_is_no_win_rate(tmp_path, files, capsys):
@@ -338,12 +339,31 @@ def test_what_is_cached_is_not_asked(tmp_path, files):
     assert len(server.requests) == 24
 
 
-def test_nonsense_is_cached_too(tmp_path, files):
+def test_nonsense_is_asked_for_again(tmp_path, files):
     with serving(lambda q: said("?") if "A: s\n" in q else longer(q)) as server:
         run(tmp_path, server, *files)
-        assert len(server.requests) == 9
+        assert len(server.requests) == 9 and result(tmp_path)["undecided"]["unreadable"] == 1
+    with serving(longer) as server:
         run(tmp_path, server, *files)
-    assert len(server.requests) == 9 and result(tmp_path)["undecided"]["unreadable"] == 1
+    assert len(server.requests) == 8, "another server's answers are not this one's"
+
+
+def test_answers_that_decide_nothing_are_asked_for_again(tmp_path, files, capsys):
+    nonsense = [True]
+    with serving(lambda q: said("?") if nonsense and "A: s\n" in q else longer(q)) as server:
+        run(tmp_path, server, *files, "--retries=0")
+        assert len(server.requests) == 8 and result(tmp_path)["undecided"]["unreadable"] == 1
+        nonsense.clear()
+        assert run(tmp_path, server, *files) == 0
+    assert len(server.requests) == 9 and result(tmp_path)["cached"] == 7
+    assert "7 answers were not asked for again" in capsys.readouterr().out
+
+
+def test_identical_answers_are_counted(tmp_path):
+    files = ["--a", samples(tmp_path, "a", ["same", "longer"]), "--b", samples(tmp_path, "b", ["same", "short"])]
+    with serving(longer) as server:
+        run(tmp_path, server, *files)
+    assert result(tmp_path)["identical"] == 1
 
 
 def test_a_half_written_line_is_cut(tmp_path, files):

@@ -335,3 +335,11 @@ def test_sheets_of_real_data(tmp_path):
     pooled = found["matchups"]["zeta:iota"]["pooled"]
     assert found["missing"] == found["unreadable"] == [] and found["matchups"]["zeta:iota"]["items"] == 300
     assert pooled["tie"] == 200 and pooled["win"] + pooled["lose"] == 400
+
+
+def test_more_sheets_than_raters_are_refused(tmp_path, capsys):
+    """A copy under another name would count twice."""
+    run = export(tmp_path, "--raters=1")
+    (run / "sheets" / "rater-9.csv").write_bytes((run / "sheets" / "rater-1.csv").read_bytes())
+    assert back(tmp_path, run) == 2
+    assert "expected at most 1, one a rater; got 2" in capsys.readouterr().err

@@ -66,10 +66,11 @@ def test_a_prompt_is_cut_for_sampling_as_for_training():
     text = "a bb ccc dddd"
     limits = Limits(50, None, "error", 3)  # the cut is not the limits' doing, so it is no error
     ((row,), counts) = packing.encode([Group(text, ("a",), None, 1)], Templated(), limits, "")
-    assert packing.sampled_prompt_ids(text, Templated(), 3) == [*row.prompt] == [2, 13, 14] and not counts
-    assert packing.sampled_prompt_ids(text, Words(), 3) == [12, 13, 14]
-    assert packing.sampled_prompt_ids(text, Templated(), 1) == [14]
-    assert packing.sampled_prompt_ids(text, Templated(), 5) == [2, 11, 12, 13, 14]
+    assert packing.sampled_prompts([text], Templated(), 3)[0] == [[*row.prompt]] == [[2, 13, 14]]
+    assert counts == {"rows with the prompt cut on the left to --max_prompt_length": 1}
+    assert packing.sampled_prompts([text, "a"], Words(), 3) == ([[12, 13, 14], [11]], {"prompts cut on the left": 1})
+    assert packing.sampled_prompts([text], Templated(), 1)[0] == [[14]]
+    assert packing.sampled_prompts([text], Templated(), 5) == ([[2, 11, 12, 13, 14]], {})
 
 
 def test_completions_that_the_cut_makes_alike_are_dropped():

@@ -205,6 +205,12 @@ def test_a_dry_run_knows_what_a_change_takes_with_it(tmp_path, capsys, monkeypat
     assert not there & {"reward", "scored", "exo-rw/k4-seed0", "evaluation/ppo/seed0", "report"}
 
 
+def test_a_source_that_is_not_there_is_said_before_a_plan(tmp_path, capsys):
+    arguments = ["--recipe", "hh", "--source", "absent.jsonl", "--model", "gpt2", "--dry_run"]
+    assert train.main([*arguments, "--output_dir", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err == "error: --source absent.jsonl: no such file or directory\n"
+
+
 def test_best_of_n_alone_needs_no_density(tmp_path):
     assert not [name for name in planned(tmp_path, methods=["bon", "ppo"]) if name.startswith("density")]
 

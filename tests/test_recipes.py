@@ -68,7 +68,7 @@ def test_a_dry_run_needs_no_hub(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("the network was asked"))
     model = [] if name == "polarity" else ["--model", "owner/model"]
-    arguments = ["--recipe", name, "--source", "rows.jsonl", "--dry-run", "--output_dir", str(tmp_path / "run"), *model]
+    arguments = ["--recipe", name, "--source", "owner/rows", "--dry-run", "--output_dir", str(tmp_path / "run"), *model]
     assert train.main(arguments) == 0
     out = capsys.readouterr().out
     assert "] report" in out and ("operations unknown: model 'owner/model'" in out) == bool(model)

@@ -169,10 +169,14 @@ def test_degenerate_rows_are_counted(tmp_path):
     assert result["rows of one completion"] == 1 and result["rows whose rewards are all equal"] == 1
 
 
-@pytest.mark.parametrize("name", ["tests.tasks:absent", "absent:f", "tests.tasks", ":", "tests.tasks:not_a_number"])
+@pytest.mark.parametrize(
+    "name",
+    ["tests.tasks:absent", "absent:f", "tests.tasks", ":", "tests.tasks:not_a_number", "os:getcwd", "operator:add"],
+)
 def test_an_oracle_that_is_none_is_said(drawn, tmp_path, capsys, name):
     assert score.main(["--data", str(drawn[2]), "--oracle", name, "--output_dir", str(tmp_path / "x")]) == 2
-    assert f"--oracle {name}: expected" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"--oracle {name}: " in said and "expected" in said and not (tmp_path / "x").exists()
 
 
 def test_one_scorer_and_not_two(drawn, capsys):
@@ -180,6 +184,25 @@ def test_one_scorer_and_not_two(drawn, capsys):
         with pytest.raises(SystemExit):
             score.main(["--data", str(drawn[2]), *arguments])
         assert "--reward_model: expected this or --oracle, and not both" in capsys.readouterr().err
+
+
+def test_what_is_sampled_after_or_scored_in_part_is_counted(drawn, tmp_path, capsys):
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "red green blue red green"}, {"prompt": "red"}])
+    arguments = ["--model", str(drawn[0]), "--data", prompts, "--max_prompt_length", "3", "--max_new_tokens", "4"]
+    assert sample.main([*arguments, "--output_dir", str(tmp_path / "samples"), "--device", "cpu"]) == 0
+    assert "  1 prompts cut on the left" in capsys.readouterr().out
+    classifier, tokenizer = models.classifier_from(str(drawn[0]), 1, seed=0)
+    models.save(classifier, tokenizer, tmp_path / "reward")
+    arguments = ["--data", str(tmp_path / "samples"), "--reward_model", str(tmp_path / "reward"), "--max_length", "6"]
+    assert score.main([*arguments, "--output_dir", str(tmp_path / "scored"), "--device", "cpu"]) == 0
+    assert "completions scored with the prompt cut on the left" in capsys.readouterr().out
+
+
+def test_a_model_that_is_nowhere_is_one_line(drawn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    assert sample.main(["--model", "nowhere", "--data", str(drawn[1]), "--output_dir", str(tmp_path / "x")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == "error: model 'nowhere': expected a directory, and there is none; or a hub name; got: offline"
 
 
 # Best-of-N.

@@ -78,7 +78,8 @@ def test_the_last_line_that_states_a_choice(template, answer, choice):
 
 
 def test_the_same_words_under_another_template_are_another_question():
-    assert Cache.key(Template("summary"), b"x") != Cache.key(Template("dialogue"), b"x")
+    keys = [("summary", "u", b"x"), ("dialogue", "u", b"x"), ("summary", "v", b"x"), ("summary", "u", b"y")]
+    assert len({Cache.key(Template(name), url, body) for name, url, body in keys}) == 4
 
 
 def test_bootstrap_covers_as_the_normal_interval_does():

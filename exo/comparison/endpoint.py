@@ -77,7 +77,7 @@ class Chat:
     def __init__(
         self, endpoint: str, model: str, key: str, *, retries: int, timeout: float, max_tokens: int | None
     ) -> None:
-        self._endpoint, self._key, self._retries, self._timeout = endpoint, key, retries, timeout
+        self.url, self._key, self._retries, self._timeout = endpoint, key, retries, timeout
         self._settings = {"model": model, "temperature": 0} | ({"max_tokens": max_tokens} if max_tokens else {})
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._stopped = threading.Event()
@@ -105,7 +105,7 @@ class Chat:
 
     def _try(self, body: bytes) -> str:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        request = urllib.request.Request(self._endpoint.rstrip("/") + "/chat/completions", data=body, headers=headers)
+        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", data=body, headers=headers)
         try:
             try:
                 response = self._opener.open(request, timeout=self._timeout)
@@ -119,7 +119,7 @@ class Chat:
         if status == 429 or status >= 500:
             raise _Passing(f"HTTP {status}{self._said(text)}", _seconds(after))
         if status != 200:
-            raise RunError(f"--endpoint {self._endpoint}: HTTP {status}{self._said(text)}; {_advice(status)}")
+            raise RunError(f"--endpoint {self.url}: HTTP {status}{self._said(text)}; {_advice(status)}")
         return self._clean(_content(text))
 
     def _said(self, text: str) -> str:

@@ -9,6 +9,7 @@ smaller one. Left out: joining by anything but the prompt's exact text.
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from exo import console, data, lineage
 
@@ -18,7 +19,10 @@ Answers = dict[Key, data.Group]
 
 def source(option: str, path: str) -> str:
     """The file an option names; the directory of a stage that samples stands for its samples."""
-    return lineage.source(option, path, "sample", "best_of_n", "score")
+    found = lineage.source(option, path, "sample", "best_of_n", "score")
+    if not Path(found).is_file():
+        raise ValueError(f"--{option} {path}: no such file; python -m exo.sample makes one")
+    return found
 
 
 def read(path: str) -> Answers:

@@ -88,8 +88,9 @@ class Cache:
         return len(rest)
 
     @staticmethod
-    def key(template: Template, body: bytes) -> str:
-        return hashlib.sha256(template.sha256.encode() + body).hexdigest()
+    def key(template: Template, url: str, body: bytes) -> str:
+        """Two servers may call different models by one name."""
+        return hashlib.sha256(f"{template.sha256}{url}\n".encode() + body).hexdigest()
 
     def get(self, key: str) -> str | None:
         return self._answers.get(key)

@@ -34,6 +34,7 @@ class Judgement(NamedTuple):
     answer: str | None  # None: the request was never answered
     choice: str | None  # "A", "B", "tie"; None: undecided
     reason: str = ""
+    cached: bool = False
 
     def points(self, order: str) -> float | None:
         """Of system a: 1 for a win, 1/2 for a tie."""
@@ -79,6 +80,8 @@ def count(pairs: Sequence[Pair], judged: Judged, seed: int) -> dict[str, Any]:
         "losses": sum(value < 0.5 for _, value in points),
         "position_bias_rate": biased / len(decided) if decided else None,
         "first_position_share": choices.count("A") / len(choices) if choices else None,
+        "cached": sum(judgement.cached for judgement in judged.values()),
+        "identical": sum(pair.texts["a"].strip() == pair.texts["b"].strip() for pair in pairs),
         "undecided": {
             "unanswered": unanswered,
             "unreadable": undecided - unanswered,

@@ -197,7 +197,7 @@ def _remarks(reading: Reading, purpose: Purpose) -> list[str]:
         "later turns dropped": reading.later_turns and purpose in ("comparisons", "texts"),
         "all rewards equal": compared and reading.rewards is not None and len(set(reading.rewards)) == 1,
         "some completions repeated": compared and len(set(reading.completions)) < len(reading.completions),
-        "empty prompt": compared and not reading.prompt,
+        "empty prompt": purpose in ("comparisons", "prompts") and not reading.prompt,
     }
     return [reason for reason, true in found.items() if true]
 

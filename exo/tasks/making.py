@@ -79,8 +79,11 @@ def hold_out(items: Sequence[T], prompt: Callable[[T], Hashable], seed: int) -> 
 def unseen(test: Iterable[T], trained: Collection[Hashable], prompt: Callable[[T], Hashable]) -> list[T]:
     """Held-out rows, the first of each prompt, but for prompts that are trained on."""
     found: dict[Hashable, T] = {}
-    for item in test:
+    rows = list(test)
+    for item in rows:
         found.setdefault(prompt(item), item)
+    if more := len(rows) - len(found):
+        console.say(f"  {more:,} held-out rows left out: their prompt is another row's as well")
     kept = [item for key, item in found.items() if key not in trained]
     if lost := len(found) - len(kept):
         console.say(f"  {lost:,} held-out prompts left out: they are trained on as well")

@@ -15,6 +15,8 @@ from exo.tasks.making import Files, Wanted, drawn, hold_out, lines, named, parts
 def preferences(wanted: Wanted) -> Files:
     found = parts(wanted.source)
     train, test = (drawn(_pairs(paths), wanted) for paths in found)
+    if not train:
+        raise DataError(f"{wanted.source}: expected a row with a best and a worst completion; found none")
     if not found.test:
         train, test = hold_out(train, _prompt, wanted.seed)
     test = unseen(test, set(map(_prompt, train)), _prompt)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exo import models
+from exo import console, models
 from exo.config import require
 from exo.data import DataError
 from exo.tasks.making import Files, Wanted, drawn, hold_out, lines, parts, read, unseen
@@ -66,7 +66,9 @@ def polarity(wanted: Wanted) -> Files:
         for name, file in files.items()
         for line in _text(file, "cp1252").splitlines()
     ]
-    train, test = hold_out(_cut(drawn(dict.fromkeys(sentences), wanted), _first_words), _prompt, wanted.seed)
+    distinct = dict.fromkeys(sentences)
+    console.say(f"  {len(sentences):,} sentences, {len(sentences) - len(distinct):,} of them once more")
+    train, test = hold_out(_cut(drawn(distinct, wanted), _first_words), _prompt, wanted.seed)
 
     def base(directory: Path) -> int:
         model, tokenizer = models.tiny([review.text for review in train], seed=wanted.seed, **SMALL)
@@ -91,8 +93,11 @@ def _files(train: Sequence[Review], test: Sequence[Review]) -> Files:
 
 def _cut(texts: Iterable[tuple[str, int]], cut: Callable[[str], int]) -> list[Review]:
     """Parted where `cut` says; a text that is no longer than its prompt is left out."""
-    found = (Review(text[: cut(text)], text[cut(text) :], label) for text, label in texts)
-    return [review for review in found if review.rest.strip()]
+    found = [Review(text[: cut(text)], text[cut(text) :], label) for text, label in texts]
+    kept = [review for review in found if review.rest.strip()]
+    if short := len(found) - len(kept):
+        console.say(f"  {short:,} texts left out: no longer than a prompt")
+    return kept
 
 
 def _clean(text: str) -> str:
