@@ -207,9 +207,9 @@ def _code(module: str) -> list[Path]:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return []
-    if found is None or not Path(found.origin or "").is_file():  # "frozen", "built-in"
+    origin = Path((found.origin if found else None) or "")
+    if found is None or not origin.is_file():  # "frozen", "built-in"
         return []
-    origin = Path(found.origin)
     return sorted(origin.parent.rglob("*.py")) if found.submodule_search_locations else [origin]
 
 
