@@ -4,21 +4,37 @@ python -m exo.align --model DIR_OR_NAME --data FILE. Reference log-probs are com
 directory is the model directory. Left out: resuming, adapters, more than the loss's own objectives.
 """
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 
-from exo import artifacts, config, console, data, lineage, loop, models, packing, plots, policy, runs, targets
+from exo import (
+    artifacts,
+    config,
+    console,
+    data,
+    encoding,
+    layouts,
+    lineage,
+    loop,
+    models,
+    plots,
+    policy,
+    reference,
+    runs,
+    targets,
+)
 from exo.config import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
-from exo.packing import TokenGroup
+from exo.encoding import TokenGroup
+from exo.packing import Packing
+from exo.reference import Mode
 
 HEAD_BUDGET = 2**29  # the default memory_budget of the losses on hidden states
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc", "tokens_per_second": "tok/s"}
@@ -43,7 +59,18 @@ class Config(config.DataTraining):
     reward_norm: targets.Norm = option(
         "none", "rewards less their mean, over their standard deviation: of each prompt, or of all the data"
     )
+    share_prompt: layouts.Share = option(
+        "auto", "encode a prompt once for all its completions; auto does where it saves tokens and the model bears it"
+    )
     ref_model: str | None = option(None, "the reference, when it is not the starting policy")
+    reference: Mode = option(
+        "auto",
+        "log-probs of the reference: cache makes them once and keeps them, live makes them in every step, none does "
+        "without; auto takes those that the data have, or else the cache",
+    )
+    reference_cache: str | None = option(
+        None, "directory of kept log-probs (default: exo/reference in the user's cache)"
+    )
     loss: Literal["exo", "dpo"] = option("exo", "reverse or forward KL")
     beta_pi: float = option(0.1, "scale of the policy's log-ratios", POSITIVE)
     beta_r: float = option(0.1, "temperature of the rewards (unused on preferences)", POSITIVE)
@@ -85,27 +112,41 @@ def run(config: Config) -> Path:
     model, tokenizer = models.load_or_tiny(
         lineage.source("model", config.model, "sft", "align", "ppo"), dataset.texts, seed=config.seed
     )
-    train_groups, eval_groups, counts = _encode(config, dataset, held_out, tokenizer, model)
+    counts: Counter[str] = Counter()
+    groups, others = (_encode(config, rows, tokenizer, counts) for rows in (dataset, held_out))
+    models.check_fits(model, groups + others)
+    train_groups, eval_groups = _parted(config, dataset, groups, others, counts)
+    console.counts(counts)
+    mode = reference.mode(config.reference, groups + others)
+    other_model = _reference_model(config, groups + others, tokenizer)
     loop.refuse_empty_shares(config, len(train_groups), accelerator)
     _describe(config, model, tokenizer, train_groups, accelerator)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
 
     console.headline("Reference log-probs")
     model.to(accelerator.device)
-    train_groups, eval_groups = _reference(config, model, train_groups, eval_groups, accelerator, tokenizer)
+    packing = layouts.choose(
+        model, groups, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), config.share_prompt,
+        config.temperature,
+    )  # fmt: skip
+    if other_model is not None:
+        other_model.to(accelerator.device)
+    scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
+    train_groups, eval_groups = _parted(config, dataset, scored[: len(groups)], scored[len(groups) :], Counter())
 
     console.headline("Training")
+    live = None if mode != "live" else other_model or copy.deepcopy(model)
     module = policy.PolicyLoss(
         model, loss=config.loss, beta_pi=config.beta_pi, beta_r=config.beta_r,
-        label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature,
+        label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature, reference=live,
     ).train(config.dropout)  # fmt: skip
-    watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics)
+    watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics, packing)
     steps = loop.total_steps(config, len(train_groups))
     loop.train(
         module, loop.batches(train_groups, config, steps), steps, config, accelerator, metrics,
-        collate=partial(packing.collate, pad_id=tokenizer.pad_token_id), denominator=len, shown=SHOWN,
+        packing=packing, denominator=len, shown=SHOWN,
         steps_an_epoch=loop.epoch_steps(config, len(train_groups)),
-        first=_first_loss_check(config, module, train_groups, accelerator), after=watch,
+        first=_first_loss_check(config, mode, module, train_groups, accelerator), after=watch,
     )  # fmt: skip
     directory = runs.end(metrics, model, tokenizer, accelerator, watch.last)
     _conclude(directory, watch)
@@ -120,45 +161,46 @@ def _read(config: Config, path: str) -> data.Dataset:
     return dataset
 
 
-def _encode(
-    config: Config, dataset: data.Dataset, held_out: data.Dataset | None, tokenizer: Any, model: Any
-) -> tuple[list[TokenGroup], list[TokenGroup], Counter[str]]:
-    """Tokens for training and evaluation; what was cut or dropped is said, what cannot be trained on is an error."""
-    limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
-    train_rows, counts = _compared(config, dataset.groups)
-    eval_rows: list[data.Group] = []
-    eval_path = config.eval_data
-    if held_out is not None:
-        eval_rows, more = _compared(config, held_out.groups)
-        counts += more
-    elif config.eval_fraction:
-        # split by prompt, so that no held-out prompt was trained on with other completions
-        prompts = sorted({group.prompt for group in train_rows})
+def _encode(config: Config, dataset: data.Dataset | None, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:
+    """Every row of a file as tokens, whatever the options will make of it: so the reference scores it once for all."""
+    limits = encoding.Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
+    if dataset is None:
+        return []
+    groups, cut = encoding.encode(dataset.groups, tokenizer, limits, dataset.path)
+    counts.update(cut)
+    return [encoding.factored(group) for group in groups]
+
+
+def _parted(
+    config: Config, dataset: data.Dataset, groups: list[TokenGroup], held_out: list[TokenGroup], counts: Counter[str]
+) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    """(to train on, to evaluate on), as the options compare them."""
+    train, eval_groups = _compared(config, groups, counts), _compared(config, held_out, counts)
+    if config.eval_data is None and config.eval_fraction:
+        # by prompt, so that no held-out prompt was trained on with other completions
+        names = {group.line: group.prompt for group in dataset.groups}
+        prompts = sorted({names[group.line] for group in train})
         random.Random(config.seed).shuffle(prompts)
         chosen = set(prompts[: min(len(prompts) - 1, max(1, round(config.eval_fraction * len(prompts))))])
-        eval_rows = [group for group in train_rows if group.prompt in chosen]
-        train_rows = [group for group in train_rows if group.prompt not in chosen]
-    groups, cut = packing.encode(train_rows, tokenizer, limits, config.data)
-    eval_groups, cut_too = packing.encode(eval_rows, tokenizer, limits, eval_path or config.data)
-    counts = counts + cut + cut_too
-    console.counts(counts)
-    if not groups:
+        eval_groups = [group for group in train if names[group.line] in chosen]
+        train = [group for group in train if names[group.line] not in chosen]
+    if not train:
         raise data.DataError(f"{config.data}: no row is left to train on")
-    if eval_rows and not eval_groups:
-        raise data.DataError(f"{eval_path or config.data}: no held-out row is left to evaluate on")
-    models.check_fits(model, groups + eval_groups)
-    return groups, eval_groups, counts
+    if config.eval_data and not eval_groups:
+        raise data.DataError(f"{config.eval_data}: no held-out row is left to evaluate on")
+    return train, eval_groups
 
 
-def _compared(config: Config, rows: list[data.Group]) -> tuple[list[data.Group], Counter[str]]:
+def _compared(config: Config, rows: list[TokenGroup], counts: Counter[str]) -> list[TokenGroup]:
     """What the options make of the rows: fewer completions, pairs of rewards, rewards on another scale."""
-    counts: Counter[str] = Counter()
     if config.max_completions is not None:
-        rows, counts = targets.first(rows, config.max_completions)
+        rows, skipped = targets.first(rows, config.max_completions)
+        counts.update(skipped)
     if config.target == "pref":
-        rows, more = targets.best_against_worst(rows)
-        return rows, counts + more
-    return targets.normalise(rows, config.reward_norm) if rows else rows, counts
+        rows, skipped = targets.best_against_worst(rows)
+        counts.update(skipped)
+        return rows
+    return targets.normalise(rows, config.reward_norm) if rows else rows
 
 
 def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGroup], accelerator: Accelerator) -> None:
@@ -197,33 +239,33 @@ def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: A
     return (16 + beside) * models.parameter_count(model) + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
 
 
-def _reference(
-    config: Config,
-    model: nn.Module,
-    train_groups: list[TokenGroup],
-    eval_groups: list[TokenGroup],
-    accelerator: Accelerator,
-    tokenizer: Any,
-) -> tuple[list[TokenGroup], list[TokenGroup]]:
-    reference = model
-    if config.ref_model is not None:
-        reference, other = models.load(lineage.source("ref_model", config.ref_model, "sft", "align", "ppo"))
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
-        models.check_fits(reference, train_groups + eval_groups)
-        reference.to(accelerator.device)
-    everything = [*train_groups, *eval_groups]
-    every = max(1, len(everything) // 5)
-    progress = console.Progress("prompts", len(everything), every=every)
-    scored = policy.score(
-        reference, everything, accelerator, pad_id=tokenizer.pad_token_id, advance=progress.advance,
-        max_tokens=config.max_tokens_per_batch, temperature=config.temperature,
-    )  # fmt: skip
-    return scored[: len(train_groups)], scored[len(train_groups) :]
+def _reference_model(config: Config, groups: list[TokenGroup], tokenizer: Any) -> Any:
+    """The reference where it is a model of its own; None where it is the start of the policy."""
+    if config.ref_model is None:
+        return None
+    model, other = models.load(lineage.source("ref_model", config.ref_model, "sft", "align", "ppo"))
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
+    models.check_fits(model, groups)
+    return model
+
+
+def _scored(
+    config: Config, mode: str, model: Any, groups: list[TokenGroup], accelerator: Accelerator, packing: Packing
+) -> list[TokenGroup]:
+    """The groups with the reference's log-probs, as the mode has it."""
+    if mode == "live":
+        return groups
+    if mode == "none":
+        return [replace(group, ref_logps=(0.0,) * len(group.completions)) for group in groups]
+    if mode == "data":
+        return groups
+    keep = Path(config.reference_cache) if config.reference_cache else reference.directory()
+    return reference.score(model, groups, accelerator, packing, config.temperature, keep)
 
 
 def _first_loss_check(
-    config: Config, module: policy.PolicyLoss, groups: list[TokenGroup], accelerator: Accelerator
+    config: Config, mode: str, module: policy.PolicyLoss, groups: list[TokenGroup], accelerator: Accelerator
 ) -> Any:
     """A function that compares the first loss with what theory says where policy equals reference."""
     first = next(loop.batches(groups, config, 1))
@@ -231,8 +273,9 @@ def _first_loss_check(
     most = module.most_mean_square(first, accelerator.mixed_precision)
 
     def check(seen: float, values: Mapping[str, float]) -> None:
-        comparable = config.ref_model is None and not config.dropout
-        why = "" if comparable else " (not comparable: " + ("foreign reference)" if config.ref_model else "dropout)")
+        foreign = config.ref_model is not None or mode in ("none", "data")
+        comparable = not foreign and not config.dropout
+        why = "" if comparable else " (not comparable: " + ("foreign reference)" if foreign else "dropout)")
         console.say(f"first loss: expected {expected:.5f} +- {tolerance:.1g}, seen {seen:.5f}{why}")
         square = values[policy.MEAN_SQUARE]
         if comparable and not (abs(seen - expected) <= tolerance and square <= most):
@@ -256,10 +299,12 @@ class _Watch:
         groups: list[TokenGroup],
         accelerator: Accelerator,
         metrics: artifacts.Metrics,
+        packing: Packing,
     ) -> None:
         self.config, self.module, self.tokenizer, self.groups = config, module, tokenizer, groups
         self.model: Any = module.model
-        self.accelerator, self.metrics, self.directory = accelerator, metrics, Path(config.output_dir)
+        self.accelerator, self.metrics, self.packing = accelerator, metrics, packing
+        self.directory = Path(config.output_dir)
         self.best = float("inf")
         self.last: dict[str, float] = {}
 
@@ -271,10 +316,7 @@ class _Watch:
             models.save_checkpoint(self.model, self.tokenizer, self.directory, f"step-{step}")
 
     def _evaluate(self, step: int) -> None:
-        self.last = policy.evaluate(
-            self.module, self.groups, self.accelerator,
-            pad_id=self.tokenizer.pad_token_id, max_tokens=self.config.max_tokens_per_batch,
-        )  # fmt: skip
+        self.last = policy.evaluate(self.module, self.groups, self.accelerator, self.packing)
         if not self.accelerator.is_main_process:
             return
         self.metrics.write(step=step, **self.last)

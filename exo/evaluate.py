@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from torch import Tensor
 
-from exo import artifacts, config, console, data, estimates, lineage, loop, models, packing, policy, rewards, samples
+from exo import artifacts, config, console, data, encoding, estimates, lineage, loop, models, policy, rewards, samples
 from exo.config import MODEL, POSITIVE, TOP_P, at_least, named, option, require
 from exo.data import Group
+from exo.packing import Packing
 from exo.rewards import Scores
 
 
@@ -70,7 +71,7 @@ def run(config: Config) -> Path:
     if config.model:
         reference, known = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
         reference.to(accelerator.device)
-        console.counts(packing.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
+        console.counts(encoding.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
         drawn = _sampled(config, prompts, accelerator, _checkpoints(config, known))
     else:
         drawn = _given(config, prompts)
@@ -190,20 +191,20 @@ def _values(scores: Scores, baseline: Scores | None, chosen: Scores | None) -> d
     return entry
 
 
-def _limits(config: Config) -> packing.Limits:
+def _limits(config: Config) -> encoding.Limits:
     """Of what was sampled: log-probs are conditional on as much of a prompt as its completions were."""
-    return packing.Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
+    return encoding.Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
 
 
 def _log_ratios(
     config: Config, model: Any, reference: Any, groups: Sequence[Group], tokenizer: Any, accelerator: Accelerator
 ) -> list[list[Tensor]]:
     """log pi - log ref of every token of every completion."""
-    encoded, _ = packing.encode(groups, tokenizer, _limits(config), "samples")
+    encoded, _ = encoding.encode(groups, tokenizer, _limits(config), "samples")
 
     ours, theirs = (
         policy.token_logps(
-            of, encoded, accelerator, pad_id=tokenizer.pad_token_id, max_tokens=config.max_tokens_per_batch,
+            of, encoded, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch),
             temperature=config.temperature,
         )
         for of in (model, reference)
@@ -223,17 +224,18 @@ def _density(
     """Log-probs of the reference's samples under both, for the last checkpoint."""
     path = lineage.source("density", config.density or "", "score")
     groups = data.read(path, purpose="samples").groups
-    encoded, _ = packing.encode(groups, tokenizer, _limits(config), path)
-    scored = [
-        policy.score(
-            of, encoded, accelerator, pad_id=tokenizer.pad_token_id, max_tokens=config.max_tokens_per_batch,
-            temperature=config.temperature,
-        )
+    encoded, _ = encoding.encode(groups, tokenizer, _limits(config), path)
+    packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
+    logps, ref_logps = (
+        [
+            [float(row.sum()) for row in rows]
+            for rows in policy.token_logps(of, encoded, accelerator, packing, config.temperature)
+        ]
         for of in (model, reference)
-    ]  # fmt: skip
+    )
     rows = (
-        {"prompt": group.prompt, "logps": a.ref_logps, "ref_logps": b.ref_logps, "rewards": group.rewards}
-        for group, a, b in zip(groups, *scored, strict=True)
+        {"prompt": group.prompt, "logps": ours, "ref_logps": theirs, "rewards": group.rewards}
+        for group, ours, theirs in zip(groups, logps, ref_logps, strict=True)
     )
     with artifacts.staged_file(directory / "density.jsonl") as file:
         data.write_jsonl(file, rows)

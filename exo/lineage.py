@@ -51,7 +51,7 @@ OUTPUTS = {
 }
 # Where a run's results go and what it prints change nothing of what it makes.
 _OWN = (artifacts.RUN_FILE, "metrics.jsonl")
-_IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to"}
+_IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to", "reference_cache"}
 _DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
 _READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from exo import console
 from exo.artifacts import Metrics, RunError
 from exo.config import Compute, ConfigError, DataTraining, Training
-from exo.packing import TokenGroup, micro_batches
+from exo.encoding import TokenGroup
+from exo.packing import Packing
 
 G = TypeVar("G", bound=TokenGroup)
 MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
@@ -134,9 +135,10 @@ def train(
     accelerator: Accelerator,
     metrics: Metrics,
     *,
-    collate: Callable[[Sequence[G]], Any],
+    packing: Packing,
     denominator: Callable[[Sequence[G]], int],
     shown: Mapping[str, str],
+    collate: Callable[[Sequence[G]], Any] | None = None,
     steps_an_epoch: int | None = None,
     rates: Mapping[nn.Module, float] | None = None,
     first: Callable[[float, Mapping[str, float]], None] | None = None,
@@ -144,12 +146,14 @@ def train(
 ) -> nn.Module:
     """Train `module` for `steps` global batches of `source`; return it as accelerate wrapped it.
 
-    A batch is asked for after the update before it, so that `source` may sample from the policy. `collate` makes a
-    micro-batch of a part of it. `denominator` counts a global batch in the loss's own unit. `first` sees the first loss
-    and metrics before the first update and may raise. `after(step, last)` is called after each update, for evaluation
-    and checkpoints. `shown` maps metrics to their labels on the progress line.
+    A batch is asked for after the update before it, so that `source` may sample from the policy. `packing` splits it
+    into micro-batches, and makes tensors of each where `collate` does not. `denominator` counts a global batch in the
+    loss's own unit. `first` sees the first loss and metrics before the first update and may raise.
+    `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` maps metrics to their
+    labels on the progress line.
     """
     world = accelerator.num_processes
+    collate = collate or packing.collate
     optim = optimizer(module, config, rates)
     module, optim = accelerator.prepare(module, optim)
     progress = console.Progress("step", steps, every=config.logging_steps)
@@ -160,7 +164,7 @@ def train(
             share = learning_rate_share(config, steps, step - 1)
             for group in optim.param_groups:
                 group["lr"] = group["peak"] * share
-            parts = micro_batches(batch[accelerator.process_index :: world], config.max_tokens_per_batch)
+            parts = packing.micro_batches(batch[accelerator.process_index :: world])
             loss, sums, tokens = _accumulate(module, parts, denominator(batch), accelerator, collate, step)
             loss, sums, tokens = _across_processes(accelerator, loss, sums, tokens)
             values = {name: total / count for name, (total, count) in sums.items() if count}

@@ -189,7 +189,7 @@ def parameters_of(name: str) -> int:
 
 
 def check_fits(model: PreTrainedModel, rows: Iterable[Any]) -> None:
-    """ValueError unless every token of `rows` (packing.TokenGroup) has an embedding, and every position a place."""
+    """ValueError unless every token of `rows` (encoding.TokenGroup) has an embedding, and every position a place."""
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]
     positions = getattr(model.config, "max_position_embeddings", None)

@@ -1,61 +1,40 @@
-"""From texts to batches: tokens of prompt and completions, the limits on their lengths, padded micro-batches.
+"""From tokens to batches: rows of a model's input, and the places in them that make each completion's tokens.
 
-Prompt and completion are tokenised apart, so that the border between them is right by construction; loss masks come
-from lengths, never from token ids. What chat messages look like is for exo.chat. Left out: sharing the prompt among its
-completions, and padding-free rows.
+Three layouts. Padded: a row is one completion behind its prompt. Shared: a prompt stands once, its completions after
+it, each seeing the prompt and itself alone, and a row holds several such groups. Packed: the same with a prompt for
+each completion. Whatever the layout, a batch lists the completions' tokens in one order, so that no loss needs to know
+it. Left out: who sees whom, as masks (attention).
 """
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from exo import chat
-from exo.data import Chat, DataError, Group
-
-IGNORE = -100  # the label of rows without loss, as everywhere in the field
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long a row may be, and what happens to one that is longer."""
-
-    max_length: int
-    max_completion_length: int | None
-    truncate: str  # "prompt-left" | "drop" | "error"
-    max_prompt_length: int | None = None  # where the completions were sampled after no more of it
-
-
-@dataclass(frozen=True)
-class TokenGroup:
-    """One prompt and its completions as tokens; `line` is where it stood in its file."""
-
-    prompt: tuple[int, ...]
-    completions: tuple[tuple[int, ...], ...]
-    rewards: tuple[float, ...] | None
-    line: int
-    ref_logps: tuple[float, ...] | None = None  # fp64 sums, once they are known
-
-    @property
-    def longest(self) -> int:
-        return len(self.prompt) + max(map(len, self.completions))
-
+from exo.encoding import TokenGroup
 
 G = TypeVar("G", bound=TokenGroup)
 R = TypeVar("R")
 
 
-class Batch(NamedTuple):
-    """Padded on the right; the completions of one prompt are adjacent."""
+class Sight(NamedTuple):
+    """Which tokens of a row see each other: those of one unit, of which a completion sees the prompt and itself."""
 
-    input_ids: Tensor  # (N, T) int64
-    attention_mask: Tensor  # (N, T) int64
-    labels: Tensor  # (N, T) int64, IGNORE on prompt and padding
+    unit: Tensor  # (B, T) int64, -1 on padding
+    part: Tensor  # (B, T) int64, 0 for the prompt, from 1 on its completions
+    position_ids: Tensor  # (B, T) int64, as if each completion stood alone behind its prompt
+
+
+class Batch(NamedTuple):
+    """Rows of input, N completions of G groups, n tokens of completions."""
+
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64, 1 on tokens
+    sight: Sight | None  # None: a row is one text, and causal attention is right
+    rows: Tensor  # (n,) int64: where, in the flattened (B T), each token of a completion is made: one before its own
+    targets: Tensor  # (n,) int64: that token
+    offsets: Tensor  # (N + 1,) int64: of the completions among the n
     group_size: Tensor  # (G,) int64
     rewards: Tensor | None  # (N,) float64
     ref_logps: Tensor | None  # (N,) float64
@@ -66,157 +45,131 @@ class Batch(NamedTuple):
         return self.ref_logps
 
     def to(self, device: torch.device) -> "Batch":
-        moved: list[Any] = [None if value is None else value.to(device) for value in self]
-        return Batch(*moved)
+        return Batch(*(_moved(value, device) for value in self))
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """What a token id means, as 16 hex digits: equal for tokenizers that name all tokens alike."""
-    meaning = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
-    return hashlib.sha256(meaning.encode()).hexdigest()[:16]
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Sight):
+        return Sight(*(tensor.to(device) for tensor in value))
+    return None if value is None else value.to(device)
 
 
-def encode(
-    groups: Iterable[Group], tokenizer: Any, limits: Limits, path: str, *, foreign: Literal["refuse", "text"] = "refuse"
-) -> tuple[list[TokenGroup], Counter[str]]:
-    """Tokenise; also count, by reason, the rows cut or dropped for their length. `path` is named in errors.
+class Unit(NamedTuple):
+    """What stands together in a row: a prompt, and the completions that see it."""
 
-    Sampled completions keep the tokens they were sampled as. `foreign` says what becomes of those of another tokenizer:
-    a policy refuses them, and a reward model reads their text.
+    place: int  # of the group in its batch
+    group: TokenGroup
+    completions: Sequence[int]  # of the group
+
+    @property
+    def width(self) -> int:
+        return len(self.group.prompt) + sum(len(self.group.completions[k]) for k in self.completions)
+
+    def lay_out(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Tokens, positions, parts (each (width,)); and of each completion the places that make its tokens."""
+        prompt = len(self.group.prompt)
+        ids, positions, parts, places = [*self.group.prompt], [*range(prompt)], [0] * prompt, []
+        for k in self.completions:
+            answer = self.group.completions[k]
+            # the first is made by the prompt's last token, each other by the one before it
+            places.append(torch.tensor([prompt - 1, *range(len(ids), len(ids) + len(answer) - 1)]))
+            ids += answer
+            positions += range(prompt, prompt + len(answer))
+            parts += [k + 1] * len(answer)
+        return torch.tensor(ids), torch.tensor(positions), torch.tensor(parts), places
+
+
+class Packing(NamedTuple):
+    """How groups become batches: the layout, and how much of it is one forward pass.
+
+    `one_row` is for attention that skips what a mask hides: a batch is one row. Otherwise rows are as long as the
+    longest group needs, and others share them where they fit.
     """
-    counts: Counter[str] = Counter()
-    encoded = []
-    own = ""  # a large vocabulary takes a while to hash: only where token ids are met
-    prompt_text, known_prompt = None, list[int]()  # rows that follow each other may share one
-    for group in groups:
-        place = f"{path}:{group.line}"
-        if group.tokens is not None:
-            own = own or tokenizer_hash(tokenizer)
-        if group.tokens is not None and group.tokens.tokenizer == own:
-            completions = [list(ids) for ids in group.tokens.ids]
-        elif group.tokens is not None and foreign == "refuse":
-            raise DataError(
-                f"{place}: token ids of another tokenizer ({group.tokens.tokenizer}, the model's is {own}); "
-                "python -m exo.sample with this model makes others"
-            )
-        else:
-            ended = ["eos"] * len(group.completions) if group.tokens is None else group.tokens.finish
-            completions = [
-                tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (how == "eos")
-                for text, how in zip(group.completions, ended, strict=True)
-            ]
-        try:
-            if group.prompt is not prompt_text:
-                prompt_text, known_prompt = group.prompt, prompt_ids(group.prompt, tokenizer)
-            if isinstance(group.prompt, Chat) and group.tokens is None:  # a sample was drawn as it stands
-                completions = [_answer(group.prompt, text, tokenizer, counts) for text in group.completions]
-                if len(completions) > 1 and all(ids == completions[0] for ids in completions):
-                    counts["rows dropped: completions identical in the chat template"] += 1
-                    continue
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        start = int(known_prompt[:1] == [tokenizer.bos_token_id])
-        prompt = last_of(known_prompt, start, limits.max_prompt_length or len(known_prompt))
-        if len(prompt) < len(known_prompt):
-            counts["rows with the prompt cut on the left to --max_prompt_length"] += 1
-        fitted = _fit(prompt, completions, start, limits, place, counts)
-        if fitted is not None:
-            encoded.append(TokenGroup(*fitted, group.rewards, group.line))
-    return encoded, counts
 
+    pad_id: int
+    max_tokens: int  # of input in a batch, padding included; a group that has more stands alone
+    layout: Literal["padded", "packed", "shared"] = "padded"
+    one_row: bool = False
 
-def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """A prompt as every stage has it: sampling, training and scoring must agree on it.
+    def rows(self, groups: Sequence[TokenGroup]) -> tuple[list[list[Unit]], int]:
+        """Rows, and how long they are."""
+        units = [
+            Unit(place, group, part)
+            for place, group in enumerate(groups)
+            for part in self._parts(len(group.completions))
+        ]
+        if self.layout == "padded":
+            return [[unit] for unit in units], max(unit.width for unit in units)
+        if self.one_row:
+            return [units], sum(unit.width for unit in units)
+        width = max(unit.width for unit in units)
+        rows: list[list[Unit]] = []
+        room: list[int] = []
+        for unit in sorted(units, key=lambda unit: -unit.width):  # the longest first, each where it first fits
+            row = next((i for i, left in enumerate(room) if left >= unit.width), len(rows))
+            if row == len(rows):
+                rows.append([])
+                room.append(width)
+            rows[row].append(unit)
+            room[row] -= unit.width
+        return rows, width
 
-    A chat template says itself whether a BOS comes first; none is added to what it says.
-    """
-    if isinstance(prompt, Chat):
-        return tokenizer(chat.prompt_text(prompt, tokenizer), add_special_tokens=False)["input_ids"]
-    ids = _beginning(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    # the first token of a completion needs a token before it
-    return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    def _parts(self, k: int) -> list[Sequence[int]]:
+        return [range(k)] if self.layout == "shared" else [(i,) for i in range(k)]
 
+    def tokens(self, groups: Sequence[TokenGroup]) -> int:
+        """Of the batch that they make."""
+        rows, width = self.rows(groups)
+        return len(rows) * width
 
-def sampled_prompts(prompts: Iterable[str], tokenizer: Any, most: int) -> tuple[list[list[int]], Counter[str]]:
-    """The same of many, cut on the left where they are longer than `most`; and how many were."""
-    counts: Counter[str] = Counter()
-    cut = []
-    for ids in (prompt_ids(prompt, tokenizer) for prompt in prompts):
-        counts["prompts cut on the left"] += len(ids) > most
-        cut.append(last_of(ids, int(ids[:1] == [tokenizer.bos_token_id]), most))
-    return cut, +counts
+    def micro_batches(self, groups: Sequence[G]) -> list[list[G]]:
+        """Split a batch so that no part has more than `max_tokens`.
 
+        Sorted by length, so that little is padding; the loss is a sum over groups and does not mind the order.
+        """
+        parts: list[list[G]] = []
+        for group in sorted(groups, key=lambda g: (-g.longest, g.line)):
+            if parts and self.tokens([*parts[-1], group]) <= self.max_tokens:
+                parts[-1].append(group)
+            else:
+                parts.append([group])
+        return parts
 
-def last_of(prompt: list[int], start: int, room: int) -> list[int]:
-    """The last `room` tokens, the first `start` of the prompt among them: a BOS stays where it is."""
-    if len(prompt) <= room:
-        return prompt
-    kept = start if start < room else 0
-    return prompt[:kept] + prompt[len(prompt) - (room - kept) :]
+    def each(self, groups: Sequence[G], of: Callable[[list[G]], Sequence[R]]) -> list[R]:
+        """What `of` gives for each group, asked a micro-batch at a time; in the order of the groups."""
+        found: dict[int, R] = {}
+        for part in self.micro_batches(groups):
+            found.update(zip(map(id, part), of(part), strict=True))
+        return [found[id(group)] for group in groups]
 
-
-def _answer(prompt: Chat, text: str, tokenizer: Any, counts: Counter[str]) -> list[int]:
-    """A completion of chat messages, with its end."""
-    rendered, end = chat.answer_text(prompt, text, tokenizer)
-    if end == "template":
-        counts["completions that end as the chat template says, which is not the tokenizer's end of sequence"] += 1
-    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    return ids + [tokenizer.eos_token_id] * (end == "none")
-
-
-def _beginning(tokenizer: Any) -> list[int]:
-    """Where the tokenizer itself begins texts with BOS, prompts do; an EOS that it would append never ends a prompt."""
-    first = tokenizer("a")["input_ids"][:1]
-    return first if first == [tokenizer.bos_token_id] else []
-
-
-def _fit(
-    prompt: list[int],
-    completions: list[list[int]],
-    start: int,  # tokens at the beginning that are kept
-    limits: Limits,
-    place: str,
-    counts: Counter[str],
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None:
-    """Apply the limits. One prompt serves all its completions, so the longest of them decides."""
-    most = limits.max_length - 1  # one token of prompt always stays
-    if limits.max_completion_length is not None:
-        most = min(most, limits.max_completion_length)
-    long_completion = max(map(len, completions)) > most
-    too_long = long_completion or len(prompt) + max(map(len, completions)) > limits.max_length
-    if too_long and limits.truncate == "error":
-        raise DataError(f"{place}: longer than the limits allow; raise them or choose another --truncate")
-    if too_long and limits.truncate == "drop":
-        counts["rows dropped: over-long"] += 1
-        return None
-    if long_completion:
-        different = len(set(map(tuple, completions)))
-        completions = [completion[:most] for completion in completions]
-        if different > 1 == len(set(map(tuple, completions))):
-            counts["rows dropped: completions identical once cut"] += 1
-            return None
-        counts["rows with a completion cut on the right (its end of sequence goes too)"] += 1
-    room = limits.max_length - max(map(len, completions))
-    if len(prompt) > room:
-        counts["rows with the prompt cut on the left"] += 1
-        prompt = last_of(prompt, start, room)
-    return tuple(prompt), tuple(map(tuple, completions))
-
-
-def collate(groups: Sequence[TokenGroup], pad_id: int) -> Batch:
-    """One row a completion, as long as the longest."""
-    rows = [(group.prompt, completion) for group in groups for completion in group.completions]
-    width = max(len(prompt) + len(completion) for prompt, completion in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORE)
-    for i, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        input_ids[i, :end] = torch.tensor(prompt + completion)
-        attention_mask[i, :end] = 1
-        labels[i, len(prompt) : end] = input_ids[i, len(prompt) : end]
-    sizes = torch.tensor([len(group.completions) for group in groups])
-    return Batch(input_ids, attention_mask, labels, sizes, _column(groups, "rewards"), _column(groups, "ref_logps"))
+    def collate(self, groups: Sequence[TokenGroup]) -> Batch:
+        rows, width = self.rows(groups)
+        input_ids = torch.full((len(rows), width), self.pad_id)
+        position_ids, part = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+        units = torch.full_like(input_ids, -1)
+        made: dict[tuple[int, int], Tensor] = {}  # of each completion, where its tokens are made
+        for i, row in enumerate(rows):
+            start = 0
+            for number, unit in enumerate(row):
+                here = slice(start, start + unit.width)
+                ids, positions, parts, places = unit.lay_out()
+                input_ids[i, here], position_ids[i, here], part[i, here] = ids, positions, parts
+                units[i, here] = number
+                for k, place in zip(unit.completions, places, strict=True):
+                    made[unit.place, k] = i * width + start + place
+                start += unit.width
+        order = [made[place, k] for place, group in enumerate(groups) for k in range(len(group.completions))]
+        return Batch(
+            input_ids,
+            (units >= 0).long(),
+            None if self.layout == "padded" else Sight(units, part, position_ids),
+            torch.cat(order),
+            torch.tensor([token for group in groups for answer in group.completions for token in answer]),
+            torch.tensor([0, *map(len, order)]).cumsum(0),
+            torch.tensor([len(group.completions) for group in groups]),
+            _column(groups, "rewards"),
+            _column(groups, "ref_logps"),
+        )
 
 
 def _column(groups: Sequence[TokenGroup], name: str) -> Tensor | None:
@@ -226,38 +179,11 @@ def _column(groups: Sequence[TokenGroup], name: str) -> Tensor | None:
     return torch.tensor([x for value in values for x in value], dtype=torch.float64)
 
 
-def micro_batches(groups: Sequence[G], max_tokens: int) -> list[list[G]]:
-    """Split a batch so that no part has more than `max_tokens` padded tokens; a larger group stands alone.
-
-    Sorted by length, so that little is padding; the loss is a sum over groups and does not mind the order.
-    """
-    parts: list[list[G]] = []
-    rows = 0
-    for group in sorted(groups, key=lambda g: (-g.longest, g.line)):
-        size = len(group.completions)
-        if parts and (rows + size) * parts[-1][0].longest <= max_tokens:
-            parts[-1].append(group)
-            rows += size
-        else:
-            parts.append([group])
-            rows = size
-    return parts
-
-
-def in_parts(groups: Sequence[G], max_tokens: int, of: Callable[[list[G]], Sequence[R]]) -> list[R]:
-    """What `of` gives for each group, asked a micro-batch at a time; in the order of the groups."""
-    found: dict[int, R] = {}
-    for part in micro_batches(groups, max_tokens):
-        found.update(zip(map(id, part), of(part), strict=True))
-    return [found[id(group)] for group in groups]
-
-
 def of_completions(
     groups: Sequence[TokenGroup],
-    values: Tensor,  # (N, T), row t about the token after it
+    values: Tensor,  # (n,), as a batch lists the completions' tokens
 ) -> Iterator[list[Tensor]]:
     """For each group of a batch the values of each completion's tokens, (its tokens,)."""
-    rows = iter(values)
+    parts = iter(values.split([len(answer) for group in groups for answer in group.completions]))
     for group in groups:
-        start = len(group.prompt) - 1  # the row that makes the first token
-        yield [next(rows)[start : start + len(ids)] for ids in group.completions]
+        yield [next(parts) for _ in group.completions]

@@ -35,6 +35,7 @@ PLANNED = {
     "reward_model",
     "oracle",
     "output_dir",
+    "reference_cache",
 }
 RECIPES = Path(__file__).parent / "recipes"
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -199,6 +200,7 @@ class _Planner:
                 loss, target = method.split("-")
                 options |= {"data": self.path("scored") if target == "rw" else self.pairs, "loss": loss}
                 options |= {"target": target} | ({"max_completions": k} if k else {})
+                options["reference_cache"] = self.path("reference")
                 yield self._step(name, "align", ["align", f"align.{target}"], **options)
             facts = {"method": method, "k": k, "seed": seed, "varied": varied}
             of = {"model": self.path(name), "seed": seed}

@@ -5,19 +5,20 @@ model, metrics, the loss that a run must begin with, and evaluation on held-out 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import intervals
+from exo import attention, intervals
 from exo.artifacts import RunError
+from exo.encoding import TokenGroup
 from exo.head import CausalHead
 from exo.loop import Share
-from exo.packing import Batch, TokenGroup, collate, in_parts, micro_batches, of_completions
+from exo.packing import Batch, Packing, of_completions
 from exo_kernels import (
     LossStats,
     fused_linear_dpo_loss,
@@ -50,14 +51,25 @@ class PolicyLoss(nn.Module):
         beta_r: float,
         label_smoothing: float,
         temperature: float,
+        reference: nn.Module | None = None,
     ) -> None:
+        """`reference` scores every batch anew; without it the batches hold its log-probs."""
         super().__init__()
         self.model = model
         self.head = CausalHead(model)
+        self.reference = None if reference is None else reference.requires_grad_(False)
+        self.reference_head = None if reference is None else CausalHead(reference)
         self.loss: Literal["exo", "dpo"] = loss
         self.betas: dict[str, float] = {"beta_pi": beta_pi, "beta_r": beta_r}
         self.label_smoothing = label_smoothing
         self.temperature = temperature
+
+    def train(self, mode: bool = True) -> "PolicyLoss":
+        """The reference never drops anything out."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
 
     @property
     def objective(self) -> dict[str, Any]:
@@ -65,10 +77,10 @@ class PolicyLoss(nn.Module):
 
     def losses(self, batch: Batch, **reduction: Any) -> tuple[Tensor, LossStats]:
         return LOSSES[self.loss](
-            self.head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False),
+            attention.rows(self.head, batch),
             self.head.weight,
-            batch.labels,
-            batch.known_ref_logps(),
+            **self._reference(batch),
+            **attention.scored(batch),
             **self.head.options,
             group_size=batch.group_size,
             rewards=batch.rewards,
@@ -77,6 +89,14 @@ class PolicyLoss(nn.Module):
             **self.objective,
             **reduction,
         )
+
+    def _reference(self, batch: Batch) -> dict[str, Any]:
+        if self.reference_head is None:
+            return {"ref_logps": batch.known_ref_logps()}
+        head = self.reference_head
+        with torch.no_grad():
+            rows = attention.rows(head, batch)
+        return {"ref_hidden": rows, "ref_weight": head.weight, "ref_bias": head.options["bias"]}
 
     def forward(self, batch: Batch, num_groups: int) -> Share:
         loss, stats = self.losses(batch, num_groups=num_groups)
@@ -148,25 +168,11 @@ def agreement(scores: Tensor, target: Tensor) -> float:
     return float(right[ranked].mean())
 
 
-def score(model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, **options: Any) -> list[TokenGroup]:
-    """The groups with this model's log-probs as their reference: fp64 sums. `options` are those of `token_logps`."""
-    sums = token_logps(model, groups, accelerator, keep=lambda row: float(row.sum()), **options)
-    return [replace(group, ref_logps=tuple(values)) for group, values in zip(groups, sums, strict=True)]
-
-
-@torch.no_grad()
-def token_logps(
-    model: nn.Module,
-    groups: Sequence[TokenGroup],
-    accelerator: Accelerator,
-    *,
-    pad_id: int,
-    max_tokens: int,
-    temperature: float,
-    advance: Callable[[int], None] = lambda _: None,
-    keep: Callable[[Tensor], Any] = lambda row: row,
-) -> list[list[Any]]:
-    """For each group, `keep` of the log-probs of each completion's tokens: fp64, (its tokens,).
+@contextmanager
+def scoring(
+    model: nn.Module, accelerator: Accelerator, packing: Packing, temperature: float
+) -> Iterator[Callable[[Sequence[TokenGroup]], list[list[Tensor]]]]:
+    """A function of a micro-batch: for each group the log-probs of each completion's tokens, fp64, (its tokens,).
 
     The model is left as it was; no random state moves.
     """
@@ -174,32 +180,42 @@ def token_logps(
     model.eval()
     head = CausalHead(model)
 
-    def of(part: Sequence[TokenGroup]) -> list[list[Any]]:
-        batch = collate(part, pad_id).to(accelerator.device)
+    @torch.no_grad()
+    def of(part: Sequence[TokenGroup]) -> list[list[Tensor]]:
+        batch = packing.collate(part).to(accelerator.device)
         with accelerator.autocast():
-            hidden = head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            scores = linear_token_logps(hidden, head.weight, batch.labels, temperature=temperature, **head.options)
-        advance(len(part))
-        return [[keep(row) for row in rows] for rows in of_completions(part, scores.double().cpu())]
+            scores = linear_token_logps(
+                attention.rows(head, batch), head.weight, temperature=temperature, **attention.scored(batch),
+                **head.options,
+            )  # fmt: skip
+        return list(of_completions(part, scores.double().cpu()))
 
     try:
-        return in_parts(groups, max_tokens, of)
+        yield of
     finally:
         for module, mode in modes:
             module.training = mode
 
 
+def token_logps(
+    model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing, temperature: float
+) -> list[list[Tensor]]:
+    """What `scoring` gives, for each group in their order."""
+    with scoring(model, accelerator, packing, temperature) as of:
+        return packing.each(groups, of)
+
+
 @torch.no_grad()
 def evaluate(
-    module: PolicyLoss, groups: Sequence[TokenGroup], accelerator: Accelerator, *, pad_id: int, max_tokens: int
+    module: PolicyLoss, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing
 ) -> dict[str, float]:
     """Mean loss and metrics on held-out groups, and the 95% interval of the accuracy."""
     was_training = module.training
     module.eval()
     loss = 0.0
     values: dict[str, list[float]] = {}
-    for part in micro_batches(groups, max_tokens):
-        batch = collate(part, pad_id).to(accelerator.device)
+    for part in packing.micro_batches(groups):
+        batch = packing.collate(part).to(accelerator.device)
         with accelerator.autocast():
             share, stats = module.losses(batch, reduction="sum")
         if not math.isfinite(float(share)):

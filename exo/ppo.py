@@ -17,10 +17,25 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from exo import artifacts, config, console, data, lineage, loop, models, packing, policy, rewards, rollouts, runs
+from exo import (
+    artifacts,
+    attention,
+    config,
+    console,
+    data,
+    encoding,
+    lineage,
+    loop,
+    models,
+    policy,
+    rewards,
+    rollouts,
+    runs,
+)
 from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, SHARE, at_least, named, option, require
+from exo.encoding import TokenGroup
 from exo.head import CausalHead
-from exo.packing import TokenGroup
+from exo.packing import Batch, Packing, of_completions
 from exo.rollouts import Rollout, RolloutBatch
 from exo_kernels import linear_token_logps
 
@@ -73,10 +88,10 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
 
-    def forward(self, batch: packing.Batch) -> Tensor:  # (N, T) float32
+    def forward(self, batch: Batch) -> Tensor:  # (n,) float32
         output = self.body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         with torch.autocast(output.last_hidden_state.device.type, enabled=False):  # a value has no 16 bits to spare
-            return self.value(output.last_hidden_state.float())[..., 0]
+            return self.value(output.last_hidden_state.float().flatten(0, 1)[batch.rows])[..., 0]
 
 
 class ActorCritic(nn.Module):
@@ -89,20 +104,20 @@ class ActorCritic(nn.Module):
 
     def forward(self, rollout: RolloutBatch, num_tokens: int) -> loop.Share:
         batch, config = rollout.batch, self.config
-        hidden = self.head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         logps = linear_token_logps(
-            hidden, self.head.weight, batch.labels, temperature=config.temperature, **self.head.options
-        )
-        change = (logps.float() - rollout.logps) * rollout.mask
+            attention.rows(self.head, batch), self.head.weight, temperature=config.temperature,
+            **attention.scored(batch), **self.head.options,
+        )  # fmt: skip
+        change = logps.float() - rollout.logps
         actor, clipped = policy_loss(change, rollout.advantages, config.clip_range)
         critic = value_loss(self.critic(batch), rollout.values, rollout.returns, config.clip_range_value)
 
         def total(values: Tensor) -> Tensor:
-            return (values * rollout.mask).double().sum()
+            return values.double().sum()
 
         # a frozen actor takes part with weight 0, or the processes would wait for its gradient
         loss = (total(actor) * (not rollout.frozen) + config.value_coef * total(critic)) / num_tokens
-        n, tokens = len(rollout.scores), rollout.mask.sum()
+        n, tokens = len(rollout.scores), len(logps)
         sums: dict[str, tuple[Any, Any]] = {
             "score": (rollout.scores.sum(), n),
             "kl": (rollout.kls.sum(), n),
@@ -114,10 +129,10 @@ class ActorCritic(nn.Module):
 
 
 def policy_loss(
-    change: Tensor,  # (N, T) log pi - log pi_old
-    advantages: Tensor,  # (N, T)
+    change: Tensor,  # (n,) log pi - log pi_old
+    advantages: Tensor,  # (n,)
     clip_range: float,
-) -> tuple[Tensor, Tensor]:  # (N, T) each
+) -> tuple[Tensor, Tensor]:  # (n,) each
     """Schulman et al. 2017, eq. 7, as a loss; and 1 where the clipping bites."""
     ratio = change.exp()
     plain, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -125,11 +140,11 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor,  # (N, T)
-    before: Tensor,  # (N, T) as the critic had them when the rollout was made
-    returns: Tensor,  # (N, T)
+    values: Tensor,  # (n,)
+    before: Tensor,  # (n,) as the critic had them when the rollout was made
+    returns: Tensor,  # (n,)
     clip_range: float,
-) -> Tensor:  # (N, T)
+) -> Tensor:  # (n,)
     """Half the squared error, of the value or of the value held near what it was: the larger."""
     held = before + (values - before).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns).square(), (held - returns).square())
@@ -152,7 +167,7 @@ def run(config: Config) -> Path:
     module.to(accelerator.device)
     maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
     prompts = [group.prompt for group in dataset.groups]
-    console.counts(packing.sampled_prompts(prompts, tokenizer, config.max_length - config.max_new_tokens)[1])
+    console.counts(encoding.sampled_prompts(prompts, tokenizer, config.max_length - config.max_new_tokens)[1])
     metrics = runs.begin(start, accelerator, dataset.account())
     console.say(
         f"{config.max_steps:,} steps of {config.batch_size} completions, the first {config.critic_warmup_steps} for "
@@ -170,7 +185,8 @@ def run(config: Config) -> Path:
 
     loop.train(
         module, source, config.max_steps, config, accelerator, metrics,
-        collate=partial(rollouts.collate, pad_id=tokenizer.pad_token_id), denominator=_tokens, shown=SHOWN,
+        packing=maker.packing, collate=partial(rollouts.collate, packing=maker.packing), denominator=_tokens,
+        shown=SHOWN,
         rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
         first=partial(_check_ratio, config, accelerator), after=after,
     )  # fmt: skip
@@ -186,18 +202,20 @@ def _maker(
     scorer: rewards.Scorer,
     accelerator: Accelerator,
 ) -> rollouts.Maker:
+    packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
+
     @torch.no_grad()
     def values(part: Sequence[TokenGroup]) -> list[Tensor]:
         with accelerator.autocast():
-            rows = module.critic(packing.collate(part, tokenizer.pad_token_id).to(accelerator.device))
-        return [row for (row,) in packing.of_completions(part, rows.double().cpu())]
+            rows = module.critic(packing.collate(part).to(accelerator.device))
+        return [row for (row,) in of_completions(part, rows.double().cpu())]
 
     sampling = {
         "temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed,
         "max_prompt_length": config.max_length - config.max_new_tokens,
     }  # fmt: skip
     return rollouts.Maker(
-        module.model, reference, tokenizer, scorer, values, accelerator, sampling, config.max_tokens_per_batch,
+        module.model, reference, tokenizer, scorer, values, accelerator, sampling, packing,
         config.kl_coef, config.gamma, config.lam,
     )  # fmt: skip
 

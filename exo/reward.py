@@ -10,7 +10,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,23 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from exo import artifacts, config, console, data, intervals, lineage, loop, models, packing, rewards, runs, targets
+from exo import (
+    artifacts,
+    config,
+    console,
+    data,
+    encoding,
+    intervals,
+    lineage,
+    loop,
+    models,
+    rewards,
+    runs,
+    targets,
+)
 from exo.config import MODEL, PART, POSITIVE, at_least, named, option
-from exo.packing import Batch, TokenGroup
+from exo.encoding import TokenGroup
+from exo.packing import Batch, Packing
 
 SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
 
@@ -86,12 +99,12 @@ def run(config: Config) -> Path:
     steps = loop.total_steps(config, len(groups))
     console.say(f"{len(groups):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
     module = (LabelLoss if config.labels else PairLoss)(model).train(config.dropout)
-    collate = partial(packing.collate, pad_id=tokenizer.pad_token_id)
+    packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
     loop.train(
-        module, loop.batches(groups, config, steps), steps, config, accelerator, metrics, collate=collate,
+        module, loop.batches(groups, config, steps), steps, config, accelerator, metrics, packing=packing,
         denominator=len, steps_an_epoch=loop.epoch_steps(config, len(groups)), shown=SHOWN,
     )  # fmt: skip
-    result = _evaluate(module, held_out, config, accelerator, collate)
+    result = _evaluate(module, held_out, accelerator, packing)
     if result and accelerator.is_main_process:
         metrics.write(step=steps, **result)
     return runs.end(metrics, model, tokenizer, accelerator, result)
@@ -115,10 +128,10 @@ def _encode(
     names = sorted({_name(group) for group in rows})
     random.Random(config.seed).shuffle(names)
     kept = set(names[: round(config.eval_fraction * len(names))])
-    limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate)
+    limits = encoding.Limits(config.max_length, config.max_completion_length, config.truncate)
     parts = [[g for g in rows if _name(g) not in kept], [g for g in rows if _name(g) in kept]]
     (train, cut), (held_out, cut_too) = (
-        packing.encode(part, tokenizer, limits, config.data, foreign="text") for part in parts
+        encoding.encode(part, tokenizer, limits, config.data, foreign="text") for part in parts
     )
     counts = counts + cut + cut_too
     console.counts(counts)
@@ -133,7 +146,7 @@ def _name(group: data.Group) -> str:
 
 @torch.no_grad()
 def _evaluate(
-    module: PairLoss, groups: Sequence[TokenGroup], config: Config, accelerator: Accelerator, collate: Any
+    module: PairLoss, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing
 ) -> dict[str, float]:
     """Loss and accuracy on what was held out, with the accuracy's 95% interval; nothing where nothing was."""
     if not groups:
@@ -142,9 +155,9 @@ def _evaluate(
 
     def of(part: Sequence[TokenGroup]) -> list[float]:
         with accelerator.autocast():
-            return module.margins(collate(part).to(accelerator.device)).tolist()
+            return module.margins(packing.collate(part).to(accelerator.device)).tolist()
 
-    margins = packing.in_parts(groups, config.max_tokens_per_batch, of)
+    margins = packing.each(groups, of)
     right = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
     low, high = intervals.accuracy_interval(right)
     accuracy = sum(right) / len(right)

@@ -15,10 +15,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import config, lineage, models, packing, targets
+from exo import config, encoding, lineage, models, targets
 from exo.config import option, require
 from exo.data import Group
-from exo.packing import TokenGroup
+from exo.encoding import TokenGroup
+from exo.packing import Batch, Packing
 
 Scores = list[tuple[float, ...]]  # a row a group, a number a completion
 
@@ -55,17 +56,18 @@ def load(options: Options, compute: config.Scoring, accelerator: Accelerator, ma
     name = lineage.source("reward_model", options.reward_model, "reward")
     model, tokenizer = models.load_classifier(name)
     model.to(accelerator.device).eval()
-    limits = packing.Limits(max_length, None, "prompt-left")
+    limits = encoding.Limits(max_length, None, "prompt-left")
     counts: Counter[str] = Counter()
+    packing = Packing(tokenizer.pad_token_id, compute.max_tokens_per_batch)
 
     def score(groups: Sequence[Group]) -> Scores:
         # each alone: together they would be cut as the longest of them needs, and dropped where that makes them alike
         alone = [targets.select(group, (i,)) for group in groups for i in range(len(group.completions))]
-        encoded, cut = packing.encode(alone, tokenizer, limits, "samples", foreign="text")
+        encoded, cut = encoding.encode(alone, tokenizer, limits, "samples", foreign="text")
         for reason, count in cut.items():
             counts[reason.replace("rows", "completions scored")] += count
         models.check_fits(model, encoded)
-        found = _classify(model, encoded, accelerator, tokenizer.pad_token_id, compute.max_tokens_per_batch)
+        found = _classify(model, encoded, accelerator, packing)
         values = iter(value for (value,) in found)
         return [tuple(next(values) for _ in group.completions) for group in groups]
 
@@ -98,19 +100,17 @@ def _of_function(name: str) -> Callable[[Sequence[Group]], Scores]:
 
 
 @torch.no_grad()
-def _classify(
-    model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, pad_id: int, max_tokens: int
-) -> Scores:
+def _classify(model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing) -> Scores:
     def of(part: Sequence[TokenGroup]) -> Scores:
-        batch = packing.collate(part, pad_id).to(accelerator.device)
+        batch = packing.collate(part).to(accelerator.device)
         with accelerator.autocast():
             rewards = last_token_rewards(model, batch)
         return [tuple(values.tolist()) for values in rewards.double().cpu().split(batch.group_size.tolist())]
 
-    return packing.in_parts(groups, max_tokens, of)
+    return packing.each(groups, of)
 
 
-def last_token_rewards(model: nn.Module, batch: packing.Batch) -> Tensor:  # (N,)
+def last_token_rewards(model: nn.Module, batch: Batch) -> Tensor:  # (N,)
     """One number a sequence, by the model's own pooling, which takes the last token that is no padding."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
     return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]

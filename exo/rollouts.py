@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from exo import packing, policy, samples
+from exo import encoding, policy, samples
 from exo.data import Group
-from exo.packing import Batch, TokenGroup
+from exo.encoding import TokenGroup
+from exo.packing import Batch, Packing
 from exo.rewards import Scorer
 
 
@@ -32,11 +33,10 @@ class Rollout(TokenGroup):
 
 
 class RolloutBatch(NamedTuple):
-    """Numbers of the tokens stand at the row that makes the token, as `linear_token_logps` has them."""
+    """Numbers of the tokens stand in the order of the batch's."""
 
     batch: Batch
-    mask: Tensor  # (N, T) float32, 1 where there is such a token
-    logps: Tensor  # (N, T) float32, and so the next three
+    logps: Tensor  # (n,) float32, and so the next three
     values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -49,22 +49,14 @@ class RolloutBatch(NamedTuple):
         return RolloutBatch(*moved)
 
 
-def collate(rollouts: Sequence[Rollout], pad_id: int) -> RolloutBatch:
-    batch = packing.collate(rollouts, pad_id)
+def collate(rollouts: Sequence[Rollout], packing: Packing) -> RolloutBatch:
+    def of_tokens(name: str) -> Tensor:  # (n,)
+        return torch.tensor([value for rollout in rollouts for value in getattr(rollout, name)])
 
-    def rows(name: str) -> Tensor:  # (N, T)
-        grid = torch.zeros(batch.labels.shape)
-        for i, rollout in enumerate(rollouts):
-            start = len(rollout.prompt) - 1
-            values = torch.tensor(getattr(rollout, name))
-            grid[i, start : start + len(values)] = values
-        return grid
-
-    mask = torch.zeros(batch.labels.shape)
-    mask[:, :-1] = (batch.labels[:, 1:] != packing.IGNORE).float()
-    scores, kls = (torch.tensor([getattr(r, name) for r in rollouts]) for name in ("score", "kl"))
-    logps, values, advantages, returns = (rows(name) for name in ("logps", "values", "advantages", "returns"))
-    return RolloutBatch(batch, mask, logps, values, advantages, returns, scores, kls, rollouts[0].frozen)
+    logps, values, advantages, returns = map(of_tokens, ("logps", "values", "advantages", "returns"))
+    scores, kls = (torch.tensor([getattr(rollout, name) for rollout in rollouts]) for name in ("score", "kl"))
+    batch = packing.collate(rollouts)
+    return RolloutBatch(batch, logps, values, advantages, returns, scores, kls, rollouts[0].frozen)
 
 
 class Maker(NamedTuple):
@@ -77,7 +69,7 @@ class Maker(NamedTuple):
     values: Callable[[Sequence[TokenGroup]], list[Tensor]]
     accelerator: Any
     sampling: dict[str, Any]  # of samples.draw
-    max_tokens: int
+    packing: Packing
     kl_coef: float
     gamma: float
     lam: float
@@ -89,7 +81,7 @@ class Maker(NamedTuple):
         scores = [row[0] for row in self.scorer.score(drawn)]
         groups = self._encode(drawn)
         now, before = self._logps(self.model, groups), self._logps(self.reference, groups)
-        values = packing.in_parts(groups, self.max_tokens, self.values)
+        values = self.packing.each(groups, self.values)
         rewards = [-self.kl_coef * (a - b) for a, b in zip(now, before, strict=True)]
         for row, score in zip(rewards, scores, strict=True):
             row[-1] += score
@@ -108,14 +100,13 @@ class Maker(NamedTuple):
 
     def _encode(self, drawn: Sequence[Group]) -> list[TokenGroup]:
         most = self.sampling["max_prompt_length"]
-        limits = packing.Limits(most + self.sampling["max_new_tokens"], None, "prompt-left", most)
-        groups, _ = packing.encode(drawn, self.tokenizer, limits, "rollouts")
+        limits = encoding.Limits(most + self.sampling["max_new_tokens"], None, "prompt-left", most)
+        groups, _ = encoding.encode(drawn, self.tokenizer, limits, "rollouts")
         return groups
 
     def _logps(self, model: Any, groups: Sequence[TokenGroup]) -> list[Tensor]:
         found = policy.token_logps(
-            model, groups, self.accelerator, pad_id=self.tokenizer.pad_token_id, max_tokens=self.max_tokens,
-            temperature=self.sampling["temperature"],
+            model, groups, self.accelerator, self.packing, temperature=self.sampling["temperature"]
         )  # fmt: skip
         return [row for (row,) in found]
 

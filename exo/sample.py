@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from exo import artifacts, config, console, data, generation, lineage, loop, models, packing, samples
+from exo import artifacts, config, console, data, encoding, generation, lineage, loop, models, samples
 from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
 from exo.data import Group
 from exo.generation import Sample
@@ -84,7 +84,7 @@ def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[i
     except ModuleNotFoundError:
         raise ValueError("--engine vllm: not installed; pip install vllm, or leave out --engine") from None
     tokenizer: Any = models.load_tokenizer(name)
-    ids, counts = packing.sampled_prompts(prompts, tokenizer, config.max_prompt_length)
+    ids, counts = encoding.sampled_prompts(prompts, tokenizer, config.max_prompt_length)
     console.counts(counts)
     dtype = "auto" if config.dtype == "auto" else config.dtype
     engine = vllm.LLM(model=name, dtype=dtype, seed=config.seed, logprobs_mode="processed_logprobs")

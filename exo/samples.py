@@ -6,7 +6,7 @@ Left out: drawing them (generation), reading them (data).
 from collections.abc import Sequence
 from typing import Any
 
-from exo import console, generation, packing
+from exo import console, encoding, generation
 from exo.data import Group, Tokens
 from exo.generation import Sample
 
@@ -40,7 +40,7 @@ def draw(
     **options: Any,
 ) -> list[Group]:
     """`generation.sample` from texts to rows of data; a prompt over its limit loses its left. Quiet without a label."""
-    ids, counts = packing.sampled_prompts(prompts, tokenizer, max_prompt_length)
+    ids, counts = encoding.sampled_prompts(prompts, tokenizer, max_prompt_length)
     if label:
         console.counts(counts)
     total = len(ids) * options["k"]
@@ -53,7 +53,7 @@ def groups(
     prompts: Sequence[str], drawn: Sequence[Sequence[Sample]], tokenizer: Any, numbers: Sequence[int] | None = None
 ) -> list[Group]:
     """A group a prompt; its line is its number, counted from 1."""
-    known = packing.tokenizer_hash(tokenizer)
+    known = encoding.tokenizer_hash(tokenizer)
     places = range(len(prompts)) if numbers is None else numbers
     rows = zip(prompts, drawn, places, strict=True)
     return [group(prompt, samples, tokenizer, known, place + 1) for prompt, samples, place in rows]

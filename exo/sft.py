@@ -6,16 +6,16 @@ completion tokens of a step, whatever the micro-batches. Left out: held-out eval
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from accelerate.utils import set_seed
 from torch import nn
 
-from exo import artifacts, config, console, data, lineage, loop, models, packing, runs
+from exo import artifacts, attention, config, console, data, encoding, lineage, loop, models, runs
 from exo.config import MODEL, POSITIVE, named, option
+from exo.encoding import TokenGroup
 from exo.head import CausalHead
-from exo.packing import IGNORE, Batch, TokenGroup
+from exo.packing import Batch, Packing
 from exo_kernels import linear_token_logps
 
 
@@ -37,9 +37,10 @@ class NextToken(nn.Module):
         self.head = CausalHead(model)
 
     def forward(self, batch: Batch, num_tokens: int) -> loop.Share:
-        hidden = self.head.hidden(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        total = -linear_token_logps(hidden, self.head.weight, batch.labels, **self.head.options).double().sum()
-        return loop.Share(total / num_tokens, {"nats_per_token": (total.detach(), (batch.labels != IGNORE).sum())})
+        rows = attention.rows(self.head, batch)
+        logps = linear_token_logps(rows, self.head.weight, **attention.scored(batch), **self.head.options)
+        total = -logps.double().sum()
+        return loop.Share(total / num_tokens, {"nats_per_token": (total.detach(), len(logps))})
 
 
 def run(config: Config) -> Path:
@@ -56,8 +57,8 @@ def run(config: Config) -> Path:
     model, tokenizer = models.load_or_tiny(
         lineage.source("model", config.model, "sft"), dataset.texts, seed=config.seed
     )
-    limits = packing.Limits(config.max_length, config.max_completion_length, config.truncate)
-    groups, counts = packing.encode(dataset.groups, tokenizer, limits, config.data)
+    limits = encoding.Limits(config.max_length, config.max_completion_length, config.truncate)
+    groups, counts = encoding.encode(dataset.groups, tokenizer, limits, config.data)
     console.counts(counts)
     if not groups:
         raise data.DataError(f"{config.data}: no row is left to train on")
@@ -72,7 +73,7 @@ def run(config: Config) -> Path:
     module = NextToken(model).train(config.dropout)
     loop.train(
         module, loop.batches(groups, config, steps), steps, config, accelerator, metrics,
-        collate=partial(packing.collate, pad_id=tokenizer.pad_token_id), denominator=_tokens,
+        packing=Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), denominator=_tokens,
         steps_an_epoch=loop.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
     return runs.end(metrics, model, tokenizer, accelerator)

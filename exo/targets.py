@@ -7,14 +7,16 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from exo.data import Group, Tokens
+from exo.encoding import TokenGroup
 
 Norm = Literal["none", "prompt", "global"]
+R = TypeVar("R", Group, TokenGroup)  # as texts, or as tokens
 
 
-def first(groups: Sequence[Group], k: int) -> tuple[list[Group], Counter[str]]:
+def first(groups: Sequence[R], k: int) -> tuple[list[R], Counter[str]]:
     """The first `k` completions of each row, where that leaves something to compare."""
     counts: Counter[str] = Counter()
     kept = []
@@ -27,7 +29,7 @@ def first(groups: Sequence[Group], k: int) -> tuple[list[Group], Counter[str]]:
     return kept, counts
 
 
-def best_against_worst(groups: Sequence[Group]) -> tuple[list[Group], Counter[str]]:
+def best_against_worst(groups: Sequence[R]) -> tuple[list[R], Counter[str]]:
     """Preferences out of rewards: the completion of the highest reward is chosen, that of the lowest rejected."""
     counts: Counter[str] = Counter()
     pairs = []
@@ -42,7 +44,7 @@ def best_against_worst(groups: Sequence[Group]) -> tuple[list[Group], Counter[st
     return pairs, counts
 
 
-def normalise(groups: Sequence[Group], how: Norm) -> list[Group]:
+def normalise(groups: Sequence[R], how: Norm) -> list[R]:
     """Rewards less their mean, over their standard deviation: of the row ("prompt"), or of all of them ("global").
 
     Rewards without spread become 0. Preferences stay as they are.
@@ -60,14 +62,14 @@ def _scale(values: Sequence[float]) -> Callable[[Sequence[float]], tuple[float, 
     return lambda rewards: tuple((reward - mean) / spread if spread else 0.0 for reward in rewards)
 
 
-def select(group: Group, places: Sequence[int]) -> Group:
+def select(group: R, places: Sequence[int]) -> R:
     """The row with these of its completions, in this order."""
 
-    def of(values: Sequence) -> tuple:
-        return tuple(values[i] for i in places)
+    def of(values: Sequence | None) -> Any:
+        return None if values is None else tuple(values[i] for i in places)
 
-    tokens = group.tokens
-    if tokens is not None:
-        tokens = Tokens(tokens.tokenizer, of(tokens.ids), of(tokens.logprobs), of(tokens.finish))
-    rewards = None if group.rewards is None else of(group.rewards)
-    return replace(group, completions=of(group.completions), rewards=rewards, tokens=tokens)
+    changed: dict[str, Any] = {name: of(getattr(group, name)) for name in ("completions", "rewards", "ref_logps")}
+    if isinstance(group, Group) and group.tokens is not None:
+        tokens = group.tokens
+        changed["tokens"] = Tokens(tokens.tokenizer, of(tokens.ids), of(tokens.logprobs), of(tokens.finish))
+    return replace(group, **changed)

@@ -8,6 +8,7 @@ Every such test runs with uninitialised memory full of NaN: an output that no ke
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,11 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic torch refuses to multiply
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing of a test stays in the user's cache, and nothing of it comes into a test."""
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="exo-tests-")
 
 
 def implementations() -> list[str]:

@@ -6,16 +6,17 @@ import math
 import os
 import subprocess
 import sys
-from functools import partial
+from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from exo import align, artifacts, intervals, loop, models, packing, policy
+from exo import align, artifacts, intervals, loop, models, policy, reference
 from exo import data as data_module
 from exo.config import DataTraining, Training
-from exo.packing import TokenGroup
+from exo.encoding import TokenGroup
+from exo.packing import Packing
 
 WORDS = "red green blue round square small large heavy light".split()
 
@@ -86,11 +87,11 @@ def test_the_first_loss_is_what_theory_says(tmp_path, capsys):
 
 
 def test_a_wrong_reference_is_an_error_before_the_first_update(tmp_path, capsys, monkeypatch):
-    def scored_at_another_temperature(*args, temperature, **kwargs):
-        return score(*args, temperature=1.2 * temperature, **kwargs)
+    def scored_at_another_temperature(model, groups, accelerator, packing, temperature, keep):
+        return score(model, groups, accelerator, packing, 1.2 * temperature, keep)
 
-    score = policy.score
-    monkeypatch.setattr(policy, "score", scored_at_another_temperature)
+    score = reference.score
+    monkeypatch.setattr(reference, "score", scored_at_another_temperature)
     data = write(tmp_path / "rows.jsonl", rows(20))
     assert align.main(options(tmp_path, data)) == 1
     assert "where policy equals reference" in capsys.readouterr().err
@@ -108,8 +109,8 @@ def test_errors_of_the_reference_that_cancel_in_the_mean_are_seen(tmp_path, caps
             for i, g in enumerate(groups)
         ]
 
-    score = policy.score
-    monkeypatch.setattr(policy, "score", noisy)
+    score = reference.score
+    monkeypatch.setattr(reference, "score", noisy)
     data = write(tmp_path / "rows.jsonl", rows(20))
     assert align.main(options(tmp_path, data)) == 1
     assert "differ by 0.01 nats rms" in capsys.readouterr().err
@@ -120,8 +121,9 @@ def test_no_held_out_prompt_is_trained_on(tmp_path):
     lines = [{**row, "prompt": f"{i % 5} " + "word " * 30} for i, row in enumerate(rows(40, ragged=True))]
     config = align.Config(model="tiny", data=write(tmp_path / "rows.jsonl", lines), max_length=24, eval_fraction=0.4)
     dataset = data_module.read(config.data)
-    model, tokenizer = models.load_or_tiny("tiny", dataset.texts, seed=0)
-    train, held_out, _ = align._encode(config, dataset, None, tokenizer, model)
+    _, tokenizer = models.load_or_tiny("tiny", dataset.texts, seed=0)
+    groups = align._encode(config, dataset, tokenizer, Counter())
+    train, held_out = align._parted(config, dataset, groups, [], Counter())
     by_line = {i + 1: line["prompt"] for i, line in enumerate(lines)}
     assert {by_line[g.line] for g in train}.isdisjoint({by_line[g.line] for g in held_out})
     assert train and held_out and len(train) + len(held_out) == 40
@@ -236,12 +238,11 @@ def test_micro_batches_never_change_the_gradient():
     for max_tokens in (10**6, 300, 1):
         module, pad_id = _module(seed=0)
         accelerator = loop.make_accelerator(Training(device="cpu"))
-        parts = packing.micro_batches(_groups(), max_tokens)
-        loss, _, _ = loop._accumulate(
-            module, parts, len(_groups()), accelerator, partial(packing.collate, pad_id=pad_id), 1
-        )
+        packing = Packing(pad_id, max_tokens)
+        parts = packing.micro_batches(_groups())
+        loss, _, _ = loop._accumulate(module, parts, len(_groups()), accelerator, packing.collate, 1)
         gradients.append((loss, [p.grad.clone() for p in module.parameters()]))
-    assert len(packing.micro_batches(_groups(), 1)) == 8
+    assert len(parts) == 8
     for loss, gradient in gradients[1:]:
         assert abs(loss - gradients[0][0]) < 1e-12
         for a, b in zip(gradient, gradients[0][1], strict=True):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from exo import chat, models, packing
+from exo import chat, encoding, models
 from exo.data import Chat, DataError, Group, Message, read, write_jsonl
-from exo.packing import Limits
+from exo.encoding import Limits
 
 OPENED = "{% if add_generation_prompt %}"
 CHATML = (
@@ -47,7 +47,7 @@ def set_up(tokenizer, template, eos, bos=None):
 
 def encode(tokenizer, *completions, prompt=CHAT, **limits):
     limits = Limits(**{"max_length": 200, "max_completion_length": None, "truncate": "prompt-left"} | limits)
-    return packing.encode([Group(prompt, completions, None, 7)], tokenizer, limits, "rows.jsonl")
+    return encoding.encode([Group(prompt, completions, None, 7)], tokenizer, limits, "rows.jsonl")
 
 
 def test_chatml_ends_with_its_eos_and_not_with_the_line_break(tokenizer):
@@ -86,7 +86,7 @@ def test_the_template_alone_decides_on_bos(tokenizer, template, eos, times):
     tokenizer = AddsBos(set_up(tokenizer, template, eos, "<bos>"))
     [group], _ = encode(tokenizer, "ab", "abcd")
     assert group.prompt.count(tokenizer.bos_token_id) == times
-    assert packing.prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
+    assert encoding.prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
 
 
 def test_bos_stays_when_the_prompt_is_cut(tokenizer):
@@ -118,7 +118,7 @@ def test_a_template_that_ends_no_turn_is_ended_by_eos(tokenizer, content, second
 def test_sampling_sees_the_prompt_of_training_and_both_make_the_rendering(tokenizer, template, eos):
     set_up(tokenizer, template, eos, "<bos>")
     [group], _ = encode(tokenizer, "ab", "abcd")
-    assert tuple(packing.prompt_ids(CHAT, tokenizer)) == group.prompt
+    assert tuple(encoding.prompt_ids(CHAT, tokenizer)) == group.prompt
     messages = [message._asdict() for message in (*CHAT.messages, Message("assistant", "ab"))]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     text = tokenizer.decode(group.prompt + group.completions[0])
@@ -132,11 +132,11 @@ def test_prompts_read_for_sampling_and_written_with_samples_keep_their_tokens(to
     ids = tokenizer("ab<|im_end|>", add_special_tokens=False)["input_ids"]
     other = ids[:1]
     row = {"prompt": asked.prompt, "completions": ["ab", "a"], "rewards": [1, 2], "token_ids": [ids, other]}
-    row |= {"tokenizer": packing.tokenizer_hash(tokenizer), "logprobs": [-1, -2], "finish": ["eos", "length"]}
+    row |= {"tokenizer": encoding.tokenizer_hash(tokenizer), "logprobs": [-1, -2], "finish": ["eos", "length"]}
     write_jsonl(tmp_path / "b.jsonl", [row])
     [group] = read(tmp_path / "b.jsonl").groups
-    [encoded], _ = packing.encode([group], tokenizer, Limits(99, None, "error"), "b.jsonl")
-    assert encoded.prompt == tuple(packing.prompt_ids(CHAT, tokenizer))
+    [encoded], _ = encoding.encode([group], tokenizer, Limits(99, None, "error"), "b.jsonl")
+    assert encoded.prompt == tuple(encoding.prompt_ids(CHAT, tokenizer))
     assert encoded.completions == (tuple(ids), tuple(other))
 
 

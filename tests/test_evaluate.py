@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from exo import data, evaluate, models, packing, sample, score
+from exo import data, encoding, evaluate, models, sample, score
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,7 +88,7 @@ def test_the_kl_is_zero_where_the_models_are_the_same_and_theirs_where_not(run):
     reference, _ = models.load(run[0] / "reference")
     differences, thirds = [], []
     for row in lines(run[1] / "samples" / "final.jsonl"):
-        prompt = packing.prompt_ids(row["prompt"], tokenizer)
+        prompt = encoding.prompt_ids(row["prompt"], tokenizer)
         for ids in row["token_ids"]:
             with torch.no_grad():
                 a, b = (
@@ -158,7 +158,7 @@ def test_the_kl_of_a_long_prompt_is_of_what_was_sampled_after(run, tmp_path):
     (ids,) = row["token_ids"]
     assert len(ids) < 6, "the case must leave room for more of the prompt"
     reference, tokenizer = models.load(run[0] / "reference")
-    seen = packing.prompt_ids(" ".join(words[-10:]), tokenizer)
+    seen = encoding.prompt_ids(" ".join(words[-10:]), tokenizer)
     with torch.no_grad():
         logprobs = torch.log_softmax(reference(torch.tensor([seen + ids])).logits[0].double() / 0.8, -1)
     theirs = sum(float(logprobs[9 + i, t]) for i, t in enumerate(ids))

@@ -8,6 +8,7 @@ import torch
 
 from exo import loop, models, ppo, rollouts
 from exo.config import Training
+from exo.packing import Packing
 from tests.tasks import PROMPTS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,15 +134,13 @@ def test_a_long_prompt_is_scored_as_far_as_it_was_sampled_after(made):
     assert any(len(rollout.completions[0]) < 6 for rollout in found), "some must leave room for more of the prompt"
 
 
-def test_a_batch_has_each_number_at_the_row_that_makes_its_token(made):
+def test_a_batch_has_each_number_beside_its_token(made):
     found = made[3]
-    batch = rollouts.collate(found, pad_id=0)
-    for i, rollout in enumerate(found):
-        n, start = len(rollout.completions[0]), len(rollout.prompt) - 1
-        assert batch.mask[i].nonzero()[:, 0].tolist() == list(range(start, start + n))
-        assert batch.logps[i, start : start + n].tolist() == pytest.approx(rollout.logps, abs=1e-6)
-        for name in ("logps", "values", "advantages", "returns"):
-            assert getattr(batch, name)[i][batch.mask[i] == 0].eq(0).all()
+    batch = rollouts.collate(found, Packing(0, 8192))
+    assert batch.batch.targets.tolist() == [token for rollout in found for token in rollout.completions[0]]
+    for name in ("logps", "values", "advantages", "returns"):
+        numbers = [x for rollout in found for x in getattr(rollout, name)]
+        assert getattr(batch, name).tolist() == pytest.approx(numbers, abs=1e-6)
 
 
 def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradient(made):
@@ -151,7 +150,7 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
         module.zero_grad()
         square = 0.0
         for part in parts:
-            share = module(rollouts.collate(part, pad_id=0), ppo._tokens(found))
+            share = module(rollouts.collate(part, Packing(0, 8192)), ppo._tokens(found))
             share.loss.backward()
             square += float(share.sums["log_ratios/mean_square"][0])
         assert square < 1e-8
@@ -161,12 +160,12 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
 
 def test_the_loss_is_that_of_the_policy_and_the_weighted_one_of_the_critic_a_token(made):
     settings, _, module, found = made
-    batch = rollouts.collate(found, pad_id=0)
+    batch = rollouts.collate(found, Packing(0, 8192))
     with torch.no_grad():
         share = module(batch, 10)
-        critic = ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2)[batch.mask == 1].sum()
+        critic = ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2).sum()
     assert settings.value_coef == 0.5 and critic > 0.1
-    expected = (0.5 * float(critic) - float((batch.advantages * batch.mask).sum())) / 10  # the ratio is 1
+    expected = (0.5 * float(critic) - float(batch.advantages.sum())) / 10  # the ratio is 1
     assert float(share.loss) == pytest.approx(expected, abs=1e-4)
 
 
@@ -190,7 +189,7 @@ def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
     _, maker, module, _ = made
     found = [replace(rollout, frozen=True) for rollout in maker.make(PROMPTS, range(6))]
     module.zero_grad()
-    module(rollouts.collate(found, pad_id=0), ppo._tokens(found)).loss.backward()
+    module(rollouts.collate(found, Packing(0, 8192)), ppo._tokens(found)).loss.backward()
     assert all(not p.grad.any() for p in module.model.parameters())
     assert any(p.grad.any() for p in module.critic.parameters())
 

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from exo import console, data, loop, models, packing, reward, rewards
+from exo import console, data, encoding, loop, models, reward, rewards
 from exo.config import Training
+from exo.packing import Packing
 from tests.tasks import WORDS, lines, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,7 +105,7 @@ def test_it_reads_the_end_of_sequence_where_there_is_one(trained):
     """A completion that was cut for its length did not end, and is not scored as if it had."""
     _, tokenizer = models.load_classifier(str(trained))
     ids = tuple(tokenizer("good blue")["input_ids"])
-    known = packing.tokenizer_hash(tokenizer)
+    known = encoding.tokenizer_hash(tokenizer)
     tokens = data.Tokens(known, ((*ids, tokenizer.eos_token_id), ids), (-1.0, -1.0), ("eos", "length"))
     both = scorer(trained).score([data.Group("red", ("good blue", "good blue"), None, 1, tokens)])[0]
     assert both[0] != both[1]
@@ -130,11 +131,11 @@ def test_padding_that_is_the_end_of_sequence_does_not_hide_it(policy, tmp_path, 
 
 def test_the_loss_is_bradley_terrys(policy):
     model, tokenizer = models.classifier_from(policy, 1, seed=0)
-    limits = packing.Limits(64, None, "error")
-    groups, _ = packing.encode(
+    limits = encoding.Limits(64, None, "error")
+    groups, _ = encoding.encode(
         [group("red", "good blue", "bad"), group("blue", "good", "bad red")], tokenizer, limits, "x"
     )
-    batch = packing.collate(groups, tokenizer.pad_token_id)
+    batch = Packing(tokenizer.pad_token_id, 8192).collate(groups)
     module = reward.PairLoss(model)
     with torch.no_grad():
         share = module(batch, 7)

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from exo import best_of_n, data, generation, models, packing, sample, samples, score
+from exo import best_of_n, data, encoding, generation, models, sample, samples, score
 from tests.tasks import PROMPTS, lines, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,10 +48,10 @@ def test_training_sees_the_tokens_that_were_drawn(drawn):
     model, _, run = drawn
     _, tokenizer = models.load(model)
     groups = data.read(run / "samples.jsonl", purpose="samples").groups
-    encoded, _ = packing.encode(groups, tokenizer, packing.Limits(64, None, "error"), "samples")
+    encoded, _ = encoding.encode(groups, tokenizer, encoding.Limits(64, None, "error"), "samples")
     for group, row in zip(encoded, lines(run / "samples.jsonl"), strict=True):
         assert [list(ids) for ids in group.completions] == row["token_ids"]
-        assert list(group.prompt) == packing.prompt_ids(row["prompt"], tokenizer)
+        assert list(group.prompt) == encoding.prompt_ids(row["prompt"], tokenizer)
 
 
 def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by_a_reward_model(drawn, tmp_path):
@@ -59,10 +59,10 @@ def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by
     other = write_model(tmp_path / "other", words=["a", *"red green blue round square good bad big small".split()])
     _, tokenizer = models.load(other)
     groups = data.read(run / "samples.jsonl", purpose="samples").groups
-    limits = packing.Limits(64, None, "error")
+    limits = encoding.Limits(64, None, "error")
     with pytest.raises(data.DataError, match=r"samples:1: token ids of another tokenizer .* python -m exo.sample"):
-        packing.encode(groups, tokenizer, limits, "samples")
-    encoded, _ = packing.encode(groups, tokenizer, limits, "samples", foreign="text")
+        encoding.encode(groups, tokenizer, limits, "samples")
+    encoded, _ = encoding.encode(groups, tokenizer, limits, "samples", foreign="text")
     for group, source in zip(encoded, groups, strict=True):
         for ids, text, how in zip(group.completions, source.completions, source.tokens.finish, strict=True):
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -99,7 +99,7 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
 
 def test_top_p_keeps_the_log_probs_of_the_whole_distribution(drawn):
     model, tokenizer = models.load(drawn[0])
-    ids = [packing.prompt_ids(PROMPTS[0], tokenizer)]
+    ids = [encoding.prompt_ids(PROMPTS[0], tokenizer)]
     row = generation.sample(model, tokenizer, ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
     with torch.no_grad():
         logprobs = torch.log_softmax(model(torch.tensor(ids)).logits[0, -1] / 0.8, -1)

@@ -40,6 +40,7 @@ class Group:
     line: int  # 1-based line, or 1-based row of what has no lines
     tokens: Tokens | None = None  # where the completions were sampled by us
     label: int | None = None  # of a text to be classified, which is the one completion
+    ref_logps: tuple[float, ...] | None = None  # a reference's log-prob of each completion, where the data have it
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def read(path: StrPath, *, purpose: Purpose = "comparisons", skip_invalid: bool 
                 skipped[reason] += 1
                 continue
             texts = reading.completions[:1] if purpose == "texts" else reading.completions
-            groups.append(Group(reading.prompt, texts, reading.rewards, number, reading.tokens, reading.label))
+            groups.append(
+                Group(reading.prompt, texts, reading.rewards, number, reading.tokens, reading.label, reading.ref_logps)
+            )
             noted.update(_remarks(reading, purpose))
     if kind is None or not groups:
         found = f"no usable row: {_account(rows, skipped)}" if rows else "the file holds no rows"

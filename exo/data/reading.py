@@ -8,7 +8,7 @@ from exo.data.errors import Malformed, names, number, string
 class Tokens(NamedTuple):
     """The completions as the model made them, so that nobody tokenises again."""
 
-    tokenizer: str  # packing.tokenizer_hash of the one that the numbers belong to
+    tokenizer: str  # encoding.tokenizer_hash of the one that the numbers belong to
     ids: tuple[tuple[int, ...], ...]  # a row a completion; without an end of sequence where it ended for its length
     logprobs: tuple[float, ...]  # sums, at the temperature of the sampling
     finish: tuple[str, ...]  # "eos" or "length"
@@ -24,6 +24,7 @@ class Reading(NamedTuple):
     skip: str = ""
     tokens: Tokens | None = None
     label: int | None = None
+    ref_logps: tuple[float, ...] | None = None
 
 
 def tokens_of(row: dict[str, Any], k: int) -> Tokens | None:

@@ -64,7 +64,9 @@ def match(row: Row, expected: Shape | None, known: tuple[Shape, ...]) -> Shape:
 def _preference(row: Row) -> Reading:
     if is_whole(row["chosen"]) and is_whole(row["rejected"]):
         return with_prompt(row["prompt"], conversations(row))
-    return _answered(row["prompt"], {key: row[key] for key in ("chosen", "rejected")})
+    reading = _answered(row["prompt"], {key: row[key] for key in ("chosen", "rejected")})
+    known: Row = {key: row[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in row}
+    return _with_reference(reading, known) if known else reading
 
 
 def _sharegpt(row: Row) -> Reading:
@@ -85,7 +87,18 @@ def _scored(row: Row) -> Reading:
 def _samples(row: Row) -> Reading:
     completions = array("completions", row["completions"])
     reading = _answered(row["prompt"], {f"completions[{i}]": value for i, value in enumerate(completions)})
-    return reading._replace(tokens=tokens_of(row, len(completions)))
+    reading = reading._replace(tokens=tokens_of(row, len(completions)))
+    if row.get("ref_logps") is None:
+        return reading
+    values = enumerate(array("ref_logps", row["ref_logps"]))
+    return _with_reference(reading, {f"ref_logps[{i}]": value for i, value in values})
+
+
+def _with_reference(reading: Reading, known: Mapping[str, Any]) -> Reading:
+    """Log-probs of a reference model, one a completion."""
+    if len(known) != len(reading.completions):
+        raise Malformed(f"{len(reading.completions)} completions but {len(known)} log-probs of the reference")
+    return reading._replace(ref_logps=tuple(number(name, value) for name, value in known.items()))
 
 
 def _rated(row: Row) -> Reading:

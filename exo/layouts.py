@@ -1,0 +1,73 @@
+"""Which layout a run takes: what was asked for, what the data gain by it, and whether the model bears it.
+
+A model that cannot have several texts in a row, or gives other log-probs there, is given padded rows instead, and the
+user is told. Left out: what the layouts are (packing), and masks (attention).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from accelerate import Accelerator
+
+from exo import attention, console, policy
+from exo.encoding import TokenGroup
+from exo.packing import Packing
+
+Share = Literal["auto", "on", "off"]
+WORTH = 0.9  # of the padded tokens: with more than this the masks cost what the tokens save
+SAMPLE = 256  # groups that the saving is estimated on
+TRIED = 3  # groups that the model is tried on, the longest among them
+
+
+def choose(
+    model: Any,
+    groups: Sequence[TokenGroup],
+    accelerator: Accelerator,
+    padded: Packing,
+    share: Share,
+    temperature: float,
+) -> Packing:
+    """The layout for these groups, said aloud."""
+    one_row = model.config._attn_implementation == attention.FLEX
+    if share == "off" and not one_row:
+        return padded
+    other = padded._replace(layout="packed" if share == "off" else "shared", one_row=one_row)
+    before, after = (_tokens(groups, packing) for packing in (padded, other))
+    if share == "auto" and after > WORTH * before:
+        return padded
+    if reason := attention.refusal(model.config) or _differs(model, groups, accelerator, padded, other, temperature):
+        console.say(f"rows are padded, one a completion: {reason}")
+        return padded
+    what = "a prompt stands once for all its completions" if other.layout == "shared" else "rows are packed"
+    console.say(f"{what}: {before / after:.2f} times fewer tokens than padded")
+    return other
+
+
+def _tokens(groups: Sequence[TokenGroup], packing: Packing) -> int:
+    return sum(map(packing.tokens, packing.micro_batches(groups[:SAMPLE])))
+
+
+def _differs(
+    model: Any,
+    groups: Sequence[TokenGroup],
+    accelerator: Accelerator,
+    padded: Packing,
+    other: Packing,
+    temperature: float,
+) -> str:
+    """Why the layout is not to be had: log-probs other than the padded rows', or an error; "" where they agree."""
+    tried = sorted(groups, key=lambda group: -group.longest)
+    tried = [tried[0], *tried[len(tried) // 2 :][: TRIED - 1]]
+    try:
+        found = [policy.token_logps(model, tried, accelerator, of, temperature=temperature) for of in (padded, other)]
+    except Exception as error:  # whatever a model makes of a mask that it does not know
+        return f"{type(model).__name__} cannot have several texts in a row ({type(error).__name__}: {error})"
+    pairs = zip(*([row for group in logps for row in group] for logps in found), strict=True)
+    off = max(float((a - b).abs().max()) for a, b in pairs)
+    most = 6 * policy.TOKEN_NOISE[accelerator.mixed_precision] / temperature
+    if off <= most:
+        return ""
+    return (
+        f"with several texts in a row {type(model).__name__} gives log-probs that differ by {off:.2g} nats, and "
+        f"{most:.1g} is the most that rounding does"
+    )

@@ -1,0 +1,81 @@
+"""Whatever the layout, log-probs and gradients are those of rows that stand alone: family by family, in fp64."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from exo import attention
+from exo.encoding import TokenGroup
+from exo.head import CausalHead
+from exo.packing import Packing, of_completions
+from exo_kernels import linear_token_logps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
+SLIDING = {"sliding_window": 5, "num_hidden_layers": 3}
+FAMILIES = {
+    "llama": {}, "qwen2": {}, "qwen3": {}, "olmo2": {}, "phi3": SLIDING, "mistral": SLIDING, "gemma": {},
+    "gemma2": SLIDING,
+    "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": SLIDING, "granite": {}, "starcoder2": SLIDING, "stablelm": {}, "smollm3": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {"num_key_value_heads": None}, "phi": {"num_key_value_heads": 4},
+}  # fmt: skip
+LAYOUTS = [(layout, one_row) for layout in ("packed", "shared") for one_row in (False, True)]
+
+
+@pytest.fixture(autouse=True)
+def all_in_fp64(monkeypatch):
+    """Norms, rotary angles and softmax of transformers are in float32 by name."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def tiny(family, implementation="sdpa"):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SMALL | FAMILIES[family]))
+    config._attn_implementation = implementation
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).double().eval()
+
+
+def groups():
+    """Ragged K; a prompt of one token, completions of one, prompts longer than any window."""
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(n):
+        return tuple(torch.randint(1, 64, (n,), generator=draw).tolist())
+
+    sizes = [(1, (1, 3)), (9, (4, 1, 6)), (3, (2, 2)), (12, (7, 5, 1, 2)), (6, (1,))]
+    return [TokenGroup(ids(p), tuple(map(ids, answers)), None, i) for i, (p, answers) in enumerate(sizes)]
+
+
+def scored(model, found, packing):
+    """Log-probs of the completions' tokens, and the gradient of their sum under weights of chance."""
+    head = CausalHead(model)
+    model.zero_grad()
+
+    def of(part):
+        batch = packing.collate(part)
+        logps = linear_token_logps(attention.rows(head, batch), head.weight, **attention.scored(batch), **head.options)
+        (logps * torch.sin(3.0 * batch.targets)).sum().backward()
+        return [torch.cat(rows).detach() for rows in of_completions(part, logps)]
+
+    logps = torch.cat(packing.each(found, of))
+    return logps, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_gives_the_same(family, implementation):
+    if (family, implementation) == ("gemma2", "sdpa"):
+        pytest.skip("transformers has none")
+    model = tiny(family, implementation)
+    expected = scored(model, groups(), Packing(0, 10**6))
+    assert expected[1].abs().max() > 1e-3
+    for layout, one_row in LAYOUTS:
+        for max_tokens in (10**6, 40, 1):
+            found = scored(model, groups(), Packing(0, max_tokens, layout, one_row))
+            for mine, theirs in zip(found, expected, strict=True):
+                assert (mine - theirs).abs().max() < 1e-10, (layout, one_row, max_tokens)
