@@ -144,7 +144,7 @@ def test_summary_accounts_for_every_row(tmp_path):
 
 def test_a_dataset_that_lost_a_row_cannot_be_made():
     with pytest.raises(AssertionError, match="unaccounted"):
-        Dataset([], "x", 2, {"malformed": 1}, {}, "", "x")
+        Dataset([], "x", 2, {"malformed": 1}, {}, "x")
 
 
 def test_jsonl_survives_the_round_trip(tmp_path):
