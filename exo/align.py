@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from exo import (
+    adapter,
     artifacts,
     config,
     console,
@@ -41,7 +42,7 @@ SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc
 
 
 @dataclass(frozen=True)
-class Config(config.DataTraining):
+class Config(adapter.Options):
     model: str = option(
         "",
         "directory or hub name of a causal LM; tiny builds a small one on the data",
@@ -121,13 +122,14 @@ def run(config: Config) -> Path:
     other_model = _reference_model(config, groups + others, tokenizer)
     loop.refuse_empty_shares(config, len(train_groups), accelerator)
     _describe(config, model, tokenizer, train_groups, accelerator)
+    adapter.check(config, config.model)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
 
     console.headline("Reference log-probs")
     model.to(accelerator.device)
     packing = layouts.choose(
         model, groups, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), config.share_prompt,
-        config.temperature,
+        config.temperature, config.dropout,
     )  # fmt: skip
     if other_model is not None:
         other_model.to(accelerator.device)
@@ -135,9 +137,10 @@ def run(config: Config) -> Path:
     train_groups, eval_groups = _parted(config, dataset, scored[: len(groups)], scored[len(groups) :], Counter())
 
     console.headline("Training")
-    live = None if mode != "live" else other_model or copy.deepcopy(model)
+    live = None if mode != "live" else other_model or (model if config.lora_r else copy.deepcopy(model))
+    trained = adapter.add(model, config)
     module = policy.PolicyLoss(
-        model, loss=config.loss, beta_pi=config.beta_pi, beta_r=config.beta_r,
+        trained, loss=config.loss, beta_pi=config.beta_pi, beta_r=config.beta_r,
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature, reference=live,
     ).train(config.dropout)  # fmt: skip
     watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics, packing)
@@ -148,7 +151,7 @@ def run(config: Config) -> Path:
         steps_an_epoch=loop.epoch_steps(config, len(train_groups)),
         first=_first_loss_check(config, mode, module, train_groups, accelerator), after=watch,
     )  # fmt: skip
-    directory = runs.end(metrics, model, tokenizer, accelerator, watch.last)
+    directory = runs.end(metrics, adapter.finished(trained, config), tokenizer, accelerator, watch.last)
     _conclude(directory, watch)
     return directory
 
@@ -313,7 +316,7 @@ class _Watch:
         if self.groups and (last or (config.eval_steps and step % config.eval_steps == 0)):
             self._evaluate(step)
         if config.save_steps and step % config.save_steps == 0 and self.accelerator.is_main_process:
-            models.save_checkpoint(self.model, self.tokenizer, self.directory, f"step-{step}")
+            self._save(f"step-{step}")
 
     def _evaluate(self, step: int) -> None:
         self.last = policy.evaluate(self.module, self.groups, self.accelerator, self.packing)
@@ -324,7 +327,10 @@ class _Watch:
         console.say(f"  evaluation after step {step}: {_summary(self.last, len(self.groups))}")
         if self.config.eval_steps and self.last["eval_loss"] < self.best:
             self.best = self.last["eval_loss"]
-            models.save_checkpoint(self.model, self.tokenizer, self.directory, "best")
+            self._save("best")
+
+    def _save(self, name: str) -> None:
+        models.save_checkpoint(adapter.finished(self.model, self.config), self.tokenizer, self.directory, name)
 
 
 def _summary(result: dict[str, float], n: int) -> str:

@@ -7,6 +7,7 @@ linear attention), whose models are refused.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,12 +81,17 @@ def _dense(sight: Sight, window: int | None, config: Any) -> Tensor:  # (B, 1, T
 
 
 def _blocks(sight: Sight, window: int | None) -> Any:
-    """FlexAttention's mask, of blocks that are skipped where nobody sees anybody."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     def sees(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         at, other = (Sight(*(tensor[b, index] for tensor in sight)) for index in (query, key))
         return _sees(at, other, window) & (key <= query)
 
     n, length = sight.unit.shape
-    return create_block_mask(sees, n, None, length, length, device=str(sight.unit.device))
+    return block_mask(sees, n, length, length, sight.unit.device)
+
+
+def block_mask(sees: Callable[..., Tensor], n: int, queries: int, keys: int, device: Any) -> Any:
+    """FlexAttention's mask, of blocks that are skipped where nobody sees anybody."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    compiled = torch.device(device).type == "cuda"  # uncompiled, all pairs of tokens are held at once
+    return create_block_mask(sees, n, None, queries, keys, device=str(device), _compile=compiled)

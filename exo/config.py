@@ -102,6 +102,8 @@ class Training(Scoring):
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", POSITIVE)
     max_grad_norm: float = option(1.0, "clip the gradient's norm; 0 means never", NOT_NEGATIVE)
     dropout: bool = option(False, "train with the model's own dropout")
+    gradient_checkpointing: bool = option(False, "make activations again in the backward pass: less memory, more time")
+    compile: bool = option(False, "compile the model's body with torch.compile")
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step", at_least(1))
     report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")

@@ -9,13 +9,14 @@ assumes completions drawn from the policy itself.
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from exo.head import evaluating
 
 
 class _HasEos(Protocol):
@@ -60,7 +61,7 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [(i, j) for i in order for j in range(k)]
     drawn: dict[tuple[int, int], Sample] = {}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             uniforms = torch.stack([_stream(seed, numbers[i], j, max_new_tokens) for i, j in batch])
@@ -185,18 +186,6 @@ def stream_seed(seed: int, prompt: int, number: int) -> int:
 
 def _stream(seed: int, prompt: int, number: int, length: int) -> Tensor:
     return torch.rand(length, generator=torch.Generator().manual_seed(stream_seed(seed, prompt, number)))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off for the while; each module gets its own mode back, since they may differ."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _validate(

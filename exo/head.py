@@ -16,6 +16,18 @@ SMALL, LARGE = 2.0**-10, 2.0**20  # below any curvature of a softcap; beyond its
 FIT = 1e-5  # relative
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off for the while; each module gets its own mode back, since they may differ."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 class CausalHead:
     """Where a causal LM's logits come from: softcap(logit_scale * (hidden weight^T + bias)).
 
@@ -82,14 +94,8 @@ class CausalHead:
         """Scale and softcap, from what the model makes of chosen numbers in the place of its head's."""
         device = self.head.weight.device
         probe = torch.tensor([SMALL, LARGE, 1.0, -3.0, 20.0, -50.0, 0.0], dtype=torch.float32, device=device)
-        training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        try:
-            with self._instead(lambda hidden: probe.expand(*hidden.shape[:-1], -1)):
-                made = self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)).logits[0, -1].float()
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(self.model), self._instead(lambda hidden: probe.expand(*hidden.shape[:-1], -1)):
+            made = self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)).logits[0, -1].float()
         scale, top = made[0].item() / SMALL, made[1].item()
         softcap = None if abs(top - scale * LARGE) <= FIT * abs(top) else top
         if softcap is not None and abs(scale - 1) < 1e-6:

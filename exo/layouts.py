@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from exo import attention, console, policy
+from exo import attention, console, models, policy
 from exo.encoding import TokenGroup
 from exo.packing import Packing
 
@@ -26,21 +26,27 @@ def choose(
     padded: Packing,
     share: Share,
     temperature: float,
+    dropout: bool = False,
 ) -> Packing:
-    """The layout for these groups, said aloud."""
-    one_row = model.config._attn_implementation == attention.FLEX
-    if share == "off" and not one_row:
+    """The layout for these groups, said aloud; the model attends accordingly."""
+    own = model.config._attn_implementation
+    flex = accelerator.device.type == "cuda" and not dropout
+    other = padded._replace(layout="packed" if share == "off" else "shared")
+    before, after = (_tokens(groups, packing) for packing in (padded, other._replace(one_row=flex)))
+    if (share == "off" and not flex) or (share == "auto" and after > WORTH * before):
         return padded
-    other = padded._replace(layout="packed" if share == "off" else "shared", one_row=one_row)
-    before, after = (_tokens(groups, packing) for packing in (padded, other))
-    if share == "auto" and after > WORTH * before:
-        return padded
-    if reason := attention.refusal(model.config) or _differs(model, groups, accelerator, padded, other, temperature):
-        console.say(f"rows are padded, one a completion: {reason}")
-        return padded
-    what = "a prompt stands once for all its completions" if other.layout == "shared" else "rows are packed"
-    console.say(f"{what}: {before / after:.2f} times fewer tokens than padded")
-    return other
+    reason = attention.refusal(model.config)
+    for implementation in () if reason else [attention.FLEX, own] if flex else [own]:
+        tried = other._replace(one_row=implementation == attention.FLEX)
+        reason = _differs(model, groups, accelerator, (padded, own), (tried, implementation), temperature)
+        if not reason:
+            what = "a prompt stands once for all its completions" if share != "off" else "rows are packed"
+            console.say(f"{what} ({implementation}): {before / after:.2f} times fewer tokens than padded")
+            return tried
+        console.say(f"  {implementation}: {reason}")
+    models.attend(model, own)
+    console.say(f"rows are padded, one a completion: {reason}")
+    return padded
 
 
 def _tokens(groups: Sequence[TokenGroup], packing: Packing) -> int:
@@ -51,17 +57,21 @@ def _differs(
     model: Any,
     groups: Sequence[TokenGroup],
     accelerator: Accelerator,
-    padded: Packing,
-    other: Packing,
+    padded: tuple[Packing, str],
+    other: tuple[Packing, str],
     temperature: float,
 ) -> str:
     """Why the layout is not to be had: log-probs other than the padded rows', or an error; "" where they agree."""
     tried = sorted(groups, key=lambda group: -group.longest)
     tried = [tried[0], *tried[len(tried) // 2 :][: TRIED - 1]]
+    found = []
     try:
-        found = [policy.token_logps(model, tried, accelerator, of, temperature=temperature) for of in (padded, other)]
+        for packing, implementation in (padded, other):
+            models.attend(model, implementation)
+            found.append(policy.token_logps(model, tried, accelerator, packing, temperature))
     except Exception as error:  # whatever a model makes of a mask that it does not know
-        return f"{type(model).__name__} cannot have several texts in a row ({type(error).__name__}: {error})"
+        what = str(error).splitlines()[0] if str(error) else ""
+        return f"{type(model).__name__} cannot have several texts in a row ({type(error).__name__}: {what})"
     pairs = zip(*([row for group in logps for row in group] for logps in found), strict=True)
     off = max(float((a - b).abs().max()) for a, b in pairs)
     most = 6 * policy.TOKEN_NOISE[accelerator.mixed_precision] / temperature

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
@@ -154,6 +155,7 @@ def train(
     """
     world = accelerator.num_processes
     collate = collate or packing.collate
+    _spare(module, config)
     optim = optimizer(module, config, rates)
     module, optim = accelerator.prepare(module, optim)
     progress = console.Progress("step", steps, every=config.logging_steps)
@@ -191,6 +193,31 @@ def train(
         f"  the gradient's norm was clipped to {config.max_grad_norm:g} in {100 * clipped / steps:.0f}% of the steps"
     )
     return module
+
+
+def _spare(module: nn.Module, config: Training) -> None:
+    """Checkpointing and compilation of the causal LMs in it, where they are asked for."""
+    models: list[Any] = [child for child in module.children() if hasattr(child, "gradient_checkpointing_enable")]
+    for model in models:
+        if config.gradient_checkpointing:
+            checkpoint_layers(model, config.dropout)
+        if config.compile:
+            model.base_model.compile(dynamic=True)
+
+
+def checkpoint_layers(model: Any, dropout: bool) -> None:
+    """Each layer makes its activations again in the backward pass; transformers does so only in training mode."""
+    with warnings.catch_warnings():  # of another name to come, which the oldest transformers we take does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if dropout:
+        return
+    for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False) is True and layer is not model:
+            layer.training = True  # itself alone: what is below it stays in evaluation, and drops nothing out
+            for name, value in vars(layer).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(layer, name, 0.0)
 
 
 def _accumulate(

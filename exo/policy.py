@@ -6,17 +6,17 @@ model, metrics, the loss that a run must begin with, and evaluation on held-out 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import attention, intervals
+from exo import adapter, attention, intervals
 from exo.artifacts import RunError
 from exo.encoding import TokenGroup
-from exo.head import CausalHead
+from exo.head import CausalHead, evaluating
 from exo.loop import Share
 from exo.packing import Batch, Packing, of_completions
 from exo_kernels import (
@@ -53,12 +53,14 @@ class PolicyLoss(nn.Module):
         temperature: float,
         reference: nn.Module | None = None,
     ) -> None:
-        """`reference` scores every batch anew; without it the batches hold its log-probs."""
+        """`reference` scores every batch anew: a model of its own, or the one below the policy's adapter. Without it
+        the batches hold its log-probs."""
         super().__init__()
         self.model = model
         self.head = CausalHead(model)
-        self.reference = None if reference is None else reference.requires_grad_(False)
-        self.reference_head = None if reference is None else CausalHead(reference)
+        below = reference is not None and reference.get_output_embeddings() is self.head.head  # type: ignore[operator]
+        self.reference = None if reference is None or below else reference.requires_grad_(False)
+        self.reference_head = self.head if below else None if reference is None else CausalHead(reference)
         self.loss: Literal["exo", "dpo"] = loss
         self.betas: dict[str, float] = {"beta_pi": beta_pi, "beta_r": beta_r}
         self.label_smoothing = label_smoothing
@@ -94,8 +96,10 @@ class PolicyLoss(nn.Module):
         if self.reference_head is None:
             return {"ref_logps": batch.known_ref_logps()}
         head = self.reference_head
-        with torch.no_grad():
+        with torch.no_grad(), adapter.switched_off(self.model) if head is self.head else nullcontext():
             rows = attention.rows(head, batch)
+        if head is self.head:
+            return {"ref_hidden": rows}
         return {"ref_hidden": rows, "ref_weight": head.weight, "ref_bias": head.options["bias"]}
 
     def forward(self, batch: Batch, num_groups: int) -> Share:
@@ -176,8 +180,6 @@ def scoring(
 
     The model is left as it was; no random state moves.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     head = CausalHead(model)
 
     @torch.no_grad()
@@ -190,11 +192,8 @@ def scoring(
             )  # fmt: skip
         return list(of_completions(part, scores.double().cpu()))
 
-    try:
+    with evaluating(model):
         yield of
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def token_logps(
@@ -210,21 +209,19 @@ def evaluate(
     module: PolicyLoss, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing
 ) -> dict[str, float]:
     """Mean loss and metrics on held-out groups, and the 95% interval of the accuracy."""
-    was_training = module.training
-    module.eval()
     loss = 0.0
     values: dict[str, list[float]] = {}
-    for part in packing.micro_batches(groups):
-        batch = packing.collate(part).to(accelerator.device)
-        with accelerator.autocast():
-            share, stats = module.losses(batch, reduction="sum")
-        if not math.isfinite(float(share)):
-            lines = ", ".join(str(group.line) for group in part[:10])
-            raise RunError(f"evaluation: the loss is {float(share)}; held-out rows at lines {lines}")
-        loss += float(share)
-        for name, found in group_metrics(stats, batch, module.betas["beta_pi"]).items():
-            values.setdefault(name, []).extend(found)
-    module.train(was_training)
+    with evaluating(module):
+        for part in packing.micro_batches(groups):
+            batch = packing.collate(part).to(accelerator.device)
+            with accelerator.autocast():
+                share, stats = module.losses(batch, reduction="sum")
+            if not math.isfinite(float(share)):
+                lines = ", ".join(str(group.line) for group in part[:10])
+                raise RunError(f"evaluation: the loss is {float(share)}; held-out rows at lines {lines}")
+            loss += float(share)
+            for name, found in group_metrics(stats, batch, module.betas["beta_pi"]).items():
+                values.setdefault(name, []).extend(found)
     result = {"eval_loss": loss / len(groups)}
     result |= {f"eval_{name}": sum(found) / len(found) for name, found in values.items() if found}
     if accuracies := values.get("rewards/accuracies"):

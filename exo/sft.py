@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from torch import nn
 
-from exo import artifacts, attention, config, console, data, encoding, lineage, loop, models, runs
+from exo import adapter, artifacts, attention, config, console, data, encoding, lineage, loop, models, runs
 from exo.config import MODEL, POSITIVE, named, option
 from exo.encoding import TokenGroup
 from exo.head import CausalHead
@@ -20,7 +20,7 @@ from exo_kernels import linear_token_logps
 
 
 @dataclass(frozen=True)
-class Config(config.DataTraining):
+class Config(adapter.Options):
     output_dir: str = option("runs/sft", "directory of the run")
     learning_rate: float = option(1e-5, "peak learning rate of AdamW", POSITIVE)
     model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data", MODEL)
@@ -64,19 +64,20 @@ def run(config: Config) -> Path:
         raise data.DataError(f"{config.data}: no row is left to train on")
     models.check_fits(model, groups)
     loop.refuse_empty_shares(config, len(groups), accelerator)
+    adapter.check(config, config.model)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
     steps = loop.total_steps(config, len(groups))
     console.say(
         f"{len(groups):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
-    module = NextToken(model).train(config.dropout)
+    module = NextToken(adapter.add(model, config)).train(config.dropout)
     loop.train(
         module, loop.batches(groups, config, steps), steps, config, accelerator, metrics,
         packing=Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), denominator=_tokens,
         steps_an_epoch=loop.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
-    return runs.end(metrics, model, tokenizer, accelerator)
+    return runs.end(metrics, adapter.finished(module.model, config), tokenizer, accelerator)
 
 
 def _tokens(groups: Sequence[TokenGroup]) -> int:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from exo import attention
+from exo import attention, models, policy
 from exo.encoding import TokenGroup
 from exo.head import CausalHead
 from exo.packing import Packing, of_completions
@@ -26,14 +27,14 @@ FAMILIES = {
 LAYOUTS = [(layout, one_row) for layout in ("packed", "shared") for one_row in (False, True)]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def all_in_fp64(monkeypatch):
     """Norms, rotary angles and softmax of transformers are in float32 by name."""
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-def tiny(family, implementation="sdpa"):
+def tiny(family, implementation):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **(SMALL | FAMILIES[family]))
     config._attn_implementation = implementation
@@ -68,6 +69,7 @@ def scored(model, found, packing):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("all_in_fp64")
 def test_every_layout_gives_the_same(family, implementation):
     if (family, implementation) == ("gemma2", "sdpa"):
         pytest.skip("transformers has none")
@@ -79,3 +81,16 @@ def test_every_layout_gives_the_same(family, implementation):
             found = scored(model, groups(), Packing(0, max_tokens, layout, one_row))
             for mine, theirs in zip(found, expected, strict=True):
                 assert (mine - theirs).abs().max() < 1e-10, (layout, one_row, max_tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_neox"])
+def test_flex_attention_sees_the_same(family):
+    """Uncompiled, as it runs on a CPU, forward alone; softcap and windows among them."""
+    model = tiny(family, "eager")
+    accelerator = Accelerator(cpu=True)
+    expected = policy.token_logps(model, groups(), accelerator, Packing(0, 10**6), 1.0)
+    models.attend(model, attention.FLEX)
+    for layout in ("packed", "shared"):
+        found = policy.token_logps(model, groups(), accelerator, Packing(0, 60, layout, True), 1.0)
+        for mine, theirs in zip(sum(found, []), sum(expected, []), strict=True):
+            assert (mine - theirs).abs().max() < 2e-6

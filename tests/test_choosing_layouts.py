@@ -39,9 +39,8 @@ def choose(model, found, share="auto"):
 
 def test_sharing_is_taken_where_it_saves(capsys):
     assert choose(tiny("llama"), groups()) == PADDED._replace(layout="shared")
-    assert (
-        "a prompt stands once for all its completions: 2.88 times fewer tokens than padded" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "a prompt stands once for all its completions (sdpa): 2.88 times fewer tokens than padded" in said
 
 
 def test_it_is_not_where_it_does_not_or_nobody_wants_it(capsys):

@@ -96,9 +96,9 @@ def test_stages_talk_through_files(path):
 
 
 @pytest.mark.parametrize("path", sources("exo"), ids=module_of)
-def test_one_file_knows_transformers(path):
+def test_one_package_knows_transformers(path):
     if any(name.split(".")[0] == "transformers" for name in imported(path)):
-        assert module_of(path) == "exo.models"
+        assert module_of(path).startswith("exo.models")
 
 
 @pytest.mark.parametrize("path", sources("exo_kernels") + sources("exo") + sources("benchmarks"), ids=module_of)

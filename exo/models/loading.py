@@ -1,8 +1,6 @@
-"""Models and tokenizers: loading, small ones built on the spot, saving.
+"""Models and tokenizers from directories and the hub, and back into directories.
 
-The only file of the product that knows transformers; everything else sees a torch module, its
-config and a tokenizer. Leaves out devices, dtypes other than fp32 and adapters: the training loop
-owns those.
+Left out: devices, dtypes other than fp32 (the training loop owns those), adapters that are to be trained (adapter).
 """
 
 import difflib
@@ -14,40 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
 
 from exo import artifacts
-
-try:
-    from huggingface_hub.errors import StrictDataclassError
-    from huggingface_hub.utils import logging as hub_logging
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-        PreTrainedTokenizerFast,
-    )
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-    from transformers.utils import logging as transformers_logging
-except ModuleNotFoundError as error:
-    if error.name not in ("transformers", "tokenizers", "huggingface_hub"):
-        raise
-    raise ModuleNotFoundError(f"exo needs {error.name}: pip install 'exo-kernels[train]'", name=error.name) from None
-
-PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
+from exo.models.refusals import refuse_unsupported
+from exo.models.small import PAD, tiny
 
 
 def load(name: str | PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in fp32 and its tokenizer, from a directory or a hub name.
+    """A causal LM in fp32 and its tokenizer, from a directory or a hub name; an adapter's, merged with its model.
 
     Weights come from safetensors only and no code of the repository is run: neither a pickle nor a
     modelling file can execute anything here. Every refusal is a one-line ValueError.
@@ -56,11 +40,34 @@ def load(name: str | PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenize
     if Path(name).is_absolute() or name.startswith((".", "~")):
         if not Path(name).is_dir():
             raise ValueError(f"model {name!r}: expected a directory or a hub name, got neither")
+    if is_adapter(name):
+        return _with_adapter(name)
     with _bars_only_on_a_terminal():
         config = _load_config(name)
         refuse_unsupported(config)
         tokenizer = load_tokenizer(name)  # before the weights, which take longer to read
         return _load_weights(AutoModelForCausalLM, name, config), tokenizer
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a directory holds an adapter of peft's, and so no model that stands alone."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def _with_adapter(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        import peft
+    except ModuleNotFoundError:
+        raise ValueError(f"model {name!r}: is an adapter and needs peft; pip install 'exo-kernels[lora]'") from None
+    if not (Path(name) / "adapter_model.safetensors").is_file():
+        raise ValueError(f"model {name!r}: expected its adapter in safetensors (pickles are not read)")
+    with _explained(name, "an adapter of peft's and the model that it is for"):
+        below = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+    model, tokenizer = load(below)
+    with _explained(name, f"an adapter that fits {below}"):
+        adapted: Any = peft.PeftModel.from_pretrained(model, name)
+        merged = adapted.merge_and_unload()
+    return merged, load_tokenizer(name) if (Path(name) / "tokenizer_config.json").is_file() else tokenizer
 
 
 def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -105,61 +112,6 @@ def load_or_tiny(
     if not Path(name).exists() and difflib.get_close_matches(name, ["tiny"]):
         raise ValueError(f"--model {name}: no such directory; did you mean tiny?")
     return load(name)
-
-
-def refuse_unsupported(config: PreTrainedConfig) -> None:
-    """ValueError, naming why, for a model whose loss or log-probabilities would come out wrong."""
-    for refusal in (_not_decoder_only, _not_text_only, _not_a_language_model, _router_loss):
-        if reason := refusal(config):
-            raise ValueError(f"model type {config.model_type!r} is not supported: {reason}")
-
-
-def tiny(
-    texts: Iterable[str],
-    *,
-    seed: int = 0,
-    vocab_size: int = 4096,
-    hidden_size: int = 256,
-    num_layers: int = 2,
-    num_heads: int = 4,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Llama behind a byte-level BPE trained on `texts`: for trials without weights."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, END],
-        # All 256 bytes, so that nothing a later text holds can be unknown.
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=END)
-    return _llama(tokenizer, seed, hidden_size, num_layers, num_heads), tokenizer
-
-
-def word_level(
-    words: Iterable[str],
-    *,
-    seed: int = 0,
-    hidden_size: int = 128,
-    num_layers: int = 2,
-    num_heads: int = 4,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Llama behind a tokenizer that splits at blanks and knows `words`, in their order."""
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([PAD, UNKNOWN, END, *words]))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        eos_token=END,
-        # True would glue "good ." into "good.", which is another word.
-        clean_up_tokenization_spaces=False,
-    )
-    return _llama(tokenizer, seed, hidden_size, num_layers, num_heads), tokenizer
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | PathLike[str]) -> None:
@@ -279,79 +231,6 @@ def _explained(name: str, expected: str) -> Iterator[None]:
         raise ValueError(f"model {name!r}: expected {expected}; got: {lines[0]}") from error
     finally:
         hub_logging.set_verbosity(level)
-
-
-def _not_decoder_only(config: PreTrainedConfig) -> str | None:
-    if config.is_encoder_decoder:
-        return "it is an encoder-decoder; expected a decoder-only causal LM"
-    # BERT and its kin sit in the causal-LM mapping too, but attend both ways unless told otherwise:
-    # each token would be scored by a model that has already seen it.
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        if not getattr(config, "is_decoder", False):
-            return "it is a masked LM that attends both ways; expected a causal LM"
-    return None
-
-
-def _not_text_only(config: PreTrainedConfig) -> str | None:
-    declared = {*config.sub_configs, *vars(config)}
-    foreign = sorted(key for key in declared if key.startswith(("vision", "audio", "vq_")) and "config" in key)
-    # A text_config means a wrapper around the text model, made for inputs that are not text.
-    if foreign or "text_config" in declared:
-        return (
-            f"it is multimodal ({', '.join(foreign) or 'text_config'} in its config), and what is "
-            "not text would be left out of the prompt; expected a text-only causal LM"
-        )
-    return None
-
-
-def _not_a_language_model(config: PreTrainedConfig) -> str | None:
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "transformers has no causal LM of this type"
-    heads = config.architectures or []
-    # Such a checkpoint loads without complaint when the LM head is tied to the embedding.
-    if heads and all(head.endswith(("Classification", "QuestionAnswering")) for head in heads):
-        return f"the checkpoint is a {heads[0]}, a classifier; expected a causal LM"
-    return None
-
-
-def _router_loss(config: PreTrainedConfig) -> str | None:
-    """transformers adds the load-balancing loss only where `output_router_logits` is true.
-
-    It is added to the loss that the model computes from labels; ours is computed from its logits,
-    so the term would vanish in silence. With the flag false, the default of every mixture of
-    experts in transformers, its own Trainer leaves the term out as well: nothing is dropped.
-    """
-    if not getattr(config, "output_router_logits", False):
-        return None
-    places = (config, getattr(config, "ffn_config", None))
-    names = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "moe_loss_weight")
-    found = {name: getattr(place, name) for place in places for name in names if hasattr(place, name)}
-    if found and not any(found.values()):
-        return None
-    return (
-        f"it asks for an auxiliary router loss (output_router_logits, {found}) that the preference "
-        "loss would drop; set output_router_logits to false to train without it"
-    )
-
-
-def _llama(tokenizer: PreTrainedTokenizerBase, seed: int, hidden: int, layers: int, heads: int) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    # The CPU generator alone is seeded, since the weights are drawn there: torch.manual_seed would
-    # reseed the accelerators too, and the fork below leaves those be.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return LlamaForCausalLM(config)
 
 
 @contextmanager

@@ -1,0 +1,32 @@
+"""Models and tokenizers: the only part of the product that knows transformers.
+
+Everything else sees a torch module, its config and a tokenizer.
+"""
+
+try:
+    from exo.models.flex import attend
+    from exo.models.loading import (
+        check_fits,
+        classifier_from,
+        is_adapter,
+        load,
+        load_classifier,
+        load_or_tiny,
+        load_tokenizer,
+        parameter_count,
+        parameters_of,
+        save,
+        save_checkpoint,
+    )
+    from exo.models.refusals import refuse_unsupported
+    from exo.models.small import PAD, tiny, word_level
+except ModuleNotFoundError as error:
+    if error.name not in ("transformers", "tokenizers", "huggingface_hub"):
+        raise
+    raise ModuleNotFoundError(f"exo needs {error.name}: pip install 'exo-kernels[train]'", name=error.name) from None
+
+__all__ = [
+    "PAD", "attend", "check_fits", "classifier_from", "is_adapter", "load", "load_classifier", "load_or_tiny",
+    "load_tokenizer", "parameter_count", "parameters_of", "refuse_unsupported", "save", "save_checkpoint", "tiny",
+    "word_level",
+]  # fmt: skip

@@ -1,0 +1,67 @@
+"""Models that are refused by their config: those whose loss or log-probabilities would come out wrong."""
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+
+def refuse_unsupported(config: PreTrainedConfig) -> None:
+    """ValueError, naming why, for a model whose loss or log-probabilities would come out wrong."""
+    for refusal in (_not_decoder_only, _not_text_only, _not_a_language_model, _router_loss):
+        if reason := refusal(config):
+            raise ValueError(f"model type {config.model_type!r} is not supported: {reason}")
+
+
+def _not_decoder_only(config: PreTrainedConfig) -> str | None:
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder; expected a decoder-only causal LM"
+    # BERT and its kin sit in the causal-LM mapping too, but attend both ways unless told otherwise:
+    # each token would be scored by a model that has already seen it.
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        if not getattr(config, "is_decoder", False):
+            return "it is a masked LM that attends both ways; expected a causal LM"
+    return None
+
+
+def _not_text_only(config: PreTrainedConfig) -> str | None:
+    declared = {*config.sub_configs, *vars(config)}
+    foreign = sorted(key for key in declared if key.startswith(("vision", "audio", "vq_")) and "config" in key)
+    # A text_config means a wrapper around the text model, made for inputs that are not text.
+    if foreign or "text_config" in declared:
+        return (
+            f"it is multimodal ({', '.join(foreign) or 'text_config'} in its config), and what is "
+            "not text would be left out of the prompt; expected a text-only causal LM"
+        )
+    return None
+
+
+def _not_a_language_model(config: PreTrainedConfig) -> str | None:
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "transformers has no causal LM of this type"
+    heads = config.architectures or []
+    # Such a checkpoint loads without complaint when the LM head is tied to the embedding.
+    if heads and all(head.endswith(("Classification", "QuestionAnswering")) for head in heads):
+        return f"the checkpoint is a {heads[0]}, a classifier; expected a causal LM"
+    return None
+
+
+def _router_loss(config: PreTrainedConfig) -> str | None:
+    """transformers adds the load-balancing loss only where `output_router_logits` is true.
+
+    It is added to the loss that the model computes from labels; ours is computed from its logits,
+    so the term would vanish in silence. With the flag false, the default of every mixture of
+    experts in transformers, its own Trainer leaves the term out as well: nothing is dropped.
+    """
+    if not getattr(config, "output_router_logits", False):
+        return None
+    places = (config, getattr(config, "ffn_config", None))
+    names = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "moe_loss_weight")
+    found = {name: getattr(place, name) for place in places for name in names if hasattr(place, name)}
+    if found and not any(found.values()):
+        return None
+    return (
+        f"it asks for an auxiliary router loss (output_router_logits, {found}) that the preference "
+        "loss would drop; set output_router_logits to false to train without it"
+    )

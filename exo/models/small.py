@@ -1,0 +1,86 @@
+"""Small models built on the spot, for trials and for tasks that make their own: no weights are fetched.
+
+Left out: training them (sft).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
+
+
+def tiny(
+    texts: Iterable[str],
+    *,
+    seed: int = 0,
+    vocab_size: int = 4096,
+    hidden_size: int = 256,
+    num_layers: int = 2,
+    num_heads: int = 4,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A small Llama behind a byte-level BPE trained on `texts`: for trials without weights."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END],
+        # All 256 bytes, so that nothing a later text holds can be unknown.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=END)
+    return _llama(tokenizer, seed, hidden_size, num_layers, num_heads), tokenizer
+
+
+def word_level(
+    words: Iterable[str],
+    *,
+    seed: int = 0,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A small Llama behind a tokenizer that splits at blanks and knows `words`, in their order."""
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([PAD, UNKNOWN, END, *words]))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        # True would glue "good ." into "good.", which is another word.
+        clean_up_tokenization_spaces=False,
+    )
+    return _llama(tokenizer, seed, hidden_size, num_layers, num_heads), tokenizer
+
+
+def _llama(tokenizer: PreTrainedTokenizerBase, seed: int, hidden: int, layers: int, heads: int) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # The CPU generator alone is seeded, since the weights are drawn there: torch.manual_seed would
+    # reseed the accelerators too, and the fork below leaves those be.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return LlamaForCausalLM(config)
