@@ -86,11 +86,11 @@ def test_every_layout_gives_the_same(family, implementation):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_neox"])
 def test_flex_attention_sees_the_same(family):
     """Uncompiled, as it runs on a CPU, forward alone; softcap and windows among them."""
-    model = tiny(family, "eager")
+    model = tiny(family, "eager").float()
     accelerator = Accelerator(cpu=True)
     expected = policy.token_logps(model, groups(), accelerator, Packing(0, 10**6), 1.0)
     models.attend(model, attention.FLEX)
     for layout in ("packed", "shared"):
         found = policy.token_logps(model, groups(), accelerator, Packing(0, 60, layout, True), 1.0)
         for mine, theirs in zip(sum(found, []), sum(expected, []), strict=True):
-            assert (mine - theirs).abs().max() < 2e-6
+            assert (mine - theirs).abs().max() < 1e-5
