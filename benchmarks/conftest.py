@@ -6,14 +6,27 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import accuracy, linear_report, linear_scaling, linear_workload, logits_report, logits_workload, report
+from benchmarks import (
+    accuracy,
+    linear_report,
+    linear_scaling,
+    linear_workload,
+    logits_report,
+    logits_workload,
+    report,
+    step_report,
+    step_workload,
+)
 
 ROWS = pytest.StashKey[list]()
-TABLES = {module.SUITE: module.block for module in (logits_report, linear_report, linear_scaling, accuracy)}
+TABLES = {
+    module.SUITE: module.block for module in (logits_report, linear_report, linear_scaling, accuracy, step_report)
+}
 CASES = {
     "work": logits_workload.workloads,
     "linear_work": linear_workload.workloads,
     "accuracy_case": accuracy.cases,
+    "step_work": step_workload.workloads,
 }
 
 

@@ -23,7 +23,7 @@ Range = dict[str, float]  # median, min, max
 
 # Beginnings of environment variables that change the figures.
 SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "THP_", "MALLOC_", "PYTORCH_", "CUDA_", "TORCHINDUCTOR_")
-PEERS = ("liger-kernel", "cut-cross-entropy")  # compared with where they are installed
+PEERS = ("liger-kernel", "cut-cross-entropy", "trl", "transformers")  # compared with where they are installed
 
 
 @dataclass

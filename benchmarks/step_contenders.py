@@ -1,0 +1,109 @@
+"""Who takes the step: ours with the prompt shared, ours with padded rows, and TRL's DPO trainer on pairs.
+
+Every contender has a copy of the model, the reference's log-probs from before, AdamW, and clips the gradient's norm;
+none reads from disk. Left out: what is timed (step_workload.py), tables (step_report.py).
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from benchmarks.harness import OURS
+from benchmarks.step_workload import BETA, EPS, Problem
+from exo import loop, policy, reference
+from exo.config import DataTraining
+from exo.packing import Packing
+
+PADDED, TRL = "ours, padded", "TRL DPOTrainer, exo_pair"
+RATE = 1e-9  # so that a thousand steps leave the model as it was
+
+
+class Contender(NamedTuple):
+    """`step()` takes one; `first()` gives loss and gradient of a step, without the update."""
+
+    name: str
+    step: Callable[[], Any]
+    first: Callable[[], tuple[float, torch.Tensor]]
+
+
+def contenders(problem: Problem, device: str) -> tuple[list[Contender], dict[str, str]]:
+    """And why others are absent."""
+    found = [_ours(OURS, problem, device, "shared"), _ours(PADDED, problem, device, "padded")]
+    if not problem.work.peers:
+        return found, {}
+    try:
+        return [*found, _trl(problem, device)], {}
+    except ModuleNotFoundError as error:
+        return found, {TRL: f"{error.name} is not installed"}
+
+
+def _ours(name: str, problem: Problem, device: str, layout: Any) -> Contender:
+    mixed = "bf16" if device == "cuda" else "no"
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)
+    model = copy.deepcopy(problem.model)
+    packing = Packing(problem.tokenizer.pad_token_id, 10**9, layout)
+    groups = reference.score(model, problem.groups, accelerator, packing, 1.0, None)
+    module = policy.PolicyLoss(model, loss="exo", beta_pi=BETA, beta_r=1.0, label_smoothing=EPS, temperature=1.0)
+    module.train(False)
+    config = DataTraining(learning_rate=RATE, batch_size=len(groups))
+    module, optim = accelerator.prepare(module, loop.optimizer(module, config))
+
+    def gradient() -> float:
+        parts = packing.micro_batches(groups)
+        return loop._accumulate(module, parts, len(groups), accelerator, packing.collate, 1)[0]
+
+    def step() -> None:
+        gradient()
+        loop._update(module, optim, config, accelerator, 1, groups)
+
+    def first() -> tuple[float, torch.Tensor]:
+        loss = gradient()
+        flat = torch.cat([p.grad.flatten() for p in model.parameters()]).double().cpu()
+        optim.zero_grad(set_to_none=True)
+        return loss, flat
+
+    return Contender(name, step, first)
+
+
+def _trl(problem: Problem, device: str) -> Contender:
+    """Its trainer's own step, with the best options that run here: reference precomputed, dropout off."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    args = DPOConfig(
+        output_dir=tempfile.mkdtemp(), loss_type=["exo_pair"], beta=BETA, label_smoothing=EPS, learning_rate=RATE,
+        per_device_train_batch_size=len(problem.rows), precompute_ref_log_probs=True, max_length=None,
+        gradient_checkpointing=False, bf16=device == "cuda", use_cpu=device == "cpu", report_to="none",
+        max_grad_norm=1.0, disable_tqdm=True, max_steps=1, weight_decay=0.0,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model=copy.deepcopy(problem.model), args=args, train_dataset=Dataset.from_list(problem.rows),
+        processing_class=problem.tokenizer,
+    )  # fmt: skip
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # as train() sets it
+    model, optim = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    model.train()
+    batches = trainer.get_train_dataloader()
+
+    def gradient() -> float:
+        (batch,) = batches  # collated anew, as ours is
+        return float(trainer.training_step(model, batch))
+
+    def step() -> None:
+        gradient()
+        trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optim.step()
+        optim.zero_grad(set_to_none=True)
+
+    def first() -> tuple[float, torch.Tensor]:
+        loss = gradient()
+        flat = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).double().cpu()
+        optim.zero_grad(set_to_none=True)
+        return loss, flat
+
+    return Contender(TRL, step, first)

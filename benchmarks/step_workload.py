@@ -1,0 +1,95 @@
+"""What is timed: a whole training step, from tokens to the optimizer's update, of a small Llama with random weights.
+
+Left out: reading and tokenising, which come once a run.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from exo import data, encoding, models
+from exo.encoding import TokenGroup
+
+LIMITS = encoding.Limits(10**6, None, "error")
+BETA, EPS = 0.1, 1e-3
+
+
+class Workload(NamedTuple):
+    """`prompts` groups of K completions; prompt and completion lengths in tokens, the end of sequence included."""
+
+    group_size: int
+    prompt: int
+    completion: int
+    prompts: int = 4
+    hidden: int = 256
+    layers: int = 4
+    vocab: int = 32000
+    peers: bool = False  # others' trainers take part, which know pairs alone
+
+    def __str__(self) -> str:
+        return f"K{self.group_size}-{self.prompt}:{self.completion}"
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.prompts * self.group_size * (self.prompt + self.completion)
+
+    @property
+    def shared_tokens(self) -> int:
+        return self.prompts * (self.prompt + self.group_size * self.completion)
+
+
+def workloads(device: str) -> list[Workload]:
+    if device == "cuda":
+        wide = {"prompts": 8, "hidden": 2048, "layers": 16, "vocab": 128256}
+        return [
+            Workload(2, 512, 512, peers=True, **wide),
+            *(Workload(4, p, 2048 - p, **wide) for p in (512, 1024, 1792)),
+        ]
+    lengths = ((256, 32), (128, 128), (32, 256))
+    found = [Workload(2, 256, 64, peers=True), Workload(4, 256, 64)]
+    return found + [Workload(k, prompt, answer) for k in (2, 4, 8) for prompt, answer in lengths]
+
+
+class Problem(NamedTuple):
+    work: Workload
+    model: Any
+    tokenizer: Any
+    rows: list[dict[str, Any]]  # texts, of K = 2 as pairs
+    groups: list[TokenGroup]  # the same as tokens
+
+
+@functools.cache
+def _model(hidden: int, layers: int, vocab: int) -> tuple[Any, Any]:
+    words = [f"w{i}" for i in range(vocab - 3)]
+    heads = max(4, hidden // 64)
+    return models.word_level(words, hidden_size=hidden, num_layers=layers, num_heads=heads)
+
+
+def make(work: Workload, device: str) -> Problem:
+    model, tokenizer = _model(work.hidden, work.layers, work.vocab)
+    draw = torch.Generator().manual_seed(0)
+
+    def text(n: int) -> str:
+        return " ".join(f"w{i}" for i in torch.randint(work.vocab - 3, (n,), generator=draw).tolist())
+
+    rows = []
+    for _ in range(work.prompts):
+        # a blank first, for trainers that join prompt and completion; the end of sequence makes it whole
+        answers = [f" {text(work.completion - 1)}" for _ in range(work.group_size)]
+        row = {"prompt": text(work.prompt), "completions": answers}
+        if work.peers:
+            row = {"prompt": row["prompt"], "chosen": answers[0], "rejected": answers[1]}
+        rows.append(row | ({} if work.peers else {"rewards": torch.rand(work.group_size, generator=draw).tolist()}))
+    groups = [
+        data.Group(
+            row["prompt"],
+            (row["chosen"], row["rejected"]) if work.peers else tuple(row["completions"]),
+            None if work.peers else tuple(row["rewards"]),
+            i,
+        )
+        for i, row in enumerate(rows, 1)
+    ]
+    encoded, counts = encoding.encode(groups, tokenizer, LIMITS, "benchmark")
+    assert not counts and all(len(a) == work.completion for group in encoded for a in group.completions)
+    return Problem(work, model.to(device), tokenizer, rows, encoded)
