@@ -12,10 +12,12 @@ TRAIN = [
     "tokenizers>=0.22",
     "transformers>=5.10",
 ]
+LORA = ["peft>=0.18"]
 BENCH = ["matplotlib>=3.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
 TEST = [
     *TRAIN,
     *BENCH,
+    *LORA,
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest-xdist>=3.6",  # make test uses both cores
@@ -37,6 +39,7 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,
+        "lora": [*TRAIN, *LORA],
         "bench": BENCH,
         "test": TEST,
         "flash": ["flash-attn>=2.7"],

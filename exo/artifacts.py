@@ -218,7 +218,10 @@ def guarded(run: Callable[[Any], object], options: Any) -> int:
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
-        advice = "Lower --max_tokens_per_batch or --batch_size, then the limits on lengths."
+        advice = (
+            "Activations: lower --max_tokens_per_batch (of sample --batch_size), or --gradient_checkpointing. "
+            "Gradients and Adam, 12 bytes a parameter: --lora_r. A second model: no --reference live."
+        )
         print(f"error: {str(error).splitlines()[0]} {advice}", file=sys.stderr)
         return 1
     return 0

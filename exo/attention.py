@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exo import profiling
 from exo.head import CausalHead
 from exo.packing import Batch, Sight
 
 FLEX = "exo_flex"  # the name of our FlexAttention among transformers' implementations
+FLASH = "flash_attention_2"  # takes lengths for a mask: for one row of texts that share nothing. Never tried on a GPU
 KINDS = ("full_attention", "sliding_attention")
 
 
@@ -30,6 +32,8 @@ def inputs(batch: Batch, config: Any) -> dict[str, Any]:
     """Arguments of the forward of a model with this config."""
     if batch.sight is None:
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if config._attn_implementation == FLASH:
+        return _for_flash(batch.input_ids, batch.sight)
     masks = {kind: _mask(batch.sight, window, config) for kind, window in _windows(config).items()}
     mask = masks if len(masks) > 1 else next(iter(masks.values()))
     return {
@@ -38,9 +42,20 @@ def inputs(batch: Batch, config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _for_flash(input_ids: Tensor, sight: Sight) -> dict[str, Any]:
+    """Where the texts of one row begin and end; a window is told to the kernel by the model."""
+    begins = (sight.unit[0].diff(prepend=sight.unit[0, :1] - 1) != 0).nonzero()[:, 0]
+    ends = torch.cat([begins, begins.new_tensor([input_ids.shape[1]])]).int()
+    longest = int(ends.diff().max())
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return {"input_ids": input_ids, "position_ids": sight.position_ids, "use_cache": False, **lengths}
+
+
 def rows(head: CausalHead, batch: Batch) -> Tensor:  # (n, D)
     """Hidden states of the rows that make the completions' tokens."""
-    hidden = head.hidden(**inputs(batch, head.model.config))
+    with profiling.section("body"):
+        hidden = head.hidden(**inputs(batch, head.model.config))
+    profiling.border(hidden, len(batch.rows), head.model, head.weight)
     return hidden.flatten(0, 1)[batch.rows]
 
 

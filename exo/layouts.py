@@ -4,6 +4,7 @@ A model that cannot have several texts in a row, or gives other log-probs there,
 user is told. Left out: what the layouts are (packing), and masks (attention).
 """
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -36,14 +37,17 @@ def choose(
     if (share == "off" and not flex) or (share == "auto" and after > WORTH * before):
         return padded
     reason = attention.refusal(model.config)
-    for implementation in () if reason else [attention.FLEX, own] if flex else [own]:
-        tried = other._replace(one_row=implementation == attention.FLEX)
+    candidates = [attention.FLEX, own] if flex else [own]
+    if flex and share == "off" and importlib.util.find_spec("flash_attn"):
+        candidates.insert(0, attention.FLASH)
+    for implementation in () if reason else candidates:
+        tried = other._replace(one_row=implementation in (attention.FLEX, attention.FLASH))
         reason = _differs(model, groups, accelerator, (padded, own), (tried, implementation), temperature)
         if not reason:
             what = "a prompt stands once for all its completions" if share != "off" else "rows are packed"
             console.say(f"{what} ({implementation}): {before / after:.2f} times fewer tokens than padded")
             return tried
-        console.say(f"  {implementation}: {reason}")
+        console.say(f"  {implementation} cannot be had: {reason}")
     models.attend(model, own)
     console.say(f"rows are padded, one a completion: {reason}")
     return padded

@@ -12,17 +12,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import console
+from exo import console, profiling
 from exo.artifacts import Metrics, RunError
 from exo.config import Compute, ConfigError, DataTraining, Training
 from exo.encoding import TokenGroup
 from exo.packing import Packing
+from exo.profiling import activations
 
 G = TypeVar("G", bound=TokenGroup)
 MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
@@ -159,20 +161,26 @@ def train(
     optim = optimizer(module, config, rates)
     module, optim = accelerator.prepare(module, optim)
     progress = console.Progress("step", steps, every=config.logging_steps)
+    profiler = profiling.Profiler(config.profile, Path(config.output_dir), accelerator)
     skipped = clipped = 0
     try:
         for step, batch in enumerate(itertools.islice(source, steps), start=1):
             began = time.perf_counter()
+            profiler.step(step)
             share = learning_rate_share(config, steps, step - 1)
             for group in optim.param_groups:
                 group["lr"] = group["peak"] * share
-            parts = packing.micro_batches(batch[accelerator.process_index :: world])
-            loss, sums, tokens = _accumulate(module, parts, denominator(batch), accelerator, collate, step)
-            loss, sums, tokens = _across_processes(accelerator, loss, sums, tokens)
+            with profiling.section("data"):
+                parts = packing.micro_batches(batch[accelerator.process_index :: world])
+            told = step > 1 or config.compile
+            loss, sums, tokens = _accumulate(module, parts, denominator(batch), accelerator, collate, step, told)
+            with profiling.section("waiting"):
+                loss, sums, tokens = _across_processes(accelerator, loss, sums, tokens)
             values = {name: total / count for name, (total, count) in sums.items() if count}
             if step == 1 and first is not None:
                 first(loss, values)
-            norm = _update(module, optim, config, accelerator, step, batch)
+            with profiling.section("optimizer"):
+                norm = _update(module, optim, config, accelerator, step, batch)
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
             if skipped == MOST_SKIPPED:
                 raise RunError(f"step {step}: {skipped} updates in a row overflowed float16; use bfloat16")
@@ -185,6 +193,7 @@ def train(
                 metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
                 accelerator.log(line, step=step)
             progress.advance(1, {label: line[name] for name, label in shown.items() if name in line})
+            profiler.done(step, tokens, step == steps)
             if after is not None:
                 after(step, step == steps)
     finally:
@@ -227,22 +236,27 @@ def _accumulate(
     accelerator: Accelerator,
     collate: Callable[[Any], Any],
     step: int,
+    told: bool = True,
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
-    """Forward and backward over one process's part of a step."""
+    """Forward and backward over one process's part of a step; what is kept between them is said unless it was."""
     loss, tokens, sums = 0.0, 0.0, dict[str, tuple[float, float]]()
     for i, part in enumerate(parts):
-        batch = collate(part).to(accelerator.device)
+        with profiling.section("data"):
+            batch = collate(part).to(accelerator.device)
+        size = sum(len(g.prompt) + len(ids) for g in part for ids in g.completions)
         last = i == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(module):
-            share = module(batch, count)
+            with profiling.section("head and loss"), nullcontext() if told or i else activations(module, size):
+                share = module(batch, count)
             value = float(share.loss.detach())
             if not math.isfinite(value):
                 lines = ", ".join(str(group.line) for group in part[:10])
                 raise RunError(f"step {step}: the loss is {value}; stopped before the update; rows at lines {lines}")
             # processes are averaged by the wrapper, but the denominator already counts them all
-            accelerator.backward(share.loss * accelerator.num_processes)
+            with profiling.section("head and loss"):  # and from its border on the body
+                accelerator.backward(share.loss * accelerator.num_processes)
         loss += value
-        tokens += sum(len(g.prompt) + len(ids) for g in part for ids in g.completions)
+        tokens += size
         for name, (total, n) in share.sums.items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + float(total), before[1] + float(n))

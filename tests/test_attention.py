@@ -94,3 +94,14 @@ def test_flex_attention_sees_the_same(family):
         found = policy.token_logps(model, groups(), accelerator, Packing(0, 60, layout, True), 1.0)
         for mine, theirs in zip(sum(found, []), sum(expected, []), strict=True):
             assert (mine - theirs).abs().max() < 1e-5
+
+
+def test_flash_attention_is_told_where_the_texts_of_a_row_begin():
+    found = groups()[:2]
+    batch = Packing(0, 60, "packed", True).collate(found)
+    config = tiny("llama", "eager").config
+    config._attn_implementation = attention.FLASH
+    told = attention.inputs(batch, config)
+    lengths = [len(group.prompt) + len(answer) for group in found for answer in group.completions]
+    assert told["cu_seq_lens_q"].diff().tolist() == lengths and told["max_length_k"] == max(lengths)
+    assert told["position_ids"].tolist() == [[i for n in lengths for i in range(n)]] and "attention_mask" not in told

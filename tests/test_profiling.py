@@ -1,0 +1,51 @@
+"""A profile accounts for all of a step's time and leaves the run as it is."""
+
+import json
+
+import pytest
+import torch
+
+from exo import align, profiling
+from tests.tasks import PROMPTS, lines, reward, write_model, write_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def aligned(tmp_path, name, *options):
+    texts = ["good good", "bad small", "red"]
+    rows = [{"prompt": p, "completions": texts, "rewards": [reward(p, t) for t in texts]} for p in PROMPTS * 3]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    model = write_model(tmp_path / "model", scale=2.0)
+    arguments = ["--model", model, "--data", data, "--output_dir", str(tmp_path / name), "--max_steps", "6"]
+    assert align.main([*arguments, "--batch_size", "6", "--device", "cpu", *options]) == 0
+    return tmp_path / name
+
+
+def test_a_profile_is_told_and_changes_nothing(tmp_path, capsys):
+    plain = aligned(tmp_path, "plain")
+    assert "where a step's time goes" not in capsys.readouterr().out
+    profiled = aligned(tmp_path, "profiled", "--profile", "3")
+    said = capsys.readouterr().out
+    assert "where a step's time goes (3 steps" in said and "tokens/s" in said and "of a matrix product's" in said
+    shares = {line.split("%")[0].rsplit(maxsplit=1)[0].strip(): float(line.split("%")[0].split()[-1])
+              for line in said.splitlines() if line.startswith("    ") and "%  " in line}  # fmt: skip
+    assert {"data", "body", "head and loss", "optimizer"} <= shares.keys()
+    assert sum(shares.values()) == pytest.approx(100, abs=1)
+    names = {event.get("name") for event in json.loads((profiled / "profile/trace.json").read_text())["traceEvents"]}
+    assert {"body", "head and loss", "data", "optimizer"} <= names
+    assert (plain / "model.safetensors").read_bytes() == (profiled / "model.safetensors").read_bytes()
+    assert len(lines(profiled / "metrics.jsonl")) == len(lines(plain / "metrics.jsonl"))
+
+
+def test_a_run_shorter_than_its_profile_tells_what_it_has(tmp_path, capsys):
+    aligned(tmp_path, "run", "--profile", "99")
+    assert "where a step's time goes (4 steps" in capsys.readouterr().out
+    assert profiling._now is None
+
+
+def test_activations_are_those_kept_without_the_parameters(capsys):
+    layer = torch.nn.Linear(16, 16, bias=False)
+    x = torch.randn(2**16, 16, requires_grad=True)
+    with profiling.activations(layer, 7):
+        layer(x).relu().sum()
+    assert "activations: 8 MiB for a micro-batch of 7 tokens" in capsys.readouterr().out
