@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from benchmarks.harness import OURS
 from benchmarks.step_workload import BETA, EPS, Problem
-from exo import loop, policy, reference
+from exo import layouts, loop, policy, reference
 from exo.config import DataTraining
 from exo.packing import Packing
 
@@ -45,7 +45,10 @@ def _ours(name: str, problem: Problem, device: str, layout: Any) -> Contender:
     mixed = "bf16" if device == "cuda" else "no"
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)
     model = copy.deepcopy(problem.model)
-    packing = Packing(problem.tokenizer.pad_token_id, 10**9, layout)
+    packing = Packing(problem.tokenizer.pad_token_id, 10**9)
+    if layout == "shared":
+        packing = layouts.choose(model.to(accelerator.device), problem.groups, accelerator, packing, "on", 1.0)
+        assert packing.layout == layout, packing
     groups = reference.score(model, problem.groups, accelerator, packing, 1.0, None)
     module = policy.PolicyLoss(model, loss="exo", beta_pi=BETA, beta_r=1.0, label_smoothing=EPS, temperature=1.0)
     module.train(False)

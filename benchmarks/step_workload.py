@@ -28,7 +28,7 @@ class Workload(NamedTuple):
     peers: bool = False  # others' trainers take part, which know pairs alone
 
     def __str__(self) -> str:
-        return f"K{self.group_size}-{self.prompt}:{self.completion}"
+        return f"K{self.group_size}-{self.prompt}:{self.completion}-V{self.vocab}"
 
     @property
     def padded_tokens(self) -> int:
@@ -47,7 +47,9 @@ def workloads(device: str) -> list[Workload]:
             *(Workload(4, p, 2048 - p, **wide) for p in (512, 1024, 1792)),
         ]
     lengths = ((256, 32), (128, 128), (32, 256))
+    # with 10 million parameters: most of them in the head, as they are where D is small and V large; and in the body
     found = [Workload(2, 256, 64, peers=True), Workload(4, 256, 64)]
+    found.append(Workload(4, 256, 64, hidden=384, layers=6, vocab=4096))
     return found + [Workload(k, prompt, answer) for k in (2, 4, 8) for prompt, answer in lengths]
 
 

@@ -1,7 +1,7 @@
 """Learning curves of one alignment with each option that changes its speed or memory, on one picture.
 
 python examples/options.py --data FILE --out DIR [--model tiny] [--steps 60]. Curves that lie on each other are the
-point: LoRA alone trains something else. Prints the largest difference of losses from the plain run, and tokens a second.
+point: LoRA alone trains something else. Prints the largest difference of losses from the plain run and tokens a second.
 """
 
 import argparse

@@ -8,7 +8,7 @@ linear attention), whose models are refused.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from exo.packing import Batch, Sight
 
 FLEX = "exo_flex"  # the name of our FlexAttention among transformers' implementations
 FLASH = "flash_attention_2"  # takes lengths for a mask: for one row of texts that share nothing. Never tried on a GPU
+SEGMENTS = "exo_segments"  # that of exo.models.segments
 KINDS = ("full_attention", "sliding_attention")
 
 
@@ -34,12 +35,92 @@ def inputs(batch: Batch, config: Any) -> dict[str, Any]:
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     if config._attn_implementation == FLASH:
         return _for_flash(batch.input_ids, batch.sight)
+    if config._attn_implementation == SEGMENTS:
+        found = Segments.of(batch)
+        return {"input_ids": batch.input_ids, "position_ids": batch.sight.position_ids, "use_cache": False,
+                "exo_segments": found}  # fmt: skip
     masks = {kind: _mask(batch.sight, window, config) for kind, window in _windows(config).items()}
     mask = masks if len(masks) > 1 else next(iter(masks.values()))
     return {
         "input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.sight.position_ids,
         "use_cache": False,
     }  # fmt: skip
+
+
+class Segments(NamedTuple):
+    """Where the U prompts and the N completions of a batch stand among its flattened tokens.
+
+    Of one that is shorter than the longest, the places beyond its end are its last.
+    """
+
+    prompts: Tensor  # (U, P)
+    in_prompt: Tensor  # (U, P) bool
+    own: Tensor  # (N, R)
+    in_own: Tensor  # (N, R) bool
+    unit: Tensor  # (N,)
+    inverse: Tensor  # (B T,) for each token its place among those of prompts and completions, one after the other
+    masks: dict[Any, Tensor | None]  # made when first asked for, once a batch
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Segments":
+        device = batch.input_ids.device
+        prompts, prompt_sizes, own, sizes, unit = [], [], [], [], []
+        for i, span in enumerate(batch.spans):
+            prompts.append(span.start)
+            prompt_sizes.append(span.prompt)
+            start = span.start + span.prompt
+            for size in span.completions:
+                own.append(start)
+                sizes.append(size)
+                unit.append(i)
+                start += size
+
+        def places(starts: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
+            begin, length = torch.tensor(starts), torch.tensor(lengths)
+            at = torch.arange(max(lengths))
+            found = begin[:, None] + torch.minimum(at, length[:, None] - 1)
+            return found.to(device), (at < length[:, None]).to(device)
+
+        prompt_places, in_prompt = places(prompts, prompt_sizes)
+        own_places, in_own = places(own, sizes)
+        there = torch.cat([in_prompt.flatten(), in_own.flatten()])
+        inverse = torch.full((batch.input_ids.numel(),), len(there), device=device)  # beyond the last: there is none
+        inverse[torch.cat([prompt_places.flatten(), own_places.flatten()])[there]] = there.nonzero()[:, 0]
+        unit_of = torch.tensor(unit, device=device)
+        return cls(prompt_places, in_prompt, own_places, in_own, unit_of, inverse, {})
+
+    def prompt_mask(self, window: int | None) -> Tensor | None:  # (P, P); None: causal
+        if window is None or window >= self.prompts.shape[1]:
+            return None
+        return self._once(("prompt", window), lambda window: band(self.prompts.shape[1], window, self.prompts.device))
+
+    def own_mask(self, window: int | None) -> Tensor:  # (N, 1, R, P + R)
+        found = self._once(("own", window), self._own)
+        assert found is not None
+        return found
+
+    def _once(self, key: tuple[str, int | None], make: Callable[[int | None], Tensor]) -> Tensor | None:
+        if key not in self.masks:
+            self.masks[key] = make(key[1])
+        return self.masks[key]
+
+    def _own(self, window: int | None) -> Tensor:
+        at = torch.arange(self.own.shape[1], device=self.own.device)
+        before = self.in_prompt[self.unit]  # (N, P)
+        sizes = before.sum(1)[:, None, None]
+        ago = sizes + at[:, None] - torch.arange(before.shape[1], device=at.device)  # (N, R, P)
+        seen = before[:, None, :].expand(-1, len(at), -1)
+        own = (at[:, None] >= at).expand(len(before), -1, -1)
+        if window is not None:
+            seen, own = seen & (ago < window), own & (at[:, None] - at < window)
+        return torch.cat([seen, own], 2)[:, None]
+
+
+def band(length: int, window: int | None, device: torch.device) -> Tensor:  # (T, T)
+    """Causal attention that looks back so far."""
+    at = torch.arange(length, device=device)
+    ago = at[:, None] - at
+    return (ago >= 0) & (ago < (length if window is None else window))
 
 
 def _for_flash(input_ids: Tensor, sight: Sight) -> dict[str, Any]:

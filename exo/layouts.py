@@ -33,15 +33,16 @@ def choose(
     own = model.config._attn_implementation
     flex = accelerator.device.type == "cuda" and not dropout
     other = padded._replace(layout="packed" if share == "off" else "shared")
-    before, after = (_tokens(groups, packing) for packing in (padded, other._replace(one_row=flex)))
+    before, after = (_tokens(groups, packing) for packing in (padded, other._replace(one_row=True)))
     if (share == "off" and not flex) or (share == "auto" and after > WORTH * before):
         return padded
     reason = attention.refusal(model.config)
-    candidates = [attention.FLEX, own] if flex else [own]
+    # dense masks come last: they cost all pairs of tokens, and their rows are padded
+    candidates = [attention.FLEX] * flex + [attention.SEGMENTS, own]
     if flex and share == "off" and importlib.util.find_spec("flash_attn"):
         candidates.insert(0, attention.FLASH)
     for implementation in () if reason else candidates:
-        tried = other._replace(one_row=implementation in (attention.FLEX, attention.FLASH))
+        tried = other._replace(one_row=implementation != own)
         reason = _differs(model, groups, accelerator, (padded, own), (tried, implementation), temperature)
         if not reason:
             what = "a prompt stands once for all its completions" if share != "off" else "rows are packed"

@@ -116,7 +116,7 @@ def optimizer(module: nn.Module, config: Training, rates: Mapping[nn.Module, flo
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "peak": peak},
         ]
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
 
 def learning_rate_share(config: Training, steps: int, step: int) -> float:

@@ -26,12 +26,21 @@ class Sight(NamedTuple):
     position_ids: Tensor  # (B, T) int64, as if each completion stood alone behind its prompt
 
 
+class Span(NamedTuple):
+    """Where a unit stands, and how it is parted."""
+
+    start: int  # in the flattened (B T)
+    prompt: int  # tokens
+    completions: tuple[int, ...]
+
+
 class Batch(NamedTuple):
     """Rows of input, N completions of G groups, n tokens of completions."""
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64, 1 on tokens
     sight: Sight | None  # None: a row is one text, and causal attention is right
+    spans: tuple[Span, ...]  # of the units
     rows: Tensor  # (n,) int64: where, in the flattened (B T), each token of a completion is made: one before its own
     targets: Tensor  # (n,) int64: that token
     offsets: Tensor  # (N + 1,) int64: of the completions among the n
@@ -51,7 +60,7 @@ class Batch(NamedTuple):
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Sight):
         return Sight(*(tensor.to(device) for tensor in value))
-    return None if value is None else value.to(device)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class Unit(NamedTuple):
@@ -148,6 +157,7 @@ class Packing(NamedTuple):
         position_ids, part = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
         units = torch.full_like(input_ids, -1)
         made: dict[tuple[int, int], Tensor] = {}  # of each completion, where its tokens are made
+        spans = []
         for i, row in enumerate(rows):
             start = 0
             for number, unit in enumerate(row):
@@ -155,6 +165,8 @@ class Packing(NamedTuple):
                 ids, positions, parts, places = unit.lay_out()
                 input_ids[i, here], position_ids[i, here], part[i, here] = ids, positions, parts
                 units[i, here] = number
+                answers = tuple(len(unit.group.completions[k]) for k in unit.completions)
+                spans.append(Span(i * width + start, len(unit.group.prompt), answers))
                 for k, place in zip(unit.completions, places, strict=True):
                     made[unit.place, k] = i * width + start + place
                 start += unit.width
@@ -163,6 +175,7 @@ class Packing(NamedTuple):
             input_ids,
             (units >= 0).long(),
             None if self.layout == "padded" else Sight(units, part, position_ids),
+            tuple(spans),
             torch.cat(order),
             torch.tensor([token for group in groups for answer in group.completions for token in answer]),
             torch.tensor([0, *map(len, order)]).cumsum(0),

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from exo import align, layouts
+from exo import align, attention, layouts
 from exo.encoding import TokenGroup
 from exo.packing import Packing
 from tests.tasks import write_model, write_rows
@@ -38,9 +38,11 @@ def choose(model, found, share="auto"):
 
 
 def test_sharing_is_taken_where_it_saves(capsys):
-    assert choose(tiny("llama"), groups()) == PADDED._replace(layout="shared")
+    model = tiny("llama")
+    assert choose(model, groups()) == PADDED._replace(layout="shared", one_row=True)
+    assert model.config._attn_implementation == attention.SEGMENTS
     said = capsys.readouterr().out
-    assert "a prompt stands once for all its completions (sdpa): 2.88 times fewer tokens than padded" in said
+    assert "a prompt stands once for all its completions (exo_segments): 2.88 times fewer tokens than padded" in said
 
 
 def test_it_is_not_where_it_does_not_or_nobody_wants_it(capsys):
@@ -48,6 +50,14 @@ def test_it_is_not_where_it_does_not_or_nobody_wants_it(capsys):
     assert choose(tiny("llama"), groups(), "off") == PADDED
     assert choose(tiny("llama"), groups(prompt=1, answer=30), "on").layout == "shared"
     assert capsys.readouterr().out.count("a prompt stands once") == 1
+
+
+def test_a_model_that_hands_no_arguments_on_to_its_attention_gets_a_dense_mask(capsys):
+    model = tiny("stablelm")
+    assert choose(model, groups()) == PADDED._replace(layout="shared")
+    assert model.config._attn_implementation == "sdpa"
+    said = capsys.readouterr().out
+    assert "exo_segments cannot be had" in said and "(sdpa): 2.88 times" in said
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from exo.attention import FLEX, block_mask
+from exo.attention import FLEX, SEGMENTS, block_mask
+from exo.models import segments
 
 
 def attend(model: Any, implementation: str) -> None:
-    """Make a model attend by an implementation: FLEX, or one of transformers' names."""
+    """Make a model attend by an implementation: one of ours, or one of transformers' names."""
     if implementation == FLEX:
         AttentionInterface.register(FLEX, _attention)
         AttentionMaskInterface.register(FLEX, _mask)
+    if implementation == SEGMENTS:
+        AttentionInterface.register(SEGMENTS, segments.attend)  # without a mask of its own, none is made
     model.set_attn_implementation(implementation)
 
 
