@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from exo import best_of_n, data, encoding, generation, models, sample, samples, score
+from exo.models import loading
 from tests.tasks import PROMPTS, lines, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,7 +200,9 @@ def test_what_is_sampled_after_or_scored_in_part_is_counted(drawn, tmp_path, cap
 
 
 def test_a_model_that_is_nowhere_is_one_line(drawn, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.setattr(
+        loading.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
+    )
     assert sample.main(["--model", "nowhere", "--data", str(drawn[1]), "--output_dir", str(tmp_path / "x")]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said == "error: model 'nowhere': expected a directory, and there is none; or a hub name; got: offline"
