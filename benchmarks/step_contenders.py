@@ -47,7 +47,7 @@ def _ours(name: str, problem: Problem, device: str, layout: Any) -> Contender:
     model = copy.deepcopy(problem.model)
     packing = Packing(problem.tokenizer.pad_token_id, 10**9)
     if layout == "shared":
-        packing = layouts.choose(model.to(accelerator.device), problem.groups, accelerator, packing, "on", 1.0)
+        packing = layouts.choose([model.to(accelerator.device)], problem.groups, accelerator, packing, "on", 1.0)
         assert packing.layout == layout, packing
     groups = reference.score(model, problem.groups, accelerator, packing, 1.0, None)
     module = policy.PolicyLoss(model, loss="exo", beta_pi=BETA, beta_r=1.0, label_smoothing=EPS, temperature=1.0)

@@ -126,13 +126,13 @@ def run(config: Config) -> Path:
     metrics = runs.begin(start, accelerator, dataset.account(counts))
 
     console.headline("Reference log-probs")
-    model.to(accelerator.device)
+    seeing = [model] if other_model is None else [model, other_model]
+    for one in seeing:
+        one.to(accelerator.device)
     packing = layouts.choose(
-        model, groups, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), config.share_prompt,
+        seeing, groups, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), config.share_prompt,
         config.temperature, config.dropout,
     )  # fmt: skip
-    if other_model is not None:
-        other_model.to(accelerator.device)
     scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
     train_groups, eval_groups = _parted(config, dataset, scored[: len(groups)], scored[len(groups) :], Counter())
 

@@ -5,7 +5,7 @@ user is told. Left out: what the layouts are (packing), and masks (attention).
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -16,12 +16,13 @@ from exo.packing import Packing
 
 Share = Literal["auto", "on", "off"]
 WORTH = 0.9  # of the padded tokens: with more than this the masks cost what the tokens save
+DENSE = "a dense mask"  # under the attention that the model came with
 SAMPLE = 256  # groups that the saving is estimated on
 TRIED = 3  # groups that the model is tried on, the longest among them
 
 
 def choose(
-    model: Any,
+    seeing: Sequence[Any],
     groups: Sequence[TokenGroup],
     accelerator: Accelerator,
     padded: Packing,
@@ -29,51 +30,73 @@ def choose(
     temperature: float,
     dropout: bool = False,
 ) -> Packing:
-    """The layout for these groups, said aloud; the model attends accordingly."""
-    own = model.config._attn_implementation
+    """The layout for these groups, said aloud; the models that are to see them attend accordingly."""
+    own = [model.config._attn_implementation for model in seeing]
     flex = accelerator.device.type == "cuda" and not dropout
     other = padded._replace(layout="packed" if share == "off" else "shared")
-    before, after = (_tokens(groups, packing) for packing in (padded, other._replace(one_row=True)))
+    before, after = (_size(groups, packing)[0] for packing in (padded, other._replace(one_row=True)))
     if (share == "off" and not flex) or (share == "auto" and after > WORTH * before):
         return padded
-    reason = attention.refusal(model.config)
-    # dense masks come last: they cost all pairs of tokens, and their rows are padded
-    candidates = [attention.FLEX] * flex + [attention.SEGMENTS, own]
-    if flex and share == "off" and importlib.util.find_spec("flash_attn"):
-        candidates.insert(0, attention.FLASH)
-    for implementation in () if reason else candidates:
-        tried = other._replace(one_row=implementation != own)
-        reason = _differs(model, groups, accelerator, (padded, own), (tried, implementation), temperature)
+    reason = next(filter(None, (attention.refusal(model.config) for model in seeing)), "")
+    for implementation in () if reason else _candidates(groups, padded, other, share, flex):
+        tried = other._replace(one_row=implementation != DENSE)
+        reasons = [_differs(model, groups, accelerator, padded, tried, implementation, temperature) for model in seeing]
+        reason = next(filter(None, reasons), "")
         if not reason:
             what = "a prompt stands once for all its completions" if share != "off" else "rows are packed"
             console.say(f"{what} ({implementation}): {before / after:.2f} times fewer tokens than padded")
             return tried
+        for model, before_it in zip(seeing, own, strict=True):
+            models.attend(model, before_it)
         console.say(f"  {implementation} cannot be had: {reason}")
-    models.attend(model, own)
     console.say(f"rows are padded, one a completion: {reason}")
     return padded
 
 
-def _tokens(groups: Sequence[TokenGroup], packing: Packing) -> int:
-    return sum(map(packing.tokens, packing.micro_batches(groups[:SAMPLE])))
+def _candidates(
+    groups: Sequence[TokenGroup], padded: Packing, other: Packing, share: Share, flex: bool
+) -> Iterator[str]:
+    """Implementations of attention, the best first."""
+    if flex and share == "off" and importlib.util.find_spec("flash_attn"):
+        yield attention.FLASH
+    if flex:
+        yield attention.FLEX
+    yield attention.SEGMENTS
+    # a dense mask costs all pairs of tokens of a row, and a row holds several texts
+    if share != "auto" or _size(groups, other)[1] <= _size(groups, padded)[1]:
+        yield DENSE
+
+
+def _size(groups: Sequence[TokenGroup], packing: Packing) -> tuple[int, int]:
+    """(tokens, pairs of them that share a row) of the input."""
+    shapes = []
+    for part in packing.micro_batches(groups[:SAMPLE]):
+        rows, width = packing.rows(part)
+        shapes.append((len(rows) * width, len(rows) * width**2))
+    tokens, pairs = zip(*shapes, strict=True)
+    return sum(tokens), sum(pairs)
 
 
 def _differs(
     model: Any,
     groups: Sequence[TokenGroup],
     accelerator: Accelerator,
-    padded: tuple[Packing, str],
-    other: tuple[Packing, str],
+    padded: Packing,
+    other: Packing,
+    implementation: str,
     temperature: float,
 ) -> str:
-    """Why the layout is not to be had: log-probs other than the padded rows', or an error; "" where they agree."""
+    """Why the layout is not to be had: log-probs other than the padded rows', or an error; "" where they agree.
+
+    The model attends by the implementation from then on.
+    """
     tried = sorted(groups, key=lambda group: -group.longest)
     tried = [tried[0], *tried[len(tried) // 2 :][: TRIED - 1]]
-    found = []
+    found = [policy.token_logps(model, tried, accelerator, padded, temperature)]
     try:
-        for packing, implementation in (padded, other):
+        if implementation != DENSE:
             models.attend(model, implementation)
-            found.append(policy.token_logps(model, tried, accelerator, packing, temperature))
+        found.append(policy.token_logps(model, tried, accelerator, other, temperature))
     except Exception as error:  # whatever a model makes of a mask that it does not know
         what = str(error).splitlines()[0] if str(error) else ""
         return f"{type(model).__name__} cannot have several texts in a row ({type(error).__name__}: {what})"

@@ -34,7 +34,7 @@ def groups(prompt=40, answer=6, k=4):
 
 
 def choose(model, found, share="auto"):
-    return layouts.choose(model, found, Accelerator(cpu=True), PADDED, share, 1.0)
+    return layouts.choose([model], found, Accelerator(cpu=True), PADDED, share, 1.0)
 
 
 def test_sharing_is_taken_where_it_saves(capsys):
@@ -57,7 +57,19 @@ def test_a_model_that_hands_no_arguments_on_to_its_attention_gets_a_dense_mask(c
     assert choose(model, groups()) == PADDED._replace(layout="shared")
     assert model.config._attn_implementation == "sdpa"
     said = capsys.readouterr().out
-    assert "exo_segments cannot be had" in said and "(sdpa): 2.88 times" in said
+    assert "exo_segments cannot be had" in said and "(a dense mask): 2.88 times" in said
+    assert choose(model, groups(prompt=8, answer=30, k=8)) == PADDED, "all pairs of tokens would cost more"
+
+
+def test_every_model_that_sees_the_rows_is_tried(capsys):
+    """A reference of another kind, which cannot have them, keeps both at padded rows."""
+    seeing = [tiny("llama"), tiny("bloom")]
+    assert layouts.choose(seeing, groups(), Accelerator(cpu=True), PADDED, "on", 1.0) == PADDED
+    assert "BloomForCausalLM" in capsys.readouterr().out
+    assert {model.config._attn_implementation for model in seeing} == {"sdpa", "eager"}
+    both = [tiny("llama"), tiny("qwen2", num_key_value_heads=2)]
+    assert layouts.choose(both, groups(), Accelerator(cpu=True), PADDED, "on", 1.0).layout == "shared"
+    assert {model.config._attn_implementation for model in both} == {attention.SEGMENTS}
 
 
 @pytest.mark.parametrize(
