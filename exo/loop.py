@@ -211,7 +211,8 @@ def _spare(module: nn.Module, config: Training) -> None:
         if config.gradient_checkpointing:
             checkpoint_layers(model, config.dropout)
         if config.compile:
-            model.base_model.compile(dynamic=True)
+            below = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+            below.base_model.compile(dynamic=True)
 
 
 def checkpoint_layers(model: Any, dropout: bool) -> None:

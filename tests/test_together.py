@@ -74,3 +74,17 @@ def test_together_they_are_the_plain_run(row, start, tmp_path, capfd):
     for mine, theirs in zip(found, plain, strict=True):
         for name in ("loss", "grad_norm", "rewards/margins", "log_ratios/mean_square", "tokens"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-5), (name, mine["step"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_compiled_body_gives_the_plain_run(start, tmp_path, capfd, lora):
+    found = []
+    for compiled in (False, True):
+        arguments = ["--model", start[0], "--data", start[1], "--output_dir", str(tmp_path / str(compiled))]
+        arguments += ["--max_steps", "3", "--batch_size", "6", "--learning_rate", "1e-3", "--device", "cpu"]
+        assert align.main([*arguments, f"--compile={compiled}", f"--lora_r={lora}", "--share_prompt=on"]) == 0
+        found.append([line for line in lines(tmp_path / str(compiled) / "metrics.jsonl") if "loss" in line])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
