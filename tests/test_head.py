@@ -45,7 +45,9 @@ def tiny(family: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name == "FalconH1")) for name in FAMILIES]
+)
 def test_log_probs_of_the_model(family):
     if not hasattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config"):
         pytest.skip(f"this transformers has no {family}")
