@@ -127,11 +127,8 @@ def _line(row: dict[str, Any]) -> str:
         return f"{name}  not timed: {row['not_timed']}"
     s, faster = row["seconds"], row["ours_is_faster"]
     spread = f"({1e3 * s['min']:.4g}..{1e3 * s['max']:.4g})"
-    ours = row["contender"] == OURS or faster is None
     line = f"{name}{1e3 * s['median']:8.4g} {spread:>16}"
-    line += (
-        f"{'-':>12} {'':13}" if ours else f"{faster['median']:12.2f} {'({min:.2f}..{max:.2f})'.format(**faster):>13}"
-    )
+    line += report.versus(None if row["contender"] == OURS else faster)
     line += f"{row['of_matmuls']['median']:10.3f}" if "of_matmuls" in row else f"{'-':>10}"
     line += f"{row['extra_bytes'] / MIB:11.1f}" if "extra_bytes" in row else f"{'-':>11}"
     for what, width in (("loss", 9), ("hidden", 7), ("weight", 7)):

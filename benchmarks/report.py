@@ -42,6 +42,13 @@ class Result:
         return [t.seconds for t in self.times]
 
 
+def versus(faster: Range | None) -> str:
+    """How many times as fast ours is, with its range; a dash for ours itself."""
+    if faster is None:
+        return f"{'-':>12} {'':13}"
+    return f"{faster['median']:12.2f} {'({min:.2f}..{max:.2f})'.format(**faster):>13}"
+
+
 @dataclass(frozen=True)
 class Target:
     name: str

@@ -74,10 +74,7 @@ def _line(row: dict[str, Any]) -> str:
     s, faster = row["seconds"], row["ours_is_faster"]
     spread = f"({1e3 * s['min']:.4g}..{1e3 * s['max']:.4g})"
     line = f"{name}{1e3 * s['median']:9.4g} {spread:>18}{row['tokens_per_second']:11,.0f}"
-    if row["contender"] == OURS:
-        line += f"{'-':>12} {'':13}"
-    else:
-        line += f"{faster['median']:12.2f} {'({min:.2f}..{max:.2f})'.format(**faster):>13}"
+    line += report.versus(None if row["contender"] == OURS else faster)
     line += f"{row['extra_bytes'] / MIB:11.1f}" if "extra_bytes" in row else f"{'-':>11}"
     for what in ("loss", "gradient"):
         error = row[f"{what}_error"]

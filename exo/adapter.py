@@ -6,6 +6,7 @@ that adapter made. Left out: other kinds of adapters, and one on the head.
 """
 
 import copy
+import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,10 +39,8 @@ def add(model: Any, options: Options) -> Any:
     """The model with LoRA beside its layers, all else frozen; itself where the rank is 0."""
     if not options.lora_r:
         return model
-    try:
-        import peft
-    except ModuleNotFoundError:
-        raise ValueError("--lora_r: needs peft; pip install 'exo-kernels[lora]'") from None
+    import peft
+
     targets: Any = options.lora_targets if options.lora_targets == "all-linear" else options.lora_targets.split(",")
     settings = peft.LoraConfig(
         r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, target_modules=targets,
@@ -67,7 +66,9 @@ def switched_off(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def check(options: Options, model: str) -> None:
-    """ValueError where the adapter alone would be left, and what it was trained on is nowhere as a model."""
+    """ValueError without peft, or where the adapter alone would be left, and what it is for is nowhere as a model."""
+    if options.lora_r and importlib.util.find_spec("peft") is None:
+        raise ValueError("--lora_r: needs peft; pip install 'exo-kernels[lora]'")
     alone = options.lora_r and options.lora_output == "adapter"
     if alone and (models.is_adapter(model) or model == "tiny"):
         raise ValueError(

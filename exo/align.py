@@ -133,6 +133,8 @@ def run(config: Config) -> Path:
         seeing, groups, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), config.share_prompt,
         config.temperature, config.dropout,
     )  # fmt: skip
+    if accelerator.is_main_process:
+        artifacts.update_run(Path(config.output_dir), layout=packing.layout, reference=mode)
     scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
     train_groups, eval_groups = _parted(config, dataset, scored[: len(groups)], scored[len(groups) :], Counter())
 

@@ -51,7 +51,7 @@ OUTPUTS = {
 }
 # Where a run's results go and what it prints change nothing of what it makes.
 _OWN = (artifacts.RUN_FILE, "metrics.jsonl")
-_IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to", "reference_cache"}
+_IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to", "reference_cache", "profile"}
 _DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
 _READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
 
@@ -177,7 +177,7 @@ def _made(directory: Path) -> list[Path]:
         if file.is_file()
         and file.suffix not in (".png", ".html")
         and file.name not in _OWN
-        and not any(part.startswith(".") for part in file.relative_to(directory).parts)
+        and not any(part.startswith(".") or part == "profile" for part in file.relative_to(directory).parts)
     ]
 
 

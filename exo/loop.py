@@ -198,6 +198,7 @@ def train(
                 after(step, step == steps)
     finally:
         progress.stop()
+        profiler.close()
     console.say(
         f"  the gradient's norm was clipped to {config.max_grad_norm:g} in {100 * clipped / steps:.0f}% of the steps"
     )

@@ -137,12 +137,24 @@ class Packing(NamedTuple):
         Sorted by length, so that little is padding; the loss is a sum over groups and does not mind the order.
         """
         parts: list[list[G]] = []
+        tokens = 0
         for group in sorted(groups, key=lambda g: (-g.longest, g.line)):
-            if parts and self.tokens([*parts[-1], group]) <= self.max_tokens:
+            more = self._with_one_more(parts[-1], tokens, group) if parts else self.max_tokens + 1
+            if more <= self.max_tokens:
                 parts[-1].append(group)
+                tokens = more
             else:
                 parts.append([group])
+                tokens = self.tokens([group])
         return parts
+
+    def _with_one_more(self, part: Sequence[TokenGroup], tokens: int, group: TokenGroup) -> int:
+        """Of a part that has so many tokens, and this group, which is no longer than its others; without laying out all
+        of them again where no row is shared among units.
+        """
+        if self.layout == "padded":
+            return tokens + len(group.completions) * part[0].longest
+        return tokens + self.tokens([group]) if self.one_row else self.tokens([*part, group])
 
     def each(self, groups: Sequence[G], of: Callable[[list[G]], Sequence[R]]) -> list[R]:
         """What `of` gives for each group, asked a micro-batch at a time; in the order of the groups."""

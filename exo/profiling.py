@@ -94,6 +94,7 @@ class Profiler:
     def __init__(self, steps: int, directory: Path, accelerator: Accelerator) -> None:
         self.steps, self.directory, self.device = steps, directory, accelerator.device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        self.tells = accelerator.is_main_process
         self.trace: Any = None
         self.began = self.tokens = 0.0
 
@@ -121,10 +122,19 @@ class Profiler:
         found, _now = _now, None
         seconds = time.perf_counter() - self.began
         self.trace.stop()
+        if not self.tells:
+            return
         place = self.directory / "profile"
         place.mkdir(exist_ok=True)
         self.trace.export_chrome_trace(str(place / "trace.json"))
         self._tell(found, seconds, number - FROM, place)
+
+    def close(self) -> None:
+        """A run that ends early leaves no profile going on."""
+        global _now
+        if _now is not None:
+            _now = None
+            self.trace.stop()
 
     def _tell(self, found: _Profile, seconds: float, steps: int, place: Path) -> None:
         console.say(f"  where a step's time goes ({steps} steps, {seconds / steps:.3g} s each):")

@@ -52,8 +52,10 @@ def score(
 ) -> list[TokenGroup]:
     """The groups with this model's log-probs as their reference; kept in the directory `keep`, and taken from there."""
     kept = Kept(keep, _identity(model, groups, accelerator, packing, temperature), groups) if keep else None
-    if kept and kept.known:
-        console.say(f"  {len(kept.known):,} of {len(groups):,} prompts are known from {kept.path}")
+    if kept:
+        console.say(
+            f"  {len(kept.known):,} of {len(groups):,} prompts are known from {kept.path}, which may be deleted"
+        )
     progress = console.Progress("prompts", len(groups), every=max(1, len(groups) // 5))
     with policy.scoring(model, accelerator, packing, temperature) as of:
 

@@ -1,5 +1,7 @@
 """Which layout a run takes: what saves tokens, what a model bears; and what is said where it does not bear it."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -111,6 +113,8 @@ def test_a_run_shares_and_is_the_run_that_does_not(tmp_path, capsys):
         arguments = ["--model", start, "--data", data, "--share_prompt", share, "--output_dir", str(tmp_path / share)]
         arguments += ["--max_steps", "6", "--batch_size", "4", "--learning_rate", "1e-3", "--device", "cpu"]
         assert align.main([*arguments, "--max_tokens_per_batch", "64", "--beta_pi", "0.5"]) == 0
+        record = json.loads((tmp_path / share / "run.json").read_text())
+        assert (record["layout"], record["reference"]) == ("shared" if share == "on" else "padded", "cache")
         weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / share).state_dict())
     assert "a prompt stands once" in capsys.readouterr().out
     for name, value in weights[0].items():

@@ -134,6 +134,8 @@ def test_micro_batches_hold_every_group_once_within_the_budget(packing):
     for part in parts:
         size = packing.collate(part).input_ids.numel()
         assert size == packing.tokens(part) and (size <= 300 or len(part) == 1)
+    for part, following in zip(parts, parts[1:], strict=False):
+        assert packing.tokens([*part, following[0]]) > 300, "no part is closed too early"
     if packing.layout == "padded":
         sizes = [max(g.longest for g in part) * sum(len(g.completions) for g in part) for part in parts]
         assert sizes == [packing.tokens(part) for part in parts]

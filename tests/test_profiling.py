@@ -49,3 +49,10 @@ def test_activations_are_those_kept_without_the_parameters(capsys):
     with profiling.activations(layer, 7):
         layer(x).relu().sum()
     assert "activations: 8 MiB for a micro-batch of 7 tokens" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_leaves_no_profile_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(align.loop, "_update", lambda *a: (_ for _ in ()).throw(RuntimeError) if a[4] == 4 else 0.0)
+    with pytest.raises(RuntimeError):
+        aligned(tmp_path, "run", "--profile", "3")
+    assert profiling._now is None
