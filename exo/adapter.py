@@ -7,6 +7,7 @@ that adapter made. Left out: other kinds of adapters, and one on the head.
 
 import copy
 import importlib.util
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,7 +48,9 @@ def add(model: Any, options: Options) -> Any:
         task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
-        found = peft.get_peft_model(model, settings)
+        with warnings.catch_warnings():  # between peft and transformers
+            warnings.simplefilter("ignore", FutureWarning)
+            found = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise ValueError(f"--lora_targets {options.lora_targets}: {str(error).splitlines()[0]}") from None
     trained = sum(p.numel() for p in found.parameters() if p.requires_grad)

@@ -230,18 +230,20 @@ def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGrou
         dots = "..." if len(group.prompt) > 40 else ""
         more = "..." if len(group.completions[0]) > 40 else ""
         console.say(f"  line {group.line}: {dots}{prompt!r} -> [[{completion!r}]]{more}")
-    console.say("  (the loss is taken between [[ and ]])")
+    console.say("  (the loss is taken between [[ and ]]; what all completions of a prompt begin with stands before)")
 
 
 def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: Accelerator) -> int:
-    """Bytes in a process: fp32 weights, gradients, two moments; the head's budget, or twice the logits of the largest
-    micro-batch where that is less; and what autocast keeps of the weights in 16 bits, or a second model that scores,
-    whichever is more."""
+    """Bytes in a process: fp32 weights; gradients and two moments where they are trained, which of LoRA's is next to
+    nothing; the head's budget, or twice the logits of the largest micro-batch where that is less; and what autocast
+    keeps of the weights in 16 bits, or a second model that scores, whichever is more."""
     widest = max(group.longest * len(group.completions) for group in groups)
     tokens = min(max(config.max_tokens_per_batch, widest), sum(g.longest * len(g.completions) for g in groups))
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    beside = 4 if config.ref_model else 0 if accelerator.mixed_precision == "no" else 2
-    return (16 + beside) * models.parameter_count(model) + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
+    second = config.ref_model or (config.reference == "live" and not config.lora_r)
+    beside = 4 if second else 0 if accelerator.mixed_precision == "no" else 2
+    trained = 4 if config.lora_r else 16
+    return (trained + beside) * models.parameter_count(model) + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
 
 
 def _reference_model(config: Config, groups: list[TokenGroup], tokenizer: Any) -> Any:

@@ -61,14 +61,19 @@ def border(hidden: Tensor, rows: int, model: nn.Module, head: Tensor) -> None:
     if _now is None or not hidden.requires_grad:
         return
     embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    body = sum(p.numel() for p in model.parameters()) - head.numel() - embedding.numel() * (embedding is not head)
-    _now.operations += 6.0 * (body * hidden[..., 0].numel() + rows * head.numel())
+    body = sum(_operations(p) for p in model.parameters() if p is not head and p is not embedding)
+    _now.operations += body * hidden[..., 0].numel() + _operations(head) * rows
 
     def reached(gradient: Tensor) -> None:
         if _now is not None:
             _now.switch("other", "body")
 
     hidden.register_hook(reached)
+
+
+def _operations(parameter: Tensor) -> float:
+    """A token: two forward, two for the gradient in its input, and two for its own where it has one."""
+    return (6.0 if parameter.requires_grad else 4.0) * parameter.numel()
 
 
 @contextmanager
@@ -143,7 +148,7 @@ class Profiler:
         rate, peak = found.operations / seconds, _matmul_rate(self.device, self.dtype)
         console.say(
             f"    {self.tokens / seconds:,.0f} tokens/s; {rate / 1e12:.3g} Tflop/s, {100 * rate / peak:.0f}% of a "
-            f"matrix product's {peak / 1e12:.3g} (6 a parameter and token; attention not counted)"
+            f"matrix product's {peak / 1e12:.3g} (6 a trained parameter and token, 4 a frozen one; no attention)"
         )
         console.say(f"    trace: {place / 'trace.json'}")
 
