@@ -13,11 +13,12 @@ TRAIN = [
     "transformers>=5.10",
 ]
 LORA = ["peft>=0.18"]
+QLORA = [*LORA, "bitsandbytes>=0.49"]
 BENCH = ["matplotlib>=3.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
 TEST = [
     *TRAIN,
     *BENCH,
-    *LORA,
+    *QLORA,
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest-xdist>=3.6",  # make test uses both cores
@@ -40,6 +41,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "lora": [*TRAIN, *LORA],
+        "qlora": [*TRAIN, *QLORA],
         "bench": BENCH,
         "test": TEST,
         "flash": ["flash-attn>=2.7"],

@@ -11,7 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, linear_contenders, linear_peers, linear_report, linear_scaling, logits_report
+from benchmarks import (
+    accuracy,
+    linear_contenders,
+    linear_peers,
+    linear_report,
+    linear_scaling,
+    logits_report,
+    plot_step,
+    step_report,
+)
 from benchmarks.harness import OURS
 from benchmarks.logits_contenders import COMPILED, EAGER, EAGER_LOW
 from benchmarks.logits_workload import MIB
@@ -22,6 +31,7 @@ COLOURS = {
     COMPILED: "#e69f00", EAGER: "#8c8c8c", EAGER_LOW: "#c8c8c8", linear_contenders.EAGER_ROWS: "#b4b4b4",
     linear_peers.LIGER: "#cc79a7", linear_peers.LIGER_TRITON: "#e0acca", linear_peers.CCE: "#d55e00",
     linear_peers.TORCH: "#c7b42c", linear_peers.TORCH_BEST: "#e3d77a", accuracy.OURS_SUMS: "#56b4e9",
+    **plot_step.COLOURS,
 }  # fmt: skip
 NAMES = {OURS: "exo_kernels", COMPILED: "torch.compile", EAGER: "eager PyTorch (fp32 log-softmax)"}
 BAR = 0.24  # inches
@@ -75,6 +85,8 @@ def _layout(rows: Rows) -> tuple[list[float], dict[str, float], float]:
 
 
 def _label(row: dict[str, Any]) -> str:
+    if row.get("suite") == step_report.SUITE:
+        return plot_step.label(row)
     if row.get("suite") == accuracy.SUITE:
         return f"D = {row['hidden']}, V = {row['vocab']}\n{row['sequences']} x {row['length']} tokens"
     shape = f"V = {row['vocab']}, {row['dtype']}"
@@ -105,7 +117,9 @@ def _time(row: dict[str, Any]) -> Bar | None:
     if "seconds" not in row:
         return None
     s, name = row["seconds"], row["contender"]
-    ratio = row["x_eager"] if name != EAGER else None
+    ratio = row.get("x_eager") if name != EAGER else None
+    if row.get("suite") == step_report.SUITE:
+        ratio = None if name == OURS else row["ours_is_faster"]
     if row.get("suite") == linear_report.SUITE:
         ratio = row.get("of_matmuls") if name.startswith(OURS) else row["ours_is_faster"]
         ratio = None if name in linear_report.BOUNDS else ratio
@@ -186,6 +200,13 @@ def _growth(left, right, rows: Rows) -> None:
         _tidy(axes)
 
 
+def _step(left, right, rows: Rows) -> None:
+    _panel(left, plot_step.bars(rows), _time)
+    left.set_xlabel("milliseconds of a step: median, line from min to max\n(in brackets: ours is faster by)")
+    plot_step.gains(right, rows)
+    _tidy(right)
+
+
 def _accuracy(left, right, rows: Rows) -> None:
     for axes, dtype in ((left, "float32"), (right, "bfloat16")):
         own = [row for row in rows if row["dtype"] == dtype]
@@ -198,12 +219,14 @@ LINES: dict[str, tuple[Callable[[Any, Any, Rows], None], Callable[[Rows], float]
     logits_report.SUITE: (_time_and_memory, _bars_height),
     linear_report.SUITE: (_time_and_memory, _bars_height),
     linear_scaling.SUITE: (_growth, lambda rows: 3.0),
+    step_report.SUITE: (_step, lambda rows: max(3.0, _bars_height(plot_step.bars(rows)))),
     accuracy.SUITE: (_accuracy, lambda rows: _bars_height([r for r in rows if r["dtype"] == "bfloat16"] or rows)),
 }
 TITLES = {
     logits_report.SUITE: "EXO loss from logits, forward + backward",
     linear_report.SUITE: "Losses from hidden states and the head, forward + backward",
     linear_scaling.SUITE: "EXO loss from hidden states: how it grows",
+    step_report.SUITE: "A training step, from tokens to the update",
     accuracy.SUITE: "Accuracy against fp64",
 }
 

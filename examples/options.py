@@ -1,6 +1,6 @@
 """Learning curves of one alignment with each option that changes its speed or memory, on one picture.
 
-python examples/options.py --data FILE --out DIR [--model tiny] [--steps 60]. Curves that lie on each other are the
+python examples/options.py --data FILE --out DIR [--model tiny] [--steps 40]. Curves that lie on each other are the
 point: LoRA alone trains something else. Prints the largest difference of losses from the plain run and tokens a second.
 """
 
@@ -33,8 +33,8 @@ OPTIONS = {
 def run(name: str, arguments: argparse.Namespace) -> list[dict]:
     out = arguments.out / name.replace(", ", "-").replace(" ", "_")
     command = [sys.executable, "-m", "exo.align", "--model", arguments.model, "--data", arguments.data]
-    command += [f"--max_steps={arguments.steps}", f"--output_dir={out}", "--overwrite_output_dir", "--batch_size=16"]
-    command += ["--learning_rate=3e-4", "--beta_pi=0.5", "--max_length=256", *arguments.more, *OPTIONS[name]]
+    command += [f"--max_steps={arguments.steps}", f"--output_dir={out}", "--overwrite_output_dir", "--batch_size=8"]
+    command += ["--learning_rate=1e-4", "--beta_pi=0.5", "--max_length=128", *arguments.more, *OPTIONS[name]]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--more", nargs="*", default=[], help="further options of exo.align")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -2,19 +2,22 @@
 
 So the reference of an alignment needs no second model, and a frozen head takes the cheaper schedule by itself. A model
 that comes with an adapter is merged with it when it is loaded (models): the start, and so the reference, is then what
-that adapter made. Left out: other kinds of adapters, and one on the head.
+that adapter made. With the frozen weights in 4 bits this is QLoRA; the reference is then the model of those weights.
+Left out: other kinds of adapters, and one on the head.
 """
 
 import copy
 import importlib.util
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from accelerate import Accelerator
 from torch import nn
 
-from exo import config, console, models
+from exo import config, console, loop, models
 from exo.config import NOT_NEGATIVE, PART, at_least, option, require
 
 
@@ -29,11 +32,20 @@ class Options(config.DataTraining):
     lora_output: Literal["merged", "adapter"] = option(
         "merged", "what the run leaves: a model that stands alone, or the adapter, which needs --model beside it"
     )
+    load_in_4bit: bool = option(False, "hold the frozen weights in 4 bits (QLoRA); needs --lora_r and bitsandbytes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.lora_r or not self.load_in_4bit, "load_in_4bit", "--lora_r too: 4 bits are not trained", True)
         heard = self.dropout or not self.lora_dropout
         require(heard, "lora_dropout", "0, or --dropout too, without which nothing is dropped out", self.lora_dropout)
+
+
+def load(options: Options, name: str, texts: Callable[[], Iterable[str]], accelerator: Accelerator) -> tuple[Any, Any]:
+    """The model that a stage begins with, and its tokenizer."""
+    if not options.load_in_4bit:
+        return models.load_or_tiny(name, texts, seed=options.seed)
+    return models.load(name, four_bits=loop.compute_dtype(accelerator))
 
 
 def add(model: Any, options: Options) -> Any:
@@ -69,9 +81,16 @@ def switched_off(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def check(options: Options, model: str) -> None:
-    """ValueError without peft, or where the adapter alone would be left, and what it is for is nowhere as a model."""
+    """ValueError without what it needs, or where the adapter alone would be left, and what it is for is nowhere as a
+    model."""
     if options.lora_r and importlib.util.find_spec("peft") is None:
         raise ValueError("--lora_r: needs peft; pip install 'exo-kernels[lora]'")
+    if options.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--load_in_4bit: needs bitsandbytes; pip install 'exo-kernels[qlora]'")
+    if options.load_in_4bit and (models.is_adapter(model) or model == "tiny"):
+        raise ValueError(
+            f"--load_in_4bit: expected a --model whose weights are read as they stand; got {model}, which is made first"
+        )
     alone = options.lora_r and options.lora_output == "adapter"
     if alone and (models.is_adapter(model) or model == "tiny"):
         raise ValueError(
@@ -81,7 +100,18 @@ def check(options: Options, model: str) -> None:
 
 
 def finished(model: Any, options: Any) -> Any:
-    """What is to be saved: the adapter, or a copy of the model that has it merged."""
+    """What is to be saved: the adapter, or a copy of the model that has it merged.
+
+    Of weights in 4 bits the copy has what they stand for: it computes what was trained, which the weights that were
+    rounded to them do not.
+    """
     if not is_one(model) or options.lora_output == "adapter":
         return model
-    return copy.deepcopy(model).merge_and_unload()
+    alone = copy.deepcopy(model)
+    if options.load_in_4bit:
+        import peft
+
+        learned, settings = peft.get_peft_model_state_dict(model), model.peft_config["default"]
+        alone = peft.get_peft_model(models.in_full(alone.unload()), settings)
+        peft.set_peft_model_state_dict(alone, learned)
+    return alone.merge_and_unload()

@@ -110,9 +110,9 @@ def run(config: Config) -> Path:
     for read in filter(None, (dataset, held_out)):
         console.say(read.summary())
     console.headline("Model")
-    model, tokenizer = models.load_or_tiny(
-        lineage.source("model", config.model, "sft", "align", "ppo"), dataset.texts, seed=config.seed
-    )
+    adapter.check(config, config.model)
+    start_model = lineage.source("model", config.model, "sft", "align", "ppo")
+    model, tokenizer = adapter.load(config, start_model, dataset.texts, accelerator)
     counts: Counter[str] = Counter()
     groups, others = (_encode(config, rows, tokenizer, counts) for rows in (dataset, held_out))
     models.check_fits(model, groups + others)
@@ -122,7 +122,6 @@ def run(config: Config) -> Path:
     other_model = _reference_model(config, groups + others, tokenizer)
     loop.refuse_empty_shares(config, len(train_groups), accelerator)
     _describe(config, model, tokenizer, train_groups, accelerator)
-    adapter.check(config, config.model)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
 
     console.headline("Reference log-probs")
@@ -234,7 +233,7 @@ def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGrou
 
 
 def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: Accelerator) -> int:
-    """Bytes in a process: fp32 weights; gradients and two moments where they are trained, which of LoRA's is next to
+    """Bytes in a process: the weights; gradients and two moments where they are trained, which of LoRA's is next to
     nothing; the head's budget, or twice the logits of the largest micro-batch where that is less; and what autocast
     keeps of the weights in 16 bits, or a second model that scores, whichever is more."""
     widest = max(group.longest * len(group.completions) for group in groups)
@@ -242,8 +241,9 @@ def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: A
     vocabulary = model.get_input_embeddings().weight.shape[0]
     second = config.ref_model or (config.reference == "live" and not config.lora_r)
     beside = 4 if second else 0 if accelerator.mixed_precision == "no" else 2
-    trained = 4 if config.lora_r else 16
-    return (trained + beside) * models.parameter_count(model) + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
+    trained = 0 if config.lora_r else 12
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return weights + (trained + beside) * models.parameter_count(model) + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
 
 
 def _reference_model(config: Config, groups: list[TokenGroup], tokenizer: Any) -> Any:

@@ -64,6 +64,10 @@ def make_accelerator(config: Compute) -> Accelerator:
     return accelerator
 
 
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
 def make_lone_accelerator(config: Compute) -> Accelerator:
     """The same for a stage whose work is not shared among processes, which would each do all of it."""
     accelerator = make_accelerator(config)

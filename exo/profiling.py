@@ -73,7 +73,8 @@ def border(hidden: Tensor, rows: int, model: nn.Module, head: Tensor) -> None:
 
 def _operations(parameter: Tensor) -> float:
     """A token: two forward, two for the gradient in its input, and two for its own where it has one."""
-    return (6.0 if parameter.requires_grad else 4.0) * parameter.numel()
+    a_byte = 2 if parameter.dtype == torch.uint8 else 1  # numbers in it, where they have 4 bits
+    return (6.0 if parameter.requires_grad else 4.0) * a_byte * parameter.numel()
 
 
 @contextmanager

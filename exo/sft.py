@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the loss of completions given their prompts, from a causal LM and texts to a model directory.
 
 python -m exo.sft --model DIR_OR_NAME --data FILE. Of preferences, the chosen completion is learned. Mean over the
-completion tokens of a step, whatever the micro-batches. Left out: held-out evaluation, packing.
+completion tokens of a step, whatever the micro-batches. Left out: held-out evaluation.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from torch import nn
 
-from exo import adapter, artifacts, attention, config, console, data, encoding, lineage, loop, models, runs
+from exo import adapter, artifacts, attention, config, console, data, encoding, layouts, lineage, loop, models, runs
 from exo.config import MODEL, POSITIVE, named, option
 from exo.encoding import TokenGroup
 from exo.head import CausalHead
@@ -54,9 +54,8 @@ def run(config: Config) -> Path:
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
     console.say(dataset.summary())
-    model, tokenizer = models.load_or_tiny(
-        lineage.source("model", config.model, "sft"), dataset.texts, seed=config.seed
-    )
+    adapter.check(config, config.model)
+    model, tokenizer = adapter.load(config, lineage.source("model", config.model, "sft"), dataset.texts, accelerator)
     limits = encoding.Limits(config.max_length, config.max_completion_length, config.truncate)
     groups, counts = encoding.encode(dataset.groups, tokenizer, limits, config.data)
     console.counts(counts)
@@ -64,17 +63,22 @@ def run(config: Config) -> Path:
         raise data.DataError(f"{config.data}: no row is left to train on")
     models.check_fits(model, groups)
     loop.refuse_empty_shares(config, len(groups), accelerator)
-    adapter.check(config, config.model)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
     steps = loop.total_steps(config, len(groups))
     console.say(
         f"{len(groups):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
+    packing = layouts.choose(
+        [model.to(accelerator.device)], groups, accelerator,
+        Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), "off", 1.0, config.dropout,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        artifacts.update_run(Path(config.output_dir), layout=packing.layout)
     module = NextToken(adapter.add(model, config)).train(config.dropout)
     loop.train(
         module, loop.batches(groups, config, steps), steps, config, accelerator, metrics,
-        packing=Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), denominator=_tokens,
+        packing=packing, denominator=_tokens,
         steps_an_epoch=loop.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
     return runs.end(metrics, adapter.finished(module.model, config), tokenizer, accelerator)

@@ -1,6 +1,7 @@
 """LoRA: the reference is the model without it, what is left the model with it, and an earlier adapter is not lost."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -120,6 +121,46 @@ def test_a_frozen_head_takes_the_schedule_for_it(start, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "choose", spying)
     aligned(start, tmp_path, "run")
     assert {schedule for schedule, trained in taken if trained} == {"deferred"}
+
+
+def test_weights_in_four_bits_are_the_reference_too_and_what_is_left_computes_what_was_trained(
+    start, tmp_path, monkeypatch
+):
+    pytest.importorskip("bitsandbytes")
+    trained = []
+    finish = adapter.finished
+    monkeypatch.setattr(
+        adapter, "finished", lambda model, options: trained.append(logits(model)) or finish(model, options)
+    )
+    run = aligned(start, tmp_path, "run", "--load_in_4bit", "--learning_rate", "3e-2")
+    first, *_, last = (line for line in lines(run / "metrics.jsonl") if "loss" in line)
+    assert first["log_ratios/mean_square"] < 1e-6, "the reference has the policy's own weights, 4 bits of them"
+    assert last["log_ratios/mean_square"] > 0.01, "the policy has moved"
+    again = models.load(str(run))[0]
+    assert (logits(again) - trained[0]).abs().max() < 1e-4
+    assert "quantization_config" not in again.config.to_dict()
+    whole, rounded = models.load(start)[0], models.load(start, four_bits=torch.float32)[0]
+    assert (logits(rounded) - logits(whole)).abs().max() > 0.01, "so merging with the weights in full would show"
+    assert models.parameter_count(rounded) == models.parameter_count(whole)
+    alone = aligned(start, tmp_path, "alone", "--load_in_4bit", "--lora_output", "adapter")
+    assert models.is_adapter(str(alone))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--load_in_4bit"], "--load_in_4bit: expected --lora_r too"),
+        (
+            ["--load_in_4bit", "--lora_r", "4", "--model", "tiny"],
+            "--load_in_4bit: expected a --model whose weights are",
+        ),
+    ],
+)
+def test_four_bits_without_what_they_need_are_one_line(start, tmp_path, capsys, options, said):
+    arguments = ["--model", start, "--data", write_rows(tmp_path / "rows.jsonl", rows())]
+    with pytest.raises(SystemExit) if "tiny" not in options else nullcontext():
+        assert align.main([*arguments, "--output_dir", str(tmp_path / "run"), *options]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_names_of_layers_that_are_not_there_are_one_line(start, tmp_path, capsys):

@@ -49,7 +49,7 @@ def match(row: Row, expected: Shape | None, known: tuple[Shape, ...]) -> Shape:
     if fitting and expected in (None, fitting[0]):
         return fitting[0]
     if expected is None:
-        if {"prompt", "completions"} <= row.keys():
+        if {"prompt", "completions"} <= row.keys() and "rewards" not in row:
             raise Malformed("samples without rewards; python -m exo.score makes them")
         shapes = ", ".join(map(str, known))
         raise Malformed(f"unknown shape, keys found: {names(row)}; shapes read: {shapes}")

@@ -8,6 +8,7 @@ try:
     from exo.models.loading import (
         check_fits,
         classifier_from,
+        in_full,
         is_adapter,
         load,
         load_classifier,
@@ -26,7 +27,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"exo needs {error.name}: pip install 'exo-kernels[train]'", name=error.name) from None
 
 __all__ = [
-    "PAD", "attend", "check_fits", "classifier_from", "is_adapter", "load", "load_classifier", "load_or_tiny",
-    "load_tokenizer", "parameter_count", "parameters_of", "refuse_unsupported", "save", "save_checkpoint", "tiny",
-    "word_level",
+    "PAD", "attend", "check_fits", "classifier_from", "in_full", "is_adapter", "load", "load_classifier",
+    "load_or_tiny", "load_tokenizer", "parameter_count", "parameters_of", "refuse_unsupported", "save",
+    "save_checkpoint", "tiny", "word_level",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,8 +31,12 @@ from exo.models.refusals import refuse_unsupported
 from exo.models.small import PAD, tiny
 
 
-def load(name: str | PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name: str | PathLike[str], *, four_bits: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in fp32 and its tokenizer, from a directory or a hub name; an adapter's, merged with its model.
+
+    `four_bits` holds the weights of its layers, but the head, in NF4, to compute with them in that dtype.
 
     Weights come from safetensors only and no code of the repository is run: neither a pickle nor a
     modelling file can execute anything here. Every refusal is a one-line ValueError.
@@ -46,7 +51,22 @@ def load(name: str | PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenize
         config = _load_config(name)
         refuse_unsupported(config)
         tokenizer = load_tokenizer(name)  # before the weights, which take longer to read
-        return _load_weights(AutoModelForCausalLM, name, config), tokenizer
+        rounded = {} if four_bits is None else {"quantization_config": _nf4(four_bits)}
+        return _load_weights(AutoModelForCausalLM, name, config, **rounded), tokenizer
+
+
+def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
+    """As QLoRA has it: normal floats, their scales rounded too."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def in_full(model: Any) -> Any:
+    """A model in 4 bits as one in fp32, of the same numbers."""
+    with _without_warnings():
+        found = model.dequantize(torch.float32)
+    return found.float()
 
 
 def is_adapter(name: str) -> bool:
@@ -130,8 +150,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Parameters of the model, a tied head counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of the model, a tied head counted once; of those in 4 bits there are two in a byte."""
+    return sum(parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1) for parameter in model.parameters())
 
 
 def parameters_of(name: str) -> int:
@@ -189,7 +209,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_weights(kind: Any, name: str, config: PreTrainedConfig, *, head_is_new: bool = False) -> PreTrainedModel:
+def _load_weights(
+    kind: Any, name: str, config: PreTrainedConfig, *, head_is_new: bool = False, **settings: Any
+) -> PreTrainedModel:
     what = "weights in safetensors (pickles are not read; save_pretrained converts)"
     with _explained(name, what), _without_warnings():
         # Typed for its usual answer; asked for its report as well, it gives two things.
@@ -201,6 +223,7 @@ def _load_weights(kind: Any, name: str, config: PreTrainedConfig, *, head_is_new
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
+            **settings,
         )
     model, report = loaded
     # transformers fills what is missing or misshapen with random numbers, and warns.
