@@ -36,7 +36,9 @@ class Options(config.DataTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.lora_r or not self.load_in_4bit, "load_in_4bit", "--lora_r too: 4 bits are not trained", True)
+        require(
+            bool(self.lora_r) or not self.load_in_4bit, "load_in_4bit", "--lora_r too: 4 bits are not trained", True
+        )
         heard = self.dropout or not self.lora_dropout
         require(heard, "lora_dropout", "0, or --dropout too, without which nothing is dropped out", self.lora_dropout)
 

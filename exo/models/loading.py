@@ -51,7 +51,7 @@ def load(
         config = _load_config(name)
         refuse_unsupported(config)
         tokenizer = load_tokenizer(name)  # before the weights, which take longer to read
-        rounded = {} if four_bits is None else {"quantization_config": _nf4(four_bits)}
+        rounded: dict[str, Any] = {} if four_bits is None else {"quantization_config": _nf4(four_bits)}
         return _load_weights(AutoModelForCausalLM, name, config, **rounded), tokenizer
 
 
