@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from benchmarks.harness import OURS
 from benchmarks.step_workload import BETA, EPS, Problem
-from exo import layouts, loop, policy, reference
+from exo import layouts, loop, policy, reference, steps
 from exo.config import DataTraining
 from exo.packing import Packing
 
@@ -57,11 +57,10 @@ def _ours(name: str, problem: Problem, device: str, layout: Any) -> Contender:
 
     def gradient() -> float:
         parts = packing.micro_batches(groups)
-        return loop._accumulate(module, parts, len(groups), accelerator, packing.collate, 1)[0]
+        return steps.accumulate(module, parts, len(groups), accelerator, packing.collate, 1, config)[0]
 
     def step() -> None:
-        gradient()
-        loop._update(module, optim, config, accelerator, 1, groups)
+        steps.update(module, optim, config, accelerator, 1, groups, gradient())
 
     def first() -> tuple[float, torch.Tensor]:
         loss = gradient()

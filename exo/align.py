@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from exo import (
     adapter,
     artifacts,
+    batches,
     config,
     console,
     data,
@@ -98,9 +99,9 @@ class Config(adapter.Options):
         require(0 <= eps < 1 and not (eps == 0 and self.loss == "exo"), "label_smoothing", expected, eps)
 
 
-def run(config: Config) -> Path:
+@lineage.stage("align")
+def run(config: Config, start: lineage.Start) -> Path:
     """Align and return the run directory."""
-    start = lineage.start(config, "align")
     dataset = _read(config, config.data)
     held_out = _read(config, config.eval_data) if config.eval_data else None
     accelerator = loop.make_accelerator(config)
@@ -120,7 +121,7 @@ def run(config: Config) -> Path:
     console.counts(counts)
     mode = reference.mode(config.reference, groups + others)
     other_model = _reference_model(config, groups + others, tokenizer)
-    loop.refuse_empty_shares(config, len(train_groups), accelerator)
+    batches.refuse_empty_shares(config, len(train_groups), accelerator)
     _describe(config, model, tokenizer, train_groups, accelerator)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
 
@@ -145,12 +146,12 @@ def run(config: Config) -> Path:
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature, reference=live,
     ).train(config.dropout)  # fmt: skip
     watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics, packing)
-    steps = loop.total_steps(config, len(train_groups))
+    steps = batches.total_steps(config, len(train_groups))
     loop.train(
-        module, loop.batches(train_groups, config, steps), steps, config, accelerator, metrics,
+        module, batches.Batches(train_groups, config, steps), steps, config, accelerator, metrics,
         packing=packing, denominator=len, shown=SHOWN,
-        steps_an_epoch=loop.epoch_steps(config, len(train_groups)),
-        first=_first_loss_check(config, mode, module, train_groups, accelerator), after=watch,
+        steps_an_epoch=batches.epoch_steps(config, len(train_groups)),
+        first=_first_loss_check(config, mode, module, train_groups, accelerator), after=watch, parts={"watch": watch},
     )  # fmt: skip
     directory = runs.end(metrics, adapter.finished(trained, config), tokenizer, accelerator, watch.last)
     _conclude(directory, watch)
@@ -211,7 +212,7 @@ def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGrou
     """What will be trained on what, before any time is spent on it."""
     kind = "preferences" if groups[0].rewards is None else "rewards"
     parameters = models.parameter_count(model)
-    steps = loop.total_steps(config, len(groups))
+    steps = batches.total_steps(config, len(groups))
     sizes = sorted({len(group.completions) for group in groups})
     lengths = sorted(group.longest for group in groups)
     console.say(
@@ -275,7 +276,7 @@ def _first_loss_check(
     config: Config, mode: str, module: policy.PolicyLoss, groups: list[TokenGroup], accelerator: Accelerator
 ) -> Any:
     """A function that compares the first loss with what theory says where policy equals reference."""
-    first = next(loop.batches(groups, config, 1))
+    first = next(batches.Batches(groups, config, 1))
     expected, tolerance = module.expected_first_loss(first, accelerator.mixed_precision)
     most = module.most_mean_square(first, accelerator.mixed_precision)
 
@@ -321,6 +322,12 @@ class _Watch:
             self._evaluate(step)
         if config.save_steps and step % config.save_steps == 0 and self.accelerator.is_main_process:
             self._save(f"step-{step}")
+
+    def state(self) -> dict[str, float | None]:
+        return {"best": self.best if self.best < float("inf") else None}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.best = float("inf") if state["best"] is None else state["best"]
 
     def _evaluate(self, step: int) -> None:
         self.last = policy.evaluate(self.module, self.groups, self.accelerator, self.packing)

@@ -1,10 +1,12 @@
 """The run directory: who may use it, what is written to it, and writing so that half a file is never seen.
 
 Every file appears complete: written beside its place, flushed to the disk, renamed. Metrics are appended a whole
-line at a time. Left out: checkpoints that can be resumed.
+line at a time. One process at a time writes to a run. Left out: what a run that was killed goes on from (checkpoints).
 """
 
 import datetime
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,8 +21,11 @@ from typing import Any
 
 import torch
 
+from exo import signals
+
 RUN_FILE = "run.json"
 STAGING = ".staging"  # how names of what is half made begin
+LOCK = ".lock"
 PACKAGES = ("exo-kernels", "torch", "triton", "transformers", "tokenizers", "accelerate", "safetensors")
 
 
@@ -28,33 +33,34 @@ class RunError(RuntimeError):
     """Why a run cannot begin or go on; one line."""
 
 
-def check(directory: str, *, overwrite: bool, inputs: Iterable[str] = ()) -> None:
-    """RunError for a directory that no run may be written to: call it before any work is done.
+def check_apart(directory: str, inputs: Iterable[str]) -> None:
+    """RunError where what a run reads is in its own directory, which may be emptied."""
+    for name in inputs:
+        if Path(name).exists() and Path(name).resolve().is_relative_to(Path(directory).resolve()):
+            raise RunError(f"--output_dir {directory}: holds {name}, which this run reads; choose another")
 
-    `inputs` are the paths that the run reads, which must not be in what may be removed.
-    """
+
+def check(directory: str, *, overwrite: bool) -> None:
+    """RunError for a directory that no run may be written to: call it before any work is done."""
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise RunError(f"--output_dir {directory}: expected a directory, found a file")
-    for name in inputs:
-        if Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
-            raise RunError(f"--output_dir {directory}: holds {name}, which this run reads; choose another")
     if is_run(path):
         if not overwrite:
             raise RunError(
                 f"--output_dir {directory}: holds an earlier run; choose another or pass --overwrite_output_dir"
             )
-    elif path.exists() and not all(entry.name.startswith(STAGING) for entry in path.iterdir()):
+    elif path.exists() and not all(entry.name.startswith((STAGING, LOCK)) for entry in path.iterdir()):
         # not ours to remove, whatever the flags say
         raise RunError(f"--output_dir {directory}: holds files that no run wrote; choose another")
 
 
-def prepare(directory: str, *, overwrite: bool, inputs: Iterable[str] = ()) -> Path:
+def prepare(directory: str, *, overwrite: bool) -> Path:
     """Create the run directory, and with `overwrite` empty it of an earlier run.
 
     Call it when everything else that can be checked has been: a run that cannot begin must not cost an earlier one.
     """
-    check(directory, overwrite=overwrite, inputs=inputs)
+    check(directory, overwrite=overwrite)
     path = Path(directory)
     if is_run(path):
         _empty(path)
@@ -67,9 +73,35 @@ def _empty(run: Path) -> None:
     for entry in run.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != RUN_FILE:
+        elif entry.name not in (RUN_FILE, LOCK):
             entry.unlink()
     (run / RUN_FILE).unlink()
+
+
+@contextmanager
+def locked(directory: str) -> Iterator[None]:
+    """RunError where another process writes to the run. A process that dies, however it does, locks nothing.
+
+    Of several processes of one run the first locks for all.
+    """
+    path = Path(directory)
+    if os.environ.get("RANK", "0") != "0" or (path.exists() and not path.is_dir()):
+        yield
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / LOCK, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle.fileno()).st_ino != (path / LOCK).stat().st_ino:
+                raise BlockingIOError  # someone ended, and someone else began, since it was opened
+        except (BlockingIOError, FileNotFoundError):
+            raise RunError(f"--output_dir {directory}: another process is writing there; choose another") from None
+        try:
+            yield
+        finally:
+            (path / LOCK).unlink(missing_ok=True)
+            if not any(path.iterdir()):  # refused, and so as it was before
+                path.rmdir()
 
 
 def is_run(directory: Path, stage: str | None = None) -> bool:
@@ -99,6 +131,7 @@ def staged(target: Path) -> Iterator[Path]:
         if target.exists():
             os.rename(target, previous)
         os.rename(staging, target)
+        _flush(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -115,19 +148,23 @@ def staged_into(directory: Path) -> Iterator[Path]:
         _flush_all(staging)
         for entry in sorted(staging.iterdir()):
             os.replace(entry, directory / entry.name)
+        _flush(directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _flush_all(directory: Path) -> None:
-    for file in directory.rglob("*"):
-        if file.is_file():
-            _flush(file)
+    for entry in (*directory.rglob("*"), directory):
+        _flush(entry)
 
 
-def _flush(file: Path) -> None:
-    with open(file, "rb+") as handle:
-        os.fsync(handle.fileno())
+def _flush(entry: Path) -> None:
+    """A file's contents, or a directory's names, to the disk itself."""
+    handle = os.open(entry, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -143,22 +180,66 @@ def staged_file(path: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 class Metrics:
-    """metrics.jsonl: one object a line, one line a write."""
+    """metrics.jsonl: one object a line, one line a write. A run that goes on cuts what came after its state."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._file = open(path, "ab", buffering=0)
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.write(f"{json.dumps(values, allow_nan=False)}\n".encode())
+
+    def size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def cut(self, size: int) -> None:
+        if self.size() > size:
+            self._file.truncate(size)
 
     def close(self) -> None:
         self._file.close()
+
+
+class Pieces:
+    """Work in pieces, kept as they are done: a line of JSON a piece. What a kill cut off is done again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[int, Any] = {}
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            try:
+                number, sha, value = json.loads(line)
+                if not line.endswith(b"\n") or sha != _digest(value):
+                    break
+            except (ValueError, TypeError):
+                break
+            self.known[number] = value
+            whole += len(line)
+        self._file = open(path, "ab", buffering=0)
+        self._file.truncate(whole)
+
+    def of(self, number: int, make: Callable[[], Any]) -> Any:
+        """The piece of that number, made where it is not known."""
+        if number not in self.known:
+            value = self.known[number] = make()
+            self._file.write(f"{json.dumps([number, _digest(value), value])}\n".encode())
+        return self.known[number]
+
+    def done(self) -> None:
+        """What was made of the pieces is there, so that they are not needed."""
+        self._file.close()
+        self.path.unlink()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def write_run(directory: Path, config: Any, stage: str, **facts: Any) -> None:
@@ -206,10 +287,14 @@ def _flags(config: Any) -> list[str]:
 def guarded(run: Callable[[Any], object], options: Any) -> int:
     """Run a stage for the command line: one line for what can go wrong, and an exit code."""
     try:
+        signals.end_in_order()
         run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except signals.Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return 128 + stopped.signum
     except (ValueError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

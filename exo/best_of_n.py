@@ -25,9 +25,9 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def run(config: Config) -> Path:
+@lineage.stage("best_of_n")
+def run(config: Config, start: lineage.Start) -> Path:
     """Choose, and return the run directory, which has samples.jsonl."""
-    start = lineage.start(config, "best_of_n")
     path = lineage.source("data", config.data, "score")
     dataset = data.read(path, purpose="samples")
     console.say(dataset.summary())

@@ -107,6 +107,13 @@ class Training(Scoring):
     profile: int = option(0, "steps to profile: a trace in output_dir/profile, and where their time goes", NOT_NEGATIVE)
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step", at_least(1))
+    checkpoint_steps: int = option(
+        100, "steps between states that a killed run goes on from; 0 saves one only when told to stop", NOT_NEGATIVE
+    )
+    allow_changes: bool = option(False, "go on with an unfinished run though options, inputs or processes are others")
+    on_nan: Literal["stop", "skip"] = option(
+        "stop", "a loss or gradient that is not finite ends the run before the update, or skips the update"
+    )
     report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
 
 

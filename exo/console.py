@@ -47,13 +47,13 @@ def duration(seconds: float) -> str:
 class Progress:
     """A known amount of work: how far, how fast, how long yet."""
 
-    def __init__(self, label: str, total: int, *, every: int, quiet: bool = False) -> None:
+    def __init__(self, label: str, total: int, *, every: int, quiet: bool = False, done: int = 0) -> None:
         quiet = quiet or _muted
         self._label, self._total, self._every, self._quiet = label, total, every, quiet
-        self._done, self._began = 0, time.perf_counter()
+        self._done, self._before, self._began = done, done, time.perf_counter()
         self._bar = None if quiet or not sys.stdout.isatty() else _bar()
         if self._bar is not None:
-            self._task = self._bar.add_task(label, total=total, values="")
+            self._task = self._bar.add_task(label, total=total, completed=done, values="")
             self._bar.start()
 
     def advance(self, amount: int = 1, values: Mapping[str, float] | None = None) -> None:
@@ -66,8 +66,9 @@ class Progress:
                 self._bar.stop()
         elif not self._quiet and (finished or self._done // self._every > before // self._every):
             spent = max(time.perf_counter() - self._began, 1e-9)
-            left = spent / self._done * (self._total - self._done)
-            rate = f"{self._done / spent:,.1f}/s" + (f", {duration(left)} left" if not finished else "")
+            rate_now = (self._done - self._before) / spent  # what an earlier run did took none of this time
+            left = (self._total - self._done) / rate_now
+            rate = f"{rate_now:,.1f}/s" + (f", {duration(left)} left" if not finished else "")
             say("  " + "  ".join(filter(None, (f"{self._label} {self._done}/{self._total}", shown, rate))))
 
     def stop(self) -> None:

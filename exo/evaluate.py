@@ -58,9 +58,9 @@ class Checkpoint(NamedTuple):
     path: str
 
 
-def run(config: Config) -> Path:
+@lineage.stage("evaluate")
+def run(config: Config, start: lineage.Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
-    start = lineage.start(config, "evaluate")
     prompts, chosen = _prompts(config)
     baseline = _baseline(config, prompts)
     accelerator = loop.make_lone_accelerator(config)

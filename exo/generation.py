@@ -11,11 +11,13 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from exo import signals
 from exo.head import evaluating
 
 
@@ -46,11 +48,13 @@ def sample(
     numbers: Sequence[int] | None = None,
     batch_size: int = 512,
     progress: Callable[[int], object] | None = None,
+    keep: Callable[[int, Callable[[], list[Sample]]], list[Sample]] | None = None,
 ) -> list[list[Sample]]:
     """Draw `k` completions of each prompt; those of prompt i are in row i.
 
-    `batch_size` counts sequences; `progress` is called with the number of sequences just done. `numbers` names the
-    prompts (default: their index), so that a part of the prompts gets what it would get among all of them.
+    `batch_size` counts sequences; `progress` is called with the number of sequences just done. `keep(number, draw)`
+    gives a batch's samples, by calling `draw` or from what it knows of an earlier run. `numbers` names the prompts
+    (default: their index), so that a part of the prompts gets what it would get among all of them.
     A completion depends on (seed, number of its prompt, its number among the k) alone. Rounding is
     the one exception: matrix products round differently at other batch sizes, and a draw within
     that error (about 1e-6 in fp32) of the border between two tokens goes either way.
@@ -61,11 +65,16 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [(i, j) for i in order for j in range(k)]
     drawn: dict[tuple[int, int], Sample] = {}
+
+    def draw(batch: list[tuple[int, int]]) -> list[Sample]:
+        uniforms = torch.stack([_stream(seed, numbers[i], j, max_new_tokens) for i, j in batch])
+        return _draw(model, tokenizer.eos_token_id, prompts, batch, uniforms, temperature, top_p)
+
     with evaluating(model), torch.no_grad():
         for start in range(0, len(rows), batch_size):
+            signals.stop_if_asked()
             batch = rows[start : start + batch_size]
-            uniforms = torch.stack([_stream(seed, numbers[i], j, max_new_tokens) for i, j in batch])
-            samples = _draw(model, tokenizer.eos_token_id, prompts, batch, uniforms, temperature, top_p)
+            samples = draw(batch) if keep is None else keep(start // batch_size, partial(draw, batch))
             drawn.update(zip(batch, samples, strict=True))
             if progress is not None:
                 progress(len(batch))

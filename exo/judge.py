@@ -63,14 +63,14 @@ class Config(config.Stage):
         return self.cache or str(Path(self.output_dir).parent / "judge-cache.jsonl")
 
 
-def run(config: Config) -> Path:
+@lineage.stage("judge")
+def run(config: Config, start: lineage.Start) -> Path:
     """Judge and return the run directory."""
     template = Template(config.template)
     if template.shows_reference and not config.references:
         raise ValueError(f"--references: expected a file, since the template {config.template} shows a reference")
     key = endpoint.key_from(config.api_key_env, KEY_VARIABLE)
     config = dataclasses.replace(config, a=systems.source("a", config.a), b=systems.source("b", config.b))
-    start = lineage.start(config, "judge")
     pairs = _pairs(config)
     chat = Chat(
         config.endpoint, config.model, key,
@@ -141,7 +141,7 @@ def _judge_all(
             if silent == min(patience, len(tasks)):
                 down = (
                     f"--endpoint {config.endpoint}: {silent} requests in a row were not answered, last: "
-                    f"{judgement.reason}; answers so far are kept: run again with --overwrite_output_dir to go on"
+                    f"{judgement.reason}; answers so far are kept: the same command goes on"
                 )
                 break
     finally:

@@ -61,14 +61,15 @@ class Config(config.Stage):
         return [(first, second) for first, second in entries]
 
 
-def run(config: Config) -> Path:
+@lineage.stage("label")
+def run(config: Config, start: lineage.Start) -> Path:
     """Make the sheets, or count them, and return the run directory."""
-    return _export(config) if config.mode == "export" else _import(config)
+    return _export(config, start) if config.mode == "export" else _import(config, start)
 
 
-def _export(config: Config) -> Path:
+def _export(config: Config, start: lineage.Start) -> Path:
     files = {name: systems.source("systems", file) for name, file in config.files().items()}
-    start = lineage.start(config, "label", files.values())
+    artifacts.check_apart(config.output_dir, files.values())
     answers = {name: systems.read(file) for name, file in files.items()}
     references = systems.read_references(config.references)[0] if config.references else {}
     keys = systems.shared(answers | ({"references": references} if references else {}), config.limit, config.seed)
@@ -128,10 +129,10 @@ def _items(
     return dict(sorted(items.items()))
 
 
-def _import(config: Config) -> Path:
+def _import(config: Config, start: lineage.Start) -> Path:
     assert config.sheets and config.key
     files = _sheets(config.sheets)
-    start = lineage.start(config, "label", map(str, files))
+    artifacts.check_apart(config.output_dir, map(str, files))
     key = _read_key(Path(config.key))
     if len(files) > key["raters"]:
         raise ValueError(f"--sheets {config.sheets}: expected at most {key['raters']}, one a rater; got {len(files)}")

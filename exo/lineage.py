@@ -1,22 +1,25 @@
 """What made what: a stage's record of its inputs and outputs, and whether it still holds.
 
-A stage asks with `start`, begins to write with `begin` and ends with `finish`; its run.json then holds the sha256 of
-what it read and of what it made. `source` is how a stage finds its input: a stage's directory stands for what that
-stage makes. `holds` tells the driver that a stage need not run again. Left out: resuming inside a stage.
+A stage is asked for (`stage`), begins to write with `begin` and ends with `finish`; its run.json then holds the sha256
+of what it read and of what it made. The same request again goes on with a run that did not finish, and leaves one that
+did as it is. `source` is how a stage finds its input: a stage's directory stands for what that stage makes. `holds`
+tells that a stage need not run again. Left out: where inside itself a run goes on (checkpoints).
 """
 
 import hashlib
 import importlib.util
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from exo import artifacts
+from exo import artifacts, console
 from exo.artifacts import RunError
+
+C = TypeVar("C")
 
 # The options of each stage that name what it reads.
 INPUTS: dict[str, tuple[str, ...]] = {
@@ -51,7 +54,9 @@ OUTPUTS = {
 }
 # Where a run's results go and what it prints change nothing of what it makes.
 _OWN = (artifacts.RUN_FILE, "metrics.jsonl")
+_PASSING = ("profile", "resume")
 _IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to", "reference_cache", "profile"}
+_IMMATERIAL |= {"checkpoint_steps", "allow_changes", "on_nan"}
 _DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
 _READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
 
@@ -61,30 +66,97 @@ class Start(NamedTuple):
 
     config: Any
     stage: str
-    reads: list[str]
+    goes_on: bool  # an earlier run of the same did not finish
     facts: dict[str, Any]  # of its record
 
 
-def start(config: Any, stage: str, reads: Iterable[str] = ()) -> Start:
-    """RunError where the output directory cannot be used; before any work is done, and any process waits for another.
+def stage(name: str) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Path]]:
+    """A stage's run from its config: alone in its directory, and not where the same has been done already.
 
-    `reads` are inputs beside those that options of their own name.
+    RunError where the output directory cannot be used; before any work is done, and any process waits for another.
     """
-    paths = _inputs(config, stage)
-    everything = [*paths.values(), *reads]
-    artifacts.check(config.output_dir, overwrite=config.overwrite_output_dir, inputs=everything)
+
+    def of(run: Callable[[C, Start], Path]) -> Callable[[C], Path]:
+        @wraps(run)
+        def whole(config: C) -> Path:
+            directory = config.output_dir  # type: ignore[attr-defined]
+            with artifacts.locked(directory):
+                start = _start(config, name)
+                if start is None:
+                    console.say(f"{directory}: this run has finished; --overwrite_output_dir makes it again")
+                    return Path(directory)
+                return run(config, start)
+
+        return whole
+
+    return of
+
+
+def _start(config: Any, stage: str) -> Start | None:
+    """None where it has been done."""
+    directory, paths = Path(config.output_dir), _inputs(config, stage)
+    artifacts.check_apart(config.output_dir, paths.values())
     hashes = {name: fingerprint(path) for name, path in paths.items()}
-    return Start(config, stage, everything, {"started": artifacts.now(), "inputs": hashes})
+    facts = {"started": artifacts.now(), "inputs": hashes}
+    before = None if config.overwrite_output_dir else record(directory)
+    if before is None or before["stage"] != stage:
+        artifacts.check(config.output_dir, overwrite=config.overwrite_output_dir)
+        return Start(config, stage, False, facts)
+    different = _differences(before, config, hashes)
+    finished = "finished" in before
+    if different and not finished and not _left_anything(directory):
+        return Start(config, stage, True, facts)  # it failed before it began, and is now asked for as it should be
+    if different and (finished or not getattr(config, "allow_changes", False)):
+        allow = "" if finished or not hasattr(config, "allow_changes") else "--allow_changes goes on nevertheless, "
+        raise RunError(
+            f"--output_dir {directory}: holds an earlier run{'' if finished else ', unfinished'}, with "
+            f"{'; '.join(different)}; {allow}--overwrite_output_dir begins anew"
+        )
+    if different:
+        console.say(f"going on with changes: {'; '.join(different)}")
+    if finished and not _whole(directory, before["outputs"]):
+        raise RunError(
+            f"--output_dir {directory}: holds an earlier run whose files are not what it made; --overwrite_output_dir "
+            "makes them again"
+        )
+    return None if finished else Start(config, stage, True, facts)
 
 
-def begin(start: Start, **facts: Any) -> Path:
-    """Make the run directory and its record.
+def _left_anything(directory: Path) -> bool:
+    """Whether a run that did not finish left more than its record."""
+    own = (artifacts.RUN_FILE, artifacts.LOCK)
+    return any(file.is_file() and file.name not in own and file.stat().st_size for file in directory.rglob("*"))
+
+
+def _differences(before: Mapping[str, Any], config: Any, hashes: Mapping[str, str]) -> list[str]:
+    """From the run that is there, each as it was and as it would be."""
+    was, now = before["arguments"], asdict(config)
+    found = [f"{name} {was.get(name)!r}, now {now.get(name)!r}" for name in changed(before, now)]
+    other = [name for name in hashes if before.get("inputs", {}).get(name) != hashes[name]]
+    return found + [f"another {name}" for name in other]
+
+
+def goes_on(directory: Path, config: Any, stage: str) -> bool:
+    """Whether an unfinished run with these options and the same inputs is there."""
+    run = record(directory)
+    if run is None or run["stage"] != stage or "finished" in run:
+        return False
+    hashes = {name: fingerprint(path) for name, path in _inputs(config, stage).items()}
+    return not _differences(run, config, hashes)
+
+
+def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
+    """Make the run directory and its record; `keep` what an unfinished run of the same made, to go on with it.
 
     Call it once everything that can be checked has been, in one process: only now may an earlier run make room.
     """
-    config = start.config
-    directory = artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir, inputs=start.reads)
-    artifacts.write_run(directory, config, start.stage, **start.facts, **facts)
+    config, directory, known = start.config, Path(start.config.output_dir), dict(start.facts)
+    if start.goes_on and keep:
+        before = record(directory) or {}
+        known |= {"started": before["started"], "again": [*before.get("again", []), known["started"]]}
+    else:
+        artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir or start.goes_on)
+    artifacts.write_run(directory, config, start.stage, **known, **facts)
     return directory
 
 
@@ -118,7 +190,7 @@ def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
                 f"{making} makes one"
             )
         if "finished" not in run:
-            raise RunError(f"--{option} {path}: its run did not finish; run it again: {command(run, again=True)}")
+            raise RunError(f"--{option} {path}: its run did not finish; this goes on with it: {command(run)}")
         if place.is_dir():
             product = prepared if run["stage"] == "prepare" else OUTPUTS[run["stage"]]
             place = place / product
@@ -138,9 +210,9 @@ def is_missing(path: str) -> bool:
     return not place.exists() and (local or (place.parent != Path() and place.parent.is_dir()))
 
 
-def command(run: Mapping[str, Any], again: bool = False) -> str:
-    """The command that a record holds, as one would type it, or to type where its run is to be made again."""
-    return shlex.join([*run["command"], *["--overwrite_output_dir"] * again])
+def command(run: Mapping[str, Any]) -> str:
+    """The command that a record holds, as one would type it."""
+    return shlex.join(run["command"])
 
 
 def _inputs(config: Any, stage: str) -> dict[str, str]:
@@ -177,7 +249,7 @@ def _made(directory: Path) -> list[Path]:
         if file.is_file()
         and file.suffix not in (".png", ".html")
         and file.name not in _OWN
-        and not any(part.startswith(".") or part == "profile" for part in file.relative_to(directory).parts)
+        and not any(part.startswith(".") or part in _PASSING for part in file.relative_to(directory).parts)
     ]
 
 

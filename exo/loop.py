@@ -2,39 +2,27 @@
 
 Every stage hands over a module whose forward takes (batch, denominator) and returns a share of the step's loss, with
 sums for the metrics. The denominator counts the whole step, over all micro-batches and processes, so that neither
-changes the gradient. Left out: what the loss is, and resuming.
+changes the gradient. A run that was killed goes on from its last state, one that is told to stop leaves one. Left out:
+what the loss is, and how a state is kept (checkpoints).
 """
 
 import importlib.util
-import itertools
 import math
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
-from exo import console, profiling
-from exo.artifacts import Metrics, RunError
-from exo.config import Compute, ConfigError, DataTraining, Training
-from exo.encoding import TokenGroup
+from exo import checkpoints, console, profiling, signals
+from exo.artifacts import Metrics
+from exo.batches import Source
+from exo.config import Compute, ConfigError, Training
 from exo.packing import Packing
-from exo.profiling import activations
-
-G = TypeVar("G", bound=TokenGroup)
-MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
-
-
-class Share(NamedTuple):
-    """What one forward pass gives: its part of the step's mean loss, and sums with the counts to divide them by."""
-
-    loss: Tensor
-    sums: Mapping[str, tuple[Tensor | float, Tensor | float]]
+from exo.steps import COUNTERS, Step
 
 
 def make_accelerator(config: Compute) -> Accelerator:
@@ -78,35 +66,6 @@ def make_lone_accelerator(config: Compute) -> Accelerator:
     return accelerator
 
 
-def epoch_steps(config: DataTraining, n_groups: int) -> int:
-    """Batches of an epoch. A last one of less than half the size joins the one before: its mean would be all noise."""
-    return max(1, int(n_groups / config.batch_size + 0.5))
-
-
-def total_steps(config: DataTraining, n_groups: int) -> int:
-    if config.max_steps > 0:
-        return config.max_steps
-    return max(1, round(config.num_train_epochs * epoch_steps(config, n_groups)))
-
-
-def refuse_empty_shares(config: Training, n_groups: int, accelerator: Accelerator) -> None:
-    """ConfigError where a process would get no prompt in some step; a last batch may be half the size."""
-    world = accelerator.num_processes
-    if world > 1 and min(n_groups, config.batch_size / 2) < world:
-        raise ConfigError(f"--batch_size: expected at least 2 prompts for each of {world} processes, and as much data")
-
-
-def batches(groups: Sequence[TokenGroup], config: DataTraining, steps: int) -> Iterator[list[TokenGroup]]:
-    """Global batches, each epoch in an order of its own. The generator is private: nothing else moves it."""
-    size, each = config.batch_size, epoch_steps(config, len(groups))
-    for step in range(steps):
-        epoch, i = divmod(step, each)
-        if i == 0:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(groups), generator=generator).tolist()
-        yield [groups[k] for k in order[i * size : len(order) if i == each - 1 else (i + 1) * size]]
-
-
 def optimizer(module: nn.Module, config: Training, rates: Mapping[nn.Module, float] | None = None) -> torch.optim.AdamW:
     """AdamW; no decay on vectors (norms, biases), as everywhere in the field.
 
@@ -123,90 +82,86 @@ def optimizer(module: nn.Module, config: Training, rates: Mapping[nn.Module, flo
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
 
-def learning_rate_share(config: Training, steps: int, step: int) -> float:
-    """Share of the peak learning rate at a step, counted from 0."""
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    if config.lr_scheduler_type == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0 - progress if config.lr_scheduler_type == "linear" else 1.0
-
-
 def train(
     module: nn.Module,
-    source: Iterable[list[G]],
+    source: Source,
     steps: int,
     config: Training,
     accelerator: Accelerator,
     metrics: Metrics,
     *,
     packing: Packing,
-    denominator: Callable[[Sequence[G]], int],
+    denominator: Callable[[Sequence[Any]], int],
     shown: Mapping[str, str],
-    collate: Callable[[Sequence[G]], Any] | None = None,
+    collate: Callable[[Sequence[Any]], Any] | None = None,
     steps_an_epoch: int | None = None,
     rates: Mapping[nn.Module, float] | None = None,
     first: Callable[[float, Mapping[str, float]], None] | None = None,
     after: Callable[[int, bool], None] | None = None,
+    parts: Mapping[str, checkpoints.Stateful] | None = None,
 ) -> nn.Module:
     """Train `module` for `steps` global batches of `source`; return it as accelerate wrapped it.
 
     A batch is asked for after the update before it, so that `source` may sample from the policy. `packing` splits it
     into micro-batches, and makes tensors of each where `collate` does not. `denominator` counts a global batch in the
     loss's own unit. `first` sees the first loss and metrics before the first update and may raise.
-    `after(step, last)` is called after each update, for evaluation and checkpoints. `shown` maps metrics to their
-    labels on the progress line.
+    `after(step, last)` is called after each update, for evaluation and checkpoints; a run that goes on calls it again
+    for the step it goes on after. `parts` have a state of their own. `shown` maps metrics to their labels on the
+    progress line.
     """
-    world = accelerator.num_processes
-    collate = collate or packing.collate
     _spare(module, config)
     optim = optimizer(module, config, rates)
     module, optim = accelerator.prepare(module, optim)
-    progress = console.Progress("step", steps, every=config.logging_steps)
+    keeper = checkpoints.Keeper(
+        Path(config.output_dir), module, optim, accelerator, metrics, {"data": source} | dict(parts or {}),
+        allow_changes=config.allow_changes,
+    )  # fmt: skip
+    before = keeper.restore()
+    done, counters = (before.step, before.counters) if before else (0, dict.fromkeys(COUNTERS, 0.0))
+    progress = console.Progress("step", steps, every=config.logging_steps, done=done)
     profiler = profiling.Profiler(config.profile, Path(config.output_dir), accelerator)
-    skipped = clipped = 0
+    taking = Step(module, optim, config, accelerator, denominator, collate or packing.collate, packing, steps)
     try:
-        for step, batch in enumerate(itertools.islice(source, steps), start=1):
-            began = time.perf_counter()
-            profiler.step(step)
-            share = learning_rate_share(config, steps, step - 1)
-            for group in optim.param_groups:
-                group["lr"] = group["peak"] * share
-            with profiling.section("data"):
-                parts = packing.micro_batches(batch[accelerator.process_index :: world])
-            told = step > 1 or config.compile
-            loss, sums, tokens = _accumulate(module, parts, denominator(batch), accelerator, collate, step, told)
-            with profiling.section("waiting"):
-                loss, sums, tokens = _across_processes(accelerator, loss, sums, tokens)
-            values = {name: total / count for name, (total, count) in sums.items() if count}
-            if step == 1 and first is not None:
-                first(loss, values)
-            with profiling.section("optimizer"):
-                norm = _update(module, optim, config, accelerator, step, batch)
-            skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
-            if skipped == MOST_SKIPPED:
-                raise RunError(f"step {step}: {skipped} updates in a row overflowed float16; use bfloat16")
-            line = {"step": step} | ({"epoch": step / steps_an_epoch} if steps_an_epoch else {}) | {"loss": loss}
-            line |= values | {"learning_rate": config.learning_rate * share, "grad_norm": norm, "tokens": tokens}
-            line["clipped"] = float(0 < config.max_grad_norm < norm)
-            clipped += int(line["clipped"])
-            line["tokens_per_second"] = tokens / (time.perf_counter() - began)
-            if accelerator.is_main_process:
-                metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
-                accelerator.log(line, step=step)
-            progress.advance(1, {label: line[name] for name, label in shown.items() if name in line})
-            profiler.done(step, tokens, step == steps)
-            if after is not None:
-                after(step, step == steps)
+        with signals.heeded(alone=accelerator.num_processes == 1):
+            if done and after is not None:
+                after(done, done == steps)
+            for step in range(done + 1, steps + 1):
+                profiler.step(step - done)
+                line, asked = taking(step, next(source), counters, told=step > done + 1 or config.compile, first=first)
+                if steps_an_epoch:
+                    line = {"step": step, "epoch": step / steps_an_epoch} | line
+                if accelerator.is_main_process:
+                    metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
+                    accelerator.log(line, step=step)
+                progress.advance(1, {label: line[name] for name, label in shown.items() if name in line})
+                profiler.done(step - done, line["tokens"], step == steps)
+                keeper.mark(step, counters)
+                if asked:
+                    raise signals.Stopped(asked)
+                if config.checkpoint_steps and step % config.checkpoint_steps == 0 and step < steps:
+                    keeper.save()
+                if after is not None:
+                    after(step, step == steps)
+    except signals.Stopped as stopped:
+        raise signals.Stopped(stopped.signum, _where(keeper.save(), steps)) from None
     finally:
         progress.stop()
         profiler.close()
-    console.say(
-        f"  the gradient's norm was clipped to {config.max_grad_norm:g} in {100 * clipped / steps:.0f}% of the steps"
-    )
+    _conclude(config, counters, steps)
     return module
+
+
+def _where(state: Path | None, steps: int) -> str:
+    if state is None:
+        return "before the first step; the same command begins again"
+    return f"after step {int(state.name.partition('-')[2]):,} of {steps:,}, kept in {state}; the same command goes on"
+
+
+def _conclude(config: Training, counters: Mapping[str, float], steps: int) -> None:
+    share = 100 * counters["clipped"] / steps
+    console.say(f"  the gradient's norm was clipped to {config.max_grad_norm:g} in {share:.0f}% of the steps")
+    if counters["not_finite"]:
+        console.say(f"  {counters['not_finite']:,.0f} updates were skipped: their loss or gradient was not finite")
 
 
 def _spare(module: nn.Module, config: Training) -> None:
@@ -233,67 +188,3 @@ def checkpoint_layers(model: Any, dropout: bool) -> None:
             for name, value in vars(layer).items():
                 if "dropout" in name and isinstance(value, float):
                     setattr(layer, name, 0.0)
-
-
-def _accumulate(
-    module: nn.Module,
-    parts: Sequence[Sequence[TokenGroup]],
-    count: int,
-    accelerator: Accelerator,
-    collate: Callable[[Any], Any],
-    step: int,
-    told: bool = True,
-) -> tuple[float, dict[str, tuple[float, float]], float]:
-    """Forward and backward over one process's part of a step; what is kept between them is said unless it was."""
-    loss, tokens, sums = 0.0, 0.0, dict[str, tuple[float, float]]()
-    for i, part in enumerate(parts):
-        with profiling.section("data"):
-            batch = collate(part).to(accelerator.device)
-        size = sum(len(g.prompt) + len(ids) for g in part for ids in g.completions)
-        last = i == len(parts) - 1
-        with nullcontext() if last else accelerator.no_sync(module):
-            with profiling.section("head and loss"), nullcontext() if told or i else activations(module, size):
-                share = module(batch, count)
-            value = float(share.loss.detach())
-            if not math.isfinite(value):
-                lines = ", ".join(str(group.line) for group in part[:10])
-                raise RunError(f"step {step}: the loss is {value}; stopped before the update; rows at lines {lines}")
-            # processes are averaged by the wrapper, but the denominator already counts them all
-            with profiling.section("head and loss"):  # and from its border on the body
-                accelerator.backward(share.loss * accelerator.num_processes)
-        loss += value
-        tokens += size
-        for name, (total, n) in share.sums.items():
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + float(total), before[1] + float(n))
-    return loss, sums, tokens
-
-
-def _across_processes(
-    accelerator: Accelerator, loss: float, sums: dict[str, tuple[float, float]], tokens: float
-) -> tuple[float, dict[str, tuple[float, float]], float]:
-    if accelerator.num_processes == 1:
-        return loss, sums, tokens
-    names = sorted(sums)
-    flat = torch.tensor([loss, tokens, *(x for name in names for x in sums[name])], device=accelerator.device)
-    loss, tokens, *rest = accelerator.reduce(flat, "sum").tolist()
-    return loss, {name: (rest[2 * i], rest[2 * i + 1]) for i, name in enumerate(names)}, tokens
-
-
-def _update(
-    module: nn.Module,
-    optim: Any,
-    config: Training,
-    accelerator: Accelerator,
-    step: int,
-    batch: Sequence[TokenGroup],
-) -> float:
-    """Clip, check, step. A gradient that is not finite stops the run, except where fp16's loss scaling handles it."""
-    limit = config.max_grad_norm or math.inf
-    norm = float(accelerator.clip_grad_norm_(module.parameters(), limit))
-    if not math.isfinite(norm) and accelerator.scaler is None:
-        lines = ", ".join(str(group.line) for group in batch[:10])
-        raise RunError(f"step {step}: the gradient is not finite; stopped before the update; rows at lines {lines}")
-    optim.step()
-    optim.zero_grad(set_to_none=True)
-    return norm

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from exo import signals
 from exo.encoding import TokenGroup
 
 G = TypeVar("G", bound=TokenGroup)
@@ -160,6 +161,7 @@ class Packing(NamedTuple):
         """What `of` gives for each group, asked a micro-batch at a time; in the order of the groups."""
         found: dict[int, R] = {}
         for part in self.micro_batches(groups):
+            signals.stop_if_asked()
             found.update(zip(map(id, part), of(part), strict=True))
         return [found[id(group)] for group in groups]
 

@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import adapter, attention, intervals
+from exo import adapter, attention, intervals, signals
 from exo.artifacts import RunError
 from exo.encoding import TokenGroup
 from exo.head import CausalHead, evaluating
-from exo.loop import Share
 from exo.packing import Batch, Packing, of_completions
+from exo.steps import Share
 from exo_kernels import (
     LossStats,
     fused_linear_dpo_loss,
@@ -213,6 +213,7 @@ def evaluate(
     values: dict[str, list[float]] = {}
     with evaluating(module):
         for part in packing.micro_batches(groups):
+            signals.stop_if_asked()
             batch = packing.collate(part).to(accelerator.device)
             with accelerator.autocast():
                 share, stats = module.losses(batch, reduction="sum")

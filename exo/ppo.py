@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from exo import (
     artifacts,
     attention,
+    batches,
     config,
     console,
     data,
@@ -37,6 +38,7 @@ from exo.encoding import TokenGroup
 from exo.head import CausalHead
 from exo.packing import Batch, Packing, of_completions
 from exo.rollouts import Rollout, RolloutBatch
+from exo.steps import Share
 from exo_kernels import linear_token_logps
 
 SHOWN = {"score": "score", "kl": "kl", "value_loss": "value", "tokens_per_second": "tok/s"}
@@ -102,7 +104,7 @@ class ActorCritic(nn.Module):
         self.model, self.critic, self.config = model, critic, config
         self.head = CausalHead(model)
 
-    def forward(self, rollout: RolloutBatch, num_tokens: int) -> loop.Share:
+    def forward(self, rollout: RolloutBatch, num_tokens: int) -> Share:
         batch, config = rollout.batch, self.config
         logps = linear_token_logps(
             attention.rows(self.head, batch), self.head.weight, temperature=config.temperature,
@@ -125,7 +127,7 @@ class ActorCritic(nn.Module):
             "clip_fraction": (total(clipped), tokens),
             policy.MEAN_SQUARE: (total(change.detach().square()), tokens),
         }
-        return loop.Share(loss, sums)
+        return Share(loss, sums)
 
 
 def policy_loss(
@@ -150,13 +152,13 @@ def value_loss(
     return 0.5 * torch.maximum((values - returns).square(), (held - returns).square())
 
 
-def run(config: Config) -> Path:
+@lineage.stage("ppo")
+def run(config: Config, start: lineage.Start) -> Path:
     """Train and return the run directory, which is the model directory."""
-    start = lineage.start(config, "ppo")
     path = lineage.source("data", config.data, "prepare", prepared="prompts.jsonl")
     dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
     accelerator = loop.make_accelerator(config)
-    loop.refuse_empty_shares(config, config.batch_size, accelerator)
+    batches.refuse_empty_shares(config, config.batch_size, accelerator)
     set_seed(config.seed)
     console.say(dataset.summary())
     model, tokenizer = models.load(lineage.source("model", config.model, "sft", "align", "ppo"))
@@ -173,7 +175,7 @@ def run(config: Config) -> Path:
         f"{config.max_steps:,} steps of {config.batch_size} completions, the first {config.critic_warmup_steps} for "
         f"the critic alone; scored by {scorer.name}"
     )
-    source = rollouts.batches(
+    source = rollouts.Phases(
         maker, prompts, rollout_size=config.rollout_size,
         batch_size=config.batch_size, epochs=config.ppo_epochs, warmup_steps=config.critic_warmup_steps,
         seed=config.seed,

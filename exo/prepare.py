@@ -30,9 +30,9 @@ class Config(config.Stage):
         require((self.task == "quickstart") == (self.source is None), "source", needed, self.source)
 
 
-def run(config: Config) -> Path:
+@lineage.stage("prepare")
+def run(config: Config, start: lineage.Start) -> Path:
     """Write the task's files and return the run directory."""
-    start = lineage.start(config, "prepare")
     wanted = tasks.Wanted(config.source or "", config.rows, config.seed, config.tokenizer)
     made = tasks.TASKS[config.task](wanted)
     directory = lineage.begin(start)

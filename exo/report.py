@@ -18,9 +18,9 @@ class Config(config.Stage):
     run: str = option("", "directory of a recipe's run", named("the directory of a recipe's run"))
 
 
-def run(config: Config) -> Path:
+@lineage.stage("report")
+def run(config: Config, start: lineage.Start) -> Path:
     """Write report.html and return its directory."""
-    start = lineage.start(config, "report")
     found = results.read(Path(config.run))
     methods = findings.methods(found)
     directory = lineage.begin(start)

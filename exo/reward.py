@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from exo import (
     artifacts,
+    batches,
     config,
     console,
     data,
@@ -35,6 +36,7 @@ from exo import (
 from exo.config import MODEL, PART, POSITIVE, at_least, named, option
 from exo.encoding import TokenGroup
 from exo.packing import Batch, Packing
+from exo.steps import Share
 
 SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
 
@@ -66,11 +68,11 @@ class PairLoss(nn.Module):
         chosen, rejected = rewards.last_token_rewards(self.model, batch).view(-1, 2).unbind(1)
         return chosen - rejected
 
-    def forward(self, batch: Batch, count: int) -> loop.Share:
+    def forward(self, batch: Batch, count: int) -> Share:
         margins = self.margins(batch)
         right = (margins > 0).double().sum()
         loss = -nn.functional.logsigmoid(margins).sum() / count
-        return loop.Share(loss, {"accuracy": (right, len(margins)), "margin": (margins.detach().sum(), len(margins))})
+        return Share(loss, {"accuracy": (right, len(margins)), "margin": (margins.detach().sum(), len(margins))})
 
 
 class LabelLoss(PairLoss):
@@ -81,9 +83,9 @@ class LabelLoss(PairLoss):
         return rewards.last_token_rewards(self.model, batch) * (2 * batch.rewards.float() - 1)
 
 
-def run(config: Config) -> Path:
+@lineage.stage("reward")
+def run(config: Config, start: lineage.Start) -> Path:
     """Train and return the run directory, which is the model directory."""
-    start = lineage.start(config, "reward")
     prepared = "labelled.jsonl" if config.labels else "pairs.jsonl"
     path = lineage.source("data", config.data, "prepare", "score", prepared=prepared)
     dataset = data.read(path, purpose="labels" if config.labels else "comparisons", skip_invalid=config.skip_invalid)
@@ -94,15 +96,15 @@ def run(config: Config) -> Path:
     model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
     groups, held_out, counts = _encode(config, dataset, tokenizer)
     models.check_fits(model, groups + held_out)
-    loop.refuse_empty_shares(config, len(groups), accelerator)
+    batches.refuse_empty_shares(config, len(groups), accelerator)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
-    steps = loop.total_steps(config, len(groups))
+    steps = batches.total_steps(config, len(groups))
     console.say(f"{len(groups):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
     module = (LabelLoss if config.labels else PairLoss)(model).train(config.dropout)
     packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
     loop.train(
-        module, loop.batches(groups, config, steps), steps, config, accelerator, metrics, packing=packing,
-        denominator=len, steps_an_epoch=loop.epoch_steps(config, len(groups)), shown=SHOWN,
+        module, batches.Batches(groups, config, steps), steps, config, accelerator, metrics, packing=packing,
+        denominator=len, steps_an_epoch=batches.epoch_steps(config, len(groups)), shown=SHOWN,
     )  # fmt: skip
     result = _evaluate(module, held_out, accelerator, packing)
     if result and accelerator.is_main_process:

@@ -5,7 +5,7 @@ over a completion is the objective of eq. 4. Advantages are Schulman's GAE. Left
 shared among processes (each makes all of it, and all make the same).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -127,34 +127,69 @@ def gae(
     return rewards.new_tensor(found[::-1])
 
 
-def batches(
-    maker: Maker,
-    prompts: Sequence[str],
-    *,
-    rollout_size: int,
-    batch_size: int,
-    epochs: int,
-    warmup_steps: int,
-    seed: int,
-) -> Iterator[list[Rollout]]:
+class Phases:
     """Batches without end: a phase of `rollout_size` new rollouts, gone through `epochs` times, and again.
 
     The actor is frozen in those of the first `warmup_steps` batches. A prompt that comes round again gets new
     completions. The order is private: no global random state moves.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    done = phase = 0
-    while True:
-        while len(order) < rollout_size:
-            order += torch.randperm(len(prompts), generator=generator).tolist()
-        chosen, order = order[:rollout_size], order[rollout_size:]
-        numbers = range(phase * rollout_size, (phase + 1) * rollout_size)
-        rollouts = maker.make([prompts[i] for i in chosen], numbers)
-        for _ in range(epochs):
-            places = torch.randperm(rollout_size, generator=generator).tolist()
-            for start in range(0, rollout_size, batch_size):
-                batch = [rollouts[i] for i in places[start : start + batch_size]]
-                yield [replace(rollout, frozen=True) for rollout in batch] if done < warmup_steps else batch
-                done += 1
-        phase += 1
+
+    def __init__(
+        self,
+        maker: Maker,
+        prompts: Sequence[str],
+        *,
+        rollout_size: int,
+        batch_size: int,
+        epochs: int,
+        warmup_steps: int,
+        seed: int,
+    ) -> None:
+        self.maker, self.prompts = maker, prompts
+        self.rollout_size, self.batch_size, self.epochs, self.warmup_steps = (
+            rollout_size,
+            batch_size,
+            epochs,
+            warmup_steps,
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order: list[int] = []  # of the prompts that are next
+        self.rollouts: list[Rollout] = []  # of this phase
+        self.places: list[int] = []  # of those among them that this pass has not come to
+        self.phase = self.passes = self.done = 0  # begun phases, begun passes of this one, batches
+
+    def __next__(self) -> list[Rollout]:
+        if not self.places:
+            if self.passes == self.epochs or not self.rollouts:
+                self._sample()
+            self.places = torch.randperm(self.rollout_size, generator=self.generator).tolist()
+            self.passes += 1
+        now, self.places = self.places[: self.batch_size], self.places[self.batch_size :]
+        batch = [self.rollouts[i] for i in now]
+        self.done += 1
+        return [replace(rollout, frozen=True) for rollout in batch] if self.done <= self.warmup_steps else batch
+
+    def _sample(self) -> None:
+        order = self.order
+        while len(order) < self.rollout_size:
+            order = order + torch.randperm(len(self.prompts), generator=self.generator).tolist()
+        chosen, self.order = order[: self.rollout_size], order[self.rollout_size :]
+        numbers = range(self.phase * self.rollout_size, (self.phase + 1) * self.rollout_size)
+        self.rollouts = self.maker.make([self.prompts[i] for i in chosen], numbers)
+        self.phase, self.passes = self.phase + 1, 0
+
+    def state(self) -> dict[str, Any]:
+        """As it is now: what it names is replaced, never changed."""
+        known = {name: getattr(self, name) for name in ("order", "rollouts", "places", "phase", "passes", "done")}
+        return known | {"generator": self.generator.get_state().numpy().tobytes().hex()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for name in ("order", "places", "phase", "passes", "done"):
+            setattr(self, name, state[name])
+        self.rollouts = [Rollout(**{name: _tuples(value) for name, value in row.items()}) for row in state["rollouts"]]
+        self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, as JSON has them, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -9,15 +9,16 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from exo import artifacts, lineage, models, plots
+from exo import artifacts, checkpoints, lineage, models, plots
 from exo.artifacts import Metrics
 from exo.lineage import Start
 
 
 def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Metrics:
-    """Make the run directory; once all that could be checked has been, for only now may an earlier run make room."""
+    """Make the run directory, or go on in it; once all that could be checked has been, for only now may an earlier run
+    make room."""
     if accelerator.is_main_process:
-        lineage.begin(start, rows=rows)
+        lineage.begin(start, keep=True, rows=rows)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("exo")
     return Metrics(Path(start.config.output_dir) / "metrics.jsonl")
@@ -39,4 +40,5 @@ def end(
             models.save(model, tokenizer, staging)
         plots.training_curves(directory)
         lineage.finish(directory, **({} if result is None else {"result": result}))
+        checkpoints.clear(directory)
     return directory

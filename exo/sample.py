@@ -2,12 +2,13 @@
 
 python -m exo.sample --model DIR_OR_NAME --data FILE. Each completion has a random stream of its own, named by the seed,
 the prompt's place in the file and its number among the K: parts of the data (--first, --prompts) agree with the whole.
---engine vllm samples there instead, where it is installed; its streams are its own. Left out: going on where an earlier
-run stopped.
+--engine vllm samples there instead, where it is installed; its streams are its own. Batches are kept as they are drawn,
+and a run that was killed draws the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,10 @@ from exo import artifacts, config, console, data, encoding, generation, lineage,
 from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
 from exo.data import Group
 from exo.generation import Sample
+
+AT_ONCE = 8192  # completions that vLLM is asked for together, and so what a kill may cost
+Keep = Callable[[int, Callable[[], list[Sample]]], list[Sample]]  # of generation.sample
+Draw = Callable[[Keep], list[Group]]
 
 
 @dataclass(frozen=True)
@@ -35,23 +40,26 @@ class Config(config.Compute):
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
 
-def run(config: Config) -> Path:
+@lineage.stage("sample")
+def run(config: Config, start: lineage.Start) -> Path:
     """Sample and return the run directory, which has samples.jsonl."""
-    start = lineage.start(config, "sample")
     path = lineage.source("data", config.data, "prepare", prepared="prompts.jsonl")
     dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
     console.say(dataset.summary())
     model = lineage.source("model", config.model, "sft", "align", "ppo")
     numbers, prompts = _chosen(config, dataset)
     console.say(f"{len(prompts):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
-    groups = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, numbers)
+    draw = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, numbers)
+    directory = lineage.begin(start, keep=True, rows=dataset.account())
+    pieces = artifacts.Pieces(directory / "pieces.jsonl")
+    groups = draw(partial(_kept, pieces))
     result = samples.describe(groups)
     console.say(
         f"  mean {result['mean_tokens']:.1f} tokens; {100 * result['unfinished']:.1f}% were cut for their length"
     )
-    directory = lineage.begin(start, rows=dataset.account())
     with artifacts.staged_file(directory / "samples.jsonl") as file:
         data.write_jsonl(file, map(samples.row, groups))
+    pieces.done()
     lineage.finish(directory, result=result)
     return directory
 
@@ -65,19 +73,28 @@ def _chosen(config: Config, dataset: data.Dataset) -> tuple[list[int], list[str]
     return numbers, [dataset.groups[number % total].prompt for number in numbers]
 
 
-def _torch(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int]) -> list[Group]:
+def _kept(pieces: artifacts.Pieces, number: int, draw: Callable[[], list[Sample]]) -> list[Sample]:
+    rows = pieces.of(number, lambda: [[list(s.token_ids), s.logprob, s.finish] for s in draw()])
+    return [Sample(tuple(ids), logprob, finish) for ids, logprob, finish in rows]
+
+
+def _torch(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int]) -> Draw:
     accelerator = loop.make_lone_accelerator(config)
     model, tokenizer = models.load(name)
     model.to(accelerator.device)
-    with accelerator.autocast():
-        return samples.draw(
-            model, tokenizer, prompts, label="completions", max_prompt_length=config.max_prompt_length, numbers=numbers,
-            k=config.k, temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens,
-            seed=config.seed, batch_size=config.batch_size,
-        )  # fmt: skip
+
+    def draw(keep: Keep) -> list[Group]:
+        with accelerator.autocast():
+            return samples.draw(
+                model, tokenizer, prompts, label="completions", max_prompt_length=config.max_prompt_length,
+                numbers=numbers, k=config.k, temperature=config.temperature, top_p=config.top_p, keep=keep,
+                max_new_tokens=config.max_new_tokens, seed=config.seed, batch_size=config.batch_size,
+            )  # fmt: skip
+
+    return draw
 
 
-def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int]) -> list[Group]:
+def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int]) -> Draw:
     """The same from vLLM. Log-probs are those it drew from, so at a top_p below 1 they are not the model's own."""
     try:
         import vllm
@@ -88,18 +105,27 @@ def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[i
     console.counts(counts)
     dtype = "auto" if config.dtype == "auto" else config.dtype
     engine = vllm.LLM(model=name, dtype=dtype, seed=config.seed, logprobs_mode="processed_logprobs")
-    wanted = [
-        vllm.SamplingParams(
-            n=1, temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_new_tokens, logprobs=0,
-            seed=generation.stream_seed(config.seed, number, j), stop_token_ids=[tokenizer.eos_token_id],
-        )
-        for number in numbers
-        for j in range(config.k)
-    ]  # fmt: skip
-    outputs = engine.generate([{"prompt_token_ids": row} for row in ids for _ in range(config.k)], wanted)
-    flat = [_from_vllm(output.outputs[0]) for output in outputs]
-    drawn = [flat[i : i + config.k] for i in range(0, len(flat), config.k)]
-    return samples.groups(prompts, drawn, tokenizer, numbers)
+
+    def some(part: slice) -> list[Sample]:
+        wanted = [
+            vllm.SamplingParams(
+                n=1, temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_new_tokens, logprobs=0,
+                seed=generation.stream_seed(config.seed, number, j), stop_token_ids=[tokenizer.eos_token_id],
+            )
+            for number in numbers[part]
+            for j in range(config.k)
+        ]  # fmt: skip
+        outputs = engine.generate([{"prompt_token_ids": row} for row in ids[part] for _ in range(config.k)], wanted)
+        return [_from_vllm(output.outputs[0]) for output in outputs]
+
+    def draw(keep: Keep) -> list[Group]:
+        each = max(1, AT_ONCE // config.k)
+        parts = [slice(i, i + each) for i in range(0, len(ids), each)]
+        flat = [found for number, part in enumerate(parts) for found in keep(number, partial(some, part))]
+        drawn = [flat[i : i + config.k] for i in range(0, len(flat), config.k)]
+        return samples.groups(prompts, drawn, tokenizer, numbers)
+
+    return draw
 
 
 def _from_vllm(completion: Any) -> Sample:

@@ -1,17 +1,20 @@
 """Scoring: a reward for every completion of a file of samples, by a reward model, a classifier or a function.
 
 python -m exo.score --data FILE --reward_model DIR, or --oracle module:function. What the rows hold beside their rewards
-goes on to the next stage. Left out: going on where an earlier run stopped.
+goes on to the next stage. Scores are kept as they are made, and a run that was killed makes the others.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from exo import artifacts, config, console, data, lineage, loop, rewards, samples
 from exo.config import at_least, named, option
+from exo.data import Group
 
-AT_ONCE = 1024  # rows between two looks at the clock
+AT_ONCE = 1024  # rows between two looks at the clock; a kill may cost as many
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Config(config.Scoring):
         rewards.check(rewards.Options(self.reward_model, self.oracle))
 
 
-def run(config: Config) -> Path:
+@lineage.stage("score")
+def run(config: Config, start: lineage.Start) -> Path:
     """Score and return the run directory, which has scored.jsonl."""
-    start = lineage.start(config, "score")
     path = lineage.source("data", config.data, "sample", "best_of_n", "score")
     dataset = data.read(path, purpose="samples", skip_invalid=config.skip_invalid)
     console.say(dataset.summary())
@@ -41,24 +44,35 @@ def run(config: Config) -> Path:
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, loop.make_lone_accelerator(config), config.max_length)
     console.say(f"scored by {scorer.name}")
+    directory = lineage.begin(start, keep=True, rows=dataset.account())
+    pieces = artifacts.Pieces(directory / "pieces.jsonl")
     progress = console.Progress("rows", len(dataset.groups), every=max(1, len(dataset.groups) // 4))
     scores: rewards.Scores = []
-    for first in range(0, len(dataset.groups), AT_ONCE):
+    counts: Counter[str] = Counter()
+    for number, first in enumerate(range(0, len(dataset.groups), AT_ONCE)):
         part = dataset.groups[first : first + AT_ONCE]
-        scores += scorer.score(part)
+        found, remarks = pieces.of(number, partial(_scored, scorer, part))
+        scores += map(tuple, found)
+        counts.update(remarks)
         progress.advance(len(part))
     result = rewards.describe(scores)
     console.say(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")
     for name in ("rows of one completion", "rows whose rewards are all equal"):
         if result[name]:
             console.say(f"  {result[name]:,} {name}: nothing to compare")
-    console.counts(scorer.counts)
-    directory = lineage.begin(start, rows=dataset.account())
+    console.counts(counts)
     with artifacts.staged_file(directory / "scored.jsonl") as file:
         scored = zip(dataset.groups, scores, strict=True)
         data.write_jsonl(file, (samples.row(replace(group, rewards=values)) for group, values in scored))
+    pieces.done()
     lineage.finish(directory, result=result)
     return directory
+
+
+def _scored(scorer: rewards.Scorer, groups: Sequence[Group]) -> tuple[rewards.Scores, dict[str, int]]:
+    """And what the scorer remarked of these rows."""
+    scorer.counts.clear()
+    return scorer.score(groups), dict(scorer.counts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

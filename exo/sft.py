@@ -11,11 +11,26 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from torch import nn
 
-from exo import adapter, artifacts, attention, config, console, data, encoding, layouts, lineage, loop, models, runs
+from exo import (
+    adapter,
+    artifacts,
+    attention,
+    batches,
+    config,
+    console,
+    data,
+    encoding,
+    layouts,
+    lineage,
+    loop,
+    models,
+    runs,
+)
 from exo.config import MODEL, POSITIVE, named, option
 from exo.encoding import TokenGroup
 from exo.head import CausalHead
 from exo.packing import Batch, Packing
+from exo.steps import Share
 from exo_kernels import linear_token_logps
 
 
@@ -36,16 +51,16 @@ class NextToken(nn.Module):
         self.model = model
         self.head = CausalHead(model)
 
-    def forward(self, batch: Batch, num_tokens: int) -> loop.Share:
+    def forward(self, batch: Batch, num_tokens: int) -> Share:
         rows = attention.rows(self.head, batch)
         logps = linear_token_logps(rows, self.head.weight, **attention.scored(batch), **self.head.options)
         total = -logps.double().sum()
-        return loop.Share(total / num_tokens, {"nats_per_token": (total.detach(), len(logps))})
+        return Share(total / num_tokens, {"nats_per_token": (total.detach(), len(logps))})
 
 
-def run(config: Config) -> Path:
+@lineage.stage("sft")
+def run(config: Config, start: lineage.Start) -> Path:
     """Fine-tune and return the run directory, which is the model directory."""
-    start = lineage.start(config, "sft")
     dataset = data.read(
         lineage.source("data", config.data, "prepare", prepared="sft.jsonl"),
         purpose="texts",
@@ -62,9 +77,9 @@ def run(config: Config) -> Path:
     if not groups:
         raise data.DataError(f"{config.data}: no row is left to train on")
     models.check_fits(model, groups)
-    loop.refuse_empty_shares(config, len(groups), accelerator)
+    batches.refuse_empty_shares(config, len(groups), accelerator)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
-    steps = loop.total_steps(config, len(groups))
+    steps = batches.total_steps(config, len(groups))
     console.say(
         f"{len(groups):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
@@ -77,9 +92,9 @@ def run(config: Config) -> Path:
         artifacts.update_run(Path(config.output_dir), layout=packing.layout)
     module = NextToken(adapter.add(model, config)).train(config.dropout)
     loop.train(
-        module, loop.batches(groups, config, steps), steps, config, accelerator, metrics,
+        module, batches.Batches(groups, config, steps), steps, config, accelerator, metrics,
         packing=packing, denominator=_tokens,
-        steps_an_epoch=loop.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
+        steps_an_epoch=batches.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
     return runs.end(metrics, adapter.finished(module.model, config), tokenizer, accelerator)
 

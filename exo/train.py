@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ def run(config: Config) -> Path:
     if config.dry_run:
         costs.tell(recipe, steps, directory, again)
         return directory
+    with artifacts.locked(str(directory)):
+        return _go(config, recipe, whole, steps, directory, again)
+
+
+def _go(
+    config: Config, recipe: pipeline.Recipe, whole: list[Step], steps: list[Step], directory: Path, again: set[str]
+) -> Path:
     _begin(config, recipe, whole, directory)
     if recipe.threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(recipe.threads)
@@ -176,7 +184,7 @@ def _one_by_one(steps: list[Step], directory: Path, again: set[str]) -> Iterator
             yield None
             continue
         console.headline(f"{i}/{len(steps)} {step.name}")
-        _stage(step)
+        _stage(step, step.name in again)
         yield step
 
 
@@ -186,7 +194,7 @@ def _at_once(
     """Each step as soon as those it needs are there. One that fails stops the rest; those under way end first."""
     waiting, done = list(steps), set[str]()
     under_way: dict[Future[float], Step] = {}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _quiet, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _quiet, (threads,)) as pool, _ended_with_us():
         while waiting or under_way:
             for step in [s for s in waiting if set(s.needs) <= done]:
                 if _held(step, directory, again):
@@ -196,7 +204,7 @@ def _at_once(
                     yield None
                 elif len(under_way) < jobs:
                     waiting.remove(step)
-                    under_way[pool.submit(_timed, step)] = step
+                    under_way[pool.submit(_timed, step, step.name in again)] = step
             for future in wait(under_way, return_when=FIRST_COMPLETED).done if under_way else ():
                 step = under_way.pop(future)
                 try:
@@ -216,20 +224,34 @@ def _at_once(
                 yield step
 
 
+@contextmanager
+def _ended_with_us() -> Iterator[None]:
+    """Whoever ends the driver ends the steps under way; those that train leave their state."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+
+
 def _quiet(threads: int | None) -> None:
     console.mute()
     if threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
 
 
-def _timed(step: Step) -> float:
+def _timed(step: Step, anew: bool) -> float:
     began = time.perf_counter()
-    _stage(step)
+    _stage(step, anew)
     return time.perf_counter() - began
 
 
-def _stage(step: Step) -> None:
-    importlib.import_module(f"exo.{step.stage}").run(step.config)
+def _stage(step: Step, anew: bool) -> None:
+    """Run it; go on with it where it did not finish."""
+    goes_on = not anew and lineage.goes_on(Path(step.config.output_dir), step.config, step.stage)
+    config = dataclasses.replace(step.config, overwrite_output_dir=not goes_on)
+    importlib.import_module(f"exo.{step.stage}").run(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

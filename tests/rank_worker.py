@@ -5,12 +5,12 @@ import sys
 import torch
 import torch.distributed as dist
 
-from exo import align, loop
+from exo import align, steps
 
-update = loop._update
+update = steps.update
 
 
-def checked(module, optim, config, accelerator, step, batch):
+def checked(module, optim, config, accelerator, *rest):
     flat = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
     if dist.is_initialized():
         found = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
@@ -18,8 +18,8 @@ def checked(module, optim, config, accelerator, step, batch):
         assert len(found) == 2 and torch.equal(found[0], found[1]), "gradients differ between ranks"
         if accelerator.is_main_process:
             print(f"gradients of {flat.numel()} numbers are the same on 2 ranks")
-    return update(module, optim, config, accelerator, step, batch)
+    return update(module, optim, config, accelerator, *rest)
 
 
-loop._update = checked
+steps.update = checked
 sys.exit(align.main(sys.argv[1:]))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from exo import align, artifacts, intervals, loop, models, policy, reference
+from exo import align, artifacts, batches, intervals, loop, models, policy, reference, steps
 from exo import data as data_module
 from exo.config import DataTraining, Training
 from exo.encoding import TokenGroup
@@ -240,7 +240,7 @@ def test_micro_batches_never_change_the_gradient():
         accelerator = loop.make_accelerator(Training(device="cpu"))
         packing = Packing(pad_id, max_tokens)
         parts = packing.micro_batches(_groups())
-        loss, _, _ = loop._accumulate(module, parts, len(_groups()), accelerator, packing.collate, 1)
+        loss, _, _ = steps.accumulate(module, parts, len(_groups()), accelerator, packing.collate, 1, DataTraining())
         gradients.append((loss, [p.grad.clone() for p in module.parameters()]))
     assert len(parts) == 8
     for loss, gradient in gradients[1:]:
@@ -253,7 +253,7 @@ def test_batches_visit_every_prompt_once_an_epoch_and_leave_the_random_state_alo
     groups = _groups()
     state = torch.get_rng_state()
     config = DataTraining(batch_size=3, seed=5)
-    epochs = list(loop.batches(groups, config, steps=6))
+    epochs = list(batches.Batches(groups, config, steps=6))
     assert torch.equal(state, torch.get_rng_state())
     for epoch in (epochs[:3], epochs[3:]):
         assert sorted(g.line for batch in epoch for g in batch) == list(range(8))
@@ -266,7 +266,7 @@ def test_batches_visit_every_prompt_once_an_epoch_and_leave_the_random_state_alo
 )
 def test_learning_rate(kind, shares):
     config = Training(lr_scheduler_type=kind, warmup_steps=2)
-    assert [loop.learning_rate_share(config, 6, step) for step in range(6)] == shares
+    assert [steps.learning_rate_share(config, 6, step) for step in range(6)] == shares
 
 
 def test_accuracy_counts_ties_as_one_half():
@@ -279,8 +279,8 @@ def test_accuracy_counts_ties_as_one_half():
 @pytest.mark.parametrize(("size", "sizes"), [(7, [8, 8]), (6, [8, 8]), (5, [5, 3, 5, 3]), (9, [8, 8]), (99, [8, 8])])
 def test_a_small_last_batch_joins_the_one_before(size, sizes):
     config = DataTraining(batch_size=size, num_train_epochs=2)
-    steps = loop.total_steps(config, 8)
-    assert [len(b) for b in loop.batches(_groups(), config, steps)] == sizes
+    steps = batches.total_steps(config, 8)
+    assert [len(b) for b in batches.Batches(_groups(), config, steps)] == sizes
 
 
 @pytest.mark.parametrize(("values", "interval"), [([1.0, 1.0], (0.342, 1.0)), ([1.0, 0.0] * 50, (0.404, 0.596))])

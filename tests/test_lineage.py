@@ -47,12 +47,45 @@ def test_a_prepared_directory_stands_for_the_file_that_a_stage_wants(tmp_path):
         lineage.source("data", str(tmp_path), "prepare", prepared="sft.jsonl")
 
 
-def test_a_directory_in_use_is_refused_before_any_work(made, monkeypatch, capsys):
+def test_a_directory_of_another_run_is_refused_before_any_work_with_what_differs(made, monkeypatch, capsys):
     """Hours of sampling or scoring must not come before the refusal."""
-    for stage, asked in ((sample, made[1]), (score, made[2])):
-        monkeypatch.setattr(data, "read", None)
-        with pytest.raises(artifacts.RunError, match="holds an earlier run"):
-            stage.run(replace(asked, overwrite_output_dir=False))
+    monkeypatch.setattr(data, "read", None)
+    other = write_rows(made[0] / "other.jsonl", [{"prompt": "blue"}])
+    for stage, asked, changes, said in (
+        (sample, made[1], {"k": 3}, "k 2, now 3"),
+        (sample, made[1], {"data": other}, "another data"),
+        (score, made[2], {"max_length": 9}, "max_length 1024, now 9"),
+    ):
+        with pytest.raises(artifacts.RunError, match=f"holds an earlier run, with {said}; --overwrite_output_dir"):
+            stage.run(replace(asked, overwrite_output_dir=False, **changes))
+
+
+def test_the_same_again_is_done_already(made, monkeypatch, capsys):
+    monkeypatch.setattr(data, "read", None)
+    before = (made[0] / "samples" / "run.json").read_bytes()
+    assert sample.run(replace(made[1], overwrite_output_dir=False)) == made[0] / "samples"
+    assert "this run has finished" in capsys.readouterr().out
+    assert (made[0] / "samples" / "run.json").read_bytes() == before
+
+
+def test_a_finished_run_whose_files_were_changed_is_not_taken_for_whole(made, tmp_path):
+    config = replace(made[1], output_dir=str(tmp_path / "run"), overwrite_output_dir=False)
+    file = sample.run(config) / "samples.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(artifacts.RunError, match="files are not what it made; --overwrite_output_dir"):
+        sample.run(config)
+
+
+def test_two_at_a_time_in_one_directory_are_refused_and_a_refusal_leaves_nothing(tmp_path):
+    directory = tmp_path / "run"
+    with artifacts.locked(str(directory)):
+        with (
+            pytest.raises(artifacts.RunError, match="another process is writing there"),
+            artifacts.locked(str(directory)),
+        ):
+            raise AssertionError("both had it")
+        assert directory.exists()
+    assert not directory.exists()
 
 
 def test_a_run_begins_when_it_is_asked_for(made, monkeypatch):
@@ -85,7 +118,7 @@ def test_what_is_half_made_is_said_with_the_command_that_goes_on(made, tmp_path)
     del record["finished"]
     artifacts.write_json(tmp_path / "run.json", record)
     for path in (tmp_path, tmp_path / "samples.jsonl"):
-        with pytest.raises(artifacts.RunError, match=r"again: python -m exo.sample --.* --overwrite_output_dir$"):
+        with pytest.raises(artifacts.RunError, match=r"goes on with it: python -m exo.sample --.*$"):
             lineage.source("data", str(path), "sample")
 
 

@@ -202,7 +202,7 @@ def test_phases_go_through_their_rollouts_the_asked_number_of_times_and_freeze_t
             calls.append((list(prompts), list(numbers)))
             return [rollouts.Rollout((1,), ((n,),), None, n) for n in numbers]
 
-    source = rollouts.batches(
+    source = rollouts.Phases(
         Maker(), ["a", "b", "c"], rollout_size=4, batch_size=2, epochs=2, warmup_steps=3, seed=0
     )  # fmt: skip
     drawn = [next(source) for _ in range(8)]

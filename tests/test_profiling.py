@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from exo import align, profiling
+from exo import align, profiling, steps
 from tests.tasks import PROMPTS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +52,7 @@ def test_activations_are_those_kept_without_the_parameters(capsys):
 
 
 def test_a_run_that_fails_leaves_no_profile_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(align.loop, "_update", lambda *a: (_ for _ in ()).throw(RuntimeError) if a[4] == 4 else 0.0)
+    monkeypatch.setattr(steps, "update", lambda *a: (_ for _ in ()).throw(RuntimeError) if a[4] == 4 else 0.0)
     with pytest.raises(RuntimeError):
         aligned(tmp_path, "run", "--profile", "3")
     assert profiling._now is None

@@ -1,0 +1,280 @@
+"""The state of a training run on the disk, so that a run that was killed goes on as if it had not been.
+
+A state is a directory below resume/ of the run: what is trained, the optimizer, all random states, and in JSON the
+position in the data and in the log. It is written beside its place, flushed and renamed, with every file's sha256;
+the newest one that is whole is gone on from, and the one before it is kept until then. Nothing in it is a pickle.
+Left out: models to be used (models.save_checkpoint), shards of models that no single process holds.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from exo import artifacts, console
+from exo.artifacts import Metrics, RunError
+
+DIRECTORY = "resume"
+KEPT = 2
+VERSION = 1
+MANIFEST = "manifest.json"
+Tensors = dict[str, Tensor]
+
+
+class Stateful(Protocol):
+    """A part of a run that goes on from what it says of itself, in JSON."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Position(NamedTuple):
+    """Where a run stood after a step. Until the next update weights and optimizer belong to it too."""
+
+    step: int
+    metrics: int  # bytes of the log
+    random: Tensors  # of this process
+    counters: dict[str, float]
+    parts: dict[str, dict[str, Any]]
+
+
+class Keeper:
+    """Saves the state of one run, and brings it back."""
+
+    def __init__(
+        self,
+        run: Path,
+        module: nn.Module,
+        optim: Any,
+        accelerator: Accelerator,
+        metrics: Metrics,
+        parts: Mapping[str, Stateful],
+        *,
+        allow_changes: bool,
+    ) -> None:
+        self.directory = run / DIRECTORY
+        self.module, self.accelerator = accelerator.unwrap_model(module), accelerator
+        self.optim: torch.optim.Optimizer = getattr(optim, "optimizer", optim)
+        self.metrics, self.parts, self.allow_changes = metrics, parts, allow_changes
+        self.position: Position | None = None
+        self.saved = 0  # the last step whose state is on the disk
+
+    def restore(self) -> Position | None:
+        """Bring back the newest whole state; None where there is none, and the log is emptied then."""
+        path = newest(self.directory)
+        if path is None:
+            self._cut(0)
+            return None
+        facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        world = self.accelerator.num_processes
+        if facts["processes"] != world and not self.allow_changes:
+            raise RunError(
+                f"{path}: of {facts['processes']} processes, and there are {world} now; with --allow_changes it goes "
+                "on, to the rounding of another order of sums"
+            )
+        device = str(self.accelerator.device)
+        self._put_weights(load_file(path / "weights.safetensors", device), path)
+        self._put_moments(load_file(path / "optimizer.safetensors", device))
+        if self.accelerator.scaler is not None and facts["scaler"]:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        for name, part in self.parts.items():
+            part.restore(facts["parts"][name])
+        states = load_file(path / "random.safetensors")
+        prefix = f"{self.accelerator.process_index}."
+        mine = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
+        if mine:
+            _set_random(mine, self.accelerator.device)
+        self._cut(facts["metrics"])
+        console.say(f"going on after step {facts['step']:,}, from {path}")
+        self.saved = facts["step"]
+        return self.mark(facts["step"], facts["counters"])
+
+    def _cut(self, size: int) -> None:
+        if self.accelerator.is_main_process:
+            self.metrics.cut(size)
+
+    def mark(self, step: int, counters: Mapping[str, float]) -> Position:
+        """This is where the run stands, after an update; cheap, because it is said after each."""
+        parts = {name: part.state() for name, part in self.parts.items()}
+        drawn = _random(self.accelerator.device)
+        self.position = Position(step, self.metrics.size(), drawn, dict(counters), parts)
+        return self.position
+
+    def save(self) -> Path | None:
+        """Write the state of the position last marked. Called by all processes; None before the first."""
+        position = self.position
+        if position is None:
+            return None
+        path = self.directory / f"step-{position.step:08d}"
+        if position.step == self.saved:
+            return path
+        drawn = {name: self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
+                 for name, state in position.random.items()}  # fmt: skip
+        if self.accelerator.is_main_process:
+            files = {
+                "weights": self._weights(),
+                "optimizer": self._moments(),
+                "random": {
+                    f"{i}.{name}": state for name, rows in drawn.items() for i, state in enumerate(rows.clone())
+                },
+            }
+            facts = position._asdict() | {"processes": self.accelerator.num_processes, "random": None}
+            scaler = self.accelerator.scaler
+            facts["scaler"] = None if scaler is None else scaler.state_dict()
+            try:
+                write(path, files, facts)
+            except (OSError, SafetensorError) as error:
+                raise self._not_saved(position.step, error) from error
+        self.accelerator.wait_for_everyone()
+        self.saved = position.step
+        return path
+
+    def _not_saved(self, step: int, error: Exception) -> RunError:
+        what = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        last = newest(self.directory)
+        kept = (
+            f"the last whole state is {last}, from which the same command goes on" if last else "there is none before"
+        )
+        return RunError(f"step {step}: its state could not be written to {self.directory}: {what}; {kept}")
+
+    def _weights(self) -> Tensors:
+        lasting = self.module.state_dict().keys()
+        found = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        found |= {name: b for name, b in self.module.named_buffers() if name in lasting}
+        return {name: _plain(tensor) for name, tensor in found.items()}
+
+    def _put_weights(self, saved: Tensors, path: Path) -> None:
+        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        expected = {name: tuple(tensor.shape) for name, tensor in self._weights().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        if expected != found:
+            odd = min(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+            raise RunError(
+                f"{path}: of another model: {odd} is {found.get(odd, 'not there')}, expected "
+                f"{expected.get(odd, 'none')}; --overwrite_output_dir begins anew"
+            )
+        with torch.no_grad():
+            for name, tensor in saved.items():
+                own[name].copy_(tensor)
+
+    def _moments(self) -> Tensors:
+        return {
+            f"{name}.{kind}": _plain(tensor)
+            for name, parameter in self.module.named_parameters()
+            for kind, tensor in self.optim.state.get(parameter, {}).items()
+        }
+
+    def _put_moments(self, saved: Tensors) -> None:
+        own = dict(self.module.named_parameters())
+        for key, value in saved.items():
+            name, _, kind = key.rpartition(".")
+            self.optim.state[own[name]][kind] = value
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _random(device: torch.device) -> Tensors:
+    """Of torch, on the CPU and this process's GPU, of numpy and of Python; whole numbers below 2^53 are exact."""
+    found = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    _, keys, *rest = numpy.random.get_state()
+    found["numpy"] = torch.tensor([*map(int, keys), *rest], dtype=torch.float64)
+    version, numbers, gauss = random.getstate()
+    found["python"] = torch.tensor([version, *numbers, float("nan") if gauss is None else gauss], dtype=torch.float64)
+    return found
+
+
+def _set_random(states: Tensors, device: torch.device) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+    *keys, place, has_gauss, gauss = states["numpy"].tolist()
+    numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), int(place), int(has_gauss), gauss))
+    version, *numbers, gauss = states["python"].tolist()
+    random.setstate((int(version), tuple(map(int, numbers)), None if gauss != gauss else gauss))
+
+
+def write(path: Path, files: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
+    """A state: whole or not there. Those before the last but one make room, once it is."""
+    path.parent.mkdir(exist_ok=True)
+    with artifacts.staged(path) as staging:
+        for name, tensors in files.items():
+            save_file(tensors, staging / f"{name}.safetensors")
+        (staging / "state.json").write_text(json.dumps(facts, allow_nan=False, default=asdict), encoding="utf-8")
+        (staging / MANIFEST).write_bytes(_manifest(staging))
+    for old in _states(path.parent)[:-KEPT]:
+        gone = old.with_name(f".{old.name}.gone")
+        os.rename(old, gone)
+        shutil.rmtree(gone)
+
+
+def newest(directory: Path) -> Path | None:
+    """The newest state that is whole; one that is damaged is named, and passed over."""
+    for path in reversed(_states(directory)):
+        wrong = damage(path)
+        if not wrong:
+            return path
+        console.say(f"  {path} is damaged and not used: {wrong}")
+    return None
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a state, or ""."""
+    try:
+        said = (path / MANIFEST).read_bytes()
+        listed = json.loads(said)["files"]
+        if said != _encoded(listed):
+            return f"{MANIFEST} is not as it was written"
+        for name, (size, sha) in listed.items():
+            file = path / name
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size:,} bytes of {size:,}"
+            if _sha256(file) != sha:
+                return f"{name} has other contents than were written"
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return ""
+
+
+def _manifest(directory: Path) -> bytes:
+    return _encoded({file.name: [file.stat().st_size, _sha256(file)] for file in sorted(directory.iterdir())})
+
+
+def _encoded(listed: Mapping[str, Any]) -> bytes:
+    text = json.dumps({"version": VERSION, "files": listed}, indent=1, sort_keys=True)
+    return json.dumps(
+        {"version": VERSION, "files": listed, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    ).encode()
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _states(directory: Path) -> list[Path]:
+    """By step. What is hidden is half made, or half gone."""
+    return sorted(directory.glob("step-*")) if directory.is_dir() else []
+
+
+def clear(run: Path) -> None:
+    """A run that has ended needs no state."""
+    shutil.rmtree(run / DIRECTORY, ignore_errors=True)

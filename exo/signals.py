@@ -1,0 +1,77 @@
+"""Being told to stop: SIGTERM and SIGINT wait for a place where nothing is lost, a second one does not.
+
+Only training waits; everywhere else a signal ends the process at once, because what has been done is on the disk.
+Left out: what is saved (checkpoints).
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 2.0  # seconds in which a second signal is the first, which the terminal and a launcher both passed on
+SAID = b"\nstopping at the next step, with its state saved; once more stops at once\n"
+
+_asked: int | None = None
+_alone = False
+
+
+class Stopped(Exception):
+    """A run that was told to stop has; one line."""
+
+    def __init__(self, signum: int, said: str = "") -> None:
+        super().__init__(said or "nothing was done that would be lost")
+        self.signum = signum
+
+
+@contextmanager
+def heeded(*, alone: bool) -> Iterator[None]:
+    """For the while signals ask; `alone` says that no other process has to agree on where to stop."""
+    global _asked, _alone
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python hands signals to the main thread alone
+        return
+    _asked, _alone = None, alone
+    first = 0.0
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        global _asked
+        nonlocal first
+        if _asked is None:
+            _asked, first = signum, time.monotonic()
+            os.write(2, SAID)
+        elif time.monotonic() - first > ECHO:
+            os._exit(128 + signum)
+
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _asked, _alone = None, False
+
+
+def end_in_order() -> None:
+    """SIGTERM unwinds, as SIGINT does: what is half made is removed, and processes that were begun are ended."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
+
+
+def asked() -> int:
+    """The signal that asked to stop; 0 for none."""
+    return _asked or 0
+
+
+def stop_if_asked() -> None:
+    """Called between pieces of work that leave the last step's state as it is. Several processes agree first (loop)."""
+    if _asked is not None and _alone:
+        raise Stopped(_asked)

@@ -1,0 +1,264 @@
+"""A run that was interrupted, anywhere, is the run that was not: bit for bit, dropout and all."""
+
+import itertools
+import json
+import os
+import signal
+
+import pytest
+
+from exo import artifacts, checkpoints, models, policy, signals, steps
+from tests import interruptions
+from tests.interruptions import STAGES, STEPS, made
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Killed(BaseException):
+    """As kill -9 would: nothing of ours catches it."""
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("given")
+    interruptions.write_start(directory / "start")
+    interruptions.write_data(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(given):
+    """What each stage makes when nothing happens to it; made once."""
+    found = {}
+
+    def of(stage):
+        if stage not in found:
+            assert STAGES[stage].main(interruptions.arguments(stage, given, given / f"whole-{stage}")) == 0
+            found[stage] = made(given / f"whole-{stage}")
+        return found[stage]
+
+    return of
+
+
+def killed_at(monkeypatch, owner, name, when, before=True):
+    """The process dies in the call for which `when(*arguments)` holds."""
+    own = getattr(owner, name)
+
+    def dies(*arguments, **options):
+        if not when(*arguments):
+            return own(*arguments, **options)
+        if not before:
+            own(*arguments, **options)
+        raise Killed
+
+    monkeypatch.setattr(owner, name, dies)
+
+
+PLACES = {
+    "before the first update": lambda patch: killed_at(patch, steps, "update", lambda *a: a[4] == 1),
+    "before a state": lambda patch: killed_at(
+        patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 2, before=False
+    ),
+    "between two states": lambda patch: killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 5),
+    "in the save of a state": lambda patch: killed_at(patch, artifacts.os, "rename", lambda a, b: "00000006" in str(b)),
+    "after the save of a state": lambda patch: killed_at(
+        patch, checkpoints, "write", lambda path, *a: "00000004" in str(path), before=False
+    ),
+    "in the last line": lambda patch: killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == STEPS),
+    "while the model is saved": lambda patch: killed_at(
+        patch, models, "save", lambda m, t, p: "staging" in str(p) and "step" not in str(p)
+    ),
+}
+
+
+def sampled(*cases, quick):
+    """Those that `quick` holds for, and the others for the long lane."""
+    return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("stage", "place"),
+    sampled(*itertools.product(STAGES, PLACES), quick=lambda s, p: s == "align" or p == "between two states"),
+)
+def test_a_killed_run_goes_on_to_the_same_end(stage, place, given, whole, tmp_path, monkeypatch, capsys):
+    argv = interruptions.arguments(stage, given, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        PLACES[place](patch)
+        STAGES[stage].main(argv)
+    assert STAGES[stage].main(argv) == 0
+    went_on = "going on after step" in capsys.readouterr().out
+    assert went_on == (place not in ("before the first update", "before a state"))
+    assert made(tmp_path / "run") == whole(stage)
+    assert not (tmp_path / "run" / checkpoints.DIRECTORY).exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    sampled(*itertools.product(STAGES, signals.SIGNALS), quick=lambda s, n: s == "align" or n == signal.SIGTERM),
+)
+def test_a_run_that_is_told_to_stop_loses_no_step(stage, number, given, whole, tmp_path, monkeypatch, capfd):
+    argv = interruptions.arguments(stage, given, tmp_path / "run")
+    accumulate = steps.accumulate
+
+    def told(module, parts, count, accelerator, collate, step, *rest):
+        if step == 6:
+            os.kill(os.getpid(), number)
+        return accumulate(module, parts, count, accelerator, collate, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "accumulate", told)
+        assert STAGES[stage].main(argv) == 128 + number
+    said = capfd.readouterr().err.strip().splitlines()
+    assert said[0].startswith("stopping at the next step") and said[-1].startswith(
+        "stopped: after step 5 of 10, kept in"
+    )
+    assert STAGES[stage].main(argv) == 0
+    assert "going on after step 5" in capfd.readouterr().out
+    assert made(tmp_path / "run") == whole(stage)
+
+
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(given, whole, tmp_path, monkeypatch, capsys):
+    argv = interruptions.arguments("align", given, tmp_path / "run")
+    evaluate = policy.evaluate
+
+    def told(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "evaluate", told)
+        assert STAGES["align"].main(argv) == 143
+    assert "after step 3 of 10" in capsys.readouterr().err
+    assert STAGES["align"].main(argv) == 0
+    assert made(tmp_path / "run") == whole("align")
+
+
+def test_the_end_is_the_end(given, whole, tmp_path, capsys):
+    whole("sft")
+    run = given / "whole-sft"
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    assert STAGES["sft"].main(interruptions.arguments("sft", given, run)) == 0
+    assert "this run has finished" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+
+
+@pytest.fixture
+def half(given, tmp_path, monkeypatch):
+    """A run of SFT that was killed after step 7, and its arguments."""
+    argv = interruptions.arguments("sft", given, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 7)
+        STAGES["sft"].main(argv)
+    return tmp_path / "run", argv
+
+
+def test_changed_options_are_shown_and_refused_unless_allowed(half, whole, capsys):
+    run, argv = half
+    changed = [*argv, "--learning_rate", "1e-3"]
+    assert STAGES["sft"].main(changed) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "unfinished, with learning_rate 0.003, now 0.001; --allow_changes goes on" in said
+    assert STAGES["sft"].main([*changed, "--allow_changes"]) == 0
+    assert "going on with changes: learning_rate 0.003, now 0.001" in capsys.readouterr().out
+    assert made(run) != whole("sft")
+    assert json.loads((run / "run.json").read_text())["arguments"]["learning_rate"] == 1e-3
+
+
+def test_what_changes_nothing_may_change(half, whole):
+    run, argv = half
+    assert STAGES["sft"].main([*argv, "--logging_steps", "1", "--checkpoint_steps", "3"]) == 0
+    assert made(run) == whole("sft")
+
+
+def test_beginning_anew_is_for_the_user_to_say(half, whole, capsys):
+    run, argv = half
+    assert STAGES["sft"].main([*argv, "--overwrite_output_dir"]) == 0
+    assert "going on" not in capsys.readouterr().out
+    assert made(run) == whole("sft")
+
+
+FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "how"),
+    sampled(*itertools.product(FILES, ("flipped", "cut", "gone")), quick=lambda d, h: h == "flipped" or d == FILES[0]),
+)
+def test_a_damaged_state_is_named_and_the_one_before_it_used(half, whole, damage, how, capsys):
+    run, argv = half
+    file = run / "resume" / "step-00000006" / damage
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes({"flipped": content, "cut": content[:-1], "gone": b""}[how])
+    if how == "gone":
+        file.unlink()
+    assert STAGES["sft"].main(argv) == 0
+    said = capsys.readouterr().out
+    assert f"step-00000006 is damaged and not used: {damage}" in said and "going on after step 4" in said
+    assert made(run) == whole("sft")
+
+
+def test_a_state_of_another_model_is_refused(half, capsys, monkeypatch):
+    run, argv = half
+    monkeypatch.setattr(checkpoints.Keeper, "_weights", lambda self: {"other": next(self.module.parameters())})
+    assert STAGES["sft"].main(argv) == 1
+    assert "of another model" in capsys.readouterr().err
+
+
+def test_a_state_of_another_number_of_processes_is_refused(half, capsys):
+    run, argv = half
+    state = run / "resume" / "step-00000006"
+    facts = json.loads((state / "state.json").read_text())
+    (state / "state.json").write_text(json.dumps(facts | {"processes": 2}))
+    (state / "manifest.json").unlink()
+    (state / "manifest.json").write_bytes(checkpoints._manifest(state))
+    assert STAGES["sft"].main(argv) == 1
+    assert "of 2 processes, and there are 1 now; with --allow_changes" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_path, monkeypatch, capsys):
+    argv = interruptions.arguments("sft", given, tmp_path / "run")
+    save = checkpoints.save_file
+
+    def full(tensors, path):
+        if "00000006" in str(path) and "optimizer" in str(path):
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", full)
+        assert STAGES["sft"].main(argv) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: step 6: its state could not be written") and "No space left on device" in said
+    assert "the last whole state is" in said and "step-00000004" in said
+    assert STAGES["sft"].main(argv) == 0
+    assert made(tmp_path / "run") == whole("sft")
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_what_is_not_finite_is_skipped_where_that_was_asked_for(kind, given, tmp_path, monkeypatch, capsys):
+    argv = interruptions.arguments("align", given, tmp_path / "run", "--on_nan", "skip")
+    forward = policy.PolicyLoss.forward
+    calls = []
+
+    def poisoned(self, batch, count):
+        share = forward(self, batch, count)
+        calls.append(1)
+        if len(calls) != 4:
+            return share
+        if kind == "loss":
+            return share._replace(loss=share.loss * float("nan"))
+        return share._replace(loss=share.loss + (next(self.parameters()).sum() * 0).abs().sqrt())
+
+    monkeypatch.setattr(policy.PolicyLoss, "forward", poisoned)
+    assert STAGES["align"].main(argv) == 0
+    assert "1 updates were skipped: their loss or gradient was not finite" in capsys.readouterr().out
+    log = [line for line in interruptions.lines(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in line]
+    assert [line.get("skipped") for line in log].count(1.0) == 1 and len(log) == STEPS
+    assert all(parameter.isfinite().all() for parameter in models.load(str(tmp_path / "run"))[0].parameters())
+
+
+def test_nothing_is_left_to_listen_when_training_is_over(given, whole):
+    whole("sft")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signals.asked() == 0
