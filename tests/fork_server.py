@@ -1,0 +1,126 @@
+"""Processes that run a stage and may be killed, each born in a moment from one that has imported everything.
+
+`python -m tests.fork_server` reads a line of JSON a run, {"stage", "argv", "log", "crash"}, prints its pid, and how it
+ended. With "crash": n the process dies, as of kill -9, at the n-th call of the file system within the saves of states.
+`Server` is the other end. Left out: what is killed and why (test_crashes.py, soak.py).
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.listdir", "os.scandir"}
+
+
+class Server:
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "tests.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment, cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+
+    def begin(self, stage: str, argv: list[str], log: Path, crash: int | None = None) -> int:
+        """The pid of a run; its output goes to the end of `log`."""
+        assert self.child.stdin and self.child.stdout
+        self.child.stdin.write(json.dumps({"stage": stage, "argv": argv, "log": str(log), "crash": crash}) + "\n")
+        self.child.stdin.flush()
+        return int(self.child.stdout.readline())
+
+    def end(self) -> int:
+        """Its exit code; negative, the signal that killed it."""
+        assert self.child.stdout
+        return int(self.child.stdout.readline())
+
+    def run(self, *run, **how) -> int:
+        self.begin(*run, **how)
+        return self.end()
+
+    def killed(self, *run, after: float) -> int:
+        """Killed after so many seconds, or ended before."""
+        pid = self.begin(*run)
+        time.sleep(after)
+        try:
+            os.kill(pid, 9)
+        except ProcessLookupError:
+            pass  # it had ended
+        return self.end()
+
+    def close(self) -> None:
+        assert self.child.stdin
+        self.child.stdin.close()
+        self.child.wait()
+
+
+def moments(seed: int, longest: float):
+    """Random delays of a kill."""
+    rng = random.Random(seed)
+    while True:
+        yield rng.uniform(0, longest)
+
+
+def _crash_in_saves(at: int) -> None:
+    from exo import checkpoints
+
+    seen, saving = 0, False
+
+    def count(event: str = "", arguments: object = None) -> None:
+        nonlocal seen
+        if saving and (event in EVENTS or not event):
+            if seen == at:
+                os._exit(9)
+            seen += 1
+
+    write, fsync = checkpoints.write, os.fsync
+
+    def watched(*arguments) -> None:
+        nonlocal saving
+        saving = True
+        write(*arguments)
+        saving = False
+
+    def counted(handle: int) -> None:
+        count()
+        fsync(handle)
+
+    checkpoints.write, os.fsync = watched, counted
+    sys.addaudithook(count)
+
+
+def main() -> None:
+    import torch
+
+    from tests.interruptions import STAGES
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            if asked["crash"] is not None:
+                _crash_in_saves(asked["crash"])
+            try:
+                code = STAGES[asked["stage"]].main(asked["argv"])
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                code = 99
+            sys.stdout.flush()
+            os._exit(code if isinstance(code, int) else 98)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
