@@ -17,7 +17,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from torch import nn
 
-from exo import config, console, loop, models
+from exo import config, console, loop, models, sharding
 from exo.config import NOT_NEGATIVE, PART, at_least, option, require
 
 
@@ -101,13 +101,15 @@ def check(options: Options, model: str) -> None:
         )
 
 
-def finished(model: Any, options: Any) -> Any:
-    """What is to be saved: the adapter, or a copy of the model that has it merged.
+def finished(model: Any, options: Any, accelerator: Accelerator) -> Any:
+    """What is to be saved: the adapter, or a copy of the model that has it merged. All processes ask; of a model in
+    shards the first alone has it.
 
     Of weights in 4 bits the copy has what they stand for: it computes what was trained, which the weights that were
     rounded to them do not.
     """
-    if not is_one(model) or options.lora_output == "adapter":
+    model = sharding.gathered(model, accelerator.is_main_process)
+    if not is_one(model) or options.lora_output == "adapter" or not accelerator.is_main_process:
         return model
     alone = copy.deepcopy(model)
     if options.load_in_4bit:

@@ -121,7 +121,6 @@ def run(config: Config, start: lineage.Start) -> Path:
     console.counts(counts)
     mode = reference.mode(config.reference, groups + others)
     other_model = _reference_model(config, groups + others, tokenizer)
-    batches.refuse_empty_shares(config, len(train_groups), accelerator)
     _describe(config, model, tokenizer, train_groups, accelerator)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
 
@@ -153,7 +152,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         steps_an_epoch=batches.epoch_steps(config, len(train_groups)),
         first=_first_loss_check(config, mode, module, train_groups, accelerator), after=watch, parts={"watch": watch},
     )  # fmt: skip
-    directory = runs.end(metrics, adapter.finished(trained, config), tokenizer, accelerator, watch.last)
+    directory = runs.end(metrics, adapter.finished(trained, config, accelerator), tokenizer, accelerator, watch.last)
     _conclude(directory, watch)
     return directory
 
@@ -320,7 +319,7 @@ class _Watch:
         config = self.config
         if self.groups and (last or (config.eval_steps and step % config.eval_steps == 0)):
             self._evaluate(step)
-        if config.save_steps and step % config.save_steps == 0 and self.accelerator.is_main_process:
+        if config.save_steps and step % config.save_steps == 0:
             self._save(f"step-{step}")
 
     def state(self) -> dict[str, float | None]:
@@ -331,17 +330,18 @@ class _Watch:
 
     def _evaluate(self, step: int) -> None:
         self.last = policy.evaluate(self.module, self.groups, self.accelerator, self.packing)
-        if not self.accelerator.is_main_process:
-            return
-        self.metrics.write(step=step, **self.last)
-        self.accelerator.log(self.last, step=step)
+        if self.accelerator.is_main_process:
+            self.metrics.write(step=step, **self.last)
+            self.accelerator.log(self.last, step=step)
         console.say(f"  evaluation after step {step}: {_summary(self.last, len(self.groups))}")
         if self.config.eval_steps and self.last["eval_loss"] < self.best:
             self.best = self.last["eval_loss"]
             self._save("best")
 
     def _save(self, name: str) -> None:
-        models.save_checkpoint(adapter.finished(self.model, self.config), self.tokenizer, self.directory, name)
+        finished = adapter.finished(self.model, self.config, self.accelerator)
+        if self.accelerator.is_main_process:
+            models.save_checkpoint(finished, self.tokenizer, self.directory, name)
 
 
 def _summary(result: dict[str, float], n: int) -> str:

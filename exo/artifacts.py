@@ -127,11 +127,11 @@ def staged(target: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        _flush_all(staging)
+        flush_all(staging)
         if target.exists():
             os.rename(target, previous)
         os.rename(staging, target)
-        _flush(target.parent)
+        flush(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -145,20 +145,20 @@ def staged_into(directory: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        _flush_all(staging)
+        flush_all(staging)
         for entry in sorted(staging.iterdir()):
             os.replace(entry, directory / entry.name)
-        _flush(directory)
+        flush(directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _flush_all(directory: Path) -> None:
+def flush_all(directory: Path) -> None:
     for entry in (*directory.rglob("*"), directory):
-        _flush(entry)
+        flush(entry)
 
 
-def _flush(entry: Path) -> None:
+def flush(entry: Path) -> None:
     """A file's contents, or a directory's names, to the disk itself."""
     handle = os.open(entry, os.O_RDONLY)
     try:
@@ -178,9 +178,9 @@ def staged_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{STAGING}-{path.name}")
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
 
 from exo.checkpoints import Stateful
-from exo.config import ConfigError, DataTraining, Training
+from exo.config import DataTraining
 from exo.encoding import TokenGroup
 
 G = TypeVar("G", bound=TokenGroup)
@@ -31,13 +30,6 @@ def total_steps(config: DataTraining, n_groups: int) -> int:
     if config.max_steps > 0:
         return config.max_steps
     return max(1, round(config.num_train_epochs * epoch_steps(config, n_groups)))
-
-
-def refuse_empty_shares(config: Training, n_groups: int, accelerator: Accelerator) -> None:
-    """ConfigError where a process would get no prompt in some step; a last batch may be half the size."""
-    world = accelerator.num_processes
-    if world > 1 and min(n_groups, config.batch_size / 2) < world:
-        raise ConfigError(f"--batch_size: expected at least 2 prompts for each of {world} processes, and as much data")
 
 
 class Batches(Generic[G]):

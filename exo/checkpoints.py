@@ -3,7 +3,7 @@
 A state is a directory below resume/ of the run: what is trained, the optimizer, all random states, and in JSON the
 position in the data and in the log. It is written beside its place, flushed and renamed, with every file's sha256;
 the newest one that is whole is gone on from, and the one before it is kept until then. Nothing in it is a pickle.
-Left out: models to be used (models.save_checkpoint), shards of models that no single process holds.
+Of a model in shards each process writes what it holds. Left out: models to be used (models.save_checkpoint).
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from exo import artifacts, console
+from exo import artifacts, console, sharding
 from exo.artifacts import Metrics, RunError
 
 DIRECTORY = "resume"
@@ -69,6 +69,7 @@ class Keeper:
         self.module, self.accelerator = accelerator.unwrap_model(module), accelerator
         self.optim: torch.optim.Optimizer = getattr(optim, "optimizer", optim)
         self.metrics, self.parts, self.allow_changes = metrics, parts, allow_changes
+        self.sharded = sharding.is_sharded(module)
         self.position: Position | None = None
         self.saved = 0  # the last step whose state is on the disk
 
@@ -85,9 +86,12 @@ class Keeper:
                 f"{path}: of {facts['processes']} processes, and there are {world} now; with --allow_changes it goes "
                 "on, to the rounding of another order of sums"
             )
+        if facts["sharded"] != self.sharded or (self.sharded and facts["processes"] != world):
+            kind = "shards" if facts["sharded"] else "whole weights"
+            raise RunError(f"{path}: {kind} of {facts['processes']} processes, which cannot be made into others here")
         device = str(self.accelerator.device)
-        self._put_weights(load_file(path / "weights.safetensors", device), path)
-        self._put_moments(load_file(path / "optimizer.safetensors", device))
+        self._put_weights(load_file(path / self._file("weights"), device), path)
+        self._put_moments(load_file(path / self._file("optimizer"), device))
         if self.accelerator.scaler is not None and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         for name, part in self.parts.items():
@@ -123,24 +127,26 @@ class Keeper:
             return path
         drawn = {name: self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
                  for name, state in position.random.items()}  # fmt: skip
+        files = {}
+        if self.sharded or self.accelerator.is_main_process:
+            files = {self._file("weights"): self._weights(), self._file("optimizer"): self._moments()}
         if self.accelerator.is_main_process:
-            files = {
-                "weights": self._weights(),
-                "optimizer": self._moments(),
-                "random": {
-                    f"{i}.{name}": state for name, rows in drawn.items() for i, state in enumerate(rows.clone())
-                },
+            files["random.safetensors"] = {
+                f"{i}.{name}": state for name, rows in drawn.items() for i, state in enumerate(rows.clone())
             }
-            facts = position._asdict() | {"processes": self.accelerator.num_processes, "random": None}
-            scaler = self.accelerator.scaler
-            facts["scaler"] = None if scaler is None else scaler.state_dict()
-            try:
-                write(path, files, facts)
-            except (OSError, SafetensorError) as error:
-                raise self._not_saved(position.step, error) from error
+        scaler = self.accelerator.scaler
+        facts = position._asdict() | {"processes": self.accelerator.num_processes, "random": None}
+        facts |= {"sharded": self.sharded, "scaler": None if scaler is None else scaler.state_dict()}
+        try:
+            write(path, files, facts, self.accelerator)
+        except (OSError, SafetensorError) as error:
+            raise self._not_saved(position.step, error) from error
         self.accelerator.wait_for_everyone()
         self.saved = position.step
         return path
+
+    def _file(self, what: str) -> str:
+        return f"{what}.{self.accelerator.process_index}.safetensors" if self.sharded else f"{what}.safetensors"
 
     def _not_saved(self, step: int, error: Exception) -> RunError:
         what = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -168,7 +174,7 @@ class Keeper:
             )
         with torch.no_grad():
             for name, tensor in saved.items():
-                own[name].copy_(tensor)
+                sharding.own(own[name]).copy_(tensor)
 
     def _moments(self) -> Tensors:
         return {
@@ -181,11 +187,11 @@ class Keeper:
         own = dict(self.module.named_parameters())
         for key, value in saved.items():
             name, _, kind = key.rpartition(".")
-            self.optim.state[own[name]][kind] = value
+            self.optim.state[own[name]][kind] = sharding.like(value, own[name])
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+    return sharding.own(tensor.detach()).cpu().contiguous()
 
 
 def _random(device: torch.device) -> Tensors:
@@ -210,14 +216,30 @@ def _set_random(states: Tensors, device: torch.device) -> None:
     random.setstate((int(version), tuple(map(int, numbers)), None if gauss != gauss else gauss))
 
 
-def write(path: Path, files: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
-    """A state: whole or not there. Those before the last but one make room, once it is."""
-    path.parent.mkdir(exist_ok=True)
-    with artifacts.staged(path) as staging:
+def write(path: Path, files: Mapping[str, Tensors], facts: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """A state, of all processes' files: whole or not there. Those before the last but one make room, once it is."""
+    staging = path.with_name(f".{path.name}.staging")
+    main = accelerator.is_main_process
+    if main:
+        path.parent.mkdir(exist_ok=True)
+        for left_over in path.parent.glob(".*"):
+            shutil.rmtree(left_over)
+        staging.mkdir()
+    accelerator.wait_for_everyone()
+    try:
         for name, tensors in files.items():
-            save_file(tensors, staging / f"{name}.safetensors")
+            save_file(tensors, staging / name)
+        accelerator.wait_for_everyone()
+        if not main:
+            return
         (staging / "state.json").write_text(json.dumps(facts, allow_nan=False, default=asdict), encoding="utf-8")
         (staging / MANIFEST).write_bytes(_manifest(staging))
+        artifacts.flush_all(staging)
+        os.rename(staging, path)
+    except (OSError, SafetensorError):
+        shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
+        raise
+    artifacts.flush(path.parent)
     for old in _states(path.parent)[:-KEPT]:
         gone = old.with_name(f".{old.name}.gone")
         os.rename(old, gone)

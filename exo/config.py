@@ -104,6 +104,7 @@ class Training(Scoring):
     dropout: bool = option(False, "train with the model's own dropout")
     gradient_checkpointing: bool = option(False, "make activations again in the backward pass: less memory, more time")
     compile: bool = option(False, "compile the model's body with torch.compile")
+    fsdp: bool = option(False, "several processes hold the model in shards (FSDP2), instead of each all of it (DDP)")
     profile: int = option(0, "steps to profile: a trace in output_dir/profile, and where their time goes", NOT_NEGATIVE)
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step", at_least(1))

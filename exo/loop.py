@@ -8,6 +8,7 @@ what the loss is, and how a state is kept (checkpoints).
 
 import importlib.util
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from exo import checkpoints, console, profiling, signals
+from exo import checkpoints, console, profiling, sharding, signals
 from exo.artifacts import Metrics
 from exo.batches import Source
 from exo.config import Compute, ConfigError, Training
@@ -37,15 +38,20 @@ def make_accelerator(config: Compute) -> Accelerator:
         # accelerate would drop a tracker that is not installed
         raise ConfigError(f"--report_to {tracker}: not installed; pip install {tracker}")
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+    if sharding.asked(config):
+        sharding.refuse(config, mixed)
+    shards = os.environ.pop(sharding.LAUNCHER, None)  # accelerate would do it, but on GPUs alone
     accelerator = Accelerator(
         cpu=config.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision=mixed,
         log_with=None if tracker == "none" else tracker,
         project_dir=config.output_dir,
     )
+    if shards is not None:
+        os.environ[sharding.LAUNCHER] = shards
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise ConfigError(f"accelerate: expected one process or DDP, which this version trains with; got {kind}")
+        raise ConfigError(f"accelerate: expected one process, DDP or FSDP, which this version trains with; got {kind}")
     accelerator.gradient_accumulation_steps = 1  # the environment may say otherwise; the denominator is ours
     if not accelerator.is_main_process:
         console.mute()
@@ -110,8 +116,11 @@ def train(
     progress line.
     """
     _spare(module, config)
-    optim = optimizer(module, config, rates)
-    module, optim = accelerator.prepare(module, optim)
+    if sharding.asked(config):
+        module = sharding.shard(module.to(accelerator.device), accelerator.mixed_precision)
+        optim = accelerator.prepare(optimizer(module, config, rates))
+    else:
+        module, optim = accelerator.prepare(module, optimizer(module, config, rates))
     keeper = checkpoints.Keeper(
         Path(config.output_dir), module, optim, accelerator, metrics, {"data": source} | dict(parts or {}),
         allow_changes=config.allow_changes,

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import adapter, attention, intervals, signals
+from exo import adapter, attention, intervals, processes, sharding, signals
 from exo.artifacts import RunError
 from exo.encoding import TokenGroup
 from exo.head import CausalHead, evaluating
@@ -102,7 +102,10 @@ class PolicyLoss(nn.Module):
             return {"ref_hidden": rows}
         return {"ref_hidden": rows, "ref_weight": head.weight, "ref_bias": head.options["bias"]}
 
-    def forward(self, batch: Batch, num_groups: int) -> Share:
+    def forward(self, batch: Batch, num_groups: int | None) -> Any:
+        """A share of the mean over so many groups; of none, the losses' sum and their stats, for evaluation."""
+        if num_groups is None:
+            return self.losses(batch, reduction="sum")
         loss, stats = self.losses(batch, num_groups=num_groups)
         return Share(loss, _sums(group_metrics(stats, batch, self.betas["beta_pi"])))
 
@@ -209,22 +212,29 @@ def evaluate(
     module: PolicyLoss, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing
 ) -> dict[str, float]:
     """Mean loss and metrics on held-out groups, and the 95% interval of the accuracy."""
+
+    def of(part: Sequence[TokenGroup]) -> tuple[float, dict[str, list[float]]]:
+        signals.stop_if_asked()
+        batch = packing.collate(part).to(accelerator.device)
+        with accelerator.autocast():
+            share, stats = module(batch, None)
+        if not math.isfinite(float(share)):
+            lines = ", ".join(str(group.line) for group in part[:10])
+            raise RunError(f"evaluation: the loss is {float(share)}; held-out rows at lines {lines}")
+        return float(share), group_metrics(stats, batch, module.betas["beta_pi"])
+
+    with evaluating(module):
+        parts = packing.micro_batches(groups)
+        found = processes.shared(parts, of, accelerator, together=sharding.is_sharded(module))
+        sharding.settle(module)
     loss = 0.0
     values: dict[str, list[float]] = {}
-    with evaluating(module):
-        for part in packing.micro_batches(groups):
-            signals.stop_if_asked()
-            batch = packing.collate(part).to(accelerator.device)
-            with accelerator.autocast():
-                share, stats = module.losses(batch, reduction="sum")
-            if not math.isfinite(float(share)):
-                lines = ", ".join(str(group.line) for group in part[:10])
-                raise RunError(f"evaluation: the loss is {float(share)}; held-out rows at lines {lines}")
-            loss += float(share)
-            for name, found in group_metrics(stats, batch, module.betas["beta_pi"]).items():
-                values.setdefault(name, []).extend(found)
+    for share, metrics in found:
+        loss += share
+        for name, some in metrics.items():
+            values.setdefault(name, []).extend(some)
     result = {"eval_loss": loss / len(groups)}
-    result |= {f"eval_{name}": sum(found) / len(found) for name, found in values.items() if found}
+    result |= {f"eval_{name}": sum(some) / len(some) for name, some in values.items() if some}
     if accuracies := values.get("rewards/accuracies"):
         low, high = intervals.accuracy_interval(accuracies)
         result |= {"eval_accuracy_low": low, "eval_accuracy_high": high}

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from exo import (
     artifacts,
     attention,
-    batches,
     config,
     console,
     data,
@@ -32,6 +31,7 @@ from exo import (
     rewards,
     rollouts,
     runs,
+    sharding,
 )
 from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, SHARE, at_least, named, option, require
 from exo.encoding import TokenGroup
@@ -157,8 +157,9 @@ def run(config: Config, start: lineage.Start) -> Path:
     """Train and return the run directory, which is the model directory."""
     path = lineage.source("data", config.data, "prepare", prepared="prompts.jsonl")
     dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
+    if sharding.asked(config):
+        raise ValueError("--fsdp: ppo samples from the model, which in shards it cannot; expected DDP")
     accelerator = loop.make_accelerator(config)
-    batches.refuse_empty_shares(config, config.batch_size, accelerator)
     set_seed(config.seed)
     console.say(dataset.summary())
     model, tokenizer = models.load(lineage.source("model", config.model, "sft", "align", "ppo"))

@@ -29,8 +29,10 @@ from exo import (
     lineage,
     loop,
     models,
+    processes,
     rewards,
     runs,
+    sharding,
     targets,
 )
 from exo.config import MODEL, PART, POSITIVE, at_least, named, option
@@ -68,8 +70,11 @@ class PairLoss(nn.Module):
         chosen, rejected = rewards.last_token_rewards(self.model, batch).view(-1, 2).unbind(1)
         return chosen - rejected
 
-    def forward(self, batch: Batch, count: int) -> Share:
+    def forward(self, batch: Batch, count: int | None) -> Any:
+        """A share of the mean over so many; of none, the margins, for evaluation."""
         margins = self.margins(batch)
+        if count is None:
+            return margins
         right = (margins > 0).double().sum()
         loss = -nn.functional.logsigmoid(margins).sum() / count
         return Share(loss, {"accuracy": (right, len(margins)), "margin": (margins.detach().sum(), len(margins))})
@@ -96,7 +101,6 @@ def run(config: Config, start: lineage.Start) -> Path:
     model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
     groups, held_out, counts = _encode(config, dataset, tokenizer)
     models.check_fits(model, groups + held_out)
-    batches.refuse_empty_shares(config, len(groups), accelerator)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
     steps = batches.total_steps(config, len(groups))
     console.say(f"{len(groups):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
@@ -109,6 +113,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     result = _evaluate(module, held_out, accelerator, packing)
     if result and accelerator.is_main_process:
         metrics.write(step=steps, **result)
+    model = sharding.gathered(model, accelerator.is_main_process)
     return runs.end(metrics, model, tokenizer, accelerator, result)
 
 
@@ -157,9 +162,12 @@ def _evaluate(
 
     def of(part: Sequence[TokenGroup]) -> list[float]:
         with accelerator.autocast():
-            return module.margins(packing.collate(part).to(accelerator.device)).tolist()
+            return module(packing.collate(part).to(accelerator.device), None).tolist()
 
-    margins = packing.each(groups, of)
+    parts = packing.micro_batches(groups)
+    found = processes.shared(parts, of, accelerator, together=sharding.is_sharded(module))
+    sharding.settle(module)
+    margins = [margin for some in found for margin in some]
     right = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
     low, high = intervals.accuracy_interval(right)
     accuracy = sum(right) / len(right)

@@ -77,7 +77,6 @@ def run(config: Config, start: lineage.Start) -> Path:
     if not groups:
         raise data.DataError(f"{config.data}: no row is left to train on")
     models.check_fits(model, groups)
-    batches.refuse_empty_shares(config, len(groups), accelerator)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
     steps = batches.total_steps(config, len(groups))
     console.say(
@@ -96,7 +95,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         packing=packing, denominator=_tokens,
         steps_an_epoch=batches.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
-    return runs.end(metrics, adapter.finished(module.model, config), tokenizer, accelerator)
+    return runs.end(metrics, adapter.finished(module.model, config, accelerator), tokenizer, accelerator)
 
 
 def _tokens(groups: Sequence[TokenGroup]) -> int:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import profiling, signals
+from exo import profiling, sharding, signals
 from exo.artifacts import RunError
 from exo.config import Training
 from exo.encoding import TokenGroup
@@ -69,9 +69,9 @@ class Step(NamedTuple):
         for group in self.optim.param_groups:
             group["lr"] = group["peak"] * share
         with profiling.section("data"):
-            parts = self.packing.micro_batches(batch[accelerator.process_index :: accelerator.num_processes])
+            parts, idle = self._parts(batch)
         loss, sums, tokens = accumulate(
-            self.module, parts, self.denominator(batch), accelerator, self.collate, step, config, told
+            self.module, parts, self.denominator(batch), accelerator, self.collate, step, config, told, idle
         )
         with profiling.section("waiting"):
             loss, sums, tokens, asked = _across_processes(accelerator, loss, sums, tokens)
@@ -93,6 +93,18 @@ class Step(NamedTuple):
         line |= {"clipped": clipped, "tokens_per_second": tokens / (time.perf_counter() - began)}
         return line | ({} if finite or lost else {"skipped": 1.0}), asked
 
+    def _parts(self, batch: list[Any]) -> tuple[list[list[Any]], int]:
+        """This process's micro-batches, and how many at the end are there for company alone: processes that gather
+        a model's shards, or add up gradients, wait for each other."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        own = self.packing.micro_batches(batch[rank::world])
+        if world == 1:
+            return own, 0
+        most = max(1, len(own))
+        if sharding.is_sharded(self.module):
+            most = max(len(self.packing.micro_batches(batch[i::world])) for i in range(world))
+        return own + [[batch[0]]] * (most - len(own)), most - len(own)
+
 
 def accumulate(
     module: nn.Module,
@@ -103,24 +115,31 @@ def accumulate(
     step: int,
     config: Training,
     told: bool = True,
+    idle: int = 0,
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
-    """Forward and backward over one process's part of a step; what is kept between them is said unless it was."""
+    """Forward and backward over one process's part of a step; what is kept between them is said unless it was. The last
+    `idle` of the parts count nothing."""
+    sharded = sharding.is_sharded(module)
     loss, tokens, sums = 0.0, 0.0, dict[str, tuple[float, float]]()
     for i, part in enumerate(parts):
         signals.stop_if_asked()
         with profiling.section("data"):
             batch = collate(part).to(accelerator.device)
         size = sum(len(g.prompt) + len(ids) for g in part for ids in g.completions)
-        last = i == len(parts) - 1
-        with nullcontext() if last else accelerator.no_sync(module):
-            with profiling.section("head and loss"), nullcontext() if told or i else activations(module, size):
-                share = module(batch, count)
+        counts = i < len(parts) - idle
+        # gradients of a model in shards are added up at once: whole ones would need the memory that shards save
+        with nullcontext() if sharded or i == len(parts) - 1 else accelerator.no_sync(module):
+            with profiling.section("head and loss"), nullcontext() if told or i or sharded else activations(module, size):
+                with accelerator.autocast():
+                    share = module(batch, count)
             value = float(share.loss.detach())
             if not math.isfinite(value) and config.on_nan == "stop":
                 raise _not_finite(step, f"the loss is {value}", part, accelerator)
             # processes are averaged by the wrapper, but the denominator already counts them all
             with profiling.section("head and loss"):  # and from its border on the body
-                accelerator.backward(share.loss * accelerator.num_processes)
+                accelerator.backward(share.loss * (accelerator.num_processes * counts))
+        if not counts:
+            continue
         loss += value
         tokens += size
         for name, (total, n) in share.sums.items():
@@ -161,7 +180,7 @@ def update(
 ) -> float:
     """Clip, check, step. What is not finite stops the run, or this update; but fp16's loss scaling handles it there."""
     limit = config.max_grad_norm or math.inf
-    norm = float(accelerator.clip_grad_norm_(module.parameters(), limit))
+    norm = float(sharding.whole(accelerator.clip_grad_norm_(module.parameters(), limit)))
     finite = math.isfinite(norm) and math.isfinite(loss)
     if not finite and accelerator.scaler is None and config.on_nan == "stop":
         raise _not_finite(step, "the gradient is not finite", batch, accelerator)

@@ -129,9 +129,7 @@ def test_weights_in_four_bits_are_the_reference_too_and_what_is_left_computes_wh
     pytest.importorskip("bitsandbytes")
     trained = []
     finish = adapter.finished
-    monkeypatch.setattr(
-        adapter, "finished", lambda model, options: trained.append(logits(model)) or finish(model, options)
-    )
+    monkeypatch.setattr(adapter, "finished", lambda model, *rest: trained.append(logits(model)) or finish(model, *rest))
     run = aligned(start, tmp_path, "run", "--load_in_4bit", "--learning_rate", "3e-2")
     first, *_, last = (line for line in lines(run / "metrics.jsonl") if "loss" in line)
     assert first["log_ratios/mean_square"] < 1e-6, "the reference has the policy's own weights, 4 bits of them"

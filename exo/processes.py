@@ -1,0 +1,46 @@
+"""Work that is shared among processes: each does some of it, and all have the result, in the order of one process.
+
+What is gathered goes as JSON, which holds every double exactly; nothing is pickled. Left out: gradients (steps).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def shared(
+    items: Sequence[T], of: Callable[[T], Any], accelerator: Accelerator, *, together: bool = False
+) -> list[Any]:
+    """`of` each item, which must give JSON; item i is for process i modulo their number.
+
+    `together` has every process call `of` equally often, as a model in shards needs it: what one does more is dropped.
+    """
+    world = accelerator.num_processes
+    if world == 1:
+        return [of(item) for item in items]
+    mine = [of(item) for item in items[accelerator.process_index :: world]]
+    if together and len(mine) < -(-len(items) // world):
+        of(items[-1])
+    every = gathered(mine, accelerator)
+    return [every[i % world][i // world] for i in range(len(items))]
+
+
+def gathered(value: Any, accelerator: Accelerator) -> list[Any]:
+    """The value of every process, in their order."""
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(accelerator.device)
+    sizes = [int(size) for size in _gather(torch.tensor([len(text)], device=accelerator.device), accelerator)]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=accelerator.device)
+    padded[: len(text)] = text
+    rows = _gather(padded[None], accelerator).cpu()
+    return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _gather(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    found: Tensor = accelerator.gather(tensor)
+    return found
