@@ -11,7 +11,8 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -36,9 +37,11 @@ class Options(config.DataTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            bool(self.lora_r) or not self.load_in_4bit, "load_in_4bit", "--lora_r too: 4 bits are not trained", True
-        )
+        for field in fields(Options):
+            named = field.name.startswith("lora_") or field.name == "load_in_4bit"
+            if named and field.name != "lora_r" and not self.lora_r:
+                value = getattr(self, field.name)
+                require(value == field.default, field.name, "--lora_r too, without which there is no adapter", value)
         heard = self.dropout or not self.lora_dropout
         require(heard, "lora_dropout", "0, or --dropout too, without which nothing is dropped out", self.lora_dropout)
 
@@ -50,8 +53,8 @@ def load(options: Options, name: str, texts: Callable[[], Iterable[str]], accele
     return models.load(name, four_bits=loop.compute_dtype(accelerator))
 
 
-def add(model: Any, options: Options) -> Any:
-    """The model with LoRA beside its layers, all else frozen; itself where the rank is 0."""
+def add(model: Any, options: Options, name: str) -> Any:
+    """The model of that name with LoRA beside its layers, all else frozen; itself where the rank is 0."""
     if not options.lora_r:
         return model
     import peft
@@ -67,6 +70,14 @@ def add(model: Any, options: Options) -> Any:
             found = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise ValueError(f"--lora_targets {options.lora_targets}: {str(error).splitlines()[0]}") from None
+    ends = (found.get_input_embeddings(), found.get_output_embeddings())
+    if any(hasattr(end, "base_layer") for end in ends):
+        raise ValueError(
+            f"--lora_targets {options.lora_targets}: expected layers between the embedding and the head; got one of "
+            "these two"
+        )
+    if Path(name).is_dir():  # it is found from other directories too
+        found.peft_config["default"].base_model_name_or_path = str(Path(name).resolve())
     trained = sum(p.numel() for p in found.parameters() if p.requires_grad)
     share = 100 * trained / models.parameter_count(found)
     console.say(f"LoRA of rank {options.lora_r}: {trained / 1e6:,.2f}M parameters are trained, {share:.2f}%")
@@ -108,6 +119,8 @@ def finished(model: Any, options: Any, accelerator: Accelerator) -> Any:
     Of weights in 4 bits the copy has what they stand for: it computes what was trained, which the weights that were
     rounded to them do not.
     """
+    if options.load_in_4bit and options.lora_output == "adapter":
+        console.say("  the adapter was trained beside weights in 4 bits; beside others it does not compute the same")
     model = sharding.gathered(model, accelerator.is_main_process)
     if not is_one(model) or options.lora_output == "adapter" or not accelerator.is_main_process:
         return model

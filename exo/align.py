@@ -1,7 +1,7 @@
 """Alignment: EXO or DPO on preferences or rewards, from a causal LM and a data file to a model directory.
 
 python -m exo.align --model DIR_OR_NAME --data FILE. Reference log-probs are computed once, before training. The run
-directory is the model directory. Left out: resuming, adapters, more than the loss's own objectives.
+directory is the model directory. Left out: objectives other than the kernels'.
 """
 
 import copy
@@ -120,6 +120,8 @@ def run(config: Config, start: lineage.Start) -> Path:
     train_groups, eval_groups = _parted(config, dataset, groups, others, counts)
     console.counts(counts)
     mode = reference.mode(config.reference, groups + others)
+    if config.ref_model and mode in ("none", "data"):
+        raise ValueError(f"--ref_model: expected --reference cache or live; with {mode} no model is asked")
     other_model = _reference_model(config, groups + others, tokenizer)
     _describe(config, model, tokenizer, train_groups, accelerator)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
@@ -139,7 +141,7 @@ def run(config: Config, start: lineage.Start) -> Path:
 
     console.headline("Training")
     live = None if mode != "live" else other_model or (model if config.lora_r else copy.deepcopy(model))
-    trained = adapter.add(model, config)
+    trained = adapter.add(model, config, start_model)
     module = policy.PolicyLoss(
         trained, loss=config.loss, beta_pi=config.beta_pi, beta_r=config.beta_r,
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature, reference=live,

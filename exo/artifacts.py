@@ -250,7 +250,7 @@ def write_run(directory: Path, config: Any, stage: str, **facts: Any) -> None:
             "stage": stage,
             "command": ["python", "-m", f"exo.{stage}", *_flags(config)],
             "arguments": asdict(config),
-            "versions": {"python": platform.python_version()} | _versions(),
+            "versions": {"python": platform.python_version()} | versions(),
             "platform": f"{platform.system()} {platform.machine()}",
         }
         | facts,
@@ -266,7 +266,7 @@ def update_run(directory: Path, **facts: Any) -> None:
     write_json(directory / RUN_FILE, record | facts)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
         try:

@@ -84,7 +84,7 @@ class Compute(Stage):
 class Scoring(Compute):
     """What every stage has in common that runs a model on whole texts."""
 
-    max_tokens_per_batch: int = option(8192, "padded tokens per forward pass; bounds the memory", at_least(1))
+    max_tokens_per_batch: int = option(8192, "tokens of input per forward pass; bounds the memory", at_least(1))
 
 
 @dataclass(frozen=True)

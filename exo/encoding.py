@@ -104,7 +104,11 @@ def encode(
             counts["rows with the prompt cut on the left to --max_prompt_length"] += 1
         fitted = _fit(prompt, completions, start, limits, place, counts)
         if fitted is not None:
-            encoded.append(TokenGroup(*fitted, group.rewards, group.line, group.ref_logps))
+            known = group.ref_logps
+            if known is not None and fitted != (tuple(known_prompt), tuple(map(tuple, completions))):
+                counts["rows cut, so that their log-probs of a reference are of other tokens and not used"] += 1
+                known = None
+            encoded.append(TokenGroup(*fitted, group.rewards, group.line, known))
     return encoded, counts
 
 

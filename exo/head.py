@@ -41,14 +41,14 @@ class CausalHead:
 
     def __init__(self, model: nn.Module) -> None:
         head = model.get_output_embeddings()  # type: ignore[operator]
-        if not isinstance(head, nn.Linear):
-            raise ValueError(
-                f"model {type(model).__name__}: expected a linear layer as its head; got {type(head).__name__}"
-            )
         if hasattr(head, "base_layer"):
             raise ValueError(
                 f"model {type(model).__name__}: expected a head without an adapter; got one: merge it, or leave the "
                 "head out of the adapter's target_modules"
+            )
+        if not isinstance(head, nn.Linear):
+            raise ValueError(
+                f"model {type(model).__name__}: expected a linear layer as its head; got {type(head).__name__}"
             )
         self.model, self.head = model, head
         self.logit_scale, self.softcap = self._measure()

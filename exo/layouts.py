@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 
 from exo import attention, console, models, policy
@@ -97,6 +98,8 @@ def _differs(
         if implementation != DENSE:
             models.attend(model, implementation)
         found.append(policy.token_logps(model, tried, accelerator, other, temperature))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model makes of a mask that it does not know
         what = str(error).splitlines()[0] if str(error) else ""
         return f"{type(model).__name__} cannot have several texts in a row ({type(error).__name__}: {what})"

@@ -96,8 +96,10 @@ class PolicyLoss(nn.Module):
         if self.reference_head is None:
             return {"ref_logps": batch.known_ref_logps()}
         head = self.reference_head
-        with torch.no_grad(), adapter.switched_off(self.model) if head is self.head else nullcontext():
-            rows = attention.rows(head, batch)
+        below = head is self.head  # then it is the policy's own modules, in the policy's mode
+        with torch.no_grad(), adapter.switched_off(self.model) if below else nullcontext():
+            with evaluating(self.model) if below else nullcontext():
+                rows = attention.rows(head, batch)
         if head is self.head:
             return {"ref_hidden": rows}
         return {"ref_hidden": rows, "ref_weight": head.weight, "ref_bias": head.options["bias"]}

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from exo import console
 
 FROM = 2  # steps before the first that is profiled: compilation and first touches of memory are not of interest
-SIZE = 2048  # of the matrices that the rate is held against
+SIZE = 2048  # of the matrices that the rate is held against, at most
+PATIENCE = 0.02  # seconds of a product, after which no larger one is tried
 
 _now: "_Profile | None" = None
 
@@ -141,6 +142,8 @@ class Profiler:
         if _now is not None:
             _now = None
             self.trace.stop()
+        elif self.steps and self.trace is None:
+            console.say(f"  nothing was profiled: that begins with step {FROM + 1}")
 
     def _tell(self, found: _Profile, seconds: float, steps: int, place: Path) -> None:
         console.say(f"  where a step's time goes ({steps} steps, {seconds / steps:.3g} s each):")
@@ -155,13 +158,22 @@ class Profiler:
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of square matrices, the best of five."""
-    a = torch.randn(SIZE, SIZE, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * SIZE**3 / best
+    """Operations a second of a product of square matrices, the best of five; of ones, so that nothing is drawn. They
+    grow while that is quick: some dtypes have no fast product on some devices."""
+    size, rate = 256, 0.0
+    while size <= SIZE:
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        best = min(_seconds(a) for _ in range(5))
+        rate = max(rate, 2 * size**3 / best)
+        if best > PATIENCE:
+            break
+        size *= 2
+    return rate
+
+
+def _seconds(a: Tensor) -> float:
+    began = time.perf_counter()
+    a @ a
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - began

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from exo import console, policy
+from exo import artifacts, console, policy
 from exo.encoding import TokenGroup
 from exo.packing import Packing
 
@@ -89,6 +89,7 @@ def _identity(
         "dtype": accelerator.mixed_precision,
         "device": accelerator.device.type,
         "packing": [packing.max_tokens, packing.layout, packing.one_row],
+        "versions": artifacts.versions(),
     }
 
 

@@ -70,7 +70,8 @@ def run(config: Config, start: lineage.Start) -> Path:
     set_seed(config.seed)
     console.say(dataset.summary())
     adapter.check(config, config.model)
-    model, tokenizer = adapter.load(config, lineage.source("model", config.model, "sft"), dataset.texts, accelerator)
+    name = lineage.source("model", config.model, "sft")
+    model, tokenizer = adapter.load(config, name, dataset.texts, accelerator)
     limits = encoding.Limits(config.max_length, config.max_completion_length, config.truncate)
     groups, counts = encoding.encode(dataset.groups, tokenizer, limits, config.data)
     console.counts(counts)
@@ -89,7 +90,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     )  # fmt: skip
     if accelerator.is_main_process:
         artifacts.update_run(Path(config.output_dir), layout=packing.layout)
-    module = NextToken(adapter.add(model, config)).train(config.dropout)
+    module = NextToken(adapter.add(model, config, name)).train(config.dropout)
     loop.train(
         module, batches.Batches(groups, config, steps), steps, config, accelerator, metrics,
         packing=packing, denominator=_tokens,

@@ -129,7 +129,10 @@ def accumulate(
         counts = i < len(parts) - idle
         # gradients of a model in shards are added up at once: whole ones would need the memory that shards save
         with nullcontext() if sharded or i == len(parts) - 1 else accelerator.no_sync(module):
-            with profiling.section("head and loss"), nullcontext() if told or i or sharded else activations(module, size):
+            with (
+                profiling.section("head and loss"),
+                nullcontext() if told or i or sharded else activations(module, size),
+            ):
                 with accelerator.autocast():
                     share = module(batch, count)
             value = float(share.loss.detach())

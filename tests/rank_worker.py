@@ -1,25 +1,72 @@
-"""`exo.align` on one of several ranks, which stops where their gradients are not the same bits before an update."""
+"""`exo.align`, alone or on one of several ranks, saying at the end by which paths it ran.
 
+On several ranks it stops where their gradients are not the same bits before an update.
+"""
+
+import json
 import sys
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from exo import align, steps
+from exo import align, policy, steps
+from exo_kernels.linear import plan
 
-update = steps.update
 
-
-def checked(module, optim, config, accelerator, *rest):
+def same_on_all_ranks(module) -> bool:
     flat = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-    if dist.is_initialized():
-        found = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-        dist.all_gather(found, flat)
-        assert len(found) == 2 and torch.equal(found[0], found[1]), "gradients differ between ranks"
-        if accelerator.is_main_process:
-            print(f"gradients of {flat.numel()} numbers are the same on 2 ranks")
-    return update(module, optim, config, accelerator, *rest)
+    found = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, flat)
+    return len(found) == 2 and torch.equal(*found)
 
 
-steps.update = checked
-sys.exit(align.main(sys.argv[1:]))
+@contextmanager
+def watched(paths: dict):
+    """Fills `paths` while it lasts."""
+    accumulate, update, reference, choose = steps.accumulate, steps.update, policy.PolicyLoss._reference, plan.choose
+    checkpoint = torch.utils.checkpoint.checkpoint
+    paths |= {"micro_batches": 0, "checkpoints": 0, "reference": [], "layouts": [], "schedules": [], "ranks": 1}
+
+    def accumulating(module, parts, *rest):
+        paths["micro_batches"] = max(paths["micro_batches"], len(parts))
+        return accumulate(module, parts, *rest)
+
+    def updating(module, optim, config, accelerator, *rest):
+        if dist.is_initialized():
+            assert same_on_all_ranks(module), "gradients differ between ranks"
+            paths["ranks"] = dist.get_world_size()
+        return update(module, optim, config, accelerator, *rest)
+
+    def referring(self, batch):
+        found = reference(self, batch)
+        paths["reference"] = sorted({*paths["reference"], *found} & {"ref_hidden", "ref_logps"})
+        paths["layouts"] = sorted({*paths["layouts"], "padded" if batch.sight is None else "several texts a row"})
+        return found
+
+    def choosing(*arguments, **options):
+        found = choose(*arguments, **options)
+        paths["schedules"] = sorted({*paths["schedules"], found[0]})
+        return found
+
+    def checkpointing(*arguments, **options):
+        paths["checkpoints"] += 1
+        return checkpoint(*arguments, **options)
+
+    with (
+        mock.patch.object(steps, "accumulate", accumulating), mock.patch.object(steps, "update", updating),
+        mock.patch.object(policy.PolicyLoss, "_reference", referring), mock.patch.object(plan, "choose", choosing),
+        mock.patch.object(torch.utils.checkpoint, "checkpoint", checkpointing),
+        mock.patch("transformers.modeling_utils.checkpoint", checkpointing),
+    ):  # fmt: skip
+        yield
+
+
+if __name__ == "__main__":
+    found: dict = {}
+    with watched(found):
+        code = align.main(sys.argv[1:])
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"paths: {json.dumps(found)}", flush=True)
+    sys.exit(code)

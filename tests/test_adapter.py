@@ -2,15 +2,18 @@
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from exo import adapter, align, loop, models, policy, sft
 from exo.config import DataTraining
 from exo.packing import Packing
 from exo_kernels.linear import plan
+from tests import interruptions
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 
 peft = pytest.importorskip("peft")
@@ -59,7 +62,7 @@ def test_the_reference_is_the_model_below_the_adapter(start, tmp_path):
 def test_switched_off_it_is_the_model_that_was_to_the_last_bit(start):
     model, _ = models.load(start)
     before = logits(model)
-    adapted = adapter.add(model, adapter.Options(lora_r=4))
+    adapted = adapter.add(model, adapter.Options(lora_r=4), start)
     assert torch.equal(logits(adapted), before), "it begins as nothing"
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -144,9 +147,56 @@ def test_weights_in_four_bits_are_the_reference_too_and_what_is_left_computes_wh
     assert models.is_adapter(str(alone))
 
 
+def test_a_live_reference_below_an_adapter_drops_nothing_out(tmp_path):
+    interruptions.write_start(tmp_path / "model")
+    interruptions.write_data(tmp_path)
+    found = []
+    for mode in ("live", "cache"):
+        argv = interruptions.arguments("align", tmp_path, tmp_path / mode, "--reference", mode, "--lora_r", "4")
+        assert align.main(argv[:1] + [str(tmp_path / "model")] + argv[2:]) == 0
+        found.append([line for line in lines(tmp_path / mode / "metrics.jsonl") if "loss" in line])
+    for mine, theirs in zip(*found, strict=True):  # the policy drops out alike: its draws are not the reference's
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+def test_an_adapter_that_fits_in_part_is_refused(start, tmp_path):
+    run = aligned(start, tmp_path, "run", "--lora_output", "adapter")
+    weights = load_file(run / "adapter_model.safetensors")
+    for odd in (
+        {name.replace("model.layers", "transformer.h"): w for name, w in weights.items()},
+        {name: w for name, w in weights.items() if ".layers.1." not in name},
+    ):
+        save_file(odd, run / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match="weights that are missing on one side"):
+            models.load(str(run))
+
+
+def test_the_start_of_an_adapter_is_found_from_elsewhere(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(start).parent)
+    run = aligned(Path(start).name, tmp_path, "run", "--lora_output", "adapter")
+    monkeypatch.chdir(tmp_path)
+    models.load(str(run))
+
+
+@pytest.mark.parametrize("targets", ["embed_tokens,q_proj", "lm_head"])
+def test_an_adapter_on_the_embedding_or_the_head_is_refused(start, tmp_path, capsys, targets):
+    arguments = ["--model", start, "--data", write_rows(tmp_path / "rows.jsonl", rows()), "--lora_r", "4"]
+    assert align.main([*arguments, "--output_dir", str(tmp_path / "run"), "--lora_targets", targets]) == 2
+    assert "expected layers between the embedding and the head" in capsys.readouterr().err
+
+
+def test_weights_that_are_quantised_already_are_refused(start, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, tokenizer = models.load(start, four_bits=torch.float32)
+    models.save(model, tokenizer, tmp_path / "four")
+    with pytest.raises(ValueError, match="its weights are quantised"):
+        models.load(str(tmp_path / "four"))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--lora_output", "adapter"], "--lora_output: expected --lora_r too"),
         (["--load_in_4bit"], "--load_in_4bit: expected --lora_r too"),
         (
             ["--load_in_4bit", "--lora_r", "4", "--model", "tiny"],
@@ -193,8 +243,8 @@ def test_checkpointing_changes_no_gradient_keeps_less_and_outlives_an_evaluation
         torch.manual_seed(0)
         model, _ = models.load(start)
         module = policy.PolicyLoss(
-            adapter.add(model, adapter.Options(lora_r=lora)), loss="exo", beta_pi=0.5, beta_r=0.5, label_smoothing=0.0,
-            temperature=1.0,
+            adapter.add(model, adapter.Options(lora_r=lora), "x"), loss="exo", beta_pi=0.5, beta_r=0.5,
+            label_smoothing=0.0, temperature=1.0,
         ).train(False)  # fmt: skip
         loop._spare(module, DataTraining(gradient_checkpointing=checkpointed))
         packing = Packing(0, 8192)

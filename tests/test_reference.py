@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from exo import align, encoding, models, policy, reference
+from exo import align, artifacts, encoding, models, policy, reference
 from exo.encoding import TokenGroup
 from exo.packing import Packing
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
@@ -115,6 +116,29 @@ def test_whatever_the_numbers_depend_on_makes_another_file(model, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.parametrize(
+    "other",
+    ["config", "attention", "dtype", "max_tokens", "layout", "versions"],
+)
+def test_numbers_made_in_another_way_are_not_taken(model, tmp_path, monkeypatch, other, asked):
+    accelerator, packing = Accelerator(cpu=True), PACKING
+    reference.score(model, groups(), accelerator, packing, 1.0, tmp_path)
+    if other == "config":
+        model.config.rms_norm_eps *= 2
+    elif other == "attention":
+        models.attend(model, "eager")
+    elif other == "dtype":
+        accelerator = SimpleNamespace(mixed_precision="bf16", device=accelerator.device, is_main_process=True,
+                                      autocast=accelerator.autocast, num_processes=1)  # fmt: skip
+    elif other == "versions":
+        monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "another"})
+    else:
+        packing = packing._replace(**{"max_tokens": {"max_tokens": 61}, "layout": {"layout": "packed"}}[other])
+        models.attend(model, "exo_segments" if other == "layout" else "sdpa")
+    reference.score(model, groups(), accelerator, packing, 1.0, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 and sum(asked[-1]) == len(groups())
+
+
 def test_no_random_state_moves_and_the_model_stays_in_its_mode(model, tmp_path):
     state = torch.get_rng_state()
     model.train()
@@ -182,6 +206,14 @@ def test_those_of_the_data_are_taken_and_said(start, tmp_path, capsys):
     assert metrics["rewards/chosen"] != pytest.approx(0, abs=0.1)
     run(start, tmp_path, "not", "--reference", "cache", with_reference=True)
     assert "24 of 24 rows have a reference's log-probs, which are not used" in capsys.readouterr().out
+
+
+def test_those_of_the_data_are_not_taken_where_tokens_were_cut(start, tmp_path, capsys):
+    """They count tokens that the policy is not asked for."""
+    run(start, tmp_path, "cut", "--max_completion_length", "2", with_reference=True)
+    said = capsys.readouterr().out
+    assert "rows cut, so that their log-probs of a reference are of other tokens and not used" in said
+    assert "those of the data" not in said and "first loss" in said and "not comparable" not in said
 
 
 def test_preferences_may_have_them_too(tmp_path):

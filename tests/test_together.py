@@ -11,6 +11,7 @@ from itertools import combinations
 import pytest
 
 from exo import align
+from tests import rank_worker
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,18 +49,27 @@ def run(start, directory, row, capfd):
     arguments = ["--model", start[0], "--data", start[1], "--output_dir", str(directory), "--max_steps", "3"]
     arguments += ["--batch_size", "6", "--learning_rate", "1e-3", "--device", "cpu", "--beta_pi", "0.5", "--seed", "1"]
     arguments += [f"--{name}={value}" for name, value in asked.items()]
+    paths = {}
     if ranks == 1:
-        assert align.main(arguments) == 0
+        with rank_worker.watched(paths):
+            assert align.main(arguments) == 0
     else:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
         command += ["tests.rank_worker", *arguments]
         subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     said = capfd.readouterr().out
+    paths = paths or json.loads(said.rpartition("paths: ")[2])
+    assert paths["ranks"] == ranks
+    assert (paths["micro_batches"] > 1) == (asked["max_tokens_per_batch"] == 48)
+    assert bool(paths["checkpoints"]) == asked["gradient_checkpointing"]
+    assert paths["reference"] == ["ref_hidden" if asked["reference"] == "live" else "ref_logps"]
+    assert paths["layouts"] == ["several texts a row" if asked["share_prompt"] == "on" else "padded"]
+    assert ("deferred" in paths["schedules"]) == bool(asked["lora_r"]), (
+        "fused, by the schedule for a frozen head or not"
+    )
     assert ("a prompt stands once" in said) == (asked["share_prompt"] == "on")
     assert ("LoRA of rank 4" in said) == bool(asked["lora_r"])
     assert ("prompts 18/18" in said) == (asked["reference"] == "cache")
-    assert ("the same on 2 ranks" in said) == (ranks == 2)
-    assert json.loads((directory / "run.json").read_text())["arguments"]["gradient_checkpointing"] is bool(int(row[3]))
     return [line for line in lines(directory / "metrics.jsonl") if "loss" in line]
 
 

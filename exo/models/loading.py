@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -86,6 +87,10 @@ def _with_adapter(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load(below)
     with _explained(name, f"an adapter that fits {below}"):
         adapted: Any = peft.PeftModel.from_pretrained(model, name)
+        given = load_file(Path(name) / "adapter_model.safetensors").keys()
+        odd = given ^ peft.get_peft_model_state_dict(adapted).keys()
+        if odd:  # peft warns, and goes on without them
+            raise ValueError(f"{len(odd)} weights that are missing on one side: {min(odd)} ...")
         merged = adapted.merge_and_unload()
     return merged, load_tokenizer(name) if (Path(name) / "tokenizer_config.json").is_file() else tokenizer
 

@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import (
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
     """ValueError, naming why, for a model whose loss or log-probabilities would come out wrong."""
-    for refusal in (_not_decoder_only, _not_text_only, _not_a_language_model, _router_loss):
+    for refusal in (_not_decoder_only, _not_text_only, _not_a_language_model, _router_loss, _rounded):
         if reason := refusal(config):
             raise ValueError(f"model type {config.model_type!r} is not supported: {reason}")
 
@@ -65,3 +65,9 @@ def _router_loss(config: PreTrainedConfig) -> str | None:
         f"it asks for an auxiliary router loss (output_router_logits, {found}) that the preference "
         "loss would drop; set output_router_logits to false to train without it"
     )
+
+
+def _rounded(config: PreTrainedConfig) -> str | None:
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantised; expected weights in 16 or 32 bits, which --load_in_4bit rounds where asked"
+    return None
