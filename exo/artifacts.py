@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 
-from exo import signals
+from exo import launch, signals
 
 RUN_FILE = "run.json"
 STAGING = ".staging"  # how names of what is half made begin
 LOCK = ".lock"
+STATES, PIECES = "resume", "pieces.jsonl"  # what an unfinished run goes on from
+LOST = ("gloo", "NCCL", "Connection reset", "Connection closed")  # in errors of one process that waits for another
 PACKAGES = ("exo-kernels", "torch", "triton", "transformers", "tokenizers", "accelerate", "safetensors")
 
 
@@ -207,9 +209,12 @@ class Metrics:
 
 
 class Pieces:
-    """Work in pieces, kept as they are done: a line of JSON a piece. What a kill cut off is done again."""
+    """Work in pieces, kept as they are done: a line of JSON a piece. What a kill cut off is done again.
 
-    def __init__(self, path: Path) -> None:
+    All processes read what is known; one of them writes.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
         self.known: dict[int, Any] = {}
         whole = 0
@@ -222,20 +227,24 @@ class Pieces:
                 break
             self.known[number] = value
             whole += len(line)
-        self._file = open(path, "ab", buffering=0)
-        self._file.truncate(whole)
+        self._file = open(path, "ab", buffering=0) if writes else None
+        if self._file:
+            self._file.truncate(whole)
 
-    def of(self, number: int, make: Callable[[], Any]) -> Any:
-        """The piece of that number, made where it is not known."""
-        if number not in self.known:
-            value = self.known[number] = make()
+    def keep(self, number: int, value: Any) -> None:
+        if number not in self.known and self._file:
             self._file.write(f"{json.dumps([number, _digest(value), value])}\n".encode())
-        return self.known[number]
+        self.known[number] = value
 
-    def done(self) -> None:
-        """What was made of the pieces is there, so that they are not needed."""
-        self._file.close()
-        self.path.unlink()
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def clear(run: Path) -> None:
+    """Remove what a run goes on from, once it has ended and does not."""
+    shutil.rmtree(run / STATES, ignore_errors=True)
+    (run / PIECES).unlink(missing_ok=True)
 
 
 def _digest(value: Any) -> str:
@@ -284,8 +293,16 @@ def _flags(config: Any) -> list[str]:
     return [f"--{name.rstrip('_')}={'none' if value is None else value}" for name, value in given.items()]
 
 
+def command_line(config: Any) -> list[str]:
+    """The flags that make this config."""
+    return [*_flags(config), *["--overwrite_output_dir"] * getattr(config, "overwrite_output_dir", False)]
+
+
 def guarded(run: Callable[[Any], object], options: Any) -> int:
     """Run a stage for the command line: one line for what can go wrong, and an exit code."""
+    if launch.wanted(getattr(options, "nproc", 1)):
+        module = run.__module__ if run.__module__ != "__main__" else sys.modules["__main__"].__spec__.name  # type: ignore
+        return launch.run(module, command_line(options), options.nproc)
     try:
         signals.end_in_order()
         run(options)
@@ -302,7 +319,12 @@ def guarded(run: Callable[[Any], object], options: Any) -> int:
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError):
+            if torch.distributed.is_initialized() and any(word in str(error) for word in LOST):
+                print("error: another process of this run has ended", file=sys.stderr)
+                return 1
+            raise
         advice = (
             "Activations: lower --max_tokens_per_batch (of sample --batch_size), or --gradient_checkpointing. "
             "Gradients and Adam, 12 bytes a parameter: --lora_r. A second model: no --reference live."

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from exo import artifacts, console, sharding
 from exo.artifacts import Metrics, RunError
 
-DIRECTORY = "resume"
 KEPT = 2
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -65,7 +64,7 @@ class Keeper:
         *,
         allow_changes: bool,
     ) -> None:
-        self.directory = run / DIRECTORY
+        self.directory = run / artifacts.STATES
         self.module, self.accelerator = accelerator.unwrap_model(module), accelerator
         self.optim: torch.optim.Optimizer = getattr(optim, "optimizer", optim)
         self.metrics, self.parts, self.allow_changes = metrics, parts, allow_changes
@@ -89,7 +88,8 @@ class Keeper:
         if facts["sharded"] != self.sharded or (self.sharded and facts["processes"] != world):
             kind = "shards" if facts["sharded"] else "whole weights"
             raise RunError(f"{path}: {kind} of {facts['processes']} processes, which cannot be made into others here")
-        device = str(self.accelerator.device)
+        own = self.accelerator.device
+        device = "cpu" if own.type == "cpu" else str(own)
         self._put_weights(load_file(path / self._file("weights"), device), path)
         self._put_moments(load_file(path / self._file("optimizer"), device))
         if self.accelerator.scaler is not None and facts["scaler"]:
@@ -295,8 +295,3 @@ def _sha256(file: Path) -> str:
 def _states(directory: Path) -> list[Path]:
     """By step. What is hidden is half made, or half gone."""
     return sorted(directory.glob("step-*")) if directory.is_dir() else []
-
-
-def clear(run: Path) -> None:
-    """A run that has ended needs no state."""
-    shutil.rmtree(run / DIRECTORY, ignore_errors=True)

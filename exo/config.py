@@ -78,6 +78,9 @@ class Compute(Stage):
         "auto", "compute dtype over fp32 weights; auto is bfloat16 on a GPU that has it, else float32"
     )
     device: Literal["auto", "cpu"] = option("auto", "cpu keeps off a GPU that is there")
+    nproc: int = option(
+        1, "processes on this machine, a GPU each; torchrun and accelerate launch work too", at_least(1)
+    )
 
 
 @dataclass(frozen=True)

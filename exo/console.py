@@ -3,6 +3,7 @@
 On a terminal the bar is drawn by rich; elsewhere (a log, a pipe) a line is printed every so often.
 """
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,11 +14,11 @@ from rich.table import Column
 _STARTED = time.perf_counter()
 
 
-_muted = False
+_muted = os.environ.get("RANK", "0") != "0"  # of several processes the first speaks for all
 
 
 def mute() -> None:
-    """Called in every process but the first, which speaks for all."""
+    """For processes that are not to be heard."""
     global _muted
     _muted = True
 

@@ -6,17 +6,34 @@ Best-of-N) instead. Writes evaluation.json, samples/, and with --density log-pro
 the picture of the density ratio. Left out: judges that are no function (judge, label), pictures (report).
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor
 
-from exo import artifacts, config, console, data, encoding, estimates, lineage, loop, models, policy, rewards, samples
+from exo import (
+    artifacts,
+    config,
+    console,
+    data,
+    encoding,
+    estimates,
+    lineage,
+    loop,
+    models,
+    policy,
+    processes,
+    rewards,
+    samples,
+)
 from exo.config import MODEL, POSITIVE, TOP_P, at_least, named, option, require
 from exo.data import Group
+from exo.generation import Sample
 from exo.packing import Packing
 from exo.rewards import Scores
 
@@ -63,10 +80,10 @@ def run(config: Config, start: lineage.Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
     prompts, chosen = _prompts(config)
     baseline = _baseline(config, prompts)
-    accelerator = loop.make_lone_accelerator(config)
+    accelerator = loop.make_accelerator(config)
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, accelerator, config.max_length)
-    chosen_scores = scorer.score(chosen) if chosen else None
+    chosen_scores, remarks = _score(scorer, chosen, accelerator)
     reference = None
     if config.model:
         reference, known = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
@@ -75,13 +92,16 @@ def run(config: Config, start: lineage.Start) -> Path:
         drawn = _sampled(config, prompts, accelerator, _checkpoints(config, known))
     else:
         drawn = _given(config, prompts)
-    directory = lineage.begin(start)
-    (directory / "samples").mkdir()
+    directory, main = Path(config.output_dir), accelerator.is_main_process
+    if main:
+        lineage.begin(start)
+        (directory / "samples").mkdir()
     console.say(f"{len(prompts):,} prompts x {config.k} completions, scored by {scorer.name}")
     entries = []
     for checkpoint, groups, model, tokenizer in drawn:
-        scores = scorer.score(groups)
-        entry = {"name": checkpoint.name, "step": checkpoint.step} | _values(scores, baseline, chosen_scores)
+        scores, more = _score(scorer, groups, accelerator)
+        remarks += more
+        entry = {"name": checkpoint.name, "step": checkpoint.step} | _values(scores, baseline, chosen_scores or None)
         entry |= samples.describe(groups)
         rows = [samples.row(replace(group, rewards=values)) for group, values in zip(groups, scores, strict=True)]
         if model is not None:
@@ -92,13 +112,20 @@ def run(config: Config, start: lineage.Start) -> Path:
                 row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
         else:
             entry |= _bound(config)
-        with artifacts.staged_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
-            data.write_jsonl(file, rows)
+        if main:
+            with artifacts.staged_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
+                data.write_jsonl(file, rows)
         console.say(f"  {checkpoint.name:10s} {_line(entry)}")
         entries.append(entry)
-    console.counts(scorer.counts)
+    console.counts(remarks)
+    density = []
     if config.density and config.model:
-        _density(config, directory, model, reference, tokenizer, accelerator)
+        density = _density(config, model, reference, tokenizer, accelerator)
+    if not main:
+        return directory
+    if density:
+        with artifacts.staged_file(directory / "density.jsonl") as file:
+            data.write_jsonl(file, density)
     settings = {name: getattr(config, name) for name in ("k", "temperature", "top_p", "max_new_tokens")}
     result = settings | {"scorer": scorer.name, "prompts": len(prompts), "checkpoints": entries}
     artifacts.write_json(directory / "evaluation.json", result)
@@ -162,9 +189,20 @@ def _sampled(config: Config, prompts: Sequence[str], accelerator: Accelerator, f
             groups = samples.draw(
                 model, tokenizer, prompts, k=config.k, temperature=config.temperature, top_p=config.top_p,
                 max_new_tokens=config.max_new_tokens, max_prompt_length=config.max_length - config.max_new_tokens,
-                seed=config.seed, batch_size=config.batch_size,
+                seed=config.seed, batch_size=config.batch_size, run=partial(_run, accelerator),
             )  # fmt: skip
         yield checkpoint, groups, model, tokenizer
+
+
+def _run(accelerator: Accelerator, jobs: Sequence[Callable[[], list[Sample]]]) -> list[list[Sample]]:
+    found = processes.shared(jobs, lambda job: samples.listed(job()), accelerator)
+    return [samples.unlisted(rows) for rows in found]
+
+
+def _score(scorer: rewards.Scorer, groups: Sequence[Group], accelerator: Accelerator) -> tuple[Scores, Counter[str]]:
+    return rewards.together(
+        processes.shared(rewards.in_parts(groups), partial(rewards.score_part, scorer), accelerator)
+    )
 
 
 def _given(config: Config, prompts: Sequence[str]) -> Drawn:
@@ -203,7 +241,7 @@ def _log_ratios(
     encoded, _ = encoding.encode(groups, tokenizer, _limits(config), "samples")
 
     ours, theirs = (
-        policy.token_logps(
+        policy.shared_token_logps(
             of, encoded, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch),
             temperature=config.temperature,
         )
@@ -219,8 +257,8 @@ def _bound(config: Config) -> dict[str, Any]:
 
 
 def _density(
-    config: Config, directory: Path, model: Any, reference: Any, tokenizer: Any, accelerator: Accelerator
-) -> None:
+    config: Config, model: Any, reference: Any, tokenizer: Any, accelerator: Accelerator
+) -> list[dict[str, Any]]:
     """Log-probs of the reference's samples under both, for the last checkpoint."""
     path = lineage.source("density", config.density or "", "score")
     groups = data.read(path, purpose="samples").groups
@@ -229,16 +267,14 @@ def _density(
     logps, ref_logps = (
         [
             [float(row.sum()) for row in rows]
-            for rows in policy.token_logps(of, encoded, accelerator, packing, config.temperature)
+            for rows in policy.shared_token_logps(of, encoded, accelerator, packing, config.temperature)
         ]
         for of in (model, reference)
     )
-    rows = (
+    return [
         {"prompt": group.prompt, "logps": ours, "ref_logps": theirs, "rewards": group.rewards}
         for group, ours, theirs in zip(groups, logps, ref_logps, strict=True)
-    )
-    with artifacts.staged_file(directory / "density.jsonl") as file:
-        data.write_jsonl(file, rows)
+    ]
 
 
 def _line(entry: dict[str, Any]) -> str:

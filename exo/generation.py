@@ -48,12 +48,12 @@ def sample(
     numbers: Sequence[int] | None = None,
     batch_size: int = 512,
     progress: Callable[[int], object] | None = None,
-    keep: Callable[[int, Callable[[], list[Sample]]], list[Sample]] | None = None,
+    run: Callable[[Sequence[Callable[[], list[Sample]]]], list[list[Sample]]] | None = None,
 ) -> list[list[Sample]]:
     """Draw `k` completions of each prompt; those of prompt i are in row i.
 
-    `batch_size` counts sequences; `progress` is called with the number of sequences just done. `keep(number, draw)`
-    gives a batch's samples, by calling `draw` or from what it knows of an earlier run. `numbers` names the prompts
+    `batch_size` counts sequences; `progress` is called with the number of sequences just done. `run` does the batches
+    (default: one after another) and gives what each of them drew. `numbers` names the prompts
     (default: their index), so that a part of the prompts gets what it would get among all of them.
     A completion depends on (seed, number of its prompt, its number among the k) alone. Rounding is
     the one exception: matrix products round differently at other batch sizes, and a draw within
@@ -64,20 +64,20 @@ def sample(
     # Longest first: a batch that does not fit in memory fails at once, and padding stays small.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [(i, j) for i in order for j in range(k)]
-    drawn: dict[tuple[int, int], Sample] = {}
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
     def draw(batch: list[tuple[int, int]]) -> list[Sample]:
+        signals.stop_if_asked()
         uniforms = torch.stack([_stream(seed, numbers[i], j, max_new_tokens) for i, j in batch])
-        return _draw(model, tokenizer.eos_token_id, prompts, batch, uniforms, temperature, top_p)
+        found = _draw(model, tokenizer.eos_token_id, prompts, batch, uniforms, temperature, top_p)
+        if progress is not None:
+            progress(len(batch))
+        return found
 
+    jobs = [partial(draw, batch) for batch in batches]
     with evaluating(model), torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            signals.stop_if_asked()
-            batch = rows[start : start + batch_size]
-            samples = draw(batch) if keep is None else keep(start // batch_size, partial(draw, batch))
-            drawn.update(zip(batch, samples, strict=True))
-            if progress is not None:
-                progress(len(batch))
+        found = [job() for job in jobs] if run is None else run(jobs)
+    drawn = {row: one for batch, some in zip(batches, found, strict=True) for row, one in zip(batch, some, strict=True)}
     return [[drawn[i, j] for j in range(k)] for i in range(len(prompts))]
 
 

@@ -54,9 +54,9 @@ OUTPUTS = {
 }
 # Where a run's results go and what it prints change nothing of what it makes.
 _OWN = (artifacts.RUN_FILE, "metrics.jsonl")
-_PASSING = ("profile", "resume")
+_PASSING = ("profile", artifacts.STATES, artifacts.PIECES)
 _IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to", "reference_cache", "profile"}
-_IMMATERIAL |= {"checkpoint_steps", "allow_changes", "on_nan"}
+_IMMATERIAL |= {"checkpoint_steps", "allow_changes", "on_nan", "nproc", "fsdp"}
 _DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
 _READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
 
@@ -83,6 +83,7 @@ def stage(name: str) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Pat
             with artifacts.locked(directory):
                 start = _start(config, name)
                 if start is None:
+                    artifacts.clear(Path(directory))  # it may have been killed just then
                     console.say(f"{directory}: this run has finished; --overwrite_output_dir makes it again")
                     return Path(directory)
                 return run(config, start)

@@ -53,23 +53,11 @@ def make_accelerator(config: Compute) -> Accelerator:
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise ConfigError(f"accelerate: expected one process, DDP or FSDP, which this version trains with; got {kind}")
     accelerator.gradient_accumulation_steps = 1  # the environment may say otherwise; the denominator is ours
-    if not accelerator.is_main_process:
-        console.mute()
     return accelerator
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-
-
-def make_lone_accelerator(config: Compute) -> Accelerator:
-    """The same for a stage whose work is not shared among processes, which would each do all of it."""
-    accelerator = make_accelerator(config)
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"accelerate: expected one process, which this stage runs in; got {accelerator.num_processes}"
-        )
-    return accelerator
 
 
 def optimizer(module: nn.Module, config: Training, rates: Mapping[nn.Module, float] | None = None) -> torch.optim.AdamW:

@@ -204,9 +204,26 @@ def scoring(
 def token_logps(
     model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing, temperature: float
 ) -> list[list[Tensor]]:
-    """What `scoring` gives, for each group in their order."""
+    """What `scoring` gives, for each group in their order; all of it by this process."""
     with scoring(model, accelerator, packing, temperature) as of:
         return packing.each(groups, of)
+
+
+def shared_token_logps(
+    model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing, temperature: float
+) -> list[list[Tensor]]:
+    """The same, each micro-batch by one of the processes."""
+    parts = packing.micro_batches(groups)
+    with scoring(model, accelerator, packing, temperature) as of:
+        listed = processes.shared(
+            parts, lambda part: [[row.tolist() for row in rows] for rows in of(part)], accelerator
+        )
+    found = {
+        id(group): [torch.tensor(row, dtype=torch.float64) for row in rows]
+        for part, some in zip(parts, listed, strict=True)
+        for group, rows in zip(part, some, strict=True)
+    }
+    return [found[id(group)] for group in groups]
 
 
 @torch.no_grad()

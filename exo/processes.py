@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from exo.artifacts import Pieces
+
 T = TypeVar("T")
 
 
@@ -29,6 +31,23 @@ def shared(
         of(items[-1])
     every = gathered(mine, accelerator)
     return [every[i % world][i // world] for i in range(len(items))]
+
+
+def in_pieces(jobs: Sequence[Callable[[], Any]], pieces: Pieces, accelerator: Accelerator) -> list[Any]:
+    """What the jobs give, in their order; each is kept as soon as all processes have done theirs of a round."""
+    found: list[Any] = []
+    world = accelerator.num_processes
+    for first in range(0, len(jobs), world):
+        numbers = range(first, min(first + world, len(jobs)))
+
+        def piece(number: int) -> Any:
+            return pieces.known[number] if number in pieces.known else jobs[number]()
+
+        values = shared(numbers, piece, accelerator)
+        for number, value in zip(numbers, values, strict=True):
+            pieces.keep(number, value)
+        found += values
+    return found
 
 
 def gathered(value: Any, accelerator: Accelerator) -> list[Any]:

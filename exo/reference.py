@@ -3,7 +3,7 @@
 Kept ones are a file of lines in a directory that runs share. Its name is a hash of all that the numbers depend on, to
 the last bit: the weights, the rows' tokens, temperature, dtype, and how rows are put into batches. So a sweep of betas,
 learning rates, losses, seeds or K makes them once, and a run that was interrupted goes on where it stopped, with the
-same numbers. No random state moves. Left out: rows that are shared among processes (each makes all).
+same numbers. No random state moves.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from exo import artifacts, console, policy
+from exo import artifacts, console, policy, processes
 from exo.encoding import TokenGroup
 from exo.packing import Packing
 
@@ -51,7 +51,11 @@ def score(
     keep: Path | None,
 ) -> list[TokenGroup]:
     """The groups with this model's log-probs as their reference; kept in the directory `keep`, and taken from there."""
-    kept = Kept(keep, _identity(model, groups, accelerator, packing, temperature), groups) if keep else None
+    kept = None
+    if keep:
+        identity = _identity(model, groups, accelerator, packing, temperature)
+        with accelerator.main_process_first():  # it mends what is damaged, before others read it
+            kept = Kept(keep, identity, groups, writes=accelerator.is_main_process)
     if kept:
         console.say(
             f"  {len(kept.known):,} of {len(groups):,} prompts are known from {kept.path}, which may be deleted"
@@ -60,19 +64,23 @@ def score(
     with policy.scoring(model, accelerator, packing, temperature) as of:
 
         def sums(part: Sequence[TokenGroup]) -> list[Sums]:
-            progress.advance(len(part))
             # a micro-batch is made whole or not at all, so that an interruption changes no bit
             if kept and (known := kept.of(part)):
                 return known
-            found = [tuple(float(row.sum()) for row in rows) for rows in of(part)]
-            if kept and accelerator.is_main_process:
-                kept.add(part, found)
-            return found
+            return [tuple(float(row.sum()) for row in rows) for rows in of(part)]
 
-        scored = packing.each(groups, sums)
+        scored: dict[int, Sums] = {}
+        parts, world = packing.micro_batches(groups), accelerator.num_processes
+        for first in range(0, len(parts), world):
+            now = parts[first : first + world]
+            for part, found in zip(now, processes.shared(now, sums, accelerator), strict=True):
+                if kept and not kept.of(part):
+                    kept.add(part, found)
+                scored |= zip(map(id, part), map(tuple, found), strict=True)
+                progress.advance(len(part))
     if kept:
         kept.close()
-    return [replace(group, ref_logps=values) for group, values in zip(groups, scored, strict=True)]
+    return [replace(group, ref_logps=scored[id(group)]) for group in groups]
 
 
 def _identity(
@@ -112,7 +120,7 @@ def _digest_of_weights(model: nn.Module) -> str:
 class Kept:
     """A file of log-probs, a group a line, each with a hash of its row; only ever added to, a line a write."""
 
-    def __init__(self, where: Path, identity: dict[str, Any], groups: Sequence[TokenGroup]) -> None:
+    def __init__(self, where: Path, identity: dict[str, Any], groups: Sequence[TokenGroup], *, writes: bool) -> None:
         where.mkdir(parents=True, exist_ok=True)
         self.path = where / f"{_sha(json.dumps(identity, sort_keys=True))}.jsonl"
         self._rows = {id(group): (i, _row(group)) for i, group in enumerate(groups)}
@@ -126,7 +134,9 @@ class Kept:
         bad = sum(not self._take(line, groups) for line in lines[1:] if line)
         if bad:
             console.say(f"  {bad:,} lines of {self.path} are damaged: made again")
-        self._file = open(self.path, "ab", buffering=0)
+        self._file = open(self.path, "ab", buffering=0) if writes else None
+        if self._file is None:
+            return
         if not lines[0]:
             self._file.write(head + b"\n")
         elif lines[-1]:
@@ -156,11 +166,13 @@ class Kept:
             json.dumps({"row": place, "logps": sums, "sha": _line_hash(name, sums)})
             for (place, name), sums in zip(rows, found, strict=True)
         )
-        self._file.write("".join(f"{line}\n" for line in lines).encode())
+        if self._file:
+            self._file.write("".join(f"{line}\n" for line in lines).encode())
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        if self._file:
+            os.fsync(self._file.fileno())
+            self._file.close()
 
 
 def _line_hash(row: str, sums: Sums) -> str:

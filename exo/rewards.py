@@ -8,7 +8,7 @@ length is scored without an end of sequence. Left out: several scorers at once.
 import importlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from exo.data import Group
 from exo.encoding import TokenGroup
 from exo.packing import Batch, Packing
 
+AT_ONCE = 1024  # rows that are scored together; a kill may cost as many
 Scores = list[tuple[float, ...]]  # a row a group, a number a completion
 
 
@@ -72,6 +73,27 @@ def load(options: Options, compute: config.Scoring, accelerator: Accelerator, ma
         return [tuple(next(values) for _ in group.completions) for group in groups]
 
     return Scorer(name, score, counts)
+
+
+def in_parts(groups: Sequence[Group]) -> list[Sequence[Group]]:
+    """As they are scored together, whatever the number of processes."""
+    return [groups[first : first + AT_ONCE] for first in range(0, len(groups), AT_ONCE)]
+
+
+def score_part(scorer: Scorer, groups: Sequence[Group]) -> tuple[Scores, dict[str, int]]:
+    """And what the scorer remarked of these rows."""
+    scorer.counts.clear()
+    return scorer.score(groups), dict(scorer.counts)
+
+
+def together(found: Iterable[Sequence[Any]]) -> tuple[Scores, Counter[str]]:
+    """The scores of all parts, and all that was remarked."""
+    scores: Scores = []
+    counts: Counter[str] = Counter()
+    for some, remarks in found:
+        scores += map(tuple, some)
+        counts.update(remarks)
+    return scores, counts
 
 
 def _of_function(name: str) -> Callable[[Sequence[Group]], Scores]:

@@ -1,16 +1,17 @@
-"""The run of a training stage: a record and a log when it begins, a model when it ends.
+"""The run of a stage that several processes may do: what it begins and ends with, which one of them writes.
 
-Left out: what is trained (the stages) and how (loop).
+A training stage has a log, and ends with a model; one that samples or scores has pieces, and ends with a file. Left
+out: what is done (the stages) and how (loop, processes).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from exo import artifacts, checkpoints, lineage, models, plots
-from exo.artifacts import Metrics
+from exo import artifacts, data, lineage, models, plots
+from exo.artifacts import Metrics, Pieces
 from exo.lineage import Start
 
 
@@ -22,6 +23,30 @@ def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Me
     accelerator.wait_for_everyone()
     accelerator.init_trackers("exo")
     return Metrics(Path(start.config.output_dir) / "metrics.jsonl")
+
+
+def begin_pieces(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Pieces:
+    """The same for a stage that works in pieces; and those that an earlier run of it made."""
+    if accelerator.is_main_process:
+        lineage.begin(start, keep=True, rows=rows)
+    accelerator.wait_for_everyone()
+    found = Pieces(Path(start.config.output_dir) / artifacts.PIECES, writes=accelerator.is_main_process)
+    accelerator.wait_for_everyone()  # nobody writes before all have read
+    return found
+
+
+def end_pieces(
+    pieces: Pieces, name: str, rows: Iterable[dict[str, Any]], accelerator: Accelerator, result: Mapping[str, Any]
+) -> Path:
+    """Write the stage's file of that name, and the run is complete."""
+    directory = pieces.path.parent
+    if accelerator.is_main_process:
+        with artifacts.staged_file(directory / name) as file:
+            data.write_jsonl(file, rows)
+        pieces.close()
+        lineage.finish(directory, result=result)
+        artifacts.clear(directory)
+    return directory
 
 
 def end(
@@ -40,5 +65,5 @@ def end(
             models.save(model, tokenizer, staging)
         plots.training_curves(directory)
         lineage.finish(directory, **({} if result is None else {"result": result}))
-        checkpoints.clear(directory)
+        artifacts.clear(directory)
     return directory

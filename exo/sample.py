@@ -12,14 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from exo import artifacts, config, console, data, encoding, generation, lineage, loop, models, samples
+from accelerate import Accelerator
+
+from exo import artifacts, config, console, data, encoding, generation, lineage, loop, models, processes, runs, samples
+from exo.artifacts import Pieces
 from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
 from exo.data import Group
 from exo.generation import Sample
 
 AT_ONCE = 8192  # completions that vLLM is asked for together, and so what a kill may cost
-Keep = Callable[[int, Callable[[], list[Sample]]], list[Sample]]  # of generation.sample
-Draw = Callable[[Keep], list[Group]]
+Job = Callable[[], list[Sample]]
+Run = Callable[[Sequence[Job]], list[list[Sample]]]  # of generation.sample
+Draw = Callable[[Run], list[Group]]
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,25 @@ def run(config: Config, start: lineage.Start) -> Path:
     model = lineage.source("model", config.model, "sft", "align", "ppo")
     numbers, prompts = _chosen(config, dataset)
     console.say(f"{len(prompts):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
-    draw = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, numbers)
-    directory = lineage.begin(start, keep=True, rows=dataset.account())
-    pieces = artifacts.Pieces(directory / "pieces.jsonl")
-    groups = draw(partial(_kept, pieces))
+    accelerator = loop.make_accelerator(config)
+    draw = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, numbers, accelerator)
+    pieces = runs.begin_pieces(start, accelerator, dataset.account())
+    groups = draw(partial(_run, pieces, accelerator))
     result = samples.describe(groups)
     console.say(
         f"  mean {result['mean_tokens']:.1f} tokens; {100 * result['unfinished']:.1f}% were cut for their length"
     )
-    with artifacts.staged_file(directory / "samples.jsonl") as file:
-        data.write_jsonl(file, map(samples.row, groups))
-    pieces.done()
-    lineage.finish(directory, result=result)
-    return directory
+    return runs.end_pieces(pieces, "samples.jsonl", map(samples.row, groups), accelerator, result)
+
+
+def _run(pieces: Pieces, accelerator: Accelerator, jobs: Sequence[Job]) -> list[list[Sample]]:
+    """What the jobs draw, each by one process, and kept."""
+    listed = [partial(_listed, job) for job in jobs]
+    return [samples.unlisted(rows) for rows in processes.in_pieces(listed, pieces, accelerator)]
+
+
+def _listed(job: Job) -> list[Any]:
+    return samples.listed(job())
 
 
 def _chosen(config: Config, dataset: data.Dataset) -> tuple[list[int], list[str]]:
@@ -73,29 +83,25 @@ def _chosen(config: Config, dataset: data.Dataset) -> tuple[list[int], list[str]
     return numbers, [dataset.groups[number % total].prompt for number in numbers]
 
 
-def _kept(pieces: artifacts.Pieces, number: int, draw: Callable[[], list[Sample]]) -> list[Sample]:
-    rows = pieces.of(number, lambda: [[list(s.token_ids), s.logprob, s.finish] for s in draw()])
-    return [Sample(tuple(ids), logprob, finish) for ids, logprob, finish in rows]
-
-
-def _torch(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int]) -> Draw:
-    accelerator = loop.make_lone_accelerator(config)
+def _torch(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int], accelerator: Accelerator) -> Draw:
     model, tokenizer = models.load(name)
     model.to(accelerator.device)
 
-    def draw(keep: Keep) -> list[Group]:
+    def draw(run: Run) -> list[Group]:
         with accelerator.autocast():
             return samples.draw(
                 model, tokenizer, prompts, label="completions", max_prompt_length=config.max_prompt_length,
-                numbers=numbers, k=config.k, temperature=config.temperature, top_p=config.top_p, keep=keep,
+                numbers=numbers, k=config.k, temperature=config.temperature, top_p=config.top_p, run=run,
                 max_new_tokens=config.max_new_tokens, seed=config.seed, batch_size=config.batch_size,
             )  # fmt: skip
 
     return draw
 
 
-def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int]) -> Draw:
+def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int], accelerator: Accelerator) -> Draw:
     """The same from vLLM. Log-probs are those it drew from, so at a top_p below 1 they are not the model's own."""
+    if accelerator.num_processes > 1:
+        raise ValueError("--engine vllm: expected one process, which sees to its GPUs itself")
     try:
         import vllm
     except ModuleNotFoundError:
@@ -118,10 +124,10 @@ def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[i
         outputs = engine.generate([{"prompt_token_ids": row} for row in ids[part] for _ in range(config.k)], wanted)
         return [_from_vllm(output.outputs[0]) for output in outputs]
 
-    def draw(keep: Keep) -> list[Group]:
+    def draw(run: Run) -> list[Group]:
         each = max(1, AT_ONCE // config.k)
         parts = [slice(i, i + each) for i in range(0, len(ids), each)]
-        flat = [found for number, part in enumerate(parts) for found in keep(number, partial(some, part))]
+        flat = [found for some_of in run([partial(some, part) for part in parts]) for found in some_of]
         drawn = [flat[i : i + config.k] for i in range(0, len(flat), config.k)]
         return samples.groups(prompts, drawn, tokenizer, numbers)
 

@@ -49,6 +49,15 @@ def draw(
     return groups(prompts, drawn, tokenizer, numbers)
 
 
+def listed(drawn: Sequence[Sample]) -> list[Any]:
+    """As JSON has them."""
+    return [[list(sample.token_ids), sample.logprob, sample.finish] for sample in drawn]
+
+
+def unlisted(rows: Sequence[Any]) -> list[Sample]:
+    return [Sample(tuple(ids), logprob, finish) for ids, logprob, finish in rows]
+
+
 def groups(
     prompts: Sequence[str], drawn: Sequence[Sequence[Sample]], tokenizer: Any, numbers: Sequence[int] | None = None
 ) -> list[Group]:

@@ -4,17 +4,14 @@ python -m exo.score --data FILE --reward_model DIR, or --oracle module:function.
 goes on to the next stage. Scores are kept as they are made, and a run that was killed makes the others.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from exo import artifacts, config, console, data, lineage, loop, rewards, samples
+from exo import artifacts, config, console, data, lineage, loop, processes, rewards, runs, samples
 from exo.config import at_least, named, option
 from exo.data import Group
-
-AT_ONCE = 1024  # rows between two looks at the clock; a kill may cost as many
 
 
 @dataclass(frozen=True)
@@ -42,37 +39,27 @@ def run(config: Config, start: lineage.Start) -> Path:
     if had := sum(group.rewards is not None for group in dataset.groups):
         console.say(f"  {had:,} rows have rewards, which others replace")
     options = rewards.Options(config.reward_model, config.oracle)
-    scorer = rewards.load(options, config, loop.make_lone_accelerator(config), config.max_length)
+    accelerator = loop.make_accelerator(config)
+    scorer = rewards.load(options, config, accelerator, config.max_length)
     console.say(f"scored by {scorer.name}")
-    directory = lineage.begin(start, keep=True, rows=dataset.account())
-    pieces = artifacts.Pieces(directory / "pieces.jsonl")
+    pieces = runs.begin_pieces(start, accelerator, dataset.account())
     progress = console.Progress("rows", len(dataset.groups), every=max(1, len(dataset.groups) // 4))
-    scores: rewards.Scores = []
-    counts: Counter[str] = Counter()
-    for number, first in enumerate(range(0, len(dataset.groups), AT_ONCE)):
-        part = dataset.groups[first : first + AT_ONCE]
-        found, remarks = pieces.of(number, partial(_scored, scorer, part))
-        scores += map(tuple, found)
-        counts.update(remarks)
+
+    def scored(part: Sequence[Group]) -> tuple[rewards.Scores, dict[str, int]]:
+        found = rewards.score_part(scorer, part)
         progress.advance(len(part))
+        return found
+
+    jobs = [partial(scored, part) for part in rewards.in_parts(dataset.groups)]
+    scores, counts = rewards.together(processes.in_pieces(jobs, pieces, accelerator))
     result = rewards.describe(scores)
     console.say(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")
     for name in ("rows of one completion", "rows whose rewards are all equal"):
         if result[name]:
             console.say(f"  {result[name]:,} {name}: nothing to compare")
     console.counts(counts)
-    with artifacts.staged_file(directory / "scored.jsonl") as file:
-        scored = zip(dataset.groups, scores, strict=True)
-        data.write_jsonl(file, (samples.row(replace(group, rewards=values)) for group, values in scored))
-    pieces.done()
-    lineage.finish(directory, result=result)
-    return directory
-
-
-def _scored(scorer: rewards.Scorer, groups: Sequence[Group]) -> tuple[rewards.Scores, dict[str, int]]:
-    """And what the scorer remarked of these rows."""
-    scorer.counts.clear()
-    return scorer.score(groups), dict(scorer.counts)
+    rows = (samples.row(replace(group, rewards=values)) for group, values in zip(dataset.groups, scores, strict=True))
+    return runs.end_pieces(pieces, "scored.jsonl", rows, accelerator, result)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

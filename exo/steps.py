@@ -141,13 +141,12 @@ def accumulate(
             # processes are averaged by the wrapper, but the denominator already counts them all
             with profiling.section("head and loss"):  # and from its border on the body
                 accelerator.backward(share.loss * (accelerator.num_processes * counts))
-        if not counts:
-            continue
-        loss += value
-        tokens += size
-        for name, (total, n) in share.sums.items():
+        for name, (total, n) in share.sums.items():  # the same names in every process, or they could not be added up
             before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + float(total), before[1] + float(n))
+            sums[name] = (before[0] + float(total), before[1] + float(n)) if counts else before
+        if counts:
+            loss += value
+            tokens += size
     return loss, sums, tokens
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import yaml
 
-from exo import align, artifacts, config, console, costs, lineage, pipeline
+from exo import align, artifacts, config, console, costs, launch, lineage, pipeline
 from exo.config import option, require
 from exo.pipeline import Step
 
@@ -251,6 +251,10 @@ def _stage(step: Step, anew: bool) -> None:
     """Run it; go on with it where it did not finish."""
     goes_on = not anew and lineage.goes_on(Path(step.config.output_dir), step.config, step.stage)
     config = dataclasses.replace(step.config, overwrite_output_dir=not goes_on)
+    if launch.wanted(getattr(config, "nproc", 1)):
+        if launch.run(f"exo.{step.stage}", artifacts.command_line(config), config.nproc):
+            raise artifacts.RunError(f"{step.name}: failed, as said above")
+        return
     importlib.import_module(f"exo.{step.stage}").run(config)
 
 

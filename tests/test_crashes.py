@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from exo import checkpoints
+from exo import artifacts, checkpoints
 from tests import interruptions
 from tests.fork_server import Server, moments
 from tests.interruptions import STAGES, made
@@ -57,10 +57,11 @@ def test_killed_at_any_moment_again_and_again(stage, seed, server, given, tmp_pa
     argv, log = interruptions.arguments(stage, directory, tmp_path / "run"), tmp_path / "log"
     kills = 0
     for delay in chain([0.6 * seconds[stage]], islice(moments(seed, seconds[stage]), MOST)):
-        code = server.killed(stage, argv, log, after=delay)
+        anew = ["--overwrite_output_dir"] * (kills == 0)  # a run that ended before its kill is none
+        code = server.killed(stage, [*argv, *anew], log, after=delay)
         assert code in (0, -9), log.read_text()[-2000:]
         kills += code == -9
-        if code == 0:
+        if code == 0 and kills:
             break
     finished(server, stage, argv, log)
     assert kills and made(tmp_path / "run") == whole[stage]
@@ -90,7 +91,7 @@ def test_damaged_anywhere_a_state_is_not_used(server, given, tmp_path):
     directory, whole, _ = given
     argv, log = interruptions.arguments("sft", directory, tmp_path / "run"), tmp_path / "log"
     assert server.run("sft", argv, log, crash=80) == 9
-    state = checkpoints.newest(tmp_path / "run" / checkpoints.DIRECTORY)
+    state = checkpoints.newest(tmp_path / "run" / artifacts.STATES)
     assert state is not None
     rng = random.Random(0)
     files = sorted(state.iterdir())

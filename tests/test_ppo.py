@@ -260,14 +260,3 @@ def test_no_global_random_state_moves(made):
     before = torch.random.get_rng_state()
     maker.make(PROMPTS[:2], range(2))
     assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_a_batch_that_leaves_a_process_without_work_is_refused(policy, tmp_path, monkeypatch, capsys):
-    """It would wait for the others' gradients for ever."""
-    alone = loop.make_accelerator(Training(device="cpu"))
-    two = type("Two", (), {"num_processes": 2, "is_main_process": True, "device": alone.device})()
-    monkeypatch.setattr(loop, "make_accelerator", lambda _: two)
-    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    arguments = ["--model", policy, "--data", prompts, "--oracle", "tests.tasks:reward", "--batch_size", "1"]
-    assert ppo.main([*arguments, "--output_dir", str(tmp_path / "run")]) == 2
-    assert "--batch_size: expected at least 2" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_to_the_same_end(stage, place, given, whole, tmp_pa
     went_on = "going on after step" in capsys.readouterr().out
     assert went_on == (place not in ("before the first update", "before a state"))
     assert made(tmp_path / "run") == whole(stage)
-    assert not (tmp_path / "run" / checkpoints.DIRECTORY).exists()
+    assert not (tmp_path / "run" / artifacts.STATES).exists()
 
 
 @pytest.mark.parametrize(

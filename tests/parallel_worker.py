@@ -1,0 +1,55 @@
+"""Steps of PolicyLoss in fp64 on one of several processes, with groups of very uneven lengths; saves what came out.
+
+Arguments: ddp or fsdp, a file for the weights, and as JSON the groups' sizes, and tokens of a micro-batch.
+"""
+
+import json
+import sys
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from exo import loop, models, policy, sharding, steps
+from exo.config import DataTraining
+from exo.encoding import TokenGroup
+from exo.packing import Packing
+
+
+def groups(sizes: list[int]) -> list[TokenGroup]:
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 40, (n,), generator=draw).tolist())
+
+    return [
+        TokenGroup(ids(1 + i), tuple(ids(1 + (i * k) % size) for k in range(2 + i % 3)),
+                   tuple(float(k) for k in range(2 + i % 3)), i, tuple(-float(k) for k in range(2 + i % 3)))
+        for i, size in enumerate(sizes)
+    ]  # fmt: skip
+
+
+def main() -> None:
+    how, file, sizes, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    model, _ = models.tiny(["a b c d e f g"], hidden_size=32, num_layers=2, num_heads=2)
+    module = policy.PolicyLoss(
+        model.double(), loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0
+    ).train(False)
+    config = DataTraining(learning_rate=1e-3, batch_size=len(sizes))
+    if how == "fsdp":
+        wrapped = sharding.shard(module, "no")
+        optim = accelerator.prepare(loop.optimizer(wrapped, config))
+    else:
+        wrapped, optim = accelerator.prepare(module, loop.optimizer(module, config))
+    packing = Packing(0, tokens)
+    step = steps.Step(wrapped, optim, config, accelerator, len, packing.collate, packing, 8)
+    counters = dict.fromkeys(steps.COUNTERS, 0.0)
+    losses = [step(i, groups(sizes), counters, told=True, first=None)[0]["loss"] for i in range(1, 9)]
+    whole = {name: sharding.whole(p).detach().clone() for name, p in module.named_parameters()}
+    if accelerator.is_main_process:
+        save_file(whole | {"losses": torch.tensor(losses, dtype=torch.float64)}, file)
+
+
+main()

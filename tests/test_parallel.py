@@ -1,0 +1,197 @@
+"""Many processes are one: the same weights, the same samples and scores, the same end after a kill.
+
+Two processes with gloo, on CPUs; where one of them fails, all end.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from exo import launch
+from tests import interruptions
+from tests.interruptions import STAGES, lines, made
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("given")
+    interruptions.write_start(directory / "start")
+    interruptions.write_data(directory)
+    return directory
+
+
+EVEN, UNEVEN, FEW = [5] * 6, [1, 60, 2, 3, 40, 1, 5], [9]
+slow = pytest.mark.slow
+SPLITS = [
+    pytest.param(
+        how, sizes, tokens, marks=() if (how, sizes) in (("fsdp", UNEVEN), ("ddp", FEW)) and tokens == 70 else slow
+    )
+    for how, sizes, tokens in product(("ddp", "fsdp"), (EVEN, UNEVEN, FEW), (70, 4096))
+]
+
+
+@pytest.mark.parametrize(("how", "sizes", "tokens"), SPLITS)
+def test_eight_steps_of_two_processes_are_those_of_one(how, sizes, tokens, tmp_path):
+    """In fp64, to the rounding of sums; where one process has no group, it waits for nothing and nobody for it."""
+    found = []
+    for name, processes, kind, most in (("one", 1, "ddp", 4096), ("two", 2, how, tokens)):
+        arguments = [kind, str(tmp_path / name), json.dumps(sizes), str(most)]
+        assert launch.run("tests.parallel_worker", arguments, processes) == 0
+        found.append(load_file(tmp_path / name))
+    one, two = found
+    assert one.keys() == two.keys()
+    assert torch.allclose(one.pop("losses"), two.pop("losses"), rtol=1e-14, atol=0)
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-14
+
+
+def run(stage, given, out, *more, processes=2):
+    """The exit code of a stage in several processes, and what it said on stderr."""
+    argv = [a for a in interruptions.arguments(stage, given, out, *more) if a != "--dropout"]
+    child = subprocess.run(
+        [sys.executable, "-m", f"exo.{stage}", *argv, f"--nproc={processes}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return child.returncode, child.stdout, child.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [pytest.param(s, h, marks=() if (s, h) == ("align", "--fsdp") else slow)
+     for s, h in product(("sft", "reward", "align", "ppo"), ("--fsdp", "--fsdp=false")) if (s, h) != ("ppo", "--fsdp")],
+)  # fmt: skip
+def test_a_stage_in_two_processes_makes_what_one_makes(stage, how, given, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        code, said, error = run(stage, given, tmp_path / name, how, processes=processes)
+        assert code == 0, error
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+    logs = [lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    assert len(logs[0]) == len(logs[1])
+    for mine, theirs in zip(*logs, strict=True):
+        for name in {"loss", "eval_loss", "eval_accuracy", "eval_rewards/accuracies"} & mine.keys():
+            assert mine[name] == pytest.approx(theirs[name], abs=2e-4), name
+
+
+def test_sampling_scoring_and_evaluation_in_two_processes_are_those_of_one(given, tmp_path):
+    """To the byte: each batch is drawn by one of them, in the batches of one process."""
+    model, data = ["--model", str(given / "start")], ["--data", str(given / "ppo.jsonl")]
+    common = ["--device", "cpu", "--max_new_tokens", "6"]
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        commands = {
+            "sample": [*model, *data, *common, "--k", "3", "--batch_size", "7"],
+            "score": ["--data", str(out / "sample"), "--device", "cpu", "--oracle", "tests.tasks:reward"],
+            "evaluate": [*model, *data, *common, "--reference", str(given / "start"), "--k", "2", "--batch_size", "5",
+                         "--max_length", "32", "--oracle", "tests.tasks:reward", "--max_tokens_per_batch", "64"],
+        }  # fmt: skip
+        for stage, argv in commands.items():
+            argv += ["--output_dir", str(out / stage)]
+            if n == 1:
+                assert importlib.import_module(f"exo.{stage}").main(argv) == 0
+            else:
+                assert launch.run(f"exo.{stage}", argv, n) == 0
+    for file in (
+        "sample/samples.jsonl",
+        "score/scored.jsonl",
+        "evaluate/evaluation.json",
+        "evaluate/samples/final.jsonl",
+    ):
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("how", [pytest.param("--fsdp", marks=slow), pytest.param("--fsdp=false", marks=slow)])
+def test_two_processes_that_are_killed_go_on_to_the_same_end(how, given, tmp_path):
+    assert run("align", given, tmp_path / "whole", how)[0] == 0
+    argv = [a for a in interruptions.arguments("align", given, tmp_path / "run", how) if a != "--dropout"]
+    command = [sys.executable, "-m", "exo.align", *argv, "--nproc=2"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
+    while not list((tmp_path / "run").glob("resume/step-*4")) and child.poll() is None:
+        time.sleep(0.005)
+    workers = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(child.pid)]).split()]
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    assert child.wait() == 137
+    code, said, error = run("align", given, tmp_path / "run", how)
+    assert code == 0, error
+    assert "going on after step" in said
+    assert made(tmp_path / "run") == made(tmp_path / "whole")
+
+
+def test_one_that_fails_ends_all_and_says_why_once(given, tmp_path):
+    """A loss that is not finite on one rank alone: its rank and rows are named; the other does not wait for ever."""
+    began = time.monotonic()
+    program = (
+        "import os, sys\nfrom exo import policy, align\nforward = policy.PolicyLoss.forward\n"
+        "def bad(self, batch, n):\n    share = forward(self, batch, n)\n"
+        "    return share._replace(loss=share.loss * float('nan')) if n and os.environ['RANK'] == '1' else share\n"
+        "policy.PolicyLoss.forward = bad\nsys.exit(align.main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "poisoned.py").write_text(program)
+    argv = [a for a in interruptions.arguments("align", given, tmp_path / "run") if a != "--dropout"]
+    child = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from exo import launch; "
+         "sys.exit(launch.run('poisoned', sys.argv[1:], 2))", *argv],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": f"{tmp_path}:."},
+    )  # fmt: skip
+    assert child.returncode == 1 and time.monotonic() - began < 60
+    errors = [line for line in child.stderr.splitlines() if line.startswith("error: ")]
+    assert "step 1, rank 1: the loss is nan; stopped before the update; rows at lines" in errors[0]
+    assert "Traceback" not in child.stderr and len(errors) <= 2
+
+
+@slow
+def test_told_to_stop_two_processes_stop_at_one_step(given, tmp_path):
+    argv = [a for a in interruptions.arguments("align", given, tmp_path / "run") if a != "--dropout"]
+    command = [sys.executable, "-m", "exo.align", *argv, "--nproc=2", "--max_steps=4000", "--checkpoint_steps=0"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while child.poll() is None and not (log.exists() and log.stat().st_size > 2000):
+        time.sleep(0.01)
+    began = time.monotonic()
+    child.send_signal(signal.SIGTERM)
+    error = child.communicate()[1]
+    assert child.returncode == 143 and time.monotonic() - began < 10, error
+    assert "stopped: after step" in error and list((tmp_path / "run").glob("resume/step-*"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "said"),
+    [
+        ("ppo", [], "ppo samples from the model"),
+        ("align", ["--compile"], "does not go together with --compile"),
+        ("sft", ["--dtype=float16"], "expected --dtype bfloat16 or float32"),
+    ],
+)
+def test_what_does_not_go_with_shards_is_refused(stage, more, said, given, tmp_path, monkeypatch, capsys):
+    """Before any process waits for another."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert STAGES[stage].main(interruptions.arguments(stage, given, tmp_path / stage, "--fsdp", *more)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_every_stage_is_here():
+    assert set(STAGES) == {"sft", "reward", "align", "ppo"}
