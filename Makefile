@@ -1,5 +1,6 @@
 # make demo   the quickstart           make test      the tests (make test-all: the long ones too)
 # make bench  the benchmarks           make lint      ruff and mypy        make gpu   what needs a GPU
+# make soak   kills, damages, full disks by the hundred: hours
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -11,7 +12,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # waiting threads that spin take the core that others need; whoever set another policy is heard
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all bench lint format gpu clean
+.PHONY: setup demo test test-all soak bench lint format gpu clean
 
 setup: $(INSTALLED)
 
@@ -32,6 +33,10 @@ test: setup
 test-all: setup
 	$(SPREAD) -m "not gpu"
 	TRITON_INTERPRET=1 $(SPREAD) -m "kernel and not gpu"
+
+# hours; it goes on where it stopped
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 gpu: setup
 	$(PYTEST) -m "gpu or kernel"

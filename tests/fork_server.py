@@ -1,13 +1,15 @@
 """Processes that run a stage and may be killed, each born in a moment from one that has imported everything.
 
-`python -m tests.fork_server` reads a line of JSON a run, {"stage", "argv", "log", "crash"}, prints its pid, and how it
-ended. With "crash": n the process dies, as of kill -9, at the n-th call of the file system within the saves of states.
+`python -m tests.fork_server` reads a line of JSON a run, {"stage", "argv", "log", "crash", "poison"}, prints its pid
+and how it ended. With "crash": n the process dies, as of kill -9, at the n-th call of the file system within the saves
+of states; with "poison": [kind, step] the loss or gradient of that step of an alignment is not finite.
 `Server` is the other end. Left out: what is killed and why (test_crashes.py, soak.py).
 """
 
 import json
 import os
 import random
+import select
 import subprocess
 import sys
 import time
@@ -24,10 +26,11 @@ class Server:
             env=environment, cwd=Path(__file__).parents[1],
         )  # fmt: skip
 
-    def begin(self, stage: str, argv: list[str], log: Path, crash: int | None = None) -> int:
+    def begin(self, stage: str, argv: list[str], log: Path, crash: int | None = None, poison: object = None) -> int:
         """The pid of a run; its output goes to the end of `log`."""
         assert self.child.stdin and self.child.stdout
-        self.child.stdin.write(json.dumps({"stage": stage, "argv": argv, "log": str(log), "crash": crash}) + "\n")
+        asked = {"stage": stage, "argv": argv, "log": str(log), "crash": crash, "poison": poison}
+        self.child.stdin.write(json.dumps(asked) + "\n")
         self.child.stdin.flush()
         return int(self.child.stdout.readline())
 
@@ -35,6 +38,11 @@ class Server:
         """Its exit code; negative, the signal that killed it."""
         assert self.child.stdout
         return int(self.child.stdout.readline())
+
+    def poll(self) -> int | None:
+        """The same, if it has ended."""
+        assert self.child.stdout
+        return self.end() if select.select([self.child.stdout], [], [], 0)[0] else None
 
     def run(self, *run, **how) -> int:
         self.begin(*run, **how)
@@ -61,6 +69,25 @@ def moments(seed: int, longest: float):
     rng = random.Random(seed)
     while True:
         yield rng.uniform(0, longest)
+
+
+def _poison(kind: str, at: int) -> None:
+    from exo import policy, steps
+
+    forward, accumulate, now = policy.PolicyLoss.forward, steps.accumulate, [0]
+
+    def counted(module, parts, count, accelerator, collate, step, *rest):
+        now[0] = step
+        return accumulate(module, parts, count, accelerator, collate, step, *rest)
+
+    def poisoned(self, batch, count):
+        share = forward(self, batch, count)
+        if count is None or now[0] != at:
+            return share
+        bad = share.loss * float("nan") if kind == "loss" else (next(self.parameters()).sum() * 0).abs().sqrt()
+        return share._replace(loss=share.loss + bad)
+
+    policy.PolicyLoss.forward, steps.accumulate = poisoned, counted
 
 
 def _crash_in_saves(at: int) -> None:
@@ -107,6 +134,8 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             if asked["crash"] is not None:
                 _crash_in_saves(asked["crash"])
+            if asked["poison"] is not None:
+                _poison(*asked["poison"])
             try:
                 code = STAGES[asked["stage"]].main(asked["argv"])
             except SystemExit as stop:

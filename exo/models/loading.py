@@ -4,6 +4,7 @@ Left out: devices, dtypes other than fp32 (the training loop owns those), adapte
 """
 
 import difflib
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -218,6 +219,7 @@ def _load_weights(
     kind: Any, name: str, config: PreTrainedConfig, *, head_is_new: bool = False, **settings: Any
 ) -> PreTrainedModel:
     what = "weights in safetensors (pickles are not read; save_pretrained converts)"
+    _check_shards(Path(name))
     with _explained(name, what), _without_warnings():
         # Typed for its usual answer; asked for its report as well, it gives two things.
         loaded: Any = kind.from_pretrained(
@@ -242,6 +244,17 @@ def _load_weights(
             f"config.json gives it, got {len(wrong)} missing or of other shapes: {min(wrong)} ..."
         )
     return model
+
+
+def _check_shards(directory: Path) -> None:
+    """ValueError for an index that names files elsewhere than beside itself."""
+    for index in directory.glob("*.index.json") if directory.is_dir() else ():
+        with _explained(str(directory), f"an index of weights in {index.name}"):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if odd := [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]:
+            raise ValueError(
+                f"model {str(directory)!r}: expected shards beside their index; {index.name} names {odd[0]!r}"
+            )
 
 
 @contextmanager

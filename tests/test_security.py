@@ -1,0 +1,117 @@
+"""Nothing that is read can run: no pickles, no repository's code, no YAML that builds objects; and no secret is told.
+
+Weights as pickles and modelling files are refused in test_models.py.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import exo_kernels
+from exo import align, judge, models
+from tests.tasks import write_model, write_rows
+
+ROOT = Path(exo_kernels.__file__).parents[1]
+SOURCES = sorted([*(ROOT / "exo").rglob("*.py"), *(ROOT / "exo_kernels").rglob("*.py")])
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_can_run_what_it_reads(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not names & {"pickle", "marshal", "shelve", "dill", "joblib"}
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "torch.load", "torch.save", "yaml.load", "os.system", "os.popen"), (
+                called
+            )
+            assert not called.endswith(
+                (".extractall", ".gather_object", ".broadcast_object_list", ".all_gather_object")
+            )
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert given.get("shell", "False") == "False" and given.get("trust_remote_code", "False") == "False"
+            assert given.get("weights_only", "True") == "True" and given.get("allow_pickle", "False") == "False"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("start") / "model")
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"prompt": "red", "chosen": f"good {w}", "rejected": "bad"} for w in ("big", "small", "round", "square")]
+    return write_rows(tmp_path / "rows.jsonl", rows)
+
+
+def test_yaml_builds_no_objects(start, data, tmp_path, capsys):
+    canary = tmp_path / "canary"
+    (tmp_path / "options.yaml").write_text(f"max_steps: !!python/object/apply:os.mkdir ['{canary}']\n")
+    with pytest.raises(SystemExit):
+        align.main(["--model", start, "--data", data, "--config", str(tmp_path / "options.yaml")])
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "could not determine a constructor" in said and not canary.exists()
+
+
+@pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/hostname", "sub/x.safetensors"])
+def test_shards_are_files_of_the_model_itself(start, tmp_path, shard):
+    """An index that names files elsewhere reads what nobody asked for."""
+    model, tokenizer = models.load(start)
+    models.save(model, tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "other.safetensors")
+    names = dict.fromkeys(model.state_dict(), shard)
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with pytest.raises(ValueError, match="expected shards beside their index"):
+        models.load(str(tmp_path / "model"))
+
+
+def test_no_secret_is_told(start, data, tmp_path):
+    """Tokens and keys of the environment are in no file of a run and in nothing that it says."""
+    secrets = {"HF_TOKEN": "hf_CANARYCANARYCANARY", "OPENAI_API_KEY": "sk-CANARYCANARY", "MY_SECRET": "CANARY-of-mine"}
+    command = [
+        sys.executable,
+        "-m",
+        "exo.align",
+        "--model",
+        start,
+        "--data",
+        data,
+        "--max_steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    command += ["--output_dir", str(tmp_path / "run"), "--batch_size", "2"]
+    for more in ([], ["--seed", "9"], ["--nonsense", "1"]):  # the second is refused, the third no option
+        child = subprocess.run([*command, *more], capture_output=True, env=os.environ | secrets, timeout=120)
+        assert b"CANARY" not in child.stdout + child.stderr
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(files) > 5 and not any(b"CANARY" in file.read_bytes() for file in files)
+
+
+def test_a_key_does_not_belong_into_an_address(capsys):
+    with pytest.raises(SystemExit):
+        judge.main(
+            [
+                "--template",
+                "dialogue",
+                "--a",
+                "x",
+                "--b",
+                "y",
+                "--model",
+                "m",
+                "--endpoint",
+                "http://user:CANARY@host/v1",
+            ]
+        )
+    said = capsys.readouterr().err
+    assert "--endpoint: expected" in said and "CANARY" not in said
