@@ -235,15 +235,22 @@ def write(path: Path, files: Mapping[str, Tensors], facts: Mapping[str, Any], ac
         (staging / "state.json").write_text(json.dumps(facts, allow_nan=False, default=asdict), encoding="utf-8")
         (staging / MANIFEST).write_bytes(_manifest(staging))
         artifacts.flush_all(staging)
+        if path.exists():  # damaged, or the run would have gone on from it
+            _remove(path)
         os.rename(staging, path)
     except (OSError, SafetensorError):
         shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
         raise
     artifacts.flush(path.parent)
     for old in _states(path.parent)[:-KEPT]:
-        gone = old.with_name(f".{old.name}.gone")
-        os.rename(old, gone)
-        shutil.rmtree(gone)
+        _remove(old)
+
+
+def _remove(state: Path) -> None:
+    """At once, for whoever looks."""
+    gone = state.with_name(f".{state.name}.gone")
+    os.rename(state, gone)
+    shutil.rmtree(gone)
 
 
 def newest(directory: Path) -> Path | None:

@@ -50,8 +50,11 @@ def finished(server: Server, stage: str, argv: list[str], log: Path) -> None:
     assert server.run(stage, argv, log) == 0, log.read_text()[-2000:]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 8))])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "seed"),
+    [pytest.param(stage, seed, marks=() if (stage, seed) in (("align", 0), ("ppo", 0)) else pytest.mark.slow)
+     for stage in STAGES for seed in range(8)],
+)  # fmt: skip
 def test_killed_at_any_moment_again_and_again(stage, seed, server, given, tmp_path):
     directory, whole, seconds = given
     argv, log = interruptions.arguments(stage, directory, tmp_path / "run"), tmp_path / "log"

@@ -78,7 +78,7 @@ def run(stage, given, out, *more, processes=2):
 
 @pytest.mark.parametrize(
     ("stage", "how"),
-    [pytest.param(s, h, marks=() if (s, h) == ("align", "--fsdp") else slow)
+    [pytest.param(s, h, marks=slow)
      for s, h in product(("sft", "reward", "align", "ppo"), ("--fsdp", "--fsdp=false")) if (s, h) != ("ppo", "--fsdp")],
 )  # fmt: skip
 def test_a_stage_in_two_processes_makes_what_one_makes(stage, how, given, tmp_path):
