@@ -24,8 +24,11 @@ class Stopped(Exception):
     """A run that was told to stop has; one line."""
 
     def __init__(self, signum: int, said: str = "") -> None:
-        super().__init__(said or "nothing was done that would be lost")
+        super().__init__(signum, said or "nothing was done that would be lost")  # as it is made again elsewhere
         self.signum = signum
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 @contextmanager
