@@ -30,7 +30,7 @@ GOALS = {"kills": 1000, "damages": 500, "disks": 40, "poisons": 60, "splits": 12
 SAID = {
     "kills": ("killed, at any moment and within saves", "went on to the same end, bit for bit"),
     "damages": ("damages of a state: a bit, an end", "seen, and the state not used"),
-    "disks": ("disks too small", "said so, kept the last state, and went on once there was room"),
+    "disks": ("sizes of a disk", "of which those too small said so, and went on once there was room"),
     "poisons": ("losses and gradients that are not finite", "stopped before the update, or skipped it as asked"),
     "splits": ("splits over two processes", "equal to one process to 1e-14 (fp64)"),
     "steps": ("steps in one run", "with memory and open files flat"),
@@ -54,13 +54,15 @@ class Soak:
             self.whole[stage] = made(directory / f"whole-{stage}")
 
     def run(self, part: str) -> None:
-        done = self.found.setdefault(part, {"tried": 0, "right": 0, "wrong": []})
+        done = self.found.setdefault(part, {"tried": 0, "right": 0, "wrong": [], "rounds": 0})
         while done["tried"] < GOALS[part]:
-            tried, right, facts = getattr(self, part)(done["tried"])
+            tried, right, facts = getattr(self, part)(done["rounds"])
+            done["rounds"] += 1
             done["tried"] += tried
             done["right"] += right
             for name, value in facts.items():
-                done[name] = max(done.get(name, value), value)
+                both = (done.get(name, 0), value)
+                done[name] = max(both) if isinstance(value, float) else sum(both)
             if right < tried:
                 done["wrong"].append(done["tried"])
             commit = subprocess.run(
@@ -81,9 +83,9 @@ class Soak:
         """A run that is killed again and again, every other one within its saves."""
         stage, kills = list(STAGES)[done % len(STAGES)], 0
         argv, rng = self._new(stage), random.Random(done)
-        for delay in islice(moments(done, self.seconds[stage]), 12):
+        for delay in islice(moments(done, 0.8 * self.seconds[stage]), 30):
             if rng.random() < 0.5:
-                code = self.server.run(stage, argv, self.log, crash=rng.randrange(30))
+                code = self.server.run(stage, argv, self.log, crash=rng.randrange(40))
             else:
                 code = self.server.killed(stage, argv, self.log, after=delay)
             kills += code in (9, -9)
@@ -121,12 +123,12 @@ class Soak:
             code = self.server.run("sft", argv, self.log)
             said = self.log.read_bytes()[before:].decode()
             if code == 0:
-                return 1, made(disk / "run") == self.whole["sft"], {"large_enough_KiB": -kib}
+                return 1, made(disk / "run") == self.whole["sft"], {"runs_it_was_enough_for": 1}
             right = "No space left" in said and "Traceback" not in said
             last = checkpoints.newest(disk / "run" / artifacts.STATES)
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             went_on = self.server.run("sft", argv, self.log) == 0 and made(disk / "run") == self.whole["sft"]
-            return 1, right and went_on, {"with_a_state": int(last is not None)}
+            return 1, right and went_on, {"last_state_kept": int(last is not None)}
         finally:
             subprocess.run(["umount", disk], check=True)
 
@@ -174,7 +176,7 @@ def table() -> None:
     for part, (what, right) in SAID.items():
         if part in found:
             row = found[part]
-            more = {k: v for k, v in row.items() if k not in ("tried", "right", "wrong", "commit", "date")}
+            more = {k: v for k, v in row.items() if k not in ("tried", "right", "wrong", "rounds", "commit", "date")}
             print(f"{row['tried']:6,} {what}: {row['right']:,} {right}  {more or ''}  ({row['date']}, {row['commit']})")
 
 
