@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from exo import checkpoints, console, profiling, sharding, signals
-from exo.artifacts import Metrics
+from exo.artifacts import Metrics, RunError
 from exo.batches import Source
 from exo.config import Compute, ConfigError, Training
 from exo.packing import Packing
@@ -115,6 +115,8 @@ def train(
     )  # fmt: skip
     before = keeper.restore()
     done, counters = (before.step, before.counters) if before else (0, dict.fromkeys(COUNTERS, 0.0))
+    if done > steps:
+        raise RunError(f"{keeper.directory}: holds the state of step {done:,}; expected --max_steps {done:,} at least")
     progress = console.Progress("step", steps, every=config.logging_steps, done=done)
     profiler = profiling.Profiler(config.profile, Path(config.output_dir), accelerator)
     taking = Step(module, optim, config, accelerator, denominator, collate or packing.collate, packing, steps)

@@ -164,6 +164,18 @@ def test_changed_options_are_shown_and_refused_unless_allowed(half, whole, capsy
     assert json.loads((run / "run.json").read_text())["arguments"]["learning_rate"] == 1e-3
 
 
+def test_fewer_steps_than_were_taken_are_refused(half, capsys):
+    run, argv = half
+    assert STAGES["sft"].main([*argv, "--allow_changes", "--max_steps", "3"]) == 1
+    assert "holds the state of step 6; expected --max_steps 6 at least" in capsys.readouterr().err
+
+
+def test_more_steps_than_were_asked_for_may_be_added(half, capsys):
+    run, argv = half
+    assert STAGES["sft"].main([*argv, "--allow_changes", "--max_steps", "12"]) == 0
+    assert [line["step"] for line in interruptions.lines(run / "metrics.jsonl")] == list(range(1, 13))
+
+
 def test_what_changes_nothing_may_change(half, whole):
     run, argv = half
     assert STAGES["sft"].main([*argv, "--logging_steps", "1", "--checkpoint_steps", "3"]) == 0
