@@ -83,7 +83,7 @@ def test_together_they_are_the_plain_run(row, start, tmp_path, capfd):
     found = run(start, tmp_path / "found", row, capfd)
     for mine, theirs in zip(found, plain, strict=True):
         for name in ("loss", "grad_norm", "rewards/margins", "log_ratios/mean_square", "tokens"):
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-5), (name, mine["step"])
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-5), (name, mine["step"])
 
 
 @pytest.mark.slow
