@@ -4,7 +4,9 @@ Every file appears complete: written beside its place, flushed to the disk, rena
 line at a time. One process at a time writes to a run. Left out: what a run that was killed goes on from (checkpoints).
 """
 
+import contextlib
 import datetime
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -72,6 +74,7 @@ def prepare(directory: str, *, overwrite: bool) -> Path:
 
 def _empty(run: Path) -> None:
     """Remove all that is in a run, its record last: interrupted, it is still a run, which may make room again."""
+    shutil.rmtree(run / STATES, ignore_errors=True)  # first: nothing is to go on in what is half removed
     for entry in run.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -90,14 +93,21 @@ def locked(directory: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0" or (path.exists() and not path.is_dir()):
         yield
         return
+    busy = RunError(f"--output_dir {directory}: another process is writing there; choose another")
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / LOCK, "a") as handle:
+    try:
+        handle = open(path / LOCK, "a")
+    except FileNotFoundError:  # removed by one that was just refused
+        raise busy from None
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(handle.fileno()).st_ino != (path / LOCK).stat().st_ino:
                 raise BlockingIOError  # someone ended, and someone else began, since it was opened
         except (BlockingIOError, FileNotFoundError):
-            raise RunError(f"--output_dir {directory}: another process is writing there; choose another") from None
+            raise busy from None
+        except OSError as error:
+            raise RunError(f"--output_dir {directory}: its file system cannot lock ({error.strerror})") from None
         try:
             yield
         finally:
@@ -124,6 +134,8 @@ def staged(target: Path) -> Iterator[Path]:
     """
     staging = target.with_name(f".{target.name}.staging")
     previous = target.with_name(f".{target.name}.previous")
+    if previous.exists() and not target.exists():  # killed between two renames
+        os.rename(previous, target)
     for left_over in (staging, previous):
         shutil.rmtree(left_over, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -187,6 +199,14 @@ def staged_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def append(file: Any, text: str) -> None:
+    """All of it to the end of an unbuffered file, or nothing: a full disk takes a part, and says so only later."""
+    before, data = os.fstat(file.fileno()).st_size, text.encode()
+    if file.write(data) != len(data):
+        file.truncate(before)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+
 class Metrics:
     """metrics.jsonl: one object a line, one line a write. A run that goes on cuts what came after its state."""
 
@@ -195,7 +215,10 @@ class Metrics:
         self._file = open(path, "ab", buffering=0)
 
     def write(self, **values: Any) -> None:
-        self._file.write(f"{json.dumps(values, allow_nan=False)}\n".encode())
+        append(self._file, f"{json.dumps(values, allow_nan=False)}\n")
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
 
     def size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
@@ -233,7 +256,7 @@ class Pieces:
 
     def keep(self, number: int, value: Any) -> None:
         if number not in self.known and self._file:
-            self._file.write(f"{json.dumps([number, _digest(value), value])}\n".encode())
+            append(self._file, f"{json.dumps([number, _digest(value), value])}\n")
         self.known[number] = value
 
     def close(self) -> None:
@@ -253,17 +276,24 @@ def _digest(value: Any) -> str:
 
 def write_run(directory: Path, config: Any, stage: str, **facts: Any) -> None:
     """run.json: what was asked for, by which versions; and the facts a stage adds (when, hashes, results)."""
-    write_json(
-        directory / RUN_FILE,
-        {
-            "stage": stage,
-            "command": ["python", "-m", f"exo.{stage}", *_flags(config)],
-            "arguments": asdict(config),
-            "versions": {"python": platform.python_version()} | versions(),
-            "platform": f"{platform.system()} {platform.machine()}",
-        }
-        | facts,
-    )
+    write_json(directory / RUN_FILE, asked_for(config, stage) | facts)
+
+
+def asked_for(config: Any, stage: str) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "command": ["python", "-m", f"exo.{stage}", *_flags(config)],
+        "arguments": asdict(config),
+        "versions": {"python": platform.python_version()} | versions(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def confirm(directory: Path) -> None:
+    """What a run that goes on was asked for is what it is, from now on: nothing has refused it."""
+    record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    if asked := record.pop("asked", None):
+        write_json(directory / RUN_FILE, record | asked)
 
 
 def now() -> str:
@@ -293,6 +323,11 @@ def _flags(config: Any) -> list[str]:
     return [f"--{name.rstrip('_')}={'none' if value is None else value}" for name, value in given.items()]
 
 
+def _last_words(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def command_line(config: Any) -> list[str]:
     """The flags that make this config."""
     return [*_flags(config), *["--overwrite_output_dir"] * getattr(config, "overwrite_output_dir", False)]
@@ -307,28 +342,28 @@ def guarded(run: Callable[[Any], object], options: Any) -> int:
         signals.end_in_order()
         run(options)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _last_words("interrupted")
         return 130
     except signals.Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        _last_words(f"stopped: {stopped}")
         return 128 + stopped.signum
     except (ValueError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _last_words(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        _last_words(f"error: {error.strerror or error}{where}")
         return 1
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError):
             if torch.distributed.is_initialized() and any(word in str(error) for word in LOST):
-                print("error: another process of this run has ended", file=sys.stderr)
+                _last_words("error: another process of this run has ended")
                 return 1
             raise
         advice = (
             "Activations: lower --max_tokens_per_batch (of sample --batch_size), or --gradient_checkpointing. "
             "Gradients and Adam, 12 bytes a parameter: --lora_r. A second model: no --reference live."
         )
-        print(f"error: {str(error).splitlines()[0]} {advice}", file=sys.stderr)
+        _last_words(f"error: {str(error).splitlines()[0]} {advice}")
         return 1
     return 0

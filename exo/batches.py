@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from exo.artifacts import RunError
 from exo.checkpoints import Stateful
 from exo.config import DataTraining
 from exo.encoding import TokenGroup
@@ -57,7 +58,10 @@ class Batches(Generic[G]):
         return [self.groups[k] for k in self.order[i * size : len(self.order) if i == each - 1 else (i + 1) * size]]
 
     def state(self) -> dict[str, int]:
-        return {"done": self.done}
+        return {"done": self.done, "batch_size": self.config.batch_size, "rows": len(self.groups)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        for name, value in self.state().items():
+            if name != "done" and state[name] != value:
+                raise RunError(f"the state's position counts batches: {name} was {state[name]}, and is {value} now")
         self.done = state["done"]

@@ -101,6 +101,11 @@ class Keeper:
         mine = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
         if mine:
             _set_random(mine, self.accelerator.device)
+        if self.accelerator.is_main_process and self.metrics.size() < facts["metrics"]:
+            raise RunError(
+                f"{path}: expected {facts['metrics']:,} bytes of {self.metrics.path}; it has fewer, and so is "
+                "not this state's; --overwrite_output_dir begins anew"
+            )
         self._cut(facts["metrics"])
         console.say(f"going on after step {facts['step']:,}, from {path}")
         self.saved = facts["step"]
@@ -127,6 +132,7 @@ class Keeper:
             return path
         drawn = {name: self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
                  for name, state in position.random.items()}  # fmt: skip
+        self.metrics.flush()  # no state says more than the log holds, whatever is cut off
         files = {}
         if self.sharded or self.accelerator.is_main_process:
             files = {self._file("weights"): self._weights(), self._file("optimizer"): self._moments()}
@@ -148,13 +154,14 @@ class Keeper:
     def _file(self, what: str) -> str:
         return f"{what}.{self.accelerator.process_index}.safetensors" if self.sharded else f"{what}.safetensors"
 
+    def kept(self) -> str:
+        """What a run that ends early goes on from, for its last words; "" for nothing."""
+        last = newest(self.directory)
+        return f"; the last whole state is {last}, from which the same command goes on" if last else ""
+
     def _not_saved(self, step: int, error: Exception) -> RunError:
         what = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        last = newest(self.directory)
-        kept = (
-            f"the last whole state is {last}, from which the same command goes on" if last else "there is none before"
-        )
-        return RunError(f"step {step}: its state could not be written to {self.directory}: {what}; {kept}")
+        return RunError(f"step {step}: its state could not be written to {self.directory}: {what}")
 
     def _weights(self) -> Tensors:
         lasting = self.module.state_dict().keys()
@@ -242,8 +249,10 @@ def write(path: Path, files: Mapping[str, Tensors], facts: Mapping[str, Any], ac
         shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
         raise
     artifacts.flush(path.parent)
-    for old in _states(path.parent)[:-KEPT]:
-        _remove(old)
+    states = _states(path.parent)
+    here = states.index(path)
+    for other in states[here + 1 :] + states[: max(0, here + 1 - KEPT)]:  # a later one was damaged, or passed over
+        _remove(other)
 
 
 def _remove(state: Path) -> None:

@@ -25,7 +25,10 @@ def mute() -> None:
 
 def say(text: str = "") -> None:
     if not _muted:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError:  # nobody listens any more: work is not lost for that
+            mute()
 
 
 def headline(text: str) -> None:

@@ -100,6 +100,7 @@ def _draw(
     lengths = torch.full((size,), steps, device=device)
     decoder = _Decoder(model, prompts, [i for i, _ in batch])
     for step in range(steps):
+        signals.stop_if_asked()
         logprobs = torch.log_softmax(decoder.logits.float() / temperature, -1)  # (alive, V)
         choice = _inverse_cdf(_nucleus(logprobs, top_p), uniforms[alive, step])
         tokens[alive, step] = choice

@@ -44,8 +44,10 @@ def run(module: str, arguments: Sequence[str], processes: int) -> int:
             own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             # of their own group: a terminal's signal comes from here alone
             children.append(subprocess.Popen(command, env=own, process_group=0, stderr=subprocess.PIPE))
-        said: set[bytes] = set()
-        tellers = [threading.Thread(target=_tell, args=(child, said), daemon=True) for child in children]
+        said: dict[bytes, int] = {}
+        tellers = [
+            threading.Thread(target=_tell, args=(rank, child, said), daemon=True) for rank, child in enumerate(children)
+        ]
         for teller in tellers:
             teller.start()
         code = _outcome(children)
@@ -59,11 +61,11 @@ def run(module: str, arguments: Sequence[str], processes: int) -> int:
             signal.signal(number, handler)
 
 
-def _tell(child: "subprocess.Popen[bytes]", said: set[bytes]) -> None:
+def _tell(rank: int, child: "subprocess.Popen[bytes]", said: dict[bytes, int]) -> None:
+    """What no other has said before."""
     assert child.stderr
     for line in child.stderr:
-        if line not in said:
-            said.add(line)
+        if said.setdefault(line, rank) == rank:
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
 

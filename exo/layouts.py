@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from exo import attention, console, models, policy
+from exo import attention, console, models, policy, processes
 from exo.encoding import TokenGroup
 from exo.packing import Packing
 
@@ -42,7 +42,8 @@ def choose(
     for implementation in () if reason else _candidates(groups, padded, other, share, flex):
         tried = other._replace(one_row=implementation != DENSE)
         reasons = [_differs(model, groups, accelerator, padded, tried, implementation, temperature) for model in seeing]
-        reason = next(filter(None, reasons), "")
+        # what one process cannot have none takes, or they would wait for each other's micro-batches
+        reason = next(filter(None, processes.gathered(next(filter(None, reasons), ""), accelerator)), "")
         if not reason:
             what = "a prompt stands once for all its completions" if share != "off" else "rows are packed"
             console.say(f"{what} ({implementation}): {before / after:.2f} times fewer tokens than padded")

@@ -154,15 +154,18 @@ def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
     config, directory, known = start.config, Path(start.config.output_dir), dict(start.facts)
     if start.goes_on and keep:
         before = record(directory) or {}
-        known |= {"started": before["started"], "again": [*before.get("again", []), known["started"]]}
-    else:
-        artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir or start.goes_on)
+        again = [*before.get("again", []), known.pop("started")]
+        asked = artifacts.asked_for(config, start.stage) | known  # until it is seen that it can go on
+        artifacts.update_run(directory, again=again, asked=asked, **facts)
+        return directory
+    artifacts.prepare(config.output_dir, overwrite=config.overwrite_output_dir or start.goes_on)
     artifacts.write_run(directory, config, start.stage, **known, **facts)
     return directory
 
 
 def finish(directory: Path, **facts: Any) -> None:
     """The run is complete, and this is what it made."""
+    artifacts.confirm(directory)
     made = {str(file.relative_to(directory)): _digest(file) for file in _made(directory)}
     artifacts.update_run(directory, **facts, outputs=made, finished=artifacts.now())
 
@@ -250,8 +253,13 @@ def _made(directory: Path) -> list[Path]:
         if file.is_file()
         and file.suffix not in (".png", ".html")
         and file.name not in _OWN
-        and not any(part.startswith(".") or part in _PASSING for part in file.relative_to(directory).parts)
+        and not _passes(directory, file)
     ]
+
+
+def _passes(directory: Path, file: Path) -> bool:
+    """Whether it is half made, or of a run that has not ended."""
+    return any(part.startswith(".") or part in _PASSING for part in file.relative_to(directory).parts)
 
 
 def fingerprint(path: str) -> str:
@@ -267,7 +275,9 @@ def fingerprint(path: str) -> str:
     product = place / OUTPUTS.get(run["stage"], ".") if run is not None else place
     if product.is_file():
         return _digest(product)
-    files = sorted(f for f in place.rglob("*") if f.suffix in _READ_FILES and f.name not in _OWN)
+    files = sorted(
+        f for f in place.rglob("*") if f.suffix in _READ_FILES and f.name not in _OWN and not _passes(place, f)
+    )
     whole = hashlib.sha256()
     for file in files:
         whole.update(f"{file.relative_to(place)} {_digest(file)}\n".encode())

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from exo import checkpoints, console, profiling, sharding, signals
+from exo import artifacts, checkpoints, console, profiling, sharding, signals
 from exo.artifacts import Metrics, RunError
 from exo.batches import Source
 from exo.config import Compute, ConfigError, Training
@@ -114,6 +114,8 @@ def train(
         allow_changes=config.allow_changes,
     )  # fmt: skip
     before = keeper.restore()
+    if accelerator.is_main_process:
+        artifacts.confirm(Path(config.output_dir))
     done, counters = (before.step, before.counters) if before else (0, dict.fromkeys(COUNTERS, 0.0))
     if done > steps:
         raise RunError(f"{keeper.directory}: holds the state of step {done:,}; expected --max_steps {done:,} at least")
@@ -137,10 +139,13 @@ def train(
                 keeper.mark(step, counters)
                 if asked:
                     raise signals.Stopped(asked)
-                if config.checkpoint_steps and step % config.checkpoint_steps == 0 and step < steps:
+                if config.checkpoint_steps and (step % config.checkpoint_steps == 0 or keeper.saved and step == steps):
                     keeper.save()
                 if after is not None:
                     after(step, step == steps)
+    except (RunError, OSError) as error:
+        what = error if isinstance(error, RunError) else f"{error.strerror}: {error.filename}"
+        raise RunError(f"{what}{keeper.kept()}") from error
     except signals.Stopped as stopped:
         raise signals.Stopped(stopped.signum, _where(keeper.save(), steps)) from None
     finally:

@@ -52,6 +52,8 @@ def in_pieces(jobs: Sequence[Callable[[], Any]], pieces: Pieces, accelerator: Ac
 
 def gathered(value: Any, accelerator: Accelerator) -> list[Any]:
     """The value of every process, in their order."""
+    if accelerator.num_processes == 1:
+        return [value]
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(accelerator.device)
     sizes = [int(size) for size in _gather(torch.tensor([len(text)], device=accelerator.device), accelerator)]
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device=accelerator.device)

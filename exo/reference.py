@@ -129,7 +129,7 @@ class Kept:
         head = json.dumps({"of": identity}, sort_keys=True).encode()
         if lines[0] not in (b"", head):
             console.say(f"  {self.path} is not of this model and these rows: made again")
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
             lines = [b""]
         bad = sum(not self._take(line, groups) for line in lines[1:] if line)
         if bad:
@@ -167,7 +167,7 @@ class Kept:
             for (place, name), sums in zip(rows, found, strict=True)
         )
         if self._file:
-            self._file.write("".join(f"{line}\n" for line in lines).encode())
+            artifacts.append(self._file, "".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
         if self._file:

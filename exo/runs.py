@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from exo import artifacts, data, lineage, models, plots
+from exo import artifacts, checkpoints, data, lineage, models, plots
 from exo.artifacts import Metrics, Pieces
 from exo.lineage import Start
 
@@ -61,8 +61,13 @@ def end(
     metrics.close()
     accelerator.end_training()
     if accelerator.is_main_process:
-        with artifacts.staged_into(directory) as staging:
-            models.save(model, tokenizer, staging)
+        try:
+            with artifacts.staged_into(directory) as staging:
+                models.save(model, tokenizer, staging)
+        except (OSError, artifacts.RunError) as error:
+            state = checkpoints.newest(directory / artifacts.STATES)
+            kept = f"; the last whole state is {state}, from which the same command goes on" if state else ""
+            raise artifacts.RunError(f"{error}{kept}") from error
         plots.training_curves(directory)
         lineage.finish(directory, **({} if result is None else {"result": result}))
         artifacts.clear(directory)

@@ -6,6 +6,7 @@ is whole where the fused loss reads it, inside that module's forward. `--fsdp` a
 with FSDP settings, of which only that they are there is read. Left out: sampling from a model in shards (ppo refuses).
 """
 
+import copy
 import os
 from typing import Any
 
@@ -92,11 +93,15 @@ def gathered(model: Any, main: bool) -> Any:
     if not main:
         return None
     below = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         plain = type(below)(below.config)
+    plain.generation_config = below.generation_config
     if below is not model:
         import peft
 
-        plain = peft.get_peft_model(plain, model.peft_config["default"])
+        settings = model.peft_config["default"]
+        name = settings.base_model_name_or_path
+        plain = peft.get_peft_model(plain, copy.deepcopy(settings))
+        plain.peft_config["default"].base_model_name_or_path = name
     plain.load_state_dict(state)
     return plain

@@ -4,6 +4,7 @@ Only training waits; everywhere else a signal ends the process at once, because 
 Left out: what is saved (checkpoints).
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -46,7 +47,8 @@ def heeded(*, alone: bool) -> Iterator[None]:
         nonlocal first
         if _asked is None:
             _asked, first = signum, time.monotonic()
-            os.write(2, SAID)
+            with contextlib.suppress(OSError):  # who was listening may be gone, of the same signal
+                os.write(2, SAID)
         elif time.monotonic() - first > ECHO:
             os._exit(128 + signum)
 

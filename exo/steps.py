@@ -150,9 +150,9 @@ def accumulate(
     return loss, sums, tokens
 
 
-def _not_finite(step: int, what: str, rows: Sequence[TokenGroup], accelerator: Accelerator) -> RunError:
+def _not_finite(step: int, what: str, rows: Sequence[TokenGroup], accelerator: Accelerator | None = None) -> RunError:
     lines = ", ".join(str(group.line) for group in rows[:10]) + ", ..." * (len(rows) > 10)
-    where = f", rank {accelerator.process_index}" if accelerator.num_processes > 1 else ""
+    where = f", rank {accelerator.process_index}" if accelerator and accelerator.num_processes > 1 else ""
     return RunError(f"step {step}{where}: {what}; stopped before the update; rows at lines {lines}")
 
 
@@ -185,7 +185,7 @@ def update(
     norm = float(sharding.whole(accelerator.clip_grad_norm_(module.parameters(), limit)))
     finite = math.isfinite(norm) and math.isfinite(loss)
     if not finite and accelerator.scaler is None and config.on_nan == "stop":
-        raise _not_finite(step, "the gradient is not finite", batch, accelerator)
+        raise _not_finite(step, "the gradient of all processes together is not finite", batch)
     if finite or accelerator.scaler is not None:
         optim.step()
     optim.zero_grad(set_to_none=True)

@@ -121,10 +121,10 @@ def test_two_at_once_in_one_directory_the_second_refuses(server, given, tmp_path
     directory, whole, seconds = given
     argv, log = interruptions.arguments("align", directory, tmp_path / "run"), tmp_path / "log"
     pid = server.begin("align", argv, log)
-    while not (tmp_path / "run" / "run.json").exists():
+    while not (tmp_path / "run" / "run.json").exists() and server.poll() is None:
         time.sleep(0.01)
     assert STAGES["align"].main(argv) == 1
-    server.end()
+    assert server.end() == 0
     assert made(tmp_path / "run") == whole["align"] and pid
 
 

@@ -1,11 +1,16 @@
 """A run that was interrupted, anywhere, is the run that was not: bit for bit, dropout and all."""
 
+import io
 import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from exo import artifacts, checkpoints, models, policy, signals, steps
 from tests import interruptions
@@ -208,6 +213,80 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(half, whole, damage
     said = capsys.readouterr().out
     assert f"step-00000006 is damaged and not used: {damage}" in said and "going on after step 4" in said
     assert made(run) == whole("sft")
+
+
+def test_states_that_are_damaged_make_room_and_none_that_is_whole(half, whole, capsys, monkeypatch):
+    """Both are damaged: the run begins again, and what it saves on its way is kept, though their steps are later."""
+    run, argv = half
+    for state in ("step-00000004", "step-00000006"):
+        (run / "resume" / state / "manifest.json").unlink()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 3)
+        STAGES["sft"].main(argv)
+    assert checkpoints.newest(run / "resume") == run / "resume" / "step-00000002"
+    assert STAGES["sft"].main(argv) == 0
+    assert "going on after step 2" in capsys.readouterr().out
+    assert made(run) == whole("sft")
+
+
+def test_a_log_that_is_not_the_states_is_seen(half, capsys):
+    run, argv = half
+    (run / "metrics.jsonl").write_text("")
+    assert STAGES["sft"].main(argv) == 1
+    assert "it has fewer, and so is not this state's" in capsys.readouterr().err
+
+
+def test_a_position_in_other_batches_is_refused_and_the_first_command_still_goes_on(half, whole, capsys):
+    run, argv = half
+    assert STAGES["sft"].main([*argv, "--allow_changes", "--batch_size", "5"]) == 1
+    assert "batch_size was 7, and is 5 now" in capsys.readouterr().err
+    assert STAGES["sft"].main(argv) == 0
+    assert made(run) == whole("sft")
+
+
+def test_a_listener_that_is_gone_costs_nothing(given, whole, tmp_path):
+    """Ctrl-C ends the reader of a pipe too."""
+    argv = interruptions.arguments("sft", given, tmp_path / "run", "--logging_steps", "1")
+    command = [sys.executable, "-m", "exo.sft", *argv, "--max_steps", "4000", "--checkpoint_steps", "0"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in child.stdout:
+        if b"step 20/" in line:
+            break
+    child.stdout.close()
+    child.send_signal(signal.SIGINT)
+    assert child.wait(30) == 130
+    assert checkpoints.newest(tmp_path / "run" / "resume") is not None
+
+
+@pytest.mark.parametrize("stage", ["sft", "align"])
+def test_a_disk_that_is_full_when_the_model_is_written_names_the_state(
+    stage, given, whole, tmp_path, monkeypatch, capsys
+):
+    argv = interruptions.arguments(stage, given, tmp_path / "run")
+
+    def full(self, directory, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        assert STAGES[stage].main(argv) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and "No space left" in said and "the last whole state is" in said
+    assert STAGES[stage].main(argv) == 0
+    assert made(tmp_path / "run") == whole(stage)
+
+
+def test_a_line_that_is_written_in_part_is_none(tmp_path):
+    """As a full disk does it: a part is taken, and no error given."""
+
+    class Half(io.FileIO):
+        def write(self, data):
+            return super().write(data[: len(data) // 2])
+
+    with Half(tmp_path / "log", "wb") as file:
+        with pytest.raises(OSError, match="No space left"):
+            artifacts.append(file, "a line\n")
+        assert (tmp_path / "log").read_bytes() == b""
 
 
 def test_a_state_of_another_model_is_refused(half, capsys, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -143,8 +144,13 @@ def load_or_tiny(
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | PathLike[str]) -> None:
     """Write safetensors, config, generation config and tokenizer, as transformers reads them."""
     with _bars_only_on_a_terminal():
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        try:
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+        except SafetensorError as error:
+            raise artifacts.RunError(
+                f"{directory}: the model could not be written: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path, name: str) -> None:
