@@ -36,7 +36,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["exo", "exo.*", "exo_kernels", "exo_kernels.*"]),
-    package_data={"exo": ["py.typed", "comparison/templates/*.txt", "presets/*.yaml", "recipes/*.yaml"], "exo_kernels": ["py.typed"]},
+    package_data={
+        "exo": ["py.typed", "comparison/templates/*.txt", "presets/*.yaml", "recipes/*.yaml"],
+        "exo_kernels": ["py.typed"],
+    },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,
