@@ -153,7 +153,7 @@ class Soak:
         return 1, largest <= 1e-14, {"largest_difference": largest}
 
     def steps(self, done: int) -> tuple[int, int, dict]:
-        """Memory and open files after a tenth of the run, and at its end."""
+        """Memory and open files after a tenth of the run, and at the end of its training."""
         argv = [*self._new("sft"), f"--max_steps={GOALS['steps']}", "--checkpoint_steps=50"]
         pid = self.server.begin("sft", argv, self.log)
         log, seen = self.directory / "run" / "metrics.jsonl", []
@@ -165,9 +165,10 @@ class Soak:
                 seen.append((step, rss, len(os.listdir(f"/proc/{pid}/fd"))))
             except OSError:
                 continue
-        early = [x for x in seen if x[0] >= GOALS["steps"] / 10][0]
-        growth = (seen[-1][1] - early[1]) / max(1, seen[-1][0] - early[0])
-        flat = growth < 1024 and seen[-1][2] <= early[2] + 1
+        training = [x for x in seen if GOALS["steps"] / 10 <= x[0] < GOALS["steps"]]  # then it saves, and draws curves
+        (first, early, files), (last, late, more) = training[0], training[-1]
+        growth = (late - early) / (last - first)
+        flat = growth < 1024 and more <= files + 1
         return GOALS["steps"], GOALS["steps"] * (code == 0 and flat), {"bytes_a_step": growth}
 
 
