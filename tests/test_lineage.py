@@ -157,7 +157,7 @@ def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_m
     run = sample.run(config)
     (run / "more").mkdir()
 
-    def killed(path):
+    def killed(path, **how):
         (path / "run.json").unlink(missing_ok=True)  # in a directory the order is any
         raise KeyboardInterrupt
 
