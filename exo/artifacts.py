@@ -357,7 +357,9 @@ def guarded(run: Callable[[Any], object], options: Any) -> int:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError):
             if torch.distributed.is_initialized() and any(word in str(error) for word in LOST):
-                _last_words("error: another process of this run has ended")
+                _last_words(
+                    f"error: another process of this run has ended, or is not reached: {str(error).splitlines()[0]}"
+                )
                 return 1
             raise
         advice = (

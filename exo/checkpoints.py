@@ -40,12 +40,19 @@ class Stateful(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
+class Random(NamedTuple):
+    torch: Tensor
+    cuda: Tensor | None
+    numpy: Any
+    python: Any
+
+
 class Position(NamedTuple):
     """Where a run stood after a step. Until the next update weights and optimizer belong to it too."""
 
     step: int
     metrics: int  # bytes of the log
-    random: Tensors  # of this process
+    random: Random  # of this process
     counters: dict[str, float]
     parts: dict[str, dict[str, Any]]
 
@@ -131,7 +138,7 @@ class Keeper:
         if position.step == self.saved:
             return path
         drawn = {name: self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
-                 for name, state in position.random.items()}  # fmt: skip
+                 for name, state in _as_tensors(position.random).items()}  # fmt: skip
         self.metrics.flush()  # no state says more than the log holds, whatever is cut off
         files = {}
         if self.sharded or self.accelerator.is_main_process:
@@ -163,15 +170,19 @@ class Keeper:
         what = getattr(error, "strerror", None) or str(error).splitlines()[0]
         return RunError(f"step {step}: its state could not be written to {self.directory}: {what}")
 
-    def _weights(self) -> Tensors:
+    def _lasting(self) -> Tensors:
+        """What is trained, and buffers that a model keeps; of shards this process's own."""
         lasting = self.module.state_dict().keys()
         found = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         found |= {name: b for name, b in self.module.named_buffers() if name in lasting}
-        return {name: _plain(tensor) for name, tensor in found.items()}
+        return {name: sharding.own(tensor.detach()) for name, tensor in found.items()}
+
+    def _weights(self) -> Tensors:
+        return {name: _plain(tensor) for name, tensor in self._lasting().items()}
 
     def _put_weights(self, saved: Tensors, path: Path) -> None:
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        expected = {name: tuple(tensor.shape) for name, tensor in self._weights().items()}
+        own = self._lasting()
+        expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
         found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
         if expected != found:
             odd = min(name for name in {*expected, *found} if expected.get(name) != found.get(name))
@@ -179,9 +190,8 @@ class Keeper:
                 f"{path}: of another model: {odd} is {found.get(odd, 'not there')}, expected "
                 f"{expected.get(odd, 'none')}; --overwrite_output_dir begins anew"
             )
-        with torch.no_grad():
-            for name, tensor in saved.items():
-                sharding.own(own[name]).copy_(tensor)
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
 
     def _moments(self) -> Tensors:
         return {
@@ -201,16 +211,23 @@ def _plain(tensor: Tensor) -> Tensor:
     return sharding.own(tensor.detach()).cpu().contiguous()
 
 
-def _random(device: torch.device) -> Tensors:
-    """Of torch, on the CPU and this process's GPU, of numpy and of Python; whole numbers below 2^53 are exact."""
-    found = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    _, keys, *rest = numpy.random.get_state()
-    found["numpy"] = torch.tensor([*map(int, keys), *rest], dtype=torch.float64)
-    version, numbers, gauss = random.getstate()
-    found["python"] = torch.tensor([version, *numbers, float("nan") if gauss is None else gauss], dtype=torch.float64)
-    return found
+def _random(device: torch.device) -> Random:
+    """Of torch, on the CPU and this process's GPU, of numpy and of Python, as each of them gives it."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return Random(torch.get_rng_state(), cuda, numpy.random.get_state(), random.getstate())
+
+
+def _as_tensors(state: Random) -> Tensors:
+    """Whole numbers below 2^53 are exact in doubles."""
+    _, keys, *rest = state.numpy
+    version, numbers, gauss = state.python
+    python = [version, *numbers, float("nan") if gauss is None else gauss]
+    found = {
+        "torch": state.torch,
+        "numpy": torch.tensor([*map(int, keys), *rest], dtype=torch.float64),
+        "python": torch.tensor(python, dtype=torch.float64),
+    }
+    return found if state.cuda is None else found | {"cuda": state.cuda}
 
 
 def _set_random(states: Tensors, device: torch.device) -> None:

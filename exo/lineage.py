@@ -11,7 +11,7 @@ import importlib.util
 import json
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -106,7 +106,8 @@ def _start(config: Any, stage: str) -> Start | None:
     different = _differences(before, config, hashes)
     finished = "finished" in before
     if different and not finished and not _left_anything(directory):
-        return Start(config, stage, True, facts)  # it failed before it began, and is now asked for as it should be
+        # it failed before it began, and is now asked for as it should be
+        return Start(replace(config, overwrite_output_dir=True), stage, False, facts)
     if different and (finished or not getattr(config, "allow_changes", False)):
         allow = "" if finished or not hasattr(config, "allow_changes") else "--allow_changes goes on nevertheless, "
         raise RunError(
@@ -268,7 +269,8 @@ def fingerprint(path: str) -> str:
     if place.is_file():
         return _digest(place)
     if ":" in path and not place.exists() and (code := _code(path.partition(":")[0])):
-        return hashlib.sha256("".join(map(_digest, code)).encode()).hexdigest()
+        whole = "".join(map(_digest, code)) + path.partition(":")[2]  # which of its functions
+        return hashlib.sha256(whole.encode()).hexdigest()
     if not place.is_dir():
         return path
     run = record(place)

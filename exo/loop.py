@@ -120,7 +120,7 @@ def train(
     if done > steps:
         raise RunError(f"{keeper.directory}: holds the state of step {done:,}; expected --max_steps {done:,} at least")
     progress = console.Progress("step", steps, every=config.logging_steps, done=done)
-    profiler = profiling.Profiler(config.profile, Path(config.output_dir), accelerator)
+    profiler = profiling.Profiler(config.profile, Path(config.output_dir), accelerator, compute_dtype(accelerator))
     taking = Step(module, optim, config, accelerator, denominator, collate or packing.collate, packing, steps)
     try:
         with signals.heeded(alone=accelerator.num_processes == 1):

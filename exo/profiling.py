@@ -98,9 +98,9 @@ def activations(module: nn.Module, tokens: int) -> Iterator[None]:
 class Profiler:
     """Profiles `steps` steps of a run and then says what it found; of 0 it does nothing."""
 
-    def __init__(self, steps: int, directory: Path, accelerator: Accelerator) -> None:
+    def __init__(self, steps: int, directory: Path, accelerator: Accelerator, dtype: torch.dtype) -> None:
         self.steps, self.directory, self.device = steps, directory, accelerator.device
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        self.dtype = dtype
         self.tells = accelerator.is_main_process
         self.trace: Any = None
         self.began = self.tokens = 0.0

@@ -45,6 +45,13 @@ def write_data(directory: Path) -> None:
         write_rows(directory / f"{name}.jsonl", rows)
 
 
+def given(directory: Path) -> Path:
+    """A start and data for every stage, in the directory."""
+    write_start(directory / "start")
+    write_data(directory)
+    return directory
+
+
 def arguments(stage: str, directory: Path, out: Path, *more: str) -> list[str]:
     """Of a run of STEPS steps, in epochs that end in the middle, on the data and the start in `directory`."""
     found = ["--model", str(directory / "start"), "--data", str(directory / f"{stage}.jsonl"), "--output_dir", str(out)]

@@ -41,8 +41,7 @@ class Soak:
     def __init__(self, directory: Path) -> None:
         self.directory, self.server = directory, Server()
         self.found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        interruptions.write_start(directory / "start")
-        interruptions.write_data(directory)
+        interruptions.given(directory)
         self.log = directory / "log"
         self.whole, self.seconds = {}, {}
         for stage in STAGES:

@@ -30,9 +30,7 @@ def server():
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, server):
     """Data, a start, and for each stage what it makes undisturbed and how long that takes."""
-    directory = tmp_path_factory.mktemp("given")
-    interruptions.write_start(directory / "start")
-    interruptions.write_data(directory)
+    directory = interruptions.given(tmp_path_factory.mktemp("given"))
     whole, seconds = {}, {}
     for stage in STAGES:
         run = directory / f"whole-{stage}"

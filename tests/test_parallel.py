@@ -34,10 +34,7 @@ def environment():
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("given")
-    interruptions.write_start(directory / "start")
-    interruptions.write_data(directory)
-    return directory
+    return interruptions.given(tmp_path_factory.mktemp("given"))
 
 
 EVEN, UNEVEN, FEW = [5] * 6, [1, 60, 2, 3, 40, 1, 5], [9]

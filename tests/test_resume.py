@@ -25,10 +25,7 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("given")
-    interruptions.write_start(directory / "start")
-    interruptions.write_data(directory)
-    return directory
+    return interruptions.given(tmp_path_factory.mktemp("given"))
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +288,7 @@ def test_a_line_that_is_written_in_part_is_none(tmp_path):
 
 def test_a_state_of_another_model_is_refused(half, capsys, monkeypatch):
     run, argv = half
-    monkeypatch.setattr(checkpoints.Keeper, "_weights", lambda self: {"other": next(self.module.parameters())})
+    monkeypatch.setattr(checkpoints.Keeper, "_lasting", lambda self: {"other": next(self.module.parameters())})
     assert STAGES["sft"].main(argv) == 1
     assert "of another model" in capsys.readouterr().err
 

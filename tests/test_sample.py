@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from exo import best_of_n, data, encoding, generation, models, sample, samples, score
+from exo import best_of_n, data, encoding, generation, models, rewards, sample, samples, score
 from exo.models import loading
 from tests.tasks import PROMPTS, lines, write_model, write_rows
 
@@ -174,11 +174,15 @@ def test_degenerate_rows_are_counted(tmp_path):
     "name",
     ["tests.tasks:absent", "absent:f", "tests.tasks", ":", "tests.tasks:not_a_number", "os:getcwd", "operator:add"],
 )
-def test_an_oracle_that_is_none_is_said(drawn, tmp_path, capsys, name):
+def test_an_oracle_that_is_none_is_said(drawn, tmp_path, capsys, monkeypatch, name):
     assert score.main(["--data", str(drawn[2]), "--oracle", name, "--output_dir", str(tmp_path / "x")]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert f"--oracle {name}: " in said and "expected" in said
     again = ["--data", str(drawn[2]), "--oracle", "tests.tasks:reward", "--output_dir", str(tmp_path / "x")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # its record is its own from the beginning
+        patch.setattr(rewards, "describe", lambda scores: (_ for _ in ()).throw(KeyboardInterrupt))
+        score.run(score.Config(data=str(drawn[2]), oracle="tests.tasks:reward", output_dir=str(tmp_path / "x")))
+    assert score.main(["--data", str(drawn[2]), "--oracle", name, "--output_dir", str(tmp_path / "x")]) == 1
     assert score.main(again) == 0, "a run that failed before it began stands in nobody's way"
 
 
