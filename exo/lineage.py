@@ -269,8 +269,8 @@ def fingerprint(path: str) -> str:
     if place.is_file():
         return _digest(place)
     if ":" in path and not place.exists() and (code := _code(path.partition(":")[0])):
-        whole = "".join(map(_digest, code)) + path.partition(":")[2]  # which of its functions
-        return hashlib.sha256(whole.encode()).hexdigest()
+        which = "".join(map(_digest, code)) + path.partition(":")[2]  # the source, and its function
+        return hashlib.sha256(which.encode()).hexdigest()
     if not place.is_dir():
         return path
     run = record(place)
