@@ -1,36 +1,23 @@
-"""The state of a training run on the disk, so that a run that was killed goes on as if it had not been.
+"""What a training run is at a step, so that one that was killed goes on as if it had not been: what is trained, the
+optimizer, all random states, the position in the data and in the log, and counters.
 
-A state is a directory below resume/ of the run: what is trained, the optimizer, all random states, and in JSON the
-position in the data and in the log. It is written beside its place, flushed and renamed, with every file's sha256;
-the newest one that is whole is gone on from, and the one before it is kept until then. Nothing in it is a pickle.
-Of a model in shards each process writes what it holds. Left out: models to be used (models.save_checkpoint).
+The newest state that is whole is gone on from, by as many processes as there are then. Left out: the files (states),
+and models to be used (models.save_checkpoint).
 """
 
-import hashlib
 import json
-import os
 import random
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from exo import artifacts, console, sharding
+from exo import artifacts, console, sharding, states
 from exo.artifacts import Metrics, RunError
-
-KEPT = 2
-VERSION = 1
-MANIFEST = "manifest.json"
-Tensors = dict[str, Tensor]
-
 
 class Stateful(Protocol):
     """A part of a run that goes on from what it says of itself, in JSON."""
@@ -38,6 +25,9 @@ class Stateful(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+Tensors = dict[str, Tensor]
 
 
 class Random(NamedTuple):
@@ -77,37 +67,27 @@ class Keeper:
         self.metrics, self.parts, self.allow_changes = metrics, parts, allow_changes
         self.sharded = sharding.is_sharded(module)
         self.position: Position | None = None
-        self.saved = 0  # the last step whose state is on the disk
+        self.last: Path | None = None  # the state that was written or gone on from last
 
     def restore(self) -> Position | None:
         """Bring back the newest whole state; None where there is none, and the log is emptied then."""
-        path = newest(self.directory)
+        path = states.newest(self.directory, self.accelerator)
         if path is None:
             self._cut(0)
             return None
-        facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        world = self.accelerator.num_processes
-        if facts["processes"] != world and not self.allow_changes:
+        facts = json.loads((path / states.FACTS).read_text(encoding="utf-8"))
+        was, now = ((n, "shards" if sharded else "whole weights") for n, sharded in
+                    ((facts["processes"], facts["sharded"]), (self.accelerator.num_processes, self.sharded)))  # fmt: skip
+        if was != now and not self.allow_changes:
             raise RunError(
-                f"{path}: of {facts['processes']} processes, and there are {world} now; with --allow_changes it goes "
-                "on, to the rounding of another order of sums"
+                f"{path}: of {was[0]} processes with {was[1]}, and there are {now[0]} with {now[1]} now; with "
+                "--allow_changes it goes on, to the rounding of another order of sums"
             )
-        if facts["sharded"] != self.sharded or (self.sharded and facts["processes"] != world):
-            kind = "shards" if facts["sharded"] else "whole weights"
-            raise RunError(f"{path}: {kind} of {facts['processes']} processes, which cannot be made into others here")
-        own = self.accelerator.device
-        device = "cpu" if own.type == "cpu" else str(own)
-        self._put_weights(load_file(path / self._file("weights"), device), path)
-        self._put_moments(load_file(path / self._file("optimizer"), device))
+        self._fill(path / states.TENSORS)
         if self.accelerator.scaler is not None and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         for name, part in self.parts.items():
             part.restore(facts["parts"][name])
-        states = load_file(path / "random.safetensors")
-        prefix = f"{self.accelerator.process_index}."
-        mine = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
-        if mine:
-            _set_random(mine, self.accelerator.device)
         if self.accelerator.is_main_process and self.metrics.size() < facts["metrics"]:
             raise RunError(
                 f"{path}: expected {facts['metrics']:,} bytes of {self.metrics.path}; it has fewer, and so is "
@@ -115,7 +95,7 @@ class Keeper:
             )
         self._cut(facts["metrics"])
         console.say(f"going on after step {facts['step']:,}, from {path}")
-        self.saved = facts["step"]
+        self.last = path
         return self.mark(facts["step"], facts["counters"])
 
     def _cut(self, size: int) -> None:
@@ -135,80 +115,72 @@ class Keeper:
         if position is None:
             return None
         path = self.directory / f"step-{position.step:08d}"
-        if position.step == self.saved:
+        if path == self.last:
             return path
-        drawn = {name: self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
-                 for name, state in _as_tensors(position.random).items()}  # fmt: skip
         self.metrics.flush()  # no state says more than the log holds, whatever is cut off
-        files = {}
-        if self.sharded or self.accelerator.is_main_process:
-            files = {self._file("weights"): self._weights(), self._file("optimizer"): self._moments()}
-        if self.accelerator.is_main_process:
-            files["random.safetensors"] = {
-                f"{i}.{name}": state for name, rows in drawn.items() for i, state in enumerate(rows.clone())
-            }
+        drawn = _as_tensors(position.random)
+        gathered = {f"random.{name}": self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
+                    for name, state in drawn.items()}  # fmt: skip
         scaler = self.accelerator.scaler
         facts = position._asdict() | {"processes": self.accelerator.num_processes, "random": None}
         facts |= {"sharded": self.sharded, "scaler": None if scaler is None else scaler.state_dict()}
         try:
-            write(path, files, facts, self.accelerator)
-        except (OSError, SafetensorError) as error:
-            raise self._not_saved(position.step, error) from error
-        self.accelerator.wait_for_everyone()
-        self.saved = position.step
+            states.write(path, self._weights() | self._moments() | gathered, facts, self.accelerator)
+        except states.NotWritten as error:
+            raise RunError(
+                f"step {position.step}: its state could not be written to {self.directory}: {error}"
+            ) from error
+        self.last = path
         return path
-
-    def _file(self, what: str) -> str:
-        return f"{what}.{self.accelerator.process_index}.safetensors" if self.sharded else f"{what}.safetensors"
 
     def kept(self) -> str:
         """What a run that ends early goes on from, for its last words; "" for nothing."""
-        last = newest(self.directory)
-        return f"; the last whole state is {last}, from which the same command goes on" if last else ""
+        return f"; the last whole state is {self.last}, from which the same command goes on" if self.last else ""
 
-    def _not_saved(self, step: int, error: Exception) -> RunError:
-        what = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        return RunError(f"step {step}: its state could not be written to {self.directory}: {what}")
-
-    def _lasting(self) -> Tensors:
-        """What is trained, and buffers that a model keeps; of shards this process's own."""
+    def _weights(self) -> Tensors:
+        """What is trained, and buffers that a model keeps."""
         lasting = self.module.state_dict().keys()
         found = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         found |= {name: b for name, b in self.module.named_buffers() if name in lasting}
-        return {name: sharding.own(tensor.detach()) for name, tensor in found.items()}
+        return {f"weights.{name}": tensor.detach() for name, tensor in found.items()}
 
-    def _weights(self) -> Tensors:
-        return {name: _plain(tensor) for name, tensor in self._lasting().items()}
+    def _moments(self) -> Tensors:
+        return {
+            f"optimizer.{name}.{kind}": tensor
+            for name, parameter in self.module.named_parameters()
+            for kind, tensor in self.optim.state.get(parameter, {}).items()
+        }
 
-    def _put_weights(self, saved: Tensors, path: Path) -> None:
-        own = self._lasting()
-        expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    def _fill(self, path: Path) -> None:
+        """Weights, moments and random states, from those in the files."""
+        saved = states.kinds(path)
+        into = self._weights()
+        expected = {name: tuple(tensor.shape) for name, tensor in into.items()}
+        found = {name: kind.shape for name, kind in saved.items() if name.startswith("weights.")}
         if expected != found:
             odd = min(name for name in {*expected, *found} if expected.get(name) != found.get(name))
             raise RunError(
                 f"{path}: of another model: {odd} is {found.get(odd, 'not there')}, expected "
                 f"{expected.get(odd, 'none')}; --overwrite_output_dir begins anew"
             )
-        for name, tensor in saved.items():
-            own[name].copy_(tensor)
-
-    def _moments(self) -> Tensors:
-        return {
-            f"{name}.{kind}": _plain(tensor)
-            for name, parameter in self.module.named_parameters()
-            for kind, tensor in self.optim.state.get(parameter, {}).items()
-        }
-
-    def _put_moments(self, saved: Tensors) -> None:
         own = dict(self.module.named_parameters())
-        for key, value in saved.items():
-            name, _, kind = key.rpartition(".")
-            self.optim.state[own[name]][kind] = sharding.like(value, own[name])
+        for key, kind in saved.items():
+            if key.startswith("optimizer."):
+                name, _, moment = key.removeprefix("optimizer.").rpartition(".")
+                into[key] = self.optim.state[own[name]][moment] = _place(kind, own[name])
+        drawn = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in saved.items() if name not in into}
+        states.read(path, into | drawn)
+        rank = self.accelerator.process_index
+        if rank < len(drawn["random.torch"]):
+            mine = {name.removeprefix("random."): rows[rank].clone() for name, rows in drawn.items()}
+            _set_random(mine, self.accelerator.device)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return sharding.own(tensor.detach()).cpu().contiguous()
+def _place(kind: states.Kind, parameter: Tensor) -> Tensor:
+    """For a moment of a parameter, in its shards; or for its count of steps."""
+    if kind.shape == tuple(parameter.shape):
+        return torch.zeros_like(parameter, dtype=kind.dtype)
+    return torch.zeros(kind.shape, dtype=kind.dtype, device=parameter.device)
 
 
 def _random(device: torch.device) -> Random:
@@ -238,93 +210,3 @@ def _set_random(states: Tensors, device: torch.device) -> None:
     numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), int(place), int(has_gauss), gauss))
     version, *numbers, gauss = states["python"].tolist()
     random.setstate((int(version), tuple(map(int, numbers)), None if gauss != gauss else gauss))
-
-
-def write(path: Path, files: Mapping[str, Tensors], facts: Mapping[str, Any], accelerator: Accelerator) -> None:
-    """A state, of all processes' files: whole or not there. Those before the last but one make room, once it is."""
-    staging = path.with_name(f".{path.name}.staging")
-    main = accelerator.is_main_process
-    if main:
-        path.parent.mkdir(exist_ok=True)
-        for left_over in path.parent.glob(".*"):
-            shutil.rmtree(left_over)
-        staging.mkdir()
-    accelerator.wait_for_everyone()
-    try:
-        for name, tensors in files.items():
-            save_file(tensors, staging / name)
-        accelerator.wait_for_everyone()
-        if not main:
-            return
-        (staging / "state.json").write_text(json.dumps(facts, allow_nan=False, default=asdict), encoding="utf-8")
-        (staging / MANIFEST).write_bytes(_manifest(staging))
-        artifacts.flush_all(staging)
-        if path.exists():  # damaged, or the run would have gone on from it
-            _remove(path)
-        os.rename(staging, path)
-    except (OSError, SafetensorError):
-        shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
-        raise
-    artifacts.flush(path.parent)
-    states = _states(path.parent)
-    here = states.index(path)
-    for other in states[here + 1 :] + states[: max(0, here + 1 - KEPT)]:  # a later one was damaged, or passed over
-        _remove(other)
-
-
-def _remove(state: Path) -> None:
-    """At once, for whoever looks."""
-    gone = state.with_name(f".{state.name}.gone")
-    os.rename(state, gone)
-    shutil.rmtree(gone)
-
-
-def newest(directory: Path) -> Path | None:
-    """The newest state that is whole; one that is damaged is named, and passed over."""
-    for path in reversed(_states(directory)):
-        wrong = damage(path)
-        if not wrong:
-            return path
-        console.say(f"  {path} is damaged and not used: {wrong}")
-    return None
-
-
-def damage(path: Path) -> str:
-    """What is wrong with a state, or ""."""
-    try:
-        said = (path / MANIFEST).read_bytes()
-        listed = json.loads(said)["files"]
-        if said != _encoded(listed):
-            return f"{MANIFEST} is not as it was written"
-        for name, (size, sha) in listed.items():
-            file = path / name
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size:,} bytes of {size:,}"
-            if _sha256(file) != sha:
-                return f"{name} has other contents than were written"
-    except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
-    return ""
-
-
-def _manifest(directory: Path) -> bytes:
-    return _encoded({file.name: [file.stat().st_size, _sha256(file)] for file in sorted(directory.iterdir())})
-
-
-def _encoded(listed: Mapping[str, Any]) -> bytes:
-    text = json.dumps({"version": VERSION, "files": listed}, indent=1, sort_keys=True)
-    return json.dumps(
-        {"version": VERSION, "files": listed, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    ).encode()
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _states(directory: Path) -> list[Path]:
-    """By step. What is hidden is half made, or half gone."""
-    return sorted(directory.glob("step-*")) if directory.is_dir() else []

@@ -139,7 +139,7 @@ def train(
                 keeper.mark(step, counters)
                 if asked:
                     raise signals.Stopped(asked)
-                if config.checkpoint_steps and (step % config.checkpoint_steps == 0 or keeper.saved and step == steps):
+                if config.checkpoint_steps and (step % config.checkpoint_steps == 0 or keeper.last and step == steps):
                     keeper.save()
                 if after is not None:
                     after(step, step == steps)

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from exo import artifacts, checkpoints, data, lineage, models, plots
+from exo import artifacts, data, lineage, models, plots, states
 from exo.artifacts import Metrics, Pieces
 from exo.lineage import Start
 
@@ -65,7 +65,7 @@ def end(
             with artifacts.staged_into(directory) as staging:
                 models.save(model, tokenizer, staging)
         except (OSError, artifacts.RunError) as error:
-            state = checkpoints.newest(directory / artifacts.STATES)
+            state = states.newest(directory / artifacts.STATES)
             kept = f"; the last whole state is {state}, from which the same command goes on" if state else ""
             raise artifacts.RunError(f"{error}{kept}") from error
         plots.training_curves(directory)

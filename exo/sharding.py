@@ -71,15 +71,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(part: Tensor, parameter: Tensor) -> Tensor:
-    """What this process holds of a tensor that is laid out as the parameter is; a scalar is whole everywhere."""
-    if not isinstance(parameter, DTensor) or part.dim() == 0:
-        return part
-    return DTensor.from_local(
-        part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
-
-
 def gathered(model: Any, main: bool) -> Any:
     """A causal LM or classifier of transformers, with its adapter, that is no longer in shards, on the CPU of the main
     process; None on others. One that is not in shards is returned itself. All processes ask."""

@@ -91,7 +91,7 @@ def _poison(kind: str, at: int) -> None:
 
 
 def _crash_in_saves(at: int) -> None:
-    from exo import checkpoints
+    from exo import states
 
     seen, saving = 0, False
 
@@ -102,7 +102,7 @@ def _crash_in_saves(at: int) -> None:
                 os._exit(9)
             seen += 1
 
-    write, fsync = checkpoints.write, os.fsync
+    write, fsync = states.write, os.fsync
 
     def watched(*arguments) -> None:
         nonlocal saving
@@ -114,7 +114,7 @@ def _crash_in_saves(at: int) -> None:
         count()
         fsync(handle)
 
-    checkpoints.write, os.fsync = watched, counted
+    states.write, os.fsync = watched, counted
     sys.addaudithook(count)
 
 

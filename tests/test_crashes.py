@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from exo import artifacts, checkpoints
+from exo import artifacts, states
 from tests import interruptions
 from tests.fork_server import Server, moments
 from tests.interruptions import STAGES, made
@@ -92,17 +92,17 @@ def test_damaged_anywhere_a_state_is_not_used(server, given, tmp_path):
     directory, whole, _ = given
     argv, log = interruptions.arguments("sft", directory, tmp_path / "run"), tmp_path / "log"
     assert server.run("sft", argv, log, crash=80) == 9
-    state = checkpoints.newest(tmp_path / "run" / artifacts.STATES)
+    state = states.newest(tmp_path / "run" / artifacts.STATES)
     assert state is not None
     rng = random.Random(0)
-    files = sorted(state.iterdir())
+    files = sorted(file for file in state.rglob("*") if file.is_file())
     for _ in range(200):
         file = rng.choice(files)
         content = file.read_bytes()
         damage(file, content, rng)
-        assert checkpoints.damage(state), file
+        assert states.damage(state), file
         file.write_bytes(content)
-    assert not checkpoints.damage(state)
+    assert not states.damage(state)
 
 
 def damage(file: Path, content: bytes, rng: random.Random) -> None:

@@ -119,22 +119,55 @@ def test_sampling_scoring_and_evaluation_in_two_processes_are_those_of_one(given
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
 
 
-@pytest.mark.parametrize("how", [pytest.param("--fsdp", marks=slow), pytest.param("--fsdp=false", marks=slow)])
-def test_two_processes_that_are_killed_go_on_to_the_same_end(how, given, tmp_path):
-    assert run("align", given, tmp_path / "whole", how)[0] == 0
-    argv = [a for a in interruptions.arguments("align", given, tmp_path / "run", how) if a != "--dropout"]
+def killed(given, run_directory, how):
+    """An alignment in two processes that were killed after a state was saved, well before the end."""
+    argv = [a for a in interruptions.arguments("align", given, run_directory, how) if a != "--dropout"]
     command = [sys.executable, "-m", "exo.align", *argv, "--nproc=2"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
-    while not list((tmp_path / "run").glob("resume/step-*4")) and child.poll() is None:
+    while not list(run_directory.glob("resume/step-*4")) and child.poll() is None:
         time.sleep(0.005)
     workers = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(child.pid)]).split()]
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
     assert child.wait() == 137
+
+
+@pytest.mark.parametrize("how", [pytest.param("--fsdp", marks=slow), pytest.param("--fsdp=false", marks=slow)])
+def test_two_processes_that_are_killed_go_on_to_the_same_end(how, given, tmp_path):
+    assert run("align", given, tmp_path / "whole", how)[0] == 0
+    killed(given, tmp_path / "run", how)
     code, said, error = run("align", given, tmp_path / "run", how)
     assert code == 0, error
     assert "going on after step" in said
     assert made(tmp_path / "run") == made(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def in_one(given):
+    assert run("align", given, given / "in-one", processes=1)[0] == 0
+    return load_file(given / "in-one" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "processes"),
+    [
+        ("--fsdp", "--fsdp", 3),
+        pytest.param("--fsdp", "--fsdp=false", 1, marks=slow),
+        pytest.param("--fsdp", "--fsdp=false", 2, marks=slow),
+        pytest.param("--fsdp=false", "--fsdp", 2, marks=slow),
+        pytest.param("--fsdp=false", "--fsdp=false", 3, marks=slow),
+    ],
+)
+def test_a_state_of_two_processes_goes_on_in_others(before, after, processes, given, in_one, tmp_path):
+    """In other shards, or in none, if that is allowed; to the end that one process comes to."""
+    killed(given, tmp_path / "run", before)
+    code, said, error = run("align", given, tmp_path / "run", after, processes=processes)
+    assert code == 1 and "of 2 processes with" in error and "with --allow_changes it goes on" in error
+    code, said, error = run("align", given, tmp_path / "run", after, "--allow_changes", processes=processes)
+    assert code == 0 and "going on after step" in said, error
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    assert found.keys() == in_one.keys()
+    assert max(float((found[name] - in_one[name]).abs().max()) for name in found) < 2e-5
 
 
 def test_one_that_fails_ends_all_and_says_why_once(given, tmp_path):

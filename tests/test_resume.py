@@ -9,10 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from exo import artifacts, checkpoints, models, policy, signals, steps
+from exo import artifacts, checkpoints, models, policy, signals, states, steps
 from tests import interruptions
 from tests.interruptions import STAGES, STEPS, made
 
@@ -64,7 +65,7 @@ PLACES = {
     "between two states": lambda patch: killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 5),
     "in the save of a state": lambda patch: killed_at(patch, artifacts.os, "rename", lambda a, b: "00000006" in str(b)),
     "after the save of a state": lambda patch: killed_at(
-        patch, checkpoints, "write", lambda path, *a: "00000004" in str(path), before=False
+        patch, states, "write", lambda path, *a: "00000004" in str(path), before=False
     ),
     "in the last line": lambda patch: killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == STEPS),
     "while the model is saved": lambda patch: killed_at(
@@ -191,7 +192,7 @@ def test_beginning_anew_is_for_the_user_to_say(half, whole, capsys):
     assert made(run) == whole("sft")
 
 
-FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "manifest.json")
+FILES = ("tensors/shard-00001-model-00001-of-00001.safetensors", "state.json", "manifest.json")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_states_that_are_damaged_make_room_and_none_that_is_whole(half, whole, c
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 3)
         STAGES["sft"].main(argv)
-    assert checkpoints.newest(run / "resume") == run / "resume" / "step-00000002"
+    assert states.newest(run / "resume") == run / "resume" / "step-00000002"
     assert STAGES["sft"].main(argv) == 0
     assert "going on after step 2" in capsys.readouterr().out
     assert made(run) == whole("sft")
@@ -252,7 +253,7 @@ def test_a_listener_that_is_gone_costs_nothing(given, whole, tmp_path):
     child.stdout.close()
     child.send_signal(signal.SIGINT)
     assert child.wait(30) == 130
-    assert checkpoints.newest(tmp_path / "run" / "resume") is not None
+    assert states.newest(tmp_path / "run" / "resume") is not None
 
 
 @pytest.mark.parametrize("stage", ["sft", "align"])
@@ -288,7 +289,8 @@ def test_a_line_that_is_written_in_part_is_none(tmp_path):
 
 def test_a_state_of_another_model_is_refused(half, capsys, monkeypatch):
     run, argv = half
-    monkeypatch.setattr(checkpoints.Keeper, "_lasting", lambda self: {"other": next(self.module.parameters())})
+    other = {"weights.other": torch.zeros(3)}
+    monkeypatch.setattr(checkpoints.Keeper, "_weights", lambda self: other)
     assert STAGES["sft"].main(argv) == 1
     assert "of another model" in capsys.readouterr().err
 
@@ -299,22 +301,22 @@ def test_a_state_of_another_number_of_processes_is_refused(half, capsys):
     facts = json.loads((state / "state.json").read_text())
     (state / "state.json").write_text(json.dumps(facts | {"processes": 2}))
     (state / "manifest.json").unlink()
-    (state / "manifest.json").write_bytes(checkpoints._manifest(state))
+    (state / "manifest.json").write_bytes(states._encoded(states._listed(state)))
     assert STAGES["sft"].main(argv) == 1
-    assert "of 2 processes, and there are 1 now; with --allow_changes" in capsys.readouterr().err
+    assert "of 2 processes with whole weights, and there are 1 with whole weights now; with --allow_changes" in capsys.readouterr().err
 
 
 def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_path, monkeypatch, capsys):
     argv = interruptions.arguments("sft", given, tmp_path / "run")
-    save = checkpoints.save_file
+    fsync = os.fsync
 
-    def full(tensors, path):
-        if "00000006" in str(path) and "optimizer" in str(path):
+    def full(handle):
+        if "step-00000006" in (name := os.readlink(f"/proc/self/fd/{handle}")) and name.endswith(".safetensors"):
             raise OSError(28, "No space left on device")
-        save(tensors, path)
+        fsync(handle)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_file", full)
+        patch.setattr(os, "fsync", full)
         assert STAGES["sft"].main(argv) == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: step 6: its state could not be written") and "No space left on device" in said
@@ -346,7 +348,13 @@ def test_what_is_not_finite_is_skipped_where_that_was_asked_for(kind, given, tmp
     assert all(parameter.isfinite().all() for parameter in models.load(str(tmp_path / "run"))[0].parameters())
 
 
-def test_nothing_is_left_to_listen_when_training_is_over(given, whole):
-    whole("sft")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signals.asked() == 0
+def test_nothing_is_left_to_listen_when_training_is_over(given, tmp_path):
+    def own(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        assert STAGES["sft"].main(interruptions.arguments("sft", given, tmp_path / "run", "--max_steps", "1")) == 0
+        assert signal.getsignal(signal.SIGINT) is own and signals.asked() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
