@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from exo import artifacts, console, sharding, states
 from exo.artifacts import Metrics, RunError
 
+
 class Stateful(Protocol):
     """A part of a run that goes on from what it says of itself, in JSON."""
 
@@ -76,12 +77,11 @@ class Keeper:
             self._cut(0)
             return None
         facts = json.loads((path / states.FACTS).read_text(encoding="utf-8"))
-        was, now = ((n, "shards" if sharded else "whole weights") for n, sharded in
-                    ((facts["processes"], facts["sharded"]), (self.accelerator.num_processes, self.sharded)))  # fmt: skip
+        was, now = _how(facts["processes"], facts["sharded"]), _how(self.accelerator.num_processes, self.sharded)
         if was != now and not self.allow_changes:
             raise RunError(
-                f"{path}: of {was[0]} processes with {was[1]}, and there are {now[0]} with {now[1]} now; with "
-                "--allow_changes it goes on, to the rounding of another order of sums"
+                f"{path}: of {was}, and there are {now} now; with --allow_changes it goes on, to the rounding of "
+                "another order of sums"
             )
         self._fill(path / states.TENSORS)
         if self.accelerator.scaler is not None and facts["scaler"]:
@@ -174,6 +174,10 @@ class Keeper:
         if rank < len(drawn["random.torch"]):
             mine = {name.removeprefix("random."): rows[rank].clone() for name, rows in drawn.items()}
             _set_random(mine, self.accelerator.device)
+
+
+def _how(count: int, sharded: bool) -> str:
+    return f"{count} processes with {'shards' if sharded else 'whole weights'}"
 
 
 def _place(kind: states.Kind, parameter: Tensor) -> Tensor:
