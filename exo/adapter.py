@@ -49,7 +49,7 @@ class Options(config.DataTraining):
 def load(options: Options, name: str, texts: Callable[[], Iterable[str]], accelerator: Accelerator) -> tuple[Any, Any]:
     """The model that a stage begins with, and its tokenizer."""
     if not options.load_in_4bit:
-        return models.load_or_tiny(name, texts, seed=options.seed)
+        return models.load_or_tiny(name, texts, seed=options.seed, mapped=sharding.asked(options))
     return models.load(name, four_bits=loop.compute_dtype(accelerator))
 
 
@@ -121,10 +121,11 @@ def finished(model: Any, options: Any, accelerator: Accelerator) -> Any:
     """
     if options.load_in_4bit and options.lora_output == "adapter":
         console.say("  the adapter was trained beside weights in 4 bits; beside others it does not compute the same")
+    own = sharding.is_sharded(model)
     model = sharding.gathered(model, accelerator.is_main_process)
     if not is_one(model) or options.lora_output == "adapter" or not accelerator.is_main_process:
         return model
-    alone = copy.deepcopy(model)
+    alone = model if own else copy.deepcopy(model)  # what was gathered is nobody else's
     if options.load_in_4bit:
         import peft
 

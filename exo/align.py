@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -31,6 +32,7 @@ from exo import (
     policy,
     reference,
     runs,
+    sharding,
     targets,
 )
 from exo.config import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
@@ -127,21 +129,24 @@ def run(config: Config, start: lineage.Start) -> Path:
     metrics = runs.begin(start, accelerator, dataset.account(counts))
 
     console.headline("Reference log-probs")
+    if mode == "live" and not config.lora_r:
+        other_model = other_model or copy.deepcopy(model)
+    trained = adapter.add(model, config, start_model)
     seeing = [model] if other_model is None else [model, other_model]
     for one in seeing:
-        one.to(accelerator.device)
+        loop.placed(one, config, accelerator)
     packing = layouts.choose(
         seeing, groups, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), config.share_prompt,
         config.temperature, config.dropout,
     )  # fmt: skip
     if accelerator.is_main_process:
         artifacts.update_run(Path(config.output_dir), layout=packing.layout, reference=mode)
-    scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
+    with adapter.switched_off(trained):
+        scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
     train_groups, eval_groups = _parted(config, dataset, scored[: len(groups)], scored[len(groups) :], Counter())
 
     console.headline("Training")
-    live = None if mode != "live" else other_model or (model if config.lora_r else copy.deepcopy(model))
-    trained = adapter.add(model, config, start_model)
+    live = None if mode != "live" else other_model or model
     module = policy.PolicyLoss(
         trained, loss=config.loss, beta_pi=config.beta_pi, beta_r=config.beta_r,
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature, reference=live,
@@ -236,23 +241,27 @@ def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGrou
 
 def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: Accelerator) -> int:
     """Bytes in a process: the weights; gradients and two moments where they are trained, which of LoRA's is next to
-    nothing; the head's budget, or twice the logits of the largest micro-batch where that is less; and what autocast
-    keeps of the weights in 16 bits, or a second model that scores, whichever is more."""
+    nothing; what autocast keeps of the weights in 16 bits, or a second model that scores, whichever is more; of all
+    these a share where they are in shards; and the head's budget, or twice the logits of the largest micro-batch where
+    that is less."""
     widest = max(group.longest * len(group.completions) for group in groups)
     tokens = min(max(config.max_tokens_per_batch, widest), sum(g.longest * len(g.completions) for g in groups))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     second = config.ref_model or (config.reference == "live" and not config.lora_r)
     beside = 4 if second else 0 if accelerator.mixed_precision == "no" else 2
     trained = 0 if config.lora_r else 12
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return weights + (trained + beside) * models.parameter_count(model) + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
+    weights = sum(parameter.numel() * (1 if parameter.dtype == torch.uint8 else 4) for parameter in model.parameters())
+    whole = weights + (trained + beside) * models.parameter_count(model)
+    share = accelerator.num_processes if sharding.asked(config) else 1
+    return whole // share + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
 
 
 def _reference_model(config: Config, groups: list[TokenGroup], tokenizer: Any) -> Any:
     """The reference where it is a model of its own; None where it is the start of the policy."""
     if config.ref_model is None:
         return None
-    model, other = models.load(lineage.source("ref_model", config.ref_model, "sft", "align", "ppo"))
+    name = lineage.source("ref_model", config.ref_model, "sft", "align", "ppo")
+    model, other = models.load(name, mapped=sharding.asked(config))
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
     models.check_fits(model, groups)

@@ -80,7 +80,7 @@ class Keeper:
         was, now = _how(facts["processes"], facts["sharded"]), _how(self.accelerator.num_processes, self.sharded)
         if was != now and not self.allow_changes:
             raise RunError(
-                f"{path}: of {was}, and there are {now} now; with --allow_changes it goes on, to the rounding of "
+                f"{path}: of processes {was}, and now they are {now}; with --allow_changes it goes on, to the rounding of "
                 "another order of sums"
             )
         self._fill(path / states.TENSORS)
@@ -177,7 +177,7 @@ class Keeper:
 
 
 def _how(count: int, sharded: bool) -> str:
-    return f"{count} processes with {'shards' if sharded else 'whole weights'}"
+    return f"{count} with {'shards' if sharded else 'whole weights'}"
 
 
 def _place(kind: states.Kind, parameter: Tensor) -> Tensor:

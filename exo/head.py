@@ -7,10 +7,13 @@ heads that are no plain linear layer, which are refused.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from exo import sharding
 
 SMALL, LARGE = 2.0**-10, 2.0**20  # below any curvature of a softcap; beyond its end
 FIT = 1e-5  # relative
@@ -95,7 +98,8 @@ class CausalHead:
         device = self.head.weight.device
         probe = torch.tensor([SMALL, LARGE, 1.0, -3.0, 20.0, -50.0, 0.0], dtype=torch.float32, device=device)
         with evaluating(self.model), self._instead(lambda hidden: probe.expand(*hidden.shape[:-1], -1)):
-            made = self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device)).logits[0, -1].float()
+            two = torch.zeros(1, 2, dtype=torch.long, device=device)
+            made = sharding.entered(self.model, partial(self.model, input_ids=two)).logits[0, -1].float()
         scale, top = made[0].item() / SMALL, made[1].item()
         softcap = None if abs(top - scale * LARGE) <= FIT * abs(top) else top
         if softcap is not None and abs(scale - 1) < 1e-6:

@@ -56,6 +56,11 @@ def make_accelerator(config: Compute) -> Accelerator:
     return accelerator
 
 
+def placed(model: Any, config: Compute, accelerator: Accelerator) -> Any:
+    """The model itself, on this process's device; in shards, where they are asked for."""
+    return sharding.shard(model, accelerator) if sharding.asked(config) else model.to(accelerator.device)
+
+
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
 
@@ -104,8 +109,7 @@ def train(
     progress line.
     """
     _spare(module, config)
-    if sharding.asked(config):
-        module = sharding.shard(module.to(accelerator.device), accelerator.mixed_precision)
+    if sharding.is_sharded(module):
         optim = accelerator.prepare(optimizer(module, config, rates))
     else:
         module, optim = accelerator.prepare(module, optimizer(module, config, rates))

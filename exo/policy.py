@@ -7,6 +7,7 @@ model, metrics, the loss that a run must begin with, and evaluation on held-out 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -191,14 +192,16 @@ def scoring(
     def of(part: Sequence[TokenGroup]) -> list[list[Tensor]]:
         batch = packing.collate(part).to(accelerator.device)
         with accelerator.autocast():
-            scores = linear_token_logps(
-                attention.rows(head, batch), head.weight, temperature=temperature, **attention.scored(batch),
-                **head.options,
-            )  # fmt: skip
+            scores = sharding.entered(model, partial(_logps, head, batch, temperature))
         return list(of_completions(part, scores.double().cpu()))
 
     with evaluating(model):
         yield of
+
+
+def _logps(head: CausalHead, batch: Batch, temperature: float) -> Tensor:  # (n,)
+    rows = attention.rows(head, batch)
+    return linear_token_logps(rows, head.weight, temperature=temperature, **attention.scored(batch), **head.options)
 
 
 def token_logps(
@@ -216,7 +219,10 @@ def shared_token_logps(
     parts = packing.micro_batches(groups)
     with scoring(model, accelerator, packing, temperature) as of:
         listed = processes.shared(
-            parts, lambda part: [[row.tolist() for row in rows] for rows in of(part)], accelerator
+            parts,
+            lambda part: [[row.tolist() for row in rows] for rows in of(part)],
+            accelerator,
+            together=sharding.is_sharded(model),
         )
     found = {
         id(group): [torch.tensor(row, dtype=torch.float64) for row in rows]
@@ -236,7 +242,7 @@ def evaluate(
         signals.stop_if_asked()
         batch = packing.collate(part).to(accelerator.device)
         with accelerator.autocast():
-            share, stats = module(batch, None)
+            share, stats = sharding.entered(module, partial(module, batch, None))
         if not math.isfinite(float(share)):
             lines = ", ".join(str(group.line) for group in part[:10])
             raise RunError(f"evaluation: the loss is {float(share)}; held-out rows at lines {lines}")
@@ -245,7 +251,6 @@ def evaluate(
     with evaluating(module):
         parts = packing.micro_batches(groups)
         found = processes.shared(parts, of, accelerator, together=sharding.is_sharded(module))
-        sharding.settle(module)
     loss = 0.0
     values: dict[str, list[float]] = {}
     for share, metrics in found:

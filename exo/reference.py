@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from exo import artifacts, console, policy, processes
+from exo import artifacts, console, policy, processes, sharding
 from exo.encoding import TokenGroup
 from exo.packing import Packing
 
@@ -50,7 +50,10 @@ def score(
     temperature: float,
     keep: Path | None,
 ) -> list[TokenGroup]:
-    """The groups with this model's log-probs as their reference; kept in the directory `keep`, and taken from there."""
+    """The groups with this model's log-probs as their reference; kept in the directory `keep`, and taken from there.
+
+    What an adapter adds to the model must be switched off.
+    """
     kept = None
     if keep:
         identity = _identity(model, groups, accelerator, packing, temperature)
@@ -64,17 +67,21 @@ def score(
     with policy.scoring(model, accelerator, packing, temperature) as of:
 
         def sums(part: Sequence[TokenGroup]) -> list[Sums]:
-            # a micro-batch is made whole or not at all, so that an interruption changes no bit
-            if kept and (known := kept.of(part)):
-                return known
             return [tuple(float(row.sum()) for row in rows) for rows in of(part)]
 
         scored: dict[int, Sums] = {}
-        parts, world = packing.micro_batches(groups), accelerator.num_processes
-        for first in range(0, len(parts), world):
-            now = parts[first : first + world]
-            for part, found in zip(now, processes.shared(now, sums, accelerator), strict=True):
-                if kept and not kept.of(part):
+        unknown, world, together = [], accelerator.num_processes, sharding.is_sharded(model)
+        for part in packing.micro_batches(groups):
+            # a micro-batch is made whole or not at all, so that an interruption changes no bit
+            if kept and (known := kept.of(part)):
+                scored |= zip(map(id, part), known, strict=True)
+                progress.advance(len(part))
+            else:
+                unknown.append(part)
+        for first in range(0, len(unknown), world):
+            now = unknown[first : first + world]
+            for part, found in zip(now, processes.shared(now, sums, accelerator, together=together), strict=True):
+                if kept:
                     kept.add(part, found)
                 scored |= zip(map(id, part), map(tuple, found), strict=True)
                 progress.advance(len(part))
@@ -89,7 +96,7 @@ def _identity(
     """All that the numbers depend on."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     return {
-        "weights": _digest_of_weights(model),
+        "weights": _digest_of_weights(model, accelerator),
         "config": _sha(json.dumps(config, sort_keys=True, default=str)),
         "attention": model.config._attn_implementation,
         "rows": _sha("".join(map(_row, groups))),
@@ -109,12 +116,17 @@ def _row(group: TokenGroup) -> str:
     return _sha(json.dumps([group.prompt, group.completions]))
 
 
-def _digest_of_weights(model: nn.Module) -> str:
+def _digest_of_weights(model: nn.Module, accelerator: Accelerator) -> str:
+    """The main process hashes for all; of a model in shards each gives its own."""
     whole = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return whole.hexdigest()[:24]
+    own = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
+    for name, tensor in sorted(own.items()):
+        tensor = sharding.whole(tensor.detach())
+        if accelerator.is_main_process:
+            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            whole.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest: str = processes.gathered(whole.hexdigest()[:24], accelerator)[0]
+    return digest
 
 
 class Kept:

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     metrics = runs.begin(start, accelerator, dataset.account(counts))
     steps = batches.total_steps(config, len(groups))
     console.say(f"{len(groups):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
-    module = (LabelLoss if config.labels else PairLoss)(model).train(config.dropout)
+    module = (LabelLoss if config.labels else PairLoss)(loop.placed(model, config, accelerator)).train(config.dropout)
     packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
     loop.train(
         module, batches.Batches(groups, config, steps), steps, config, accelerator, metrics, packing=packing,
@@ -162,11 +163,11 @@ def _evaluate(
 
     def of(part: Sequence[TokenGroup]) -> list[float]:
         with accelerator.autocast():
-            return module(packing.collate(part).to(accelerator.device), None).tolist()
+            batch = packing.collate(part).to(accelerator.device)
+            return sharding.entered(module, partial(module, batch, None)).tolist()
 
     parts = packing.micro_batches(groups)
     found = processes.shared(parts, of, accelerator, together=sharding.is_sharded(module))
-    sharding.settle(module)
     margins = [margin for some in found for margin in some]
     right = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
     low, high = intervals.accuracy_interval(right)

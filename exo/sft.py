@@ -84,13 +84,14 @@ def run(config: Config, start: lineage.Start) -> Path:
         f"{len(groups):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
+    adapted = adapter.add(model, config, name)
     packing = layouts.choose(
-        [model.to(accelerator.device)], groups, accelerator,
+        [loop.placed(model, config, accelerator)], groups, accelerator,
         Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), "off", 1.0, config.dropout,
     )  # fmt: skip
     if accelerator.is_main_process:
         artifacts.update_run(Path(config.output_dir), layout=packing.layout)
-    module = NextToken(adapter.add(model, config, name)).train(config.dropout)
+    module = NextToken(adapted).train(config.dropout)
     loop.train(
         module, batches.Batches(groups, config, steps), steps, config, accelerator, metrics,
         packing=packing, denominator=_tokens,

@@ -1,21 +1,29 @@
 """A model in shards (FSDP2): each process holds a part of every weight, gradient and moment, and gathers a layer when
 it needs it.
 
-torch's `fully_shard` on the layers and on what is around them, which is the module that computes the loss: so the head
-is whole where the fused loss reads it, inside that module's forward. `--fsdp` asks for it, or accelerate's launcher
-with FSDP settings, of which only that they are there is read. Left out: sampling from a model in shards (ppo refuses).
+torch's `fully_shard` on the layers of a model, and on an entrance around it: whatever runs by the entrance finds what
+is outside the layers whole, and so the fused loss its head. No process ever holds more on its device than its shards,
+a layer and that. `--fsdp` asks for it, or accelerate's launcher with FSDP settings, of which only that they are there is
+read. Left out: sampling from a model in shards (ppo refuses).
 """
 
 import copy
 import os
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator, init_empty_weights
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from exo.config import ConfigError
 
+HALVES = (torch.bfloat16, torch.float16)
+ENTRANCE = "exo_entrance"  # a model's attribute
+T = TypeVar("T")
 LAUNCHER = "ACCELERATE_USE_FSDP"  # what accelerate's launcher says
 
 
@@ -34,25 +42,57 @@ def refuse(config: Any, mixed_precision: str) -> None:
             raise ConfigError(f"--fsdp: does not go together with --{name}")
 
 
-def shard(module: nn.Module, mixed_precision: str) -> nn.Module:
-    """The module itself, in shards from now on; make its optimizer after this."""
+def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model itself, in shards on the processes' devices from now on, in fp32 if it was in 16 bits.
+
+    With its adapter, if it is to have one; its optimizer comes after.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy()
-    if mixed_precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    layers = {name for child in module.modules() for name in getattr(child, "_no_split_modules", None) or ()}
-    for child in list(module.modules()):
-        if type(child).__name__ in layers:
-            fully_shard(child, mp_policy=policy)
-    return fully_shard(module, mp_policy=policy)  # type: ignore[return-value]
+    if accelerator.mixed_precision == "bf16":
+        # autocast decides what is computed in bfloat16; what is cast on the way in would be rewards and references too
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    layers = {name for child in model.modules() for name in getattr(child, "_no_split_modules", None) or ()}
+    entrance = Entrance(model)
+    for child in [child for child in model.modules() if type(child).__name__ in layers] + [entrance]:
+        if any(parameter.dtype in HALVES for parameter in child.parameters()):
+            child.float()
+        fully_shard(child, mesh=mesh, mp_policy=policy)
+    vars(model)[ENTRANCE] = entrance  # not as a part of the model, which is a part of it
+    return model
+
+
+class Entrance(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+
+def entered(module: nn.Module, call: Callable[[], T]) -> T:
+    """What the call gives, which runs models in `module`, and reads what is outside the layers of those in shards.
+
+    All processes call. Without gradients all is in shards again after it; else after the backward pass.
+    """
+    entrances = [vars(child)[ENTRANCE] for child in module.modules() if ENTRANCE in vars(child)]
+    for entrance in entrances:
+        call = partial(entrance, call)
+    found = call()
+    if not torch.is_grad_enabled():
+        for entrance in entrances:
+            _settle(entrance)
+    return found
 
 
 def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def settle(module: nn.Module) -> None:
+def _settle(module: nn.Module) -> None:
     """Back to shards: what ran without a backward pass left the outermost weights whole."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -84,7 +124,7 @@ def gathered(model: Any, main: bool) -> Any:
     if not main:
         return None
     below = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+    with init_empty_weights(include_buffers=False):
         plain = type(below)(below.config)
     plain.generation_config = below.generation_config
     if below is not model:
@@ -92,7 +132,9 @@ def gathered(model: Any, main: bool) -> Any:
 
         settings = model.peft_config["default"]
         name = settings.base_model_name_or_path
-        plain = peft.get_peft_model(plain, copy.deepcopy(settings))
+        plain = peft.get_peft_model(plain, copy.deepcopy(settings), low_cpu_mem_usage=True)
         plain.peft_config["default"].base_model_name_or_path = name
-    plain.load_state_dict(state)
+    plain.load_state_dict(state, assign=True)
+    below_plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    below_plain.tie_weights()
     return plain

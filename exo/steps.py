@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -134,7 +135,7 @@ def accumulate(
                 nullcontext() if told or i or sharded else activations(module, size),
             ):
                 with accelerator.autocast():
-                    share = module(batch, count)
+                    share = sharding.entered(module, partial(module, batch, count))
             value = float(share.loss.detach())
             if not math.isfinite(value) and config.on_nan == "stop":
                 raise _not_finite(step, f"the loss is {value}", part, accelerator)

@@ -34,13 +34,13 @@ def main() -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     model, _ = models.tiny(["a b c d e f g"], hidden_size=32, num_layers=2, num_heads=2)
-    module = policy.PolicyLoss(
-        model.double(), loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0
-    ).train(False)
+    model = sharding.shard(model.double(), accelerator) if how == "fsdp" else model.double()
+    module = policy.PolicyLoss(model, loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0).train(
+        False
+    )
     config = DataTraining(learning_rate=1e-3, batch_size=len(sizes))
     if how == "fsdp":
-        wrapped = sharding.shard(module, "no")
-        optim = accelerator.prepare(loop.optimizer(wrapped, config))
+        wrapped, optim = module, accelerator.prepare(loop.optimizer(module, config))
     else:
         wrapped, optim = accelerator.prepare(module, loop.optimizer(module, config))
     packing = Packing(0, tokens)

@@ -303,7 +303,10 @@ def test_a_state_of_another_number_of_processes_is_refused(half, capsys):
     (state / "manifest.json").unlink()
     (state / "manifest.json").write_bytes(states._encoded(states._listed(state)))
     assert STAGES["sft"].main(argv) == 1
-    assert "of 2 processes with whole weights, and there are 1 with whole weights now; with --allow_changes" in capsys.readouterr().err
+    expected = (
+        "of 2 processes with whole weights, and there are 1 processes with whole weights now; with --allow_changes"
+    )
+    assert expected in capsys.readouterr().err
 
 
 def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_path, monkeypatch, capsys):

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -35,11 +36,12 @@ from exo.models.small import PAD, tiny
 
 
 def load(
-    name: str | PathLike[str], *, four_bits: torch.dtype | None = None
+    name: str | PathLike[str], *, four_bits: torch.dtype | None = None, mapped: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in fp32 and its tokenizer, from a directory or a hub name; an adapter's, merged with its model.
 
-    `four_bits` holds the weights of its layers, but the head, in NF4, to compute with them in that dtype.
+    `four_bits` holds the weights of its layers, but the head, in NF4, to compute with them in that dtype. `mapped`
+    leaves those of a directory in the dtype of their files, which are mapped into memory: made fp32, they are the same.
 
     Weights come from safetensors only and no code of the repository is run: neither a pickle nor a
     modelling file can execute anything here. Every refusal is a one-line ValueError.
@@ -55,7 +57,32 @@ def load(
         refuse_unsupported(config)
         tokenizer = load_tokenizer(name)  # before the weights, which take longer to read
         rounded: dict[str, Any] = {} if four_bits is None else {"quantization_config": _nf4(four_bits)}
-        return _load_weights(AutoModelForCausalLM, name, config, **rounded), tokenizer
+        dtype = _dtype_of(Path(name)) if mapped else torch.float32
+        model = _load_weights(AutoModelForCausalLM, name, config, dtype=dtype, **rounded)
+        if dtype != torch.float32:
+            _restore_buffers(model)
+        return model, tokenizer
+
+
+def _dtype_of(directory: Path) -> torch.dtype:
+    """The one dtype of its weights; fp32 where there are several, or none."""
+    found = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(found.pop() if len(found) == 1 else "", torch.float32)
+
+
+def _restore_buffers(model: PreTrainedModel) -> None:
+    """What a model in 16 bits computed when it was made, such as a scale of embeddings, as fp32 has it."""
+    model.config.dtype = torch.float32
+    with init_empty_weights(include_buffers=False):
+        fresh = type(model)(model.config)
+    kept = model.state_dict().keys()
+    for name, buffer in fresh.named_buffers():
+        if name not in kept:
+            where, _, own = name.rpartition(".")
+            model.get_submodule(where).register_buffer(own, buffer, persistent=False)
 
 
 def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
@@ -131,14 +158,14 @@ def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedMo
 
 
 def load_or_tiny(
-    name: str, texts: Callable[[], Iterable[str]], *, seed: int
+    name: str, texts: Callable[[], Iterable[str]], *, seed: int, mapped: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`load`, or where the name is "tiny" a small model on `texts`."""
     if name == "tiny":
         return tiny(texts(), seed=seed)
     if not Path(name).exists() and difflib.get_close_matches(name, ["tiny"]):
         raise ValueError(f"--model {name}: no such directory; did you mean tiny?")
-    return load(name)
+    return load(name, mapped=mapped)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | PathLike[str]) -> None:
@@ -222,7 +249,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _load_weights(
-    kind: Any, name: str, config: PreTrainedConfig, *, head_is_new: bool = False, **settings: Any
+    kind: Any,
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    head_is_new: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> PreTrainedModel:
     what = "weights in safetensors (pickles are not read; save_pretrained converts)"
     _check_shards(Path(name))
@@ -231,7 +264,7 @@ def _load_weights(
         loaded: Any = kind.from_pretrained(
             name,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below, by name
