@@ -9,12 +9,13 @@ Left out: other kinds of adapters, and one on the head.
 import copy
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -65,7 +66,7 @@ def add(model: Any, options: Options, name: str) -> Any:
         task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
-        with warnings.catch_warnings():  # between peft and transformers
+        with _looking_fp32(model), warnings.catch_warnings():  # between peft and transformers
             warnings.simplefilter("ignore", FutureWarning)
             found = peft.get_peft_model(model, settings)
     except ValueError as error:
@@ -82,6 +83,19 @@ def add(model: Any, options: Options, name: str) -> Any:
     share = 100 * trained / models.parameter_count(found)
     console.say(f"LoRA of rank {options.lora_r}: {trained / 1e6:,.2f}M parameters are trained, {share:.2f}%")
     return found
+
+
+@contextmanager
+def _looking_fp32(model: nn.Module) -> Iterator[None]:
+    """For peft, which would round what it draws to the dtype of weights that are mapped from files of 16 bits."""
+    mapped = {p: p.data for p in model.parameters() if p.dtype in sharding.HALVES}
+    for parameter in mapped:
+        parameter.data = torch.zeros(1).expand(parameter.shape)  # of no memory
+    try:
+        yield
+    finally:
+        for parameter, own in mapped.items():
+            parameter.data = own
 
 
 def is_one(model: Any) -> bool:

@@ -80,8 +80,8 @@ class Keeper:
         was, now = _how(facts["processes"], facts["sharded"]), _how(self.accelerator.num_processes, self.sharded)
         if was != now and not self.allow_changes:
             raise RunError(
-                f"{path}: of processes {was}, and now they are {now}; with --allow_changes it goes on, to the rounding of "
-                "another order of sums"
+                f"{path}: of a run with {was}; this one has {now}; with --allow_changes it goes on, to the rounding "
+                "of another order of sums"
             )
         self._fill(path / states.TENSORS)
         if self.accelerator.scaler is not None and facts["scaler"]:
@@ -177,7 +177,7 @@ class Keeper:
 
 
 def _how(count: int, sharded: bool) -> str:
-    return f"{count} with {'shards' if sharded else 'whole weights'}"
+    return f"{count} process{'es' * (count > 1)}{', in shards' * sharded}"
 
 
 def _place(kind: states.Kind, parameter: Tensor) -> Tensor:

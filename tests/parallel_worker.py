@@ -1,6 +1,7 @@
 """Steps of PolicyLoss in fp64 on one of several processes, with groups of very uneven lengths; saves what came out.
 
-Arguments: ddp or fsdp, a file for the weights, and as JSON the groups' sizes, and tokens of a micro-batch.
+Arguments: ddp or fsdp, with -bf16 for autocast over fp32 and references far from the policy; a file for the weights,
+and as JSON the groups' sizes, and tokens of a micro-batch.
 """
 
 import json
@@ -16,7 +17,7 @@ from exo.encoding import TokenGroup
 from exo.packing import Packing
 
 
-def groups(sizes: list[int]) -> list[TokenGroup]:
+def groups(sizes: list[int], far: float) -> list[TokenGroup]:
     draw = torch.Generator().manual_seed(0)
 
     def ids(n: int) -> tuple[int, ...]:
@@ -24,7 +25,7 @@ def groups(sizes: list[int]) -> list[TokenGroup]:
 
     return [
         TokenGroup(ids(1 + i), tuple(ids(1 + (i * k) % size) for k in range(2 + i % 3)),
-                   tuple(float(k) for k in range(2 + i % 3)), i, tuple(-float(k) for k in range(2 + i % 3)))
+                   tuple(float(k) for k in range(2 + i % 3)), i, tuple(-far - float(k) for k in range(2 + i % 3)))
         for i, size in enumerate(sizes)
     ]  # fmt: skip
 
@@ -32,12 +33,14 @@ def groups(sizes: list[int]) -> list[TokenGroup]:
 def main() -> None:
     how, file, sizes, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+    how, _, mixed = how.partition("-")
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed or "no")
     model, _ = models.tiny(["a b c d e f g"], hidden_size=32, num_layers=2, num_heads=2)
-    model = sharding.shard(model.double(), accelerator) if how == "fsdp" else model.double()
-    module = policy.PolicyLoss(model, loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0).train(
-        False
-    )
+    model = model if mixed else model.double()
+    if how == "fsdp":
+        sharding.shard(model, accelerator)
+    objective = dict(loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0)
+    module = policy.PolicyLoss(model, **objective).train(False)
     config = DataTraining(learning_rate=1e-3, batch_size=len(sizes))
     if how == "fsdp":
         wrapped, optim = module, accelerator.prepare(loop.optimizer(module, config))
@@ -46,7 +49,8 @@ def main() -> None:
     packing = Packing(0, tokens)
     step = steps.Step(wrapped, optim, config, accelerator, len, packing.collate, packing, 8)
     counters = dict.fromkeys(steps.COUNTERS, 0.0)
-    losses = [step(i, groups(sizes), counters, told=True, first=None)[0]["loss"] for i in range(1, 9)]
+    rows = groups(sizes, far=1000.3 if mixed else 0.0)
+    losses = [step(i, rows, counters, told=True, first=None)[0]["loss"] for i in range(1, 9)]
     whole = {name: sharding.whole(p).detach().clone() for name, p in module.named_parameters()}
     if accelerator.is_main_process:
         save_file(whole | {"losses": torch.tensor(losses, dtype=torch.float64)}, file)

@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 
+from exo import models
 from exo.head import CausalHead
 from exo_kernels import fused_exo_loss, fused_linear_exo_loss, linear_token_logps, token_logps
 
@@ -45,12 +46,37 @@ def tiny(family: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
+EVERY = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[pytest.mark.slow] * (name == "FalconH1")) for name in FAMILIES]
 )
-def test_log_probs_of_the_model(family):
+
+
+@EVERY
+def test_weights_that_are_mapped_are_those_that_are_read(family, tmp_path):
+    """Of files in 16 bits, made fp32: every parameter, and every buffer that a model in 16 bits would have rounded."""
+    skip_unless_known(family)
+    _, tokenizer = models.word_level(["a", "b"])
+    models.save(tiny(family).to(torch.bfloat16), tokenizer, tmp_path)
+    mapped, read = models.load(tmp_path, mapped=True)[0], models.load(tmp_path)[0]
+    assert {p.dtype for p in mapped.parameters()} == {torch.bfloat16}
+    mapped.float()
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(model, kind)()) for model in (mapped, read))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+    ids = torch.randint(67, (2, 9))
+    assert torch.equal(mapped.eval()(ids).logits, read.eval()(ids).logits)
+    assert mapped.config.to_dict() == read.config.to_dict()
+
+
+def skip_unless_known(family):
     if not hasattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config"):
         pytest.skip(f"this transformers has no {family}")
+
+
+@EVERY
+def test_log_probs_of_the_model(family):
+    skip_unless_known(family)
     model = tiny(family)
     head = CausalHead(model)
     ids = torch.randint(67, (3, 9))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exo import launch
+from exo import launch, models
 from tests import interruptions
 from tests.interruptions import STAGES, lines, made
 
@@ -37,7 +37,7 @@ def given(tmp_path_factory):
     return interruptions.given(tmp_path_factory.mktemp("given"))
 
 
-EVEN, UNEVEN, FEW = [5] * 6, [1, 60, 2, 3, 40, 1, 5], [9]
+EVEN, UNEVEN, FEW, FAR = [5] * 6, [1, 60, 2, 3, 40, 1, 5], [9], [5, 9, 7, 3]
 slow = pytest.mark.slow
 SPLITS = [
     pytest.param(
@@ -90,6 +90,50 @@ def test_a_stage_in_two_processes_makes_what_one_makes(stage, how, given, tmp_pa
     for mine, theirs in zip(*logs, strict=True):
         for name in {"loss", "eval_loss", "eval_accuracy", "eval_rewards/accuracies"} & mine.keys():
             assert mine[name] == pytest.approx(theirs[name], abs=2e-4), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--lora_r=4", "--gradient_checkpointing"], id="lora"),
+        pytest.param(["--reference=live", "--share_prompt=on"], id="live", marks=slow),
+        pytest.param(["--reference=live", "--lora_r=4", "--lora_output=adapter"], id="lora, live", marks=slow),
+        pytest.param(["--ref_model", "{given}/other"], id="another reference", marks=slow),
+        pytest.param(["--reference=none"], id="no reference", marks=slow),
+    ],
+)
+def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, given, tmp_path):
+    """Its files are mapped, its references scored in shards."""
+    for name, seed in (("start", 0), ("other", 1)):
+        model, tokenizer = models.load(given / "start")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.data += 0.02 * torch.randn_like(parameter)
+        models.save(model.to(torch.bfloat16), tokenizer, given / f"{name}-16")
+    options = [option.format(given=given).replace("/other", "/other-16") for option in options]
+    options += ["--model", str(given / "start-16")]
+    for name, how, processes in (("one", "--fsdp=false", 1), ("two", "--fsdp", 2)):
+        more = [how, "--reference_cache", str(tmp_path / name / "kept"), *options]
+        code, said, error = run("align", given, tmp_path / name / "run", *more, processes=processes)
+        assert code == 0, error
+    kept = [sorted((tmp_path / name / "kept").glob("*")) for name in ("one", "two")]
+    assert [[file.read_bytes() for file in files] for files in kept[:1]] == [[f.read_bytes() for f in kept[1]]]
+    file = "adapter_model.safetensors" if "--lora_output=adapter" in options else "model.safetensors"
+    one, two = (load_file(tmp_path / name / "run" / file) for name in ("one", "two"))
+    assert one.keys() == two.keys() and {t.dtype for t in two.values()} == {torch.float32}
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_nothing_but_weights_is_rounded_to_bfloat16(how, tmp_path):
+    """References and rewards reach the loss as they are: of sums near -1000 bfloat16 would leave steps of 4 nats."""
+    losses = []
+    for name, processes, kind in (("one", 1, "ddp-bf16"), ("two", 2, f"{how}-bf16")):
+        arguments = [kind, str(tmp_path / name), json.dumps(FAR), "4096"]
+        assert launch.run("tests.parallel_worker", arguments, processes) == 0
+        losses.append(load_file(tmp_path / name)["losses"])
+    assert torch.allclose(*losses, rtol=0.02, atol=0)
 
 
 def test_sampling_scoring_and_evaluation_in_two_processes_are_those_of_one(given, tmp_path):
@@ -162,7 +206,7 @@ def test_a_state_of_two_processes_goes_on_in_others(before, after, processes, gi
     """In other shards, or in none, if that is allowed; to the end that one process comes to."""
     killed(given, tmp_path / "run", before)
     code, said, error = run("align", given, tmp_path / "run", after, processes=processes)
-    assert code == 1 and "of processes 2 with" in error and "with --allow_changes it goes on" in error
+    assert code == 1 and "of a run with 2 processes" in error and "with --allow_changes it goes on" in error
     code, said, error = run("align", given, tmp_path / "run", after, "--allow_changes", processes=processes)
     assert code == 0 and "going on after step" in said, error
     found = load_file(tmp_path / "run" / "model.safetensors")

@@ -303,9 +303,7 @@ def test_a_state_of_another_number_of_processes_is_refused(half, capsys):
     (state / "manifest.json").unlink()
     (state / "manifest.json").write_bytes(states._encoded(states._listed(state)))
     assert STAGES["sft"].main(argv) == 1
-    expected = (
-        "of 2 processes with whole weights, and there are 1 processes with whole weights now; with --allow_changes"
-    )
+    expected = "of a run with 2 processes; this one has 1 process; with --allow_changes"
     assert expected in capsys.readouterr().err
 
 
