@@ -3,8 +3,8 @@ it needs it.
 
 torch's `fully_shard` on the layers of a model, and on an entrance around it: whatever runs by the entrance finds what
 is outside the layers whole, and so the fused loss its head. No process ever holds more on its device than its shards,
-a layer and that. `--fsdp` asks for it, or accelerate's launcher with FSDP settings, of which only that they are there is
-read. Left out: sampling from a model in shards (ppo refuses).
+a layer and that. `--fsdp` asks for it, or accelerate's launcher with FSDP settings, of which only that they are there
+is read. Left out: sampling from a model in shards (ppo refuses).
 """
 
 import copy
