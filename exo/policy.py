@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import adapter, attention, intervals, processes, sharding, signals
+from exo import adapter, attention, intervals, processes, sharding
 from exo.artifacts import RunError
 from exo.encoding import TokenGroup
 from exo.head import CausalHead, evaluating
@@ -216,20 +216,13 @@ def shared_token_logps(
     model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing, temperature: float
 ) -> list[list[Tensor]]:
     """The same, each micro-batch by one of the processes."""
-    parts = packing.micro_batches(groups)
     with scoring(model, accelerator, packing, temperature) as of:
-        listed = processes.shared(
-            parts,
-            lambda part: [[row.tolist() for row in rows] for rows in of(part)],
-            accelerator,
-            together=sharding.is_sharded(model),
-        )
-    found = {
-        id(group): [torch.tensor(row, dtype=torch.float64) for row in rows]
-        for part, some in zip(parts, listed, strict=True)
-        for group, rows in zip(part, some, strict=True)
-    }
-    return [found[id(group)] for group in groups]
+
+        def listed(part: Sequence[TokenGroup]) -> list[list[list[float]]]:
+            return [[row.tolist() for row in rows] for rows in of(part)]
+
+        found = processes.each(groups, listed, packing, accelerator, together=sharding.is_sharded(model))
+    return [[torch.tensor(row, dtype=torch.float64) for row in rows] for rows in found]
 
 
 @torch.no_grad()
@@ -239,7 +232,6 @@ def evaluate(
     """Mean loss and metrics on held-out groups, and the 95% interval of the accuracy."""
 
     def of(part: Sequence[TokenGroup]) -> tuple[float, dict[str, list[float]]]:
-        signals.stop_if_asked()
         batch = packing.collate(part).to(accelerator.device)
         with accelerator.autocast():
             share, stats = sharding.entered(module, partial(module, batch, None))

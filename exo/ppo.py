@@ -6,6 +6,7 @@ The run directory is the model directory; the critic is not kept. Left out: adap
 """
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -193,7 +194,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
         first=partial(_check_ratio, config, accelerator), after=after,
     )  # fmt: skip
-    console.counts(scorer.counts)
+    console.counts(maker.remarks)
     return runs.end(metrics, model, tokenizer, accelerator)
 
 
@@ -208,10 +209,10 @@ def _maker(
     packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
 
     @torch.no_grad()
-    def values(part: Sequence[TokenGroup]) -> list[Tensor]:
+    def values(part: Sequence[TokenGroup]) -> list[list[float]]:
         with accelerator.autocast():
             rows = module.critic(packing.collate(part).to(accelerator.device))
-        return [row for (row,) in of_completions(part, rows.double().cpu())]
+        return [row.tolist() for (row,) in of_completions(part, rows.double().cpu())]
 
     sampling = {
         "temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed,
@@ -219,7 +220,7 @@ def _maker(
     }  # fmt: skip
     return rollouts.Maker(
         module.model, reference, tokenizer, scorer, values, accelerator, sampling, packing,
-        config.kl_coef, config.gamma, config.lam,
+        config.kl_coef, config.gamma, config.lam, Counter(),
     )  # fmt: skip
 
 

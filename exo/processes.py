@@ -11,9 +11,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from exo import signals
 from exo.artifacts import Pieces
+from exo.encoding import TokenGroup
+from exo.packing import Packing
 
 T = TypeVar("T")
+G = TypeVar("G", bound=TokenGroup)
+R = TypeVar("R")
 
 
 def shared(
@@ -22,15 +27,37 @@ def shared(
     """`of` each item, which must give JSON; item i is for process i modulo their number.
 
     `together` has every process call `of` equally often, as a model in shards needs it: what one does more is dropped.
+    Between two items signals are heeded, where they are (signals.Stopped), by all processes at the same.
     """
-    world = accelerator.num_processes
-    if world == 1:
-        return [of(item) for item in items]
-    mine = [of(item) for item in items[accelerator.process_index :: world]]
-    if together and len(mine) < -(-len(items) // world):
-        of(items[-1])
+    world, rank = accelerator.num_processes, accelerator.process_index
+    mine = []
+    for first in range(0, len(items), world):
+        _stop_if_asked(accelerator)
+        if first + rank < len(items):
+            mine.append(of(items[first + rank]))
+        elif together:
+            of(items[-1])
     every = gathered(mine, accelerator)
     return [every[i % world][i // world] for i in range(len(items))]
+
+
+def _stop_if_asked(accelerator: Accelerator) -> None:
+    if accelerator.num_processes == 1 or not signals.are_heeded():
+        return signals.stop_if_asked()
+    asked = int(_gather(torch.tensor([signals.asked()], device=accelerator.device), accelerator).max())
+    if asked:
+        raise signals.Stopped(asked)
+
+
+def each(
+    groups: Sequence[G], of: Callable[[list[G]], Sequence[R]], packing: Packing, accelerator: Accelerator, **how: bool
+) -> list[R]:
+    """What `of` gives for each group, in JSON, asked a micro-batch at a time; in the order of the groups."""
+    parts = packing.micro_batches(groups)
+    found: dict[int, R] = {}
+    for part, rows in zip(parts, shared(parts, of, accelerator, **how), strict=True):
+        found |= zip(map(id, part), rows, strict=True)
+    return [found[id(group)] for group in groups]
 
 
 def in_pieces(jobs: Sequence[Callable[[], Any]], pieces: Pieces, accelerator: Accelerator) -> list[Any]:

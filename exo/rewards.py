@@ -75,9 +75,9 @@ def load(options: Options, compute: config.Scoring, accelerator: Accelerator, ma
     return Scorer(name, score, counts)
 
 
-def in_parts(groups: Sequence[Group]) -> list[Sequence[Group]]:
+def in_parts(groups: Sequence[Group], rows: int = AT_ONCE) -> list[Sequence[Group]]:
     """As they are scored together, whatever the number of processes."""
-    return [groups[first : first + AT_ONCE] for first in range(0, len(groups), AT_ONCE)]
+    return [groups[first : first + rows] for first in range(0, len(groups), rows)]
 
 
 def score_part(scorer: Scorer, groups: Sequence[Group]) -> tuple[Scores, dict[str, int]]:

@@ -1,22 +1,26 @@
 """Experience for PPO: completions of the policy as it is now, with what every one of their tokens earned.
 
 A token's reward is -kl_coef (log pi - log pi_ref), and the last one's has the completion's score on top; so the sum
-over a completion is the objective of eq. 4. Advantages are Schulman's GAE. Left out: the update, and sampling that is
-shared among processes (each makes all of it, and all make the same).
+over a completion is the objective of eq. 4. Advantages are Schulman's GAE. Processes share the work, and all have all
+rollouts. Left out: the update.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from exo import encoding, policy, samples
+from exo import encoding, policy, processes, rewards, samples
 from exo.data import Group
 from exo.encoding import TokenGroup
 from exo.packing import Batch, Packing
 from exo.rewards import Scorer
+
+SCORED_AT_ONCE = 64  # rollouts; a process's share of them is a number of these
 
 
 @dataclass(frozen=True)
@@ -60,32 +64,40 @@ def collate(rollouts: Sequence[Rollout], packing: Packing) -> RolloutBatch:
 
 
 class Maker(NamedTuple):
-    """What rollouts are made of. `values(part)` gives the critic's value of the state before each token."""
+    """What rollouts are made of. `values(part)` gives the critic's value of the state before each token of each row."""
 
     model: Any
     reference: Any
     tokenizer: Any
     scorer: Scorer
-    values: Callable[[Sequence[TokenGroup]], list[Tensor]]
+    values: Callable[[Sequence[TokenGroup]], list[list[float]]]
     accelerator: Any
     sampling: dict[str, Any]  # of samples.draw
     packing: Packing
     kl_coef: float
     gamma: float
     lam: float
+    remarks: Counter[str]  # of the scorer
 
     def make(self, prompts: Sequence[str], numbers: Sequence[int]) -> list[Rollout]:
         """One completion of each prompt."""
         with self.accelerator.autocast():
-            drawn = samples.draw(self.model, self.tokenizer, prompts, numbers=numbers, k=1, **self.sampling)
-        scores = [row[0] for row in self.scorer.score(drawn)]
+            drawn = samples.draw(
+                self.model, self.tokenizer, prompts, numbers=numbers, k=1, run=self._run, **self.sampling
+            )
+        score = partial(rewards.score_part, self.scorer)
+        parts = rewards.in_parts(drawn, SCORED_AT_ONCE)
+        found, remarks = rewards.together(processes.shared(parts, score, self.accelerator))
+        self.remarks.update(remarks)
+        scores = [row[0] for row in found]
         groups = self._encode(drawn)
         now, before = self._logps(self.model, groups), self._logps(self.reference, groups)
-        values = self.packing.each(groups, self.values)
-        rewards = [-self.kl_coef * (a - b) for a, b in zip(now, before, strict=True)]
-        for row, score in zip(rewards, scores, strict=True):
-            row[-1] += score
-        advantages = [gae(r, v, self.gamma, self.lam) for r, v in zip(rewards, values, strict=True)]
+        listed = processes.each(groups, self.values, self.packing, self.accelerator)
+        values = [torch.tensor(row, dtype=torch.float64) for row in listed]
+        earned = [-self.kl_coef * (a - b) for a, b in zip(now, before, strict=True)]
+        for row, one in zip(earned, scores, strict=True):
+            row[-1] += one
+        advantages = [gae(r, v, self.gamma, self.lam) for r, v in zip(earned, values, strict=True)]
         returns = [a + v for a, v in zip(advantages, values, strict=True)]
         everything = torch.cat(advantages)
         mean, spread = everything.mean(), everything.std(correction=0).clamp(min=1e-8)
@@ -98,6 +110,10 @@ class Maker(NamedTuple):
             for i, group in enumerate(groups)
         ]  # fmt: skip
 
+    def _run(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+        listed = processes.shared(jobs, lambda job: samples.listed(job()), self.accelerator)
+        return list(map(samples.unlisted, listed))
+
     def _encode(self, drawn: Sequence[Group]) -> list[TokenGroup]:
         most = self.sampling["max_prompt_length"]
         limits = encoding.Limits(most + self.sampling["max_new_tokens"], None, "prompt-left", most)
@@ -105,7 +121,7 @@ class Maker(NamedTuple):
         return groups
 
     def _logps(self, model: Any, groups: Sequence[TokenGroup]) -> list[Tensor]:
-        found = policy.token_logps(
+        found = policy.shared_token_logps(
             model, groups, self.accelerator, self.packing, temperature=self.sampling["temperature"]
         )  # fmt: skip
         return [row for (row,) in found]

@@ -18,7 +18,7 @@ ECHO = 2.0  # seconds in which a second signal is the first, which the terminal 
 SAID = b"\nstopping at the next step, with its state saved; once more stops at once\n"
 
 _asked: int | None = None
-_alone = False
+_alone = _heeded = False
 
 
 class Stopped(Exception):
@@ -35,11 +35,11 @@ class Stopped(Exception):
 @contextmanager
 def heeded(*, alone: bool) -> Iterator[None]:
     """For the while signals ask; `alone` says that no other process has to agree on where to stop."""
-    global _asked, _alone
+    global _asked, _alone, _heeded
     if threading.current_thread() is not threading.main_thread():
         yield  # Python hands signals to the main thread alone
         return
-    _asked, _alone = None, alone
+    _asked, _alone, _heeded = None, alone, True
     first = 0.0
 
     def ask(signum: int, frame: FrameType | None) -> None:
@@ -58,7 +58,7 @@ def heeded(*, alone: bool) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _asked, _alone = None, False
+        _asked, _alone, _heeded = None, False, False
 
 
 def end_in_order() -> None:
@@ -71,12 +71,18 @@ def end_in_order() -> None:
         signal.signal(signal.SIGTERM, end)
 
 
+def are_heeded() -> bool:
+    """Whether this is training, where signals wait."""
+    return _heeded
+
+
 def asked() -> int:
     """The signal that asked to stop; 0 for none."""
     return _asked or 0
 
 
 def stop_if_asked() -> None:
-    """Called between pieces of work that leave the last step's state as it is. Several processes agree first (loop)."""
+    """Called between pieces of work that leave the last step's state as it is. Several processes agree first (loop,
+    processes)."""
     if _asked is not None and _alone:
         raise Stopped(_asked)

@@ -251,6 +251,36 @@ def test_told_to_stop_two_processes_stop_at_one_step(given, tmp_path):
     assert "stopped: after step" in error and list((tmp_path / "run").glob("resume/step-*"))
 
 
+@slow
+def test_told_to_stop_two_processes_do_not_wait_for_an_evaluation(given, tmp_path):
+    """Of half a minute, a second for each of its micro-batches."""
+    program = (
+        "import sys, time\nfrom exo import policy, align\nforward = policy.PolicyLoss.forward\n"
+        "def slow(self, batch, n):\n"
+        "    if n is None:\n        print('evaluating', flush=True)\n        time.sleep(1)\n"
+        "    return forward(self, batch, n)\n"
+        "policy.PolicyLoss.forward = slow\nsys.exit(align.main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "slow.py").write_text(program)
+    argv = [a for a in interruptions.arguments("align", given, tmp_path / "run") if a != "--dropout"]
+    argv += ["--eval_data", str(given / "align.jsonl"), "--eval_fraction", "0"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from exo import launch; sys.exit(launch.run('slow', sys.argv[1:], 2))",
+    ]
+    child = subprocess.Popen(
+        [*command, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:."},
+    )  # fmt: skip
+    assert any("evaluating" in line for line in child.stdout)
+    began = time.monotonic()
+    child.send_signal(signal.SIGTERM)
+    error = child.communicate()[1]
+    assert child.returncode == 143 and time.monotonic() - began < 10, error
+    assert "stopped: after step 3 of 10" in error and list((tmp_path / "run").glob("resume/step-00000003"))
+
+
 @pytest.mark.parametrize(
     ("stage", "more", "said"),
     [
