@@ -32,8 +32,10 @@ def run(module: str, arguments: Sequence[str], processes: int) -> int:
     # as many threads together as one process would have
     common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     children: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
+        asked.append(number)
         for child in children:
             child.send_signal(number)
 
@@ -44,6 +46,8 @@ def run(module: str, arguments: Sequence[str], processes: int) -> int:
             own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             # of their own group: a terminal's signal comes from here alone
             children.append(subprocess.Popen(command, env=own, process_group=0, stderr=subprocess.PIPE))
+            if asked:
+                return 128 + asked[0]  # those that have begun have done nothing
         said: dict[bytes, int] = {}
         tellers = [
             threading.Thread(target=_tell, args=(rank, child, said), daemon=True) for rank, child in enumerate(children)

@@ -9,6 +9,7 @@ tells that a stage need not run again. Left out: where inside itself a run goes 
 import hashlib
 import importlib.util
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -80,6 +81,9 @@ def stage(name: str) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Pat
         @wraps(run)
         def whole(config: C) -> Path:
             directory = config.output_dir  # type: ignore[attr-defined]
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            if processes > 1 and not hasattr(config, "nproc"):
+                raise RunError(f"{name}: is done by one process; got {processes} (WORLD_SIZE)")
             with artifacts.locked(directory):
                 start = _start(config, name)
                 if start is None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import nn
 
 from exo import artifacts, checkpoints, console, profiling, sharding, signals
@@ -113,6 +114,8 @@ def train(
         optim = accelerator.prepare(optimizer(module, config, rates))
     else:
         module, optim = accelerator.prepare(module, optimizer(module, config, rates))
+    if accelerator.num_processes > 1:
+        set_seed(config.seed + accelerator.process_index)  # each drops out units of its own
     keeper = checkpoints.Keeper(
         Path(config.output_dir), module, optim, accelerator, metrics, {"data": source} | dict(parts or {}),
         allow_changes=config.allow_changes,

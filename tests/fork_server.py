@@ -6,6 +6,7 @@ of states; with "poison": [kind, step] the loss or gradient of that step of an a
 `Server` is the other end. Left out: what is killed and why (test_crashes.py, soak.py).
 """
 
+import contextlib
 import json
 import os
 import random
@@ -95,10 +96,13 @@ def _crash_in_saves(at: int) -> None:
 
     seen, saving = 0, False
 
-    def count(event: str = "", arguments: object = None) -> None:
-        nonlocal seen
+    def count(event: str = "", arguments: object = None, handle: int | None = None) -> None:
+        nonlocal seen, saving
         if saving and (event in EVENTS or not event):
             if seen == at:
+                saving = False
+                with contextlib.suppress(OSError):  # a file that was being written is left in part; a directory is not
+                    os.ftruncate(handle or -1, os.fstat(handle or -1).st_size // 2)
                 os._exit(9)
             seen += 1
 
@@ -111,7 +115,7 @@ def _crash_in_saves(at: int) -> None:
         saving = False
 
     def counted(handle: int) -> None:
-        count()
+        count(handle=handle)
         fsync(handle)
 
     states.write, os.fsync = watched, counted

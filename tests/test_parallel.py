@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exo import launch, models
+from exo import label, launch, models
 from tests import interruptions
 from tests.interruptions import STAGES, lines, made
 
@@ -281,6 +281,19 @@ def test_told_to_stop_two_processes_do_not_wait_for_an_evaluation(given, tmp_pat
     assert "stopped: after step 3 of 10" in error and list((tmp_path / "run").glob("resume/step-00000003"))
 
 
+def test_a_signal_before_all_have_begun_ends_those_that_have(monkeypatch):
+    begun, popen = [], subprocess.Popen
+
+    def first_then_a_signal(command, **options):
+        begun.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begun[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", first_then_a_signal)
+    assert launch.run("exo.sft", [], 2) == 143
+    assert [child.wait(10) for child in begun] == [-9]
+
+
 @pytest.mark.parametrize(
     ("stage", "more", "said"),
     [
@@ -295,6 +308,15 @@ def test_what_does_not_go_with_shards_is_refused(stage, more, said, given, tmp_p
     monkeypatch.setenv("RANK", "0")
     assert STAGES[stage].main(interruptions.arguments(stage, given, tmp_path / stage, "--fsdp", *more)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_stage_for_one_process_refuses_several(given, tmp_path, monkeypatch, capsys):
+    """Each of them would write its files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    argv = ["--systems", f"one={given},two={given}", "--matchups", "one:two", "--output_dir", str(tmp_path / "out")]
+    assert label.main(argv) == 1
+    assert capsys.readouterr().err == "error: label: is done by one process; got 2 (WORLD_SIZE)\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_stage_is_here():
