@@ -11,12 +11,13 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
 from exo import artifacts, checkpoints, console, profiling, sharding, signals
@@ -24,7 +25,9 @@ from exo.artifacts import Metrics, RunError
 from exo.batches import Source
 from exo.config import Compute, ConfigError, Training
 from exo.packing import Packing
-from exo.steps import COUNTERS, Step
+from exo.steps import COUNTERS, NotFinite, Step
+
+PATIENCE = timedelta(hours=2)  # of processes with one that writes a large model; one that has ended ends them at once
 
 
 def make_accelerator(config: Compute) -> Accelerator:
@@ -47,6 +50,7 @@ def make_accelerator(config: Compute) -> Accelerator:
         mixed_precision=mixed,
         log_with=None if tracker == "none" else tracker,
         project_dir=config.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if shards is not None:
         os.environ[sharding.LAUNCHER] = shards
@@ -150,6 +154,10 @@ def train(
                     keeper.save()
                 if after is not None:
                     after(step, step == steps)
+    except NotFinite as error:
+        if accelerator.num_processes == 1:  # the others do not know of it, and nothing has been updated since
+            keeper.save()
+        raise RunError(f"{error}{keeper.kept()}") from error
     except (RunError, OSError) as error:
         what = error if isinstance(error, RunError) else f"{error.strerror}: {error.filename}"
         raise RunError(f"{what}{keeper.kept()}") from error

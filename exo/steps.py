@@ -25,6 +25,10 @@ COUNTERS = ("lost", "not_finite", "clipped")  # of updates; lost: to float16's o
 MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
 
 
+class NotFinite(RunError):
+    """A loss or gradient, before the update that it would have made."""
+
+
 class Share(NamedTuple):
     """What one forward pass gives: its part of the step's mean loss, and sums with the counts to divide them by."""
 
@@ -151,10 +155,10 @@ def accumulate(
     return loss, sums, tokens
 
 
-def _not_finite(step: int, what: str, rows: Sequence[TokenGroup], accelerator: Accelerator | None = None) -> RunError:
+def _not_finite(step: int, what: str, rows: Sequence[TokenGroup], accelerator: Accelerator | None = None) -> NotFinite:
     lines = ", ".join(str(group.line) for group in rows[:10]) + ", ..." * (len(rows) > 10)
     where = f", rank {accelerator.process_index}" if accelerator and accelerator.num_processes > 1 else ""
-    return RunError(f"step {step}{where}: {what}; stopped before the update; rows at lines {lines}")
+    return NotFinite(f"step {step}{where}: {what}; stopped before the update; rows at lines {lines}")
 
 
 def _across_processes(

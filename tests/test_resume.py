@@ -327,6 +327,29 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_with_its_state(kind, given, whole, tmp_path, monkeypatch, capsys):
+    """That of the step before it, from which the same command goes on, here to a loss that is finite."""
+    argv = interruptions.arguments("align", given, tmp_path / "run", "--checkpoint_steps", "0")
+    update = steps.update
+
+    def poisoned(module, optim, config, accelerator, step, batch, loss):
+        if step == 6 and kind == "loss":
+            raise steps._not_finite(step, "the loss is nan", batch)
+        if step == 6:
+            next(p for p in module.parameters() if p.grad is not None).grad.fill_(float("nan"))
+        return update(module, optim, config, accelerator, step, batch, loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "update", poisoned)
+        assert STAGES["align"].main(argv) == 1
+    said = capsys.readouterr().err
+    assert "error: step 6" in said and "stopped before the update" in said
+    assert f"the last whole state is {tmp_path / 'run' / 'resume' / 'step-00000005'}" in said
+    assert STAGES["align"].main(argv) == 0
+    assert made(tmp_path / "run") == whole("align")
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_what_is_not_finite_is_skipped_where_that_was_asked_for(kind, given, tmp_path, monkeypatch, capsys):
     argv = interruptions.arguments("align", given, tmp_path / "run", "--on_nan", "skip")
     forward = policy.PolicyLoss.forward
