@@ -130,7 +130,7 @@ def test_numbers_made_in_another_way_are_not_taken(model, tmp_path, monkeypatch,
         models.attend(model, "eager")
     elif other == "dtype":
         accelerator = SimpleNamespace(mixed_precision="bf16", device=accelerator.device, is_main_process=True,
-                                      autocast=accelerator.autocast, num_processes=1,
+                                      autocast=accelerator.autocast, num_processes=1, process_index=0,
                                       main_process_first=nullcontext)  # fmt: skip
     elif other == "versions":
         monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "another"})
