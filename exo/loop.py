@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
-from exo import artifacts, checkpoints, console, profiling, sharding, signals
+from exo import artifacts, checkpoints, console, profiling, sharding, signals, zero
 from exo.artifacts import Metrics, RunError
 from exo.batches import Source
 from exo.config import Compute, ConfigError, Training
@@ -44,7 +44,10 @@ def make_accelerator(config: Compute) -> Accelerator:
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
     if sharding.asked(config):
         sharding.refuse(config, mixed)
-    shards = os.environ.pop(sharding.LAUNCHER, None)  # accelerate would do it, but on GPUs alone
+    zero.refuse(config, mixed)
+    # accelerate would do it, but shards on GPUs alone, and DeepSpeed with a loop of its own
+    names = [name for name in (sharding.LAUNCHER, zero.LAUNCHER) if name in os.environ]
+    launchers = {name: os.environ.pop(name) for name in names}
     accelerator = Accelerator(
         cpu=config.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision=mixed,
@@ -52,11 +55,10 @@ def make_accelerator(config: Compute) -> Accelerator:
         project_dir=config.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    if shards is not None:
-        os.environ[sharding.LAUNCHER] = shards
+    os.environ.update(launchers)
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise ConfigError(f"accelerate: expected one process, DDP or FSDP, which this version trains with; got {kind}")
+        raise ConfigError(f"accelerate: expected one process, DDP, FSDP or DeepSpeed; got {kind}, which is not trained with")
     accelerator.gradient_accumulation_steps = 1  # the environment may say otherwise; the denominator is ours
     return accelerator
 
@@ -116,6 +118,8 @@ def train(
     _spare(module, config)
     if sharding.is_sharded(module):
         optim = accelerator.prepare(optimizer(module, config, rates))
+    elif zero.asked():
+        module, optim = zero.prepare(module, optimizer(module, config, rates), config, accelerator)
     else:
         module, optim = accelerator.prepare(module, optimizer(module, config, rates))
     if accelerator.num_processes > 1:

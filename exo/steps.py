@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import profiling, sharding, signals
+from exo import profiling, sharding, signals, zero
 from exo.artifacts import RunError
 from exo.config import Training
 from exo.encoding import TokenGroup
@@ -106,7 +106,7 @@ class Step(NamedTuple):
         if world == 1:
             return own, 0
         most = max(1, len(own))
-        if sharding.is_sharded(self.module):
+        if sharding.is_sharded(self.module) or zero.reduces_each(self.module):
             most = max(len(self.packing.micro_batches(batch[i::world])) for i in range(world))
         return own + [[batch[0]]] * (most - len(own)), most - len(own)
 
@@ -124,16 +124,16 @@ def accumulate(
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
     """Forward and backward over one process's part of a step; what is kept between them is said unless it was. The last
     `idle` of the parts count nothing."""
-    sharded = sharding.is_sharded(module)
+    sharded, engine = sharding.is_sharded(module), zero.is_engine(module)
     loss, tokens, sums = 0.0, 0.0, dict[str, tuple[float, float]]()
     for i, part in enumerate(parts):
         signals.stop_if_asked()
         with profiling.section("data"):
             batch = collate(part).to(accelerator.device)
         size = sum(len(g.prompt) + len(ids) for g in part for ids in g.completions)
-        counts = i < len(parts) - idle
+        counts, last = i < len(parts) - idle, i == len(parts) - 1
         # gradients of a model in shards are added up at once: whole ones would need the memory that shards save
-        with nullcontext() if sharded or i == len(parts) - 1 else accelerator.no_sync(module):
+        with nullcontext() if sharded or engine or last else accelerator.no_sync(module):
             with (
                 profiling.section("head and loss"),
                 nullcontext() if told or i or sharded else activations(module, size),
@@ -145,7 +145,8 @@ def accumulate(
                 raise _not_finite(step, f"the loss is {value}", part, accelerator)
             # processes are averaged by the wrapper, but the denominator already counts them all
             with profiling.section("head and loss"):  # and from its border on the body
-                accelerator.backward(share.loss * (accelerator.num_processes * counts))
+                scaled = share.loss * (accelerator.num_processes * counts)
+                zero.backward(module, scaled, last) if engine else accelerator.backward(scaled)
         for name, (total, n) in share.sums.items():  # the same names in every process, or they could not be added up
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + float(total), before[1] + float(n)) if counts else before
@@ -186,12 +187,15 @@ def update(
     loss: float,
 ) -> float:
     """Clip, check, step. What is not finite stops the run, or this update; but fp16's loss scaling handles it there."""
-    limit = config.max_grad_norm or math.inf
-    norm = float(sharding.whole(accelerator.clip_grad_norm_(module.parameters(), limit)))
+    limit, engine = config.max_grad_norm or math.inf, zero.is_engine(module)
+    if engine:  # which checks before it steps, too
+        norm = zero.update(module, math.isfinite(loss))
+    else:
+        norm = float(sharding.whole(accelerator.clip_grad_norm_(module.parameters(), limit)))
     finite = math.isfinite(norm) and math.isfinite(loss)
     if not finite and accelerator.scaler is None and config.on_nan == "stop":
         raise _not_finite(step, "the gradient of all processes together is not finite", batch)
-    if finite or accelerator.scaler is not None:
+    if not engine and (finite or accelerator.scaler is not None):
         optim.step()
     optim.zero_grad(set_to_none=True)
     return norm

@@ -1,17 +1,19 @@
 """Steps of PolicyLoss in fp64 on one of several processes, with groups of very uneven lengths; saves what came out.
 
-Arguments: ddp or fsdp, with -bf16 for autocast over fp32 and references far from the policy; a file for the weights,
-and as JSON the groups' sizes, and tokens of a micro-batch.
+Arguments: ddp, fsdp, zero1 or zero2, with -fp32 for that instead (DeepSpeed knows no doubles), or with -bf16 for
+autocast over fp32 and references far from the policy; a file for the weights, and as JSON the groups' sizes, and tokens
+of a micro-batch.
 """
 
 import json
+import os
 import sys
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from exo import loop, models, policy, sharding, steps
+from exo import loop, models, policy, sharding, steps, zero
 from exo.config import DataTraining
 from exo.encoding import TokenGroup
 from exo.packing import Packing
@@ -33,10 +35,10 @@ def groups(sizes: list[int], far: float) -> list[TokenGroup]:
 def main() -> None:
     how, file, sizes, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
-    how, _, mixed = how.partition("-")
-    accelerator = Accelerator(cpu=True, mixed_precision=mixed or "no")
+    how, _, dtype = how.partition("-")
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if dtype == "bf16" else "no")
     model, _ = models.tiny(["a b c d e f g"], hidden_size=32, num_layers=2, num_heads=2)
-    model = model if mixed else model.double()
+    model = model if dtype else model.double()
     if how == "fsdp":
         sharding.shard(model, accelerator)
     objective = dict(loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0)
@@ -44,12 +46,15 @@ def main() -> None:
     config = DataTraining(learning_rate=1e-3, batch_size=len(sizes))
     if how == "fsdp":
         wrapped, optim = module, accelerator.prepare(loop.optimizer(module, config))
+    elif how.startswith("zero"):
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = how.removeprefix("zero")
+        wrapped, optim = zero.prepare(module, loop.optimizer(module, config), config, accelerator)
     else:
         wrapped, optim = accelerator.prepare(module, loop.optimizer(module, config))
     packing = Packing(0, tokens)
     step = steps.Step(wrapped, optim, config, accelerator, len, packing.collate, packing, 8)
     counters = dict.fromkeys(steps.COUNTERS, 0.0)
-    rows = groups(sizes, far=1000.3 if mixed else 0.0)
+    rows = groups(sizes, far=1000.3 if dtype == "bf16" else 0.0)
     losses = [step(i, rows, counters, told=True, first=None)[0]["loss"] for i in range(1, 9)]
     whole = {name: sharding.whole(p).detach().clone() for name, p in module.named_parameters()}
     if accelerator.is_main_process:
