@@ -47,6 +47,7 @@ setup(
         "qlora": [*TRAIN, *QLORA],
         "bench": BENCH,
         "test": TEST,
+        "deepspeed": [*TRAIN, "deepspeed>=0.19"],
         "flash": ["flash-attn>=2.7"],
         "peers": ["liger-kernel>=0.8", "trl>=1.10"],
     },

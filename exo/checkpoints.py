@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import artifacts, console, sharding, states
+from exo import artifacts, console, sharding, states, zero
 from exo.artifacts import Metrics, RunError
 
 
@@ -64,6 +64,7 @@ class Keeper:
     ) -> None:
         self.directory = run / artifacts.STATES
         self.module, self.accelerator = accelerator.unwrap_model(module), accelerator
+        self.zero, self.stage = optim, zero.stage(optim)
         self.optim: torch.optim.Optimizer = getattr(optim, "optimizer", optim)
         self.metrics, self.parts, self.allow_changes = metrics, parts, allow_changes
         self.sharded = sharding.is_sharded(module)
@@ -77,7 +78,14 @@ class Keeper:
             self._cut(0)
             return None
         facts = json.loads((path / states.FACTS).read_text(encoding="utf-8"))
-        was, now = _how(facts["processes"], facts["sharded"]), _how(self.accelerator.num_processes, self.sharded)
+        was = _how(facts["processes"], facts["sharded"], facts.get("zero", 0))
+        now = _how(self.accelerator.num_processes, self.sharded, self.stage)
+        if bool(facts.get("zero", 0)) != bool(self.stage):
+            how = "without" if self.stage else "with"
+            raise RunError(
+                f"{path}: of a run {how} DeepSpeed, which keeps moments in other parts, so that it goes on {how} "
+                "DeepSpeed only; --overwrite_output_dir begins anew"
+            )
         if was != now and not self.allow_changes:
             raise RunError(
                 f"{path}: of a run with {was}; this one has {now}; with --allow_changes it goes on, to the rounding "
@@ -123,7 +131,8 @@ class Keeper:
                     for name, state in drawn.items()}  # fmt: skip
         scaler = self.accelerator.scaler
         facts = position._asdict() | {"processes": self.accelerator.num_processes, "random": None}
-        facts |= {"sharded": self.sharded, "scaler": None if scaler is None else scaler.state_dict()}
+        facts |= {"sharded": self.sharded, "zero": self.stage}
+        facts |= {"scaler": None if scaler is None else scaler.state_dict()}
         try:
             states.write(path, self._weights() | self._moments() | gathered, facts, self.accelerator)
         except states.NotWritten as error:
@@ -145,6 +154,8 @@ class Keeper:
         return {f"weights.{name}": tensor.detach() for name, tensor in found.items()}
 
     def _moments(self) -> Tensors:
+        if self.stage:
+            return {f"optimizer.{name}": tensor for name, tensor in zero.moments(self.zero).items()}
         return {
             f"optimizer.{name}.{kind}": tensor
             for name, parameter in self.module.named_parameters()
@@ -163,21 +174,27 @@ class Keeper:
                 f"{path}: of another model: {odd} is {found.get(odd, 'not there')}, expected "
                 f"{expected.get(odd, 'none')}; --overwrite_output_dir begins anew"
             )
-        own = dict(self.module.named_parameters())
+        own, parts = dict(self.module.named_parameters()), dict[str, Tensor]()
         for key, kind in saved.items():
-            if key.startswith("optimizer."):
-                name, _, moment = key.removeprefix("optimizer.").rpartition(".")
+            if not key.startswith("optimizer."):
+                continue
+            name, _, moment = key.removeprefix("optimizer.").rpartition(".")
+            if self.stage:
+                into[key] = parts[f"{name}.{moment}"] = zero.room(self.zero, name, moment, kind.shape)
+            else:
                 into[key] = self.optim.state[own[name]][moment] = _place(kind, own[name])
         drawn = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in saved.items() if name not in into}
         states.read(path, into | drawn)
+        if self.stage:
+            zero.fill(self.zero, parts)
         rank = self.accelerator.process_index
         if rank < len(drawn["random.torch"]):
             mine = {name.removeprefix("random."): rows[rank].clone() for name, rows in drawn.items()}
             _set_random(mine, self.accelerator.device)
 
 
-def _how(count: int, sharded: bool) -> str:
-    return f"{count} process{'es' * (count > 1)}{', in shards' * sharded}"
+def _how(count: int, sharded: bool, stage: int) -> str:
+    return f"{count} process{'es' * (count > 1)}{', in shards' * sharded}{f', with ZeRO {stage}' * (stage > 0)}"
 
 
 def _place(kind: states.Kind, parameter: Tensor) -> Tensor:

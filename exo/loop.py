@@ -44,12 +44,14 @@ def make_accelerator(config: Compute) -> Accelerator:
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
     if sharding.asked(config):
         sharding.refuse(config, mixed)
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
     zero.refuse(config, mixed)
+    zero.choose_device(cpu)
     # accelerate would do it, but shards on GPUs alone, and DeepSpeed with a loop of its own
     names = [name for name in (sharding.LAUNCHER, zero.LAUNCHER) if name in os.environ]
     launchers = {name: os.environ.pop(name) for name in names}
     accelerator = Accelerator(
-        cpu=config.device == "cpu" or not torch.cuda.is_available(),
+        cpu=cpu,
         mixed_precision=mixed,
         log_with=None if tracker == "none" else tracker,
         project_dir=config.output_dir,
@@ -58,7 +60,7 @@ def make_accelerator(config: Compute) -> Accelerator:
     os.environ.update(launchers)
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise ConfigError(f"accelerate: expected one process, DDP, FSDP or DeepSpeed; got {kind}, which is not trained with")
+        raise ConfigError(f"accelerate: expected one process, DDP, FSDP or DeepSpeed, and no other; got {kind}")
     accelerator.gradient_accumulation_steps = 1  # the environment may say otherwise; the denominator is ours
     return accelerator
 

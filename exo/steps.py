@@ -106,7 +106,7 @@ class Step(NamedTuple):
         if world == 1:
             return own, 0
         most = max(1, len(own))
-        if sharding.is_sharded(self.module) or zero.reduces_each(self.module):
+        if sharding.is_sharded(self.module) or zero.stage(self.optim) == 2:
             most = max(len(self.packing.micro_batches(batch[i::world])) for i in range(world))
         return own + [[batch[0]]] * (most - len(own)), most - len(own)
 

@@ -1,20 +1,23 @@
-"""DeepSpeed's ZeRO, stages 1 and 2: every process has the whole weights, and a part of the moments (1), and of the step's
-gradient too (2).
+"""DeepSpeed's ZeRO, stages 1 and 2: every process has the whole weights, a part of the moments (1), and a part of the
+step's gradient (2).
 
-accelerate's launcher asks for it, and its plugin reads what it says; the step stays ours, and so does autocast over fp32
-weights, as under DDP. DeepSpeed is imported when it is asked for. Left out: stage 3, which is what `--fsdp` does;
-offloading; weights kept in 16 bits; DeepSpeed's own checkpoints, which are pickles.
+accelerate's launcher asks for it; its plugin reads what that says. The step stays ours, and --dtype is autocast over
+fp32 weights, as under DDP. DeepSpeed is imported only when it is asked for. Left out: stage 3, which is what `--fsdp`
+does; offloading; weights kept in 16 bits; DeepSpeed's own checkpoints, which are pickles.
 """
 
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from exo.config import ConfigError, Training
 
@@ -35,6 +38,12 @@ def launched() -> bool:
 def asked() -> bool:
     """Whether the run is to be ZeRO's; of one process there are no parts."""
     return launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def choose_device(cpu: bool) -> None:
+    """DeepSpeed chooses its device once, when anything imports it: a GPU if there is one, whatever --device says."""
+    if launched() and cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def refuse(config: Any, mixed_precision: str) -> None:
@@ -73,18 +82,19 @@ def settings(config: Training, mixed_precision: str) -> dict[str, Any]:
         if name not in ours and name not in IDLE:
             raise ConfigError(f"DeepSpeed: its setting {name} is not for this version")
         if name in ours and said not in (*AUTO, *ours[name]) and said is not False:
-            hint = f" or --max_grad_norm {config.max_grad_norm:g}" if name == "gradient_clipping" else ""
-            raise ConfigError(f"DeepSpeed: its setting {name}: expected auto{hint}, because the step is ours; got {said}")
+            hint = f" (--max_grad_norm is {config.max_grad_norm:g})" if name == "gradient_clipping" else ""
+            raise ConfigError(f"DeepSpeed: its setting {name}: expected auto, as our options say it{hint}; got {said}")
     for name, value in zero.items():
         off = value in (*AUTO, False) or isinstance(value, Mapping) and value.get("device") in (None, "none")
         if name not in PASSED_ON and not name.startswith("stage3_") and not off:
             raise ConfigError(f"DeepSpeed: its setting zero_optimization.{name} is not for this version; got {value}")
-    passed_on = {name: value for name, value in zero.items() if name in PASSED_ON and value not in AUTO}
+    parts = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    parts |= {name: value for name, value in zero.items() if name in PASSED_ON and value not in AUTO}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # it would divide by them; the denominator is ours
         "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET} | passed_on,
+        "zero_optimization": parts,
         "zero_allow_untested_optimizer": True,
         # accelerate's autocast around it would be switched off by it, so it makes its own, of the same kind
         "torch_autocast": {"enabled": mixed_precision == "bf16", "dtype": "bfloat16",
@@ -94,10 +104,12 @@ def settings(config: Training, mixed_precision: str) -> dict[str, Any]:
 
 def prepare(module: nn.Module, optim: torch.optim.Optimizer, config: Training, accelerator: Accelerator) -> Any:
     """(DeepSpeed's engine around the module, its optimizer around ours)."""
-    if accelerator.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for a GPU
     import deepspeed
 
+    if accelerator.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # it would compile a library of its own for what gloo does
+    # torch's warning, of the name by which DeepSpeed gathers
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     engine, wrapped, _, _ = deepspeed.initialize(
         model=module.to(accelerator.device), optimizer=optim, config=settings(config, accelerator.mixed_precision)
     )
@@ -108,13 +120,9 @@ def is_engine(module: nn.Module) -> bool:
     return hasattr(module, "set_gradient_accumulation_boundary")
 
 
-def is_optimizer(optim: Any) -> bool:
-    return hasattr(optim, "single_partition_of_fp32_groups")
-
-
-def reduces_each(module: Any) -> bool:
-    """Whether every micro-batch's gradient is reduced at once, so that all processes must have equally many."""
-    return is_engine(module) and module.zero_optimization_stage() == 2
+def stage(optim: Any) -> int:
+    """Of an optimizer; 0 if it is not ZeRO's."""
+    return 1 + optim.partition_gradients if hasattr(optim, "partition_gradients") else 0
 
 
 def backward(engine: Any, loss: Tensor, last: bool) -> None:
@@ -124,7 +132,7 @@ def backward(engine: Any, loss: Tensor, last: bool) -> None:
 
 
 def update(engine: Any, finite: bool) -> float:
-    """Clip and step; the gradient's norm. One that is not finite changes nothing, nor does one of a loss that is not."""
+    """Clip and step; the gradient's norm. One that is not finite changes nothing, nor does that of such a loss."""
     if not finite:
         for gradients in engine.optimizer.averaged_gradients.values():
             for gradient in gradients or ():
@@ -143,17 +151,13 @@ def moments(optim: Any) -> dict[str, Tensor]:
 
 
 def _of_all(part: Tensor) -> Tensor:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
-
     mesh = init_device_mesh(part.device.type, (torch.distributed.get_world_size(),))
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
 
 
-def room(optim: Any, name: str, shape: tuple[int, ...]) -> Tensor:
-    """For a moment that was saved in that shape, to be filled before `fill`."""
-    i, _, kind = name.partition(".")
-    flat = optim.single_partition_of_fp32_groups[int(i)]
+def room(optim: Any, group: str, kind: str, shape: tuple[int, ...]) -> Tensor:
+    """For a group's moment that was saved in that shape, to be read into before `fill`."""
+    flat = optim.single_partition_of_fp32_groups[int(group)]
     own = optim.state[flat][kind] = torch.zeros(flat.shape if shape else (), device=flat.device)
     if not shape:
         return own
@@ -161,13 +165,12 @@ def room(optim: Any, name: str, shape: tuple[int, ...]) -> Tensor:
     return whole if whole.shape == shape else torch.zeros(shape)  # of other parts: all is read, and cut anew
 
 
-def fill(optim: Any, filled: Mapping[str, Tensor]) -> None:
+def fill(optim: Any, read: Mapping[str, Tensor]) -> None:
     """Bring the optimizer in line with the module's weights, and with moments that were read whole."""
     optim.refresh_fp32_params()
-    rank = torch.distributed.get_rank()
-    for name, tensor in filled.items():
-        i, _, kind = name.partition(".")
-        own = optim.state[optim.single_partition_of_fp32_groups[int(i)]][kind]
-        if tensor.dim() and tensor.shape != (own.numel() * torch.distributed.get_world_size(),):
-            mine = tensor[rank * own.numel() : (rank + 1) * own.numel()]
+    for name, tensor in read.items():
+        group, _, kind = name.partition(".")
+        own = optim.state[optim.single_partition_of_fp32_groups[int(group)]][kind]
+        if tensor.dim() and not isinstance(tensor, DTensor):  # padded at its end alone, for any number of processes
+            mine = tensor[torch.distributed.get_rank() * own.numel() :][: own.numel()]
             own[: len(mine)] = mine
