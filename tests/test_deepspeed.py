@@ -6,6 +6,9 @@ where DeepSpeed is not installed, but for the line that says so.
 
 import importlib.util
 import json
+import subprocess
+import sys
+import time
 from itertools import product
 
 import pytest
@@ -63,7 +66,7 @@ def test_eight_steps_of_two_processes_are_those_of_one(how, sizes, tokens, tmp_p
      ("align", 2, ["--lora_r", "4"]), ("align", 2, ["--dtype", "bfloat16"]), ("ppo", 1, []), ("ppo", 2, [])],
 )  # fmt: skip
 def test_a_stage_makes_what_ddp_makes(stage, zero, more, given, tmp_path, monkeypatch):
-    """To the order of sums, which AdamW's first steps can make more of than it is."""
+    """To the order of sums; in bfloat16 that is now and then another number of three digits, and another gradient."""
     monkeypatch.setenv(STAGE, str(zero))
     for name, asked in (("ddp", "false"), ("zero", "true")):
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", asked)
@@ -71,11 +74,31 @@ def test_a_stage_makes_what_ddp_makes(stage, zero, more, given, tmp_path, monkey
         assert code == 0, error
     ddp, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("ddp", "zero"))
     assert ddp.keys() == parts.keys()
-    assert max(float((ddp[name] - parts[name]).abs().max()) for name in ddp) < 2e-5
+    most = 1e-3 if "bfloat16" in more else 2e-5
+    assert max(float((ddp[name] - parts[name]).abs().max()) for name in ddp) < most
     for mine, theirs in zip(*(lines(tmp_path / name / "metrics.jsonl") for name in ("ddp", "zero")), strict=True):
         assert mine.keys() == theirs.keys()
         for name in {"loss", "grad_norm", "learning_rate", "clipped", "eval_loss"} & mine.keys():
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+@needs_it
+@slow
+def test_the_preset_asks_for_it(given, tmp_path, monkeypatch):
+    """Through accelerate's own launcher; seen by what a state says of itself."""
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    argv = interruptions.arguments("sft", given, tmp_path / "run", "--max_steps", "4000", "--checkpoint_steps", "0")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "exo/presets/zero2.yaml"]
+    command += ["--num_processes", "2", "--main_process_port", "0", "-m", "exo.sft", *argv]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while child.poll() is None and not (log.exists() and log.stat().st_size > 2000):
+        time.sleep(0.05)
+    child.terminate()  # the launcher passes it on, and the run keeps its state
+    child.wait(60)
+    (state,) = tmp_path.glob("run/resume/step-*/state.json")
+    facts = json.loads(state.read_text())
+    assert facts["processes"] == 2 and facts["zero"] == 2
 
 
 @needs_it
