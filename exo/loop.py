@@ -65,9 +65,9 @@ def make_accelerator(config: Compute) -> Accelerator:
     return accelerator
 
 
-def placed(model: Any, config: Compute, accelerator: Accelerator) -> Any:
-    """The model itself, on this process's device; in shards, where they are asked for."""
-    return sharding.shard(model, accelerator) if sharding.asked(config) else model.to(accelerator.device)
+def placed(model: Any, config: Compute, accelerator: Accelerator, exact: Sequence[nn.Module] = ()) -> Any:
+    """The model itself, on this process's device; in shards, where they are asked for (sharding.shard)."""
+    return sharding.shard(model, accelerator, exact) if sharding.asked(config) else model.to(accelerator.device)
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -158,17 +158,17 @@ def run(config: Config, start: lineage.Start) -> Path:
     """Train and return the run directory, which is the model directory."""
     path = lineage.source("data", config.data, "prepare", prepared="prompts.jsonl")
     dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
-    if sharding.asked(config):
-        raise ValueError("--fsdp: ppo samples from the model, which in shards it cannot; expected DDP")
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
     console.say(dataset.summary())
-    model, tokenizer = models.load(lineage.source("model", config.model, "sft", "align", "ppo"))
+    name = lineage.source("model", config.model, "sft", "align", "ppo")
+    model, tokenizer = models.load(name, mapped=sharding.asked(config))
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, accelerator, config.max_length)
-    module = ActorCritic(model, Critic(model), config).train(config.dropout)
-    reference = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
-    module.to(accelerator.device)
+    critic, reference = Critic(model), copy.deepcopy(model).eval().requires_grad_(False)
+    for one, exact in ((model, []), (critic, [critic.value]), (reference, [])):
+        loop.placed(one, config, accelerator, exact)
+    module = ActorCritic(model, critic, config).train(config.dropout)
     maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
     prompts = [group.prompt for group in dataset.groups]
     console.counts(encoding.sampled_prompts(prompts, tokenizer, config.max_length - config.max_new_tokens)[1])
@@ -184,8 +184,10 @@ def run(config: Config, start: lineage.Start) -> Path:
     )  # fmt: skip
 
     def after(step: int, last: bool) -> None:
-        if config.save_steps and step % config.save_steps == 0 and accelerator.is_main_process:
-            models.save_checkpoint(model, tokenizer, Path(config.output_dir), f"step-{step}")
+        if config.save_steps and step % config.save_steps == 0:
+            finished = sharding.gathered(model, accelerator.is_main_process)
+            if accelerator.is_main_process:
+                models.save_checkpoint(finished, tokenizer, Path(config.output_dir), f"step-{step}")
 
     loop.train(
         module, source, config.max_steps, config, accelerator, metrics,
@@ -195,7 +197,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         first=partial(_check_ratio, config, accelerator), after=after,
     )  # fmt: skip
     console.counts(maker.remarks)
-    return runs.end(metrics, model, tokenizer, accelerator)
+    return runs.end(metrics, sharding.gathered(model, accelerator.is_main_process), tokenizer, accelerator)
 
 
 def _maker(
@@ -210,8 +212,9 @@ def _maker(
 
     @torch.no_grad()
     def values(part: Sequence[TokenGroup]) -> list[list[float]]:
+        batch = packing.collate(part).to(accelerator.device)
         with accelerator.autocast():
-            rows = module.critic(packing.collate(part).to(accelerator.device))
+            rows = sharding.entered(module.critic, partial(module.critic, batch))
         return [row.tolist() for (row,) in of_completions(part, rows.double().cpu())]
 
     sampling = {

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from exo import encoding, policy, processes, rewards, samples
+from exo import encoding, policy, processes, rewards, samples, sharding
 from exo.data import Group
 from exo.encoding import TokenGroup
 from exo.packing import Batch, Packing
@@ -81,7 +81,7 @@ class Maker(NamedTuple):
 
     def make(self, prompts: Sequence[str], numbers: Sequence[int]) -> list[Rollout]:
         """One completion of each prompt."""
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), sharding.held_whole(self.model):
             drawn = samples.draw(
                 self.model, self.tokenizer, prompts, numbers=numbers, k=1, run=self._run, **self.sampling
             )
@@ -92,7 +92,8 @@ class Maker(NamedTuple):
         scores = [row[0] for row in found]
         groups = self._encode(drawn)
         now, before = self._logps(self.model, groups), self._logps(self.reference, groups)
-        listed = processes.each(groups, self.values, self.packing, self.accelerator)
+        together = sharding.is_sharded(self.model)
+        listed = processes.each(groups, self.values, self.packing, self.accelerator, together=together)
         values = [torch.tensor(row, dtype=torch.float64) for row in listed]
         earned = [-self.kl_coef * (a - b) for a, b in zip(now, before, strict=True)]
         for row, one in zip(earned, scores, strict=True):

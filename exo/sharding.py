@@ -3,13 +3,14 @@ it needs it.
 
 torch's `fully_shard` on the layers of a model, and on an entrance around it: whatever runs by the entrance finds what
 is outside the layers whole, and so the fused loss its head. No process ever holds more on its device than its shards,
-a layer and that. `--fsdp` asks for it, or accelerate's launcher with FSDP settings, of which only that they are there
-is read. Left out: sampling from a model in shards (ppo refuses).
+a layer and that; but while it samples, all of the model, in the dtype of computation. `--fsdp` asks for it, or
+accelerate's launcher with FSDP settings, of which only that they are there is read. Left out: 4 bits, compilation.
 """
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -42,10 +43,10 @@ def refuse(config: Any, mixed_precision: str) -> None:
             raise ConfigError(f"--fsdp: does not go together with --{name}")
 
 
-def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+def shard(model: nn.Module, accelerator: Accelerator, exact: Sequence[nn.Module] = ()) -> nn.Module:
     """The model itself, in shards on the processes' devices from now on, in fp32 if it was in 16 bits.
 
-    With its adapter, if it is to have one; its optimizer comes after.
+    With its adapter, if it is to have one; its optimizer comes after. `exact` parts of it compute in fp32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -56,6 +57,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     layers = {name for child in model.modules() for name in getattr(child, "_no_split_modules", None) or ()}
     entrance = Entrance(model)
+    for child in exact:
+        fully_shard(child, mesh=mesh)
     for child in [child for child in model.modules() if type(child).__name__ in layers] + [entrance]:
         if any(parameter.dtype in HALVES for parameter in child.parameters()):
             child.float()
@@ -78,27 +81,47 @@ def entered(module: nn.Module, call: Callable[[], T]) -> T:
 
     All processes call. Without gradients all is in shards again after it; else after the backward pass.
     """
-    entrances = [vars(child)[ENTRANCE] for child in module.modules() if ENTRANCE in vars(child)]
+    entrances = _entrances(module)
     for entrance in entrances:
         call = partial(entrance, call)
     found = call()
     if not torch.is_grad_enabled():
         for entrance in entrances:
-            _settle(entrance)
+            for part in _parts(entrance):
+                part.reshard()  # the outermost is left whole for a backward pass
     return found
+
+
+@contextmanager
+def held_whole(model: nn.Module) -> Iterator[None]:
+    """For the while a model in shards is whole on every device, and each process runs it by itself, without gradients.
+    All processes begin and end it."""
+    parts = [part for entrance in _entrances(model) for part in _parts(entrance)]
+    with torch.no_grad():
+        entered(model, lambda: None)  # before its parts: the first to be used is taken for the outermost
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(not isinstance(part, Entrance), recurse=False)
+            part.reshard()
+
+
+def _entrances(module: nn.Module) -> list[nn.Module]:
+    return [vars(child)[ENTRANCE] for child in module.modules() if ENTRANCE in vars(child)]
+
+
+def _parts(entrance: nn.Module) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [child for child in entrance.modules() if isinstance(child, FSDPModule)]
 
 
 def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
-def _settle(module: nn.Module) -> None:
-    """Back to shards: what ran without a backward pass left the outermost weights whole."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for child in module.modules():
-        if isinstance(child, FSDPModule):
-            child.reshard()
 
 
 def own(tensor: Tensor) -> Tensor:
@@ -126,7 +149,8 @@ def gathered(model: Any, main: bool) -> Any:
     below = model.get_base_model() if hasattr(model, "get_base_model") else model
     with init_empty_weights(include_buffers=False):
         plain = type(below)(below.config)
-    plain.generation_config = below.generation_config
+    if hasattr(below, "generation_config"):  # of a classifier there is none
+        plain.generation_config = below.generation_config
     if below is not model:
         import peft
 

@@ -1,19 +1,24 @@
 """Processes that run a stage and may be killed, each born in a moment from one that has imported everything.
 
-`python -m tests.fork_server` reads a line of JSON a run, {"stage", "argv", "log", "crash", "poison"}, prints its pid
-and how it ended. With "crash": n the process dies, as of kill -9, at the n-th call of the file system within the saves
-of states; with "poison": [kind, step] the loss or gradient of that step of an alignment is not finite.
-`Server` is the other end. Left out: what is killed and why (test_crashes.py, soak.py).
+`python -m tests.fork_server` reads a line of JSON a run, {"stage", "argv", "log", "ranks", "crash", "poison"}, prints
+its pid and how it ended. With "ranks": n it is n processes together, as a launcher would begin them. With "crash": n
+the process dies, as of kill -9, at the n-th call of the file system within the saves of states; with "poison": [kind,
+step] the loss or gradient of that step of an alignment is not finite. `Server` is the other end. Left out: what is
+killed and why (test_crashes.py, soak.py).
 """
 
 import contextlib
+import importlib
 import json
 import os
 import random
 import select
+import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.listdir", "os.scandir"}
@@ -27,10 +32,12 @@ class Server:
             env=environment, cwd=Path(__file__).parents[1],
         )  # fmt: skip
 
-    def begin(self, stage: str, argv: list[str], log: Path, crash: int | None = None, poison: object = None) -> int:
+    def begin(
+        self, stage: str, argv: list[str], log: Path, *, ranks: int = 1, crash: int | None = None, poison: object = None
+    ) -> int:
         """The pid of a run; its output goes to the end of `log`."""
         assert self.child.stdin and self.child.stdout
-        asked = {"stage": stage, "argv": argv, "log": str(log), "crash": crash, "poison": poison}
+        asked = {"stage": stage, "argv": argv, "log": str(log), "ranks": ranks, "crash": crash, "poison": poison}
         self.child.stdin.write(json.dumps(asked) + "\n")
         self.child.stdin.flush()
         return int(self.child.stdout.readline())
@@ -122,10 +129,55 @@ def _crash_in_saves(at: int) -> None:
     sys.addaudithook(count)
 
 
+def _run(asked: dict) -> int:
+    """A stage, or a module below tests, in this process."""
+    from tests.interruptions import STAGES
+
+    if asked["crash"] is not None:
+        _crash_in_saves(asked["crash"])
+    if asked["poison"] is not None:
+        _poison(*asked["poison"])
+    try:
+        module = STAGES.get(asked["stage"]) or importlib.import_module(asked["stage"])
+        code = module.main(asked["argv"])
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    return code if isinstance(code, int) else 98
+
+
+def _run_ranks(asked: dict) -> int:
+    """The same in several processes, as a launcher begins them; the exit code of the first that failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = []
+    for rank in map(str, range(asked["ranks"])):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(asked["ranks"])}
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(asked["ranks"])}
+            os._exit(_run(asked))
+        ranks.append(pid)
+    code = 0
+    while ranks:
+        pid, status = os.wait()
+        ranks.remove(pid)
+        ended = os.waitstatus_to_exitcode(status)
+        if ended and not code:
+            code = 128 - ended if ended < 0 else ended
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+    return code
+
+
 def main() -> None:
     import torch
 
-    from tests.interruptions import STAGES
+    import tests.parallel_worker  # noqa: F401  imports all that is ever run here
 
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -136,21 +188,7 @@ def main() -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            if asked["crash"] is not None:
-                _crash_in_saves(asked["crash"])
-            if asked["poison"] is not None:
-                _poison(*asked["poison"])
-            try:
-                code = STAGES[asked["stage"]].main(asked["argv"])
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                code = 99
-            sys.stdout.flush()
-            os._exit(code if isinstance(code, int) else 98)
+            os._exit(_run(asked) if asked["ranks"] == 1 else _run_ranks(asked))
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 

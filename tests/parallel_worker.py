@@ -32,8 +32,8 @@ def groups(sizes: list[int], far: float) -> list[TokenGroup]:
     ]  # fmt: skip
 
 
-def main() -> None:
-    how, file, sizes, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+def main(argv: list[str]) -> int:
+    how, file, sizes, tokens = argv[0], argv[1], json.loads(argv[2]), int(argv[3])
     torch.set_num_threads(1)
     how, _, dtype = how.partition("-")
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if dtype == "bf16" else "no")
@@ -59,6 +59,8 @@ def main() -> None:
     whole = {name: sharding.whole(p).detach().clone() for name, p in module.named_parameters()}
     if accelerator.is_main_process:
         save_file(whole | {"losses": torch.tensor(losses, dtype=torch.float64)}, file)
+    return 0
 
 
-main()
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -69,8 +69,12 @@ def test_weights_that_are_mapped_are_those_that_are_read(family, tmp_path):
     assert mapped.config.to_dict() == read.config.to_dict()
 
 
+def known(family):
+    return hasattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")
+
+
 def skip_unless_known(family):
-    if not hasattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config"):
+    if not known(family):
         pytest.skip(f"this transformers has no {family}")
 
 

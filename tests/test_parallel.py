@@ -3,7 +3,6 @@
 Two processes with gloo, on CPUs; where one of them fails, all end.
 """
 
-import importlib
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from exo import label, launch, models
 from tests import interruptions
+from tests.fork_server import Server
 from tests.interruptions import STAGES, lines, made
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +37,13 @@ def given(tmp_path_factory):
     return interruptions.given(tmp_path_factory.mktemp("given"))
 
 
+@pytest.fixture(scope="module")
+def server(environment):
+    found = Server()
+    yield found
+    found.close()
+
+
 EVEN, UNEVEN, FEW, FAR = [5] * 6, [1, 60, 2, 3, 40, 1, 5], [9], [5, 9, 7, 3]
 slow = pytest.mark.slow
 SPLITS = [
@@ -48,12 +55,12 @@ SPLITS = [
 
 
 @pytest.mark.parametrize(("how", "sizes", "tokens"), SPLITS)
-def test_eight_steps_of_two_processes_are_those_of_one(how, sizes, tokens, tmp_path):
+def test_eight_steps_of_two_processes_are_those_of_one(how, sizes, tokens, tmp_path, server):
     """In fp64, to the rounding of sums; where one process has no group, it waits for nothing and nobody for it."""
     found = []
     for name, processes, kind, most in (("one", 1, "ddp", 4096), ("two", 2, how, tokens)):
         arguments = [kind, str(tmp_path / name), json.dumps(sizes), str(most)]
-        assert launch.run("tests.parallel_worker", arguments, processes) == 0
+        assert server.run("tests.parallel_worker", arguments, tmp_path / "log", ranks=processes) == 0
         found.append(load_file(tmp_path / name))
     one, two = found
     assert one.keys() == two.keys()
@@ -62,26 +69,34 @@ def test_eight_steps_of_two_processes_are_those_of_one(how, sizes, tokens, tmp_p
 
 
 def run(stage, given, out, *more, processes=2):
-    """The exit code of a stage in several processes, and what it said on stderr."""
+    """The exit code of a stage in several processes, and what it said."""
     argv = [a for a in interruptions.arguments(stage, given, out, *more) if a != "--dropout"]
     child = subprocess.run(
         [sys.executable, "-m", f"exo.{stage}", *argv, f"--nproc={processes}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return child.returncode, child.stdout, child.stderr
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    return child.returncode, child.stdout
+
+
+def forked(server, stage, given, out, *more, processes=2):
+    """The same, without a launcher and its imports."""
+    argv = [a for a in interruptions.arguments(stage, given, out, *more) if a != "--dropout"]
+    log = out.with_name(f"{out.name}.log")
+    log.parent.mkdir(exist_ok=True)
+    log.unlink(missing_ok=True)
+    code = server.run(stage, argv, log, ranks=processes)
+    return code, log.read_text()
 
 
 @pytest.mark.parametrize(
     ("stage", "how"),
     [pytest.param(s, h, marks=slow)
-     for s, h in product(("sft", "reward", "align", "ppo"), ("--fsdp", "--fsdp=false")) if (s, h) != ("ppo", "--fsdp")],
+     for s, h in product(("sft", "reward", "align", "ppo"), ("--fsdp", "--fsdp=false"))],
 )  # fmt: skip
-def test_a_stage_in_two_processes_makes_what_one_makes(stage, how, given, tmp_path):
+def test_a_stage_in_two_processes_makes_what_one_makes(stage, how, given, tmp_path, server):
     for name, processes in (("one", 1), ("two", 2)):
-        code, said, error = run(stage, given, tmp_path / name, how, processes=processes)
-        assert code == 0, error
+        code, said = forked(server, stage, given, tmp_path / name, how, processes=processes)
+        assert code == 0, said
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
@@ -102,7 +117,7 @@ def test_a_stage_in_two_processes_makes_what_one_makes(stage, how, given, tmp_pa
         pytest.param(["--reference=none"], id="no reference", marks=slow),
     ],
 )
-def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, given, tmp_path):
+def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, given, tmp_path, server):
     """Its files are mapped, its references scored in shards."""
     for name, seed in (("start", 0), ("other", 1)):
         model, tokenizer = models.load(given / "start")
@@ -115,8 +130,8 @@ def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, gi
     options += ["--model", str(given / "start-16")]
     for name, how, processes in (("one", "--fsdp=false", 1), ("two", "--fsdp", 2)):
         more = [how, "--reference_cache", str(tmp_path / name / "kept"), *options]
-        code, said, error = run("align", given, tmp_path / name / "run", *more, processes=processes)
-        assert code == 0, error
+        code, said = forked(server, "align", given, tmp_path / name / "run", *more, processes=processes)
+        assert code == 0, said
     kept = [sorted((tmp_path / name / "kept").glob("*")) for name in ("one", "two")]
     assert [[file.read_bytes() for file in files] for files in kept[:1]] == [[f.read_bytes() for f in kept[1]]]
     file = "adapter_model.safetensors" if "--lora_output=adapter" in options else "model.safetensors"
@@ -125,18 +140,25 @@ def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, gi
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_nothing_but_weights_is_rounded_to_bfloat16(how, tmp_path):
+@slow
+def test_every_family_of_models_in_shards_has_the_gradients_of_whole_ones(tmp_path, server):
+    assert server.run("tests.shard_worker", [str(tmp_path / "found")], tmp_path / "log", ranks=2) == 0
+    found = json.loads((tmp_path / "found").read_text())
+    assert len(found) >= 12 and max(found.values()) < 1e-11, found
+
+
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=slow), "fsdp"])
+def test_nothing_but_weights_is_rounded_to_bfloat16(how, tmp_path, server):
     """References and rewards reach the loss as they are: of sums near -1000 bfloat16 would leave steps of 4 nats."""
     losses = []
     for name, processes, kind in (("one", 1, "ddp-bf16"), ("two", 2, f"{how}-bf16")):
         arguments = [kind, str(tmp_path / name), json.dumps(FAR), "4096"]
-        assert launch.run("tests.parallel_worker", arguments, processes) == 0
+        assert server.run("tests.parallel_worker", arguments, tmp_path / "log", ranks=processes) == 0
         losses.append(load_file(tmp_path / name)["losses"])
     assert torch.allclose(*losses, rtol=0.02, atol=0)
 
 
-def test_sampling_scoring_and_evaluation_in_two_processes_are_those_of_one(given, tmp_path):
+def test_sampling_scoring_and_evaluation_in_two_processes_are_those_of_one(given, tmp_path, server):
     """To the byte: each batch is drawn by one of them, in the batches of one process."""
     model, data = ["--model", str(given / "start")], ["--data", str(given / "ppo.jsonl")]
     common = ["--device", "cpu", "--max_new_tokens", "6"]
@@ -150,10 +172,10 @@ def test_sampling_scoring_and_evaluation_in_two_processes_are_those_of_one(given
         }  # fmt: skip
         for stage, argv in commands.items():
             argv += ["--output_dir", str(out / stage)]
-            if n == 1:
-                assert importlib.import_module(f"exo.{stage}").main(argv) == 0
-            else:
+            if (stage, n) == ("score", 2):  # by the launcher itself
                 assert launch.run(f"exo.{stage}", argv, n) == 0
+            else:
+                assert server.run(f"exo.{stage}", argv, tmp_path / "log", ranks=n) == 0
     for file in (
         "sample/samples.jsonl",
         "score/scored.jsonl",
@@ -163,32 +185,30 @@ def test_sampling_scoring_and_evaluation_in_two_processes_are_those_of_one(given
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
 
 
-def killed(given, run_directory, how):
+def killed(server, given, out, how):
     """An alignment in two processes that were killed after a state was saved, well before the end."""
-    argv = [a for a in interruptions.arguments("align", given, run_directory, how) if a != "--dropout"]
-    command = [sys.executable, "-m", "exo.align", *argv, "--nproc=2"]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
-    while not list(run_directory.glob("resume/step-*4")) and child.poll() is None:
+    argv = [a for a in interruptions.arguments("align", given, out, how) if a != "--dropout"]
+    first = server.begin("align", argv, out.with_name("killed.log"), ranks=2)
+    while not list(out.glob("resume/step-*4")):
         time.sleep(0.005)
-    workers = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(child.pid)]).split()]
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
-    assert child.wait() == 137
+    for pid in subprocess.check_output(["pgrep", "-P", str(first)]).split():
+        os.kill(int(pid), signal.SIGKILL)
+    assert server.end() == 137
 
 
 @pytest.mark.parametrize("how", [pytest.param("--fsdp", marks=slow), pytest.param("--fsdp=false", marks=slow)])
-def test_two_processes_that_are_killed_go_on_to_the_same_end(how, given, tmp_path):
-    assert run("align", given, tmp_path / "whole", how)[0] == 0
-    killed(given, tmp_path / "run", how)
-    code, said, error = run("align", given, tmp_path / "run", how)
-    assert code == 0, error
+def test_two_processes_that_are_killed_go_on_to_the_same_end(how, given, tmp_path, server):
+    assert forked(server, "align", given, tmp_path / "whole", how)[0] == 0
+    killed(server, given, tmp_path / "run", how)
+    code, said = forked(server, "align", given, tmp_path / "run", how)
+    assert code == 0, said
     assert "going on after step" in said
     assert made(tmp_path / "run") == made(tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")
-def in_one(given):
-    assert run("align", given, given / "in-one", processes=1)[0] == 0
+def in_one(given, server):
+    assert forked(server, "align", given, given / "in-one", processes=1)[0] == 0
     return load_file(given / "in-one" / "model.safetensors")
 
 
@@ -202,13 +222,13 @@ def in_one(given):
         pytest.param("--fsdp=false", "--fsdp=false", 3, marks=slow),
     ],
 )
-def test_a_state_of_two_processes_goes_on_in_others(before, after, processes, given, in_one, tmp_path):
+def test_a_state_of_two_processes_goes_on_in_others(before, after, processes, given, in_one, tmp_path, server):
     """In other shards, or in none, if that is allowed; to the end that one process comes to."""
-    killed(given, tmp_path / "run", before)
-    code, said, error = run("align", given, tmp_path / "run", after, processes=processes)
-    assert code == 1 and "of a run with 2 processes" in error and "with --allow_changes it goes on" in error
-    code, said, error = run("align", given, tmp_path / "run", after, "--allow_changes", processes=processes)
-    assert code == 0 and "going on after step" in said, error
+    killed(server, given, tmp_path / "run", before)
+    code, said = forked(server, "align", given, tmp_path / "run", after, processes=processes)
+    assert code == 1 and "of a run with 2 processes" in said and "with --allow_changes it goes on" in said
+    code, said = forked(server, "align", given, tmp_path / "run", after, "--allow_changes", processes=processes)
+    assert code == 0 and "going on after step" in said, said
     found = load_file(tmp_path / "run" / "model.safetensors")
     assert found.keys() == in_one.keys()
     assert max(float((found[name] - in_one[name]).abs().max()) for name in found) < 2e-5
@@ -297,7 +317,7 @@ def test_a_signal_before_all_have_begun_ends_those_that_have(monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "more", "said"),
     [
-        ("ppo", [], "ppo samples from the model"),
+        ("ppo", ["--dtype=float16"], "expected --dtype bfloat16 or float32"),
         ("align", ["--compile"], "does not go together with --compile"),
         ("sft", ["--dtype=float16"], "expected --dtype bfloat16 or float32"),
     ],

@@ -227,6 +227,18 @@ def test_states_that_are_damaged_make_room_and_none_that_is_whole(half, whole, c
     assert made(run) == whole("sft")
 
 
+def test_a_state_in_many_files_is_one(given, whole, tmp_path, monkeypatch):
+    """As of a large model, whose files are kept small enough to be in memory twice."""
+    monkeypatch.setattr(states, "FILE", 4000)
+    argv = interruptions.arguments("sft", given, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 7)
+        STAGES["sft"].main(argv)
+    assert len(list((tmp_path / "run/resume/step-00000006/tensors").iterdir())) > 10
+    assert STAGES["sft"].main(argv) == 0
+    assert made(tmp_path / "run") == whole("sft")
+
+
 def test_a_log_that_is_not_the_states_is_seen(half, capsys):
     run, argv = half
     (run / "metrics.jsonl").write_text("")
