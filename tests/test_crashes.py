@@ -7,6 +7,7 @@ happened to ended, bit for bit.
 import os
 import random
 import time
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -29,19 +30,21 @@ def server():
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, server):
-    """Data, a start, and for each stage what it makes undisturbed and how long that takes."""
+    """Data and a start, and for a stage what it makes undisturbed, and in how many seconds."""
     directory = interruptions.given(tmp_path_factory.mktemp("given"))
-    whole, seconds = {}, {}
-    for stage in STAGES:
+
+    @cache
+    def undisturbed(stage):
         run = directory / f"whole-{stage}"
         argv = interruptions.arguments(stage, directory, run)
         began = server.run(stage, argv, directory / "log"), time.monotonic()  # its first comes with the imports
         assert began[0] == 0, (directory / "log").read_text()
-        whole[stage] = made(run)
+        whole = made(run)
         assert server.run(stage, [*argv, "--overwrite_output_dir"], directory / "log") == 0
-        seconds[stage] = time.monotonic() - began[1]
-        assert made(run) == whole[stage]
-    return directory, whole, seconds
+        assert made(run) == whole
+        return whole, time.monotonic() - began[1]
+
+    return directory, undisturbed
 
 
 def finished(server: Server, stage: str, argv: list[str], log: Path) -> None:
@@ -54,10 +57,11 @@ def finished(server: Server, stage: str, argv: list[str], log: Path) -> None:
      for stage in STAGES for seed in range(8)],
 )  # fmt: skip
 def test_killed_at_any_moment_again_and_again(stage, seed, server, given, tmp_path):
-    directory, whole, seconds = given
+    directory, undisturbed = given
+    whole, seconds = undisturbed(stage)
     argv, log = interruptions.arguments(stage, directory, tmp_path / "run"), tmp_path / "log"
     kills = 0
-    for delay in chain([0.6 * seconds[stage]], islice(moments(seed, seconds[stage]), MOST)):
+    for delay in chain([0.6 * seconds], islice(moments(seed, seconds), MOST)):
         anew = ["--overwrite_output_dir"] * (kills == 0)  # a run that ended before its kill is none
         code = server.killed(stage, [*argv, *anew], log, after=delay)
         assert code in (0, -9), log.read_text()[-2000:]
@@ -65,7 +69,7 @@ def test_killed_at_any_moment_again_and_again(stage, seed, server, given, tmp_pa
         if code == 0 and kills:
             break
     finished(server, stage, argv, log)
-    assert kills and made(tmp_path / "run") == whole[stage]
+    assert kills and made(tmp_path / "run") == whole
 
 
 def crashes(server: Server, stage: str, argv: list[str], log: Path, first: int, step: int):
@@ -78,18 +82,18 @@ def crashes(server: Server, stage: str, argv: list[str], log: Path, first: int, 
 
 @pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_every_call_of_the_file_system_within_a_save(step, server, given, tmp_path):
-    directory, whole, _ = given
+    directory, undisturbed = given
     argv, log = interruptions.arguments("sft", directory, tmp_path / "run"), tmp_path / "log"
     tried = 0
     for n in crashes(server, "sft", argv, log, first=0, step=step):
         finished(server, "sft", argv, log)
-        assert made(tmp_path / "run") == whole["sft"], n
+        assert made(tmp_path / "run") == undisturbed("sft")[0], n
         tried += 1
     assert tried * step > 80, "4 saves of 5 files each"
 
 
 def test_damaged_anywhere_a_state_is_not_used(server, given, tmp_path):
-    directory, whole, _ = given
+    directory, _ = given
     argv, log = interruptions.arguments("sft", directory, tmp_path / "run"), tmp_path / "log"
     assert server.run("sft", argv, log, crash=80) == 9
     state = states.newest(tmp_path / "run" / artifacts.STATES)
@@ -116,21 +120,21 @@ def damage(file: Path, content: bytes, rng: random.Random) -> None:
 
 
 def test_two_at_once_in_one_directory_the_second_refuses(server, given, tmp_path):
-    directory, whole, seconds = given
+    directory, undisturbed = given
     argv, log = interruptions.arguments("align", directory, tmp_path / "run"), tmp_path / "log"
     pid = server.begin("align", argv, log)
     while not (tmp_path / "run" / "run.json").exists() and server.poll() is None:
         time.sleep(0.01)
     assert STAGES["align"].main(argv) == 1
     assert server.end() == 0
-    assert made(tmp_path / "run") == whole["align"] and pid
+    assert made(tmp_path / "run") == undisturbed("align")[0] and pid
 
 
 def test_sampling_and_scoring_go_on_within_themselves(server, given, tmp_path, monkeypatch):
     """Pieces that were whole are not made again, and the file is the same."""
     from exo import generation, sample
 
-    directory, _, _ = given
+    directory, _ = given
     argv = ["--model", str(directory / "start"), "--data", str(directory / "ppo.jsonl"), "--k", "2", "--device", "cpu"]
     argv += ["--max_new_tokens", "6", "--batch_size", "6"]
     assert sample.main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0

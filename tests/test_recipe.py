@@ -82,6 +82,7 @@ def test_the_same_command_again_runs_nothing_but_the_report(quickstart, capsys):
     }
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_artifacts(quickstart, tmp_path, monkeypatch):
     """Stopped between stages, and once inside one, whose half-made directory is made anew."""
     arguments = ["--output_dir", str(tmp_path / "run"), "--set", SHORT, "--methods", "exo-pref"]

@@ -73,7 +73,7 @@ def run(start, directory, row, capfd):
     return [line for line in lines(directory / "metrics.jsonl") if "loss" in line]
 
 
-QUICK = ("111110", "110001", "101010")
+QUICK = ("111110", "101010")
 
 
 @pytest.mark.parametrize("row", [row if row in QUICK else pytest.param(row, marks=pytest.mark.slow) for row in ROWS])
