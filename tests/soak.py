@@ -19,7 +19,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from exo import artifacts, launch, states
+from exo import artifacts, states
 from tests import interruptions
 from tests.fork_server import Server, moments
 from tests.interruptions import STAGES, made
@@ -146,7 +146,7 @@ class Soak:
         sizes, how, tokens = list(product(([5] * 6, [1, 60, 2, 3, 40, 1, 5], [9]), ("ddp", "fsdp"), (70, 4096)))[done]
         for name, processes, kind, most in (("one", 1, "ddp", 4096), ("two", 2, how, tokens)):
             arguments = [kind, str(self.directory / name), json.dumps(sizes), str(most)]
-            assert launch.run("tests.parallel_worker", arguments, processes) == 0
+            assert self.server.run("tests.parallel_worker", arguments, self.log, ranks=processes) == 0
         one, two = (load_file(self.directory / name) for name in ("one", "two"))
         largest = max(float((one[name] - two[name]).abs().max()) for name in one if name != "losses")
         return 1, largest <= 1e-14, {"largest_difference": largest}
