@@ -340,6 +340,7 @@ def guarded(run: Callable[[Any], object], options: Any) -> int:
         return launch.run(module, command_line(options), options.nproc)
     try:
         signals.end_in_order()
+        launch.follow()
         run(options)
     except KeyboardInterrupt:
         _last_words("interrupted")

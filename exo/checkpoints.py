@@ -75,6 +75,10 @@ class Keeper:
         """Bring back the newest whole state; None where there is none, and the log is emptied then."""
         path = states.newest(self.directory, self.accelerator)
         if path is None:
+            if any(self.directory.glob("step-*")):  # what made them so may pass; to begin anew is for the user to say
+                raise RunError(
+                    f"{self.directory}: none of its states is whole; --overwrite_output_dir begins the run anew"
+                )
             self._cut(0)
             return None
         facts = json.loads((path / states.FACTS).read_text(encoding="utf-8"))

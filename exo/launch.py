@@ -1,7 +1,7 @@
 """Several processes on this machine: `--nproc N` of a stage begins N of itself, as torchrun would.
 
-The first that fails ends the others. What several say alike on stderr is said once. A signal goes to all of them. Left
-out: several machines, which torchrun and accelerate's launcher begin.
+The first that fails ends the others. What several say alike on stderr is said once. A signal goes to all of them, and
+the end of the launcher is one. Left out: several machines, which torchrun and accelerate's launcher begin.
 """
 
 import os
@@ -13,13 +13,22 @@ import threading
 import time
 from collections.abc import Sequence
 
+from exo import signals
+
 PATIENCE = 15.0  # seconds between asking processes to end and ending them
 TICK = 0.05
+PARENT = "EXO_LAUNCHER"  # its process
 
 
 def wanted(processes: int) -> bool:
     """Whether this process is to begin others; whoever is one of several already is not."""
     return processes > 1 and "RANK" not in os.environ
+
+
+def follow() -> None:
+    """One of several is told to stop where the one that began them is killed."""
+    if PARENT in os.environ:
+        signals.end_with(int(os.environ[PARENT]))
 
 
 def run(module: str, arguments: Sequence[str], processes: int) -> int:
@@ -28,7 +37,7 @@ def run(module: str, arguments: Sequence[str], processes: int) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    common |= {"LOCAL_WORLD_SIZE": str(processes)}
+    common |= {"LOCAL_WORLD_SIZE": str(processes), PARENT: str(os.getpid())}
     # as many threads together as one process would have
     common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     children: list[subprocess.Popen[bytes]] = []

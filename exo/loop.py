@@ -161,7 +161,7 @@ def train(
                 if after is not None:
                     after(step, step == steps)
     except NotFinite as error:
-        if accelerator.num_processes == 1:  # the others do not know of it, and nothing has been updated since
+        if error.of_all:  # nothing has been updated since the last step
             keeper.save()
         raise RunError(f"{error}{keeper.kept()}") from error
     except (RunError, OSError) as error:

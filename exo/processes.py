@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from exo import signals
-from exo.artifacts import Pieces
+from exo.artifacts import Pieces, RunError
 from exo.encoding import TokenGroup
 from exo.packing import Packing
 
@@ -22,17 +22,26 @@ R = TypeVar("R")
 
 
 def shared(
-    items: Sequence[T], of: Callable[[T], Any], accelerator: Accelerator, *, together: bool = False
+    items: Sequence[T],
+    of: Callable[[T], Any],
+    accelerator: Accelerator,
+    *,
+    together: bool = False,
+    heeding: bool = True,
 ) -> list[Any]:
     """`of` each item, which must give JSON; item i is for process i modulo their number.
 
     `together` has every process call `of` equally often, as a model in shards needs it: what one does more is dropped.
-    Between two items signals are heeded, where they are (signals.Stopped), by all processes at the same.
+    `heeding`: between two items signals are heeded, where they are (signals.Stopped), by all processes at the same.
+    RunError where processes bring other numbers of items: what they share must be the same for all.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
+    if len(set(gathered(len(items), accelerator))) > 1:
+        raise RunError(f"rank {rank}: has {len(items)} items to share, and others have more or fewer")
     mine = []
     for first in range(0, len(items), world):
-        _stop_if_asked(accelerator)
+        if heeding:
+            _stop_if_asked(accelerator)
         if first + rank < len(items):
             mine.append(of(items[first + rank]))
         elif together:

@@ -70,14 +70,17 @@ def score(
             return [tuple(float(row.sum()) for row in rows) for rows in of(part)]
 
         scored: dict[int, Sums] = {}
-        unknown, world, together = [], accelerator.num_processes, sharding.is_sharded(model)
-        for part in packing.micro_batches(groups):
-            # a micro-batch is made whole or not at all, so that an interruption changes no bit
-            if kept and (known := kept.of(part)):
-                scored |= zip(map(id, part), known, strict=True)
-                progress.advance(len(part))
-            else:
-                unknown.append(part)
+        world, together = accelerator.num_processes, sharding.is_sharded(model)
+        # a micro-batch is made whole or not at all, so that an interruption changes no bit; and by all processes where
+        # one does not know it, which may have read the file before another run added to it, or a file of its own
+        parts = packing.micro_batches(groups)
+        known = [kept.of(part) if kept else None for part in parts]
+        own = [i for i, sums_of in enumerate(known) if sums_of is None]
+        missing = sorted({i for some in processes.gathered(own, accelerator) for i in some})
+        for i in sorted({*range(len(parts))} - {*missing}):
+            scored |= zip(map(id, parts[i]), known[i] or (), strict=True)
+            progress.advance(len(parts[i]))
+        unknown = [parts[i] for i in missing]
         for first in range(0, len(unknown), world):
             now = unknown[first : first + world]
             for part, found in zip(now, processes.shared(now, sums, accelerator, together=together), strict=True):
@@ -102,6 +105,8 @@ def _identity(
         "rows": _sha("".join(map(_row, groups))),
         "temperature": temperature,
         "dtype": accelerator.mixed_precision,
+        # then a model in shards has norms and embeddings in 16 bits too
+        "sharded": sharding.is_sharded(model) and accelerator.mixed_precision != "no",
         "device": accelerator.device.type,
         "packing": [packing.max_tokens, packing.layout, packing.one_row],
         "versions": artifacts.versions(),

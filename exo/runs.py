@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from exo import artifacts, data, lineage, models, plots, states
+from exo import artifacts, data, lineage, models, plots, processes, states
 from exo.artifacts import Metrics, Pieces
 from exo.lineage import Start
 
@@ -20,16 +20,25 @@ def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Me
     make room."""
     if accelerator.is_main_process:
         lineage.begin(start, keep=True, rows=rows)
-    accelerator.wait_for_everyone()
+    _check_seen(start, accelerator)
     accelerator.init_trackers("exo")
     return Metrics(Path(start.config.output_dir) / "metrics.jsonl")
+
+
+def _check_seen(start: Start, accelerator: Accelerator) -> None:
+    """RunError unless all processes see the directory that the first has made, before any work is done."""
+    accelerator.wait_for_everyone()
+    record = Path(start.config.output_dir) / artifacts.RUN_FILE
+    own = record.read_text(encoding="utf-8") if record.exists() else ""
+    if len(set(processes.gathered(own, accelerator))) > 1:
+        raise artifacts.RunError(f"--output_dir {start.config.output_dir}: expected one that all processes see")
 
 
 def begin_pieces(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Pieces:
     """The same for a stage that works in pieces; and those that an earlier run of it made."""
     if accelerator.is_main_process:
         lineage.begin(start, keep=True, rows=rows)
-    accelerator.wait_for_everyone()
+    _check_seen(start, accelerator)
     found = Pieces(Path(start.config.output_dir) / artifacts.PIECES, writes=accelerator.is_main_process)
     accelerator.wait_for_everyone()  # nobody writes before all have read
     return found

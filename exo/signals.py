@@ -71,6 +71,17 @@ def end_in_order() -> None:
         signal.signal(signal.SIGTERM, end)
 
 
+def end_with(parent: int) -> None:
+    """Where the process that began this one is killed, this one is told to stop, as by SIGTERM."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def are_heeded() -> bool:
     """Whether this is training, where signals wait."""
     return _heeded

@@ -6,6 +6,7 @@ state.json and a manifest with every file's size and sha256. It is written besid
 out: what belongs to a state (checkpoints).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -66,11 +67,13 @@ def write(path: Path, tensors: Tensors, facts: Mapping[str, Any], accelerator: A
                 _remove(path)
             os.rename(staging, path)
             artifacts.flush(path.parent)
-            _make_room(path)
     except (OSError, CheckpointException) as error:
         if main:
             shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
         raise NotWritten(_cause(error)) from error
+    if main:
+        with contextlib.suppress(OSError):  # the state is there; what is left over is removed at the next one
+            _make_room(path)
     accelerator.wait_for_everyone()
 
 
@@ -144,15 +147,11 @@ def newest(directory: Path, accelerator: Accelerator | None = None) -> Path | No
 
 def damage(path: Path, accelerator: Accelerator | None = None) -> str:
     """What is wrong with a state, or "". Of several processes each reads a share of the files."""
-    try:
-        said = (path / MANIFEST).read_bytes()
-        listed: dict[str, tuple[int, str]] = json.loads(said)["files"]
-        if said != _encoded(listed):
-            return f"{MANIFEST} is not as it was written"
-    except OSError as error:
-        return f"{MANIFEST}: {error.strerror}"
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
+    listed, wrong_with_it = _manifest(path)
+    if accelerator is not None:  # one says for all
+        listed, wrong_with_it = processes.gathered([listed, wrong_with_it], accelerator)[0]
+    if wrong_with_it:
+        return wrong_with_it
 
     def wrong(name: str) -> str:
         file, (size, sha) = path / name, listed[name]
@@ -166,6 +165,22 @@ def damage(path: Path, accelerator: Accelerator | None = None) -> str:
     return next(filter(None, _shared(list(listed), wrong, accelerator)), "")
 
 
+def _manifest(state: Path) -> tuple[dict[str, tuple[int, str]], str]:
+    """Every file's size and sha256 as it was written; or what is wrong with the manifest itself."""
+    try:
+        said = (state / MANIFEST).read_bytes()
+        whole = json.loads(said)
+        if whole["version"] != VERSION:
+            return {}, f"it is of another version of exo ({whole['version']}, and this one reads {VERSION})"
+        return (
+            (whole["files"], "") if said == _encoded(whole["files"]) else ({}, f"{MANIFEST} is not as it was written")
+        )
+    except OSError as error:
+        return {}, f"{MANIFEST}: {error.strerror}"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}, f"{MANIFEST} cannot be read"
+
+
 def _listed(state: Path, accelerator: Accelerator | None = None) -> dict[str, tuple[int, str]]:
     """Every file's size and sha256, but the manifest's."""
     names = sorted(str(f.relative_to(state)) for f in state.rglob("*") if f.is_file() and f.name != MANIFEST)
@@ -174,7 +189,8 @@ def _listed(state: Path, accelerator: Accelerator | None = None) -> dict[str, tu
 
 
 def _shared(names: Sequence[str], of: Callable[[str], Any], accelerator: Accelerator | None) -> list[Any]:
-    return list(map(of, names)) if accelerator is None else processes.shared(names, of, accelerator)
+    """What each process does of a save or a restore, which no signal cuts short."""
+    return list(map(of, names)) if accelerator is None else processes.shared(names, of, accelerator, heeding=False)
 
 
 def _encoded(listed: Mapping[str, Any]) -> bytes:

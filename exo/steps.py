@@ -26,7 +26,9 @@ MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scal
 
 
 class NotFinite(RunError):
-    """A loss or gradient, before the update that it would have made."""
+    """A loss or gradient, before the update that it would have made; of all processes, or of one of several alone."""
+
+    of_all = True
 
 
 class Share(NamedTuple):
@@ -159,7 +161,9 @@ def accumulate(
 def _not_finite(step: int, what: str, rows: Sequence[TokenGroup], accelerator: Accelerator | None = None) -> NotFinite:
     lines = ", ".join(str(group.line) for group in rows[:10]) + ", ..." * (len(rows) > 10)
     where = f", rank {accelerator.process_index}" if accelerator and accelerator.num_processes > 1 else ""
-    return NotFinite(f"step {step}{where}: {what}; stopped before the update; rows at lines {lines}")
+    error = NotFinite(f"step {step}{where}: {what}; stopped before the update; rows at lines {lines}")
+    error.of_all = not where
+    return error
 
 
 def _across_processes(

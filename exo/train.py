@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import yaml
 
-from exo import align, artifacts, config, console, costs, launch, lineage, pipeline
+from exo import align, artifacts, config, console, costs, launch, lineage, pipeline, signals
 from exo.config import option, require
 from exo.pipeline import Step
 
@@ -194,7 +194,8 @@ def _at_once(
     """Each step as soon as those it needs are there. One that fails stops the rest; those under way end first."""
     waiting, done = list(steps), set[str]()
     under_way: dict[Future[float], Step] = {}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _quiet, (threads,)) as pool, _ended_with_us():
+    begun = (threads, os.getpid())
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begun, begun) as pool, _ended_with_us():
         while waiting or under_way:
             for step in [s for s in waiting if set(s.needs) <= done]:
                 if _held(step, directory, again):
@@ -235,8 +236,10 @@ def _ended_with_us() -> Iterator[None]:
         raise
 
 
-def _quiet(threads: int | None) -> None:
+def _begun(threads: int | None, driver: int) -> None:
+    """What a process of a step does first."""
     console.mute()
+    signals.end_with(driver)
     if threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
 

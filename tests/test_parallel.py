@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,12 +133,38 @@ def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, gi
         more = [how, "--reference_cache", str(tmp_path / name / "kept"), *options]
         code, said = forked(server, "align", given, tmp_path / name / "run", *more, processes=processes)
         assert code == 0, said
-    kept = [sorted((tmp_path / name / "kept").glob("*")) for name in ("one", "two")]
-    assert [[file.read_bytes() for file in files] for files in kept[:1]] == [[f.read_bytes() for f in kept[1]]]
+    kept = [[f.read_bytes() for f in sorted((tmp_path / name / "kept").glob("*"))] for name in ("one", "two")]
+    assert kept[0] == kept[1]
+    assert bool(kept[0]) == (not any(option in ("--reference=live", "--reference=none") for option in options))
     file = "adapter_model.safetensors" if "--lora_output=adapter" in options else "model.safetensors"
     one, two = (load_file(tmp_path / name / "run" / file) for name in ("one", "two"))
     assert one.keys() == two.keys() and {t.dtype for t in two.values()} == {torch.float32}
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+
+
+@pytest.mark.parametrize("known", [(4, 0), (1, 6)])
+def test_processes_that_know_different_references_agree_on_what_is_missing(known, tmp_path, server):
+    arguments = [str(tmp_path), *map(str, known)]
+    assert server.run("tests.kept_worker", arguments, tmp_path / "log", ranks=2) == 0, (tmp_path / "log").read_text()
+
+
+@slow
+def test_a_directory_that_only_one_process_sees_is_refused_at_the_start(given, tmp_path):
+    program = "import os\nfrom exo import align\n\ndef main(argv):\n    return align.main([*argv, '--output_dir', "
+    (tmp_path / "apart.py").write_text(program + f"'{tmp_path}/run-' + os.environ['RANK']])\n")
+    argv = [a for a in interruptions.arguments("align", given, tmp_path) if a != "--dropout"]
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import apart; sys.exit(apart.main(sys.argv[1:]))"
+    argv = [a for a in argv if a not in ("--output_dir", str(tmp_path))]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True, env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        assert "expected one that all processes see" in rank.communicate(timeout=120)[1] and rank.returncode == 1
 
 
 @slow
@@ -299,6 +326,24 @@ def test_told_to_stop_two_processes_do_not_wait_for_an_evaluation(given, tmp_pat
     error = child.communicate()[1]
     assert child.returncode == 143 and time.monotonic() - began < 10, error
     assert "stopped: after step 3 of 10" in error and list((tmp_path / "run").glob("resume/step-00000003"))
+
+
+@slow
+def test_processes_whose_launcher_is_killed_stop_with_their_state(given, tmp_path):
+    argv = [a for a in interruptions.arguments("sft", given, tmp_path / "run") if a != "--dropout"]
+    command = [sys.executable, "-m", "exo.sft", *argv, "--nproc=2", "--max_steps=4000", "--checkpoint_steps=0"]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while launcher.poll() is None and not (log.exists() and log.stat().st_size > 2000):
+        time.sleep(0.01)
+    workers = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(launcher.pid)]).split()]
+    launcher.kill()
+    launcher.wait()
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers)
+    assert list((tmp_path / "run").glob("resume/step-*"))
 
 
 def test_a_signal_before_all_have_begun_ends_those_that_have(monkeypatch):

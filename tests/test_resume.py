@@ -213,18 +213,54 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(half, whole, damage
     assert made(run) == whole("sft")
 
 
-def test_states_that_are_damaged_make_room_and_none_that_is_whole(half, whole, capsys, monkeypatch):
-    """Both are damaged: the run begins again, and what it saves on its way is kept, though their steps are later."""
+def test_one_that_was_damaged_makes_room_for_one_that_is_whole(half, whole, monkeypatch):
+    """Though its step is later."""
     run, argv = half
-    for state in ("step-00000004", "step-00000006"):
-        (run / "resume" / state / "manifest.json").unlink()
+    (run / "resume" / "step-00000006" / "manifest.json").unlink()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 3)
-        STAGES["sft"].main(argv)
-    assert states.newest(run / "resume") == run / "resume" / "step-00000002"
+        killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 6)
+        STAGES["sft"].main([*argv, "--checkpoint_steps", "1"])
+    assert sorted(path.name[-1] for path in (run / "resume").iterdir()) == ["4", "5"]
     assert STAGES["sft"].main(argv) == 0
-    assert "going on after step 2" in capsys.readouterr().out
     assert made(run) == whole("sft")
+
+
+@pytest.mark.parametrize("how", ["damaged", "of another version"])
+def test_where_no_state_is_whole_the_user_is_asked(half, whole, capsys, monkeypatch, how):
+    """It may be a disk that comes back; and what is there is not touched."""
+    run, argv = half
+    manifests = [run / "resume" / state / "manifest.json" for state in ("step-00000004", "step-00000006")]
+    before = [file.read_bytes() for file in manifests]
+    for file in manifests:
+        text = file.read_text()
+        file.write_text(text.replace('"version": 2', '"version": 1') if "version" in how else text[1:])
+    assert STAGES["sft"].main(argv) == 1
+    said = capsys.readouterr()
+    assert "none of its states is whole; --overwrite_output_dir begins the run anew" in said.err
+    assert ("it is of another version of exo (1, and this one reads 2)" in said.out) == ("version" in how)
+    for file, content in zip(manifests, before, strict=True):
+        file.write_bytes(content)
+    assert STAGES["sft"].main(argv) == 0
+    assert made(run) == whole("sft")
+
+
+def test_a_signal_in_a_save_does_not_cost_it(given, whole, tmp_path, monkeypatch, capsys):
+    """It is finished, not begun again."""
+    argv = interruptions.arguments("sft", given, tmp_path / "run")
+    write, written = states._write_tensors, []
+
+    def signalled(directory, tensors):
+        write(directory, tensors)
+        written.append(directory.parent.name)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "_write_tensors", signalled)
+        assert STAGES["sft"].main(argv) == 143
+    assert written == [".step-00000002.staging", ".step-00000004.staging"]
+    assert STAGES["sft"].main(argv) == 0
+    assert made(tmp_path / "run") == whole("sft")
 
 
 def test_a_state_in_many_files_is_one(given, whole, tmp_path, monkeypatch):
