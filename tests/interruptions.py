@@ -1,11 +1,14 @@
 """Runs to be interrupted: every stage that trains, with dropout, mid-epoch, in micro-batches; and what must be equal.
 
-Shared by test_resume.py (in one process) and test_crashes.py (processes that are killed).
+Shared by test_resume.py and test_stops.py (in one process) and test_crashes.py (processes that are killed).
 """
 
 import hashlib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -84,3 +87,19 @@ def made(run: Path) -> dict[str, object]:
     }
     log = lines(run / "metrics.jsonl")
     return found | {"metrics": [{k: v for k, v in line.items() if k not in TIMES} for line in log]}
+
+
+def undisturbed(directory: Path) -> Callable[[str], dict[str, object]]:
+    """What each stage makes of what is in the directory when nothing happens to it; made once."""
+
+    @cache
+    def of(stage: str) -> dict[str, object]:
+        assert STAGES[stage].main(arguments(stage, directory, directory / f"whole-{stage}")) == 0
+        return made(directory / f"whole-{stage}")
+
+    return of
+
+
+def sampled(*cases, quick):
+    """Those that `quick` holds for, and the others for the long lane."""
+    return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in cases]
