@@ -50,9 +50,7 @@ def _render(messages: tuple[Message, ...], tokenizer: Any, *, opened: bool) -> s
             "chat_template.jinja beside the tokenizer"
         )
     try:
-        rendered = tokenizer.apply_chat_template(
-            [message._asdict() for message in messages], add_generation_prompt=opened, tokenize=False
-        )
+        rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=opened, tokenize=False)
     except TemplateError as error:
         what = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"the chat template refuses these messages: {what}") from None

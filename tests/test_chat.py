@@ -119,7 +119,7 @@ def test_sampling_sees_the_prompt_of_training_and_both_make_the_rendering(tokeni
     set_up(tokenizer, template, eos, "<bos>")
     [group], _ = encode(tokenizer, "ab", "abcd")
     assert tuple(encoding.prompt_ids(CHAT, tokenizer)) == group.prompt
-    messages = [message._asdict() for message in (*CHAT.messages, Message("assistant", "ab"))]
+    messages = [*CHAT.messages, Message("assistant", "ab")]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     text = tokenizer.decode(group.prompt + group.completions[0])
     assert whole.rstrip() == (text.removesuffix("<eos>") if template == PLAIN else text)

@@ -139,7 +139,7 @@ def test_conversations_share_their_beginning_and_lose_what_comes_later(tmp_path)
     shared = ("s be kind", "u q", "a r", "u s")
     row = {"chosen": talk(*shared, "a x", "u t", "a u"), "rejected": talk(*shared, "a y")}
     data = read(put(tmp_path, [row]))
-    assert [m._asdict() for m in data.groups[0].prompt.messages] == talk(*shared)
+    assert list(data.groups[0].prompt.messages) == talk(*shared)
     assert data.groups[0].completions == ("x", "y") and data.noted == {"later turns dropped": 1}
 
 

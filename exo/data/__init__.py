@@ -20,13 +20,13 @@ from typing import Any
 
 from exo.data import rows as containers
 from exo.data.errors import DataError, Malformed, StrPath, show
-from exo.data.messages import Chat, Message
+from exo.data.messages import Chat, Message, Reply
 from exo.data.reading import Reading, Tokens
 from exo.data.shapes import SHAPES, Purpose, Shape, match
 
 __all__ = [
-    "Chat", "DataError", "Dataset", "Group", "Message", "Purpose", "Tokens", "read", "read_jsonl", "read_rows",
-    "write_jsonl",
+    "Chat", "DataError", "Dataset", "Group", "Message", "Purpose", "Reply", "Tokens", "read", "read_jsonl",
+    "read_rows", "write_jsonl",
 ]  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def read_rows(path: StrPath) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one object a line; return how many. A Chat is written as its messages.
+    """Write one object a line; return how many. A Chat is written as its messages and tools, a Reply as its message.
 
     Not atomic: an error leaves half a file behind.
     """
@@ -167,13 +167,20 @@ def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> int:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             plain = {key: _plain(value) for key, value in row.items()}
+            if isinstance(row.get("prompt"), Chat) and row["prompt"].tools:
+                plain["tools"] = list(row["prompt"].tools)
             file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1
     return count
 
 
 def _plain(value: Any) -> Any:
-    return [message._asdict() for message in value.messages] if isinstance(value, Chat) else value
+    """Return a Chat as its messages and a Reply as its message; other values as they are."""
+    if isinstance(value, Chat):
+        return list(value.messages)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.message if isinstance(value, Reply) else value
 
 
 def _useless(reading: Reading, purpose: Purpose) -> str:

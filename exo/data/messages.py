@@ -4,8 +4,9 @@ A prompt of messages is a `Chat`. Only exo.chat turns it into what a model reads
 contents that are not text.
 """
 
+import json
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from exo.data.errors import Malformed, kind, names, string
 
@@ -13,25 +14,57 @@ _ROLES = ("system", "developer", "user", "assistant")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
-class Message(NamedTuple):
-    role: str
-    content: str
+class Message(dict[str, Any]):
+    """One chat message: its role, its content and every other key that the data give it, for the chat template."""
+
+    def __init__(self, role: str, content: Any, **others: Any) -> None:
+        super().__init__(role=role, content=content, **others)
+
+    @property
+    def role(self) -> str:
+        return self["role"]
+
+    @property
+    def content(self) -> Any:  # a text, or None beside tool calls
+        return self["content"]
+
+    def transcript(self) -> str:
+        """Return the content for people to read, followed by the other keys as JSON if there are any."""
+        others = {key: value for key, value in self.items() if key not in ("role", "content")}
+        text = self.content or ""
+        return f"{text} {json.dumps(others, sort_keys=True, ensure_ascii=False, default=str)}" if others else text
 
 
 class Chat(str):
-    """A prompt of chat messages. As a string it is their transcript, which is for people and never for a model.
+    """A prompt of chat messages. As a string it is their transcript, for people and never for a model.
 
-    So whatever shows, sorts or compares prompts needs no second way; packing renders the messages, and write_jsonl
-    writes them.
+    So whatever prints, sorts or compares prompts treats it as any other prompt. Only exo.chat renders the messages, and
+    write_jsonl writes them.
     """
 
     messages: tuple[Message, ...]
+    tools: tuple[Any, ...]  # JSON schemas of the tools that the template lists; empty if there are none
 
-    def __new__(cls, messages: Iterable[Message]) -> "Chat":
-        kept = tuple(messages)
-        chat = super().__new__(cls, "\n\n".join(f"{role}: {content}" for role, content in kept))
-        chat.messages = kept
+    def __new__(cls, messages: Iterable[Message], tools: Iterable[Any] = ()) -> "Chat":
+        turns, schemas = tuple(messages), tuple(tools)
+        heading = f"tools: {json.dumps(schemas, sort_keys=True, default=str)}\n\n" if schemas else ""
+        chat = super().__new__(cls, heading + "\n\n".join(f"{turn.role}: {turn.transcript()}" for turn in turns))
+        chat.messages, chat.tools = turns, schemas
         return chat
+
+
+class Reply(str):
+    """A completion that is a chat message with more than a role and a content: reasoning, or calls of tools.
+
+    As a string it is the message's transcript, so that two replies are equal only if every key of theirs is.
+    """
+
+    message: Message
+
+    def __new__(cls, message: Message) -> "Reply":
+        reply = super().__new__(cls, message.transcript())
+        reply.message = message
+        return reply
 
 
 def is_chat(value: Any) -> bool:
