@@ -34,9 +34,11 @@ from exo import (
     runs,
     sharding,
     targets,
+    templates,
 )
 from exo.config import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
 from exo.encoding import TokenGroup
+from exo.limits import Limits
 from exo.packing import Packing
 from exo.reference import Mode
 
@@ -82,9 +84,6 @@ class Config(adapter.Options):
         None, "eps on preferences (unused on rewards); none is 1e-3 for exo, 0 for dpo"
     )
     temperature: float = option(1.0, "divides the logits; the one that completions were sampled at", POSITIVE)
-    max_prompt_length: int | None = option(
-        None, "tokens of a prompt that are used, its last: as many as sample used", at_least(1)
-    )
     eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none", PART)
     eval_data: str | None = option(None, "a held-out file, instead of eval_fraction")
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
@@ -116,8 +115,10 @@ def run(config: Config, start: lineage.Start) -> Path:
     adapter.check(config, config.model)
     start_model = lineage.source("model", config.model, "sft", "align", "ppo")
     model, tokenizer = adapter.load(config, start_model, dataset.texts, accelerator)
+    dataset, *rest = templates.apply(config, tokenizer, start.template_date, *filter(None, (dataset, held_out)))
     counts: Counter[str] = Counter()
-    groups, others = (_encode(config, rows, tokenizer, counts) for rows in (dataset, held_out))
+    groups = _encode(config, dataset, tokenizer, counts)
+    others = [group for rows in rest for group in _encode(config, rows, tokenizer, counts)]
     models.check_fits(model, groups + others)
     train_groups, eval_groups = _parted(config, dataset, groups, others, counts)
     console.counts(counts)
@@ -172,12 +173,10 @@ def _read(config: Config, path: str) -> data.Dataset:
     return dataset
 
 
-def _encode(config: Config, dataset: data.Dataset | None, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:
+def _encode(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:
     """Every row of a file as tokens, whatever the options will make of it: so the reference scores it once for all."""
-    limits = encoding.Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
-    if dataset is None:
-        return []
-    groups, cut = encoding.encode(dataset.groups, tokenizer, limits, dataset.path)
+    limits = Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
+    groups, cut = encoding.encode(dataset.groups, tokenizer, limits, dataset.path, skip_invalid=config.skip_invalid)
     counts.update(cut)
     return [encoding.factored(group) for group in groups]
 

@@ -1,57 +1,182 @@
-"""Chat messages as the text that a model reads: the tokenizer's chat template, with the border before the answer kept.
+"""Chat messages as the text that a model reads, rendered by the tokenizer's chat template.
 
 The prompt is the rendering of its messages with the template's opening of an answer. The completion is what the
-template adds to that once the answer is given; a template that changes the prompt when it is answered is refused,
-because then nobody can tell where the completion begins. The template alone says whether a BOS comes first.
+template adds once the answer is given, up to its end of turn. A template that renders the prompt differently once it is
+answered is refused, because nothing then tells where the completion begins.
 
-A completion ends where the model is to stop:
-- the template ends a turn with the tokenizer's eos: right after it. Line breaks that follow separate turns; a sample
-  that stops at eos has none.
-- it ends a turn with something else (Gemma's <end_of_turn>): right after that. No eos is added, because the template
-  never writes one there. The caller is told, because sampling stops at eos alone.
-- it writes nothing after the answer: the caller adds eos, as after plain text.
+exo.templates chooses the template, its arguments and its date for a run, and stores them with the tokenizer. A
+`Renderer` asks the template once, with a plain answer, how it ends a turn, and ends every answer like that:
 
-Left out: tools, templates by name, answers that continue a message of the assistant.
+- with a token (`<|im_end|>`, Gemma's `<end_of_turn>`, `</s>`): the completion ends right after it. Line breaks that
+  follow only separate turns, and a sample that stops there has none.
+- with nothing, or with text that is no single token: the caller appends the tokenizer's end of sequence.
+
+Control tokens that the data spell out in a message would forge turns, so `Renderer` marks them, and exo.subwords
+tokenizes marked ones as plain text. Only control tokens that the template itself writes are control tokens.
 """
 
-from typing import Any, Literal
+import datetime
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from exo.bounded import bounded
+from exo.data import Chat, DataError, Message, Reply
+from exo.subwords import LEFT, RIGHT
 
-from exo.data import Chat, DataError, Message
-
-
-def prompt_text(chat: Chat, tokenizer: Any) -> str:
-    return _render(chat.messages, tokenizer, opened=True)
-
-
-def answer_text(chat: Chat, answer: str, tokenizer: Any) -> tuple[str, Literal["eos", "template", "none"]]:
-    """The text of the completion, and who ends it."""
-    prompt = prompt_text(chat, tokenizer)
-    whole = _render((*chat.messages, Message("assistant", answer)), tokenizer, opened=False)
-    if not whole.startswith(prompt):
-        raise DataError(
-            "the chat template renders the prompt otherwise once it is answered; expected a template whose "
-            "generation prompt begins the answer, so set another chat_template in the tokenizer's directory"
-        )
-    rest = whole[len(prompt) :]
-    turn = rest.rstrip()
-    if turn.endswith(tokenizer.eos_token):
-        return turn, "eos"
-    if turn.endswith(answer.strip()):  # stripped, because templates strip too
-        return rest if rest.endswith(answer) else turn, "none"
-    return turn, "template"
+SECONDS, MOST_BYTES = 10.0, 2**28  # one rendering may take
+PROBE = "ok"
+# The date directives of strftime that templates write, with their values as jinja replaces them.
+_DIRECTIVES = ("%Y", "%y", "%m", "%d", "%e", "%B", "%b", "%A", "%a", "%H", "%M", "%S", "%j")
 
 
-def _render(messages: tuple[Message, ...], tokenizer: Any, *, opened: bool) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "chat messages, but the tokenizer has no chat template; take the model's instruct version, or put a "
-            "chat_template.jinja beside the tokenizer"
-        )
-    try:
-        rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=opened, tokenize=False)
-    except TemplateError as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"the chat template refuses these messages: {what}") from None
-    return str(rendered)
+class Settings(NamedTuple):
+    """How a run renders chat messages, beside the template itself."""
+
+    arguments: Mapping[str, Any] = {}  # of the template: enable_thinking, date_string, ...
+    date: datetime.date | None = None  # None: today
+
+
+def has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+class Answer(NamedTuple):
+    """A completion as rendered."""
+
+    text: str
+    end: str  # the template's end of turn, if that is a token
+    needs_eos: bool  # it writes none
+
+
+class Renderer:
+    """Renders prompts and answers with a tokenizer's chat template. Make a new one when the template changes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.settings: Settings = getattr(tokenizer, "template_settings", Settings())
+
+    def prompt(self, chat: Chat) -> str:
+        """Return the text of a prompt, up to and including the template's opening of an answer."""
+        return self._render(self._marked(list(chat.messages)), self._marked(list(chat.tools)), opened=True)
+
+    def answer(self, chat: Chat, prompt: str, answer: str) -> "Answer":
+        """Render a completion of `chat`, whose rendering is `prompt`."""
+        message = answer.message if isinstance(answer, Reply) else Message("assistant", answer)
+        messages, tools = self._marked([*chat.messages, message]), self._marked(list(chat.tools))
+        whole = self._render(messages, tools, opened=False)
+        if not whole.startswith(prompt):
+            raise DataError(
+                "the chat template renders the prompt differently once it is answered, so nothing tells where the "
+                "answer begins; set template arguments (--template_kwargs) or another --chat_template"
+            )
+        rest, tail = whole[len(prompt) :], self._after_answer
+        if not rest.endswith(tail):  # some templates trim the end of a conversation
+            rest, tail = rest.rstrip(), tail.rstrip()
+        if rest.endswith(tail):
+            return Answer(rest[: len(rest) - len(tail)], self.end_of_turn, self.end_id is None)
+        if not rest.endswith(self.control_tokens):
+            raise DataError("the chat template ends this answer differently from a plain one")
+        return Answer(rest, "", False)  # as gpt-oss ends a call of a tool with a token of its own
+
+    @cached_property
+    def _after_answer(self) -> str:
+        """What the template writes after a plain answer that ends a conversation."""
+        whole = self._render([Message("user", PROBE), Message("assistant", PROBE + PROBE)], [], opened=False)
+        _, answered, tail = whole.rpartition(PROBE + PROBE)
+        if not answered:
+            raise DataError("the chat template does not write the answer; expected a template of a causal LM")
+        return tail
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """What ends a completion: the template's text after an answer, up to its first control token; "" if none."""
+        found = self._control_pattern and self._control_pattern.search(self._after_answer)
+        return self._after_answer[: found.end()] if found else ""
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The token that ends a turn; None if the template writes none."""
+        found = self._control_pattern and self._control_pattern.search(self.end_of_turn)
+        return self.tokenizer.convert_tokens_to_ids(found[0]) if found else None
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Tokens that the data must not write into a message.
+
+        These are the special tokens, and added tokens that the template writes around turns (DeepSeek's are not marked
+        special), but not those that it looks for in an answer, such as `</think>`.
+        """
+        added = list(self.tokenizer.added_tokens_decoder.values())
+        user, assistant = Message("user", PROBE), Message("assistant", PROBE)
+        try:
+            written = self._render([user, assistant, user], [], opened=False)
+        except DataError:
+            written = ""
+        source = self._source()
+        tokens = {t.content for t in added if t.special or t.content in written}
+        read = {token for token in tokens if _reads(source, token)}
+        read |= {token.replace("</", "<") for token in read}
+        return tuple(sorted((t for t in tokens - read if t.strip()), key=len, reverse=True))
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str] | None:
+        return re.compile("|".join(map(re.escape, self.control_tokens))) if self.control_tokens else None
+
+    def _marked(self, value: Any) -> Any:
+        """Return messages or tools with every control token in their texts marked as plain text."""
+        pattern = self._control_pattern
+        if isinstance(value, str):
+            text = str.__str__(value)
+            return pattern.sub(lambda match: f"{LEFT}{match[0]}{RIGHT}", text) if pattern else text
+        if isinstance(value, Mapping):
+            return {key: item if key == "role" else self._marked(item) for key, item in value.items()}
+        return [self._marked(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def _source(self) -> str:
+        template = self.tokenizer.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else str(template)
+
+    def _render(self, messages: list[Any], tools: list[Any], *, opened: bool) -> str:
+        if not has_template(self.tokenizer):
+            raise DataError(
+                "chat messages, but the tokenizer has no chat template; take the model's instruct version, or name one "
+                "with --chat_template (chatml, or a file)"
+            )
+        template = self.tokenizer.get_chat_template(tools=tools or None)
+        settings, size = self.settings, sum(len(str(value)) for value in (*messages, *tools))
+        if settings.date and "strftime_now" in template:
+            template = _strftime(settings.date) + template
+        try:
+            with bounded(SECONDS, MOST_BYTES):
+                rendered = self.tokenizer.apply_chat_template(
+                    messages, tools=tools or None, chat_template=template, add_generation_prompt=opened,
+                    tokenize=False, **settings.arguments,
+                )  # fmt: skip
+        except Exception as error:  # someone else's code
+            lines = str(error).splitlines() or [type(error).__name__]
+            kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
+            raise DataError(f"the chat template refuses these messages: {kind}{lines[0]}") from None
+        if len(rendered) > 2**20 + 64 * size:
+            raise DataError(
+                f"the chat template makes {len(rendered):,} characters of {size:,}; expected a chat template"
+            )
+        return rendered
+
+
+def stop_id(tokenizer: Any) -> int | None:
+    """Return the token that ends a turn of the chat template; None without a template or such a token."""
+    return Renderer(tokenizer).end_id if has_template(tokenizer) else None
+
+
+def _reads(template: str, token: str) -> bool:
+    """Whether the template looks for a token in a message's content: `'</think>' in content`, `split('</think>')`."""
+    quoted = f"""['"]{re.escape(token)}['"]"""
+    return bool(re.search(rf"{quoted}\s+in\b|split\(\s*{quoted}", template))
+
+
+def _strftime(date: datetime.date) -> str:
+    """Return jinja source that defines `strftime_now` for a fixed date."""
+    replaced = "".join(f" | replace('{directive}', '{date.strftime(directive)}')" for directive in _DIRECTIVES)
+    return "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro -%}"

@@ -84,6 +84,21 @@ class Compute(Stage):
 
 
 @dataclass(frozen=True)
+class ChatOptions(Stage):
+    """What every stage that reads prompts has in common."""
+
+    chat_template: str = option(
+        "auto",
+        "auto renders chat messages and data sets of chats with the tokenizer's template; always renders plain prompts "
+        "too, as a user's turn; none renders messages alone; a file, a name of the tokenizer's, chatml or plain sets "
+        "the template and is used like always",
+    )
+    template_kwargs: str | None = option(
+        None, "arguments of the chat template as a JSON object, such as '{\"enable_thinking\": false}'"
+    )
+
+
+@dataclass(frozen=True)
 class Scoring(Compute):
     """What every stage has in common that runs a model on whole texts."""
 
@@ -122,7 +137,7 @@ class Training(Scoring):
 
 
 @dataclass(frozen=True)
-class DataTraining(Training):
+class DataTraining(Training, ChatOptions):
     """What every stage has in common that trains on rows of data, again and again."""
 
     num_train_epochs: float = option(1.0, "passes over the data, unless max_steps is set", POSITIVE)
@@ -131,6 +146,12 @@ class DataTraining(Training):
     )
     max_completion_length: int | None = option(
         None, "tokens of a completion, its end of sequence included", at_least(1)
+    )
+    max_prompt_length: int | None = option(
+        None,
+        "tokens of a prompt, its last, as many as sample used; none keeps half of max_length at least and cuts the "
+        "completion first",
+        at_least(1),
     )
     truncate: Literal["prompt-left", "drop", "error"] = option(
         "prompt-left", "rows over the limits: cut the prompt's left and the completion's right, skip, or stop"

@@ -1,7 +1,8 @@
-"""From texts to tokens: prompt and completions of each row, within the limits on their lengths.
+"""Tokenize prompts and completions, in one place for every stage, within the limits on their lengths.
 
-Prompt and completion are tokenised apart, so that the border between them is right by construction. What chat messages
-look like is for exo.chat. Left out: batches (packing).
+A prompt has the tokens that sampling sees, and a completion those that it has after its prompt (subwords). Chat
+messages are rendered by the chat template (chat), which also says how a completion ends; a plain completion ends with
+the tokenizer's end of sequence. Left out: batches (packing).
 """
 
 import hashlib
@@ -9,20 +10,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
-from exo import chat
+from exo import chat, subwords
 from exo.data import Chat, DataError, Group
+from exo.limits import STUMP, Limits, fit, is_stump, last_of
+from exo.subwords import BoundaryError
 
-
-@dataclass(frozen=True)
-class Limits:
-    """How long a row may be, and what happens to one that is longer."""
-
-    max_length: int
-    max_completion_length: int | None
-    truncate: str  # "prompt-left" | "drop" | "error"
-    max_prompt_length: int | None = None  # where the completions were sampled after no more of it
+CHECKED = 8  # rows at the beginning of a run whose tokens are checked against those of the whole text
+MOST_MUTILATED = 0.05  # share of the rows
 
 
 @dataclass(frozen=True)
@@ -60,131 +57,186 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def encode(
-    groups: Iterable[Group], tokenizer: Any, limits: Limits, path: str, *, foreign: Literal["refuse", "text"] = "refuse"
+    groups: Iterable[Group],
+    tokenizer: Any,
+    limits: Limits,
+    path: str,
+    *,
+    foreign: Literal["refuse", "text"] = "refuse",
+    skip_invalid: bool = False,
+    strict: bool = True,
 ) -> tuple[list[TokenGroup], Counter[str]]:
-    """Tokenise; also count, by reason, the rows cut or dropped for their length. `path` is named in errors.
+    """Return the groups as tokens within the limits, and counts by reason of rows that were cut, skipped or noted.
 
-    Sampled completions keep the tokens they were sampled as. `foreign` says what becomes of those of another tokenizer:
-    a policy refuses them, and a reward model reads their text.
+    Sampled completions keep the tokens that they were sampled as. `foreign` says what to do with samples of another
+    tokenizer: a policy refuses them; a reward model ("text") reads their text, and ends every sample that ended as it
+    was trained to see an end. DataError names `path` and the line of a row that cannot be encoded; with `skip_invalid`
+    such rows are counted. If `strict`, DataError when more than 5% of the rows keep only a stump of their prompt.
     """
     counts: Counter[str] = Counter()
+    encoder = _Encoder(tokenizer, foreign, counts)
     encoded = []
-    own = ""  # a large vocabulary takes a while to hash: only where token ids are met
-    prompt_text, known_prompt = None, list[int]()  # rows that follow each other may share one
+    rows = 0
+    stumps = f"rows that keep fewer than {STUMP} tokens or a quarter of their prompt"
     for group in groups:
+        rows += 1
         place = f"{path}:{group.line}"
-        if group.tokens is not None:
-            own = own or tokenizer_hash(tokenizer)
-        if group.tokens is not None and group.tokens.tokenizer == own:
-            completions = [list(ids) for ids in group.tokens.ids]
-        elif group.tokens is not None and foreign == "refuse":
-            raise DataError(
-                f"{place}: token ids of another tokenizer ({group.tokens.tokenizer}, the model's is {own}); "
-                "python -m exo.sample with this model makes others"
-            )
-        else:
-            ended = ["eos"] * len(group.completions) if group.tokens is None else group.tokens.finish
-            completions = [
-                tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * (how == "eos")
-                for text, how in zip(group.completions, ended, strict=True)
-            ]
         try:
-            if group.prompt is not prompt_text:
-                prompt_text, known_prompt = group.prompt, prompt_ids(group.prompt, tokenizer)
-            if isinstance(group.prompt, Chat) and group.tokens is None:  # a sample was drawn as it stands
-                completions = [_answer(group.prompt, text, tokenizer, counts) for text in group.completions]
-                if len(completions) > 1 and all(ids == completions[0] for ids in completions):
-                    counts["rows dropped: completions identical in the chat template"] += 1
-                    continue
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        start = int(known_prompt[:1] == [tokenizer.bos_token_id])
-        prompt = last_of(known_prompt, start, limits.max_prompt_length or len(known_prompt))
-        if len(prompt) < len(known_prompt):
-            counts["rows with the prompt cut on the left to --max_prompt_length"] += 1
-        fitted = _fit(prompt, completions, start, limits, place, counts)
-        if fitted is not None:
-            known = group.ref_logps
-            if known is not None and fitted != (tuple(known_prompt), tuple(map(tuple, completions))):
-                counts["rows cut, so that their log-probs of a reference are of other tokens and not used"] += 1
-                known = None
-            encoded.append(TokenGroup(*fitted, group.rewards, group.line, known))
-    return encoded, counts
+            prompt, completions = encoder.encode(group, check=rows <= CHECKED)
+        except (DataError, BoundaryError) as error:
+            if not skip_invalid:
+                raise DataError(f"{place}: {error}") from None
+            counts["rows dropped: the tokenizer or its chat template refuses them"] += 1
+            continue
+        if group.tokens is None and len(completions) > 1 and all(ids == completions[0] for ids in completions):
+            counts["rows dropped: completions identical as tokens"] += 1
+            continue
+        fitted = fit(prompt, completions, _bos_of(prompt, tokenizer), limits, place, counts)
+        if fitted is None:
+            continue
+        if limits.max_prompt_length is None and is_stump(len(fitted[0]), len(prompt)):
+            counts[stumps] += 1
+        known = group.ref_logps
+        if known is not None and fitted != (tuple(prompt), tuple(map(tuple, completions))):
+            counts["rows cut, so that their log-probs of a reference are of other tokens and not used"] += 1
+            known = None
+        encoded.append(TokenGroup(*fitted, group.rewards, group.line, known))
+    if strict and counts[stumps] > MOST_MUTILATED * rows:
+        raise DataError(
+            f"{path}: {counts[stumps]:,} of {rows:,} rows, more than {MOST_MUTILATED:.0%}, keep fewer than {STUMP} "
+            "tokens or a quarter of their prompt; raise --max_length, or set --max_prompt_length"
+        )
+    return encoded, +counts
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """A prompt as every stage has it: sampling, training and scoring must agree on it.
-
-    A chat template says itself whether a BOS comes first; none is added to what it says.
-    """
-    if isinstance(prompt, Chat):
-        return tokenizer(chat.prompt_text(prompt, tokenizer), add_special_tokens=False)["input_ids"]
-    ids = _beginning(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    # the first token of a completion needs a token before it
-    return ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    """Return the tokens of a prompt, the same for sampling, training and scoring."""
+    text = _prompt(prompt, tokenizer, chat.Renderer(tokenizer))
+    return text.start + text.ids
 
 
 def sampled_prompts(prompts: Iterable[str], tokenizer: Any, most: int) -> tuple[list[list[int]], Counter[str]]:
-    """The same of many, cut on the left where they are longer than `most`; and how many were."""
+    """Return the tokens of prompts, their last `most`, and counts of those that were cut."""
     counts: Counter[str] = Counter()
+    renderer = chat.Renderer(tokenizer)
     cut = []
-    for ids in (prompt_ids(prompt, tokenizer) for prompt in prompts):
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            text = _prompt(prompt, tokenizer, renderer)
+        except DataError as error:
+            raise DataError(f"prompt {number}: {error}") from None
+        ids = text.start + text.ids
         counts["prompts cut on the left"] += len(ids) > most
-        cut.append(last_of(ids, int(ids[:1] == [tokenizer.bos_token_id]), most))
+        counts[f"prompts that keep fewer than {STUMP} tokens or a quarter of their length"] += is_stump(
+            min(most, len(ids)), len(ids)
+        )
+        cut.append(last_of(ids, _bos_of(ids, tokenizer), most))
     return cut, +counts
 
 
-def last_of(prompt: list[int], start: int, room: int) -> list[int]:
-    """The last `room` tokens, the first `start` of the prompt among them: a BOS stays where it is."""
-    if len(prompt) <= room:
-        return prompt
-    kept = start if start < room else 0
-    return prompt[:kept] + prompt[len(prompt) - (room - kept) :]
+class _Prompt(NamedTuple):
+    text: str  # as rendered, without a BOS that the tokenizer adds
+    start: list[int]  # BOS, or the token that an empty prompt is scored from
+    ids: list[int]  # of the text
 
 
-def _answer(prompt: Chat, text: str, tokenizer: Any, counts: Counter[str]) -> list[int]:
-    """A completion of chat messages, with its end."""
-    rendered, end = chat.answer_text(prompt, text, tokenizer)
-    if end == "template":
-        counts["completions that end as the chat template says, which is not the tokenizer's end of sequence"] += 1
-    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    return ids + [tokenizer.eos_token_id] * (end == "none")
+def _prompt(prompt: str, tokenizer: Any, renderer: chat.Renderer) -> _Prompt:
+    """Render and tokenize a prompt. A chat template says itself whether a BOS comes first."""
+    if isinstance(prompt, Chat):
+        text = renderer.prompt(prompt)
+        return _Prompt(text, [], subwords.text_ids(text, tokenizer))
+    bos, text = tokenizer.bos_token_id, str.__str__(prompt)
+    spelled = bos is not None and bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    while spelled and text.startswith(tokenizer.bos_token):  # a text that was rendered before has its BOS already
+        text = text.removeprefix(tokenizer.bos_token)
+    start = [bos] if spelled or tokenizer("a")["input_ids"][:1] == [bos] else []
+    ids = subwords.text_ids(text, tokenizer)
+    # the first token of a completion needs a token before it
+    return _Prompt(text, start if start or ids else [tokenizer.eos_token_id if bos is None else bos], ids)
 
 
-def _beginning(tokenizer: Any) -> list[int]:
-    """Where the tokenizer itself begins texts with BOS, prompts do; an EOS that it would append never ends a prompt."""
-    first = tokenizer("a")["input_ids"][:1]
-    return first if first == [tokenizer.bos_token_id] else []
+def _bos_of(prompt: list[int], tokenizer: Any) -> int:
+    """Return how many tokens at the beginning of a prompt stay when it is cut: its BOS."""
+    return int(prompt[:1] == [tokenizer.bos_token_id])
 
 
-def _fit(
-    prompt: list[int],
-    completions: list[list[int]],
-    start: int,  # tokens at the beginning that are kept
-    limits: Limits,
-    place: str,
-    counts: Counter[str],
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None:
-    """Apply the limits. One prompt serves all its completions, so the longest of them decides."""
-    most = limits.max_length - 1  # one token of prompt always stays
-    if limits.max_completion_length is not None:
-        most = min(most, limits.max_completion_length)
-    long_completion = max(map(len, completions)) > most
-    too_long = long_completion or len(prompt) + max(map(len, completions)) > limits.max_length
-    if too_long and limits.truncate == "error":
-        raise DataError(f"{place}: longer than the limits allow; raise them or choose another --truncate")
-    if too_long and limits.truncate == "drop":
-        counts["rows dropped: over-long"] += 1
-        return None
-    if long_completion:
-        different = len(set(map(tuple, completions)))
-        completions = [completion[:most] for completion in completions]
-        if different > 1 == len(set(map(tuple, completions))):
-            counts["rows dropped: completions identical once cut"] += 1
-            return None
-        counts["rows with a completion cut on the right (its end of sequence goes too)"] += 1
-    room = limits.max_length - max(map(len, completions))
-    if len(prompt) > room:
-        counts["rows with the prompt cut on the left"] += 1
-        prompt = last_of(prompt, start, room)
-    return tuple(prompt), tuple(map(tuple, completions))
+def special_ids(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
+    """Return the special tokens that a text can spell out, and those of them that can end it."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
+    others = {tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id}
+    return frozenset(special), frozenset(special - (others - {tokenizer.eos_token_id}))
+
+
+class _Encoder:
+    """Tokenizes prompts and completions for one call of `encode`."""
+
+    def __init__(self, tokenizer: Any, foreign: Literal["refuse", "text"], counts: Counter[str]) -> None:
+        self.tokenizer, self.foreign, self.counts = tokenizer, foreign, counts
+        self.renderer = chat.Renderer(tokenizer)
+        self.special, self.ends = special_ids(tokenizer)
+        self.last: tuple[str | None, _Prompt] = None, _Prompt("", [], [])  # rows that follow each other may share one
+
+    @cached_property
+    def hash(self) -> str:  # hashing a large vocabulary takes a while, and most data have no token ids
+        return tokenizer_hash(self.tokenizer)
+
+    def encode(self, group: Group, *, check: bool) -> tuple[list[int], list[list[int]]]:
+        """Return the tokens of a prompt and of its completions, each with its end."""
+        if self.last[0] is not group.prompt:
+            self.last = group.prompt, _prompt(group.prompt, self.tokenizer, self.renderer)
+        prompt = self.last[1]
+        plain = not isinstance(group.prompt, Chat)
+        if plain and self.special & {*prompt.ids}:
+            self.counts["prompts with special tokens in their text, which are read as such"] += 1
+        tokens = group.tokens
+        if tokens is None:
+            completions = [self._ended(group.prompt, prompt, answer, check) for answer in group.completions]
+        elif self.foreign == "refuse":
+            if tokens.tokenizer != self.hash:
+                raise DataError(
+                    f"token ids of another tokenizer ({tokens.tokenizer}, the model's is {self.hash}); python -m "
+                    "exo.sample with this model makes others"
+                )
+            completions = [list(ids) for ids in tokens.ids]
+        else:
+            completions = [self._sampled(group, prompt, i) for i in range(len(group.completions))]
+        return prompt.start + prompt.ids, completions
+
+    def _ended(self, prompt: str, rendered: _Prompt, answer: str, check: bool) -> list[int]:
+        """Return the tokens of a completion with its end: the template's end of turn, or the end of sequence."""
+        if isinstance(prompt, Chat):
+            text, end, needs_eos = self.renderer.answer(prompt, rendered.text, answer)
+            ids = self._continued(rendered, text + end, check)
+            return [*ids, self.tokenizer.eos_token_id] if needs_eos else ids
+        text = answer.rstrip()
+        ids = self._continued(rendered, text if text.endswith(self._end_texts) else answer, check)
+        end_at = len(ids)
+        while end_at and ids[end_at - 1] in self.ends:
+            end_at -= 1
+        if self.special & {*ids[:end_at]}:
+            self.counts["completions with special tokens within their text, which are read as such"] += 1
+        return ids[: end_at + 1] if end_at < len(ids) else [*ids, self.tokenizer.eos_token_id]
+
+    @cached_property
+    def _end_texts(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends)))
+
+    def _sampled(self, group: Group, prompt: _Prompt, i: int) -> list[int]:
+        """Return a sampled completion for a reward model, with the end that its training gives a completion."""
+        tokens, text = group.tokens, group.completions[i]
+        assert tokens is not None
+        finished, end = tokens.finish[i] == "eos", self.tokenizer.eos_token_id
+        if isinstance(group.prompt, Chat):
+            end = end if self.renderer.end_id is None else self.renderer.end_id
+            text = self.renderer.answer(group.prompt, prompt.text, text).text
+        if tokens.tokenizer == self.hash:
+            ids = list(tokens.ids[i][: len(tokens.ids[i]) - finished])
+        else:
+            ids = self._continued(prompt, text, False)
+        return [*ids, end] if finished or not ids else ids
+
+    def _continued(self, prompt: _Prompt, text: str, check: bool) -> list[int]:
+        ids = subwords.continued(prompt.ids, prompt.text, text, self.tokenizer)
+        if check:
+            subwords.check(prompt.ids, prompt.text, ids, text, self.tokenizer)
+        return ids

@@ -39,7 +39,7 @@ from exo.rewards import Scores
 
 
 @dataclass(frozen=True)
-class Config(config.Scoring):
+class Config(config.Scoring, config.ChatOptions):
     output_dir: str = option("runs/evaluation", "directory of the run")
     model: str | None = option(None, "run whose checkpoints are evaluated, or a causal LM")
     samples: str | None = option(None, "completions to evaluate instead of a model's")

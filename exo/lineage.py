@@ -6,12 +6,13 @@ did as it is. `source` is how a stage finds its input: a stage's directory stand
 tells that a stage need not run again. Left out: where inside itself a run goes on (checkpoints).
 """
 
+import datetime
 import hashlib
 import importlib.util
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -25,14 +26,24 @@ C = TypeVar("C")
 # The options of each stage that name what it reads.
 INPUTS: dict[str, tuple[str, ...]] = {
     "prepare": ("source", "tokenizer"),
-    "sft": ("model", "data"),
-    "sample": ("model", "data"),
-    "score": ("data", "reward_model", "oracle"),
-    "reward": ("model", "data"),
-    "align": ("model", "ref_model", "data", "eval_data"),
-    "ppo": ("model", "data", "reward_model", "oracle"),
+    "sft": ("model", "data", "chat_template"),
+    "sample": ("model", "data", "chat_template"),
+    "score": ("data", "reward_model", "oracle", "chat_template"),
+    "reward": ("model", "data", "chat_template"),
+    "align": ("model", "ref_model", "data", "eval_data", "chat_template"),
+    "ppo": ("model", "data", "reward_model", "oracle", "chat_template"),
     "best_of_n": ("data",),
-    "evaluate": ("model", "samples", "reference", "data", "baseline", "density", "reward_model", "oracle"),
+    "evaluate": (
+        "model",
+        "samples",
+        "reference",
+        "data",
+        "baseline",
+        "density",
+        "reward_model",
+        "oracle",
+        "chat_template",
+    ),
     "judge": ("a", "b", "references", "template"),
     "label": ("references", "key"),
     "report": ("run",),
@@ -70,6 +81,11 @@ class Start(NamedTuple):
     goes_on: bool  # an earlier run of the same did not finish
     facts: dict[str, Any]  # of its record
 
+    @property
+    def template_date(self) -> datetime.date:
+        """The date that chat templates show: a resumed run, and what is made from its files, keep it."""
+        return datetime.date.fromisoformat(self.facts["template_date"])
+
 
 def stage(name: str) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Path]]:
     """A stage's run from its config: alone in its directory, and not where the same has been done already.
@@ -102,8 +118,8 @@ def _start(config: Any, stage: str) -> Start | None:
     directory, paths = Path(config.output_dir), _inputs(config, stage)
     artifacts.check_apart(config.output_dir, paths.values())
     hashes = {name: fingerprint(path) for name, path in paths.items()}
-    facts = {"started": artifacts.now(), "inputs": hashes}
     before = None if config.overwrite_output_dir else record(directory)
+    facts = {"started": artifacts.now(), "inputs": hashes, "template_date": _template_date(before, paths.values())}
     if before is None or before["stage"] != stage:
         artifacts.check(config.output_dir, overwrite=config.overwrite_output_dir)
         return Start(config, stage, False, facts)
@@ -126,6 +142,14 @@ def _start(config: Any, stage: str) -> Start | None:
             "makes them again"
         )
     return None if finished else Start(config, stage, True, facts)
+
+
+def _template_date(before: Mapping[str, Any] | None, inputs: Iterable[str]) -> str:
+    """Return the date of the earlier run that is resumed, or of the runs that made the inputs, or today's."""
+    places = [place for place in map(Path, inputs) if place.exists()]
+    runs = [before, *(record(place if place.is_dir() else place.parent) for place in places)]
+    dates = [run["template_date"] for run in runs if run and "template_date" in run]
+    return dates[0] if dates else datetime.date.today().isoformat()
 
 
 def _left_anything(directory: Path) -> bool:

@@ -33,6 +33,7 @@ from exo import (
     rollouts,
     runs,
     sharding,
+    templates,
 )
 from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, SHARE, at_least, named, option, require
 from exo.encoding import TokenGroup
@@ -46,7 +47,7 @@ SHOWN = {"score": "score", "kl": "kl", "value_loss": "value", "tokens_per_second
 
 
 @dataclass(frozen=True)
-class Config(config.Training):
+class Config(config.Training, config.ChatOptions):
     output_dir: str = option("runs/ppo", "directory of the run")
     model: str = option("", "directory or hub name of a causal LM, the start and the reference", MODEL)
     data: str = option("", "prompts: any data file that has them", named("a file of prompts"))
@@ -163,6 +164,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     console.say(dataset.summary())
     name = lineage.source("model", config.model, "sft", "align", "ppo")
     model, tokenizer = models.load(name, mapped=sharding.asked(config))
+    (dataset,) = templates.apply(config, tokenizer, start.template_date, dataset)
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, accelerator, config.max_length)
     critic, reference = Critic(model), copy.deepcopy(model).eval().requires_grad_(False)

@@ -14,7 +14,21 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from exo import artifacts, config, console, data, encoding, generation, lineage, loop, models, processes, runs, samples
+from exo import (
+    artifacts,
+    config,
+    console,
+    data,
+    encoding,
+    generation,
+    lineage,
+    loop,
+    models,
+    processes,
+    runs,
+    samples,
+    templates,
+)
 from exo.artifacts import Pieces
 from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
 from exo.data import Group
@@ -24,10 +38,11 @@ AT_ONCE = 8192  # completions that vLLM is asked for together, and so what a kil
 Job = Callable[[], list[Sample]]
 Run = Callable[[Sequence[Job]], list[list[Sample]]]  # of generation.sample
 Draw = Callable[[Run], list[Group]]
+Prompts = Callable[[Any], list[str]]  # as they are with a tokenizer and its chat template
 
 
 @dataclass(frozen=True)
-class Config(config.Compute):
+class Config(config.Compute, config.ChatOptions):
     output_dir: str = option("runs/samples", "directory of the run")
     model: str = option("", "directory or hub name of a causal LM", MODEL)
     data: str = option("", "prompts: any data file that has them", named("a file of prompts"))
@@ -51,9 +66,14 @@ def run(config: Config, start: lineage.Start) -> Path:
     dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
     console.say(dataset.summary())
     model = lineage.source("model", config.model, "sft", "align", "ppo")
-    numbers, prompts = _chosen(config, dataset)
-    console.say(f"{len(prompts):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
+    numbers = _chosen(config, len(dataset.groups))
+    console.say(f"{len(numbers):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
     accelerator = loop.make_accelerator(config)
+
+    def prompts(tokenizer: Any) -> list[str]:
+        (rendered,) = templates.apply(config, tokenizer, start.template_date, dataset)
+        return [rendered.groups[number % len(rendered.groups)].prompt for number in numbers]
+
     draw = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, numbers, accelerator)
     pieces = runs.begin_pieces(start, accelerator, dataset.account())
     groups = draw(partial(_run, pieces, accelerator))
@@ -74,18 +94,17 @@ def _listed(job: Job) -> list[Any]:
     return samples.listed(job())
 
 
-def _chosen(config: Config, dataset: data.Dataset) -> tuple[list[int], list[str]]:
-    """Places and prompts. A prompt that comes round again has a new place, and so new completions."""
-    total = len(dataset.groups)
+def _chosen(config: Config, total: int) -> list[int]:
+    """Return the places of the prompts. A prompt that comes round again has a new place, and so new completions."""
     require(config.first < total, "first", f"less than the {total} prompts of --data", config.first)
     chosen = range(config.first, total if config.prompts is None else min(total, config.first + config.prompts))
-    numbers = [epoch * total + i for epoch in range(config.epochs) for i in chosen]
-    return numbers, [dataset.groups[number % total].prompt for number in numbers]
+    return [epoch * total + i for epoch in range(config.epochs) for i in chosen]
 
 
-def _torch(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int], accelerator: Accelerator) -> Draw:
+def _torch(config: Config, name: str, prompts_of: Prompts, numbers: Sequence[int], accelerator: Accelerator) -> Draw:
     model, tokenizer = models.load(name)
     model.to(accelerator.device)
+    prompts = prompts_of(tokenizer)
 
     def draw(run: Run) -> list[Group]:
         with accelerator.autocast():
@@ -98,7 +117,7 @@ def _torch(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[
     return draw
 
 
-def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[int], accelerator: Accelerator) -> Draw:
+def _vllm(config: Config, name: str, prompts_of: Prompts, numbers: Sequence[int], accelerator: Accelerator) -> Draw:
     """The same from vLLM. Log-probs are those it drew from, so at a top_p below 1 they are not the model's own."""
     if accelerator.num_processes > 1:
         raise ValueError("--engine vllm: expected one process, which sees to its GPUs itself")
@@ -107,6 +126,7 @@ def _vllm(config: Config, name: str, prompts: Sequence[str], numbers: Sequence[i
     except ModuleNotFoundError:
         raise ValueError("--engine vllm: not installed; pip install vllm, or leave out --engine") from None
     tokenizer: Any = models.load_tokenizer(name)
+    prompts = prompts_of(tokenizer)
     ids, counts = encoding.sampled_prompts(prompts, tokenizer, config.max_prompt_length)
     console.counts(counts)
     dtype = "auto" if config.dtype == "auto" else config.dtype

@@ -15,7 +15,7 @@ from exo.data import Group
 
 
 @dataclass(frozen=True)
-class Config(config.Scoring):
+class Config(config.Scoring, config.ChatOptions):
     output_dir: str = option("runs/scored", "directory of the run")
     data: str = option("", "samples: prompts with completions", named("a file of samples"))
     reward_model: str | None = rewards.REWARD_MODEL

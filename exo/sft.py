@@ -25,10 +25,12 @@ from exo import (
     loop,
     models,
     runs,
+    templates,
 )
 from exo.config import MODEL, POSITIVE, named, option
 from exo.encoding import TokenGroup
 from exo.head import CausalHead
+from exo.limits import Limits
 from exo.packing import Batch, Packing
 from exo.steps import Share
 from exo_kernels import linear_token_logps
@@ -72,8 +74,9 @@ def run(config: Config, start: lineage.Start) -> Path:
     adapter.check(config, config.model)
     name = lineage.source("model", config.model, "sft")
     model, tokenizer = adapter.load(config, name, dataset.texts, accelerator)
-    limits = encoding.Limits(config.max_length, config.max_completion_length, config.truncate)
-    groups, counts = encoding.encode(dataset.groups, tokenizer, limits, config.data)
+    (dataset,) = templates.apply(config, tokenizer, start.template_date, dataset)
+    limits = Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
+    groups, counts = encoding.encode(dataset.groups, tokenizer, limits, dataset.path, skip_invalid=config.skip_invalid)
     console.counts(counts)
     if not groups:
         raise data.DataError(f"{config.data}: no row is left to train on")

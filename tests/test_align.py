@@ -119,7 +119,9 @@ def test_errors_of_the_reference_that_cancel_in_the_mean_are_seen(tmp_path, caps
 def test_no_held_out_prompt_is_trained_on(tmp_path):
     """Also where the limits cut one prompt to several lengths."""
     lines = [{**row, "prompt": f"{i % 5} " + "word " * 30} for i, row in enumerate(rows(40, ragged=True))]
-    config = align.Config(model="tiny", data=write(tmp_path / "rows.jsonl", lines), max_length=24, eval_fraction=0.4)
+    config = align.Config(
+        model="tiny", data=write(tmp_path / "rows.jsonl", lines), max_length=24, max_prompt_length=12, eval_fraction=0.4
+    )
     dataset = data_module.read(config.data)
     _, tokenizer = models.load_or_tiny("tiny", dataset.texts, seed=0)
     groups = align._encode(config, dataset, tokenizer, Counter())

@@ -1,10 +1,13 @@
 """Chat messages as text and tokens: the border before the answer, one BOS, and the end that the template says."""
 
+import copy
+
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from exo import chat, encoding, models
 from exo.data import Chat, DataError, Group, Message, read, write_jsonl
-from exo.encoding import Limits
+from exo.limits import Limits
 
 OPENED = "{% if add_generation_prompt %}"
 CHATML = (
@@ -67,23 +70,17 @@ def test_a_template_that_writes_bos_has_it_once(tokenizer):
     assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<|eot|>", "abcd<|eot|>"] and not counts
 
 
-class AddsBos:
+def adds_bos(tokenizer):
     """The same tokenizer, but one that begins plain texts with a BOS by itself, as Llama's does."""
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def __call__(self, text, add_special_tokens=True):
-        ids = self.inner(text, add_special_tokens=False)["input_ids"]
-        return {"input_ids": [self.bos_token_id] * add_special_tokens + ids}
+    other = copy.deepcopy(tokenizer)
+    special = [("<bos>", other.bos_token_id)]
+    other.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=special)
+    return other
 
 
 @pytest.mark.parametrize(("template", "eos", "times"), [(LLAMA, "<|eot|>", 1), (CHATML, "<|im_end|>", 0)])
 def test_the_template_alone_decides_on_bos(tokenizer, template, eos, times):
-    tokenizer = AddsBos(set_up(tokenizer, template, eos, "<bos>"))
+    tokenizer = adds_bos(set_up(tokenizer, template, eos, "<bos>"))
     [group], _ = encode(tokenizer, "ab", "abcd")
     assert group.prompt.count(tokenizer.bos_token_id) == times
     assert encoding.prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
@@ -91,17 +88,16 @@ def test_the_template_alone_decides_on_bos(tokenizer, template, eos, times):
 
 def test_bos_stays_when_the_prompt_is_cut(tokenizer):
     set_up(tokenizer, LLAMA, "<|eot|>", "<bos>")
-    [group], counts = encode(tokenizer, "ab", "abcd", max_length=20)
-    assert group.longest == 20 and group.prompt[0] == tokenizer.bos_token_id
-    assert counts == {"rows with the prompt cut on the left": 1}
+    [group], counts = encode(tokenizer, "ab", "abcd", max_length=30, max_prompt_length=18)
+    assert group.prompt[0] == tokenizer.bos_token_id and len(group.prompt) == 18
+    assert counts == {"rows with the prompt cut on the left to --max_prompt_length": 1}
 
 
-def test_another_end_of_turn_is_kept_and_told(tokenizer):
+def test_another_end_of_turn_than_eos_ends_completions_and_samples(tokenizer):
     set_up(tokenizer, CHATML, "<eos>")
     [group], counts = encode(tokenizer, "ab", "abcd")
-    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<|im_end|>", "abcd<|im_end|>"]
-    [(reason, times)] = counts.items()
-    assert reason.startswith("completions that end as the chat template says") and times == 2
+    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<|im_end|>", "abcd<|im_end|>"] and not counts
+    assert chat.stop_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(("content", "second"), [("m.content", " abcd<eos>"), ("m.content | trim", "abcd<eos>")])
@@ -143,7 +139,7 @@ def test_prompts_read_for_sampling_and_written_with_samples_keep_their_tokens(to
 def test_completions_that_the_template_makes_alike_are_dropped(tokenizer):
     set_up(tokenizer, LLAMA, "<|eot|>", "<bos>")
     rows, counts = encode(tokenizer, "ab", " ab ")
-    assert not rows and counts == {"rows dropped: completions identical in the chat template": 1}
+    assert not rows and counts == {"rows dropped: completions identical as tokens": 1}
 
 
 def test_a_single_text_to_imitate_is_not_alike_to_itself(tokenizer):
@@ -155,7 +151,7 @@ def test_a_single_text_to_imitate_is_not_alike_to_itself(tokenizer):
     ("template", "words"),
     [
         (None, "chat messages, but the tokenizer has no chat template; take the model's instruct version"),
-        (THINKING, "the chat template renders the prompt otherwise once it is answered"),
+        (THINKING, "the chat template renders the prompt differently once it is answered"),
         (STRICT, "the chat template refuses these messages: no system role"),
         ("{{ messages[9].role.x }}", "the chat template refuses these messages: "),
         ("{% if %}", "the chat template refuses these messages: "),
@@ -175,4 +171,6 @@ def test_the_border_is_before_the_answer_even_where_the_template_thinks_first(to
         "{{ m.content }}", "{{ '<think></think>' if loop.last and m.role != 'user' }}{{ m.content }}"
     )
     set_up(tokenizer, thought, "<|im_end|>")
-    assert chat.answer_text(CHAT, "ab", tokenizer) == ("<think></think>ab<|im_end|>", "eos")
+    renderer = chat.Renderer(tokenizer)
+    answer = renderer.answer(CHAT, renderer.prompt(CHAT), "ab")
+    assert answer == ("<think></think>ab", "<|im_end|>", False)

@@ -1,41 +1,42 @@
 """Tokens, limits and micro-batches: the completion is what is scored, and nothing is lost without being counted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from exo import encoding, models
 from exo.data import DataError, Group
-from exo.encoding import Limits, TokenGroup
+from exo.encoding import TokenGroup
+from exo.limits import Limits
 from exo.packing import Packing
 
 LAYOUTS = [Packing(0, 300, layout, one_row) for layout in ("padded", "packed", "shared") for one_row in (False, True)]
 
 
-class Words:
-    """A tokenizer whose tokens can be counted by eye: one a word."""
-
-    bos_token_id, eos_token_id, pad_token_id = None, 1, 0
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [10 + len(word) for word in text.split()]}
-
-
-class Templated(Words):
-    """The same with BOS before a text and EOS after it, as some tokenizers have it."""
-
-    bos_token_id = 2
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids = super().__call__(text)["input_ids"]
-        return {"input_ids": [2, *ids, 1] if add_special_tokens else ids}
+def words(bos: bool = False):
+    """A tokenizer whose tokens can be counted by eye: 10 plus the length of a word. With `bos` it begins a text with
+    <bos> and ends it with <eos>, as some do."""
+    backend = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "<bos>": 2, "a": 11, "bb": 12, "ccc": 13, "dddd": 14}))
+    backend.pre_tokenizer = WhitespaceSplit()
+    if bos:
+        backend.post_processor = TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "<eos>"} | ({"bos_token": "<bos>"} if bos else {})
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def encode(group, max_length=100, max_completion_length=None, truncate="prompt-left"):
-    return encoding.encode([group], Words(), Limits(max_length, max_completion_length, truncate), "rows.jsonl")
+def encode(group, max_length=100, max_completion_length=None, truncate="prompt-left", most=None, **options):
+    limits = Limits(max_length, max_completion_length, truncate, most)
+    return encoding.encode([group], words(), limits, "rows.jsonl", **options)
 
 
 def test_completions_end_with_eos_and_prompts_are_kept():
-    (encoded,), counts = encode(Group("a bb", ("ccc", "dddd a"), (1.0, 2.0), 3))
+    (encoded,), counts = encode(Group("a bb", (" ccc", " dddd a"), (1.0, 2.0), 3))
     assert encoded == TokenGroup((11, 12), ((13, 1), (14, 11, 1)), (1.0, 2.0), 3)
     assert not counts
 
@@ -45,51 +46,75 @@ def test_an_empty_prompt_gets_a_token_to_be_scored_from():
     assert encoded.prompt == (1,)
 
 
-def test_the_prompt_is_cut_on_the_left_for_the_longest_completion():
-    (encoded,), counts = encode(Group("a bb ccc dddd", ("a", "a a a"), None, 1), max_length=6)
-    assert encoded.prompt == (13, 14)
-    assert [len(c) for c in encoded.completions] == [2, 4]
-    assert counts == {"rows with the prompt cut on the left": 1}
+PROMPT = Group("a bb ccc dddd", (" a", " a a a"), None, 1)
 
 
-def test_a_completion_is_cut_on_the_right_and_one_prompt_token_stays():
-    (encoded,), counts = encode(Group("a bb", ("a a a a a a", "a"), None, 1), max_length=4)
-    assert encoded.prompt == (12,) and encoded.completions[0] == (11, 11, 11)
-    assert counts.total() == 2
+def test_a_long_completion_is_cut_first_and_the_prompt_keeps_half():
+    (encoded,), counts = encode(PROMPT, max_length=6, strict=False)
+    assert encoded.prompt == (12, 13, 14) and encoded.completions == ((11, 1), (11, 11, 11))
+    assert counts == {
+        "rows with the prompt cut on the left": 1,
+        "rows with a completion cut on the right (its end of sequence goes too)": 1,
+        "rows that keep fewer than 32 tokens or a quarter of their prompt": 1,
+    }
+
+
+def test_the_prompt_is_cut_where_completions_take_less_than_half():
+    (encoded,), counts = encode(replace(PROMPT, prompt="a a bb ccc dddd"), max_length=8, strict=False)
+    assert encoded.prompt == (11, 12, 13, 14) and encoded.completions[1] == (11, 11, 11, 1) and counts.total() == 2
+
+
+@pytest.mark.parametrize(("most", "prompt", "longest"), [(1, (14,), 4), (3, (12, 13, 14), 3), (9, (11, 12, 13, 14), 2)])
+def test_max_prompt_length_decides_instead(most, prompt, longest):
+    (encoded,), _ = encode(PROMPT, max_length=6, most=most)
+    assert encoded.prompt == prompt and max(map(len, encoded.completions)) == longest
+
+
+def test_a_run_stops_where_more_than_a_twentieth_of_its_prompts_are_stumps():
+    short, long = (Group(" ".join(["a"] * n), (" a", " bb"), None, 1) for n in (9, 300))
+    limits = Limits(64, None, "prompt-left")
+    assert encoding.encode([*[short] * 19, long], words(), limits, "rows.jsonl")[1].total() == 2
+    with pytest.raises(DataError, match="^rows.jsonl: 2 of 20 rows.*--max_length, or set --max_prompt_length$"):
+        encoding.encode([*[short] * 18, long, long], words(), limits, "rows.jsonl")
+    encoding.encode([long] * 20, words(), Limits(64, None, "prompt-left", 40), "rows.jsonl")  # as the option says
 
 
 def test_bos_stays_and_eos_never_ends_a_prompt():
-    group = Group("a bb ccc dddd", ("a", "a a"), None, 1)
-    whole, cut = (encoding.encode([group], Templated(), Limits(n, None, "prompt-left"), "")[0][0] for n in (50, 6))
+    group = Group("a bb ccc dddd", (" a", " a a"), None, 1)
+    whole, cut = (
+        encoding.encode([group], words(bos=True), Limits(n, None, "prompt-left"), "", strict=False)[0][0]
+        for n in (50, 6)
+    )
     assert whole.prompt == (2, 11, 12, 13, 14) and whole.completions[0] == (11, 1)
     assert cut.prompt == (2, 13, 14)
 
 
 def test_a_prompt_is_cut_for_sampling_as_for_training():
-    text = "a bb ccc dddd"
+    text, tokenizer = "a bb ccc dddd", words(bos=True)
     limits = Limits(50, None, "error", 3)  # the cut is not the limits' doing, so it is no error
-    ((row,), counts) = encoding.encode([Group(text, ("a",), None, 1)], Templated(), limits, "")
-    assert encoding.sampled_prompts([text], Templated(), 3)[0] == [[*row.prompt]] == [[2, 13, 14]]
+    ((row,), counts) = encoding.encode([Group(text, (" a",), None, 1)], tokenizer, limits, "")
+    assert encoding.sampled_prompts([text], tokenizer, 3)[0] == [[*row.prompt]] == [[2, 13, 14]]
     assert counts == {"rows with the prompt cut on the left to --max_prompt_length": 1}
-    assert encoding.sampled_prompts([text, "a"], Words(), 3) == ([[12, 13, 14], [11]], {"prompts cut on the left": 1})
-    assert encoding.sampled_prompts([text], Templated(), 1)[0] == [[14]]
-    assert encoding.sampled_prompts([text], Templated(), 5) == ([[2, 11, 12, 13, 14]], {})
+    ids, counts = encoding.sampled_prompts([text, "a"], words(), 3)
+    assert ids == [[12, 13, 14], [11]] and counts["prompts cut on the left"] == 1
+    assert encoding.sampled_prompts([text], tokenizer, 1)[0] == [[14]]
+    assert encoding.sampled_prompts([text], tokenizer, 5) == ([[2, 11, 12, 13, 14]], {})
 
 
 def test_completions_that_the_cut_makes_alike_are_dropped():
-    rows, counts = encode(Group("a", ("a a a bb", "a a a ccc"), None, 1), max_completion_length=3)
+    rows, counts = encode(Group("a", (" a a a bb", " a a a ccc"), None, 1), max_completion_length=3)
     assert not rows and counts == {"rows dropped: completions identical once cut": 1}
 
 
 @pytest.mark.parametrize(("length", "kept"), [(6, 1), (5, 0)])
 def test_drop_keeps_exactly_what_fits(length, kept):
-    rows, counts = encode(Group("a bb", ("a a a", "a"), None, 1), max_length=length, truncate="drop")
+    rows, counts = encode(Group("a bb", (" a a a", " a"), None, 1), max_length=length, truncate="drop")
     assert len(rows) == kept and counts.total() == 1 - kept
 
 
 def test_error_names_the_line():
     with pytest.raises(DataError, match="^rows.jsonl:7: "):
-        encode(Group("a bb", ("a a a", "a"), None, 7), max_length=5, truncate="error")
+        encode(Group("a bb", (" a a a", " a"), None, 7), max_length=5, truncate="error")
 
 
 @pytest.mark.parametrize("packing", LAYOUTS, ids=lambda packing: f"{packing.layout}-{packing.one_row}")
@@ -141,8 +166,8 @@ def test_micro_batches_hold_every_group_once_within_the_budget(packing):
         assert sizes == [packing.tokens(part) for part in parts]
 
 
-def test_prompt_and_completion_meet_at_a_token_border():
-    """A tokenizer that would merge across the border is never shown both sides at once."""
+def test_prompt_and_completion_meet_at_a_token_boundary():
+    """A tokenizer that merges across the boundary gives the completion tokens of its own."""
     texts = ["ab abc abcd " * 20]
     _, tokenizer = models.tiny(texts, hidden_size=32, num_heads=2, num_layers=1)
     (encoded,), _ = encoding.encode(

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from exo import console, data, encoding, loop, models, reward, rewards
 from exo.config import Training
+from exo.limits import Limits
 from exo.packing import Packing
 from tests.tasks import WORDS, lines, write_model, write_rows
 
@@ -131,7 +132,7 @@ def test_padding_that_is_the_end_of_sequence_does_not_hide_it(policy, tmp_path, 
 
 def test_the_loss_is_bradley_terrys(policy):
     model, tokenizer = models.classifier_from(policy, 1, seed=0)
-    limits = encoding.Limits(64, None, "error")
+    limits = Limits(64, None, "error")
     groups, _ = encoding.encode(
         [group("red", "good blue", "bad"), group("blue", "good", "bad red")], tokenizer, limits, "x"
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from exo import best_of_n, data, encoding, generation, models, rewards, sample, samples, score
+from exo.limits import Limits
 from exo.models import loading
 from tests.tasks import PROMPTS, lines, write_model, write_rows
 
@@ -49,7 +50,7 @@ def test_training_sees_the_tokens_that_were_drawn(drawn):
     model, _, run = drawn
     _, tokenizer = models.load(model)
     groups = data.read(run / "samples.jsonl", purpose="samples").groups
-    encoded, _ = encoding.encode(groups, tokenizer, encoding.Limits(64, None, "error"), "samples")
+    encoded, _ = encoding.encode(groups, tokenizer, Limits(64, None, "error"), "samples")
     for group, row in zip(encoded, lines(run / "samples.jsonl"), strict=True):
         assert [list(ids) for ids in group.completions] == row["token_ids"]
         assert list(group.prompt) == encoding.prompt_ids(row["prompt"], tokenizer)
@@ -60,7 +61,7 @@ def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by
     other = write_model(tmp_path / "other", words=["a", *"red green blue round square good bad big small".split()])
     _, tokenizer = models.load(other)
     groups = data.read(run / "samples.jsonl", purpose="samples").groups
-    limits = encoding.Limits(64, None, "error")
+    limits = Limits(64, None, "error")
     with pytest.raises(data.DataError, match=r"samples:1: token ids of another tokenizer .* python -m exo.sample"):
         encoding.encode(groups, tokenizer, limits, "samples")
     encoded, _ = encoding.encode(groups, tokenizer, limits, "samples", foreign="text")

@@ -36,7 +36,7 @@ def start(tmp_path_factory):
     directory = tmp_path_factory.mktemp("together")
     rows = []
     for i, prompt in enumerate(PROMPTS * 3):
-        texts = [f"{WORDS[i % 5]} good", "good good small", f"bad {WORDS[(i + 2) % 5]}", "big"][: 2 + i % 3]
+        texts = [f" {WORDS[i % 5]} good", " good good small", f" bad {WORDS[(i + 2) % 5]}", " big"][: 2 + i % 3]
         row = {"prompt": f"red green blue round {prompt} {WORDS[i % 7]}", "completions": texts}
         rows.append(row | {"rewards": [reward("", text) for text in texts]})
     return write_model(directory / "model", scale=2.0), write_rows(directory / "rows.jsonl", rows)

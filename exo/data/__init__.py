@@ -53,6 +53,7 @@ class Dataset:
     skipped: dict[str, int]  # reason -> rows not used
     noted: dict[str, int]  # reason -> rows used but worth a remark
     path: str
+    conversational: bool = False  # a data set of chats whose prompts are plain texts of a user's turn
 
     def __post_init__(self) -> None:
         assert self.rows == len(self.groups) + sum(self.skipped.values()), "rows unaccounted for"

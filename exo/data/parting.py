@@ -36,9 +36,8 @@ def with_prompt(prompt: Any, reading: Reading) -> Reading:
 
 def conversations(row: Row) -> Reading:
     chosen, rejected = (conversation(key, row[key]) for key in ("chosen", "rejected"))
-    shared, good, bad, later, skip = _part(
-        *([(m.role, m.content) for m in messages] for messages in (chosen, rejected)), speaker="assistant"
-    )
+    first, second = ([(m.role, m.content) for m in messages] for messages in (chosen, rejected))
+    shared, good, bad, later, skip = _part(first, second, speaker="assistant")
     if skip or not shared:
         return Reading(skip=skip or "nothing before the answer")
     return Reading(Chat(Message(*turn) for turn in shared), (good, bad), later_turns=later)

@@ -16,6 +16,12 @@ from transformers import (
 )
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
+# Of the tiny model, so that files of chats can be tried without weights.
+TEMPLATE = (
+    "{% for message in messages %}{{ '\n\n' if loop.index > 1 }}{{ message.role | capitalize }}:"
+    "{{ ' ' + message.content | trim }}{{ eos_token if message.role == 'assistant' }}{% endfor %}"
+    "{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+)
 
 
 def tiny(
@@ -39,7 +45,7 @@ def tiny(
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=END)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=END, chat_template=TEMPLATE)
     return _llama(tokenizer, seed, hidden_size, num_layers, num_heads), tokenizer
 
 

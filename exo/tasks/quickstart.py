@@ -15,7 +15,7 @@ def quickstart(wanted: Wanted) -> Files:
 
     texts = corpus(wanted.rows or 8192, seed=wanted.seed)
     return {
-        "sft.jsonl": lines({"prompt": p, "completion": text} for p, text in texts),
+        "sft.jsonl": lines({"prompt": p, "completion": f" {text}"} for p, text in texts),
         "prompts.jsonl": lines({"prompt": p} for p in prompts("train")),
         "test.jsonl": lines({"prompt": p} for p in prompts("test")),
         "base": base,
