@@ -21,7 +21,8 @@ TEMPLATES = {
     "{{ message.content | trim }}<|eot|>{% endfor %}" + OPEN + "<|im_start|>assistant<|user|>\n\n{% endif %}",
     "Llama 2": SYSTEM_FIRST + "{% for message in turns %}" + ALTERNATE + "{% if message.role == 'user' %}"
     "{{ bos_token }}[INST] {{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if system and loop.first }}"
-    "{{ message.content | trim }} [/INST]{% else %} {{ message.content | trim }} {{ eos_token }}{% endif %}{% endfor %}",
+    "{{ message.content | trim }} [/INST]{% else %} {{ message.content | trim }} {{ eos_token }}{% endif %}"
+    "{% endfor %}",
     "Mistral": "{{ bos_token }}" + SYSTEM_FIRST + "{% for message in turns %}" + ALTERNATE
     + "{% if message.role == 'user' %}[INST]{{ ' ' + message.content }}[/INST]{% else %}"
     "{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}",
