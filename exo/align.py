@@ -47,7 +47,7 @@ SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc
 
 
 @dataclass(frozen=True)
-class Config(adapter.Options):
+class Config(adapter.Options, config.DataOptions):
     model: str = option(
         "",
         "directory or hub name of a causal LM; tiny builds a small one on the data",
@@ -86,7 +86,6 @@ class Config(adapter.Options):
     temperature: float = option(1.0, "divides the logits; the one that completions were sampled at", POSITIVE)
     eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none", PART)
     eval_data: str | None = option(None, "a held-out file, instead of eval_fraction")
-    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
     save_steps: int = option(0, "steps between checkpoints; 0 means none", NOT_NEGATIVE)
     eval_steps: int = option(0, "steps between evaluations, keeping the best; 0 means at the end only", NOT_NEGATIVE)
 
@@ -103,7 +102,7 @@ class Config(adapter.Options):
 @lineage.stage("align")
 def run(config: Config, start: lineage.Start) -> Path:
     """Align and return the run directory."""
-    dataset = _read(config, config.data)
+    dataset = _read(config, config.data, **config.mixing())
     held_out = _read(config, config.eval_data) if config.eval_data else None
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
@@ -165,9 +164,9 @@ def run(config: Config, start: lineage.Start) -> Path:
     return directory
 
 
-def _read(config: Config, path: str) -> data.Dataset:
+def _read(config: Config, path: str, **mixing: Any) -> data.Dataset:
     path = lineage.source("data", path, "score", "prepare", prepared="pairs.jsonl")
-    dataset = data.read(path, skip_invalid=config.skip_invalid)
+    dataset = data.read(path, **config.reading(), **mixing)
     if config.target == "rw" and dataset.groups[0].rewards is None:
         raise ValueError(f"--target rw: expected completions with rewards; {path} has preferences")
     return dataset

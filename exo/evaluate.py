@@ -39,7 +39,7 @@ from exo.rewards import Scores
 
 
 @dataclass(frozen=True)
-class Config(config.Scoring, config.ChatOptions):
+class Config(config.Scoring, config.DataOptions, config.ChatOptions):
     output_dir: str = option("runs/evaluation", "directory of the run")
     model: str | None = option(None, "run whose checkpoints are evaluated, or a causal LM")
     samples: str | None = option(None, "completions to evaluate instead of a model's")
@@ -136,7 +136,7 @@ def run(config: Config, start: lineage.Start) -> Path:
 def _prompts(config: Config) -> tuple[list[str], list[Group]]:
     """Held-out prompts, and the chosen completions where they are wanted."""
     path = lineage.source("data", config.data, "prepare", prepared="test.jsonl")
-    dataset = data.read(path, purpose="texts" if config.chosen else "prompts")
+    dataset = data.read(path, purpose="texts" if config.chosen else "prompts", **config.reading(), **config.mixing())
     console.say(dataset.summary())
     groups = dataset.groups[: config.prompts]
     if len(groups) < 2:

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from exo import artifacts, console
 from exo.artifacts import RunError
+from exo.data.rows import parts
+from exo.data.tables import FILES
 
 C = TypeVar("C")
 
@@ -69,7 +71,7 @@ _OWN = (artifacts.RUN_FILE, "metrics.jsonl")
 _PASSING = ("profile", artifacts.STATES, artifacts.PIECES)
 _IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to", "reference_cache", "profile"}
 _IMMATERIAL |= {"checkpoint_steps", "allow_changes", "on_nan", "nproc", "fsdp"}
-_DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
+_DATA_FILES = FILES
 _READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
 
 
@@ -116,7 +118,7 @@ def stage(name: str) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Pat
 def _start(config: Any, stage: str) -> Start | None:
     """None where it has been done."""
     directory, paths = Path(config.output_dir), _inputs(config, stage)
-    artifacts.check_apart(config.output_dir, paths.values())
+    artifacts.check_apart(config.output_dir, [_directory(str(p)) for path in paths.values() for p in parts(path)])
     hashes = {name: fingerprint(path) for name, path in paths.items()}
     before = None if config.overwrite_output_dir else record(directory)
     facts = {"started": artifacts.now(), "inputs": hashes, "template_date": _template_date(before, paths.values())}
@@ -213,6 +215,8 @@ def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
     its file `prepared`. RunError where the run has not finished; ValueError where nothing is there, or what another
     stage made.
     """
+    if len(several := parts(path)) > 1:
+        return ",".join(source(option, str(part), *stages, prepared=prepared) for part in several)
     place = Path(path)
     making = " or ".join(f"python -m exo.{stage}" for stage in stages)
     run = record(place if place.is_dir() else place.parent)
@@ -238,9 +242,15 @@ def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
 
 def is_missing(path: str) -> bool:
     """Whether nothing is there. What could be a hub name ("gpt2", "owner/name") is left to whoever loads it."""
-    place = Path(path)
+    place = Path(_directory(path))
     local = path.startswith((".", "~", "/")) or place.suffix in _DATA_FILES
     return not place.exists() and (local or (place.parent != Path() and place.parent.is_dir()))
+
+
+def _directory(path: str) -> str:
+    """Return the directory of a split, DIRECTORY@test; any other path as it is."""
+    before, at, _ = path.rpartition("@")
+    return before if at and not Path(path).exists() and Path(before).is_dir() else path
 
 
 def command(run: Mapping[str, Any]) -> str:
@@ -293,7 +303,9 @@ def _passes(directory: Path, file: Path) -> bool:
 
 def fingerprint(path: str) -> str:
     """sha256 of what an option names: a file, a model directory, one of shards; a hub name stands for itself."""
-    place = Path(path)
+    if len(several := parts(path)) > 1:
+        return hashlib.sha256("".join(fingerprint(str(part)) for part in several).encode()).hexdigest()
+    place = Path(_directory(path))
     if place.is_file():
         return _digest(place)
     if ":" in path and not place.exists() and (code := _code(path.partition(":")[0])):

@@ -47,7 +47,7 @@ SHOWN = {"score": "score", "kl": "kl", "value_loss": "value", "tokens_per_second
 
 
 @dataclass(frozen=True)
-class Config(config.Training, config.ChatOptions):
+class Config(config.Training, config.DataOptions, config.ChatOptions):
     output_dir: str = option("runs/ppo", "directory of the run")
     model: str = option("", "directory or hub name of a causal LM, the start and the reference", MODEL)
     data: str = option("", "prompts: any data file that has them", named("a file of prompts"))
@@ -68,7 +68,6 @@ class Config(config.Training, config.ChatOptions):
     clip_range_value: float = option(0.2, "how far a value may go in one update, in units of the reward", POSITIVE)
     value_coef: float = option(0.5, "weight of the critic's loss", NOT_NEGATIVE)
     save_steps: int = option(0, "steps between checkpoints; 0 means none", NOT_NEGATIVE)
-    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,7 +157,7 @@ def value_loss(
 def run(config: Config, start: lineage.Start) -> Path:
     """Train and return the run directory, which is the model directory."""
     path = lineage.source("data", config.data, "prepare", prepared="prompts.jsonl")
-    dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
+    dataset = data.read(path, purpose="prompts", **config.reading(), **config.mixing())
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
     console.say(dataset.summary())

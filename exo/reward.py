@@ -45,7 +45,7 @@ SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
 
 
 @dataclass(frozen=True)
-class Config(config.DataTraining):
+class Config(config.DataTraining, config.DataOptions):
     output_dir: str = option("runs/reward", "directory of the run")
     learning_rate: float = option(1e-5, "peak learning rate of AdamW", POSITIVE)
     model: str = option("", "directory or hub name of a causal LM, whose body is trained on", MODEL)
@@ -57,7 +57,6 @@ class Config(config.DataTraining):
     max_completions: int | None = option(None, "make pairs of the first so many completions of each row", at_least(2))
     labels: bool = option(False, "the data are texts with a label, 0 or 1")
     eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none", PART)
-    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
 
 class PairLoss(nn.Module):
@@ -94,7 +93,8 @@ def run(config: Config, start: lineage.Start) -> Path:
     """Train and return the run directory, which is the model directory."""
     prepared = "labelled.jsonl" if config.labels else "pairs.jsonl"
     path = lineage.source("data", config.data, "prepare", "score", prepared=prepared)
-    dataset = data.read(path, purpose="labels" if config.labels else "comparisons", skip_invalid=config.skip_invalid)
+    purpose: data.Purpose = "labels" if config.labels else "comparisons"
+    dataset = data.read(path, purpose=purpose, **config.reading(), **config.mixing())
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
     console.say(dataset.summary())

@@ -42,7 +42,7 @@ Prompts = Callable[[Any], list[str]]  # as they are with a tokenizer and its cha
 
 
 @dataclass(frozen=True)
-class Config(config.Compute, config.ChatOptions):
+class Config(config.Compute, config.DataOptions, config.ChatOptions):
     output_dir: str = option("runs/samples", "directory of the run")
     model: str = option("", "directory or hub name of a causal LM", MODEL)
     data: str = option("", "prompts: any data file that has them", named("a file of prompts"))
@@ -56,14 +56,13 @@ class Config(config.Compute, config.ChatOptions):
     prompts: int | None = option(None, "use at most so many prompts", at_least(1))
     epochs: int = option(1, "times through the prompts, each with completions of its own", at_least(1))
     engine: Literal["torch", "vllm"] = option("torch", "what samples")
-    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
 
 @lineage.stage("sample")
 def run(config: Config, start: lineage.Start) -> Path:
     """Sample and return the run directory, which has samples.jsonl."""
     path = lineage.source("data", config.data, "prepare", prepared="prompts.jsonl")
-    dataset = data.read(path, purpose="prompts", skip_invalid=config.skip_invalid)
+    dataset = data.read(path, purpose="prompts", **config.reading(), **config.mixing())
     console.say(dataset.summary())
     model = lineage.source("model", config.model, "sft", "align", "ppo")
     numbers = _chosen(config, len(dataset.groups))

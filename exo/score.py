@@ -15,7 +15,7 @@ from exo.data import Group
 
 
 @dataclass(frozen=True)
-class Config(config.Scoring, config.ChatOptions):
+class Config(config.Scoring, config.DataOptions, config.ChatOptions):
     output_dir: str = option("runs/scored", "directory of the run")
     data: str = option("", "samples: prompts with completions", named("a file of samples"))
     reward_model: str | None = rewards.REWARD_MODEL
@@ -23,7 +23,6 @@ class Config(config.Scoring, config.ChatOptions):
     max_length: int = option(
         1024, "tokens of prompt and completion together; a longer prompt loses its left", at_least(2)
     )
-    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,7 +33,7 @@ class Config(config.Scoring, config.ChatOptions):
 def run(config: Config, start: lineage.Start) -> Path:
     """Score and return the run directory, which has scored.jsonl."""
     path = lineage.source("data", config.data, "sample", "best_of_n", "score")
-    dataset = data.read(path, purpose="samples", skip_invalid=config.skip_invalid)
+    dataset = data.read(path, purpose="samples", **config.reading(), **config.mixing())
     console.say(dataset.summary())
     if had := sum(group.rewards is not None for group in dataset.groups):
         console.say(f"  {had:,} rows have rewards, which others replace")

@@ -37,12 +37,11 @@ from exo_kernels import linear_token_logps
 
 
 @dataclass(frozen=True)
-class Config(adapter.Options):
+class Config(adapter.Options, config.DataOptions):
     output_dir: str = option("runs/sft", "directory of the run")
     learning_rate: float = option(1e-5, "peak learning rate of AdamW", POSITIVE)
     model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data", MODEL)
     data: str = option("", "prompts with a completion, or preferences", named("a file of prompts with completions"))
-    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
 
 class NextToken(nn.Module):
@@ -66,7 +65,8 @@ def run(config: Config, start: lineage.Start) -> Path:
     dataset = data.read(
         lineage.source("data", config.data, "prepare", prepared="sft.jsonl"),
         purpose="texts",
-        skip_invalid=config.skip_invalid,
+        **config.reading(),
+        **config.mixing(),
     )
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)

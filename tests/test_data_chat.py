@@ -124,13 +124,13 @@ TEXT = f'"{CANARY}"'
 BROKEN = [
     ('[{"role": "user"}]', "prompt[0]: a chat message without 'content'"),
     ('[{"from": "human", "content": "x"}]', "prompt[0]: a chat message without 'value'"),
-    (f'[{{"role": "user", "content": ["{CANARY}"]}}]', "prompt[0].content must be a string, not an array"),
+    (f'[{{"role": "user", "content": ["{CANARY}"]}}]', "prompt[0].content must be a string or parts of type text"),
     ('[{"role": "user", "content": null}]', "prompt[0].content must be a string, not null"),
     (f'[{{"role": {TEXT}, "content": "x"}}]', "prompt[0].role must be one of system, developer, user, assistant"),
     (f'[{{"from": {TEXT}, "value": "x"}}]', "prompt[0].from must be one of human, gpt, system"),
     ('[{"role": "human", "content": "x"}]', "prompt[0].role must be one of"),
     (f'[{{"role": "user", "content": "x"}}, {TEXT}]', "prompt[1] must be a chat message, not a string"),
-    ('[{"role": "user", "content": "x", "tool_calls": [1]}]', "prompt[0]: tool calls are not read"),
+    ('[{"role": "user", "content": "x", "tool_calls": [1]}]', "prompt[0].tool_calls must be an array of objects"),
     (f'[{{"role": "assistant", "content": {TEXT}}}]', "the prompt ends with a message of the assistant"),
     ("[]", "prompt must be a string, not an array"),
 ]

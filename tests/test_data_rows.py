@@ -51,7 +51,7 @@ BROKEN = [
     ("null", "null", "must be an object, not null"),
     ("no keys", "{}", "keys found: none"),
     ("missing key", f'{{"prompt": "{CANARY}", "chosen": "a"}}', "unknown shape"),
-    ("null for text", PREFERENCE % "null", "chosen must be a string, not null"),
+    ("null for text", PREFERENCE % "null", "missing 'chosen'"),
     ("number for text", PREFERENCE % "17", "chosen must be a string, not a number"),
     ("boolean for text", PREFERENCE % "true", "chosen must be a string, not a boolean"),
     ("array for text", PREFERENCE % '["a"]', "chosen must be a string, not an array"),
@@ -63,7 +63,7 @@ BROKEN = [
     ),
     ("too few rewards", REWARDS % "1", "2 completions but 1 rewards"),
     ("too many rewards", REWARDS % "1, 2, 3", "2 completions but 3 rewards"),
-    ("no rewards", REWARDS % "", "2 completions but 0 rewards"),
+    ("no rewards", REWARDS % "", "rewards must be an array, and not empty"),
     ("boolean reward", REWARDS % "1, true", "rewards[1] must be a number, not a boolean"),
     ("null reward", REWARDS % "null, 1", "rewards[0] must be a number, not null"),
     ("text reward", REWARDS % f'1, "{CANARY}"', "rewards[1] must be a number, not a string"),
@@ -73,8 +73,8 @@ BROKEN = [
         "completions[1] must be a string, not a number",
     ),
     ("empty lists", '{"prompt": "p", "completions": [], "rewards": []}', "not empty"),
-    ("text for list", f'{{"prompt": "p", "completions": "{CANARY}", "rewards": [1]}}', "arrays"),
-    ("object for list", '{"prompt": "p", "completions": ["a"], "rewards": {}}', "arrays"),
+    ("text for list", f'{{"prompt": "p", "completions": "{CANARY}", "rewards": [1]}}', "completions must be an array"),
+    ("object for list", '{"prompt": "p", "completions": ["a"], "rewards": {}}', "rewards must be an array"),
 ]
 # Cut apart by brackets and quotes, an array cannot survive a row whose own do not match.
 CONTAINED = [case for case in BROKEN if case[0] != "cut off"]

@@ -46,7 +46,7 @@ INVALID = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"ok", 
     [
         (
             {**{key: ["x", "y"] for key in ("prompt", "chosen")}, "rejected": ["b", None]},
-            "rejected must be a string, not null",
+            "missing 'rejected'; the file began as preferences (prompt/chosen/rejected) (null: 'rejected')",
         ),
         ({"prompt": ["x", "y"], "chosen": ["a", "b"], "rejected": INVALID}, "not UTF-8"),
         (
@@ -130,7 +130,10 @@ def test_a_directory_with_anything_else_is_refused(tmp_path, other):
     assert "a directory without a data file; accepted" in refusal(tmp_path)
     put(tmp_path, [GOOD])
     (tmp_path / other).mkdir()
-    assert f"directory of data files alone (.jsonl, .json, .gz, .parquet), found '{other}'" in refusal(tmp_path)
+    assert (
+        "directory of data files alone (.jsonl, .json, .csv, .tsv, .gz, .bz2, .xz, .zst, .parquet, .arrow), "
+        f"found '{other}'" in refusal(tmp_path)
+    )
 
 
 # Hub names.
@@ -159,7 +162,7 @@ def hub(monkeypatch):
     ],
 )
 def test_a_hub_name_says_name_config_and_split(hub, name, call):
-    with pytest.raises(DataError, match=r"^owner/na\S*:2: chosen must be a string, not null$"):
+    with pytest.raises(DataError, match=r"^owner/na\S*:2: missing 'chosen'; the file began as .* \(null: 'chosen'\)$"):
         read(name)
     data = read(name, skip_invalid=True)
     assert hub == [call] * 2

@@ -1,5 +1,6 @@
 """How bad data is refused: the errors and the words they are made of. None quotes a row: data is often private."""
 
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -38,6 +39,11 @@ def number(name: str, value: Any) -> float:
 
 
 def array(name: str, value: Any) -> list[Any]:
+    if isinstance(value, str) and value[:1] == "[":  # of a csv, say
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Malformed(f"{name} must be an array, and its text is no JSON") from None
     if isinstance(value, list) and value:
         return value
     raise Malformed(f"{name} must be an array, and not empty")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from exo.data.errors import Malformed, string
-from exo.data.messages import Chat, Message, conversation, is_chat, last_answer
+from exo.data.messages import Chat, answer_of, conversation, is_chat, last_answer
 from exo.data.reading import Reading
 
 Row = dict[str, Any]
@@ -18,42 +18,45 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a column holds a conversation from its beginning, and not an answer alone."""
+    """Return whether a column holds a conversation from its beginning, and not an answer alone."""
     if not (isinstance(value, list) and is_chat(value) and isinstance(value[0], dict)):
         return False
-    return value[0].get("role", value[0].get("from")) not in ("assistant", "gpt")
+    return value[0].get("role", value[0].get("from")) not in ("assistant", "gpt", "chatgpt", "function_call")
 
 
 def with_prompt(prompt: Any, reading: Reading) -> Reading:
-    """The reading of a whole conversation, once what the row calls its prompt has been found in it."""
+    """Return the reading of a whole conversation, once what the row calls its prompt has been found in it."""
     if isinstance(reading.prompt, Chat):
-        said = {message.content.strip() for message in reading.prompt.messages}
+        said = {(message.content or "").strip() for message in reading.prompt.messages}
         asked = [m.content for m in conversation("prompt", prompt)] if is_chat(prompt) else [string("prompt", prompt)]
-        if not {text.strip() for text in asked} <= said:
+        if not {(text or "").strip() for text in asked} <= said:
             raise Malformed("prompt is not said in the conversation before the answer")
     return reading
 
 
 def conversations(row: Row) -> Reading:
-    chosen, rejected = (conversation(key, row[key]) for key in ("chosen", "rejected"))
-    first, second = ([(m.role, m.content) for m in messages] for messages in (chosen, rejected))
-    shared, good, bad, later, skip = _part(first, second, speaker="assistant")
+    """Return where two conversations part: at their first message that differs in any key."""
+    chosen, rejected = ([(m.role, m) for m in conversation(key, row[key])] for key in ("chosen", "rejected"))
+    shared, good, bad, later, skip = _part(chosen, rejected, speaker="assistant")
     if skip or not shared:
         return Reading(skip=skip or "nothing before the answer")
-    return Reading(Chat(Message(*turn) for turn in shared), (good, bad), later_turns=later)
+    answers = (answer_of("chosen", good), answer_of("rejected", bad))
+    return Reading(Chat(message for _, message in shared), answers, later_turns=later)
 
 
 def last_turn(key: str, row: Row) -> Reading:
-    """A conversation to learn from: the assistant's last turn, given everything before it."""
+    """Return a conversation to learn from: the assistant's last turn of weight 1, given everything before it."""
     messages = conversation(key, row[key])
     end = last_answer(messages)
     if not end:
-        return Reading(skip="no message of the assistant" if end is None else "nothing before the answer")
-    return Reading(Chat(messages[:end]), (messages[end].content,), later_turns=end + 1 < len(messages))
+        weightless = any(m.role == "assistant" and not m.learned for m in messages)
+        reason = "no message of the assistant" + " with a weight" * weightless
+        return Reading(skip=reason if end is None else "nothing before the answer")
+    return Reading(Chat(messages[:end]), (answer_of(key, messages[end]),), later_turns=end + 1 < len(messages))
 
 
 def opening(key: str, row: Row) -> Reading:
-    """A conversation to go on with: up to the last message, where that is not the assistant's already."""
+    """Return a conversation to continue: up to its last message, without it if that is the assistant's already."""
     messages = conversation(key, row[key])
     asked = messages[:-1] if messages[-1].role == "assistant" else messages
     if not asked or asked[-1].role == "assistant":
@@ -75,15 +78,15 @@ def dialogues(row: Row) -> Reading:
 
 
 class _Parted(NamedTuple):
-    shared: Sequence[tuple[str, str]] = ()
-    good: str = ""
-    bad: str = ""
+    shared: Sequence[tuple[str, Any]] = ()
+    good: Any = ""
+    bad: Any = ""
     later: bool = False
     skip: str = ""
 
 
-def _part(chosen: Sequence[tuple[str, str]], rejected: Sequence[tuple[str, str]], speaker: str) -> _Parted:
-    """Two conversations of (role, text) where they part, if they part in the speaker's turn."""
+def _part(chosen: Sequence[tuple[str, Any]], rejected: Sequence[tuple[str, Any]], speaker: str) -> _Parted:
+    """Return two conversations of (role, text or message) where they part, if they part in the speaker's turn."""
     parted = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     at = next(parted, None)
     if at is None:

@@ -1,19 +1,22 @@
-"""From what a path or a name stands for to its rows: JSON lines, JSON arrays, gzip of either, shards, tables, hub data.
+"""From what a path or a name stands for to its rows: JSON lines, JSON arrays, compressed files, tables, directories.
 
-Containers are told by their content, not by their name. Python's `json` takes NaN, 1e999, repeated keys and lone
-surrogates without a word; here such a row is malformed. Rows come out one by one, each with the place to blame, a
-malformed one as what is wrong with it, so that a bad row costs no other. Left out: CSV, other compression, streaming
-from the hub.
+Containers are told by their content, not by their name, but for csv and tsv, which nothing else tells. Python's `json`
+takes NaN, 1e999, repeated keys and lone surrogates without a word; here such a row is malformed. Rows come out one by
+one, each with the place to blame, a malformed one as what is wrong with it, so that a bad row costs no other. Left out:
+archives of several files, streaming from the hub.
 """
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import math
+import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +27,22 @@ Row = dict[str, Any]
 Place = tuple[int, str]  # number of a row, and the file:line to blame
 Rows = Generator[tuple[Place, Row | Malformed], None, None]
 
-_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
+_SUFFIXES = tables.FILES
 _ACCEPTED = (
-    "accepted: a .jsonl file, a .json array of objects, .gz of either, .parquet, a directory of those, "
-    "or a hub name owner/name:config@split"
+    "accepted: a .jsonl file, a .json array of objects, .csv, .tsv, these with .gz, .bz2, .xz or .zst, .parquet, "
+    ".arrow, a directory of those or of save_to_disk, or a hub name owner/name:config@split"
+)
+# What a compressed file begins with, and what opens it.
+_PACKED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
+    b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
+    b"BZh": ("bzip2", bz2.BZ2File),
+    b"\xfd7zXZ": ("xz", lzma.LZMAFile),
+    b"\x28\xb5\x2f\xfd": ("zstd", tables.zstd),
+}
+_SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?![a-z])[^.]*", re.IGNORECASE)
+_SHARD = re.compile(r"[-_.]?\d+(-of-\d+)?$")
+_PAPERS = re.compile(
+    r"(readme|licen[cs]e|dataset_infos?\.json$|dataset_dict\.json$|checksums|sha256sums)", re.IGNORECASE
 )
 # A whole string, or one character that opens, closes or parts; a lone quote opens a string that
 # never ends, and stopping there keeps hostile input linear. Bytes will do: no byte of a longer
@@ -40,12 +55,23 @@ class Source(NamedTuple):
     container: str  # in words; "" for JSON, which needs none
 
 
+def parts(path: StrPath) -> list[StrPath]:
+    """Return the paths that commas join; a path that exists as it stands is one."""
+    text = os.fspath(path)
+    if not isinstance(text, str) or "," not in text or os.path.exists(text):
+        return [path]
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise DataError(f"{show(path)}: an empty name between commas; expected paths joined by commas")
+    return list(found)
+
+
 def open_source(path: StrPath) -> Source:
-    """What a path stands for; only a name that is no path of this machine is looked for on the hub."""
+    """Open what a path stands for; only a name that is no path of this machine is looked for on the hub."""
     try:
-        place = Path(path)
+        place, split = _place(path)
         if place.is_dir():
-            return _shards(place)
+            return _directory(place, split)
         if name := tables.hub_name(path):
             return Source(*tables.from_hub(name))
         if not place.is_file():
@@ -60,17 +86,48 @@ def open_source(path: StrPath) -> Source:
         raise DataError(f"{show(path)}: no such file or directory; {_ACCEPTED}") from None
 
 
+def _place(path: StrPath) -> tuple[Path, str | None]:
+    """Return a path, and the split that is asked of it: DIRECTORY@test."""
+    place = Path(path)
+    before, at, split = os.fspath(path).rpartition("@")
+    if at and split and not place.exists() and Path(before).is_dir():
+        return Path(before), split
+    return place, None
+
+
 def _file(path: Path, shown: str) -> Source:
     with open(path, "rb") as file:
-        parquet = file.read(4) == b"PAR1"
-    if parquet:
+        begin = file.read(8)
+    if begin.startswith(b"PAR1"):
         return Source(tables.from_parquet(path, shown), "parquet")
+    if begin.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return Source(tables.from_arrow(path, shown), "arrow")
+    if begin.startswith(b"PK\x03\x04"):
+        raise DataError(f"{shown}: a zip archive; unpack it and name the file or the directory in it")
+    plain = path.with_suffix("") if any(begin.startswith(magic) for magic in _PACKED) else path
+    if plain.suffix in (".csv", ".tsv"):
+        kind = plain.suffix[1:]
+        return Source(_delimited(path, shown, "," if kind == "csv" else "\t"), kind)
     return Source(json_rows(path), "")
 
 
-def _shards(directory: Path) -> Source:
-    """The files of a directory one after another, by name. Their rows are counted through."""
-    files = sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
+def _delimited(path: Path, shown: str, delimiter: str) -> Rows:
+    with open(path, "rb") as file:
+        stream, packing = _unpacked(file)
+        try:
+            yield from tables.from_delimited(stream, shown, delimiter)
+        except _DAMAGED as error:
+            raise _damaged(f"{shown}", packing, error) from None
+
+
+def _directory(directory: Path, split: str | None) -> Source:
+    """Open the files of a directory one after another, by name; of a data set with splits, those of one."""
+    if (directory / "state.json").is_file() or (directory / "dataset_dict.json").is_file():
+        return Source(*tables.from_disk(directory, split))
+    files = sorted(
+        entry for entry in directory.iterdir()
+        if not entry.name.startswith(".") and not (entry.is_file() and _PAPERS.match(entry.name))
+    )  # fmt: skip
     if not files:
         raise DataError(f"{show(directory)}: a directory without a data file; {_ACCEPTED}")
     for file in files:
@@ -79,10 +136,31 @@ def _shards(directory: Path) -> Source:
                 f"{show(directory)}: expected a directory of data files alone ({', '.join(_SUFFIXES)}), "
                 f"found {names([file.name])}; name one file, or move the others out"
             )
-    sources = [_file(file, show(file)) for file in files]
+    chosen, part = _of_split(directory, files, split)
+    sources = [_file(file, show(file)) for file in chosen]
     kinds = sorted({source.container or "JSON" for source in sources})
-    container = f"{len(files)} {' and '.join(kinds)} file{'s' * (len(files) > 1)}"
+    container = f"{len(chosen)} {' and '.join(kinds)} file{'s' * (len(chosen) > 1)}{part}"
     return Source(_chained(sources), container)
+
+
+def _of_split(directory: Path, files: list[Path], split: str | None) -> tuple[list[Path], str]:
+    """Return the files of a split, train if none is asked for, and a word on it; all files if they are of no split."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        named = _SPLIT.search(file.name.partition(".")[0])
+        found.setdefault(_SHARD.sub("", named[0].lstrip("-_.")) if named else "", []).append(file)
+    splits = sorted(filter(None, found))
+    if split is None and len(found) == 1:
+        return files, ""
+    wanted = split or "train"
+    if wanted not in splits or (split is None and "" in found):
+        known = ", ".join(f"{directory.name}@{name}" for name in splits) or "none"
+        others = f" and {names(file.name for file in found[''])}" if "" in found else ""
+        raise DataError(
+            f"{show(directory)}: expected the files of one split, {wanted!r}; found splits {known}{others}; name one, "
+            "or move the other files out"
+        )
+    return found[wanted], f" of split {wanted}, out of {', '.join(splits)}" if len(splits) > 1 else ""
 
 
 def _chained(sources: list[Source]) -> Rows:
@@ -109,8 +187,7 @@ def _pieces(file: io.BufferedReader, shown: str) -> Iterator[tuple[Place, bytes]
     Lines end at \\n alone: `str.splitlines` would also cut at U+2028, which JSON strings may hold.
     Blank lines are no rows.
     """
-    packed = file.peek(2).startswith(b"\x1f\x8b")
-    stream = gzip.GzipFile(fileobj=file) if packed else file
+    stream, packing = _unpacked(file)
     line, started = 0, False
     try:
         for line, raw in enumerate(stream, 1):
@@ -122,8 +199,25 @@ def _pieces(file: io.BufferedReader, shown: str) -> Iterator[tuple[Place, bytes]
             if raw.strip():
                 started = True
                 yield (line, f"{shown}:{line}"), raw
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise DataError(f"{shown}:{line + 1}: the gzip data is cut off or damaged") from None
+    except _DAMAGED as error:
+        raise _damaged(f"{shown}:{line + 1}", packing, error) from None
+
+
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)
+
+
+def _unpacked(file: io.BufferedReader) -> tuple[Any, str]:
+    """Return a stream of a file's content, and how it is compressed; "" if it is not."""
+    begin = file.peek(8)
+    for magic, (name, opened) in _PACKED.items():
+        if begin.startswith(magic):
+            return opened(file), name
+    return file, ""
+
+
+def _damaged(place: str, packing: str, error: Exception) -> Exception:
+    """Return what to raise for a stream that cannot be read on."""
+    return DataError(f"{place}: the {packing} data is cut off or damaged") if packing else error
 
 
 def _elements(body: bytes, line: int, shown: str) -> Iterator[tuple[Place, bytes]]:

@@ -1,13 +1,17 @@
-"""Rows of tables: parquet files through pyarrow, and hub data through `datasets`; both imported when first needed.
+"""Rows of tables: parquet and arrow through pyarrow, hub data and save_to_disk through `datasets`, csv and tsv.
 
-A hub name is `owner/name`, with `:config` and `@split` where they are not the only one and `train`; a config that ends
-in / is a folder of the repository. No code of the hub is run; HF_HUB_OFFLINE is heeded. Columns that nobody reads may
-hold anything. Left out: streaming, revisions by name.
+pyarrow and `datasets` are imported when first needed. A hub name is `owner/name`, with `:config` and `@split` where
+they are not the only one and `train`; a config that ends in / is a folder of the repository. No code of the hub is run;
+HF_HUB_OFFLINE is respected. Columns that nobody reads may hold anything. A csv has texts alone: columns that are
+numbers by name (_NUMBERS) are converted. Left out: streaming, revisions by name.
 """
 
+import csv
+import io
 import os
 import re
-from collections.abc import Generator, Iterable
+import sys
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +20,11 @@ from exo.data.errors import DataError, Malformed, StrPath, names
 Rows = Generator[tuple[tuple[int, str], dict[str, Any] | Malformed], None, None]
 
 _HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+/?))?(?:@([\w.\[\]%:+-]+))?", re.ASCII)
-_FILES = (".jsonl", ".json", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".zip", ".zst")
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".parquet", ".arrow")
+_PATHS = (*FILES, ".txt", ".zip")
+_NUMBERS = re.compile(
+    r"labels?|choice|rank|.*(score|rating|reward|_logps|_strength|_preference|_response_id|helpfulness|margin|weight).*"
+)
 
 
 class HubName(NamedTuple):
@@ -26,9 +34,9 @@ class HubName(NamedTuple):
 
 
 def hub_name(path: StrPath) -> HubName | None:
-    """What a name says, if it can be one: what lies in a folder that is here, or looks like a file, is a path."""
+    """Return what a name says, if it can be one: what is in a folder that exists, or looks like a file, is a path."""
     found = _HUB.fullmatch(os.fspath(path))
-    if found is None or found[1].endswith(_FILES) or Path(found[1]).parent.is_dir():
+    if found is None or found[1].endswith(_PATHS) or Path(found[1]).parent.is_dir():
         return None
     return HubName(found[1], found[2], found[3] or "train")
 
@@ -54,6 +62,31 @@ def from_hub(hub: HubName) -> tuple[Rows, str]:
     return _rows(batches, shown), f"from the hub, fingerprint {fingerprint}"
 
 
+def from_disk(directory: Path, split: str | None) -> tuple[Rows, str]:
+    """Return the rows of what `datasets` saved with save_to_disk, and a word on it; of several splits, train."""
+    shown = str(directory)
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise _missing(shown, "a directory of save_to_disk", "datasets", error) from None
+    try:
+        found = datasets.load_from_disk(shown)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{shown}: the directory of save_to_disk is damaged: {what}") from None
+    note = "save_to_disk"
+    if isinstance(found, datasets.DatasetDict):
+        splits, wanted = sorted(found), split or "train"
+        if wanted not in found:
+            raise DataError(f"{shown}: expected one of the splits {', '.join(splits)}; name it as {shown}@{splits[0]}")
+        note += f", split {wanted} out of {', '.join(splits)}"
+        found = found[wanted]
+    elif split is not None:
+        raise DataError(f"{shown}: has no splits; expected the path without @{split}")
+    _refuse_twins(shown, found.column_names)
+    return _rows(found.with_format("arrow").iter(batch_size=1000), shown), note
+
+
 def from_parquet(path: Path, shown: str) -> Rows:
     try:
         import pyarrow
@@ -69,16 +102,105 @@ def from_parquet(path: Path, shown: str) -> Rows:
         raise DataError(f"{shown}: the parquet data is cut off or damaged: {what}") from None
 
 
+def from_arrow(path: Path, shown: str) -> Rows:
+    """Yield the rows of an arrow file, or of the stream that `datasets` writes under that name."""
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ModuleNotFoundError as error:
+        raise _missing(shown, "arrow", "pyarrow", error) from None
+    try:
+        with pyarrow.memory_map(str(path)) as memory:
+            if path.open("rb").read(6) == b"ARROW1":
+                file = pyarrow.ipc.open_file(memory)
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+            else:
+                file = batches = pyarrow.ipc.open_stream(memory)
+            _refuse_twins(shown, file.schema.names)
+            yield from _rows(batches, shown)
+    except (OSError, pyarrow.ArrowException) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{shown}: the arrow data is cut off or damaged: {what}") from None
+
+
+def zstd(file: io.BufferedReader) -> Any:
+    """Return a stream of what a zstd file holds; pyarrow decompresses it."""
+    try:
+        import pyarrow
+    except ModuleNotFoundError as error:
+        raise _missing(file.name, "zstd", "pyarrow", error) from None
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
+
+
+def from_delimited(stream: Any, shown: str, delimiter: str) -> Rows:
+    """Yield the rows of a csv or tsv with a header; the place is the line on which a row ends."""
+    csv.field_size_limit(sys.maxsize)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        if len(header) == 1 and (";" in header[0] or "\t" in header[0] or "," in header[0]):
+            raise DataError(f"{shown}:1: one column alone; expected columns with {delimiter!r} between them")
+        _refuse_twins(shown, header)
+        number = 0
+        for fields in reader:
+            if not fields:
+                continue
+            number += 1
+            yield (number, f"{shown}:{reader.line_num}"), _delimited(header, fields)
+    except csv.Error as error:
+        raise DataError(f'{shown}:{reader.line_num}: bad csv: {error}; expected texts with " quoted as ""') from None
+
+
+def _delimited(header: list[str], fields: list[str]) -> dict[str, Any] | Malformed:
+    if len(fields) != len(header):
+        return Malformed(f"{len(fields)} fields, and the header has {len(header)}")
+    try:
+        "".join(fields).encode()
+    except UnicodeEncodeError:
+        return Malformed("not UTF-8")
+    return {name: _number(name, value) for name, value in zip(header, fields, strict=True)}
+
+
+def _number(name: str, value: str) -> Any:
+    """Return a field as the number that its column is for; an empty one is null there."""
+    if not _NUMBERS.fullmatch(name):
+        return value
+    if not value.strip():
+        return None
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return int(value)
+    except ValueError:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+
+
 def _rows(batches: Iterable[Any], shown: str) -> Rows:
     number = 0
     for batch in batches:
+        tools = any("tool" in name or "tool_calls" in str(kind) for name, kind in _schema(batch))
         for row in _unpacked(batch):
             number += 1
-            yield (number, f"{shown}:{number}"), row
+            yield (number, f"{shown}:{number}"), _without_nulls(row) if tools else row
+
+
+def _schema(batch: Any) -> Iterator[tuple[str, Any]]:
+    return zip(batch.schema.names, batch.schema.types, strict=True)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the nulls that a table fills in where one tool has a key that another has not."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _unpacked(batch: Any) -> list[dict[str, Any] | Malformed]:
-    """Whole where that works: row by row takes ten times as long, and tells which row is bad."""
+    """Return the rows of a batch at once if that works: row by row takes ten times as long, and tells which is bad."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError) as error:

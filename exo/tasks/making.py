@@ -8,12 +8,11 @@ from typing import NamedTuple, TypeVar
 
 from exo import console, data
 from exo.data import Dataset, Purpose
-from exo.data.tables import hub_name
+from exo.data.tables import FILES, hub_name
 
 T = TypeVar("T")
 Files = dict[str, Callable[[Path], int]]
 
-DATA_FILES = (".jsonl", ".json", ".gz", ".parquet")
 HELD_OUT, AT_MOST = 0.1, 1000  # prompts held out of a source that has no test part
 
 
@@ -49,7 +48,7 @@ def parts(source: str) -> Parts:
 
 def named(directory: Path, beginning: str) -> list[str]:
     """The data files of a directory whose names begin so: train.jsonl, or train-00000-of-00002.parquet."""
-    found = (f for f in directory.iterdir() if f.name.startswith(beginning) and f.suffix in DATA_FILES and f.is_file())
+    found = (f for f in directory.iterdir() if f.name.startswith(beginning) and f.suffix in FILES and f.is_file())
     return sorted(map(str, found))
 
 

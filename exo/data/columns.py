@@ -1,0 +1,189 @@
+"""The columns of a row: which are read, under which names, and what is left over.
+
+A column that nobody reads is harmless (an id, a score, a model's name), or it could belong to the prompt or change what
+is learned (a question, tools, a margin). The second kind is refused once, unless --ignore_columns names it. Names
+decide where they are known (SUSPECT, _HARMLESS), else the content does: a text of several words that is not the same in
+every row could be a prompt, unless it repeats what was read.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from exo.data.errors import DataError, names
+from exo.data.messages import Chat
+
+Row = dict[str, Any]
+
+# Other names of a column, the likeliest first. A format that has one of them among its own keys reads it by that name.
+ALIASES = {
+    "prompt": ("instruction", "question", "query", "problem", "user_prompt", "input", "post", "context"),
+    "chosen": ("chosen_response",),
+    "rejected": ("rejected_response",),
+    "completion": ("response", "output", "answer", "solution", "target", "summary"),
+    "conversations": ("conversation", "dialog", "dialogue"),
+    "system": ("system_prompt", "system_message"),
+    "ref_chosen_logps": ("reference_chosen_logps",),
+    "ref_rejected_logps": ("reference_rejected_logps",),
+}
+CHAT_NAMES = ("instruction", "question", "query", "problem", "user_prompt", "input")  # name a turn of the user
+JOINED = ("input", "context")  # follow an instruction or a question
+REFERENCE = (
+    "ref_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "reference_chosen_logps",
+    "reference_rejected_logps",
+)
+_ANSWERS = frozenset(
+    "chosen rejected chosen_response rejected_response completion completions response responses output outputs answer "
+    "answers solution target summary reference label labels".split()
+)
+_NOT_READ = set(
+    "images image videos video audio audios margin margins weight weights sample_weight loss_mask mask chat_template "
+    "chat_template_kwargs template functions documents".split()
+)
+_COULD_BE_PROMPT = set(
+    "completions text messages history tools document passage passages article background story premise instructions "
+    "prefix suffix".split()
+)
+SUSPECT = {name for key, others in ALIASES.items() for name in (key, *others)} | _NOT_READ | _COULD_BE_PROMPT
+SUSPECT |= {*REFERENCE}
+_HARMLESS = set(
+    "id ids idx index uuid key hash source sources dataset dataset_name data_source origin model models generator "
+    "annotator annotators worker author meta metadata info extra extra_info misc tags tag keywords topic category "
+    "categories domain subset split batch task task_type task_name type kind difficulty quality intent knowledge lang "
+    "language languages locale license licence url urls link date day time timestamp created created_at updated_at "
+    "version views title_id score scores rating ratings reward rewards rank ranks votes upvotes toxicity toxic "
+    "tokenizer token_ids logprobs finish finish_reason temperature top_p top_k seed log_ratios line sample raw_scores "
+    "labelling_model labelling_prompt raw_labelling_response generation_model generation_models generations "
+    "generation_prompt raw_generation_responses raw_generation_response original_response original_chosen "
+    "original_rejected gen_input_configs llama_guard_2 instruct_reward min_neighbor_distance repeat_count "
+    "min_similar_uuid prompt_id turn turns num_turns".split()
+)
+_HARMLESS_NAME = re.compile(
+    r"(^|.*_)(id|ids|idx|index|uuid|hash|sha256|md5|model|models|model_name|source|url|score|scores|rating|ratings|"
+    r"reward|rewards|rank|date|time|timestamp|lang|language|category|version|length|len|count|tokens|logprob|logprobs)$"
+    r"|^(is|has|num|n)_|^in_gsm8k_train$|^__index|^Unnamed|^$"
+)
+
+
+class Choice(NamedTuple):
+    """What the options say about columns: --columns, --ignore_columns, --system_column."""
+
+    renamed: Mapping[str, str]  # name as it is read -> name in the data
+    ignored: frozenset[str]
+    ignore_all: bool
+
+    def applied(self, row: Row) -> Row:
+        """Return the row without nulls and ignored columns, with the others under the names they are read by."""
+        if not self.renamed and not self.ignored:
+            return {name: value for name, value in row.items() if value is not None} if None in row.values() else row
+        gone = self.ignored.union(self.renamed, self.renamed.values())
+        kept = {name: value for name, value in row.items() if value is not None and name not in gone}
+        moved = {name: row[column] for name, column in self.renamed.items() if row.get(column) is not None}
+        return kept | moved
+
+
+def choice(columns: Mapping[str, str] | None, ignored: Iterable[str], system_column: str | None) -> Choice:
+    renamed = dict(columns or {})
+    if system_column is not None:
+        renamed["system"] = system_column
+    ignored = set(ignored)
+    return Choice(renamed, frozenset(ignored - {"all"}), "all" in ignored)
+
+
+def fields_of(columns: Iterable[str]) -> dict[str, str]:
+    """Return the columns that are read under another name: {name as it is read: name in the data}."""
+    present = set(columns)
+    return {
+        name: found
+        for name, others in ALIASES.items()
+        if name not in present and (found := next((other for other in others if other in present), None))
+    }
+
+
+def joined_with(fields: Mapping[str, str], columns: Iterable[str]) -> list[str]:
+    """Return the columns that follow the prompt: input and context beside an instruction or a question."""
+    if fields.get("prompt") not in CHAT_NAMES:
+        return []
+    return [name for name in JOINED if name in columns and name != fields["prompt"]]
+
+
+class LeftOver:
+    """The columns of a file that are not read, and what their content says of them."""
+
+    def __init__(self, chosen: Choice, purpose: str) -> None:
+        self.chosen, self.purpose = chosen, purpose
+        self.unread: dict[str, None] = {}  # in order
+        self._same: dict[str, Any] = {}  # a text of several words, the same in every row so far
+        self._rows = 0
+
+    def doubtful(self, columns: Iterable[str]) -> tuple[str, ...]:
+        """Return those of the left-over columns that only their content can clear."""
+        found = []
+        for name in columns:
+            self.unread[name] = None
+            if not (self.chosen.ignore_all or self._is_harmless(name)):
+                found.append(name)
+        return tuple(found)
+
+    def _is_harmless(self, name: str) -> bool:
+        if self.purpose in ("prompts", "samples") and name in _ANSWERS:
+            return True
+        return name in _HARMLESS or (name not in SUSPECT and _HARMLESS_NAME.match(name) is not None)
+
+    def check(self, place: str, row: Row, columns: tuple[str, ...], texts: tuple[str, ...], shape: object) -> None:
+        """DataError for a column that could belong to the prompt or change what is learned; once for the file."""
+        self._rows += 1
+        for name in columns:
+            value = row[name]
+            if value in ("", [], {}) or _repeats(value, texts):
+                continue
+            if name in SUSPECT:
+                raise _refused(place, name, shape)
+            if _is_text(value) and self._same.setdefault(name, value) != value:
+                raise _refused(place, name, shape)
+
+    def end(self, place: str, shape: object) -> None:
+        """The same for a text that stands in the only row, where nothing tells it from a constant."""
+        if self._rows == 1 and self._same:
+            raise _refused(place, next(iter(self._same)), shape)
+
+
+def _refused(place: str, name: str, shape: object) -> DataError:
+    if name in _NOT_READ:
+        what = "would change what is learned, and is not read"
+    elif name in REFERENCE:
+        what = "holds log-probs that cannot be used here: they are of other tokens than this format's completions"
+    else:
+        what = f"could belong to the prompt; --columns prompt={name} or --system_column {name} reads it as such"
+    return DataError(f"{place}: column {names([name])} of {shape} {what}; --ignore_columns {name} leaves it out")
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value holds language, or a medium: not a number, an id, a word, a link."""
+    if isinstance(value, str):
+        return len(value.split(None, 3)) > 2 or (not value.isascii() and sum(c >= "\u2e80" for c in value) > 3)
+    if isinstance(value, dict):
+        return "bytes" in value or any(map(_is_text, value.values()))
+    return isinstance(value, list) and any(map(_is_text, value))
+
+
+def _repeats(value: Any, texts: tuple[str, ...]) -> bool:
+    """Return whether a left-over value says again what was read: the prompt, a turn of it, an answer."""
+    if isinstance(value, str):
+        said = value.strip()
+        if any(said == text.strip() for text in texts):
+            return True
+        return len(said.split(None, 3)) > 2 and any(said in text for text in texts)
+    if isinstance(value, list) and value:
+        spoken = [item.get("content", item.get("value")) if isinstance(item, dict) else item for item in value]
+        return all(isinstance(text, str) and _repeats(text, texts) for text in spoken)
+    return False
+
+
+def texts_of(prompt: str, completions: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what was read of a row, text by text, for `LeftOver.check`."""
+    said = [str(m.content) for m in prompt.messages] if isinstance(prompt, Chat) else []
+    return (prompt, *said, *completions)
