@@ -131,7 +131,8 @@ class Renderer:
             text = str.__str__(value)
             return pattern.sub(lambda match: f"{LEFT}{match[0]}{RIGHT}", text) if pattern else text
         if isinstance(value, Mapping):
-            return {key: item if key == "role" else self._marked(item) for key, item in value.items()}
+            present = {key: item for key, item in value.items() if item is not None}  # templates would write "None"
+            return {key: item if key == "role" else self._marked(item) for key, item in present.items()}
         return [self._marked(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _source(self) -> str:

@@ -38,14 +38,15 @@ class TokenGroup:
 
 
 def factored(group: TokenGroup) -> TokenGroup:
-    """The same with the tokens that all completions begin with in the prompt; each completion keeps one at least.
+    """Move the tokens that all completions begin with to the prompt; each completion keeps at least one.
 
-    No loss of theirs changes, nor its gradient: what all completions share cancels. Sums of log-probs do change.
+    No loss of theirs changes, nor its gradient, because what all completions share cancels. Sums of log-probs do
+    change, so a group whose reference log-probs are known stays as it is: they are of whole completions.
     """
     answers = group.completions
     most = min(map(len, answers)) - 1
     same = next((i for i in range(most) if len({answer[i] for answer in answers}) > 1), max(0, most))
-    if len(answers) < 2 or not same:
+    if len(answers) < 2 or not same or group.ref_logps is not None:
         return group
     return replace(group, prompt=group.prompt + answers[0][:same], completions=tuple(a[same:] for a in answers))
 

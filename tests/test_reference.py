@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from exo import align, artifacts, encoding, models, policy, reference
 from exo.encoding import TokenGroup
+from exo.limits import Limits
 from exo.packing import Packing
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 
@@ -154,7 +155,7 @@ def test_no_random_state_moves_and_the_model_stays_in_its_mode(model, tmp_path):
 def rows(with_reference=False):
     made = []
     for i, prompt in enumerate(PROMPTS * 4):
-        texts = [f"{WORDS[i % 5]} good", "good good small", f"bad {WORDS[(i + 2) % 5]}", "big"][: 3 + i % 2]
+        texts = [f" {WORDS[i % 5]} good", " good good small", f" bad {WORDS[(i + 2) % 5]}", " big"][: 3 + i % 2]
         row = {"prompt": f"{prompt} {WORDS[i % 7]}", "completions": texts, "rewards": [reward("", t) for t in texts]}
         made.append(row | ({"ref_logps": [-5.0 - j for j in range(len(texts))]} if with_reference else {}))
     return made
@@ -208,6 +209,22 @@ def test_those_of_the_data_are_taken_and_said(start, tmp_path, capsys):
     assert metrics["rewards/chosen"] != pytest.approx(0, abs=0.1)
     run(start, tmp_path, "not", "--reference", "cache", with_reference=True)
     assert "24 of 24 rows have a reference's log-probs, which are not used" in capsys.readouterr().out
+
+
+def test_log_probs_of_the_start_itself_make_rewards_of_zero_where_answers_begin_alike(start, tmp_path):
+    """The reference of the data is of whole completions, and so must the policy's log-probs be."""
+    made = [{"prompt": "red green", "chosen": f" good big {w}", "rejected": f" good big {w} bad"} for w in WORDS[:5]]
+    model, tokenizer = models.load(start)
+    groups = align.data.read(write_rows(tmp_path / "plain.jsonl", made)).groups
+    encoded, _ = encoding.encode(groups, tokenizer, Limits(64, None, "error"), "rows")
+    scored = reference.score(model, encoded, Accelerator(cpu=True), PACKING, 1.0, None)
+    for row, group in zip(made, scored, strict=True):
+        row["ref_chosen_logps"], row["ref_rejected_logps"] = group.ref_logps
+    arguments = ["--model", start, "--data", write_rows(tmp_path / "rows.jsonl", made), "--max_steps", "1"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--device", "cpu", "--eval_fraction", "0"]
+    assert align.main(arguments) == 0
+    [metrics] = lines(tmp_path / "run" / "metrics.jsonl")
+    assert metrics["rewards/chosen"] == pytest.approx(0, abs=1e-5) == metrics["rewards/margins"]
 
 
 def test_those_of_the_data_are_not_taken_where_tokens_were_cut(start, tmp_path, capsys):
