@@ -28,7 +28,11 @@ FAMILIES = {
         dict(TEXT, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, num_kv_shared_layers=0, laurel_rank=4,
              altup_num_inputs=2, intermediate_size=[48, 48], layer_types=["sliding_attention", "full_attention"],
              activation_sparsity_pattern=[0.0, 0.0]),
-        dict(hidden_size=16), dict(image_token_id=60, audio_token_id=61),
+        dict(hidden_size=16, vocab_size=8, vocab_offset=50),
+        dict(image_token_id=60, audio_token_id=61, audio_config=dict(
+            hidden_size=16, vocab_size=8, vocab_offset=58, conf_num_attention_heads=2, conf_num_hidden_layers=1,
+            sscp_conv_channel_size=(4, 4),
+        )),
     ),
     "Gemma4": (
         dict(TEXT, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, num_kv_shared_layers=0,

@@ -145,9 +145,10 @@ def parameter_count(model: torch.nn.Module) -> int:
 def parameters_of(name: str) -> int:
     """Parameters of a causal LM by its config alone; its weights are not read."""
     config = load_config(name)
-    with torch.device("meta"):
+    if multimodal.is_wrapper(config):
+        refuse_unsupported(config)
+    with explained(name, "a config.json that makes a causal LM"), torch.device("meta"):
         if multimodal.is_wrapper(config):
-            refuse_unsupported(config)
             return parameter_count(multimodal.causal_class(config)(config.get_text_config()))
         return parameter_count(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
@@ -201,7 +202,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def _try(tokenizer: Any) -> None:
     """Encode a text, so that a tokenizer that panics does so now; what it merely does not know is for the data."""
     try:
-        tokenizer.decode(tokenizer("a b")["input_ids"])
+        tokenizer.decode(tokenizer("a b\nHello, 1 \u00e9")["input_ids"])
     except Exception:
         pass
 
