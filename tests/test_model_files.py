@@ -252,7 +252,6 @@ def test_a_bad_header_of_the_weights_is_one_line(model, mapped):
 
 PANICS = {
     "when read": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
-    "when it decodes": {"decoder": {"type": "Strip", "content": "<", "start": 9, "stop": 9}},
     "when it encodes": {
         "post_processor": {
             "type": "TemplateProcessing",
