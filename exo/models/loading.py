@@ -69,6 +69,8 @@ def load(
             model = read(AutoModelForCausalLM)
         if dtype != torch.float32:
             _restore_buffers(model)
+        if four_bits is not None:
+            _compute_alike_on_every_cpu(model)
         return model, tokenizer
 
 
@@ -95,6 +97,17 @@ def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
+
+
+def _compute_alike_on_every_cpu(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking weights on CPUs with AVX512-BF16.
+
+    It does so in the first forward pass without gradients: it rounds the scales and what it computes to bf16, drops
+    the gradients of later passes, and fails for layers whose sizes do not fit its blocks.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def in_full(model: Any) -> Any:
