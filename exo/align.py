@@ -114,6 +114,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     adapter.check(config, config.model)
     start_model = lineage.source("model", config.model, "sft", "align", "ppo")
     model, tokenizer = adapter.load(config, start_model, dataset.texts, accelerator)
+    dtypes = models.dtypes_of(config.save_dtype, start_model)
     dataset, *rest = templates.apply(config, tokenizer, start.template_date, *filter(None, (dataset, held_out)))
     counts: Counter[str] = Counter()
     groups = _encode(config, dataset, tokenizer, counts)
@@ -151,7 +152,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         trained, loss=config.loss, beta_pi=config.beta_pi, beta_r=config.beta_r,
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature, reference=live,
     ).train(config.dropout)  # fmt: skip
-    watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics, packing)
+    watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics, packing, dtypes)
     steps = batches.total_steps(config, len(train_groups))
     loop.train(
         module, batches.Batches(train_groups, config, steps), steps, config, accelerator, metrics,
@@ -159,7 +160,8 @@ def run(config: Config, start: lineage.Start) -> Path:
         steps_an_epoch=batches.epoch_steps(config, len(train_groups)),
         first=_first_loss_check(config, mode, module, train_groups, accelerator), after=watch, parts={"watch": watch},
     )  # fmt: skip
-    directory = runs.end(metrics, adapter.finished(trained, config, accelerator), tokenizer, accelerator, watch.last)
+    finished = adapter.finished(trained, config, accelerator)
+    directory = runs.end(metrics, finished, tokenizer, accelerator, watch.last, dtypes)
     _conclude(directory, watch)
     return directory
 
@@ -316,11 +318,12 @@ class _Watch:
         accelerator: Accelerator,
         metrics: artifacts.Metrics,
         packing: Packing,
+        dtypes: models.Dtypes,
     ) -> None:
         self.config, self.module, self.tokenizer, self.groups = config, module, tokenizer, groups
         self.model: Any = module.model
         self.accelerator, self.metrics, self.packing = accelerator, metrics, packing
-        self.directory = Path(config.output_dir)
+        self.directory, self.dtypes = Path(config.output_dir), dtypes
         self.best = float("inf")
         self.last: dict[str, float] = {}
 
@@ -350,7 +353,7 @@ class _Watch:
     def _save(self, name: str) -> None:
         finished = adapter.finished(self.model, self.config, self.accelerator)
         if self.accelerator.is_main_process:
-            models.save_checkpoint(finished, self.tokenizer, self.directory, name)
+            models.save_checkpoint(finished, self.tokenizer, self.directory, name, self.dtypes)
 
 
 def _summary(result: dict[str, float], n: int) -> str:

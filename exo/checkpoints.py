@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo import artifacts, console, sharding, states, zero
+from exo import artifacts, console, sharding, states, weights, zero
 from exo.artifacts import Metrics, RunError
 
 
@@ -122,13 +122,19 @@ class Keeper:
         return self.position
 
     def save(self) -> Path | None:
-        """Write the state of the position last marked. Called by all processes; None before the first."""
+        """Write the state of the position last marked. Called by all processes; None before the first.
+
+        RunError if a weight is not finite: every run that resumed from such a state would fail.
+        """
         position = self.position
         if position is None:
             return None
         path = self.directory / f"step-{position.step:08d}"
         if path == self.last:
             return path
+        kept = {name.partition(".")[2]: tensor for name, tensor in self._weights().items()}
+        no_state = f"no resumable checkpoint of step {position.step:,} is written"
+        weights.refuse_not_finite(kept.items(), no_state, self.accelerator)
         self.metrics.flush()  # no state says more than the log holds, whatever is cut off
         drawn = _as_tensors(position.random)
         gathered = {f"random.{name}": self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()

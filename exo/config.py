@@ -176,6 +176,9 @@ class Training(Scoring):
     on_nan: Literal["stop", "skip"] = option(
         "stop", "a loss or gradient that is not finite ends the run before the update, or skips the update"
     )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype of the saved models; auto is that of --model's weights. Resumable checkpoints stay in fp32"
+    )
     report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
 
 

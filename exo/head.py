@@ -1,8 +1,8 @@
 """The head of a causal LM apart from its body: hidden states without logits, for losses that make their own.
 
 What a model does with its head's output (a scale, a softcap, both, nothing) is not looked up by name, because names
-differ and lie: two families mean opposite things by `logits_scaling`. It is measured, once, on a few numbers. Left out:
-heads that are no plain linear layer, which are refused.
+differ and lie: two families mean opposite things by `logits_scaling`. It is measured, once, on a few numbers, and the
+head's own forward is compared with what the losses will compute. Heads that compute anything else are refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class CausalHead:
         hidden = head.hidden(input_ids=ids, attention_mask=mask)  # (N, T, D)
         loss = fused_linear_exo_loss(hidden, head.weight, labels, ref_logps, **head.options)
 
-    Runs the model once on two tokens, without gradients and without drawing random numbers. ValueError for a model
+    Runs the model twice on two tokens, without gradients and without moving any random state. ValueError for a model
     whose logits are something else.
     """
 
@@ -55,6 +55,7 @@ class CausalHead:
             )
         self.model, self.head = model, head
         self.logit_scale, self.softcap = self._measure()
+        self._compare()
 
     @property
     def weight(self) -> Tensor:  # (V, D)
@@ -111,3 +112,40 @@ class CausalHead:
                 f"makes {[round(x, 4) for x in made.tolist()]} of {probe.tolist()}"
             )
         return scale, softcap
+
+    @torch.no_grad()
+    def _compare(self) -> None:
+        """ValueError unless the model's logits of random hidden states are those that the losses compute of them.
+
+        The head is in training mode, so that one with a dropout of its own is refused too.
+        """
+        own, device = self.head.forward, self.head.weight.device
+        hidden = torch.randn(self.head.in_features, generator=torch.Generator().manual_seed(0))
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+
+        def logits() -> tuple[Tensor, Tensor]:
+            weight, bias = self.head.weight, self.head.bias
+            states = hidden.to(device, weight.dtype)
+            states = (states / (states @ weight.T).abs().amax().clamp(min=1e-30)).expand(
+                1, 2, -1
+            )  # no softcap saturates
+            with self._instead(lambda given: own(states.to(given.dtype))):
+                made = self.model(input_ids=ids).logits
+            plain = nn.functional.linear(states, weight, bias)
+            return made, plain
+
+        devices = [device] if device.type == "cuda" else []
+        with evaluating(self.model), torch.random.fork_rng(devices=devices):
+            self.head.train()
+            made, plain = sharding.entered(self.model, logits)
+        expected = self.logit_scale * plain.double()
+        if self.softcap is not None:
+            expected = self.softcap * torch.tanh(expected / self.softcap)
+        eps = max(torch.finfo(dtype).eps for dtype in (made.dtype, plain.dtype))
+        off = float((made.double() - expected).abs().amax()) if made.shape == expected.shape else float("inf")
+        if not off <= max(FIT, 8 * eps) * float(expected.abs().amax()):
+            raise ValueError(
+                f"model {type(self.model).__name__}: expected logits softcap(scale * (hidden weight^T + bias)); got "
+                f"others, which differ by {off:.2g}: its head ({type(self.head).__name__}) or what follows it computes "
+                "something else; use a model with a plain linear head"
+            )

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
-from exo import artifacts, checkpoints, console, profiling, sharding, signals, zero
+from exo import artifacts, checkpoints, console, profiling, sharding, signals, weights, zero
 from exo.artifacts import Metrics, RunError
 from exo.batches import Source
 from exo.config import Compute, ConfigError, Training
@@ -115,8 +115,9 @@ def train(
     loss's own unit. `first` sees the first loss and metrics before the first update and may raise.
     `after(step, last)` is called after each update, for evaluation and checkpoints; a run that goes on calls it again
     for the step it goes on after. `parts` have a state of their own. `shown` maps metrics to their labels on the
-    progress line.
+    progress line. RunError if nothing can be trained, and at the end if no weight has changed or one is not finite.
     """
+    movement, trained = weights.Movement(module, accelerator), module
     _spare(module, config)
     if sharding.is_sharded(module):
         optim = accelerator.prepare(optimizer(module, config, rates))
@@ -136,6 +137,7 @@ def train(
     done, counters = (before.step, before.counters) if before else (0, dict.fromkeys(COUNTERS, 0.0))
     if done > steps:
         raise RunError(f"{keeper.directory}: holds the state of step {done:,}; expected --max_steps {done:,} at least")
+    movement.begin()
     progress = console.Progress("step", steps, every=config.logging_steps, done=done)
     profiler = profiling.Profiler(config.profile, Path(config.output_dir), accelerator, compute_dtype(accelerator))
     taking = Step(module, optim, config, accelerator, denominator, collate or packing.collate, packing, steps)
@@ -153,6 +155,10 @@ def train(
                     accelerator.log(line, step=step)
                 progress.advance(1, {label: line[name] for name, label in shown.items() if name in line})
                 profiler.done(step - done, line["tokens"], step == steps)
+                movement.update(counters)
+                if step == steps or _exports(config, step):
+                    nothing = f"no model is saved after step {step:,}"
+                    weights.refuse_not_finite(weights.stored(trained), nothing, accelerator)
                 keeper.mark(step, counters)
                 if asked:
                     raise signals.Stopped(asked)
@@ -162,18 +168,34 @@ def train(
                     after(step, step == steps)
     except NotFinite as error:
         if error.of_all:  # nothing has been updated since the last step
-            keeper.save()
+            _save(keeper)
         raise RunError(f"{error}{keeper.kept()}") from error
     except (RunError, OSError) as error:
         what = error if isinstance(error, RunError) else f"{error.strerror}: {error.filename}"
         raise RunError(f"{what}{keeper.kept()}") from error
     except signals.Stopped as stopped:
-        raise signals.Stopped(stopped.signum, _where(keeper.save(), steps)) from None
+        raise signals.Stopped(stopped.signum, _where(_save(keeper), steps)) from None
     finally:
         progress.stop()
         profiler.close()
+    weights.check_moved(counters, steps)
     _conclude(config, counters, steps)
     return module
+
+
+def _exports(config: Training, step: int) -> bool:
+    """Return whether a stage may evaluate or export the model after this step."""
+    return any(
+        every and step % every == 0 for every in (getattr(config, "save_steps", 0), getattr(config, "eval_steps", 0))
+    )
+
+
+def _save(keeper: checkpoints.Keeper) -> Path | None:
+    """Save the last word of a run that ends early; an error names the checkpoint before it."""
+    try:
+        return keeper.save()
+    except RunError as error:
+        raise RunError(f"{error}{keeper.kept()}") from error
 
 
 def _where(state: Path | None, steps: int) -> str:

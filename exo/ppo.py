@@ -163,6 +163,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     console.say(dataset.summary())
     name = lineage.source("model", config.model, "sft", "align", "ppo")
     model, tokenizer = models.load(name, mapped=sharding.asked(config))
+    dtypes = models.dtypes_of(config.save_dtype, name)
     (dataset,) = templates.apply(config, tokenizer, start.template_date, dataset)
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, accelerator, config.max_length)
@@ -188,7 +189,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         if config.save_steps and step % config.save_steps == 0:
             finished = sharding.gathered(model, accelerator.is_main_process)
             if accelerator.is_main_process:
-                models.save_checkpoint(finished, tokenizer, Path(config.output_dir), f"step-{step}")
+                models.save_checkpoint(finished, tokenizer, Path(config.output_dir), f"step-{step}", dtypes)
 
     loop.train(
         module, source, config.max_steps, config, accelerator, metrics,
@@ -198,7 +199,8 @@ def run(config: Config, start: lineage.Start) -> Path:
         first=partial(_check_ratio, config, accelerator), after=after,
     )  # fmt: skip
     console.counts(maker.remarks)
-    return runs.end(metrics, sharding.gathered(model, accelerator.is_main_process), tokenizer, accelerator)
+    finished = sharding.gathered(model, accelerator.is_main_process)
+    return runs.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 
 
 def _maker(

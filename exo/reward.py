@@ -100,6 +100,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     console.say(dataset.summary())
     name = lineage.source("model", config.model, "sft")
     model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
+    dtypes = models.dtypes_of(config.save_dtype, name)
     groups, held_out, counts = _encode(config, dataset, tokenizer)
     models.check_fits(model, groups + held_out)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
@@ -115,7 +116,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     if result and accelerator.is_main_process:
         metrics.write(step=steps, **result)
     model = sharding.gathered(model, accelerator.is_main_process)
-    return runs.end(metrics, model, tokenizer, accelerator, result)
+    return runs.end(metrics, model, tokenizer, accelerator, result, dtypes)
 
 
 def _encode(

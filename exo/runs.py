@@ -64,6 +64,7 @@ def end(
     tokenizer: Any,
     accelerator: Accelerator,
     result: Mapping[str, float] | None = None,
+    dtypes: models.Dtypes | None = None,
 ) -> Path:
     """The run directory, which is now the model directory too, with its curves drawn."""
     directory = metrics.path.parent
@@ -72,7 +73,7 @@ def end(
     if accelerator.is_main_process:
         try:
             with artifacts.staged_into(directory) as staging:
-                models.save(model, tokenizer, staging)
+                models.save(model, tokenizer, staging, dtypes=dtypes)
         except (OSError, artifacts.RunError) as error:
             state = states.newest(directory / artifacts.STATES)
             kept = f"; the last whole state is {state}, from which the same command goes on" if state else ""

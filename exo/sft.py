@@ -74,6 +74,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     adapter.check(config, config.model)
     name = lineage.source("model", config.model, "sft")
     model, tokenizer = adapter.load(config, name, dataset.texts, accelerator)
+    dtypes = models.dtypes_of(config.save_dtype, name)
     (dataset,) = templates.apply(config, tokenizer, start.template_date, dataset)
     limits = Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
     groups, counts = encoding.encode(dataset.groups, tokenizer, limits, dataset.path, skip_invalid=config.skip_invalid)
@@ -100,7 +101,8 @@ def run(config: Config, start: lineage.Start) -> Path:
         packing=packing, denominator=_tokens,
         steps_an_epoch=batches.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
-    return runs.end(metrics, adapter.finished(module.model, config, accelerator), tokenizer, accelerator)
+    finished = adapter.finished(module.model, config, accelerator)
+    return runs.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 
 
 def _tokens(groups: Sequence[TokenGroup]) -> int:

@@ -40,7 +40,7 @@ def write_data(directory: Path) -> None:
     texts, scored, prompts = [], [], []
     for i, prompt in enumerate(PROMPTS * 4):
         asked = f"{prompt} {WORDS[i % 7]}"
-        answers = [" ".join(["good"] * j + [WORDS[(i + j) % 5]] * (1 + i % 3)) for j in range(2 + i % 3)]
+        answers = ["".join([" good"] * j + [f" {WORDS[(i + j) % 5]}"] * (1 + i % 3)) for j in range(2 + i % 3)]
         texts.append({"prompt": asked, "completion": answers[0]})
         scored.append({"prompt": asked, "completions": answers, "rewards": [worth("", a) for a in answers]})
         prompts.append({"prompt": asked})

@@ -1,5 +1,6 @@
 """LoRA: the reference is the model without it, what is left the model with it, and an earlier adapter is not lost."""
 
+import copy
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,7 +29,7 @@ def start(tmp_path_factory):
 def rows():
     made = []
     for i, prompt in enumerate(PROMPTS * 4):
-        texts = [f"{WORDS[i % 5]} good", "good good small", f"bad {WORDS[(i + 2) % 5]}", "big"]
+        texts = [f" {WORDS[i % 5]} good", " good good small", f" bad {WORDS[(i + 2) % 5]}", " big"]
         made.append(
             {"prompt": f"{prompt} {WORDS[i % 7]}", "completions": texts, "rewards": [reward("", t) for t in texts]}
         )
@@ -89,7 +90,7 @@ def test_what_a_run_leaves_is_the_model_that_was_trained(start, tmp_path, output
 
 
 def test_a_policy_that_comes_with_an_adapter_begins_and_is_referred_to_with_it(start, tmp_path, capsys):
-    texts = write_rows(tmp_path / "texts.jsonl", [{"prompt": p, "completion": "good small good"} for p in PROMPTS])
+    texts = write_rows(tmp_path / "texts.jsonl", [{"prompt": p, "completion": " good small good"} for p in PROMPTS])
     arguments = ["--model", start, "--data", texts, "--output_dir", str(tmp_path / "sft"), "--device", "cpu"]
     arguments += ["--max_steps", "8", "--learning_rate", "1e-2", "--lora_r", "4", "--lora_output", "adapter"]
     assert sft.main(arguments) == 0 and models.is_adapter(str(tmp_path / "sft"))
@@ -126,10 +127,36 @@ def test_a_frozen_head_takes_the_schedule_for_it(start, tmp_path, monkeypatch):
     assert {schedule for schedule, trained in taken if trained} == {"deferred"}
 
 
+@pytest.fixture(scope="module", params=[64, 24])
+def start_of_size(request, tmp_path_factory):
+    """Layers of whole blocks of 64 weights, as real ones are; and layers that blocks do not fit."""
+    model, tokenizer = models.word_level(WORDS, hidden_size=request.param)
+    for parameter in model.parameters():
+        parameter.data.mul_(2.0)
+    directory = tmp_path_factory.mktemp("start") / "model"
+    models.save(model, tokenizer, directory)
+    return str(directory)
+
+
+def test_weights_in_four_bits_compute_alike_on_every_cpu(start_of_size):
+    """As the same numbers in fp32 do, with gradients and without, before a pass without them and after."""
+    pytest.importorskip("bitsandbytes")
+    model = models.load(start_of_size, four_bits=torch.float32)[0]
+    expected = logits(models.in_full(copy.deepcopy(model)))
+    assert (logits(model) - expected).abs().max() < 1e-5
+    ids = torch.tensor([[3, 5, 7, 4, 8]])
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    found = model(inputs_embeds=embedded).logits
+    assert (found - expected).abs().max() < 1e-5
+    found.sum().backward()
+    assert embedded.grad.abs().max() > 0
+
+
 def test_weights_in_four_bits_are_the_reference_too_and_what_is_left_computes_what_was_trained(
-    start, tmp_path, monkeypatch
+    start_of_size, tmp_path, monkeypatch
 ):
     pytest.importorskip("bitsandbytes")
+    start = start_of_size
     trained = []
     finish = adapter.finished
     monkeypatch.setattr(adapter, "finished", lambda model, *rest: trained.append(logits(model)) or finish(model, *rest))

@@ -101,7 +101,7 @@ def test_a_run_shares_and_is_the_run_that_does_not(tmp_path, capsys):
     rows = [
         {
             "prompt": "red green blue " * 4 + f"{a} {b}",
-            "completions": [f"{a} good", f"bad {b} big", "small"],
+            "completions": [f" {a} good", f" bad {b} big", " small"],
             "rewards": [1.0, 0.0, 0.5],
         }
         for a in ("red", "big", "good")

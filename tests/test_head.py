@@ -144,3 +144,86 @@ def test_other_logits_are_refused():
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match="expected a linear layer as its head; got Sequential"):
         CausalHead(model)
+
+
+class Normalised(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, nn.functional.normalize(self.weight, dim=1), self.bias)
+
+
+class Dropped(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, 1.5 * self.weight, self.bias)
+
+
+class Rounded(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).to(torch.bfloat16).to(x.dtype)
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.normalize(x, dim=-1))
+
+
+def with_head(kind, family="Llama", dtype=torch.float32):
+    model = tiny(family).to(dtype)
+    head = kind(*reversed(model.lm_head.weight.shape), bias=False).to(dtype)
+    head.weight = model.lm_head.weight
+    model.lm_head = head.eval()
+    return model
+
+
+@pytest.mark.parametrize("kind", [Normalised, Dropped, Scaled, Rounded, Cosine])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_head_that_computes_something_else_than_a_linear_layer_is_refused(kind, dtype):
+    model = with_head(kind, dtype=dtype)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"expected logits softcap.*{kind.__name__}") as caught:
+        CausalHead(model)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(torch.get_rng_state(), state) and not model.lm_head.training
+
+
+def test_a_hook_that_changes_some_logits_is_refused_and_one_that_scales_them_is_measured():
+    model = tiny("Llama")
+
+    def mask(module, given, out):
+        return torch.cat([out[..., :50], out[..., 50:] - 9], -1)
+
+    hook = model.lm_head.register_forward_hook(mask)
+    with pytest.raises(ValueError, match="expected logits softcap"):
+        CausalHead(model)
+    hook.remove()
+    model.lm_head.register_forward_hook(lambda module, given, out: 3 * out)
+    assert CausalHead(model).logit_scale == pytest.approx(3)
+
+
+def test_a_reparametrized_head_gives_the_log_probs_and_gradients_of_the_model():
+    model = tiny("Llama")
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+    with torch.no_grad():
+        model.lm_head.parametrizations.weight.original0.mul_(0.7)
+    head, ids = CausalHead(model), torch.randint(67, (2, 9))
+    found = []
+    for linear in (True, False):
+        model.zero_grad()
+        if linear:
+            logps = linear_token_logps(head.hidden(input_ids=ids), head.weight, ids, **head.options)
+        else:
+            logps = token_logps(model(input_ids=ids).logits, ids)
+        logps.sum().backward()
+        found.append([logps.detach(), *(p.grad for p in model.lm_head.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_plain_head_in_16_bits_is_taken(dtype):
+    CausalHead(tiny("Gemma2").to(dtype))
+    with pytest.raises(ValueError, match="expected logits softcap"):
+        CausalHead(with_head(Normalised, dtype=dtype))

@@ -4,22 +4,20 @@ Everything else sees a torch module, its config and a tokenizer.
 """
 
 try:
+    from exo.models.classifiers import classifier_from, load_classifier
+    from exo.models.files import is_adapter
     from exo.models.flex import attend
     from exo.models.loading import (
         check_fits,
-        classifier_from,
         in_full,
-        is_adapter,
         load,
-        load_classifier,
         load_or_tiny,
         load_tokenizer,
         parameter_count,
         parameters_of,
-        save,
-        save_checkpoint,
     )
     from exo.models.refusals import refuse_unsupported
+    from exo.models.saving import Dtypes, dtypes_of, save, save_checkpoint
     from exo.models.small import PAD, tiny, word_level
 except ModuleNotFoundError as error:
     if error.name not in ("transformers", "tokenizers", "huggingface_hub"):
@@ -27,7 +25,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"exo needs {error.name}: pip install 'exo-kernels[train]'", name=error.name) from None
 
 __all__ = [
-    "PAD", "attend", "check_fits", "classifier_from", "in_full", "is_adapter", "load", "load_classifier",
-    "load_or_tiny", "load_tokenizer", "parameter_count", "parameters_of", "refuse_unsupported", "save",
-    "save_checkpoint", "tiny", "word_level",
+    "PAD", "Dtypes", "attend", "check_fits", "classifier_from", "dtypes_of", "in_full", "is_adapter", "load",
+    "load_classifier", "load_or_tiny", "load_tokenizer", "parameter_count", "parameters_of", "refuse_unsupported",
+    "save", "save_checkpoint", "tiny", "word_level",
 ]  # fmt: skip

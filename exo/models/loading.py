@@ -1,38 +1,39 @@
-"""Models and tokenizers from directories and the hub, and back into directories.
+"""Causal LMs and tokenizers from directories and the hub.
 
 Left out: devices, dtypes other than fp32 (the training loop owns those), adapters that are to be trained (adapter).
 """
 
 import difflib
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
-from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
-from exo import artifacts
+from exo import console, weights
+from exo.models import files, multimodal
+from exo.models.quiet import bars_only_on_a_terminal, explained, without_warnings
 from exo.models.refusals import refuse_unsupported
-from exo.models.small import PAD, tiny
+from exo.models.small import tiny
+
+ATTENTION = (None, "eager", "sdpa")  # that a config may choose; others need packages, or fetch kernels from the hub
+# heads beside a language model's own; training and sampling do not need them
+VALUE_HEAD = re.compile(r"^(v_head|value_head|score|classifier|reward_head|rm_head|regression_head)\b")
+# buffers that old checkpoints hold and transformers makes itself
+BUFFERS = re.compile(r"\.(attn|attention)(\.attention)?\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$")
 
 
 def load(
@@ -50,26 +51,32 @@ def load(
     if Path(name).is_absolute() or name.startswith((".", "~")):
         if not Path(name).is_dir():
             raise ValueError(f"model {name!r}: expected a directory or a hub name, got neither")
-    if is_adapter(name):
+    if files.is_adapter(name):
         return _with_adapter(name)
-    with _bars_only_on_a_terminal():
-        config = _load_config(name)
+    with bars_only_on_a_terminal():
+        config = load_config(name)
         refuse_unsupported(config)
         tokenizer = load_tokenizer(name)  # before the weights, which take longer to read
         rounded: dict[str, Any] = {} if four_bits is None else {"quantization_config": _nf4(four_bits)}
-        dtype = _dtype_of(Path(name)) if mapped else torch.float32
-        model = _load_weights(AutoModelForCausalLM, name, config, dtype=dtype, **rounded)
+        dtype = _dtype_of(name) if mapped else torch.float32
+
+        def read(kind: Any) -> PreTrainedModel:
+            return load_weights(kind, name, config, dtype=dtype, **rounded)
+
+        if multimodal.is_wrapper(config):
+            model = multimodal.text_part(name, config, read, compared=four_bits is None)
+        else:
+            model = read(AutoModelForCausalLM)
         if dtype != torch.float32:
             _restore_buffers(model)
+        if four_bits is not None:
+            _compute_alike_on_every_cpu(model)
         return model, tokenizer
 
 
-def _dtype_of(directory: Path) -> torch.dtype:
-    """The one dtype of its weights; fp32 where there are several, or none."""
-    found = set()
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+def _dtype_of(name: str) -> torch.dtype:
+    """Return the one dtype of a model's weights; fp32 if there are several, or none."""
+    found = {tensor.dtype for tensor in files.stored(name).values()}
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(found.pop() if len(found) == 1 else "", torch.float32)
 
 
@@ -92,69 +99,44 @@ def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def _compute_alike_on_every_cpu(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking weights on CPUs with AVX512-BF16.
+
+    It does so in the first forward pass without gradients: it rounds the scales and what it computes to bf16, drops
+    the gradients of later passes, and fails for layers whose sizes do not fit its blocks.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def in_full(model: Any) -> Any:
     """A model in 4 bits as one in fp32, of the same numbers."""
-    with _without_warnings():
+    with without_warnings():
         found = model.dequantize(torch.float32)
     return found.float()
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a directory holds an adapter of peft's, and so no model that stands alone."""
-    return (Path(name) / "adapter_config.json").is_file()
-
-
 def _with_adapter(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an adapter, merged with its model; all weights can be trained."""
     try:
         import peft
     except ModuleNotFoundError:
         raise ValueError(f"model {name!r}: is an adapter and needs peft; pip install 'exo-kernels[lora]'") from None
     if not (Path(name) / "adapter_model.safetensors").is_file():
         raise ValueError(f"model {name!r}: expected its adapter in safetensors (pickles are not read)")
-    with _explained(name, "an adapter of peft's and the model that it is for"):
-        below = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+    files.root_of(name)
+    below = files.base_of(name)
     model, tokenizer = load(below)
-    with _explained(name, f"an adapter that fits {below}"):
+    with explained(name, f"an adapter that fits {below}"):
         adapted: Any = peft.PeftModel.from_pretrained(model, name)
         given = load_file(Path(name) / "adapter_model.safetensors").keys()
         odd = given ^ peft.get_peft_model_state_dict(adapted).keys()
         if odd:  # peft warns, and goes on without them
             raise ValueError(f"{len(odd)} weights that are missing on one side: {min(odd)} ...")
-        merged = adapted.merge_and_unload()
+        merged = adapted.merge_and_unload().requires_grad_(True)  # peft has frozen all of it
+    _refuse_not_finite(name, merged)
     return merged, load_tokenizer(name) if (Path(name) / "tokenizer_config.json").is_file() else tokenizer
-
-
-def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier with one output (a reward model) or two, and its tokenizer; as strict as `load`."""
-    with _bars_only_on_a_terminal():
-        config = _load_config(name)
-        if not any("SequenceClassification" in head for head in config.architectures or []):
-            raise ValueError(
-                f"model {name!r}: expected a sequence classifier, got {config.architectures}; python -m exo.reward "
-                "trains one"
-            )
-        if (config.num_labels or 0) > 2:
-            raise ValueError(f"model {name!r}: expected one output (a reward) or two classes, got {config.num_labels}")
-        tokenizer = load_tokenizer(name)
-        model = _load_weights(AutoModelForSequenceClassification, name, config)
-        model.config.pad_token_id = tokenizer.pad_token_id  # its pooling goes by it
-        return model, tokenizer
-
-
-def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier on the body of a causal LM, its head new and drawn from the seed."""
-    with _bars_only_on_a_terminal():
-        config = _load_config(name)
-        refuse_unsupported(config)
-        tokenizer = load_tokenizer(name)
-        config.num_labels = outputs
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            model = _load_weights(AutoModelForSequenceClassification, name, config, head_is_new=True)
-            if tokenizer.pad_token_id == tokenizer.eos_token_id:
-                _pad_apart(model, tokenizer)
-        model.config.pad_token_id = tokenizer.pad_token_id  # its pooling goes by it
-        return model, tokenizer
 
 
 def load_or_tiny(
@@ -168,26 +150,6 @@ def load_or_tiny(
     return load(name, mapped=mapped)
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | PathLike[str]) -> None:
-    """Write safetensors, config, generation config and tokenizer, as transformers reads them."""
-    with _bars_only_on_a_terminal():
-        try:
-            model.save_pretrained(directory)
-            tokenizer.save_pretrained(directory)
-        except SafetensorError as error:
-            raise artifacts.RunError(
-                f"{directory}: the model could not be written: {str(error).splitlines()[0]}"
-            ) from error
-
-
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path, name: str) -> None:
-    """`save` into checkpoints/`name` of a run: there whole, or not at all."""
-    target = run / "checkpoints" / name
-    target.parent.mkdir(exist_ok=True)
-    with artifacts.staged(target) as staging:
-        save(model, tokenizer, staging)
-
-
 def parameter_count(model: torch.nn.Module) -> int:
     """Parameters of the model, a tied head counted once; of those in 4 bits there are two in a byte."""
     return sum(parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1) for parameter in model.parameters())
@@ -195,8 +157,13 @@ def parameter_count(model: torch.nn.Module) -> int:
 
 def parameters_of(name: str) -> int:
     """Parameters of a causal LM by its config alone; its weights are not read."""
-    with torch.device("meta"):
-        return parameter_count(AutoModelForCausalLM.from_config(_load_config(name), trust_remote_code=False))
+    config = load_config(name)
+    if multimodal.is_wrapper(config):
+        refuse_unsupported(config)
+    with explained(name, "a config.json that makes a causal LM"), torch.device("meta"):
+        if multimodal.is_wrapper(config):
+            return parameter_count(multimodal.causal_class(config)(config.get_text_config()))
+        return parameter_count(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def check_fits(model: PreTrainedModel, rows: Iterable[Any]) -> None:
@@ -217,25 +184,22 @@ def check_fits(model: PreTrainedModel, rows: Iterable[Any]) -> None:
             )
 
 
-def _load_config(name: str) -> PreTrainedConfig:
-    with _explained(name, "a config.json of a type that transformers knows without remote code"):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-
-
-def _pad_apart(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A padding token that is not the end of sequence: a classifier pools at the last token that is no padding, and
-    would never see the end."""
-    known = tokenizer.get_vocab()
-    own = next((token for token in (PAD, "<|padding|>", "[PAD]", "<|pad|>") if token in known), PAD)
-    tokenizer.add_special_tokens({"pad_token": own})
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+def load_config(name: str) -> PreTrainedConfig:
+    """Load a model's config once its files have been checked."""
+    files.check(name)
+    with explained(name, "a config.json of a type that transformers knows without remote code"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config._attn_implementation not in ATTENTION:
+            config._attn_implementation = None
+        return config
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; one without padding pads with its end of sequence."""
-    with _explained(name, "a tokenizer beside the weights (tokenizer.json)"):
+    files.check(name)
+    with explained(name, "a tokenizer beside the weights (tokenizer.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        _try(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"model {name!r}: expected a tokenizer with an eos_token, got none; completions end "
@@ -248,7 +212,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_weights(
+def _try(tokenizer: Any) -> None:
+    """Encode a text, so that a tokenizer that panics does so now; what it merely does not know is for the data."""
+    try:
+        tokenizer.decode(tokenizer("a b\nHello, 1 \u00e9")["input_ids"])
+    except Exception:
+        pass
+
+
+def load_weights(
     kind: Any,
     name: str,
     config: PreTrainedConfig,
@@ -257,9 +229,10 @@ def _load_weights(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> PreTrainedModel:
+    """Load a model of a class of transformers'; ValueError unless the files hold its weights, all finite, and no
+    others."""
     what = "weights in safetensors (pickles are not read; save_pretrained converts)"
-    _check_shards(Path(name))
-    with _explained(name, what), _without_warnings():
+    with explained(name, what), without_warnings():
         # Typed for its usual answer; asked for its report as well, it gives two things.
         loaded: Any = kind.from_pretrained(
             name,
@@ -282,56 +255,38 @@ def _load_weights(
             f"model {name!r}: expected every weight of {type(model).__name__} in the shape that "
             f"config.json gives it, got {len(wrong)} missing or of other shapes: {min(wrong)} ..."
         )
+    _refuse_unused(name, model, set(report["unexpected_keys"]), head_is_new)
+    _refuse_not_finite(name, model)
     return model
 
 
-def _check_shards(directory: Path) -> None:
-    """ValueError for an index that names files elsewhere than beside itself."""
-    for index in directory.glob("*.index.json") if directory.is_dir() else ():
-        with _explained(str(directory), f"an index of weights in {index.name}"):
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if odd := [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]:
-            raise ValueError(
-                f"model {str(directory)!r}: expected shards beside their index; {index.name} names {odd[0]!r}"
-            )
+def _refuse_unused(name: str, model: PreTrainedModel, keys: set[str], head_is_new: bool) -> None:
+    """ValueError for weights that the model has no place for; a head beside its own is named in a line."""
+    keys = {key for key in keys if not BUFFERS.search(key)}
+    if head_is_new:  # in the place of any other; the body's weights may stand with its prefix or without
+        body = {model.base_model_prefix, *(child for child, _ in model.base_model.named_children())}
+        keys = {key for key in keys if key.partition(".")[0] in body}
+    heads = {key for key in keys if VALUE_HEAD.match(key)}
+    if odd := keys - heads:
+        raise ValueError(
+            f"model {name!r}: expected no other weights than {type(model).__name__} has by config.json; got {len(odd)} "
+            f"that it has no place for: {min(odd)}{' ...' * (len(odd) > 1)}"
+        )
+    if heads:
+        console.say(f"  {name}: {len(heads)} weights of a head that is not used: {min(heads)}")
 
 
-@contextmanager
-def _explained(name: str, expected: str) -> Iterator[None]:
-    """What goes wrong while reading someone's files, as a ValueError of one line."""
-    level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # it tells of every try to reach the hub
-    try:
-        yield
-    except Exception as error:  # transformers' parts raise many types, tokenizers a bare Exception
-        cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        if not Path(name).exists():
-            expected = "a directory, and there is none; or a hub name"
-        raise ValueError(f"model {name!r}: expected {expected}; got: {lines[0]}") from error
-    finally:
-        hub_logging.set_verbosity(level)
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """transformers prints a table of what it found missing; what matters of it is an error here."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-@contextmanager
-def _bars_only_on_a_terminal() -> Iterator[None]:
-    """transformers draws its progress bars into log files as well."""
-    was_on = transformers_logging.is_progress_bar_enabled()
-    if was_on and not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers_logging.enable_progress_bar()
+def _refuse_not_finite(name: str, model: PreTrainedModel) -> None:
+    """ValueError if a weight is not finite; of those in 4 bits their scales count."""
+    scales = (
+        (f"{key}.absmax", scale)
+        for key, parameter in model.named_parameters()
+        if (state := getattr(parameter, "quant_state", None)) is not None
+        for scale in (state.absmax, state.offset, getattr(state.state2, "absmax", None))
+        if isinstance(scale, torch.Tensor)
+    )
+    bad = weights.not_finite(model.named_parameters()) or weights.not_finite(scales)
+    if bad:
+        known = {} if files.is_adapter(name) else files.stored(name)
+        where = f" in {known[bad].file.name}" if bad in known else ""
+        raise ValueError(f"model {name!r}: expected finite weights; {bad}{where} has NaN or infinite elements")

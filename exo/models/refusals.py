@@ -6,6 +6,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from exo.models import multimodal
+
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
     """ValueError, naming why, for a model whose loss or log-probabilities would come out wrong."""
@@ -26,18 +28,25 @@ def _not_decoder_only(config: PreTrainedConfig) -> str | None:
 
 
 def _not_text_only(config: PreTrainedConfig) -> str | None:
-    declared = {*config.sub_configs, *vars(config)}
-    foreign = sorted(key for key in declared if key.startswith(("vision", "audio", "vq_")) and "config" in key)
-    # A text_config means a wrapper around the text model, made for inputs that are not text.
-    if foreign or "text_config" in declared:
-        return (
-            f"it is multimodal ({', '.join(foreign) or 'text_config'} in its config), and what is "
-            "not text would be left out of the prompt; expected a text-only causal LM"
-        )
+    """A wrapper around a text model is taken apart (multimodal), if transformers knows that part as a causal LM."""
+    parts = multimodal.others(config)
+    if not multimodal.is_wrapper(config):
+        return f"it is multimodal ({', '.join(parts)} in its config) and has no text part of its own" if parts else None
+    text = config.get_text_config()
+    if multimodal.causal_class(config) is None:
+        kind = text.model_type
+        return f"it is multimodal, and transformers has no causal LM for its text part (model type {kind!r})"
+    if multimodal.wrapper_class(config) is None:
+        return f"it is multimodal, and transformers has no model of {(config.architectures or ['this type'])[0]}"
+    for refusal in (_not_decoder_only, _router_loss, _rounded):
+        if reason := refusal(text):
+            return f"of its text part, {text.model_type!r}: {reason}"
     return None
 
 
 def _not_a_language_model(config: PreTrainedConfig) -> str | None:
+    if multimodal.is_wrapper(config):
+        return None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "transformers has no causal LM of this type"
     heads = config.architectures or []

@@ -1,0 +1,78 @@
+"""Sequence classifiers: reward models and sentiment oracles, loaded or made from the body of a causal LM."""
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from exo.models import files, multimodal
+from exo.models.loading import load, load_config, load_tokenizer, load_weights
+from exo.models.quiet import bars_only_on_a_terminal, explained
+from exo.models.refusals import refuse_unsupported
+from exo.models.small import PAD
+
+
+def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a sequence classifier with one output (a reward model) or two, and its tokenizer; as strict as `load`."""
+    if files.is_adapter(name):
+        raise ValueError(
+            f"model {name!r}: is an adapter; expected a sequence classifier; python -m exo.reward trains one"
+        )
+    with bars_only_on_a_terminal():
+        config = load_config(name)
+        if not any("SequenceClassification" in head for head in config.architectures or []):
+            raise ValueError(
+                f"model {name!r}: expected a sequence classifier, got {config.architectures}; python -m exo.reward "
+                "trains one"
+            )
+        if (config.num_labels or 0) > 2:
+            raise ValueError(f"model {name!r}: expected one output (a reward) or two classes, got {config.num_labels}")
+        tokenizer = load_tokenizer(name)
+        model = load_weights(AutoModelForSequenceClassification, name, config)
+        model.config.pad_token_id = tokenizer.pad_token_id  # its pooling goes by it
+        return model, tokenizer
+
+
+def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Make a sequence classifier on the body of a causal LM, an adapter merged; its head is drawn from the seed."""
+    with bars_only_on_a_terminal(), torch.random.fork_rng(devices=[]):
+        if files.is_adapter(name) or multimodal.is_wrapper(load_config(name)):
+            causal, tokenizer = load(name)
+            torch.default_generator.manual_seed(seed)
+            model = _on_the_body(name, causal, outputs)
+        else:
+            config = load_config(name)
+            refuse_unsupported(config)
+            tokenizer = load_tokenizer(name)
+            config.num_labels = outputs
+            torch.default_generator.manual_seed(seed)
+            model = load_weights(AutoModelForSequenceClassification, name, config, head_is_new=True)
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            _pad_apart(model, tokenizer)
+        model.config.pad_token_id = tokenizer.pad_token_id  # its pooling goes by it
+        return model, tokenizer
+
+
+def _on_the_body(name: str, causal: Any, outputs: int) -> Any:
+    """Put a new head on the body of a loaded causal LM."""
+    causal.config.num_labels = outputs
+    with explained(name, "a model whose kind has sequence classifiers"):
+        with init_empty_weights():
+            model: Any = AutoModelForSequenceClassification.from_config(causal.config)
+        setattr(model, model.base_model_prefix, causal.base_model)
+        for module in model.modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.to_empty(device="cpu", recurse=False)
+                model._init_weights(module)
+    return model
+
+
+def _pad_apart(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A padding token that is not the end of sequence: a classifier pools at the last token that is no padding, and
+    would never see the end."""
+    known = tokenizer.get_vocab()
+    own = next((token for token in (PAD, "<|padding|>", "[PAD]", "<|pad|>") if token in known), PAD)
+    tokenizer.add_special_tokens({"pad_token": own})
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -1,0 +1,56 @@
+"""What transformers and its parts raise and print, as one ValueError of one line and nothing else."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging as transformers_logging
+
+LENGTH = 300  # characters of a message that are shown
+
+
+@contextmanager
+def explained(name: str, expected: str) -> Iterator[None]:
+    """Raise whatever goes wrong while the files of a model are read as a ValueError of one line."""
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # it tells of every try to reach the hub
+    try:
+        yield
+    except BaseException as error:
+        # transformers' parts raise many types; a panic of tokenizers is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        if not Path(name).exists():
+            expected = "a directory, and there is none; or a hub name"
+        raise ValueError(f"model {name!r}: expected {expected}; got: {lines[0][:LENGTH]}") from error
+    finally:
+        hub_logging.set_verbosity(level)
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silence transformers' table of missing weights; what matters of it is an error here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+@contextmanager
+def bars_only_on_a_terminal() -> Iterator[None]:
+    """Disable progress bars where they would end up in a log file."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    if was_on and not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
