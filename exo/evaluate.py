@@ -18,6 +18,7 @@ from torch import Tensor
 
 from exo import (
     artifacts,
+    baseline,
     config,
     console,
     data,
@@ -53,7 +54,9 @@ class Config(config.Scoring):
     prompts: int = option(512, "use at most so many prompts", at_least(2))
     k: int = option(4, "completions a prompt", at_least(1))
     temperature: float = option(1.0, "divides the logits, of policy and reference", POSITIVE)
-    top_p: float = option(1.0, "draw from the most probable tokens; the KL is of the whole distribution", TOP_P)
+    top_p: float = option(
+        1.0, "draw from the most probable tokens; the KL is of the whole distribution, by further samples of it", TOP_P
+    )
     max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included", at_least(1))
     max_length: int = option(1024, "tokens of prompt and completion together; a longer prompt loses its left")
     batch_size: int = option(256, "completions sampled at a time", at_least(1))
@@ -79,7 +82,9 @@ class Checkpoint(NamedTuple):
 def run(config: Config, start: lineage.Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
     prompts, chosen = _prompts(config)
-    baseline = _baseline(config, prompts)
+    given = _given(config, prompts) if config.samples else []
+    settings = baseline.settings_of(given, config.samples) if config.samples else _settings(config)
+    before = _baseline(config, prompts, settings, start)
     accelerator = loop.make_accelerator(config)
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, accelerator, config.max_length)
@@ -91,23 +96,28 @@ def run(config: Config, start: lineage.Start) -> Path:
         console.counts(encoding.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
         drawn = _sampled(config, prompts, accelerator, _checkpoints(config, known))
     else:
-        drawn = _given(config, prompts)
+        drawn = iter([(Checkpoint("samples", None, config.samples or ""), given, None, None)])
     directory, main = Path(config.output_dir), accelerator.is_main_process
     if main:
         lineage.begin(start)
         (directory / "samples").mkdir()
-    console.say(f"{len(prompts):,} prompts x {config.k} completions, scored by {scorer.name}")
+    shown = "several numbers of" if settings["k"] is None else settings["k"]
+    console.say(f"{len(prompts):,} prompts x {shown} completions, scored by {scorer.name}")
     entries = []
     for checkpoint, groups, model, tokenizer in drawn:
         scores, more = _score(scorer, groups, accelerator)
         remarks += more
-        entry = {"name": checkpoint.name, "step": checkpoint.step} | _values(scores, baseline, chosen_scores or None)
+        entry = {"name": checkpoint.name, "step": checkpoint.step} | _values(scores, before, chosen_scores or None)
         entry |= samples.describe(groups)
         rows = [samples.row(replace(group, rewards=values)) for group, values in zip(groups, scores, strict=True)]
         if model is not None:
             ratios = _log_ratios(config, model, reference, groups, tokenizer, accelerator)
-            entry["kl"] = estimates.summary(estimates.kl_k1(ratios))
-            entry["kl_k3"] = estimates.summary(estimates.kl_k3(ratios))
+            of_policy = ratios
+            if config.top_p < 1:  # then these completions are not of the whole distribution
+                whole = _draw(config, model, tokenizer, prompts, accelerator, top_p=1.0)
+                of_policy = _log_ratios(config, model, reference, whole, tokenizer, accelerator)
+            entry["kl"] = estimates.summary(estimates.kl_k1(of_policy))
+            entry["kl_k3"] = estimates.summary(estimates.kl_k3(of_policy))
             for row, of_row in zip(rows, ratios, strict=True):
                 row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
         else:
@@ -116,6 +126,7 @@ def run(config: Config, start: lineage.Start) -> Path:
             with artifacts.staged_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
                 data.write_jsonl(file, rows)
         console.say(f"  {checkpoint.name:10s} {_line(entry)}")
+        samples.say_cut(groups)
         entries.append(entry)
     console.counts(remarks)
     density = []
@@ -126,7 +137,6 @@ def run(config: Config, start: lineage.Start) -> Path:
     if density:
         with artifacts.staged_file(directory / "density.jsonl") as file:
             data.write_jsonl(file, density)
-    settings = {name: getattr(config, name) for name in ("k", "temperature", "top_p", "max_new_tokens")}
     result = settings | {"scorer": scorer.name, "prompts": len(prompts), "checkpoints": entries}
     artifacts.write_json(directory / "evaluation.json", result)
     lineage.finish(directory)
@@ -144,15 +154,19 @@ def _prompts(config: Config) -> tuple[list[str], list[Group]]:
     return [group.prompt for group in groups], groups if config.chosen else []
 
 
-def _baseline(config: Config, prompts: Sequence[str]) -> Scores | None:
-    """Rewards of the reference's own samples for these prompts, from its evaluation."""
+def _settings(config: Config) -> baseline.Settings:
+    return {"k": config.k} | _sampling(config)._asdict()
+
+
+def _sampling(config: Config) -> samples.Settings:
+    return samples.Settings(config.temperature, config.max_new_tokens, config.top_p)
+
+
+def _baseline(config: Config, prompts: Sequence[str], settings: baseline.Settings, start: lineage.Start) -> Any:
     if config.baseline is None:
         return None
-    path = Path(lineage.source("baseline", config.baseline, "evaluate")).parent / "samples" / "final.jsonl"
-    groups = data.read(path, purpose="samples").groups
-    if [group.prompt for group in groups] != list(prompts):
-        raise ValueError(f"--baseline {config.baseline}: expected an evaluation on the same prompts; got others")
-    return [group.rewards or () for group in groups]
+    scorer = {name: getattr(config, name) for name in ("oracle", "reward_model")}
+    return baseline.read(config.baseline, prompts, settings, scorer, start.facts["inputs"])
 
 
 def checkpoints(model: str) -> list[Checkpoint]:
@@ -185,13 +199,19 @@ def _sampled(config: Config, prompts: Sequence[str], accelerator: Accelerator, f
     for checkpoint in found:
         model, tokenizer = models.load(checkpoint.path)
         model.to(accelerator.device)
-        with accelerator.autocast():
-            groups = samples.draw(
-                model, tokenizer, prompts, k=config.k, temperature=config.temperature, top_p=config.top_p,
-                max_new_tokens=config.max_new_tokens, max_prompt_length=config.max_length - config.max_new_tokens,
-                seed=config.seed, batch_size=config.batch_size, run=partial(_run, accelerator),
-            )  # fmt: skip
+        groups = _draw(config, model, tokenizer, prompts, accelerator, top_p=config.top_p)
         yield checkpoint, groups, model, tokenizer
+
+
+def _draw(
+    config: Config, model: Any, tokenizer: Any, prompts: Sequence[str], accelerator: Accelerator, *, top_p: float
+) -> list[Group]:
+    with accelerator.autocast():
+        return samples.draw(
+            model, tokenizer, prompts, _sampling(config)._replace(top_p=top_p), k=config.k,
+            max_prompt_length=config.max_length - config.max_new_tokens, seed=config.seed,
+            batch_size=config.batch_size, run=partial(_run, accelerator),
+        )  # fmt: skip
 
 
 def _run(accelerator: Accelerator, jobs: Sequence[Callable[[], list[Sample]]]) -> list[list[Sample]]:
@@ -205,25 +225,25 @@ def _score(scorer: rewards.Scorer, groups: Sequence[Group], accelerator: Acceler
     )
 
 
-def _given(config: Config, prompts: Sequence[str]) -> Drawn:
+def _given(config: Config, prompts: Sequence[str]) -> list[Group]:
     """The completions of a file, for the prompts of the data and in their order."""
     assert config.samples is not None
     path = lineage.source("samples", config.samples, "sample", "score", "best_of_n")
     groups = data.read(path, purpose="samples").groups[: len(prompts)]
     if [group.prompt for group in groups] != list(prompts):
         raise ValueError(f"--samples {path}: expected the prompts of --data, in their order; got others")
-    yield Checkpoint("samples", None, path), groups, None, None
+    return groups
 
 
-def _values(scores: Scores, baseline: Scores | None, chosen: Scores | None) -> dict[str, Any]:
+def _values(scores: Scores, before: Scores | None, chosen: Scores | None) -> dict[str, Any]:
     means = estimates.means(scores)
     entry: dict[str, Any] = {"reward": estimates.summary(means), "spread": estimates.spread(scores)}
     entry["accuracy"] = estimates.summary(estimates.accuracies(scores))
     entry["win_rate"] = {}
-    if baseline is not None:
-        rise = [after - before for after, before in zip(means, estimates.means(baseline), strict=True)]
+    if before is not None:
+        rise = [ours - theirs for ours, theirs in zip(means, estimates.means(before), strict=True)]
         entry["rise"] = estimates.summary(rise)
-        entry["win_rate"]["reference"] = estimates.summary(estimates.win_rates(scores, baseline))
+        entry["win_rate"]["reference"] = estimates.summary(estimates.win_rates(scores, before))
     if chosen is not None:
         entry["win_rate"]["chosen"] = estimates.summary(estimates.win_rates(scores, chosen))
     return entry
@@ -262,6 +282,7 @@ def _density(
     """Log-probs of the reference's samples under both, for the last checkpoint."""
     path = lineage.source("density", config.density or "", "score")
     groups = data.read(path, purpose="samples").groups
+    samples.check_temperature("density", path, groups, config.temperature)
     encoded, _ = encoding.encode(groups, tokenizer, _limits(config), path)
     packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
     logps, ref_logps = (

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
 def test_top_p_keeps_the_log_probs_of_the_whole_distribution(drawn):
     model, tokenizer = models.load(drawn[0])
     ids = [encoding.prompt_ids(PROMPTS[0], tokenizer)]
-    row = generation.sample(model, tokenizer, ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
+    row = generation.sample(model, (2,), ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
     with torch.no_grad():
         logprobs = torch.log_softmax(model(torch.tensor(ids)).logits[0, -1] / 0.8, -1)
     assert row.token_ids[0] == int(logprobs.argmax())
@@ -120,6 +121,7 @@ def test_vllm_gets_each_completion_with_its_own_seed_and_gives_the_same_rows(dra
             outputs = []
             for prompt, p in zip(prompts, params, strict=True):
                 asked.append((tuple(prompt["prompt_token_ids"]), p.seed))
+                assert p.stop_token_ids == [2] and p.logit_bias is None
                 ids = [5, 2] if len(asked) % 2 else [5, 6]
                 logprobs = [{i: types.SimpleNamespace(logprob=-0.5)} for i in ids]
                 reason = "stop" if ids[-1] == 2 else "length"
@@ -259,6 +261,8 @@ def test_a_row_of_samples_and_back(tmp_path):
     group = data.Group(
         "p", ("a", "b"), (1.0, 2.0), 1, data.Tokens("t", ((1,), (2, 3)), (-1.0, -2.0), ("eos", "length"))
     )
+    drawn = replace(group, tokens=group.tokens._replace(temperature=0.7, max_new_tokens=9, top_p=0.9))
     path = tmp_path / "rows.jsonl"
-    data.write_jsonl(path, [samples.row(group)])
-    assert data.read(path, purpose="samples").groups == [group]
+    for one in (group, drawn):
+        data.write_jsonl(path, [samples.row(one)])
+        assert data.read(path, purpose="samples").groups == [one]

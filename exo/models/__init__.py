@@ -4,6 +4,7 @@ Everything else sees a torch module, its config and a tokenizer.
 """
 
 try:
+    from exo.models.endings import absent_ids, stop_ids
     from exo.models.flex import attend
     from exo.models.loading import (
         check_fits,
@@ -27,7 +28,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"exo needs {error.name}: pip install 'exo-kernels[train]'", name=error.name) from None
 
 __all__ = [
-    "PAD", "attend", "check_fits", "classifier_from", "in_full", "is_adapter", "load", "load_classifier",
+    "PAD", "absent_ids", "attend", "check_fits", "classifier_from", "in_full", "is_adapter", "load", "load_classifier",
     "load_or_tiny", "load_tokenizer", "parameter_count", "parameters_of", "refuse_unsupported", "save",
-    "save_checkpoint", "tiny", "word_level",
+    "save_checkpoint", "stop_ids", "tiny", "word_level",
 ]  # fmt: skip
