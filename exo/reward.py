@@ -31,7 +31,6 @@ from exo import (
     loop,
     models,
     processes,
-    rewards,
     runs,
     sharding,
     targets,
@@ -39,6 +38,7 @@ from exo import (
 from exo.config import MODEL, PART, POSITIVE, at_least, named, option
 from exo.encoding import TokenGroup
 from exo.packing import Batch, Packing
+from exo.reward_head import RewardHead
 from exo.steps import Share
 
 SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
@@ -66,9 +66,10 @@ class PairLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.rewards = RewardHead(model)
 
     def margins(self, batch: Batch) -> Tensor:  # (G,) positive where the right one wins
-        chosen, rejected = rewards.last_token_rewards(self.model, batch).view(-1, 2).unbind(1)
+        chosen, rejected = self.rewards(batch).view(-1, 2).unbind(1)
         return chosen - rejected
 
     def forward(self, batch: Batch, count: int | None) -> Any:
@@ -76,7 +77,7 @@ class PairLoss(nn.Module):
         margins = self.margins(batch)
         if count is None:
             return margins
-        right = (margins > 0).double().sum()
+        right = (0.5 + 0.5 * margins.detach().sign().double()).sum()  # a tie counts one half
         loss = -nn.functional.logsigmoid(margins).sum() / count
         return Share(loss, {"accuracy": (right, len(margins)), "margin": (margins.detach().sum(), len(margins))})
 
@@ -86,7 +87,7 @@ class LabelLoss(PairLoss):
 
     def margins(self, batch: Batch) -> Tensor:  # (G,)
         assert batch.rewards is not None
-        return rewards.last_token_rewards(self.model, batch) * (2 * batch.rewards.float() - 1)
+        return self.rewards(batch) * (2 * batch.rewards.float() - 1)
 
 
 @lineage.stage("reward")

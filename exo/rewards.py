@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
 from exo import config, encoding, lineage, models, targets
+from exo.artifacts import RunError
 from exo.config import option, require
 from exo.data import Group
 from exo.encoding import TokenGroup
-from exo.packing import Batch, Packing
+from exo.packing import Packing
+from exo.reward_head import RewardHead
 
 AT_ONCE = 1024  # rows that are scored together; a kill may cost as many
 Scores = list[tuple[float, ...]]  # a row a group, a number a completion
@@ -57,6 +58,7 @@ def load(options: Options, compute: config.Scoring, accelerator: Accelerator, ma
     name = lineage.source("reward_model", options.reward_model, "reward")
     model, tokenizer = models.load_classifier(name)
     model.to(accelerator.device).eval()
+    head = RewardHead(model)
     limits = encoding.Limits(max_length, None, "prompt-left")
     counts: Counter[str] = Counter()
     packing = Packing(tokenizer.pad_token_id, compute.max_tokens_per_batch)
@@ -68,9 +70,10 @@ def load(options: Options, compute: config.Scoring, accelerator: Accelerator, ma
         for reason, count in cut.items():
             counts[reason.replace("rows", "completions scored")] += count
         models.check_fits(model, encoded)
-        found = _classify(model, encoded, accelerator, packing)
-        values = iter(value for (value,) in found)
-        return [tuple(next(values) for _ in group.completions) for group in groups]
+        values = iter(value for (value,) in _classify(head, encoded, accelerator, packing))
+        scores = [tuple(next(values) for _ in group.completions) for group in groups]
+        _check_finite(name, groups, scores)
+        return scores
 
     return Scorer(name, score, counts)
 
@@ -122,20 +125,20 @@ def _of_function(name: str) -> Callable[[Sequence[Group]], Scores]:
 
 
 @torch.no_grad()
-def _classify(model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing) -> Scores:
+def _classify(head: RewardHead, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing) -> Scores:
     def of(part: Sequence[TokenGroup]) -> Scores:
         batch = packing.collate(part).to(accelerator.device)
         with accelerator.autocast():
-            rewards = last_token_rewards(model, batch)
+            rewards = head(batch)
         return [tuple(values.tolist()) for values in rewards.double().cpu().split(batch.group_size.tolist())]
 
     return packing.each(groups, of)
 
 
-def last_token_rewards(model: nn.Module, batch: Batch) -> Tensor:  # (N,)
-    """One number a sequence, by the model's own pooling, which takes the last token that is no padding."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
-    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+def _check_finite(name: str, groups: Sequence[Group], scores: Scores) -> None:
+    for group, row in zip(groups, scores, strict=True):
+        if not all(map(math.isfinite, row)):
+            raise RunError(f"--reward_model {name}: expected finite rewards; got others in row {group.line}")
 
 
 def describe(rewards: Scores) -> dict[str, Any]:
