@@ -5,7 +5,6 @@ directory is the model directory. Left out: objectives other than the kernels'.
 """
 
 import copy
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from exo import (
     targets,
 )
 from exo.config import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
+from exo.data import split
 from exo.encoding import TokenGroup
 from exo.packing import Packing
 from exo.reference import Mode
@@ -188,13 +188,15 @@ def _parted(
     """(to train on, to evaluate on), as the options compare them."""
     train, eval_groups = _compared(config, groups, counts), _compared(config, held_out, counts)
     if config.eval_data is None and config.eval_fraction:
-        # by prompt, so that no held-out prompt was trained on with other completions
-        names = {group.line: group.prompt for group in dataset.groups}
-        prompts = sorted({names[group.line] for group in train})
-        random.Random(config.seed).shuffle(prompts)
-        chosen = set(prompts[: min(len(prompts) - 1, max(1, round(config.eval_fraction * len(prompts))))])
-        eval_groups = [group for group in train if names[group.line] in chosen]
-        train = [group for group in train if names[group.line] not in chosen]
+        texts = {group.line: split.Texts(group.prompt, group.completions) for group in dataset.groups}
+        rows = [texts[group.line] for group in train]
+        names = sorted({row.name for row in rows})
+        number = min(len(names) - 1, max(1, round(config.eval_fraction * len(names))))
+        parts = split.hold_out(rows, names, number, config.seed)
+        if parts.shared:
+            console.warn(parts.warning(config.data))
+        eval_groups = [group for i, group in enumerate(train) if i in parts.held_out]
+        train = [group for i, group in enumerate(train) if i not in parts.held_out]
     if not train:
         raise data.DataError(f"{config.data}: no row is left to train on")
     if config.eval_data and not eval_groups:

@@ -6,7 +6,6 @@ of two classes instead, whose log-odds are the paper's oracle for sentiment. Sav
 AutoModelForSequenceClassification reads. Left out: margins, several completions at once.
 """
 
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from exo import (
     targets,
 )
 from exo.config import MODEL, PART, POSITIVE, at_least, named, option
+from exo.data import split
 from exo.encoding import TokenGroup
 from exo.packing import Batch, Packing
 from exo.reward_head import RewardHead
@@ -134,11 +134,13 @@ def _encode(
     else:
         rows, more = targets.best_against_worst(rows)
         counts += more
-    names = sorted({_name(group) for group in rows})
-    random.Random(config.seed).shuffle(names)
-    kept = set(names[: round(config.eval_fraction * len(names))])
+    texts = [split.Texts(group.prompt, group.completions) for group in rows]
+    names = sorted({text.name for text in texts})
+    found = split.hold_out(texts, names, round(config.eval_fraction * len(names)), config.seed)
+    if found.shared:
+        console.warn(found.warning(config.data))
     limits = encoding.Limits(config.max_length, config.max_completion_length, config.truncate)
-    parts = [[g for g in rows if _name(g) not in kept], [g for g in rows if _name(g) in kept]]
+    parts = [[g for i, g in enumerate(rows) if (i in found.held_out) == held_out] for held_out in (False, True)]
     (train, cut), (held_out, cut_too) = (
         encoding.encode(part, tokenizer, limits, config.data, foreign="text") for part in parts
     )
@@ -147,10 +149,6 @@ def _encode(
     if not train:
         raise data.DataError(f"{config.data}: no row is left to train on")
     return train, held_out, counts
-
-
-def _name(group: data.Group) -> str:
-    return group.prompt or group.completions[0]
 
 
 @torch.no_grad()
