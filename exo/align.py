@@ -5,6 +5,7 @@ directory is the model directory. Left out: objectives other than the kernels'.
 """
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from exo import (
     policy,
     reference,
     runs,
+    samples,
     sharding,
     targets,
 )
@@ -143,6 +145,8 @@ def run(config: Config, start: lineage.Start) -> Path:
         artifacts.update_run(Path(config.output_dir), layout=packing.layout, reference=mode)
     with adapter.switched_off(trained):
         scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
+    if mode == "cache":
+        _compare_with_sampler(dataset.groups, scored[: len(groups)])
     train_groups, eval_groups = _parted(config, dataset, scored[: len(groups)], scored[len(groups) :], Counter())
 
     console.headline("Training")
@@ -167,6 +171,7 @@ def run(config: Config, start: lineage.Start) -> Path:
 def _read(config: Config, path: str) -> data.Dataset:
     path = lineage.source("data", path, "score", "prepare", prepared="pairs.jsonl")
     dataset = data.read(path, skip_invalid=config.skip_invalid)
+    samples.check_temperature("data", path, dataset.groups, config.temperature)
     if config.target == "rw" and dataset.groups[0].rewards is None:
         raise ValueError(f"--target rw: expected completions with rewards; {path} has preferences")
     return dataset
@@ -282,6 +287,29 @@ def _scored(
         return groups
     keep = Path(config.reference_cache) if config.reference_cache else reference.directory()
     return reference.score(model, groups, accelerator, packing, config.temperature, keep)
+
+
+def _compare_with_sampler(rows: Sequence[data.Group], scored: Sequence[TokenGroup]) -> None:
+    """Warn if another policy than the reference drew the completions, by the log-probs that it drew them with.
+
+    Only whole completions are compared: what all completions of a row begin with counts as their prompt.
+    """
+    drawn = {row.line: row.tokens for row in rows if row.tokens is not None}
+    squares = [
+        (logprob - score) ** 2 / len(ids)
+        for group in scored
+        if group.line in drawn and group.completions == drawn[group.line].ids
+        for ids, logprob, score in zip(
+            group.completions, drawn[group.line].logprobs, group.ref_logps or (), strict=True
+        )
+    ]
+    noise = policy.TOKEN_NOISE["bf16"]  # sampling may have been in bfloat16, whatever this run is in
+    if squares and math.sqrt(sum(squares) / len(squares)) > 6 * noise:
+        console.warn(
+            "the completions were drawn by another policy than the reference: their log-probs differ by "
+            f"{math.sqrt(sum(squares) / len(squares)):.2g} nats rms, over the root of their tokens. The loss takes "
+            "them for samples of the reference and leaves out the importance offset; sample from the reference"
+        )
 
 
 def _first_loss_check(

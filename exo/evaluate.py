@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from exo import (
     artifacts,
@@ -27,7 +26,6 @@ from exo import (
     lineage,
     loop,
     models,
-    policy,
     processes,
     rewards,
     samples,
@@ -35,7 +33,7 @@ from exo import (
 from exo.config import MODEL, POSITIVE, TOP_P, at_least, named, option, require
 from exo.data import Group
 from exo.generation import Sample
-from exo.packing import Packing
+from exo.log_ratios import Models
 from exo.rewards import Scores
 
 
@@ -85,18 +83,18 @@ def run(config: Config, start: lineage.Start) -> Path:
     given = _given(config, prompts) if config.samples else []
     settings = baseline.settings_of(given, config.samples) if config.samples else _settings(config)
     before = _baseline(config, prompts, settings, start)
+    dense = _density(config) if config.density else None
     accelerator = loop.make_accelerator(config)
     options = rewards.Options(config.reward_model, config.oracle)
     scorer = rewards.load(options, config, accelerator, config.max_length)
     chosen_scores, remarks = _score(scorer, chosen, accelerator)
-    reference = None
     if config.model:
         reference, known = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
         reference.to(accelerator.device)
         console.counts(encoding.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
-        drawn = _sampled(config, prompts, accelerator, _checkpoints(config, known))
+        drawn = _sampled(config, prompts, accelerator, _checkpoints(config, known), reference)
     else:
-        drawn = iter([(Checkpoint("samples", None, config.samples or ""), given, None, None)])
+        drawn = iter([(Checkpoint("samples", None, config.samples or ""), given, None)])
     directory, main = Path(config.output_dir), accelerator.is_main_process
     if main:
         lineage.begin(start)
@@ -104,22 +102,14 @@ def run(config: Config, start: lineage.Start) -> Path:
     shown = "several numbers of" if settings["k"] is None else settings["k"]
     console.say(f"{len(prompts):,} prompts x {shown} completions, scored by {scorer.name}")
     entries = []
-    for checkpoint, groups, model, tokenizer in drawn:
+    for checkpoint, groups, pair in drawn:
         scores, more = _score(scorer, groups, accelerator)
         remarks += more
         entry = {"name": checkpoint.name, "step": checkpoint.step} | _values(scores, before, chosen_scores or None)
         entry |= samples.describe(groups)
         rows = [samples.row(replace(group, rewards=values)) for group, values in zip(groups, scores, strict=True)]
-        if model is not None:
-            ratios = _log_ratios(config, model, reference, groups, tokenizer, accelerator)
-            of_policy = ratios
-            if config.top_p < 1:  # then these completions are not of the whole distribution
-                whole = _draw(config, model, tokenizer, prompts, accelerator, top_p=1.0)
-                of_policy = _log_ratios(config, model, reference, whole, tokenizer, accelerator)
-            entry["kl"] = estimates.summary(estimates.kl_k1(of_policy))
-            entry["kl_k3"] = estimates.summary(estimates.kl_k3(of_policy))
-            for row, of_row in zip(rows, ratios, strict=True):
-                row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
+        if pair is not None:
+            entry |= _kl(config, pair, prompts, groups, rows)
         else:
             entry |= _bound(config)
         if main:
@@ -129,9 +119,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         samples.say_cut(groups)
         entries.append(entry)
     console.counts(remarks)
-    density = []
-    if config.density and config.model:
-        density = _density(config, model, reference, tokenizer, accelerator)
+    density = pair.density(*dense) if dense and pair else []
     if not main:
         return directory
     if density:
@@ -141,6 +129,18 @@ def run(config: Config, start: lineage.Start) -> Path:
     artifacts.write_json(directory / "evaluation.json", result)
     lineage.finish(directory)
     return directory
+
+
+def _kl(
+    config: Config, pair: Models, prompts: Sequence[str], groups: Sequence[Group], rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The KL of the whole distribution; each of the rows gets the log-ratios of its completions."""
+    ratios = pair.log_ratios(groups)
+    for row, of_row in zip(rows, ratios, strict=True):
+        row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
+    if config.top_p < 1:  # these completions are not of the whole distribution, and their mean would be biased
+        ratios = pair.log_ratios(_draw(config, pair.policy, pair.tokenizer, prompts, pair.accelerator, top_p=1.0))
+    return {name: estimates.summary(of(ratios)) for name, of in (("kl", estimates.kl_k1), ("kl_k3", estimates.kl_k3))}
 
 
 def _prompts(config: Config) -> tuple[list[str], list[Group]]:
@@ -180,7 +180,7 @@ def checkpoints(model: str) -> list[Checkpoint]:
     return [*before, Checkpoint("final", last, model)]
 
 
-Drawn = Iterator[tuple[Checkpoint, list[Group], Any, Any]]
+Drawn = Iterator[tuple[Checkpoint, list[Group], Models | None]]
 
 
 def _checkpoints(config: Config, known: Any) -> list[Checkpoint]:
@@ -194,13 +194,27 @@ def _checkpoints(config: Config, known: Any) -> list[Checkpoint]:
     return checkpoints(name)
 
 
-def _sampled(config: Config, prompts: Sequence[str], accelerator: Accelerator, found: Sequence[Checkpoint]) -> Drawn:
-    """(checkpoint, its samples, its model, its tokenizer), each loaded when its turn comes."""
+def _sampled(
+    config: Config, prompts: Sequence[str], accelerator: Accelerator, found: Sequence[Checkpoint], reference: Any
+) -> Drawn:
+    """(checkpoint, its samples, its model with the reference), each loaded when its turn comes."""
     for checkpoint in found:
         model, tokenizer = models.load(checkpoint.path)
         model.to(accelerator.device)
         groups = _draw(config, model, tokenizer, prompts, accelerator, top_p=config.top_p)
-        yield checkpoint, groups, model, tokenizer
+        yield (
+            checkpoint,
+            groups,
+            Models(
+                model,
+                reference,
+                tokenizer,
+                accelerator,
+                config.max_tokens_per_batch,
+                _limits(config),
+                config.temperature,
+            ),
+        )
 
 
 def _draw(
@@ -254,48 +268,18 @@ def _limits(config: Config) -> encoding.Limits:
     return encoding.Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
 
 
-def _log_ratios(
-    config: Config, model: Any, reference: Any, groups: Sequence[Group], tokenizer: Any, accelerator: Accelerator
-) -> list[list[Tensor]]:
-    """log pi - log ref of every token of every completion."""
-    encoded, _ = encoding.encode(groups, tokenizer, _limits(config), "samples")
-
-    ours, theirs = (
-        policy.shared_token_logps(
-            of, encoded, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch),
-            temperature=config.temperature,
-        )
-        for of in (model, reference)
-    )  # fmt: skip
-    return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(ours, theirs, strict=True)]
-
-
 def _bound(config: Config) -> dict[str, Any]:
     """The KL that the maker of the samples knows, where it does."""
     run = lineage.record(Path(config.samples or "")) or lineage.record(Path(config.samples or "").parent) or {}
     return {name: value for name, value in run.get("result", {}).items() if name in ("kl_bound", "n")}
 
 
-def _density(
-    config: Config, model: Any, reference: Any, tokenizer: Any, accelerator: Accelerator
-) -> list[dict[str, Any]]:
-    """Log-probs of the reference's samples under both, for the last checkpoint."""
+def _density(config: Config) -> tuple[list[Group], str]:
+    """The reference's samples for the density ratio, and their file."""
     path = lineage.source("density", config.density or "", "score")
     groups = data.read(path, purpose="samples").groups
     samples.check_temperature("density", path, groups, config.temperature)
-    encoded, _ = encoding.encode(groups, tokenizer, _limits(config), path)
-    packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
-    logps, ref_logps = (
-        [
-            [float(row.sum()) for row in rows]
-            for rows in policy.shared_token_logps(of, encoded, accelerator, packing, config.temperature)
-        ]
-        for of in (model, reference)
-    )
-    return [
-        {"prompt": group.prompt, "logps": ours, "ref_logps": theirs, "rewards": group.rewards}
-        for group, ours, theirs in zip(groups, logps, ref_logps, strict=True)
-    ]
+    return groups, path
 
 
 def _line(entry: dict[str, Any]) -> str:
