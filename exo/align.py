@@ -108,6 +108,8 @@ def run(config: Config, start: lineage.Start) -> Path:
     """Align and return the run directory."""
     dataset = _read(config, config.data)
     held_out = _read(config, config.eval_data) if config.eval_data else None
+    if held_out is not None:
+        _warn_of_trained(dataset, held_out)
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
 
@@ -175,6 +177,15 @@ def _read(config: Config, path: str) -> data.Dataset:
     if config.target == "rw" and dataset.groups[0].rewards is None:
         raise ValueError(f"--target rw: expected completions with rewards; {path} has preferences")
     return dataset
+
+
+def _warn_of_trained(dataset: data.Dataset, held_out: data.Dataset) -> None:
+    trained, others = ([split.Texts(g.prompt, g.completions) for g in rows.groups] for rows in (dataset, held_out))
+    if count := split.shared(trained, others):
+        console.warn(
+            f"{held_out.path}: {count:,} of {len(others):,} held-out rows share a prompt or a completion with --data, "
+            "so their accuracy may be too high"
+        )
 
 
 def _encode(config: Config, dataset: data.Dataset | None, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:

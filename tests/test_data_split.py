@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from exo import align, data, models, reward
+from exo import align, console, data, models, reward
 from exo.data.split import Texts, hold_out
 from tests.tasks import write_model, write_rows
 
@@ -101,3 +101,16 @@ def test_align_and_reward_train_on_no_text_that_they_hold_out(tmp_path):
         seen = [{group.prompt + group.completions[0] for group in part} for part in (train, held_out)]
         assert len(held_out) in range(4, 11) and len(train) + len(held_out) == 36
         assert not seen[0] & seen[1]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_held_out_file_that_shares_texts_with_the_data_is_warned_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_warned", set())
+    rows = [{"prompt": f"red {word}", "chosen": f"good {word}", "rejected": "bad"} for word in ("red", "blue", "big")]
+    source = write_rows(tmp_path / "rows.jsonl", rows[:2])
+    others = [rows[1] | {"rejected": "small"}, {"prompt": "big", "chosen": "round", "rejected": "green"}]
+    held_out = write_rows(tmp_path / "held_out.jsonl", others)
+    arguments = ["--model", write_model(tmp_path / "policy"), "--data", source, "--eval_data", held_out]
+    assert align.main([*arguments, "--max_steps", "1", "--device", "cpu", "--output_dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {held_out}: 1 of 2 held-out rows share a prompt or a completion with --data" in said

@@ -144,6 +144,16 @@ def test_the_loss_is_bradley_terrys(policy):
     assert float(share.loss) == pytest.approx(expected, abs=1e-6)
 
 
+def test_ties_count_one_half_in_training_too(policy):
+    model, tokenizer = models.classifier_from(policy, 1, seed=0)
+    model.score.weight.data.zero_()
+    groups, _ = encoding.encode([group("red", "good", "bad")] * 4, tokenizer, encoding.Limits(64, None, "error"), "x")
+    with torch.no_grad():
+        share = reward.PairLoss(model)(Packing(tokenizer.pad_token_id, 8192).collate(groups), 4)
+    right, count = share.sums["accuracy"]
+    assert float(right) / count == 0.5
+
+
 def test_scored_samples_become_pairs(policy, tmp_path):
     rows = [{"prompt": row["prompt"], "completions": [row["rejected"], row["chosen"], "red"], "rewards": [0, 2, 1]}
             for row in pairs(40)]  # fmt: skip

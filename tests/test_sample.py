@@ -219,7 +219,7 @@ def test_a_model_that_is_nowhere_is_one_line(drawn, tmp_path, capsys, monkeypatc
 # Best-of-N.
 
 
-def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path):
+def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path, capsys):
     rewards = [1.0, 3.0, 2.0, 5.0, 5.0, 4.0]
     row = {"prompt": "p", "completions": list("abcdef"), "rewards": rewards, "tokenizer": "t"}
     row |= {"token_ids": [[i] for i in range(6)], "logprobs": [-float(i) for i in range(6)], "finish": ["eos"] * 6}
@@ -230,6 +230,7 @@ def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path):
          "logprobs": [-1.0, -3.0], "finish": ["eos", "eos"]}
     ]  # fmt: skip
     assert json.loads((run / "run.json").read_text())["result"]["kl_bound"] == math.log(3) - 2 / 3
+    assert "  0.0% of the completions were cut for their length" in capsys.readouterr().out
 
 
 def test_the_bound_is_the_kl_where_all_completions_differ():

@@ -46,6 +46,12 @@ class Split(NamedTuple):
         )
 
 
+def shared(trained: Iterable[Texts], held_out: Iterable[Texts]) -> int:
+    """Count the held-out rows that are connected to a row that is trained on."""
+    keys = {key for row in trained for key in row.keys()}
+    return sum(not keys.isdisjoint(row.keys()) for row in held_out)
+
+
 def hold_out(rows: Sequence[Texts], order: Iterable[str], number: int, seed: int) -> Split:
     """Hold out rows with about `number` of the names, as near as connected rows allow.
 
@@ -69,8 +75,8 @@ def hold_out(rows: Sequence[Texts], order: Iterable[str], number: int, seed: int
     if not chosen and number:
         chosen = set(names[: min(number, len(names) - 1)])
     held_out = frozenset(i for i, row in enumerate(rows) if row.name in chosen)
-    trained = {key for i, row in enumerate(rows) if i not in held_out for key in row.keys()}
-    return Split(held_out, sum(not trained.isdisjoint(rows[i].keys()) for i in held_out))
+    trained = (row for i, row in enumerate(rows) if i not in held_out)
+    return Split(held_out, shared(trained, (rows[i] for i in held_out)))
 
 
 def _components(rows: Sequence[Texts]) -> list[int]:
