@@ -5,7 +5,6 @@ directory is the model directory. Left out: objectives other than the kernels'.
 """
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from exo import (
     config,
     console,
     data,
+    data_checks,
     encoding,
     layouts,
     lineage,
@@ -109,7 +109,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     dataset = _read(config, config.data)
     held_out = _read(config, config.eval_data) if config.eval_data else None
     if held_out is not None:
-        _warn_of_trained(dataset, held_out)
+        data_checks.warn_of_trained_texts(dataset, held_out)
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
 
@@ -148,7 +148,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     with adapter.switched_off(trained):
         scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
     if mode == "cache":
-        _compare_with_sampler(dataset.groups, scored[: len(groups)])
+        data_checks.warn_of_another_sampler(dataset.groups, scored[: len(groups)])
     train_groups, eval_groups = _parted(config, dataset, scored[: len(groups)], scored[len(groups) :], Counter())
 
     console.headline("Training")
@@ -177,15 +177,6 @@ def _read(config: Config, path: str) -> data.Dataset:
     if config.target == "rw" and dataset.groups[0].rewards is None:
         raise ValueError(f"--target rw: expected completions with rewards; {path} has preferences")
     return dataset
-
-
-def _warn_of_trained(dataset: data.Dataset, held_out: data.Dataset) -> None:
-    trained, others = ([split.Texts(g.prompt, g.completions) for g in rows.groups] for rows in (dataset, held_out))
-    if count := split.shared(trained, others):
-        console.warn(
-            f"{held_out.path}: {count:,} of {len(others):,} held-out rows share a prompt or a completion with --data, "
-            "so their accuracy may be too high"
-        )
 
 
 def _encode(config: Config, dataset: data.Dataset | None, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:
@@ -298,29 +289,6 @@ def _scored(
         return groups
     keep = Path(config.reference_cache) if config.reference_cache else reference.directory()
     return reference.score(model, groups, accelerator, packing, config.temperature, keep)
-
-
-def _compare_with_sampler(rows: Sequence[data.Group], scored: Sequence[TokenGroup]) -> None:
-    """Warn if another policy than the reference drew the completions, by the log-probs that it drew them with.
-
-    Only whole completions are compared: what all completions of a row begin with counts as their prompt.
-    """
-    drawn = {row.line: row.tokens for row in rows if row.tokens is not None}
-    squares = [
-        (logprob - score) ** 2 / len(ids)
-        for group in scored
-        if group.line in drawn and group.completions == drawn[group.line].ids
-        for ids, logprob, score in zip(
-            group.completions, drawn[group.line].logprobs, group.ref_logps or (), strict=True
-        )
-    ]
-    noise = policy.TOKEN_NOISE["bf16"]  # sampling may have been in bfloat16, whatever this run is in
-    if squares and math.sqrt(sum(squares) / len(squares)) > 6 * noise:
-        console.warn(
-            "the completions were drawn by another policy than the reference: their log-probs differ by "
-            f"{math.sqrt(sum(squares) / len(squares)):.2g} nats rms, over the root of their tokens. The loss takes "
-            "them for samples of the reference and leaves out the importance offset; sample from the reference"
-        )
 
 
 def _first_loss_check(

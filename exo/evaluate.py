@@ -105,7 +105,9 @@ def run(config: Config, start: lineage.Start) -> Path:
     for checkpoint, groups, pair in drawn:
         scores, more = _score(scorer, groups, accelerator)
         remarks += more
-        entry = {"name": checkpoint.name, "step": checkpoint.step} | _values(scores, before, chosen_scores or None)
+        entry = {"name": checkpoint.name, "step": checkpoint.step} | estimates.of_rewards(
+            scores, before, chosen_scores or None
+        )
         entry |= samples.describe(groups)
         rows = [samples.row(replace(group, rewards=values)) for group, values in zip(groups, scores, strict=True)]
         if pair is not None:
@@ -247,20 +249,6 @@ def _given(config: Config, prompts: Sequence[str]) -> list[Group]:
     if [group.prompt for group in groups] != list(prompts):
         raise ValueError(f"--samples {path}: expected the prompts of --data, in their order; got others")
     return groups
-
-
-def _values(scores: Scores, before: Scores | None, chosen: Scores | None) -> dict[str, Any]:
-    means = estimates.means(scores)
-    entry: dict[str, Any] = {"reward": estimates.summary(means), "spread": estimates.spread(scores)}
-    entry["accuracy"] = estimates.summary(estimates.accuracies(scores))
-    entry["win_rate"] = {}
-    if before is not None:
-        rise = [ours - theirs for ours, theirs in zip(means, estimates.means(before), strict=True)]
-        entry["rise"] = estimates.summary(rise)
-        entry["win_rate"]["reference"] = estimates.summary(estimates.win_rates(scores, before))
-    if chosen is not None:
-        entry["win_rate"]["chosen"] = estimates.summary(estimates.win_rates(scores, chosen))
-    return entry
 
 
 def _limits(config: Config) -> encoding.Limits:
