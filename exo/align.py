@@ -5,7 +5,6 @@ directory is the model directory. Left out: objectives other than the kernels'.
 """
 
 import copy
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from exo import (
     config,
     console,
     data,
+    data_checks,
     encoding,
     layouts,
     lineage,
@@ -32,11 +32,13 @@ from exo import (
     policy,
     reference,
     runs,
+    samples,
     sharding,
     targets,
     templates,
 )
 from exo.config import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
+from exo.data import split
 from exo.encoding import TokenGroup
 from exo.limits import Limits
 from exo.packing import Packing
@@ -104,6 +106,8 @@ def run(config: Config, start: lineage.Start) -> Path:
     """Align and return the run directory."""
     dataset = _read(config, config.data, **config.mixing())
     held_out = _read(config, config.eval_data) if config.eval_data else None
+    if held_out is not None:
+        data_checks.warn_of_trained_texts(dataset, held_out)
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
 
@@ -144,6 +148,8 @@ def run(config: Config, start: lineage.Start) -> Path:
         artifacts.update_run(Path(config.output_dir), layout=packing.layout, reference=mode)
     with adapter.switched_off(trained):
         scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
+    if mode == "cache":
+        data_checks.warn_of_another_sampler(dataset.groups, scored[: len(groups)])
     train_groups, eval_groups = _parted(config, dataset, scored[: len(groups)], scored[len(groups) :], Counter())
 
     console.headline("Training")
@@ -169,6 +175,7 @@ def run(config: Config, start: lineage.Start) -> Path:
 def _read(config: Config, path: str, **mixing: Any) -> data.Dataset:
     path = lineage.source("data", path, "score", "prepare", prepared="pairs.jsonl")
     dataset = data.read(path, **config.reading(), **mixing)
+    samples.check_temperature("data", path, dataset.groups, config.temperature)
     if config.target == "rw" and dataset.groups[0].rewards is None:
         raise ValueError(f"--target rw: expected completions with rewards; {path} has preferences")
     return dataset
@@ -188,13 +195,15 @@ def _parted(
     """(to train on, to evaluate on), as the options compare them."""
     train, eval_groups = _compared(config, groups, counts), _compared(config, held_out, counts)
     if config.eval_data is None and config.eval_fraction:
-        # by prompt, so that no held-out prompt was trained on with other completions
-        names = {group.line: group.prompt for group in dataset.groups}
-        prompts = sorted({names[group.line] for group in train})
-        random.Random(config.seed).shuffle(prompts)
-        chosen = set(prompts[: min(len(prompts) - 1, max(1, round(config.eval_fraction * len(prompts))))])
-        eval_groups = [group for group in train if names[group.line] in chosen]
-        train = [group for group in train if names[group.line] not in chosen]
+        texts = {group.line: split.Texts(group.prompt, group.completions) for group in dataset.groups}
+        rows = [texts[group.line] for group in train]
+        names = sorted({row.name for row in rows})
+        number = min(len(names) - 1, max(1, round(config.eval_fraction * len(names))))
+        parts = split.hold_out(rows, names, number, config.seed)
+        if parts.shared:
+            console.warn(parts.warning(config.data))
+        eval_groups = [group for i, group in enumerate(train) if i in parts.held_out]
+        train = [group for i, group in enumerate(train) if i not in parts.held_out]
     if not train:
         raise data.DataError(f"{config.data}: no row is left to train on")
     if config.eval_data and not eval_groups:

@@ -34,6 +34,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     chosen = [_best(group, config.n, path) for group in dataset.groups]
     if alike := sum(len(set(group.rewards or ())) == 1 for group in dataset.groups):
         console.say(f"  {alike:,} rows whose rewards are all equal: the first completion is taken")
+    samples.say_cut(dataset.groups)
     directory = lineage.begin(start, rows=dataset.account())
     with artifacts.staged_file(directory / "samples.jsonl") as file:
         data.write_jsonl(file, map(samples.row, chosen))

@@ -167,8 +167,11 @@ class Renderer:
 
 
 def stop_id(tokenizer: Any) -> int | None:
-    """Return the token that ends a turn of the chat template; None without a template or such a token."""
-    return Renderer(tokenizer).end_id if has_template(tokenizer) else None
+    """Return the token that ends a turn of the chat template; None without such a token, or a template that renders."""
+    try:
+        return Renderer(tokenizer).end_id if has_template(tokenizer) else None
+    except DataError:  # no chat can be rendered with it, so all prompts are plain
+        return None
 
 
 def _reads(template: str, token: str) -> bool:

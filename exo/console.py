@@ -31,6 +31,16 @@ def say(text: str = "") -> None:
             mute()
 
 
+_warned: set[str] = set()
+
+
+def warn(text: str) -> None:
+    """Print a warning, once."""
+    if text not in _warned:
+        _warned.add(text)
+        say(f"warning: {text}")
+
+
 def headline(text: str) -> None:
     say(f"\n== {text}  [{duration(time.perf_counter() - _STARTED)}]")
 

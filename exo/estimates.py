@@ -5,6 +5,7 @@ Prompts are what is independent, so intervals are over them (`summary`). Left ou
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,21 @@ def win_rates(ours: Scores, theirs: Scores) -> list[float]:
         sum((a > b) + 0.5 * (a == b) for a in mine for b in other) / (len(mine) * len(other))
         for mine, other in zip(ours, theirs, strict=True)
     ]
+
+
+def of_rewards(scores: Scores, before: Scores | None, chosen: Scores | None) -> dict[str, Any]:
+    """All that rewards say: mean, spread and accuracy; beside an earlier evaluation the rise and the win rate over it,
+    and the win rate over chosen completions."""
+    values = means(scores)
+    entry: dict[str, Any] = {"reward": summary(values), "spread": spread(scores)}
+    entry["accuracy"] = summary(accuracies(scores))
+    entry["win_rate"] = {}
+    if before is not None:
+        entry["rise"] = summary([ours - theirs for ours, theirs in zip(values, means(before), strict=True)])
+        entry["win_rate"]["reference"] = summary(win_rates(scores, before))
+    if chosen is not None:
+        entry["win_rate"]["chosen"] = summary(win_rates(scores, chosen))
+    return entry
 
 
 def kl_k1(differences: Sequence[Sequence[Tensor]]) -> list[float]:

@@ -6,6 +6,7 @@ Best-of-N) instead. Writes evaluation.json, samples/, and with --density log-pro
 the picture of the density ratio. Left out: judges that are no function (judge, label), pictures (report).
 """
 
+import datetime
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from exo import (
     artifacts,
+    baseline,
     config,
     console,
     data,
@@ -26,15 +27,16 @@ from exo import (
     lineage,
     loop,
     models,
-    policy,
     processes,
     rewards,
     samples,
+    templates,
 )
 from exo.config import MODEL, POSITIVE, TOP_P, at_least, named, option, require
 from exo.data import Group
 from exo.generation import Sample
-from exo.packing import Packing
+from exo.limits import Limits
+from exo.log_ratios import Models
 from exo.rewards import Scores
 
 
@@ -53,7 +55,9 @@ class Config(config.Scoring, config.DataOptions, config.ChatOptions):
     prompts: int = option(512, "use at most so many prompts", at_least(2))
     k: int = option(4, "completions a prompt", at_least(1))
     temperature: float = option(1.0, "divides the logits, of policy and reference", POSITIVE)
-    top_p: float = option(1.0, "draw from the most probable tokens; the KL is of the whole distribution", TOP_P)
+    top_p: float = option(
+        1.0, "draw from the most probable tokens; the KL is of the whole distribution, by further samples of it", TOP_P
+    )
     max_new_tokens: int = option(256, "tokens of a completion, its end of sequence included", at_least(1))
     max_length: int = option(1024, "tokens of prompt and completion together; a longer prompt loses its left")
     batch_size: int = option(256, "completions sampled at a time", at_least(1))
@@ -78,81 +82,101 @@ class Checkpoint(NamedTuple):
 @lineage.stage("evaluate")
 def run(config: Config, start: lineage.Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
-    prompts, chosen = _prompts(config)
-    baseline = _baseline(config, prompts)
-    accelerator = loop.make_accelerator(config)
-    options = rewards.Options(config.reward_model, config.oracle)
-    scorer = rewards.load(options, config, accelerator, config.max_length)
-    chosen_scores, remarks = _score(scorer, chosen, accelerator)
-    reference = None
+    dataset = _read(config)
     if config.model:
         reference, known = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
+        (dataset,) = templates.apply(config, known, start.template_date, dataset)
+    prompts = [group.prompt for group in dataset.groups[: config.prompts]]
+    chosen = dataset.groups[: config.prompts] if config.chosen else []
+    given = _given(config, prompts) if config.samples else []
+    prompts = [group.prompt for group in given] or prompts
+    settings = baseline.settings_of(given, config.samples) if config.samples else _settings(config)
+    before = _baseline(config, prompts, settings, start)
+    dense = _density(config) if config.density else None
+    accelerator = loop.make_accelerator(config)
+    options = rewards.Options(config.reward_model, config.oracle)
+    scorer = rewards.load(options, config, accelerator, config.max_length, start.template_date)
+    chosen_scores, remarks = _score(scorer, chosen, accelerator)
+    if config.model:
         reference.to(accelerator.device)
         console.counts(encoding.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
-        drawn = _sampled(config, prompts, accelerator, _checkpoints(config, known))
+        found = _checkpoints(config, known)
+        drawn = _sampled(config, prompts, accelerator, found, reference, start.template_date)
     else:
-        drawn = _given(config, prompts)
+        drawn = iter([(Checkpoint("samples", None, config.samples or ""), given, None)])
     directory, main = Path(config.output_dir), accelerator.is_main_process
     if main:
         lineage.begin(start)
         (directory / "samples").mkdir()
-    console.say(f"{len(prompts):,} prompts x {config.k} completions, scored by {scorer.name}")
+    shown = "several numbers of" if settings["k"] is None else settings["k"]
+    console.say(f"{len(prompts):,} prompts x {shown} completions, scored by {scorer.name}")
     entries = []
-    for checkpoint, groups, model, tokenizer in drawn:
+    for checkpoint, groups, pair in drawn:
         scores, more = _score(scorer, groups, accelerator)
         remarks += more
-        entry = {"name": checkpoint.name, "step": checkpoint.step} | _values(scores, baseline, chosen_scores or None)
+        entry = {"name": checkpoint.name, "step": checkpoint.step} | estimates.of_rewards(
+            scores, before, chosen_scores or None
+        )
         entry |= samples.describe(groups)
         rows = [samples.row(replace(group, rewards=values)) for group, values in zip(groups, scores, strict=True)]
-        if model is not None:
-            ratios = _log_ratios(config, model, reference, groups, tokenizer, accelerator)
-            entry["kl"] = estimates.summary(estimates.kl_k1(ratios))
-            entry["kl_k3"] = estimates.summary(estimates.kl_k3(ratios))
-            for row, of_row in zip(rows, ratios, strict=True):
-                row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
+        if pair is not None:
+            entry |= _kl(config, pair, prompts, groups, rows)
         else:
             entry |= _bound(config)
         if main:
             with artifacts.staged_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
                 data.write_jsonl(file, rows)
         console.say(f"  {checkpoint.name:10s} {_line(entry)}")
+        samples.say_cut(groups)
         entries.append(entry)
     console.counts(remarks)
-    density = []
-    if config.density and config.model:
-        density = _density(config, model, reference, tokenizer, accelerator)
+    density = pair.density(*dense) if dense and pair else []
     if not main:
         return directory
     if density:
         with artifacts.staged_file(directory / "density.jsonl") as file:
             data.write_jsonl(file, density)
-    settings = {name: getattr(config, name) for name in ("k", "temperature", "top_p", "max_new_tokens")}
     result = settings | {"scorer": scorer.name, "prompts": len(prompts), "checkpoints": entries}
     artifacts.write_json(directory / "evaluation.json", result)
     lineage.finish(directory)
     return directory
 
 
-def _prompts(config: Config) -> tuple[list[str], list[Group]]:
-    """Held-out prompts, and the chosen completions where they are wanted."""
+def _kl(
+    config: Config, pair: Models, prompts: Sequence[str], groups: Sequence[Group], rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The KL of the whole distribution; each of the rows gets the log-ratios of its completions."""
+    ratios = pair.log_ratios(groups)
+    for row, of_row in zip(rows, ratios, strict=True):
+        row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
+    if config.top_p < 1:  # these completions are not of the whole distribution, and their mean would be biased
+        ratios = pair.log_ratios(_draw(config, pair.policy, pair.tokenizer, prompts, pair.accelerator, top_p=1.0))
+    return {name: estimates.summary(of(ratios)) for name, of in (("kl", estimates.kl_k1), ("kl_k3", estimates.kl_k3))}
+
+
+def _read(config: Config) -> data.Dataset:
+    """Read held-out prompts, with their chosen completions if those are compared."""
     path = lineage.source("data", config.data, "prepare", prepared="test.jsonl")
     dataset = data.read(path, purpose="texts" if config.chosen else "prompts", **config.reading(), **config.mixing())
     console.say(dataset.summary())
-    groups = dataset.groups[: config.prompts]
-    if len(groups) < 2:
+    if len(dataset.groups) < 2:
         raise data.DataError(f"{path}: expected two prompts at least, or no mean has an error")
-    return [group.prompt for group in groups], groups if config.chosen else []
+    return dataset
 
 
-def _baseline(config: Config, prompts: Sequence[str]) -> Scores | None:
-    """Rewards of the reference's own samples for these prompts, from its evaluation."""
+def _settings(config: Config) -> baseline.Settings:
+    return {"k": config.k} | _sampling(config)._asdict()
+
+
+def _sampling(config: Config) -> samples.Settings:
+    return samples.Settings(config.temperature, config.max_new_tokens, config.top_p)
+
+
+def _baseline(config: Config, prompts: Sequence[str], settings: baseline.Settings, start: lineage.Start) -> Any:
     if config.baseline is None:
         return None
-    path = Path(lineage.source("baseline", config.baseline, "evaluate")).parent / "samples" / "final.jsonl"
-    groups = data.read(path, purpose="samples").groups
-    if [group.prompt for group in groups] != list(prompts):
-        raise ValueError(f"--baseline {config.baseline}: expected an evaluation on the same prompts; got others")
-    return [group.rewards or () for group in groups]
+    scorer = {name: getattr(config, name) for name in ("oracle", "reward_model")}
+    return baseline.read(config.baseline, prompts, settings, scorer, start.facts["inputs"])
 
 
 def checkpoints(model: str) -> list[Checkpoint]:
@@ -166,7 +190,7 @@ def checkpoints(model: str) -> list[Checkpoint]:
     return [*before, Checkpoint("final", last, model)]
 
 
-Drawn = Iterator[tuple[Checkpoint, list[Group], Any, Any]]
+Drawn = Iterator[tuple[Checkpoint, list[Group], Models | None]]
 
 
 def _checkpoints(config: Config, known: Any) -> list[Checkpoint]:
@@ -180,18 +204,44 @@ def _checkpoints(config: Config, known: Any) -> list[Checkpoint]:
     return checkpoints(name)
 
 
-def _sampled(config: Config, prompts: Sequence[str], accelerator: Accelerator, found: Sequence[Checkpoint]) -> Drawn:
-    """(checkpoint, its samples, its model, its tokenizer), each loaded when its turn comes."""
+def _sampled(
+    config: Config,
+    prompts: Sequence[str],
+    accelerator: Accelerator,
+    found: Sequence[Checkpoint],
+    reference: Any,
+    date: datetime.date,
+) -> Drawn:
+    """(checkpoint, its samples, its model with the reference), each loaded when its turn comes."""
     for checkpoint in found:
         model, tokenizer = models.load(checkpoint.path)
+        templates.configure(tokenizer, config.chat_template, config.template_kwargs, date)
         model.to(accelerator.device)
-        with accelerator.autocast():
-            groups = samples.draw(
-                model, tokenizer, prompts, k=config.k, temperature=config.temperature, top_p=config.top_p,
-                max_new_tokens=config.max_new_tokens, max_prompt_length=config.max_length - config.max_new_tokens,
-                seed=config.seed, batch_size=config.batch_size, run=partial(_run, accelerator),
-            )  # fmt: skip
-        yield checkpoint, groups, model, tokenizer
+        groups = _draw(config, model, tokenizer, prompts, accelerator, top_p=config.top_p)
+        yield (
+            checkpoint,
+            groups,
+            Models(
+                model,
+                reference,
+                tokenizer,
+                accelerator,
+                config.max_tokens_per_batch,
+                _limits(config),
+                config.temperature,
+            ),
+        )
+
+
+def _draw(
+    config: Config, model: Any, tokenizer: Any, prompts: Sequence[str], accelerator: Accelerator, *, top_p: float
+) -> list[Group]:
+    with accelerator.autocast():
+        return samples.draw(
+            model, tokenizer, prompts, _sampling(config)._replace(top_p=top_p), k=config.k,
+            max_prompt_length=config.max_length - config.max_new_tokens, seed=config.seed,
+            batch_size=config.batch_size, run=partial(_run, accelerator),
+        )  # fmt: skip
 
 
 def _run(accelerator: Accelerator, jobs: Sequence[Callable[[], list[Sample]]]) -> list[list[Sample]]:
@@ -205,49 +255,21 @@ def _score(scorer: rewards.Scorer, groups: Sequence[Group], accelerator: Acceler
     )
 
 
-def _given(config: Config, prompts: Sequence[str]) -> Drawn:
+def _given(config: Config, prompts: Sequence[str]) -> list[Group]:
     """The completions of a file, for the prompts of the data and in their order."""
     assert config.samples is not None
     path = lineage.source("samples", config.samples, "sample", "score", "best_of_n")
     groups = data.read(path, purpose="samples").groups[: len(prompts)]
+    if isinstance(groups[0].prompt, data.Chat):  # sampled with --chat_template always
+        prompts = [templates.as_chat(Group(prompt, (), None, 0)).prompt for prompt in prompts]
     if [group.prompt for group in groups] != list(prompts):
         raise ValueError(f"--samples {path}: expected the prompts of --data, in their order; got others")
-    yield Checkpoint("samples", None, path), groups, None, None
+    return groups
 
 
-def _values(scores: Scores, baseline: Scores | None, chosen: Scores | None) -> dict[str, Any]:
-    means = estimates.means(scores)
-    entry: dict[str, Any] = {"reward": estimates.summary(means), "spread": estimates.spread(scores)}
-    entry["accuracy"] = estimates.summary(estimates.accuracies(scores))
-    entry["win_rate"] = {}
-    if baseline is not None:
-        rise = [after - before for after, before in zip(means, estimates.means(baseline), strict=True)]
-        entry["rise"] = estimates.summary(rise)
-        entry["win_rate"]["reference"] = estimates.summary(estimates.win_rates(scores, baseline))
-    if chosen is not None:
-        entry["win_rate"]["chosen"] = estimates.summary(estimates.win_rates(scores, chosen))
-    return entry
-
-
-def _limits(config: Config) -> encoding.Limits:
+def _limits(config: Config) -> Limits:
     """Of what was sampled: log-probs are conditional on as much of a prompt as its completions were."""
-    return encoding.Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
-
-
-def _log_ratios(
-    config: Config, model: Any, reference: Any, groups: Sequence[Group], tokenizer: Any, accelerator: Accelerator
-) -> list[list[Tensor]]:
-    """log pi - log ref of every token of every completion."""
-    encoded, _ = encoding.encode(groups, tokenizer, _limits(config), "samples")
-
-    ours, theirs = (
-        policy.shared_token_logps(
-            of, encoded, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch),
-            temperature=config.temperature,
-        )
-        for of in (model, reference)
-    )  # fmt: skip
-    return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(ours, theirs, strict=True)]
+    return Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
 
 
 def _bound(config: Config) -> dict[str, Any]:
@@ -256,25 +278,12 @@ def _bound(config: Config) -> dict[str, Any]:
     return {name: value for name, value in run.get("result", {}).items() if name in ("kl_bound", "n")}
 
 
-def _density(
-    config: Config, model: Any, reference: Any, tokenizer: Any, accelerator: Accelerator
-) -> list[dict[str, Any]]:
-    """Log-probs of the reference's samples under both, for the last checkpoint."""
+def _density(config: Config) -> tuple[list[Group], str]:
+    """The reference's samples for the density ratio, and their file."""
     path = lineage.source("density", config.density or "", "score")
     groups = data.read(path, purpose="samples").groups
-    encoded, _ = encoding.encode(groups, tokenizer, _limits(config), path)
-    packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
-    logps, ref_logps = (
-        [
-            [float(row.sum()) for row in rows]
-            for rows in policy.shared_token_logps(of, encoded, accelerator, packing, config.temperature)
-        ]
-        for of in (model, reference)
-    )
-    return [
-        {"prompt": group.prompt, "logps": ours, "ref_logps": theirs, "rewards": group.rewards}
-        for group, ours, theirs in zip(groups, logps, ref_logps, strict=True)
-    ]
+    samples.check_temperature("density", path, groups, config.temperature)
+    return groups, path
 
 
 def _line(entry: dict[str, Any]) -> str:

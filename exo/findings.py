@@ -124,10 +124,10 @@ def frontiers(found: Results, directory: Path) -> str:
             rows.append([trial.name, c.name, _interval(c.reward, "+.2f"), kl, _interval(c.kl_k3), f"{c.spread:.2f}",
                          _interval(c.win_rates.get("reference"), ".1f", 100, "%")])  # fmt: skip
     header = ["run", "checkpoint", "reward", "KL, k1 (nats)", "KL, k3 (nats)", "spread", "wins over SFT"]
-    top_p = {results.evaluation(trial.folder)["top_p"] for trial in found.evaluated}
-    biased = (
-        " Where top_p is less than 1 no estimate of it is unbiased, since the samples are not the policy's own, and "
-        "Best-of-N's bound is one to the truncated reference."
+    truncated = any((results.evaluation(trial.folder)["top_p"] or 1) < 1 for trial in found.evaluated)
+    of_what = (
+        " Where top_p is less than 1 the rewards are those of truncated samples, and the KL is that of the whole "
+        "distribution, from further samples of it; Best-of-N's bound is one to the truncated reference."
     )
     return page.section(
         "Reward against KL",
@@ -137,7 +137,7 @@ def frontiers(found: Results, directory: Path) -> str:
             "A point is a checkpoint with 95% intervals, a thin line a run from SFT on, a thick line the upper "
             "envelope of a method, which luck raises a little where there are many runs. The KL is the mean of "
             "log pi - log pi_ref over samples (k1). Best-of-N has no log-probs of its own; it stands at the most that "
-            "its KL can be, log N - (N - 1) / N." + biased * (min(top_p) < 1)
+            "its KL can be, log N - (N - 1) / N." + of_what * truncated
         ),
         page.folded(f"All {len(rows)} checkpoints, with 95% intervals", page.table(header, rows)),
     )

@@ -8,27 +8,26 @@ assumes completions drawn from the policy itself.
 """
 
 import hashlib
-import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from exo import signals
+from exo import console, decoding, signals
+from exo.artifacts import RunError
 from exo.head import evaluating
-
-
-class _HasEos(Protocol):
-    @property
-    def eos_token_id(self) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion: its tokens, EOS included if it came, their log-probability (before top-p), why it ended."""
+    """One completion: its tokens, with the one that ended it if one did; their log-probability; why it ended.
+
+    The log-probability is that of the model at the temperature, before top-p and before tokens are masked.
+    """
 
     token_ids: tuple[int, ...]
     logprob: float
@@ -37,7 +36,7 @@ class Sample:
 
 def sample(
     model: nn.Module,
-    tokenizer: _HasEos,
+    stop_ids: Sequence[int],
     prompts: Sequence[Sequence[int]],
     *,
     k: int,
@@ -45,6 +44,7 @@ def sample(
     max_new_tokens: int,
     seed: int,
     top_p: float = 1.0,
+    absent_ids: Sequence[int] = (),
     numbers: Sequence[int] | None = None,
     batch_size: int = 512,
     progress: Callable[[int], object] | None = None,
@@ -52,6 +52,8 @@ def sample(
 ) -> list[list[Sample]]:
     """Draw `k` completions of each prompt; those of prompt i are in row i.
 
+    A completion ends at the first of `stop_ids`, which it includes, or after `max_new_tokens`. Tokens in `absent_ids`
+    are never drawn: rows of the embedding that no token of the tokenizer uses. RunError if the model gives NaN.
     `batch_size` counts sequences; `progress` is called with the number of sequences just done. `run` does the batches
     (default: one after another) and gives what each of them drew. `numbers` names the prompts
     (default: their index), so that a part of the prompts gets what it would get among all of them.
@@ -65,101 +67,84 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [(i, j) for i in order for j in range(k)]
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    rules = _Rules(frozenset(stop_ids), tuple(absent_ids), temperature, top_p)
 
     def draw(batch: list[tuple[int, int]]) -> list[Sample]:
         signals.stop_if_asked()
         uniforms = torch.stack([_stream(seed, numbers[i], j, max_new_tokens) for i, j in batch])
-        found = _draw(model, tokenizer.eos_token_id, prompts, batch, uniforms, temperature, top_p)
+        drawn = _draw(decoder, model, rules, prompts, batch, uniforms)
+        for (i, _), one in zip(batch, drawn, strict=True):
+            if math.isnan(one.logprob):
+                name = getattr(model, "name_or_path", "") or type(model).__name__
+                raise RunError(f"model {name}: expected finite logits; got NaN after prompt {numbers[i] + 1}")
         if progress is not None:
             progress(len(batch))
-        return found
+        return drawn
 
     jobs = [partial(draw, batch) for batch in batches]
     with evaluating(model), torch.no_grad():
+        decoder = _decoder(model, prompts)
         found = [job() for job in jobs] if run is None else run(jobs)
     drawn = {row: one for batch, some in zip(batches, found, strict=True) for row, one in zip(batch, some, strict=True)}
     return [[drawn[i, j] for j in range(k)] for i in range(len(prompts))]
 
 
+class _Rules(NamedTuple):
+    """How a token is drawn, and which tokens end a completion."""
+
+    stop_ids: frozenset[int]
+    absent_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+
+
+def _decoder(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Callable[..., decoding.Decoder]:
+    if not prompts or decoding.caches(model, prompts):
+        return decoding.Cached
+    console.warn(
+        f"{type(model).__name__}: sampling without a key-value cache, because this model has none that keeps its "
+        "logits; every token runs its whole sequence again"
+    )
+    return decoding.Uncached
+
+
 def _draw(
+    decoder_type: Callable[..., decoding.Decoder],
     model: nn.Module,
-    eos: int,
+    rules: _Rules,
     prompts: Sequence[Sequence[int]],
     batch: list[tuple[int, int]],
     uniforms: Tensor,  # (B, max_new_tokens)
-    temperature: float,
-    top_p: float,
 ) -> list[Sample]:
     """The completions of one batch. Rows that have ended leave it; `alive` names the others."""
     device = next(model.parameters()).device
     size, steps = uniforms.shape
     uniforms = uniforms.to(device)
-    tokens = torch.full((size, steps), eos, device=device)
+    tokens = torch.zeros((size, steps), dtype=torch.long, device=device)
     scores = torch.zeros((size, steps), device=device)
     alive = torch.arange(size, device=device)
     lengths = torch.full((size,), steps, device=device)
-    decoder = _Decoder(model, prompts, [i for i, _ in batch])
+    stops = torch.tensor(sorted(rules.stop_ids), device=device)
+    absent = torch.tensor(rules.absent_ids, dtype=torch.long, device=device)
+    decoder = decoder_type(model, prompts, [i for i, _ in batch])
     for step in range(steps):
         signals.stop_if_asked()
-        logprobs = torch.log_softmax(decoder.logits.float() / temperature, -1)  # (alive, V)
-        choice = _inverse_cdf(_nucleus(logprobs, top_p), uniforms[alive, step])
+        logprobs = torch.log_softmax(decoder.logits.float() / rules.temperature, -1)  # (alive, V)
+        allowed = logprobs.index_fill(1, absent, -torch.inf) if len(absent) else logprobs
+        choice = _inverse_cdf(_nucleus(allowed, rules.top_p), uniforms[alive, step])
         tokens[alive, step] = choice
         scores[alive, step] = logprobs.gather(1, choice[:, None])[:, 0]
-        going = choice != eos
+        going = ~torch.isin(choice, stops)
+        going &= ~scores[alive, step].isnan()  # the caller refuses such a row
         lengths[alive[~going]] = step + 1
         alive, kept = alive[going], going.nonzero()[:, 0]
         if step + 1 == steps or not len(alive):
             break
         decoder.advance(choice[going], kept)
     return [
-        Sample(tuple(row[:n]), sum(score[:n]), "eos" if row[n - 1] == eos else "length")
+        Sample(tuple(row[:n]), sum(score[:n]), "eos" if row[n - 1] in rules.stop_ids else "length")
         for row, score, n in zip(tokens.tolist(), scores.tolist(), lengths.tolist(), strict=True)
     ]
-
-
-class _Decoder:
-    """The model, its cache, and the logits of the next token for each row of the batch."""
-
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], owners: list[int]) -> None:
-        self.model = model
-        self.cache: Any = None
-        self.accepted = inspect.signature(model.forward).parameters
-        device = next(model.parameters()).device
-        unique = list(dict.fromkeys(owners))
-        width = max(len(prompts[i]) for i in unique)
-        # On the left, so that the last column is the last token of every row. Any id will do.
-        ids = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in unique]
-        self.mask = torch.tensor(
-            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in unique], device=device
-        )
-        self.positions = self.mask.sum(1)  # of the next token
-        self._forward(torch.tensor(ids, device=device), (self.mask.cumsum(1) - 1).clamp(min=0))
-        # A prompt goes through the model once, whatever the number of its completions.
-        place = {owner: row for row, owner in enumerate(unique)}
-        self._select(torch.tensor([place[owner] for owner in owners], device=device))
-
-    def advance(self, tokens: Tensor, kept: Tensor) -> None:
-        """Append one token to each row in `kept` and drop the other rows."""
-        if len(kept) < len(self.mask):
-            self._select(kept)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
-        self._forward(tokens[:, None], self.positions[:, None])
-        self.positions = self.positions + 1
-
-    def _forward(self, ids: Tensor, positions: Tensor) -> None:
-        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask}
-        arguments |= {"past_key_values": self.cache, "use_cache": True}
-        # Models with relative positions (BLOOM, MPT) derive them from the mask and refuse the
-        # argument; logits of a whole prompt are wanted nowhere, but not every model can skip them.
-        optional = {"position_ids": positions, "logits_to_keep": 1}
-        arguments |= {key: value for key, value in optional.items() if key in self.accepted}
-        output = self.model(**arguments)
-        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
-
-    def _select(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows)
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
-        self.logits = self.logits[rows]
 
 
 def _nucleus(
@@ -171,9 +156,8 @@ def _nucleus(
         return logprobs
     ordered, place = logprobs.sort(-1, descending=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()
-    return logprobs.masked_fill(
-        torch.empty_like(place, dtype=torch.bool).scatter_(-1, place, before >= top_p), -torch.inf
-    )
+    beyond = before >= top_p * ordered.exp().sum(-1, keepdim=True)  # masked tokens are missing from the sum
+    return logprobs.masked_fill(torch.empty_like(place, dtype=torch.bool).scatter_(-1, place, beyond), -torch.inf)
 
 
 def _inverse_cdf(

@@ -50,11 +50,16 @@ class Config(config.Stage):
     retries: int = option(5, "more tries of a request that failed for a reason that may pass", NOT_NEGATIVE)
     timeout: float = option(120.0, "seconds that the server may be silent", POSITIVE)
     max_tokens: int | None = option(512, "most tokens of an answer; none leaves it to the server", at_least(1))
+    judge_options: str | None = option(
+        None,
+        'more of each request, as JSON: {"reasoning_effort": "low"}; null takes a default out: {"temperature": null}',
+    )
     cache: str | None = option(None, "file of answers so far; none is judge-cache.jsonl beside output_dir")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         endpoint.check(self.endpoint)
+        endpoint.options_from(self.judge_options)
         inside = Path(self.cache_path).resolve().is_relative_to(Path(self.output_dir).resolve())
         require(not inside, "cache", "a file outside --output_dir, which may be removed", self.cache)
 
@@ -75,6 +80,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     chat = Chat(
         config.endpoint, config.model, key,
         retries=config.retries, timeout=config.timeout, max_tokens=config.max_tokens,
+        options=endpoint.options_from(config.judge_options),
     )  # fmt: skip
     cache = Cache(Path(config.cache_path))
     try:
@@ -94,7 +100,8 @@ def run(config: Config, start: lineage.Start) -> Path:
         lost = result["undecided"]
         raise RunError(
             f"{directory}: no pair was decided in both orders: {lost['unanswered']:,} requests without an answer and "
-            f"{lost['unreadable']:,} answers without a choice, for which the template asks; verdicts.jsonl has them"
+            f"{lost['unreadable']:,} answers without a choice, for which the template asks{_cut(result)}; "
+            "verdicts.jsonl has them"
         )
     _show(result, directory)
     lineage.finish(directory, win_rate=result["win_rate"])
@@ -128,17 +135,20 @@ def _judge_all(
     down = ""
     silent, patience = 0, max(8, config.concurrency)
     pool = ThreadPoolExecutor(config.concurrency)
+    questions: dict[str, list[tuple[int, str]]] = {}  # pairs may be alike; each question is asked once
+    for number, order in tasks:
+        questions.setdefault(pairs[number].question(template, order), []).append((number, order))
     try:
         futures = {
-            pool.submit(_judge, template, chat, cache, pairs[number].question(template, order), config.retries): task
-            for task in tasks
-            for number, order in [task]
+            pool.submit(_judge, template, chat, cache, question, config.retries): alike
+            for question, alike in questions.items()
         }
         for future in as_completed(futures):
-            judgement = judged[futures[future]] = future.result()
-            progress.advance()
+            judgement = future.result()
+            judged |= dict.fromkeys(futures[future], judgement)
+            progress.advance(len(futures[future]))
             silent = silent + 1 if judgement.answer is None else 0
-            if silent == min(patience, len(tasks)):
+            if silent == min(patience, len(questions)):
                 down = (
                     f"--endpoint {config.endpoint}: {silent} requests in a row were not answered, last: "
                     f"{judgement.reason}; answers so far are kept: the same command goes on"
@@ -158,13 +168,21 @@ def _judge(template: Template, chat: Chat, cache: Cache, question: str, retries:
         return Judgement(known, template.choice(known), cached=True)
     try:
         answer = chat.ask(body)
-        if template.choice(answer) is None and retries:
+        if not answer.cut and template.choice(answer.text) is None and retries:
             answer = chat.ask(body)  # once more: servers are not exact even at temperature 0
     except Unanswered as error:
         return Judgement(None, None, str(error))
-    if template.choice(answer) is not None:  # what decides nothing is to be asked again
-        cache.put(key, answer)
-    return Judgement(answer, template.choice(answer))
+    if answer.cut:  # what it says so far may not be what it would have said
+        return Judgement(answer.text, None, "cut off before its end", truncated=True)
+    choice = template.choice(answer.text)
+    if choice is not None:  # what decides nothing is to be asked again
+        cache.put(key, answer.text)
+    return Judgement(answer.text, choice)
+
+
+def _cut(result: dict[str, Any]) -> str:
+    """How many answers were cut off, and what to do."""
+    return f" ({result['truncated']:,} of them cut off: raise --max_tokens)" if result["truncated"] else ""
 
 
 def _show(result: dict[str, Any], directory: Path) -> None:
@@ -187,7 +205,7 @@ def _show(result: dict[str, Any], directory: Path) -> None:
     if lost["pairs_left_out"]:
         console.say(
             f"left out: {lost['pairs_left_out']:,} pairs, for {lost['unanswered']:,} requests without an answer and "
-            f"{lost['unreadable']:,} answers without a choice; "
+            f"{lost['unreadable']:,} answers without a choice{_cut(result)}; "
             "run again with --overwrite_output_dir to ask for the missing answers"
         )
     console.say(f"{directory / 'judge.json'}")

@@ -3,13 +3,14 @@
 python -m exo.label --systems exo=FILE,dpo=FILE --matchups exo:dpo --references FILE --output_dir DIR
 python -m exo.label --mode import --sheets DIR/sheets --key DIR/key.json --output_dir DIR2
 The protocol is the paper's: 100 instructions, every matchup of systems on each, 3 raters, win, tie or lose. Only
-DIR/sheets goes to the raters; key.json says which answer is whose. Left out: how sheets travel, and paying anyone.
+DIR/sheets goes to the raters; key.json alone says which answer is whose. Left out: how sheets travel and payment.
 """
 
 import hashlib
 import json
 import random
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +74,14 @@ def _export(config: Config, start: lineage.Start) -> Path:
     answers = {name: systems.read(file) for name, file in files.items()}
     references = systems.read_references(config.references)[0] if config.references else {}
     keys = systems.shared(answers | ({"references": references} if references else {}), config.limit, config.seed)
-    items = _items(config, files, answers, references, keys)
+    salt = secrets.token_hex(16)
+    items = _items(config, salt, files, answers, references, keys)
     hashes = {name: lineage.fingerprint(file) for name, file in files.items()}
     directory = lineage.begin(start, systems=hashes)
     artifacts.write_json(directory / "key.json", {
         "matchups": [":".join(pair) for pair in config.pairs()],
         "raters": config.raters,
+        "salt": salt,
         "items": {item: about for item, (about, _) in items.items()},
     })  # fmt: skip
     with artifacts.staged(directory / "sheets") as staging:
@@ -98,6 +101,7 @@ def _export(config: Config, start: lineage.Start) -> Path:
 
 def _items(
     config: Config,
+    salt: str,
     files: Mapping[str, str],
     answers: Mapping[str, systems.Answers],
     references: systems.Answers,
@@ -105,9 +109,10 @@ def _items(
 ) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
     """By item: what the key says of it, and the texts shown.
 
-    An item's name is a hash of all that, so that a sheet of another export does not fit this one's key.
+    An item's name is a hash of all that, so that a sheet of another export does not fit this one's key. The salt, which
+    is in the key alone, keeps those who know the systems and their answers from computing the names or the sides.
     """
-    rng = random.Random(config.seed)
+    rng = random.Random(f"{salt}/{config.seed}")
     texts = {
         (name, key): systems.choose(own, key, 1, seed=config.seed, name=files[name])[0]
         for name, own in answers.items()
@@ -123,7 +128,7 @@ def _items(
             shown = {"instruction": key[0], "reference answer": references[key].completions[0] if references else ""}
             shown |= {side: texts[name, key] for side, name in sides.items()}
             shown = {column: text.strip() for column, text in shown.items()}
-            digest = hashlib.sha256(json.dumps([about, shown]).encode()).hexdigest()
+            digest = hashlib.sha256(json.dumps([salt, about, shown]).encode()).hexdigest()
             items[f"q{digest[:10]}"] = about, shown  # the letter keeps a program from reading it as a number
     assert len(items) == len(keys) * len(config.pairs())
     return dict(sorted(items.items()))

@@ -106,6 +106,7 @@ def train(
     rates: Mapping[nn.Module, float] | None = None,
     first: Callable[[float, Mapping[str, float]], None] | None = None,
     after: Callable[[int, bool], None] | None = None,
+    before_update: Callable[[int, torch.optim.Optimizer], None] | None = None,
     parts: Mapping[str, checkpoints.Stateful] | None = None,
 ) -> nn.Module:
     """Train `module` for `steps` global batches of `source`; return it as accelerate wrapped it.
@@ -113,7 +114,8 @@ def train(
     A batch is asked for after the update before it, so that `source` may sample from the policy. `packing` splits it
     into micro-batches, and makes tensors of each where `collate` does not. `denominator` counts a global batch in the
     loss's own unit. `first` sees the first loss and metrics before the first update and may raise.
-    `after(step, last)` is called after each update, for evaluation and checkpoints; a run that goes on calls it again
+    `before_update(step, optimizer)` is called when the gradients are there. `after(step, last)` is called after each
+    update, for evaluation and checkpoints; a run that goes on calls it again
     for the step it goes on after. `parts` have a state of their own. `shown` maps metrics to their labels on the
     progress line. RunError if nothing can be trained, and at the end if no weight has changed or one is not finite.
     """
@@ -140,7 +142,9 @@ def train(
     movement.begin()
     progress = console.Progress("step", steps, every=config.logging_steps, done=done)
     profiler = profiling.Profiler(config.profile, Path(config.output_dir), accelerator, compute_dtype(accelerator))
-    taking = Step(module, optim, config, accelerator, denominator, collate or packing.collate, packing, steps)
+    taking = Step(
+        module, optim, config, accelerator, denominator, collate or packing.collate, packing, steps, before_update
+    )
     try:
         with signals.heeded(alone=accelerator.num_processes == 1):
             if done and after is not None:

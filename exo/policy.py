@@ -193,7 +193,12 @@ def scoring(
         batch = packing.collate(part).to(accelerator.device)
         with accelerator.autocast():
             scores = sharding.entered(model, partial(_logps, head, batch, temperature))
-        return list(of_completions(part, scores.double().cpu()))
+        found = list(of_completions(part, scores.double().cpu()))
+        for group, rows in zip(part, found, strict=True):
+            if not all(bool(row.isfinite().all()) for row in rows):
+                name = getattr(model, "name_or_path", "") or type(model).__name__
+                raise RunError(f"model {name}: expected finite log-probs; got others in row {group.line}")
+        return found
 
     with evaluating(model):
         yield of

@@ -6,6 +6,7 @@ The run directory is the model directory; the critic is not kept. Left out: adap
 """
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,18 +33,21 @@ from exo import (
     rewards,
     rollouts,
     runs,
+    samples,
     sharding,
     templates,
 )
 from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, SHARE, at_least, named, option, require
 from exo.encoding import TokenGroup
-from exo.head import CausalHead
+from exo.head import CausalHead, evaluating
 from exo.packing import Batch, Packing, of_completions
 from exo.rollouts import Rollout, RolloutBatch
 from exo.steps import Share
 from exo_kernels import linear_token_logps
 
-SHOWN = {"score": "score", "kl": "kl", "value_loss": "value", "tokens_per_second": "tok/s"}
+SHOWN = {"score": "score", "kl": "kl", "cut": "cut", "value_loss": "value", "tokens_per_second": "update tok/s"}
+
+ACTOR_GROUPS = 2  # of the optimizer's parameters, its first: matrices and vectors
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,9 @@ class Config(config.Training, config.DataOptions, config.ChatOptions):
     gamma: float = option(1.0, "discount of a token's reward", SHARE)
     lam: float = option(0.95, "GAE's lambda", SHARE)
     clip_range: float = option(0.2, "how far the probability ratio may go", POSITIVE)
-    clip_range_value: float = option(0.2, "how far a value may go in one update, in units of the reward", POSITIVE)
+    clip_range_value: float = option(
+        0.2, "how far a value may go in one update, in units of the reward, once the actor learns", POSITIVE
+    )
     value_coef: float = option(0.5, "weight of the critic's loss", NOT_NEGATIVE)
     save_steps: int = option(0, "steps between checkpoints; 0 means none", NOT_NEGATIVE)
 
@@ -113,7 +119,9 @@ class ActorCritic(nn.Module):
         )  # fmt: skip
         change = logps.float() - rollout.logps
         actor, clipped = policy_loss(change, rollout.advantages, config.clip_range)
-        critic = value_loss(self.critic(batch), rollout.values, rollout.returns, config.clip_range_value)
+        # the actor's ratios need the critic to move little; while the actor is frozen the critic may go where it must
+        clip_range = math.inf if rollout.frozen else config.clip_range_value
+        critic = value_loss(self.critic(batch), rollout.values, rollout.returns, clip_range)
 
         def total(values: Tensor) -> Tensor:
             return values.double().sum()
@@ -124,6 +132,7 @@ class ActorCritic(nn.Module):
         sums: dict[str, tuple[Any, Any]] = {
             "score": (rollout.scores.sum(), n),
             "kl": (rollout.kls.sum(), n),
+            "cut": (rollout.cuts.sum(), n),
             "value_loss": (total(critic).detach(), tokens),
             "clip_fraction": (total(clipped), tokens),
             policy.MEAN_SQUARE: (total(change.detach().square()), tokens),
@@ -148,7 +157,8 @@ def value_loss(
     returns: Tensor,  # (n,)
     clip_range: float,
 ) -> Tensor:  # (n,)
-    """Half the squared error, of the value or of the value held near what it was: the larger."""
+    """Half the squared error, of the value or of the value held near what it was: the larger. Of an infinite range, of
+    the value."""
     held = before + (values - before).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns).square(), (held - returns).square())
 
@@ -166,7 +176,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     dtypes = models.dtypes_of(config.save_dtype, name)
     (dataset,) = templates.apply(config, tokenizer, start.template_date, dataset)
     options = rewards.Options(config.reward_model, config.oracle)
-    scorer = rewards.load(options, config, accelerator, config.max_length)
+    scorer = rewards.load(options, config, accelerator, config.max_length, start.template_date)
     critic, reference = Critic(model), copy.deepcopy(model).eval().requires_grad_(False)
     for one, exact in ((model, []), (critic, [critic.value]), (reference, [])):
         loop.placed(one, config, accelerator, exact)
@@ -196,7 +206,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         packing=maker.packing, collate=partial(rollouts.collate, packing=maker.packing), denominator=_tokens,
         shown=SHOWN,
         rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
-        first=partial(_check_ratio, config, accelerator), after=after,
+        first=partial(_check_ratio, config, accelerator), after=after, before_update=partial(_rest, config),
     )  # fmt: skip
     console.counts(maker.remarks)
     finished = sharding.gathered(model, accelerator.is_main_process)
@@ -216,18 +226,27 @@ def _maker(
     @torch.no_grad()
     def values(part: Sequence[TokenGroup]) -> list[list[float]]:
         batch = packing.collate(part).to(accelerator.device)
-        with accelerator.autocast():
+        with evaluating(module.critic), accelerator.autocast():  # targets do not drop out
             rows = sharding.entered(module.critic, partial(module.critic, batch))
         return [row.tolist() for (row,) in of_completions(part, rows.double().cpu())]
 
-    sampling = {
-        "temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed,
-        "max_prompt_length": config.max_length - config.max_new_tokens,
-    }  # fmt: skip
     return rollouts.Maker(
-        module.model, reference, tokenizer, scorer, values, accelerator, sampling, packing,
-        config.kl_coef, config.gamma, config.lam, Counter(),
+        module.model, reference, tokenizer, scorer, values, accelerator,
+        samples.Settings(config.temperature, config.max_new_tokens), config.max_length - config.max_new_tokens,
+        config.seed, packing, config.kl_coef, config.gamma, config.lam, Counter(),
     )  # fmt: skip
+
+
+def _rest(config: Config, step: int, optimizer: torch.optim.Optimizer) -> None:
+    """Set the actor's step counters in Adam to 0 until it learns, or its first updates would be too small.
+
+    Its gradients are 0 until then, and so are their averages, but Adam counts the steps that correct their bias.
+    """
+    if step <= config.critic_warmup_steps + 1:
+        for group in optimizer.param_groups[:ACTOR_GROUPS]:
+            for parameter in group["params"]:
+                if "step" in (state := optimizer.state.get(parameter, {})):
+                    state["step"].zero_()
 
 
 def _tokens(groups: Sequence[Rollout]) -> int:

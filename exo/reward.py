@@ -6,7 +6,6 @@ of two classes instead, whose log-odds are the paper's oracle for sentiment. Sav
 AutoModelForSequenceClassification reads. Left out: margins, several completions at once.
 """
 
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,14 +30,17 @@ from exo import (
     loop,
     models,
     processes,
-    rewards,
     runs,
     sharding,
     targets,
+    templates,
 )
 from exo.config import MODEL, PART, POSITIVE, at_least, named, option
+from exo.data import split
 from exo.encoding import TokenGroup
+from exo.limits import Limits
 from exo.packing import Batch, Packing
+from exo.reward_head import RewardHead
 from exo.steps import Share
 
 SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
@@ -65,9 +67,10 @@ class PairLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.rewards = RewardHead(model)
 
     def margins(self, batch: Batch) -> Tensor:  # (G,) positive where the right one wins
-        chosen, rejected = rewards.last_token_rewards(self.model, batch).view(-1, 2).unbind(1)
+        chosen, rejected = self.rewards(batch).view(-1, 2).unbind(1)
         return chosen - rejected
 
     def forward(self, batch: Batch, count: int | None) -> Any:
@@ -75,7 +78,7 @@ class PairLoss(nn.Module):
         margins = self.margins(batch)
         if count is None:
             return margins
-        right = (margins > 0).double().sum()
+        right = (0.5 + 0.5 * margins.detach().sign().double()).sum()  # a tie counts one half
         loss = -nn.functional.logsigmoid(margins).sum() / count
         return Share(loss, {"accuracy": (right, len(margins)), "margin": (margins.detach().sum(), len(margins))})
 
@@ -85,7 +88,7 @@ class LabelLoss(PairLoss):
 
     def margins(self, batch: Batch) -> Tensor:  # (G,)
         assert batch.rewards is not None
-        return rewards.last_token_rewards(self.model, batch) * (2 * batch.rewards.float() - 1)
+        return self.rewards(batch) * (2 * batch.rewards.float() - 1)
 
 
 @lineage.stage("reward")
@@ -101,6 +104,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     name = lineage.source("model", config.model, "sft")
     model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
     dtypes = models.dtypes_of(config.save_dtype, name)
+    (dataset,) = templates.apply(config, tokenizer, start.template_date, dataset, sampled="render")
     groups, held_out, counts = _encode(config, dataset, tokenizer)
     models.check_fits(model, groups + held_out)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
@@ -130,27 +134,26 @@ def _encode(
         if len({group.label for group in rows}) == 1:
             raise data.DataError(f"{config.data}: expected texts of both labels; all have {rows[0].label}")
         # as a text is scored: prompt, completion, end of sequence; and the label travels where rewards do
-        rows = [data.Group(g.completions[0], ("",), (float(g.label or 0),), g.line) for g in rows]
+        rows = [data.Group(g.completions[0], ("",), (float(g.label or 0),), g.line, source=g.source) for g in rows]
     else:
         rows, more = targets.best_against_worst(rows)
         counts += more
-    names = sorted({_name(group) for group in rows})
-    random.Random(config.seed).shuffle(names)
-    kept = set(names[: round(config.eval_fraction * len(names))])
-    limits = encoding.Limits(config.max_length, config.max_completion_length, config.truncate)
-    parts = [[g for g in rows if _name(g) not in kept], [g for g in rows if _name(g) in kept]]
+    texts = [split.Texts(group.prompt, group.completions) for group in rows]
+    names = sorted({text.name for text in texts})
+    found = split.hold_out(texts, names, round(config.eval_fraction * len(names)), config.seed)
+    if found.shared:
+        console.warn(found.warning(config.data))
+    limits = Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
+    parts = [[g for i, g in enumerate(rows) if (i in found.held_out) == held_out] for held_out in (False, True)]
     (train, cut), (held_out, cut_too) = (
-        encoding.encode(part, tokenizer, limits, config.data, foreign="text") for part in parts
+        encoding.encode(part, tokenizer, limits, dataset.path, foreign="text", skip_invalid=config.skip_invalid)
+        for part in parts
     )
     counts = counts + cut + cut_too
     console.counts(counts)
     if not train:
         raise data.DataError(f"{config.data}: no row is left to train on")
     return train, held_out, counts
-
-
-def _name(group: data.Group) -> str:
-    return group.prompt or group.completions[0]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ with two, the reward is the log-odds of class 1, the paper's oracle for sentimen
 length is scored without an end of sequence. Left out: several scorers at once.
 """
 
+import datetime
 import importlib
 import math
 from collections import Counter
@@ -13,13 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
-from exo import config, encoding, lineage, models, targets
+from exo import config, encoding, lineage, models, targets, templates
+from exo.artifacts import RunError
 from exo.config import option, require
 from exo.data import Group
 from exo.encoding import TokenGroup
-from exo.packing import Batch, Packing
+from exo.limits import Limits
+from exo.packing import Packing
+from exo.reward_head import RewardHead
 
 AT_ONCE = 1024  # rows that are scored together; a kill may cost as many
 Scores = list[tuple[float, ...]]  # a row a group, a number a completion
@@ -31,6 +34,7 @@ class Scorer(NamedTuple):
     name: str
     score: Callable[[Sequence[Group]], Scores]
     counts: Counter[str]
+    tokenizer: Any = None  # of a reward model
 
 
 class Options(NamedTuple):
@@ -49,30 +53,39 @@ def check(options: Options) -> None:
     require(len(given) == 1, "reward_model", "this or --oracle, and not both", " and ".join(given) or "neither")
 
 
-def load(options: Options, compute: config.Scoring, accelerator: Accelerator, max_length: int) -> Scorer:
-    """The scorer that the options name."""
+def load(
+    options: Options,
+    compute: config.Scoring,
+    accelerator: Accelerator,
+    max_length: int,
+    date: datetime.date | None = None,
+) -> Scorer:
+    """Load the scorer that the options name; `date` is what a reward model's chat template shows, None for today."""
     if options.oracle is not None:
         return Scorer(options.oracle, _of_function(options.oracle), Counter())
     assert options.reward_model is not None
     name = lineage.source("reward_model", options.reward_model, "reward")
     model, tokenizer = models.load_classifier(name)
     model.to(accelerator.device).eval()
-    limits = encoding.Limits(max_length, None, "prompt-left")
+    head = RewardHead(model)
+    templates.configure(tokenizer, "auto", None, date)
+    limits = Limits(max_length, None, "prompt-left")
     counts: Counter[str] = Counter()
     packing = Packing(tokenizer.pad_token_id, compute.max_tokens_per_batch)
 
     def score(groups: Sequence[Group]) -> Scores:
         # each alone: together they would be cut as the longest of them needs, and dropped where that makes them alike
         alone = [targets.select(group, (i,)) for group in groups for i in range(len(group.completions))]
-        encoded, cut = encoding.encode(alone, tokenizer, limits, "samples", foreign="text")
+        encoded, cut = encoding.encode(alone, tokenizer, limits, "samples", foreign="text", strict=False)
         for reason, count in cut.items():
             counts[reason.replace("rows", "completions scored")] += count
         models.check_fits(model, encoded)
-        found = _classify(model, encoded, accelerator, packing)
-        values = iter(value for (value,) in found)
-        return [tuple(next(values) for _ in group.completions) for group in groups]
+        values = iter(value for (value,) in _classify(head, encoded, accelerator, packing))
+        scores = [tuple(next(values) for _ in group.completions) for group in groups]
+        _check_finite(name, groups, scores)
+        return scores
 
-    return Scorer(name, score, counts)
+    return Scorer(name, score, counts, tokenizer)
 
 
 def in_parts(groups: Sequence[Group], rows: int = AT_ONCE) -> list[Sequence[Group]]:
@@ -122,20 +135,20 @@ def _of_function(name: str) -> Callable[[Sequence[Group]], Scores]:
 
 
 @torch.no_grad()
-def _classify(model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing) -> Scores:
+def _classify(head: RewardHead, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing) -> Scores:
     def of(part: Sequence[TokenGroup]) -> Scores:
         batch = packing.collate(part).to(accelerator.device)
         with accelerator.autocast():
-            rewards = last_token_rewards(model, batch)
+            rewards = head(batch)
         return [tuple(values.tolist()) for values in rewards.double().cpu().split(batch.group_size.tolist())]
 
     return packing.each(groups, of)
 
 
-def last_token_rewards(model: nn.Module, batch: Batch) -> Tensor:  # (N,)
-    """One number a sequence, by the model's own pooling, which takes the last token that is no padding."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
-    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+def _check_finite(name: str, groups: Sequence[Group], scores: Scores) -> None:
+    for group, row in zip(groups, scores, strict=True):
+        if not all(map(math.isfinite, row)):
+            raise RunError(f"--reward_model {name}: expected finite rewards; got others in row {group.line}")
 
 
 def describe(rewards: Scores) -> dict[str, Any]:

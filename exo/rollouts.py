@@ -17,6 +17,7 @@ from torch import Tensor
 from exo import encoding, policy, processes, rewards, samples, sharding
 from exo.data import Group
 from exo.encoding import TokenGroup
+from exo.limits import Limits
 from exo.packing import Batch, Packing
 from exo.rewards import Scorer
 
@@ -33,6 +34,7 @@ class Rollout(TokenGroup):
     returns: tuple[float, ...] = ()
     score: float = 0.0
     kl: float = 0.0  # sum of log pi - log pi_ref
+    cut: bool = False  # for its length
     frozen: bool = False  # the actor is not to learn from it
 
 
@@ -46,6 +48,7 @@ class RolloutBatch(NamedTuple):
     returns: Tensor
     scores: Tensor  # (N,)
     kls: Tensor  # (N,)
+    cuts: Tensor  # (N,) 1 where the completion was cut for its length
     frozen: bool
 
     def to(self, device: torch.device) -> "RolloutBatch":
@@ -58,9 +61,11 @@ def collate(rollouts: Sequence[Rollout], packing: Packing) -> RolloutBatch:
         return torch.tensor([value for rollout in rollouts for value in getattr(rollout, name)])
 
     logps, values, advantages, returns = map(of_tokens, ("logps", "values", "advantages", "returns"))
-    scores, kls = (torch.tensor([getattr(rollout, name) for rollout in rollouts]) for name in ("score", "kl"))
+    scores, kls, cuts = (
+        torch.tensor([float(getattr(rollout, name)) for rollout in rollouts]) for name in ("score", "kl", "cut")
+    )
     batch = packing.collate(rollouts)
-    return RolloutBatch(batch, logps, values, advantages, returns, scores, kls, rollouts[0].frozen)
+    return RolloutBatch(batch, logps, values, advantages, returns, scores, kls, cuts, rollouts[0].frozen)
 
 
 class Maker(NamedTuple):
@@ -72,7 +77,9 @@ class Maker(NamedTuple):
     scorer: Scorer
     values: Callable[[Sequence[TokenGroup]], list[list[float]]]
     accelerator: Any
-    sampling: dict[str, Any]  # of samples.draw
+    settings: samples.Settings
+    max_prompt_length: int
+    seed: int
     packing: Packing
     kl_coef: float
     gamma: float
@@ -83,8 +90,10 @@ class Maker(NamedTuple):
         """One completion of each prompt."""
         with self.accelerator.autocast(), sharding.held_whole(self.model):
             drawn = samples.draw(
-                self.model, self.tokenizer, prompts, numbers=numbers, k=1, run=self._run, **self.sampling
-            )
+                self.model, self.tokenizer, prompts, self.settings, numbers=numbers, k=1, run=self._run,
+                max_prompt_length=self.max_prompt_length, seed=self.seed,
+            )  # fmt: skip
+        samples.warn_of_cut(samples.describe(drawn)["unfinished"])
         score = partial(rewards.score_part, self.scorer)
         parts = rewards.in_parts(drawn, SCORED_AT_ONCE)
         found, remarks = rewards.together(processes.shared(parts, score, self.accelerator))
@@ -106,7 +115,7 @@ class Maker(NamedTuple):
             Rollout(
                 group.prompt, group.completions, None, group.line, None, tuple(now[i].tolist()),
                 tuple(values[i].tolist()), tuple(((advantages[i] - mean) / spread).tolist()),
-                tuple(returns[i].tolist()), scores[i], float((now[i] - before[i]).sum()),
+                tuple(returns[i].tolist()), scores[i], float((now[i] - before[i]).sum()), _is_cut(drawn[i]),
             )
             for i, group in enumerate(groups)
         ]  # fmt: skip
@@ -116,16 +125,20 @@ class Maker(NamedTuple):
         return list(map(samples.unlisted, listed))
 
     def _encode(self, drawn: Sequence[Group]) -> list[TokenGroup]:
-        most = self.sampling["max_prompt_length"]
-        limits = encoding.Limits(most + self.sampling["max_new_tokens"], None, "prompt-left", most)
+        most = self.max_prompt_length
+        limits = Limits(most + self.settings.max_new_tokens, None, "prompt-left", most)
         groups, _ = encoding.encode(drawn, self.tokenizer, limits, "rollouts")
         return groups
 
     def _logps(self, model: Any, groups: Sequence[TokenGroup]) -> list[Tensor]:
         found = policy.shared_token_logps(
-            model, groups, self.accelerator, self.packing, temperature=self.sampling["temperature"]
-        )  # fmt: skip
+            model, groups, self.accelerator, self.packing, temperature=self.settings.temperature
+        )
         return [row for (row,) in found]
+
+
+def _is_cut(group: Group) -> bool:
+    return group.tokens is not None and group.tokens.finish == ("length",)
 
 
 def gae(

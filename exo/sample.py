@@ -77,9 +77,8 @@ def run(config: Config, start: lineage.Start) -> Path:
     pieces = runs.begin_pieces(start, accelerator, dataset.account())
     groups = draw(partial(_run, pieces, accelerator))
     result = samples.describe(groups)
-    console.say(
-        f"  mean {result['mean_tokens']:.1f} tokens; {100 * result['unfinished']:.1f}% were cut for their length"
-    )
+    console.say(f"  mean {result['mean_tokens']:.1f} tokens")
+    samples.say_cut(groups)
     return runs.end_pieces(pieces, "samples.jsonl", map(samples.row, groups), accelerator, result)
 
 
@@ -108,12 +107,16 @@ def _torch(config: Config, name: str, prompts_of: Prompts, numbers: Sequence[int
     def draw(run: Run) -> list[Group]:
         with accelerator.autocast():
             return samples.draw(
-                model, tokenizer, prompts, label="completions", max_prompt_length=config.max_prompt_length,
-                numbers=numbers, k=config.k, temperature=config.temperature, top_p=config.top_p, run=run,
-                max_new_tokens=config.max_new_tokens, seed=config.seed, batch_size=config.batch_size,
+                model, tokenizer, prompts, _settings(config), label="completions",
+                max_prompt_length=config.max_prompt_length, numbers=numbers, k=config.k, run=run,
+                seed=config.seed, batch_size=config.batch_size,
             )  # fmt: skip
 
     return draw
+
+
+def _settings(config: Config) -> samples.Settings:
+    return samples.Settings(config.temperature, config.max_new_tokens, config.top_p)
 
 
 def _vllm(config: Config, name: str, prompts_of: Prompts, numbers: Sequence[int], accelerator: Accelerator) -> Draw:
@@ -128,6 +131,8 @@ def _vllm(config: Config, name: str, prompts_of: Prompts, numbers: Sequence[int]
     prompts = prompts_of(tokenizer)
     ids, counts = encoding.sampled_prompts(prompts, tokenizer, config.max_prompt_length)
     console.counts(counts)
+    stop_ids = list(models.stop_ids(name, tokenizer))
+    never = dict.fromkeys(models.absent_ids(name, tokenizer), -100.0)
     dtype = "auto" if config.dtype == "auto" else config.dtype
     engine = vllm.LLM(model=name, dtype=dtype, seed=config.seed, logprobs_mode="processed_logprobs")
 
@@ -135,28 +140,29 @@ def _vllm(config: Config, name: str, prompts_of: Prompts, numbers: Sequence[int]
         wanted = [
             vllm.SamplingParams(
                 n=1, temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_new_tokens, logprobs=0,
-                seed=generation.stream_seed(config.seed, number, j), stop_token_ids=[tokenizer.eos_token_id],
+                seed=generation.stream_seed(config.seed, number, j), stop_token_ids=stop_ids,
+                logit_bias=never or None,
             )
             for number in numbers[part]
             for j in range(config.k)
         ]  # fmt: skip
         outputs = engine.generate([{"prompt_token_ids": row} for row in ids[part] for _ in range(config.k)], wanted)
-        return [_from_vllm(output.outputs[0]) for output in outputs]
+        return [_from_vllm(output.outputs[0], stop_ids) for output in outputs]
 
     def draw(run: Run) -> list[Group]:
         each = max(1, AT_ONCE // config.k)
         parts = [slice(i, i + each) for i in range(0, len(ids), each)]
         flat = [found for some_of in run([partial(some, part) for part in parts]) for found in some_of]
         drawn = [flat[i : i + config.k] for i in range(0, len(flat), config.k)]
-        return samples.groups(prompts, drawn, tokenizer, numbers)
+        return samples.groups(prompts, ids, drawn, tokenizer, _settings(config), numbers)
 
     return draw
 
 
-def _from_vllm(completion: Any) -> Sample:
+def _from_vllm(completion: Any, stop_ids: Sequence[int]) -> Sample:
     ids = tuple(completion.token_ids)
     logprob = sum(at[token].logprob for at, token in zip(completion.logprobs, ids, strict=True))
-    return Sample(ids, logprob, "eos" if completion.finish_reason == "stop" else "length")
+    return Sample(ids, logprob, "eos" if ids[-1] in stop_ids else "length")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from exo import artifacts, config, console, data, lineage, loop, processes, rewards, runs, samples
+from exo import artifacts, config, console, data, lineage, loop, processes, rewards, runs, samples, templates
 from exo.config import at_least, named, option
 from exo.data import Group
 
@@ -39,8 +39,11 @@ def run(config: Config, start: lineage.Start) -> Path:
         console.say(f"  {had:,} rows have rewards, which others replace")
     options = rewards.Options(config.reward_model, config.oracle)
     accelerator = loop.make_accelerator(config)
-    scorer = rewards.load(options, config, accelerator, config.max_length)
+    scorer = rewards.load(options, config, accelerator, config.max_length, start.template_date)
     console.say(f"scored by {scorer.name}")
+    read = dataset  # what the next stage reads keeps its prompts as they are
+    if scorer.tokenizer is not None:
+        (read,) = templates.apply(config, scorer.tokenizer, start.template_date, dataset, sampled="render")
     pieces = runs.begin_pieces(start, accelerator, dataset.account())
     progress = console.Progress("rows", len(dataset.groups), every=max(1, len(dataset.groups) // 4))
 
@@ -49,7 +52,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         progress.advance(len(part))
         return found
 
-    jobs = [partial(scored, part) for part in rewards.in_parts(dataset.groups)]
+    jobs = [partial(scored, part) for part in rewards.in_parts(read.groups)]
     scores, counts = rewards.together(processes.in_pieces(jobs, pieces, accelerator))
     result = rewards.describe(scores)
     console.say(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")

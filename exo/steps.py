@@ -60,6 +60,7 @@ class Step(NamedTuple):
     collate: Callable[[Sequence[Any]], Any]
     packing: Packing
     steps: int
+    before_update: Callable[[int, Any], None] | None = None
 
     def __call__(
         self,
@@ -85,6 +86,8 @@ class Step(NamedTuple):
         values = {name: total / count for name, (total, count) in sums.items() if count}
         if step == 1 and first is not None:
             first(loss, values)
+        if self.before_update is not None:
+            self.before_update(step, self.optim)
         with profiling.section("optimizer"):
             norm = update(self.module, self.optim, config, accelerator, step, batch, loss)
         finite = math.isfinite(loss) and math.isfinite(norm)

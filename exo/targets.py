@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
-from exo.data import Group, Tokens
+from exo.data import Group
 from exo.encoding import TokenGroup
 
 Norm = Literal["none", "prompt", "global"]
@@ -71,5 +71,5 @@ def select(group: R, places: Sequence[int]) -> R:
     changed: dict[str, Any] = {name: of(getattr(group, name)) for name in ("completions", "rewards", "ref_logps")}
     if isinstance(group, Group) and group.tokens is not None:
         tokens = group.tokens
-        changed["tokens"] = Tokens(tokens.tokenizer, of(tokens.ids), of(tokens.logprobs), of(tokens.finish))
+        changed["tokens"] = tokens._replace(ids=of(tokens.ids), logprobs=of(tokens.logprobs), finish=of(tokens.finish))
     return replace(group, **changed)

@@ -109,10 +109,10 @@ def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Li
             f"{dataset.path}: {dataset.format.split(' (')[0]} are chats, and the tokenizer has no chat template; set "
             "--chat_template chatml, plain or a file, or none to use the texts as they are"
         )
-    return dataclasses.replace(dataset, groups=[_as_chat(group) for group in dataset.groups])
+    return dataclasses.replace(dataset, groups=[as_chat(group) for group in dataset.groups])
 
 
-def _as_chat(group: Group) -> Group:
+def as_chat(group: Group) -> Group:
     """Return a row with its plain prompt as messages: one user turn, or the turns of an Anthropic HH transcript."""
     if isinstance(group.prompt, Chat) or not group.prompt:
         return group

@@ -11,8 +11,9 @@ from typing import Any
 Reply = tuple[int, str, dict[str, str]]  # status, body, headers
 
 
-def said(text: str | None) -> Reply:
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}), {}
+def said(text: str | None, finish: str = "stop") -> Reply:
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    return 200, json.dumps({"choices": [choice]}), {}
 
 
 def failed(status: int, message: str = "", **headers: str) -> Reply:
@@ -24,6 +25,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = False  # closing the server waits for its answers
     reply: Callable[[str], Reply | None]  # of the question; None hangs up
+    refuses: Callable[[dict[str, Any]], Reply | None] = staticmethod(lambda body: None)  # before that, of the request
 
     def __init__(self, reply: Callable[[str], Reply | None]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -48,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(body | {"headers": dict(self.headers), "path": self.path})
-        reply = self.server.reply(body["messages"][0]["content"])
+        reply = self.server.refuses(body) or self.server.reply(body["messages"][0]["content"])
         if reply is None:
             return
         status, text, headers = reply

@@ -14,6 +14,10 @@ def reward(prompt: str, completion: str) -> float:
     return float(completion.split().count("good"))
 
 
+def length(prompt: str, completion: str) -> float:
+    return 1000.0 + len(completion)
+
+
 def not_a_number(prompt: str, completion: str) -> float:
     return float("nan")
 

@@ -122,19 +122,49 @@ def test_samples_that_exist_are_scored_as_they_are(run, tmp_path):
     assert entry["reward"] == entries(run[1])["final"]["reward"] and "kl" not in entry and entry["step"] is None
 
 
-def test_another_baseline_is_refused(run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"data": "other"}, "expected an evaluation on the same prompts; got others"),
+        ({"temperature": 0.5}, "it has temperature 0.8, here 0.5; evaluate the reference again"),
+        ({"top_p": 0.9}, "it has top_p 1.0, here 0.9"),
+        ({"k": 2}, "it has k 3, here 2"),
+        ({"max_new_tokens": 5}, "it has max_new_tokens 6, here 5"),
+        ({"oracle": "tests.tasks:length"}, "it has oracle 'tests.tasks:reward', here 'tests.tasks:length'"),
+        (
+            {"oracle": None, "reward_model": "nowhere"},
+            "it has oracle 'tests.tasks:reward', here None; reward_model None",
+        ),
+    ],
+)
+def test_a_baseline_that_sampled_or_scored_otherwise_is_refused_with_the_difference(run, tmp_path, change, difference):
+    """Of another oracle the rise was +1000, of another temperature the win rate 100%, and nothing was said."""
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "red"}, {"prompt": "blue"}])
-    arguments = ["--model", str(run[0] / "policy"), "--reference", str(run[0] / "reference"), "--data", other]
-    arguments += [
-        "--baseline",
-        str(run[0] / "base"),
-        "--oracle",
-        "tests.tasks:reward",
-        "--output_dir",
-        str(tmp_path / "x"),
-    ]
-    assert evaluate.main(arguments) == 2
-    assert "expected an evaluation on the same prompts; got others" in capsys.readouterr().err
+    options = HOW | {"data": str(run[0] / "prompts.jsonl")} | change
+    options |= {"data": other} if change.get("data") else {}
+    reference = str(run[0] / "reference")
+    config = evaluate.Config(
+        model=reference, reference=reference, baseline=str(run[0] / "base"), output_dir=str(tmp_path / "x"), **options
+    )
+    with pytest.raises(ValueError, match="--baseline .*") as stop:
+        evaluate.run(config)
+    assert difference in str(stop.value) and not (tmp_path / "x").exists()
+
+
+def test_samples_are_recorded_with_the_settings_they_were_drawn_at(run, tmp_path):
+    """Not with this run's options, which draw nothing; and a moved file still knows its own."""
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes((run[0] / "drawn" / "samples.jsonl").read_bytes())
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS[:2]])
+    options = {"data": rows, "reference": "unused", "oracle": "tests.tasks:reward", "max_length": 300}
+    done = evaluate.run(evaluate.Config(samples=str(moved), output_dir=str(tmp_path / "x"), **options))
+    found = json.loads((done / "evaluation.json").read_text())
+    settings = {name: found[name] for name in ("k", "temperature", "top_p", "max_new_tokens")}
+    assert settings == {"k": 9, "temperature": 0.8, "top_p": 1.0, "max_new_tokens": 6}
+    foreign = write_rows(tmp_path / "foreign.jsonl", [{"prompt": p, "completions": ["red"]} for p in PROMPTS[:2]])
+    done = evaluate.run(evaluate.Config(samples=foreign, output_dir=str(tmp_path / "y"), **options))
+    found = json.loads((done / "evaluation.json").read_text())
+    assert (found["k"], found["temperature"], found["max_new_tokens"]) == (1, None, None)
 
 
 def test_a_reference_of_another_tokenizer_is_refused_before_anything_is_written(run, tmp_path, capsys):
@@ -172,3 +202,35 @@ def test_one_prompt_is_too_few(run, tmp_path, capsys):
                  "--oracle", "tests.tasks:reward", "--output_dir", str(tmp_path / "x")]  # fmt: skip
     assert evaluate.main(arguments) == 2
     assert "expected two prompts at least" in capsys.readouterr().err
+
+
+def test_the_kl_under_top_p_is_that_of_the_whole_distribution(run, tmp_path):
+    """Two tokens at most, all of them counted: exact by enumeration. Of the truncated samples it would be another."""
+    names, kl = (str(run[0] / "policy"), str(run[0] / "reference")), 0.0
+    (policy, tokenizer), (reference, _) = map(models.load, names)
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.mul_(1.5)
+    models.save(policy, tokenizer, tmp_path / "policy")
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+
+    def probabilities(model, ids):
+        with torch.no_grad():
+            return torch.softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1)
+
+    for prompt in PROMPTS:
+        ids = encoding.prompt_ids(prompt, tokenizer)
+        p, q = probabilities(policy, ids), probabilities(reference, ids)
+        kl += float((p * (p / q).log()).sum()) / len(PROMPTS)
+        for token in range(len(tokenizer)):
+            if token != tokenizer.eos_token_id:
+                p2, q2 = probabilities(policy, [*ids, token]), probabilities(reference, [*ids, token])
+                kl += float(p[token] * (p2 * (p2 / q2).log()).sum()) / len(PROMPTS)
+    done = evaluate.run(
+        evaluate.Config(model=str(tmp_path / "policy"), reference=names[1], data=rows, k=400, max_new_tokens=2,
+                        max_length=16, top_p=0.5, oracle="tests.tasks:reward", output_dir=str(tmp_path / "x"))
+    )  # fmt: skip
+    found = entries(done)["final"]
+    assert found["kl"]["mean"] == pytest.approx(kl, abs=5 * found["kl"]["standard_error"])
+    assert found["kl_k3"]["mean"] == pytest.approx(kl, abs=0.1 * kl)
+    biased = [ratio for row in lines(done / "samples" / "final.jsonl") for ratio in row["log_ratios"]]
+    assert sum(biased) / len(biased) > 1.2 * kl, "the case must tell the two apart"

@@ -23,7 +23,7 @@ def small():
 
 def draw(small, prompts, **settings):
     model, tokenizer = small
-    return generation.sample(model, tokenizer, prompts, **settings)
+    return generation.sample(model, (tokenizer.eos_token_id,), prompts, **settings)
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def naive(model, eos, prompt, uniforms, temperature):
 
 def test_equals_a_naive_loop_with_the_same_streams(small):
     model, tokenizer = small
-    drawn = generation.sample(model, tokenizer, PROMPTS, k=6, **SETTINGS)
+    drawn = generation.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=6, **SETTINGS)
     finishes = set()
     for i, group in enumerate(drawn):
         for j, sample in enumerate(group):
@@ -67,7 +67,9 @@ def test_a_completion_does_not_depend_on_its_batch(small, batch_size):
 
 def test_logprob_is_what_teacher_forcing_says(small):
     model, tokenizer = small
-    for prompt, group in zip(PROMPTS, generation.sample(model, tokenizer, PROMPTS, k=4, **SETTINGS), strict=True):
+    for prompt, group in zip(
+        PROMPTS, generation.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=4, **SETTINGS), strict=True
+    ):
         for sample in group:
             with torch.no_grad():
                 logits = model(torch.tensor([[*prompt, *sample.token_ids]])).logits[0].double() / 0.8
@@ -95,7 +97,7 @@ def test_frequencies_are_the_models(small):
     """One step from one prompt: 4000 draws lie within 5 standard errors of every probability."""
     model, tokenizer = small
     settings = SETTINGS | {"max_new_tokens": 1}
-    (group,) = generation.sample(model, tokenizer, PROMPTS[:1], k=4000, **settings)
+    (group,) = generation.sample(model, (tokenizer.eos_token_id,), PROMPTS[:1], k=4000, **settings)
     seen = torch.bincount(torch.tensor([s.token_ids[0] for s in group]), minlength=len(tokenizer)) / 4000
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.8, -1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from chat_server import Server, failed, said, serving
 
-from exo import judge
+from exo import console, judge
 from exo.comparison import endpoint
 
 KEY = "sk-secret-4711"
@@ -321,6 +321,83 @@ def test_nothing_but_nonsense_is_no_win_rate(tmp_path, files, capsys):
     assert "no pair was decided in both orders" in capsys.readouterr().err
     assert len(verdicts(tmp_path)) == 8 and result(tmp_path)["win_rate"] is None
     assert result(tmp_path)["undecided"] == {"unanswered": 0, "unreadable": 8, "pairs_left_out": 4}
+
+
+# Judges of other kinds.
+
+
+def test_an_answer_that_was_cut_off_decides_nothing_and_is_not_cached(tmp_path, files, capsys):
+    """It chose A early in its reasoning, and would have changed its mind."""
+    cut = [True]
+
+    def reply(question):
+        return said("Preferred: A\nBut on reflection", "length") if cut and "Q: p0" in question else longer(question)
+
+    with serving(reply) as server:
+        assert run(tmp_path, server, *files) == 0
+        assert len(server.requests) == 8, "asked again, it would be cut again"
+        found = result(tmp_path)
+        assert found["undecided"]["pairs_left_out"] == 1 and found["truncated"] == 2
+        assert verdicts(tmp_path)[0] | {"reason": "cut off before its end", "choice": None} == verdicts(tmp_path)[0]
+        assert "2 answers without a choice (2 of them cut off: raise --max_tokens)" in capsys.readouterr().out
+        cut.clear()
+        assert run(tmp_path, server, *files) == 0
+    assert len(server.requests) == 10 and result(tmp_path)["win_rate"]["mean"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("refused", "message", "sent"),
+    [
+        ("temperature", "Unsupported value: 'temperature' does not support 0 with this model.", {"max_tokens": 512}),
+        (
+            "max_tokens",
+            "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead.",
+            {"temperature": 0, "max_completion_tokens": 512},
+        ),
+    ],
+)
+def test_a_setting_that_the_server_refuses_is_left_out(tmp_path, files, monkeypatch, capsys, refused, message, sent):
+    monkeypatch.setattr(console, "_warned", set())
+    with serving(longer) as server:
+        server.refuses = lambda body: failed(400, message) if refused in body else None
+        assert run(tmp_path, server, *files, "--concurrency=4") == 0
+        assert result(tmp_path)["win_rate"]["mean"] == 0.75
+        assert capsys.readouterr().out.count(f"the judge does not take {refused}=") == 1
+        answered = [request for request in server.requests if refused not in request]
+        assert len(answered) == 8 and len(server.requests) <= 8 + 4
+        names = ("temperature", "max_tokens", "max_completion_tokens")
+        assert all({n: r[n] for n in names if n in r} == sent for r in answered)
+        assert run(tmp_path, server, *files) == 0
+        assert len(server.requests) <= 12, "the cache knows the question as it would be asked"
+        server.refuses = lambda body: failed(400, "context too long")
+        assert run(tmp_path, server, *files, "--seed=1", "--model=other") == 1
+    assert "HTTP 400 (context too long); the request was refused" in capsys.readouterr().err
+
+
+def test_options_of_the_judge_go_into_the_request(tmp_path, files, capsys):
+    options = '{"reasoning_effort": "low", "temperature": null, "max_tokens": 9}'
+    with serving(longer) as server:
+        assert run(tmp_path, server, *files, f"--judge_options={options}") == 0
+        (shape,) = {tuple(sorted(r.items())) for r in ({k: v for k, v in q.items() if k != "headers"} | {"messages": 0}
+                                                     for q in server.requests)}  # fmt: skip
+        assert dict(shape) == {
+            "reasoning_effort": "low", "max_tokens": 9, "model": "m", "messages": 0, "path": "/v1/chat/completions",
+        }  # fmt: skip
+        run(tmp_path, server, *files)
+        assert len(server.requests) == 16, "another request is another question"
+    for bad in ("[1]", "low", '{"messages": []}', '{"model": "x"}', "[" * 99999):
+        with pytest.raises(SystemExit):
+            run(tmp_path, "http://127.0.0.1:1", *files, f"--judge_options={bad}")
+        assert "--judge_options: expected a JSON object of request parameters" in capsys.readouterr().err
+
+
+def test_the_same_question_is_asked_once(tmp_path):
+    """Two systems of one answer each, three samples of each prompt: one pair, three times."""
+    files = ["--a", samples(tmp_path, "a", ["longer", "s"]), "--b", samples(tmp_path, "b", ["short", "longer"])]
+    with serving(longer) as server:
+        assert run(tmp_path, server, *files, "--samples_per_prompt=3") == 0
+    assert len(server.questions) == len(set(server.questions)) == 4
+    assert len(verdicts(tmp_path)) == 12 and result(tmp_path)["win_rate"]["mean"] == 0.5
 
 
 # The cache.

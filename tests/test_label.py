@@ -1,6 +1,7 @@
 """Sheets for raters: blind, safe to open, and what comes back is counted exactly, whatever a program did to it."""
 
 import csv
+import hashlib
 import itertools
 import json
 import os
@@ -110,13 +111,32 @@ def test_no_system_is_named_in_what_raters_see(tmp_path):
     assert not any(name in seen for name in SYSTEMS)
 
 
+def test_sheets_cannot_be_unblinded_with_the_systems_files_and_the_seed(tmp_path, monkeypatch):
+    """Item names and sides were a hash and a shuffle that anyone with the files could make again."""
+    salts = iter(["a" * 32, "b" * 32])  # drawn at random, and two may give the same sides
+    monkeypatch.setattr(label.secrets, "token_hex", lambda size: next(salts))
+    runs = [export(tmp_path, name=name) for name in ("one", "same")]
+    keys = [json.loads((run / "key.json").read_text()) for run in runs]
+    assert not keys[0]["items"].keys() & keys[1]["items"].keys() and keys[0]["salt"] != keys[1]["salt"]
+    sides = [{(about["matchup"], about["line"]): about["answer 1"] for about in key["items"].values()} for key in keys]
+    assert sides[0].keys() == sides[1].keys() and sides[0] != sides[1]
+    for item, about in keys[0]["items"].items():
+        row = next(row for row in sheet(runs[0] / "sheets" / "rater-1.csv") if row["item"] == item)
+        shown = {column: row[column] for column in ("instruction", "reference answer", *label.SIDES)}
+        unsalted = hashlib.sha256(json.dumps([about, shown]).encode()).hexdigest()[:10]
+        assert item != f"q{unsalted}"
+    seen = b"".join(file.read_bytes() for file in (runs[0] / "sheets").iterdir()).decode()
+    assert keys[0]["salt"] not in seen
+
+
 def test_references_are_shown_and_limit_and_seed_choose(tmp_path):
     references = rows(tmp_path / "ref.jsonl", [{"prompt": f"p{i}", "completion": f"ref {i}"} for i in range(5)])
     runs = {
         name: sheet(export(tmp_path, f"--references={references}", "--limit=3", seed, name=name) / "sheets/rater-1.csv")
         for name, seed in {"one": "--seed=1", "same": "--seed=1", "two": "--seed=2"}.items()
     }
-    assert runs["one"] == runs["same"] != runs["two"]
+    shown = {name: {row["instruction"] for row in found} for name, found in runs.items()}
+    assert shown["one"] == shown["same"] != shown["two"]
     assert len({row["instruction"] for row in runs["one"]}) == 3 and len(runs["one"]) == 6
     assert all(row["reference answer"] == f"ref {row['instruction'][1:]}" for row in runs["one"])
 

@@ -482,11 +482,13 @@ def test_the_optimum_of_rewards_on_another_scale_is_not_drawn(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_a_kl_of_truncated_sampling_is_called_biased(tmp_path, drawn, top_p):
+def test_a_kl_beside_truncated_sampling_is_said_to_be_of_the_whole_distribution(tmp_path, drawn, top_p):
     run = make_run(tmp_path / "run", TRIALS[:1])
     path = run / "evaluation/exo-rw/0-seed0/evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"top_p": top_p}))
-    assert ("no estimate of it is unbiased" in findings.frontiers(results.read(run), tmp_path)) == (top_p < 1)
+    assert ("the KL is that of the whole distribution" in findings.frontiers(results.read(run), tmp_path)) == (
+        top_p < 1
+    )
 
 
 def test_other_prompts_are_not_compared(tmp_path, capsys):

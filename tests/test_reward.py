@@ -28,7 +28,11 @@ def pairs(n):
     for i in range(n):
         words = [WORDS[(i + j) % 5] for j in range(2 + i % 3)]
         good, bad = [*words[:1], "good", *words[1:]], [*words[:1], "bad", *words[1:]]
-        row = {"prompt": f"{WORDS[i % 5]} {WORDS[i // 5 % 5]}", "chosen": " ".join(good), "rejected": " ".join(bad)}
+        row = {
+            "prompt": f"{WORDS[i % 5]} {WORDS[i // 5 % 5]}",
+            "chosen": f" {' '.join(good)}",
+            "rejected": f" {' '.join(bad)}",
+        }
         made.append(row)
     return made
 
@@ -51,7 +55,7 @@ def scorer(directory, max_tokens=8192):
 
 
 def group(prompt, *completions):
-    return data.Group(prompt, completions, None, 1)
+    return data.Group(prompt, tuple(f" {text}" for text in completions), None, 1)
 
 
 def test_it_ranks_held_out_pairs(trained):
@@ -62,7 +66,9 @@ def test_it_ranks_held_out_pairs(trained):
 
 
 def test_held_out_prompts_are_not_trained_on_with_other_completions(policy):
-    rows = [data.Group(f"{a} {b}", (c, "bad"), None, 1) for a in WORDS[:4] for b in WORDS[:4] for c in ("good", "red")]
+    rows = [
+        data.Group(f"{a} {b}", (c, " bad"), None, 1) for a in WORDS[:4] for b in WORDS[:4] for c in (" good", " red")
+    ]
     config = reward.Config(model=policy, data="x", eval_fraction=0.25)
     dataset = data.Dataset(rows, "", len(rows), {}, {}, "x")
     train, held_out, _ = reward._encode(config, dataset, models.load_tokenizer(policy))
@@ -108,7 +114,7 @@ def test_it_reads_the_end_of_sequence_where_there_is_one(trained):
     ids = tuple(tokenizer("good blue")["input_ids"])
     known = encoding.tokenizer_hash(tokenizer)
     tokens = data.Tokens(known, ((*ids, tokenizer.eos_token_id), ids), (-1.0, -1.0), ("eos", "length"))
-    both = scorer(trained).score([data.Group("red", ("good blue", "good blue"), None, 1, tokens)])[0]
+    both = scorer(trained).score([data.Group("red", (" good blue", " good blue"), None, 1, tokens)])[0]
     assert both[0] != both[1]
     assert both[0] == pytest.approx(scorer(trained).score([group("red", "good blue")])[0][0], abs=1e-6)
 
@@ -126,7 +132,7 @@ def test_padding_that_is_the_end_of_sequence_does_not_hide_it(policy, tmp_path, 
     assert own.pad_token_id == classifier.config.pad_token_id != own.eos_token_id
     models.save(classifier, own, tmp_path / "reward")
     tokens = data.Tokens("foreign", ((5,), (5,)), (-1.0, -1.0), ("eos", "length"))
-    both = scorer(tmp_path / "reward").score([data.Group("red", ("good blue", "good blue"), None, 1, tokens)])[0]
+    both = scorer(tmp_path / "reward").score([data.Group("red", (" good blue", " good blue"), None, 1, tokens)])[0]
     assert both[0] != both[1]
 
 
@@ -140,9 +146,19 @@ def test_the_loss_is_bradley_terrys(policy):
     module = reward.PairLoss(model)
     with torch.no_grad():
         share = module(batch, 7)
-        values = rewards.last_token_rewards(model, batch)
+        values = module.rewards(batch)
     expected = sum(float(-torch.sigmoid(values[i] - values[i + 1]).log()) for i in (0, 2)) / 7
     assert float(share.loss) == pytest.approx(expected, abs=1e-6)
+
+
+def test_ties_count_one_half_in_training_too(policy):
+    model, tokenizer = models.classifier_from(policy, 1, seed=0)
+    model.score.weight.data.zero_()
+    groups, _ = encoding.encode([group("red", "good", "bad")] * 4, tokenizer, Limits(64, None, "error"), "x")
+    with torch.no_grad():
+        share = reward.PairLoss(model)(Packing(tokenizer.pad_token_id, 8192).collate(groups), 4)
+    right, count = share.sums["accuracy"]
+    assert float(right) / count == 0.5
 
 
 def test_scored_samples_become_pairs(policy, tmp_path):

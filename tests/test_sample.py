@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def test_rows_hold_what_was_drawn(drawn):
     for row in rows:
         assert len(row["completions"]) == len(row["token_ids"]) == len(row["logprobs"]) == 4
         for text, ids, how in zip(row["completions"], row["token_ids"], row["finish"], strict=True):
-            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+            words = tokenizer.decode(ids, skip_special_tokens=True)
+            assert text == (f" {words}" if words else ""), "with the blank that it begins with"
             assert (ids[-1] == tokenizer.eos_token_id) == (how == "eos")
             finishes.add(how)
     assert finishes == {"eos", "length"}, "the case must hold both ends"
@@ -67,7 +69,7 @@ def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by
     encoded, _ = encoding.encode(groups, tokenizer, limits, "samples", foreign="text")
     for group, source in zip(encoded, groups, strict=True):
         for ids, text, how in zip(group.completions, source.completions, source.tokens.finish, strict=True):
-            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text.strip()
             assert (len(ids) > 0 and ids[-1] == tokenizer.eos_token_id) == (how == "eos")
 
 
@@ -102,7 +104,7 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
 def test_top_p_keeps_the_log_probs_of_the_whole_distribution(drawn):
     model, tokenizer = models.load(drawn[0])
     ids = [encoding.prompt_ids(PROMPTS[0], tokenizer)]
-    row = generation.sample(model, tokenizer, ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
+    row = generation.sample(model, (2,), ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
     with torch.no_grad():
         logprobs = torch.log_softmax(model(torch.tensor(ids)).logits[0, -1] / 0.8, -1)
     assert row.token_ids[0] == int(logprobs.argmax())
@@ -121,6 +123,7 @@ def test_vllm_gets_each_completion_with_its_own_seed_and_gives_the_same_rows(dra
             outputs = []
             for prompt, p in zip(prompts, params, strict=True):
                 asked.append((tuple(prompt["prompt_token_ids"]), p.seed))
+                assert p.stop_token_ids == [2] and p.logit_bias is None
                 ids = [5, 2] if len(asked) % 2 else [5, 6]
                 logprobs = [{i: types.SimpleNamespace(logprob=-0.5)} for i in ids]
                 reason = "stop" if ids[-1] == 2 else "length"
@@ -218,7 +221,7 @@ def test_a_model_that_is_nowhere_is_one_line(drawn, tmp_path, capsys, monkeypatc
 # Best-of-N.
 
 
-def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path):
+def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path, capsys):
     rewards = [1.0, 3.0, 2.0, 5.0, 5.0, 4.0]
     row = {"prompt": "p", "completions": list("abcdef"), "rewards": rewards, "tokenizer": "t"}
     row |= {"token_ids": [[i] for i in range(6)], "logprobs": [-float(i) for i in range(6)], "finish": ["eos"] * 6}
@@ -229,6 +232,7 @@ def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path):
          "logprobs": [-1.0, -3.0], "finish": ["eos", "eos"]}
     ]  # fmt: skip
     assert json.loads((run / "run.json").read_text())["result"]["kl_bound"] == math.log(3) - 2 / 3
+    assert "  0.0% of the completions were cut for their length" in capsys.readouterr().out
 
 
 def test_the_bound_is_the_kl_where_all_completions_differ():
@@ -260,6 +264,8 @@ def test_a_row_of_samples_and_back(tmp_path):
     group = data.Group(
         "p", ("a", "b"), (1.0, 2.0), 1, data.Tokens("t", ((1,), (2, 3)), (-1.0, -2.0), ("eos", "length"))
     )
+    drawn = replace(group, tokens=group.tokens._replace(temperature=0.7, max_new_tokens=9, top_p=0.9))
     path = tmp_path / "rows.jsonl"
-    data.write_jsonl(path, [samples.row(group)])
-    assert data.read(path, purpose="samples").groups == [group]
+    for one in (group, drawn):
+        data.write_jsonl(path, [samples.row(one)])
+        assert data.read(path, purpose="samples").groups == [one]

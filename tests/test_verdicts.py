@@ -77,6 +77,28 @@ def test_the_last_line_that_states_a_choice(template, answer, choice):
     assert template("{a}{b} no tie").choice(answer) == (None if choice == "tie" else choice)
 
 
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("Preferred: A\nWait, the second has the point.\nPreferred: B", "B"),
+        ("Preferred: B\nSummary:\nA", "B"),
+        ("preferred: b", None),
+        ("**Preferred**: **A**\nB", "A"),
+        ("Preferred: A\nOn reflection neither is.\nPreferred: neither", None),
+        ("Preferred:\n\nB", "B"),
+        ("B", "B"),
+        ("<think>\nPreferred: A\n</think>\nPreferred: B", "B"),
+        ("<think>\nPreferred: A\n", None),
+        ("A\n</think>\nComparison: both.", None),
+    ],
+)
+def test_the_last_line_with_the_label_decides(answer, choice):
+    """Not one in the reasoning before it, and not a bare letter after it."""
+    ours = Template("summary")
+    assert ours.label == "Preferred" and ours.choice(answer) == choice
+    assert [Template(name).label for name in TEMPLATES] == ["Preferred", "More helpful", "Better"]
+
+
 def test_the_same_words_under_another_template_are_another_question():
     keys = [("summary", "u", b"x"), ("dialogue", "u", b"x"), ("summary", "v", b"x"), ("summary", "u", b"y")]
     assert len({Cache.key(Template(name), url, body) for name, url, body in keys}) == 4

@@ -17,14 +17,27 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from exo import console
 from exo.artifacts import RunError
 from exo.config import ConfigError
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; doubled from try to try
 LONGEST_RETRY_AFTER = 300.0
 _LARGEST = 1 << 24  # bytes of an answer
+
+
+CUT = ("length", "max_tokens", "content_filter")  # finish reasons of an answer that is not whole
+OURS = ("messages", "model", "n", "stream")  # parts of a request that are not for the user to set
+
+
+class Answer(NamedTuple):
+    """What a server answered; `cut` if it stopped before the end."""
+
+    text: str
+    cut: bool
 
 
 class Unanswered(Exception):
@@ -59,6 +72,18 @@ def check(endpoint: str) -> None:
         raise ConfigError(f"{expected}; got {endpoint!r}")
 
 
+def options_from(text: str | None) -> dict[str, Any]:
+    """Further parts of each request, from a JSON object."""
+    expected = f"--judge_options: expected a JSON object of request parameters, without {', '.join(OURS)}"
+    try:
+        options = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        raise ConfigError(expected) from None
+    if not isinstance(options, dict) or set(OURS) & options.keys():
+        raise ConfigError(expected)
+    return options
+
+
 def key_from(variable: str, default: str) -> str:
     """The key in an environment variable, "" where the default one is not set. Never quotes what it was given."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
@@ -75,10 +100,21 @@ class Chat:
     """A model behind an endpoint. Threads may share it."""
 
     def __init__(
-        self, endpoint: str, model: str, key: str, *, retries: int, timeout: float, max_tokens: int | None
+        self,
+        endpoint: str,
+        model: str,
+        key: str,
+        *,
+        retries: int,
+        timeout: float,
+        max_tokens: int | None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        """`options` go into each request; one that is None takes the default out of it."""
         self.url, self._key, self._retries, self._timeout = endpoint, key, retries, timeout
-        self._settings = {"model": model, "temperature": 0} | ({"max_tokens": max_tokens} if max_tokens else {})
+        settings = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(options or {})
+        self._settings = {name: value for name, value in settings.items() if value is not None}
+        self._refused: set[str] = set()  # names of settings that the server does not take
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._stopped = threading.Event()
 
@@ -87,8 +123,8 @@ class Chat:
         messages = [{"role": "user", "content": question}]
         return json.dumps(self._settings | {"messages": messages}, sort_keys=True).encode()
 
-    def ask(self, body: bytes) -> str:
-        """The answer's text. Unanswered when all tries failed, RunError when another would fail too."""
+    def ask(self, body: bytes) -> Answer:
+        """The answer. Unanswered when all tries failed, RunError when another would fail too."""
         for attempt in range(self._retries + 1):
             try:
                 return self._try(body)
@@ -103,24 +139,52 @@ class Chat:
         """Let the threads that wait for another try give up."""
         self._stopped.set()
 
-    def _try(self, body: bytes) -> str:
+    def _try(self, body: bytes) -> Answer:
+        while True:
+            sent = self._accepted(json.loads(body))
+            status, text, after = self._send(sent)
+            if status not in (400, 422) or not self._refuses(text, sent):
+                break
+        if status == 429 or status >= 500:
+            raise _Passing(f"HTTP {status}{self._said(text)}", _seconds(after))
+        if status != 200:
+            raise RunError(f"--endpoint {self.url}: HTTP {status}{self._said(text)}; {_advice(status)}")
+        answer = _answer(text)
+        return answer._replace(text=self._clean(answer.text))
+
+    def _accepted(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The request as the server takes it."""
+        if "temperature" in self._refused:
+            request.pop("temperature", None)
+        if "max_tokens" in self._refused and "max_tokens" in request:
+            request["max_completion_tokens"] = request.pop("max_tokens")
+        return request
+
+    def _refuses(self, text: str, sent: Mapping[str, Any]) -> bool:
+        """Whether the server refused a setting that a request can do without; it is then left out of all."""
+        for name, word in (("max_tokens", "max_completion_tokens"), ("temperature", "temperature")):
+            if name in sent and word in text:
+                instead = "" if name == "temperature" else f"; {word} is sent instead"
+                console.warn(f"--endpoint {self.url}: the judge does not take {name}={sent[name]}{instead}")
+                self._refused.add(name)
+                return True
+        return False
+
+    def _send(self, body: Mapping[str, Any]) -> tuple[int, str, str]:
+        """(status, text, Retry-After)"""
+        data = json.dumps(body, sort_keys=True).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", data=body, headers=headers)
+        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", data=data, headers=headers)
         try:
             try:
                 response = self._opener.open(request, timeout=self._timeout)
             except urllib.error.HTTPError as error:
                 response = error  # an answer too
             with response:
-                status, after = response.status, response.headers.get("Retry-After", "")
                 text = response.read(_LARGEST).decode("utf-8", errors="replace")
+                return response.status, text, response.headers.get("Retry-After", "")
         except (OSError, http.client.HTTPException) as error:
             raise _Passing(self._clean(str(getattr(error, "reason", "") or error) or type(error).__name__)) from None
-        if status == 429 or status >= 500:
-            raise _Passing(f"HTTP {status}{self._said(text)}", _seconds(after))
-        if status != 200:
-            raise RunError(f"--endpoint {self.url}: HTTP {status}{self._said(text)}; {_advice(status)}")
-        return self._clean(_content(text))
 
     def _said(self, text: str) -> str:
         """What the server gave as the reason, on one line."""
@@ -137,16 +201,17 @@ class Chat:
         return text.replace(self._key, "***") if self._key else text
 
 
-def _content(text: str) -> str:
+def _answer(text: str) -> Answer:
     try:
-        content = json.loads(text)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        content = 0
+        choice = json.loads(text)["choices"][0]
+        content, cut = choice["message"]["content"], choice.get("finish_reason") in CUT
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        content, cut = 0, False
     if content is None:
-        return ""  # a refusal, or thoughts that took all the tokens
+        return Answer("", cut)  # a refusal, or thoughts that took all the tokens
     if not isinstance(content, str):
         raise _Passing("HTTP 200, but the body is no chat completion")
-    return content.encode("utf-8", errors="replace").decode("utf-8")  # JSON may hold half a character
+    return Answer(content.encode("utf-8", errors="replace").decode("utf-8"), cut)  # JSON may hold half a character
 
 
 def _seconds(retry_after: str) -> float:

@@ -22,6 +22,7 @@ _PLACES = {"prompt", "a", "b", "reference"}
 _CHOICE = re.compile(
     r"(?:[^\W\d][\w ]{0,40}[:：]\s*(?:(?i:summary|response|answer|assistant|option)\s+)?)?(A|B|(?i:tie))"
 )
+_ASKED = re.compile(r'^([^\W\d][\w ]{0,40}):[^\n]*"A"[^\n]*"B"', re.MULTILINE)  # the line that a template asks for
 _MARKUP = re.compile(r"[*_`#\"'“”‘’<>\[\]()]")
 _LINE_START = b'{"key": "'
 
@@ -45,6 +46,7 @@ class Template:
             raise ValueError(f"--template {name}: unknown place {{{unknown[0]}}}; known: {', '.join(sorted(_PLACES))}")
         self.shows_reference = "reference" in places
         self.ties = '"tie"' in self.text
+        self.label = found[-1] if (found := _ASKED.findall(self.text)) else ""
         self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
 
     def fill(self, **texts: str) -> str:
@@ -52,9 +54,23 @@ class Template:
         return _PLACE.sub(lambda place: texts[place[1]].strip(), self.text)
 
     def choice(self, answer: str) -> str | None:
-        """ "A", "B" or "tie": of the last line that states one and nothing else; None where no line does."""
-        for line in reversed(answer.splitlines()):
-            found = _CHOICE.fullmatch(_MARKUP.sub("", line).strip().rstrip(".").rstrip())
+        """ "A", "B" or "tie", or None where the answer states none.
+
+        Where the template asks for a line with a label, the last line with it decides; else the last line that states a
+        choice and nothing else does. What stands in <think> is not part of the answer.
+        """
+        before, _, answer = answer.rpartition("</think>")
+        if not before and "<think>" in answer:
+            return None  # thoughts without an end
+        lines = [_MARKUP.sub("", line).strip().rstrip(".").rstrip() for line in answer.splitlines()]
+        label = re.compile(rf"{re.escape(self.label)}\s*[:：]\s*(.*)", re.IGNORECASE) if self.label else None
+        labelled = [i for i, line in enumerate(lines) if label and label.match(line)]
+        if labelled:
+            lines = lines[labelled[-1] :]
+            if lines[0].rstrip(":： ").casefold() != self.label.casefold():
+                del lines[1:]  # else the choice is on a line below the label
+        for line in reversed(lines):
+            found = _CHOICE.fullmatch(line)
             if found and (self.ties or found[1] in "AB"):
                 return found[1] if found[1] in "AB" else "tie"
         return None

@@ -35,6 +35,7 @@ class Judgement(NamedTuple):
     choice: str | None  # "A", "B", "tie"; None: undecided
     reason: str = ""
     cached: bool = False
+    truncated: bool = False  # the answer stopped before its end, and decides nothing
 
     def points(self, order: str) -> float | None:
         """Of system a: 1 for a win, 1/2 for a tie."""
@@ -81,6 +82,7 @@ def count(pairs: Sequence[Pair], judged: Judged, seed: int) -> dict[str, Any]:
         "position_bias_rate": biased / len(decided) if decided else None,
         "first_position_share": choices.count("A") / len(choices) if choices else None,
         "cached": sum(judgement.cached for judgement in judged.values()),
+        "truncated": sum(judgement.truncated for judgement in judged.values()),
         "identical": sum(pair.texts["a"].strip() == pair.texts["b"].strip() for pair in pairs),
         "undecided": {
             "unanswered": unanswered,

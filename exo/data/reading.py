@@ -12,6 +12,9 @@ class Tokens(NamedTuple):
     ids: tuple[tuple[int, ...], ...]  # a row a completion; without an end of sequence where it ended for its length
     logprobs: tuple[float, ...]  # sums, at the temperature of the sampling
     finish: tuple[str, ...]  # "eos" or "length"
+    temperature: float | None = None  # how they were drawn; None if the row does not say
+    max_new_tokens: int | None = None
+    top_p: float | None = None
 
 
 class Reading(NamedTuple):
@@ -42,9 +45,24 @@ def tokens_of(row: dict[str, Any], k: int) -> Tokens | None:
         raise Malformed("token_ids must hold arrays of token numbers, none empty")
     if not all(how in ("eos", "length") for how in row["finish"]):
         raise Malformed("finish must hold 'eos' or 'length'")
+    most = row.get("max_new_tokens")
+    if most is not None and (type(most) is not int or most < 1):
+        raise Malformed("max_new_tokens must be an integer of at least 1")
     return Tokens(
         string("tokenizer", row["tokenizer"]),
         tuple(map(tuple, ids)),
         tuple(number(f"logprobs[{i}]", value) for i, value in enumerate(row["logprobs"])),
         tuple(row["finish"]),
+        _positive("temperature", row),
+        most,
+        _positive("top_p", row),
     )
+
+
+def _positive(name: str, row: dict[str, Any]) -> float | None:
+    if row.get(name) is None:
+        return None
+    value = number(name, row[name])
+    if value <= 0:
+        raise Malformed(f"{name} must be above 0")
+    return value

@@ -29,9 +29,7 @@ def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         if (config.num_labels or 0) > 2:
             raise ValueError(f"model {name!r}: expected one output (a reward) or two classes, got {config.num_labels}")
         tokenizer = load_tokenizer(name)
-        model = load_weights(AutoModelForSequenceClassification, name, config)
-        model.config.pad_token_id = tokenizer.pad_token_id  # its pooling goes by it
-        return model, tokenizer
+        return load_weights(AutoModelForSequenceClassification, name, config), tokenizer
 
 
 def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -50,7 +48,7 @@ def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedMo
             model = load_weights(AutoModelForSequenceClassification, name, config, head_is_new=True)
         if tokenizer.pad_token_id == tokenizer.eos_token_id:
             _pad_apart(model, tokenizer)
-        model.config.pad_token_id = tokenizer.pad_token_id  # its pooling goes by it
+        model.config.pad_token_id = tokenizer.pad_token_id  # transformers pools by it
         return model, tokenizer
 
 
@@ -69,8 +67,10 @@ def _on_the_body(name: str, causal: Any, outputs: int) -> Any:
 
 
 def _pad_apart(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A padding token that is not the end of sequence: a classifier pools at the last token that is no padding, and
-    would never see the end."""
+    """Give a tokenizer a padding token that is not its end of sequence.
+
+    We pool by length, but transformers takes the last token that is no padding, and would never see the end.
+    """
     known = tokenizer.get_vocab()
     own = next((token for token in (PAD, "<|padding|>", "[PAD]", "<|pad|>") if token in known), PAD)
     tokenizer.add_special_tokens({"pad_token": own})

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from exo import console, data
-from exo.data import Dataset, Purpose
+from exo.data import Dataset, Purpose, split
+from exo.data.split import Texts
 from exo.data.tables import FILES, hub_name
 
 T = TypeVar("T")
@@ -67,12 +68,19 @@ def drawn(items: Iterable[T], wanted: Wanted) -> list[T]:
     return shuffled[: wanted.rows]
 
 
-def hold_out(items: Sequence[T], prompt: Callable[[T], Hashable], seed: int) -> tuple[list[T], list[T]]:
-    """(to train on, held out): whole prompts, so that none is in both."""
-    prompts = list(dict.fromkeys(map(prompt, items)))
-    random.Random(seed).shuffle(prompts)
-    kept = set(prompts[: min(AT_MOST, max(1, round(HELD_OUT * len(prompts))))])
-    return [item for item in items if prompt(item) not in kept], [item for item in items if prompt(item) in kept]
+def hold_out(items: Sequence[T], texts: Callable[[T], Texts], seed: int) -> tuple[list[T], list[T]]:
+    """(to train on, held out): none of the texts held out is trained on."""
+    rows = list(map(texts, items))
+    names = dict.fromkeys(row.name for row in rows)
+    if len(names) < 2:
+        raise data.DataError("the source: expected two prompts at least, one to train on and one to hold out")
+    found = split.hold_out(rows, names, min(AT_MOST, max(1, round(HELD_OUT * len(names)))), seed)
+    if found.shared:
+        console.warn(found.warning("the source"))
+    train, held_out = (
+        [item for i, item in enumerate(items) if (i in found.held_out) == held] for held in (False, True)
+    )
+    return train, held_out
 
 
 def unseen(test: Iterable[T], trained: Collection[Hashable], prompt: Callable[[T], Hashable]) -> list[T]:

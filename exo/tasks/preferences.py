@@ -9,6 +9,7 @@ from pathlib import Path
 
 from exo import console, targets
 from exo.data import DataError, Group
+from exo.data.split import Texts
 from exo.tasks.making import Files, Wanted, drawn, hold_out, lines, named, parts, read, unseen
 
 
@@ -18,7 +19,7 @@ def preferences(wanted: Wanted) -> Files:
     if not train:
         raise DataError(f"{wanted.source}: expected a row with a best and a worst completion; found none")
     if not found.test:
-        train, test = hold_out(train, _prompt, wanted.seed)
+        train, test = hold_out(train, _texts, wanted.seed)
     test = unseen(test, set(map(_prompt, train)), _prompt)
     held_out = set(map(_prompt, test))
     prompts = [prompt for prompt in _prompts(wanted, train) if prompt not in held_out]
@@ -52,6 +53,10 @@ def _prompts(wanted: Wanted, train: list[Group]) -> list[str]:
 
 def _prompt(group: Group) -> str:
     return group.prompt
+
+
+def _texts(group: Group) -> Texts:
+    return Texts(group.prompt, group.completions)
 
 
 def _chosen(group: Group) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from exo import console, models
 from exo.config import require
 from exo.data import DataError
+from exo.data.split import Texts
 from exo.tasks.making import Files, Wanted, drawn, hold_out, lines, parts, read, unseen
 
 PREFIX_TOKENS, PREFIX_WORDS = 10, 4
@@ -52,7 +53,7 @@ def imdb(wanted: Wanted) -> Files:
         )
     cleaned, others = (_cut(((_clean(t), label) for t, label in drawn(part, wanted)), cut) for part in (train, test))
     if not others:
-        cleaned, others = hold_out(cleaned, _prompt, wanted.seed)
+        cleaned, others = hold_out(cleaned, _texts, wanted.seed)
     return _files(cleaned, others)
 
 
@@ -68,7 +69,7 @@ def polarity(wanted: Wanted) -> Files:
     ]
     distinct = dict.fromkeys(sentences)
     console.say(f"  {len(sentences):,} sentences, {len(sentences) - len(distinct):,} of them once more")
-    train, test = hold_out(_cut(drawn(distinct, wanted), _first_words), _prompt, wanted.seed)
+    train, test = hold_out(_cut(drawn(distinct, wanted), _first_words), _texts, wanted.seed)
 
     def base(directory: Path) -> int:
         model, tokenizer = models.tiny([review.text for review in train], seed=wanted.seed, **SMALL)
@@ -80,6 +81,10 @@ def polarity(wanted: Wanted) -> Files:
 
 def _prompt(review: Review) -> str:
     return review.prompt
+
+
+def _texts(review: Review) -> Texts:
+    return Texts(review.prompt, [review.rest])
 
 
 def _files(train: Sequence[Review], test: Sequence[Review]) -> Files:

@@ -1,0 +1,116 @@
+"""What is held out shares no text with what is trained on."""
+
+import random
+
+import pytest
+
+from exo import align, console, data, models, reward
+from exo.data.split import Texts, hold_out
+from tests.tasks import write_model, write_rows
+
+THINGS = "cat dog cow hen fox owl bee ant elk emu".split()
+
+
+def names(rows):
+    return sorted({row.name for row in rows})
+
+
+def texts(rows):
+    """Everything that a model sees of them."""
+    completions = {completion.strip() for row in rows for completion in row.completions}
+    return completions | {row.prompt + completion for row in rows for completion in row.completions}
+
+
+def test_rows_of_one_implicit_prompt_text_stay_together():
+    """One chosen text against three rejected: three prompts, since the prompt is what both begin with."""
+    rows = []
+    for i in range(18):
+        chosen = f"the {THINGS[i % 10]} number {i} sat down"
+        for prompt in ("the ", f"the {THINGS[i % 10]} ", f"the {THINGS[i % 10]} number {i} "):
+            rows.append(
+                Texts(prompt + f"<{i}> " * (prompt == "the "), (chosen[len(prompt) :], f"ran {i}{len(prompt)}"))
+            )
+    found = hold_out(rows, names(rows), 5, seed=0)
+    held, trained = ([row for i, row in enumerate(rows) if (i in found.held_out) == out] for out in (True, False))
+    assert held and not found.shared and not texts(held) & texts(trained)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_graphs_are_split_between_components_and_near_the_number(seed):
+    """Against components that are merged one row at a time."""
+    rng = random.Random(seed)
+    rows = [Texts(f"p{i}", (f"c{rng.randrange(14)}", f"d{i}")) for i in range(9)]
+    found = hold_out(rows, names(rows), 3, seed)
+    groups: list[set[int]] = []
+    for i, row in enumerate(rows):  # components by repeated merging
+        joined = [g for g in groups if any(set(rows[j].completions) & set(row.completions) for j in g)]
+        groups = [g for g in groups if g not in joined] + [{i}.union(*joined)]
+    if found.shared:
+        assert min(map(len, groups)) >= 6 or len(groups) == 1
+        return
+    assert all(group <= found.held_out or not group & found.held_out for group in groups)
+    assert 0 < len(found.held_out) < len(rows)
+    smaller = min(map(len, groups))
+    assert abs(len(found.held_out) - 3) <= max(map(len, groups)) - 1 or len(found.held_out) == smaller
+
+
+def test_unconnected_prompts_are_held_out_as_before():
+    """The same ones as ever: sorted, shuffled by the seed, the first so many."""
+    rows = [Texts(f"p{i % 30}", (f"a{i}", f"b{i}")) for i in range(60)]
+    expected = names(rows)
+    random.Random(7).shuffle(expected)
+    found = hold_out(rows, names(rows), 4, seed=7)
+    assert {rows[i].prompt for i in found.held_out} == set(expected[:4]) and len(found.held_out) == 8
+    assert found.shared == 0 and not found.warning("x")
+
+
+def test_an_empty_completion_connects_nothing_and_rows_without_a_prompt_are_told_apart():
+    rows = [Texts("" if i % 2 else f"p{i}", (f"a{i}", " ")) for i in range(20)]
+    found = hold_out(rows, names(rows), 5, seed=0)
+    assert len(found.held_out) == 5 and not found.shared
+
+
+def test_rows_that_are_all_connected_are_said_to_be():
+    rows = [Texts(f"p{i}", ("yes", "no")) for i in range(20)]
+    found = hold_out(rows, names(rows), 4, seed=0)
+    assert len(found.held_out) == found.shared == 4
+    assert "4 of 4 held-out rows of x share a completion with rows that are trained on" in found.warning("x")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_align_and_reward_train_on_no_text_that_they_hold_out(tmp_path):
+    """Through their own options, and the tokens that they make."""
+    rng = random.Random(0)
+    rows = []
+    for i in range(12):
+        common = [rng.choice(THINGS) for _ in range(3)] + [f"n{i}"]
+        for cut in range(1, 4):  # one chosen text, three rejected ones that leave it later and later
+            rejected = [*common[:cut], f"x{i}{cut}", rng.choice(THINGS)]
+            rows.append({"chosen": " ".join(common), "rejected": " ".join(rejected)})
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    words = sorted({word for row in rows for text in row.values() for word in text.split()})
+    policy = write_model(tmp_path / "policy", words=words)
+    tokenizer = models.load_tokenizer(policy)
+    dataset = data.read(source)
+    settings = align.Config(model=policy, data=source, eval_fraction=0.2)
+    groups = align._encode(settings, dataset, tokenizer, align.Counter())
+    for train, held_out in (
+        align._parted(settings, dataset, groups, [], align.Counter()),
+        reward._encode(reward.Config(model=policy, data=source, eval_fraction=0.2), dataset, tokenizer)[:2],
+    ):
+        seen = [{group.prompt + group.completions[0] for group in part} for part in (train, held_out)]
+        assert len(held_out) in range(4, 11) and len(train) + len(held_out) == 36
+        assert not seen[0] & seen[1]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_held_out_file_that_shares_texts_with_the_data_is_warned_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_warned", set())
+    rows = [{"prompt": f"red {word}", "chosen": f"good {word}", "rejected": "bad"} for word in ("red", "blue", "big")]
+    source = write_rows(tmp_path / "rows.jsonl", rows[:2])
+    others = [rows[1] | {"rejected": "small"}, {"prompt": "big", "chosen": "round", "rejected": "green"}]
+    held_out = write_rows(tmp_path / "held_out.jsonl", others)
+    arguments = ["--model", write_model(tmp_path / "policy"), "--data", source, "--eval_data", held_out]
+    assert align.main([*arguments, "--max_steps", "1", "--device", "cpu", "--output_dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {held_out}: 1 of 2 held-out rows share a prompt or a completion with --data" in said
