@@ -205,3 +205,19 @@ def test_weights_of_a_wrapper_that_are_mapped_are_those_that_are_read(tmp_path):
     assert {p.dtype for p in mapped.parameters()} == {torch.bfloat16}
     ids = torch.randint(3, 50, (2, 9))
     assert torch.equal(mapped.float().eval()(ids).logits, read.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Llama4"])
+def test_the_text_part_in_four_bits_is_trained_and_merged(family, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    write_wrapper(family, tmp_path / "wrapper")
+    arguments = ["--model", str(tmp_path / "wrapper"), "--data", rows(tmp_path / "rows.jsonl"), "--device", "cpu"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--batch_size", "4", "--lora_r", "2"]
+    assert align.main([*arguments, "--load_in_4bit", "--learning_rate", "1e-3", "--max_length", "32"]) == 0
+    ids = torch.randint(3, 50, (2, 9))
+    merged, rounded = models.load(tmp_path / "run")[0], models.load(tmp_path / "wrapper", four_bits=torch.float32)[0]
+    whole = models.load(tmp_path / "wrapper")[0]
+    with torch.no_grad():
+        found, near, far = (model.eval()(ids).logits for model in (merged, rounded, whole))
+    assert (found - near).abs().max() < 0.5 * (found - far).abs().max(), "two small steps from the rounded weights"
+    assert not hasattr(merged.config, "quantization_config")
