@@ -61,9 +61,11 @@ def add(model: Any, options: Options, name: str) -> Any:
     import peft
 
     targets: Any = options.lora_targets if options.lora_targets == "all-linear" else options.lora_targets.split(",")
+    # routers and the like, which are subclasses of nn.Linear and compute something else
+    odd = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "transformers." in type(m).__module__]
     settings = peft.LoraConfig(
         r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, target_modules=targets,
-        task_type="CAUSAL_LM",
+        exclude_modules=odd if targets == "all-linear" and odd else None, task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
         with _looking_fp32(model), warnings.catch_warnings():  # between peft and transformers

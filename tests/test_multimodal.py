@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,25 +83,25 @@ def write_wrapper(family, directory, **changes):
     return wrapper
 
 
+@contextmanager
+def without_timm():
+    """Build Gemma 3n with a stand-in for its vision tower, which is a model of timm's, if that is not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not importlib.util.find_spec("timm"):
+            module = pytest.importorskip("transformers.models.gemma3n.modeling_gemma3n")
+            build = module.AutoModel.from_config
+
+            def from_config(config, **settings):
+                return torch.nn.Linear(2, 2) if "vision" in config.model_type else build(config, **settings)
+
+            patch.setattr(module, "AutoModel", SimpleNamespace(from_config=from_config))
+        yield
+
+
 @pytest.fixture
-def tower(monkeypatch):
-    """Gemma 3n sees with a model of timm's, which tests do not need."""
-    if importlib.util.find_spec("timm"):
-        return
-    module = pytest.importorskip("transformers.models.gemma3n.modeling_gemma3n")
-    own = module.AutoModel.from_config
-
-    class Patched:
-        @staticmethod
-        def from_config(config, **settings):
-            return (
-                torch.nn.Linear(2, 2)
-                if "timm" in str(config.__class__.__mro__) + config.model_type
-                or (config.model_type == "gemma3n_vision")
-                else own(config, **settings)
-            )
-
-    monkeypatch.setattr(module, "AutoModel", Patched)
+def tower():
+    with without_timm():
+        yield
 
 
 SLOW = ("Llava", "PaliGemma", "InternVL")
@@ -134,15 +136,10 @@ def test_log_probs_of_text_are_those_of_the_wrapper(family, tmp_path, capsys):
     assert not any("vision" in name for name in again.state_dict())
 
 
-def test_a_wrapper_that_needs_another_library_is_one_line(tmp_path, request):
-    if importlib.util.find_spec("timm"):
-        pytest.skip("timm is installed")
-    with pytest.MonkeyPatch.context() as patch:
-        request.getfixturevalue("tower")
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_a_wrapper_that_needs_another_library_is_one_line(tmp_path):
+    with without_timm():
         write_wrapper("Gemma3n", tmp_path / "wrapper")
-        patch.undo()
-    module = __import__("transformers.models.gemma3n.modeling_gemma3n", fromlist=["AutoModel"])
-    request.getfixturevalue("monkeypatch").setattr(module, "AutoModel", transformers.AutoModel)
     with pytest.raises(ValueError, match="Gemma3nForConditionalGeneration.*requires the timm library") as caught:
         models.load(tmp_path / "wrapper")
     assert "\n" not in str(caught.value)
@@ -208,3 +205,19 @@ def test_weights_of_a_wrapper_that_are_mapped_are_those_that_are_read(tmp_path):
     assert {p.dtype for p in mapped.parameters()} == {torch.bfloat16}
     ids = torch.randint(3, 50, (2, 9))
     assert torch.equal(mapped.float().eval()(ids).logits, read.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Llama4"])
+def test_the_text_part_in_four_bits_is_trained_and_merged(family, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    write_wrapper(family, tmp_path / "wrapper")
+    arguments = ["--model", str(tmp_path / "wrapper"), "--data", rows(tmp_path / "rows.jsonl"), "--device", "cpu"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--batch_size", "4", "--lora_r", "2"]
+    assert align.main([*arguments, "--load_in_4bit", "--learning_rate", "1e-3", "--max_length", "32"]) == 0
+    ids = torch.randint(3, 50, (2, 9))
+    merged, rounded = models.load(tmp_path / "run")[0], models.load(tmp_path / "wrapper", four_bits=torch.float32)[0]
+    whole = models.load(tmp_path / "wrapper")[0]
+    with torch.no_grad():
+        found, near, far = (model.eval()(ids).logits for model in (merged, rounded, whole))
+    assert (found - near).abs().max() < 0.5 * (found - far).abs().max(), "two small steps from the rounded weights"
+    assert not hasattr(merged.config, "quantization_config")

@@ -128,7 +128,7 @@ def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, gi
                 parameter.data += 0.02 * torch.randn_like(parameter)
         models.save(model.to(torch.bfloat16), tokenizer, given / f"{name}-16")
     options = [option.format(given=given).replace("/other", "/other-16") for option in options]
-    options += ["--model", str(given / "start-16")]
+    options += ["--model", str(given / "start-16"), "--save_dtype", "float32"]
     for name, how, processes in (("one", "--fsdp=false", 1), ("two", "--fsdp", 2)):
         more = [how, "--reference_cache", str(tmp_path / name / "kept"), *options]
         code, said = forked(server, "align", given, tmp_path / name / "run", *more, processes=processes)
@@ -140,6 +140,29 @@ def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, gi
     one, two = (load_file(tmp_path / name / "run" / file) for name in ("one", "two"))
     assert one.keys() == two.keys() and {t.dtype for t in two.values()} == {torch.float32}
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+
+
+@pytest.mark.parametrize("how", ["--fsdp", pytest.param("--fsdp=false", marks=slow)])
+def test_ranks_agree_on_weights_that_did_not_move_or_are_not_finite(how, given, tmp_path, server):
+    for rate, said in (
+        ("1e-60", "no weight has changed after 10 steps"),
+        ("1e300", "the weights are not finite (model."),
+    ):
+        run = tmp_path / rate
+        code, log = forked(server, "sft", given, run, how, "--learning_rate", rate, "--on_nan", "skip")
+        assert code == 1 and said in log and "another process" not in log and "Traceback" not in log, log
+        assert not (run / "model.safetensors").exists()
+        assert bool(list(run.glob("resume/step-*"))) == (rate == "1e-60"), "no poisoned checkpoint"
+
+
+@pytest.mark.parametrize("how", ["--fsdp", pytest.param("--fsdp=false", marks=slow)])
+def test_ranks_save_the_dtype_of_the_start(how, given, tmp_path, server):
+    model, tokenizer = models.load(given / "start")
+    models.save(model.to(torch.bfloat16), tokenizer, tmp_path / "start")
+    code, log = forked(server, "sft", given, tmp_path / "run", how, "--model", str(tmp_path / "start"))
+    assert code == 0, log
+    assert {tensor.dtype for tensor in load_file(tmp_path / "run/model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "run/config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("known", [(4, 0), (1, 6)])

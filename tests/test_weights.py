@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from exo import steps, weights
+from exo.artifacts import RunError
 from tests import interruptions
 from tests.interruptions import STAGES
 
@@ -80,3 +82,26 @@ def test_the_first_tensor_that_is_not_finite_is_named():
             assert weights.not_finite([("a", torch.ones(2)), ("empty", torch.ones(0)), ("b", odd)]) == "b"
     huge = torch.full((4,), 3e38)
     assert weights.not_finite([("a", huge), ("i", torch.ones(2, dtype=torch.int64))]) == ""
+
+
+def test_a_model_that_is_frozen_is_refused_before_the_first_step():
+    module = torch.nn.Module()
+    module.model = torch.nn.Linear(2, 2).requires_grad_(False)
+    module.critic = torch.nn.Linear(2, 2)  # which is not saved
+    with pytest.raises(RunError, match="nothing to train: every weight of Linear is frozen"):
+        weights.Movement(module, Accelerator(cpu=True))
+
+
+def test_one_bit_of_one_weight_is_a_change():
+    """In the shape of LoRA: one matrix of zeros beside others, in every dtype that is trained."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        module = torch.nn.ParameterList([torch.randn(8, 4, dtype=dtype), torch.zeros(4, 8, dtype=dtype)])
+        movement, counters = weights.Movement(module, Accelerator(cpu=True)), {"not_finite": 0.0}
+        movement.begin()
+        movement.update(counters)
+        with pytest.raises(RunError, match="no weight has changed after 3 steps"):
+            weights.check_moved(counters, 3)
+        with torch.no_grad():
+            module[1][2, 3] = torch.finfo(dtype).tiny
+        movement.update(counters)
+        weights.check_moved(counters, 3)

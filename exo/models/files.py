@@ -39,13 +39,14 @@ def check(name: str) -> None:
 
 
 def find(name: str, file: str) -> Path | None:
-    """Return the path of a model's file; None if it has none, or the hub cannot be reached."""
+    """Return the path of a model's file; None if it has none. ValueError if its hub config cannot be reached."""
     if Path(name).is_dir():
         return Path(name) / file if (Path(name) / file).is_file() else None
+    needed = file == "config.json"  # asked for first: without it nothing else is tried
     with explained(name, "a hub name"):
         found = cached_file(
             name, file, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_connection_errors=needed,
         )  # fmt: skip
     return None if found is None else Path(found)
 

@@ -61,6 +61,8 @@ def text_part(name: str, config: PreTrainedConfig, read: Callable[[Any], PreTrai
     wrapper: Any = read(whole)
     with explained(name, f"a {kind.__name__} inside a {type(wrapper).__name__}"), without_warnings():
         model = _extracted(wrapper, kind)
+        _keep_quantizer(wrapper, model)
+        model.name_or_path = model.config._name_or_path = name  # where an adapter will look for it
         if compared:
             _compare(wrapper, model)
     console.say(
@@ -87,6 +89,17 @@ def _extracted(wrapper: Any, kind: Any) -> Any:
     model.config.tie_word_embeddings = head.weight is tower[0].get_input_embeddings().weight
     model.generation_config = wrapper.generation_config
     return model.train(wrapper.training)
+
+
+def _keep_quantizer(wrapper: Any, model: Any) -> None:
+    """Let a part in 4 bits be known as such to transformers and peft."""
+    if getattr(wrapper, "hf_quantizer", None) is None:
+        return
+    for name, value in vars(wrapper).items():
+        if name == "hf_quantizer" or name.startswith("is_") or "quantiz" in name:
+            vars(model).setdefault(name, value)
+    model.hf_quantizer = wrapper.hf_quantizer
+    model.config.quantization_config = wrapper.config.quantization_config
 
 
 @torch.no_grad()
