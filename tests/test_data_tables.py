@@ -130,10 +130,8 @@ def test_a_directory_with_anything_else_is_refused(tmp_path, other):
     assert "a directory without a data file; accepted" in refusal(tmp_path)
     put(tmp_path, [GOOD])
     (tmp_path / other).mkdir()
-    assert (
-        f"directory of data files alone (.jsonl, .json, .csv, .tsv, .gz, .bz2, .xz, .zst, .parquet, .arrow), found '{other}'"
-        in refusal(tmp_path)
-    )
+    message = refusal(tmp_path)
+    assert "directory of data files alone (.jsonl, .json, .csv, " in message and f".arrow), found '{other}'" in message
 
 
 # Hub names.

@@ -59,7 +59,7 @@ _HARMLESS = set(
     "labelling_model labelling_prompt raw_labelling_response generation_model generation_models generations "
     "generation_prompt raw_generation_responses raw_generation_response original_response original_chosen "
     "original_rejected gen_input_configs llama_guard_2 instruct_reward min_neighbor_distance repeat_count "
-    "min_similar_uuid prompt_id turn turns num_turns".split()
+    "min_similar_uuid quality_explanation new_generations prompt_id turn turns num_turns".split()
 )
 _HARMLESS_NAME = re.compile(
     r"(^|.*_)(id|ids|idx|index|uuid|hash|sha256|md5|model|models|model_name|source|url|score|scores|rating|ratings|"
@@ -176,11 +176,19 @@ def _repeats(value: Any, texts: tuple[str, ...]) -> bool:
         said = value.strip()
         if any(said == text.strip() for text in texts):
             return True
-        return len(said.split(None, 3)) > 2 and any(said in text for text in texts)
+        if len(said.split(None, 3)) < 3:
+            return False
+        return any(said in text for text in texts) or _renders(said, texts)
     if isinstance(value, list) and value:
         spoken = [item.get("content", item.get("value")) if isinstance(item, dict) else item for item in value]
         return all(isinstance(text, str) and _repeats(text, texts) for text in spoken)
     return False
+
+
+def _renders(said: str, texts: tuple[str, ...]) -> bool:
+    """Return whether a text is the whole row once more, as Alpaca's `text` is: every line of it with words around."""
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    return len(lines) > 1 and all(line in said for line in lines)
 
 
 def texts_of(prompt: str, completions: tuple[str, ...]) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ class _Reader:
     nulls: list[str] = field(default_factory=list)  # columns of the last row that are null
     shape: Shape | None = None  # of the file, in the names of its columns
     chat: bool | None = None  # whether its prompts are messages; None until a row has told
+    origin: str = ""  # what the rows were put together from
     made: bool = False  # some were made messages of a question and what stands beside it
     plans: dict[tuple[str, ...], Plan] = field(default_factory=dict)
     doubtful: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
@@ -89,13 +90,15 @@ class _Reader:
         own = f"{show(self.path)}:"
         rows = 0
         with closing(source.rows) as stream:
-            together, origin = regrouped(self._renamed(stream), self.purpose)
+            together, self.origin = regrouped(self._renamed(stream), self.purpose)
             for (number, place), row in together:
                 rows += 1
                 try:
                     reading = self._understood(row, place)
                 except Malformed as error:
-                    message = f"{place}: {error}" + (f" (null: {names(self.nulls)})" if self.nulls else "")
+                    message = f"{place}: {error}"
+                    if nulls := [name for name in self.nulls if repr(name) in message]:
+                        message += f" (null: {names(nulls)})"
                     if unknown := set(self.chosen.renamed.values()) - self.met:
                         message += f"; no column {names(sorted(unknown))}, which --columns or --system_column names"
                     if not self.skip_invalid:
@@ -116,8 +119,10 @@ class _Reader:
         if self.made:
             groups = mixing.as_chats(groups)
         chat = "chat messages" if self.chat or self.made else ""
-        words = ", ".join(filter(None, (str(self.shape), chat, origin and f"from {origin}", source.container)))
-        turns = not chat and (self.shape.chat or bool(origin))
+        words = ", ".join(
+            filter(None, (str(self.shape), chat, self.origin and f"from {self.origin}", source.container))
+        )
+        turns = not chat and (self.shape.chat or bool(self.origin))
         unread = tuple(self.left_over.unread)
         return Dataset(groups, words, rows, dict(skipped), dict(noted), os.fspath(self.path), turns, unread)
 
@@ -160,7 +165,10 @@ class _Reader:
         if self.purpose == "texts":
             reading = _to_imitate(reading)
         chat = isinstance(reading.prompt, Chat)
-        prompt = dressed(reading.prompt, row, turn=shape.turn)
+        prompt = dressed(reading.prompt, row, own=shape.keys, turn=shape.turn)
+        if shape.chat or self.origin:  # a question, or with earlier turns a chat: the same file has both
+            self.made = self.made or isinstance(prompt, Chat)
+            return reading._replace(prompt=prompt)
         if self.chat is not None and chat != self.chat:
             raise Malformed(
                 "chat messages, and the file began with texts"

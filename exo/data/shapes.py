@@ -114,7 +114,8 @@ def listed(prompt: Any, key: str, row: Row, text: str, score: str, sign: int = 1
         if not isinstance(item, dict) or not {text, score} <= item.keys():
             raise Malformed(f"{key}[{i}] must be an object with {names([text, score])}")
     reading = answered(prompt, {f"{key}[{i}].{text}": item[text] for i, item in enumerate(items)})
-    rewards = tuple(sign * number(f"{key}[{i}].{score}", item[score]) for i, item in enumerate(items))
+    # + 0.0, because minus the rank 0 is -0.0
+    rewards = tuple(sign * number(f"{key}[{i}].{score}", item[score]) + 0.0 for i, item in enumerate(items))
     return reading._replace(rewards=rewards)
 
 
@@ -201,8 +202,8 @@ TEXT = Shape("texts without a prompt", ("text",), _text, turn=False)
 LABELLED = Shape("labelled texts", ("text", "label"), _labelled, turn=False)
 WITHOUT_REWARDS = SAMPLES._replace(convert=partial(_no_use, "samples without rewards; python -m exo.score makes them"))
 UNPAIRED = Shape("completions with a label each", ("prompt", "completion", "label"), partial(
-    _no_use, "completions labelled good or bad one by one need a loss such as KTO, which is not there yet; sft learns "
-    "the good ones with --columns keep=label"
+    _no_use, "completions labelled good or bad one by one need a loss such as --loss kto, which does not exist yet; "
+    "sft learns the good ones with --columns keep=label"
 ))  # fmt: skip
 UNCHOSEN = SAMPLES._replace(
     convert=partial(_no_use, "several completions a row, and no rewards that tell which to learn; exo.score makes them")

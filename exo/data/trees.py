@@ -93,7 +93,7 @@ def _answered(turns: list[Row], replies: list[Any], purpose: str) -> Iterator[Ro
         best = min(ranked, key=_rank) if ranked else kept[0]
         yield {"prompt": turns, "completion": best["text"]}
     elif purpose == "comparisons" and len(ranked) > 1:
-        rewards = [-_rank(reply) for reply in ranked]
+        rewards = [0.0 - _rank(reply) for reply in ranked]
         yield {"prompt": turns, "completions": [reply["text"] for reply in ranked], "rewards": rewards}
 
 
