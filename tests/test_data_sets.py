@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def table() -> dict[str, dict[str, str]]:
 def options(cell: str) -> dict:
     """What a stage hands to the reader for these flags."""
 
+    @dataclass(frozen=True)
     class Config(config.DataOptions, config.Stage):
         pass
 

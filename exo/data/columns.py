@@ -43,6 +43,8 @@ _NOT_READ = set(
     "images image videos video audio audios margin margins weight weights sample_weight loss_mask mask chat_template "
     "chat_template_kwargs template functions documents".split()
 )
+_RENDERED = {"text", "full_text", "formatted_text", "formatted_prompt", "formatted_chat"}
+_OF_THE_LOSS = {"margin", "margins", "weight", "weights", "sample_weight", "loss_mask", "mask"}
 _COULD_BE_PROMPT = set(
     "completions text messages history tools document passage passages article background story premise instructions "
     "prefix suffix".split()
@@ -129,7 +131,7 @@ class LeftOver:
         return tuple(found)
 
     def _is_harmless(self, name: str) -> bool:
-        if self.purpose in ("prompts", "samples") and name in _ANSWERS:
+        if self.purpose in ("prompts", "samples") and (name in _ANSWERS or name in _OF_THE_LOSS):
             return True
         return name in _HARMLESS or (name not in SUSPECT and _HARMLESS_NAME.match(name) is not None)
 
@@ -138,7 +140,7 @@ class LeftOver:
         self._rows += 1
         for name in columns:
             value = row[name]
-            if value in ("", [], {}) or _repeats(value, texts):
+            if value in ("", [], {}) or _repeats(value, texts) or (name in _RENDERED and _renders(value, texts)):
                 continue
             if name in SUSPECT:
                 raise _refused(place, name, shape)
@@ -178,17 +180,17 @@ def _repeats(value: Any, texts: tuple[str, ...]) -> bool:
             return True
         if len(said.split(None, 3)) < 3:
             return False
-        return any(said in text for text in texts) or _renders(said, texts)
+        return any(said in text for text in texts)
     if isinstance(value, list) and value:
         spoken = [item.get("content", item.get("value")) if isinstance(item, dict) else item for item in value]
         return all(isinstance(text, str) and _repeats(text, texts) for text in spoken)
     return False
 
 
-def _renders(said: str, texts: tuple[str, ...]) -> bool:
+def _renders(said: Any, texts: tuple[str, ...]) -> bool:
     """Return whether a text is the whole row once more, as Alpaca's `text` is: every line of it with words around."""
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
-    return len(lines) > 1 and all(line in said for line in lines)
+    return isinstance(said, str) and len(said) > sum(map(len, lines)) and all(line in said for line in lines)
 
 
 def texts_of(prompt: str, completions: tuple[str, ...]) -> tuple[str, ...]:

@@ -153,19 +153,21 @@ class _Reader:
         shape = match(whole, planned, self.shape, self.purpose)
         reading = shape.convert(whole)
         if not reading.skip:
-            reading = self._completed(reading, whole, shape)
+            reading = self._completed(reading, whole, shape, planned.beside)
         self.shape = shape
         self._check_columns(place, row, whole, present, planned, shape, reading)
         return reading
 
-    def _completed(self, reading: Reading, row: dict[str, Any], shape: Shape) -> Reading:
+    def _completed(self, reading: Reading, row: dict[str, Any], shape: Shape, beside: bool) -> Reading:
         """Return the reading with what stands beside its prompt and completions; note whether it is of messages."""
         if shape.reference and self.purpose in ("comparisons", "samples"):
             reading = referenced(reading, row)
         if self.purpose == "texts":
             reading = _to_imitate(reading)
         chat = isinstance(reading.prompt, Chat)
-        prompt = dressed(reading.prompt, row, own=shape.keys, turn=shape.turn)
+        prompt = reading.prompt
+        if beside:
+            prompt = dressed(prompt, row, own=shape.keys, turn=shape.turn)
         if shape.chat or self.origin:  # a question, or with earlier turns a chat: the same file has both
             self.made = self.made or isinstance(prompt, Chat)
             return reading._replace(prompt=prompt)
@@ -240,17 +242,18 @@ def _degenerate(completions: tuple[str, ...]) -> str:
 
 
 def _remarks(reading: Reading, purpose: Purpose) -> list[str]:
-    compared = purpose == "comparisons"
+    """Return what is worth a remark about a row that is used."""
     prompt, texts = reading.prompt, reading.completions
-    found = {
-        "later turns dropped": reading.later_turns and purpose in ("comparisons", "texts"),
-        "all rewards equal": compared and reading.rewards is not None and len(set(reading.rewards)) == 1,
-        "some completions repeated": compared and len(set(texts)) < len(texts),
-        "empty prompt": purpose in ("comparisons", "prompts") and not prompt,
-        "every completion begins with its prompt": len(prompt) > 8 and texts and all(map(_begins(prompt), texts)),
-    }
-    return [reason for reason, true in found.items() if true]
-
-
-def _begins(prompt: str) -> Any:
-    return lambda text: text.startswith(prompt)
+    found = []
+    if reading.later_turns and purpose in ("comparisons", "texts"):
+        found.append("later turns dropped")
+    if purpose == "comparisons":
+        if reading.rewards is not None and len(set(reading.rewards)) == 1:
+            found.append("all rewards equal")
+        if len(set(texts)) < len(texts):
+            found.append("some completions repeated")
+    if not prompt and purpose in ("comparisons", "prompts"):
+        found.append("empty prompt")
+    if len(prompt) > 8 and texts and texts[0].startswith(prompt) and all(text.startswith(prompt) for text in texts):
+        found.append("every completion begins with its prompt")
+    return found

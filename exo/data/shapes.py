@@ -125,7 +125,8 @@ def answered(prompt: Any, answers: Mapping[str, Any]) -> Reading:
     texts = []
     later_turns = False
     for name, value in answers.items():
-        value = decoded(name, value)
+        if type(value) is not str or value[:1] == "[":
+            value = decoded(name, value)
         if not is_chat(value):
             texts.append(string(name, value))
             continue
