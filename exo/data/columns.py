@@ -81,10 +81,10 @@ class Choice(NamedTuple):
         """Return the row without nulls and ignored columns, with the others under the names they are read by."""
         if not self.renamed and not self.ignored:
             return {name: value for name, value in row.items() if value is not None} if None in row.values() else row
-        gone = self.ignored.union(self.renamed, self.renamed.values())
+        moved = {name: column for name, column in self.renamed.items() if column in row}  # or of another file
+        gone = self.ignored.union(moved, moved.values())
         kept = {name: value for name, value in row.items() if value is not None and name not in gone}
-        moved = {name: row[column] for name, column in self.renamed.items() if row.get(column) is not None}
-        return kept | moved
+        return kept | {name: row[column] for name, column in moved.items() if row[column] is not None}
 
 
 def choice(columns: Mapping[str, str] | None, ignored: Iterable[str], system_column: str | None) -> Choice:
