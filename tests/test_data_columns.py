@@ -57,6 +57,8 @@ LEFT_OVER = {
     "images": [[{"bytes": "x", "path": None}]] * 2,
     "picture": [{"bytes": "x"}, {"bytes": "y"}],
     "frage": ["这是一个很长的问题吗", "那是另外一个问题吗"],
+    "source": [f"{text} " * 3 for text in LONG],
+    "choices": [["one", "two"], ["two", "three"]],
     "chat_template_kwargs": [{"enable_thinking": False}] * 2,
 }
 HARMLESS = {
@@ -103,6 +105,12 @@ def test_what_changes_the_loss_is_refused_where_there_is_a_loss(tmp_path):
 def test_one_text_in_one_row_is_not_taken_for_a_constant(tmp_path):
     assert "column 'thoughts'" in refusal(put(tmp_path, [{**GOOD, "thoughts": LONG[0]}]))
     read(put(tmp_path, [{**GOOD, "thoughts": LONG[0]}] * 2))
+
+
+def test_without_a_prompt_any_word_could_be_it(tmp_path):
+    rows = [{"word": word, "chosen": f"{word} is nice", "rejected": f"I like {word}"} for word in ("cat", "dog")]
+    assert "column 'word'" in refusal(put(tmp_path, rows)) and "column 'word'" in refusal(put(tmp_path, rows[:1]))
+    assert read(put(tmp_path, [{**GOOD, **row, "prompt": "p"} for row in rows])).unread == ("word",)
 
 
 def test_a_column_that_turns_up_late_is_seen(tmp_path):

@@ -104,6 +104,9 @@ def test_the_last_answer_with_a_weight_is_learned(tmp_path):
         )
         context = {"prompt": [ASK, answer("x", **flag), ASK], "chosen": "a", "rejected": "b"}
         assert read(put(tmp_path, [context])).groups[0].prompt.messages[1] == answer("x")
+    rows = [{"prompt": "p", "completion": answer("a", weight=0)}, {"prompt": "p", "completion": answer("a")}]
+    data = read(put(tmp_path, rows), purpose="texts")
+    assert data.skipped == {"no message of the assistant with a weight": 1}
     assert "weight must be 0 or 1" in refusal(
         put(tmp_path, [{"messages": [ASK, answer("a", weight=0.5)]}]), purpose="texts"
     )

@@ -78,7 +78,7 @@ class _Reader:
     origin: str = ""  # what the rows were put together from
     made: bool = False  # some were made messages of a question and what stands beside it
     plans: dict[tuple[str, ...], Plan] = field(default_factory=dict)
-    doubtful: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    doubtful: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
 
     def read(self) -> Dataset:
         source = containers.open_source(self.path)
@@ -192,9 +192,13 @@ class _Reader:
             left = [name for name in present if name not in taken]
             doubtful = self.doubtful[present] = self.left_over.doubtful(left)
             self.left_over.unread |= dict.fromkeys(name for name in shape.unused if name in whole)
-        if doubtful:
+        named, others = doubtful
+        self.left_over.rows += 1
+        if named:
+            self.left_over.check_names(place, row, named, shape)
+        if others:
             texts = texts_of(reading.prompt, reading.completions)
-            self.left_over.check(place, row, doubtful, texts, shape)
+            self.left_over.check(place, row, others, texts, shape)
 
     def _beside(self, shape: Shape) -> Iterable[str]:
         """Columns that are read beside those of the shape."""

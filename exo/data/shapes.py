@@ -140,6 +140,8 @@ def answered(prompt: Any, answers: Mapping[str, Any]) -> Reading:
 
 
 def _answer(key: str, row: Row) -> Reading:
+    if is_chat(row[key]) and not any(message.learned for message in conversation(key, row[key])):
+        return Reading(skip="no message of the assistant with a weight")
     if is_whole(row[key]):
         return with_prompt(row["prompt"], last_turn(key, row))
     return answered(row["prompt"], {key: row[key]})
