@@ -176,3 +176,22 @@ def test_only_the_good_completions_of_unpaired_data_are_learned(tmp_path):
         DataError, match="--loss kto, which does not exist yet; sft learns the good ones with --columns"
     ):
         read(path)
+
+
+WRONG = [
+    None, 1, 1.5, True, "x", [], [1], [None], {}, {"a": 1}, [[]], [{}], '[{"role": 1}]', [{"role": None}],
+    [{"role": ["x"], "content": "y"}], {"role": "user", "content": {"a": 1}}, [{"from": "gpt", "value": None}],
+    [{"role": "assistant", "content": None, "tool_calls": {"a": 1}}], [{"input": 1, "output": 2}], '[{"from": {}}]',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("purpose", ["comparisons", "texts", "prompts"])
+def test_a_wrong_type_in_any_column_of_any_format_is_one_line(tmp_path, purpose):
+    for number, rows in enumerate(ROWS.values()):
+        for place, column in enumerate(rows[0]):
+            for value in WRONG[(number + place) % 13 :: 13]:  # all of them in every column take a minute
+                path = put(tmp_path, [{**rows[0], column: value}])
+                try:
+                    read(path, purpose=purpose)
+                except DataError as error:
+                    assert len(str(error).splitlines()) == 1
