@@ -140,7 +140,9 @@ def test_columns_by_other_names(tmp_path):
     for renamed in ({"prompt": "nowhere"}, {**names, "history": "nowhere"}):
         assert "no column 'nowhere', which --columns or --system_column names" in refusal(path, columns=renamed)
     with pytest.raises(DataError, match="no column 'nowhere'"):
-        read(put(tmp_path, [GOOD]), columns={"tools": "nowhere"})
+        read(put(tmp_path, [GOOD]), columns={"prompt": "nowhere"})
+    held_out = read(put(tmp_path, [GOOD]), columns={"prompt": "nowhere"}, columns_required=False)
+    assert held_out.groups[0].prompt == "p"
     read(put(tmp_path, [{**ORCA, "context": "x"}]), ignore_columns=["context"])
 
 

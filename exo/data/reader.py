@@ -32,6 +32,7 @@ def read(
     system_column: str | None = None,
     weights: Sequence[float] | None = None,
     seed: int = 0,
+    columns_required: bool = True,
 ) -> Dataset:
     """Read data. The first valid row sets the shape; a row of another shape is malformed.
 
@@ -41,7 +42,8 @@ def read(
     (nothing to compare: an empty completion, a single one, all the same) are skipped and counted in any case. Data
     without a usable row raises, and so does what is damaged beyond telling its rows apart.
 
-    `columns` gives columns other names, {"prompt": "question"}; `system_column` is that of the system prompt;
+    `columns` gives columns other names, {"prompt": "question"}; one that no file has is an error, unless
+    `columns_required` is False: then the file has its own names. `system_column` is that of the system prompt;
     `ignore_columns` are left out ("all": all that nobody reads). A column that is not read and could belong to the
     prompt, or change what is learned, raises unless it is ignored. `weights` are the shares of several paths in an
     epoch, drawn by `seed`: see mixing.
@@ -58,7 +60,7 @@ def read(
         reader = _Reader(part, purpose, chosen, skip_invalid)
         datasets.append(reader.read())
         missing -= reader.met
-    if missing:
+    if missing and columns_required:
         raise DataError(f"{show(path)}: no column {names(sorted(missing))}, which --columns or --system_column names")
     return datasets[0] if len(datasets) == 1 else mixing.mixed(datasets, os.fspath(path), weights, seed)
 
