@@ -105,7 +105,7 @@ class Config(adapter.Options, config.DataOptions):
 def run(config: Config, start: lineage.Start) -> Path:
     """Align and return the run directory."""
     dataset = _read(config, config.data, **config.mixing())
-    held_out = _read(config, config.eval_data) if config.eval_data else None
+    held_out = _read(config, config.eval_data, columns_required=False) if config.eval_data else None
     if held_out is not None:
         data_checks.warn_of_trained_texts(dataset, held_out)
     accelerator = loop.make_accelerator(config)
@@ -172,9 +172,9 @@ def run(config: Config, start: lineage.Start) -> Path:
     return directory
 
 
-def _read(config: Config, path: str, **mixing: Any) -> data.Dataset:
+def _read(config: Config, path: str, **options: Any) -> data.Dataset:
     path = lineage.source("data", path, "score", "prepare", prepared="pairs.jsonl")
-    dataset = data.read(path, **config.reading(), **mixing)
+    dataset = data.read(path, **config.reading(), **options)
     samples.check_temperature("data", path, dataset.groups, config.temperature)
     if config.target == "rw" and dataset.groups[0].rewards is None:
         raise ValueError(f"--target rw: expected completions with rewards; {path} has preferences")

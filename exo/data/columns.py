@@ -2,8 +2,8 @@
 
 A column that nobody reads is harmless (an id, a score, a model's name), or it could belong to the prompt or change what
 is learned (a question, tools, a margin). The second kind is refused once, unless --ignore_columns names it. Names
-decide where they are known (SUSPECT, _HARMLESS), else the content does: a text of several words that is not the same in
-every row could be a prompt, unless it repeats what was read.
+decide where they are known (SUSPECT, _HARMLESS, _ABOUT), else the content does: a text of several words that is not the
+same in every row could be a prompt, unless it repeats what was read. A harmless name does not excuse a long text.
 """
 
 import re
@@ -43,24 +43,30 @@ _NOT_READ = set(
     "images image videos video audio audios margin margins weight weights sample_weight loss_mask mask chat_template "
     "chat_template_kwargs template functions documents".split()
 )
+_RENDERED = {"text", "full_text", "formatted_text", "formatted_prompt", "formatted_chat"}
+_OF_THE_LOSS = {"margin", "margins", "weight", "weights", "sample_weight", "loss_mask", "mask"}
 _COULD_BE_PROMPT = set(
     "completions text messages history tools document passage passages article background story premise instructions "
-    "prefix suffix".split()
+    "prefix suffix choices options candidates hint hints persona scenario concepts".split()
 )
 SUSPECT = {name for key, others in ALIASES.items() for name in (key, *others)} | _NOT_READ | _COULD_BE_PROMPT
 SUSPECT |= {*REFERENCE}
 _HARMLESS = set(
     "id ids idx index uuid key hash source sources dataset dataset_name data_source origin model models generator "
-    "annotator annotators worker author meta metadata info extra extra_info misc tags tag keywords topic category "
-    "categories domain subset split batch task task_type task_name type kind difficulty quality intent knowledge lang "
-    "language languages locale license licence url urls link date day time timestamp created created_at updated_at "
-    "version views title_id score scores rating ratings reward rewards rank ranks votes upvotes toxicity toxic "
-    "tokenizer token_ids logprobs finish finish_reason temperature top_p top_k seed log_ratios line sample raw_scores "
-    "labelling_model labelling_prompt raw_labelling_response generation_model generation_models generations "
-    "generation_prompt raw_generation_responses raw_generation_response original_response original_chosen "
-    "original_rejected gen_input_configs llama_guard_2 instruct_reward min_neighbor_distance repeat_count "
-    "min_similar_uuid prompt_id turn turns num_turns".split()
+    "annotator annotators worker author tags tag category categories domain subset split batch task task_type "
+    "task_name type kind difficulty quality intent knowledge lang language languages locale license licence url urls "
+    "link date day time timestamp created created_at updated_at version views title_id score scores rating ratings "
+    "reward rewards rank ranks votes upvotes toxicity toxic tokenizer token_ids logprobs finish finish_reason "
+    "temperature top_p top_k seed log_ratios line sample raw_scores turn turns num_turns".split()
 )
+# What makers of data leave about how they were made, however long it is.
+_ABOUT = set(
+    "meta metadata info misc extra extra_info annotations labelling_model labelling_prompt raw_labelling_response "
+    "generation_model generation_models generations generation_prompt raw_generation_responses new_generations "
+    "raw_generation_response original_response original_chosen original_rejected gen_input_configs llama_guard_2 "
+    "instruct_reward min_neighbor_distance repeat_count min_similar_uuid quality_explanation token_ids".split()
+)
+_SENTENCE = 12  # words: a name or a date is shorter, a text that calls itself a source is not
 _HARMLESS_NAME = re.compile(
     r"(^|.*_)(id|ids|idx|index|uuid|hash|sha256|md5|model|models|model_name|source|url|score|scores|rating|ratings|"
     r"reward|rewards|rank|date|time|timestamp|lang|language|category|version|length|len|count|tokens|logprob|logprobs)$"
@@ -79,10 +85,10 @@ class Choice(NamedTuple):
         """Return the row without nulls and ignored columns, with the others under the names they are read by."""
         if not self.renamed and not self.ignored:
             return {name: value for name, value in row.items() if value is not None} if None in row.values() else row
-        gone = self.ignored.union(self.renamed, self.renamed.values())
+        moved = {name: column for name, column in self.renamed.items() if column in row}  # or of another file
+        gone = self.ignored.union(moved, moved.values())
         kept = {name: value for name, value in row.items() if value is not None and name not in gone}
-        moved = {name: row[column] for name, column in self.renamed.items() if row.get(column) is not None}
-        return kept | moved
+        return kept | {name: row[column] for name, column in moved.items() if row[column] is not None}
 
 
 def choice(columns: Mapping[str, str] | None, ignored: Iterable[str], system_column: str | None) -> Choice:
@@ -117,37 +123,50 @@ class LeftOver:
         self.chosen, self.purpose = chosen, purpose
         self.unread: dict[str, None] = {}  # in order
         self._same: dict[str, Any] = {}  # a text of several words, the same in every row so far
-        self._rows = 0
+        self.rows = 0
 
-    def doubtful(self, columns: Iterable[str]) -> tuple[str, ...]:
-        """Return those of the left-over columns that only their content can clear."""
-        found = []
+    def doubtful(self, columns: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return those of the left-over columns that are harmless by name, and those that only content can clear."""
+        named: list[str] = []
+        others: list[str] = []
         for name in columns:
             self.unread[name] = None
-            if not (self.chosen.ignore_all or self._is_harmless(name)):
-                found.append(name)
-        return tuple(found)
+            if self.chosen.ignore_all or self._is_harmless(name):
+                continue
+            by_name = name not in SUSPECT and (name in _HARMLESS or _HARMLESS_NAME.match(name))
+            (named if by_name else others).append(name)
+        return tuple(named), tuple(others)
 
     def _is_harmless(self, name: str) -> bool:
-        if self.purpose in ("prompts", "samples") and name in _ANSWERS:
+        if self.purpose in ("prompts", "samples") and (name in _ANSWERS or name in _OF_THE_LOSS):
             return True
-        return name in _HARMLESS or (name not in SUSPECT and _HARMLESS_NAME.match(name) is not None)
+        return name in _ABOUT
 
-    def check(self, place: str, row: Row, columns: tuple[str, ...], texts: tuple[str, ...], shape: object) -> None:
-        """DataError for a column that could belong to the prompt or change what is learned; once for the file."""
-        self._rows += 1
+    def check_names(self, place: str, row: Row, columns: tuple[str, ...], shape: object) -> None:
+        """DataError for a column whose name is harmless and whose content is a text."""
         for name in columns:
             value = row[name]
-            if value in ("", [], {}) or _repeats(value, texts):
+            if isinstance(value, str) and len(value.split(None, _SENTENCE)) > _SENTENCE:
+                raise _refused(place, name, shape)
+
+    def check(self, place: str, row: Row, columns: tuple[str, ...], texts: tuple[str, ...], shape: object) -> None:
+        """DataError for a column that could belong to the prompt or change what is learned; once for the file.
+
+        `texts` are those that were read, the prompt first. Without a prompt any word could be it.
+        """
+        for name in columns:
+            value = row[name]
+            if value in ("", [], {}) or _repeats(value, texts) or (name in _RENDERED and _renders(value, texts)):
                 continue
             if name in SUSPECT:
                 raise _refused(place, name, shape)
-            if _is_text(value) and self._same.setdefault(name, value) != value:
+            word = self.purpose == "comparisons" and not texts[0] and isinstance(value, str)
+            if (word or _is_text(value)) and self._same.setdefault(name, value) != value:
                 raise _refused(place, name, shape)
 
     def end(self, place: str, shape: object) -> None:
         """The same for a text that stands in the only row, where nothing tells it from a constant."""
-        if self._rows == 1 and self._same:
+        if self.rows == 1 and self._same:
             raise _refused(place, next(iter(self._same)), shape)
 
 
@@ -156,6 +175,10 @@ def _refused(place: str, name: str, shape: object) -> DataError:
         what = "would change what is learned, and is not read"
     elif name in REFERENCE:
         what = "holds log-probs that cannot be used here: they are of other tokens than this format's completions"
+    elif name in ALIASES["completion"]:
+        what = f"could be what is to be learned; --columns completion={name} reads it as such"
+    elif name in ALIASES:
+        what = "is no part of this format, and could belong to the prompt or the answer"
     else:
         what = f"could belong to the prompt; --columns prompt={name} or --system_column {name} reads it as such"
     return DataError(f"{place}: column {names([name])} of {shape} {what}; --ignore_columns {name} leaves it out")
@@ -176,11 +199,19 @@ def _repeats(value: Any, texts: tuple[str, ...]) -> bool:
         said = value.strip()
         if any(said == text.strip() for text in texts):
             return True
-        return len(said.split(None, 3)) > 2 and any(said in text for text in texts)
+        if len(said.split(None, 3)) < 3:
+            return False
+        return any(said in text for text in texts)
     if isinstance(value, list) and value:
         spoken = [item.get("content", item.get("value")) if isinstance(item, dict) else item for item in value]
         return all(isinstance(text, str) and _repeats(text, texts) for text in spoken)
     return False
+
+
+def _renders(said: Any, texts: tuple[str, ...]) -> bool:
+    """Return whether a text is the whole row once more, as Alpaca's `text` is: every line of it with words around."""
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    return isinstance(said, str) and len(said) > sum(map(len, lines)) and all(line in said for line in lines)
 
 
 def texts_of(prompt: str, completions: tuple[str, ...]) -> tuple[str, ...]:

@@ -25,6 +25,10 @@ class Group:
         default="", compare=False
     )  # file:line to name in messages; "" if that is the path of the data and `line`
 
+    def place(self, path: StrPath) -> str:
+        """Return the file and line to name in messages; `path` is that of the data."""
+        return self.source or f"{show(path)}:{self.line}"
+
 
 @dataclass(frozen=True)
 class Dataset:

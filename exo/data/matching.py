@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from exo.data.columns import fields_of, joined_with
 from exo.data.errors import Malformed, names
 from exo.data.messages import decoded
-from exo.data.prompts import joined
+from exo.data.prompts import BESIDE, joined
 from exo.data.public import COMPARED
 from exo.data.shapes import (
     ANSWERS,
@@ -52,6 +52,7 @@ class Plan(NamedTuple):
 
     fields: Mapping[str, str]  # columns that are read under another name
     more: tuple[str, ...]  # columns that follow the prompt
+    beside: bool  # whether there is a system prompt, a history or tools
     shapes: tuple[Shape, ...]  # whose columns are there, those with most first
     named: tuple[Shape, ...]  # the same in the names of the columns
 
@@ -75,7 +76,8 @@ def plan(columns: tuple[str, ...], purpose: Purpose) -> Plan:
     shapes = [shape for shape in SHAPES[purpose] if present.issuperset(shape.keys)]
     shapes.sort(key=lambda shape: -len(shape.keys))
     named = tuple(shape.named(fields) for shape in shapes)
-    return Plan(fields, tuple(joined_with(fields, columns)), tuple(shapes), named)
+    beside = not present.isdisjoint(BESIDE)
+    return Plan(fields, tuple(joined_with(fields, columns)), beside, tuple(shapes), named)
 
 
 def match(row: Row, planned: Plan, expected: Shape | None, purpose: Purpose) -> Shape:

@@ -95,6 +95,8 @@ _AS_PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'")
 
 def is_chat(value: Any) -> bool:
     """Return whether a value means to be a message, or a list of them."""
+    if isinstance(value, str):
+        return False
     items = value if isinstance(value, list) else [value]
     return any(isinstance(item, dict) and item.keys() & {"role", "from"} for item in items)
 

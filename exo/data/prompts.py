@@ -43,9 +43,12 @@ def joined(prompt: Any, name: str, more: Any) -> Any:
     return f"{prompt}\n{more}" if prompt.strip() else more
 
 
-def dressed(prompt: str, row: Row, *, turn: bool) -> str:
-    """Return the prompt with the system prompt, the history and the tools of its row; `turn`: a text is a user's."""
-    system, history, tools = (row.get(name) for name in BESIDE)
+def dressed(prompt: str, row: Row, *, own: Sequence[str], turn: bool) -> str:
+    """Return the prompt with the system prompt, the history and the tools of its row, which are not its `own` columns.
+
+    `turn` says that a prompt which is a text is a user's turn.
+    """
+    system, history, tools = (None if name in own else row.get(name) for name in BESIDE)
     if system in _EMPTY and history in _EMPTY and tools in _EMPTY:
         return prompt
     before = _history(history)

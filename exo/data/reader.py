@@ -32,6 +32,7 @@ def read(
     system_column: str | None = None,
     weights: Sequence[float] | None = None,
     seed: int = 0,
+    columns_required: bool = True,
 ) -> Dataset:
     """Read data. The first valid row sets the shape; a row of another shape is malformed.
 
@@ -41,7 +42,8 @@ def read(
     (nothing to compare: an empty completion, a single one, all the same) are skipped and counted in any case. Data
     without a usable row raises, and so does what is damaged beyond telling its rows apart.
 
-    `columns` gives columns other names, {"prompt": "question"}; `system_column` is that of the system prompt;
+    `columns` gives columns other names, {"prompt": "question"}; one that no file has is an error, unless
+    `columns_required` is False: then the file has its own names. `system_column` is that of the system prompt;
     `ignore_columns` are left out ("all": all that nobody reads). A column that is not read and could belong to the
     prompt, or change what is learned, raises unless it is ignored. `weights` are the shares of several paths in an
     epoch, drawn by `seed`: see mixing.
@@ -58,7 +60,7 @@ def read(
         reader = _Reader(part, purpose, chosen, skip_invalid)
         datasets.append(reader.read())
         missing -= reader.met
-    if missing:
+    if missing and columns_required:
         raise DataError(f"{show(path)}: no column {names(sorted(missing))}, which --columns or --system_column names")
     return datasets[0] if len(datasets) == 1 else mixing.mixed(datasets, os.fspath(path), weights, seed)
 
@@ -75,9 +77,10 @@ class _Reader:
     nulls: list[str] = field(default_factory=list)  # columns of the last row that are null
     shape: Shape | None = None  # of the file, in the names of its columns
     chat: bool | None = None  # whether its prompts are messages; None until a row has told
+    origin: str = ""  # what the rows were put together from
     made: bool = False  # some were made messages of a question and what stands beside it
     plans: dict[tuple[str, ...], Plan] = field(default_factory=dict)
-    doubtful: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    doubtful: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
 
     def read(self) -> Dataset:
         source = containers.open_source(self.path)
@@ -89,13 +92,15 @@ class _Reader:
         own = f"{show(self.path)}:"
         rows = 0
         with closing(source.rows) as stream:
-            together, origin = regrouped(self._renamed(stream), self.purpose)
+            together, self.origin = regrouped(self._renamed(stream), self.purpose)
             for (number, place), row in together:
                 rows += 1
                 try:
                     reading = self._understood(row, place)
                 except Malformed as error:
-                    message = f"{place}: {error}" + (f" (null: {names(self.nulls)})" if self.nulls else "")
+                    message = f"{place}: {error}"
+                    if nulls := [name for name in self.nulls if repr(name) in message]:
+                        message += f" (null: {names(nulls)})"
                     if unknown := set(self.chosen.renamed.values()) - self.met:
                         message += f"; no column {names(sorted(unknown))}, which --columns or --system_column names"
                     if not self.skip_invalid:
@@ -116,8 +121,10 @@ class _Reader:
         if self.made:
             groups = mixing.as_chats(groups)
         chat = "chat messages" if self.chat or self.made else ""
-        words = ", ".join(filter(None, (str(self.shape), chat, origin and f"from {origin}", source.container)))
-        turns = not chat and (self.shape.chat or bool(origin))
+        words = ", ".join(
+            filter(None, (str(self.shape), chat, self.origin and f"from {self.origin}", source.container))
+        )
+        turns = not chat and (self.shape.chat or bool(self.origin))
         unread = tuple(self.left_over.unread)
         return Dataset(groups, words, rows, dict(skipped), dict(noted), os.fspath(self.path), turns, unread)
 
@@ -148,19 +155,24 @@ class _Reader:
         shape = match(whole, planned, self.shape, self.purpose)
         reading = shape.convert(whole)
         if not reading.skip:
-            reading = self._completed(reading, whole, shape)
+            reading = self._completed(reading, whole, shape, planned.beside)
         self.shape = shape
         self._check_columns(place, row, whole, present, planned, shape, reading)
         return reading
 
-    def _completed(self, reading: Reading, row: dict[str, Any], shape: Shape) -> Reading:
+    def _completed(self, reading: Reading, row: dict[str, Any], shape: Shape, beside: bool) -> Reading:
         """Return the reading with what stands beside its prompt and completions; note whether it is of messages."""
         if shape.reference and self.purpose in ("comparisons", "samples"):
             reading = referenced(reading, row)
         if self.purpose == "texts":
             reading = _to_imitate(reading)
         chat = isinstance(reading.prompt, Chat)
-        prompt = dressed(reading.prompt, row, turn=shape.turn)
+        prompt = reading.prompt
+        if beside:
+            prompt = dressed(prompt, row, own=shape.keys, turn=shape.turn)
+        if shape.chat or self.origin:  # a question, or with earlier turns a chat: the same file has both
+            self.made = self.made or isinstance(prompt, Chat)
+            return reading._replace(prompt=prompt)
         if self.chat is not None and chat != self.chat:
             raise Malformed(
                 "chat messages, and the file began with texts"
@@ -182,9 +194,13 @@ class _Reader:
             left = [name for name in present if name not in taken]
             doubtful = self.doubtful[present] = self.left_over.doubtful(left)
             self.left_over.unread |= dict.fromkeys(name for name in shape.unused if name in whole)
-        if doubtful:
+        named, others = doubtful
+        self.left_over.rows += 1
+        if named:
+            self.left_over.check_names(place, row, named, shape)
+        if others:
             texts = texts_of(reading.prompt, reading.completions)
-            self.left_over.check(place, row, doubtful, texts, shape)
+            self.left_over.check(place, row, others, texts, shape)
 
     def _beside(self, shape: Shape) -> Iterable[str]:
         """Columns that are read beside those of the shape."""
@@ -232,17 +248,18 @@ def _degenerate(completions: tuple[str, ...]) -> str:
 
 
 def _remarks(reading: Reading, purpose: Purpose) -> list[str]:
-    compared = purpose == "comparisons"
+    """Return what is worth a remark about a row that is used."""
     prompt, texts = reading.prompt, reading.completions
-    found = {
-        "later turns dropped": reading.later_turns and purpose in ("comparisons", "texts"),
-        "all rewards equal": compared and reading.rewards is not None and len(set(reading.rewards)) == 1,
-        "some completions repeated": compared and len(set(texts)) < len(texts),
-        "empty prompt": purpose in ("comparisons", "prompts") and not prompt,
-        "every completion begins with its prompt": len(prompt) > 8 and texts and all(map(_begins(prompt), texts)),
-    }
-    return [reason for reason, true in found.items() if true]
-
-
-def _begins(prompt: str) -> Any:
-    return lambda text: text.startswith(prompt)
+    found = []
+    if reading.later_turns and purpose in ("comparisons", "texts"):
+        found.append("later turns dropped")
+    if purpose == "comparisons":
+        if reading.rewards is not None and len(set(reading.rewards)) == 1:
+            found.append("all rewards equal")
+        if len(set(texts)) < len(texts):
+            found.append("some completions repeated")
+    if not prompt and purpose in ("comparisons", "prompts"):
+        found.append("empty prompt")
+    if len(prompt) > 8 and texts and texts[0].startswith(prompt) and all(text.startswith(prompt) for text in texts):
+        found.append("every completion begins with its prompt")
+    return found

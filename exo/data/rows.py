@@ -251,7 +251,7 @@ def _elements(body: bytes, line: int, shown: str) -> Iterator[tuple[Place, bytes
 def _parse(raw: bytes) -> Row:
     try:
         text = raw.rstrip(b"\r\n").decode("utf-8")  # or a cut-off row blames its line break
-        row = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+        row = _DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -282,3 +282,7 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise Malformed("a number that is not finite (NaN, Infinity or too large)")
     return value
+
+
+# json.loads would make one for each row
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)

@@ -114,7 +114,8 @@ def listed(prompt: Any, key: str, row: Row, text: str, score: str, sign: int = 1
         if not isinstance(item, dict) or not {text, score} <= item.keys():
             raise Malformed(f"{key}[{i}] must be an object with {names([text, score])}")
     reading = answered(prompt, {f"{key}[{i}].{text}": item[text] for i, item in enumerate(items)})
-    rewards = tuple(sign * number(f"{key}[{i}].{score}", item[score]) for i, item in enumerate(items))
+    # + 0.0, because minus the rank 0 is -0.0
+    rewards = tuple(sign * number(f"{key}[{i}].{score}", item[score]) + 0.0 for i, item in enumerate(items))
     return reading._replace(rewards=rewards)
 
 
@@ -124,7 +125,8 @@ def answered(prompt: Any, answers: Mapping[str, Any]) -> Reading:
     texts = []
     later_turns = False
     for name, value in answers.items():
-        value = decoded(name, value)
+        if type(value) is not str or value[:1] == "[":
+            value = decoded(name, value)
         if not is_chat(value):
             texts.append(string(name, value))
             continue
@@ -138,6 +140,8 @@ def answered(prompt: Any, answers: Mapping[str, Any]) -> Reading:
 
 
 def _answer(key: str, row: Row) -> Reading:
+    if is_chat(row[key]) and not any(message.learned for message in conversation(key, row[key])):
+        return Reading(skip="no message of the assistant with a weight")
     if is_whole(row[key]):
         return with_prompt(row["prompt"], last_turn(key, row))
     return answered(row["prompt"], {key: row[key]})
@@ -201,8 +205,8 @@ TEXT = Shape("texts without a prompt", ("text",), _text, turn=False)
 LABELLED = Shape("labelled texts", ("text", "label"), _labelled, turn=False)
 WITHOUT_REWARDS = SAMPLES._replace(convert=partial(_no_use, "samples without rewards; python -m exo.score makes them"))
 UNPAIRED = Shape("completions with a label each", ("prompt", "completion", "label"), partial(
-    _no_use, "completions labelled good or bad one by one need a loss such as KTO, which is not there yet; sft learns "
-    "the good ones with --columns keep=label"
+    _no_use, "completions labelled good or bad one by one need a loss such as --loss kto, which does not exist yet; "
+    "sft learns the good ones with --columns keep=label"
 ))  # fmt: skip
 UNCHOSEN = SAMPLES._replace(
     convert=partial(_no_use, "several completions a row, and no rewards that tell which to learn; exo.score makes them")

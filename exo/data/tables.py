@@ -111,10 +111,11 @@ def from_arrow(path: Path, shown: str) -> Rows:
         raise _missing(shown, "arrow", "pyarrow", error) from None
     try:
         with pyarrow.memory_map(str(path)) as memory:
-            if path.open("rb").read(6) == b"ARROW1":
+            if memory.read(6) == b"ARROW1":
                 file = pyarrow.ipc.open_file(memory)
                 batches = (file.get_batch(i) for i in range(file.num_record_batches))
             else:
+                memory.seek(0)
                 file = batches = pyarrow.ipc.open_stream(memory)
             _refuse_twins(shown, file.schema.names)
             yield from _rows(batches, shown)
@@ -150,6 +151,8 @@ def from_delimited(stream: Any, shown: str, delimiter: str) -> Rows:
             yield (number, f"{shown}:{reader.line_num}"), _delimited(header, fields)
     except csv.Error as error:
         raise DataError(f'{shown}:{reader.line_num}: bad csv: {error}; expected texts with " quoted as ""') from None
+    finally:
+        text.detach()  # the file is not ours to close
 
 
 def _delimited(header: list[str], fields: list[str]) -> dict[str, Any] | Malformed:

@@ -78,7 +78,7 @@ def _said(node: Any) -> Row | None:
         raise Malformed("a message of a tree must be an object")
     if node.get("deleted") or node.get("review_result") is False:
         return None
-    role = node.get("role")
+    role = string("role", node.get("role"))
     if role not in _OASST_ROLES:
         raise Malformed(f"role must be one of {', '.join(_OASST_ROLES)}")
     return {"role": _OASST_ROLES[role], "content": string("text", node.get("text"))}
@@ -93,7 +93,7 @@ def _answered(turns: list[Row], replies: list[Any], purpose: str) -> Iterator[Ro
         best = min(ranked, key=_rank) if ranked else kept[0]
         yield {"prompt": turns, "completion": best["text"]}
     elif purpose == "comparisons" and len(ranked) > 1:
-        rewards = [-_rank(reply) for reply in ranked]
+        rewards = [0.0 - _rank(reply) for reply in ranked]
         yield {"prompt": turns, "completions": [reply["text"] for reply in ranked], "rewards": rewards}
 
 
@@ -119,7 +119,7 @@ def _messages(stream: Stream, purpose: str) -> Rows:
         parent = node.get("parent_id")
         if parent is None:
             roots.append(name)
-        elif parent in nodes:
+        elif isinstance(parent, str) and parent in nodes:
             nodes[parent]["replies"].append(node)
         else:
             yield places[name], Malformed("parent_id names no message of these data")

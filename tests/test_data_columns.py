@@ -1,0 +1,301 @@
+"""Which columns are read, and that none which could be prompt is left out in silence."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from data_files import CANARY, GOOD, SCORED, put, refusal
+
+from exo import config
+from exo.data import Chat, DataError, read
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+LONG = [f"{CANARY} what is {n} plus two?" for n in range(2)]
+PAIR = {"chosen": "The answer is good", "rejected": "The answer is bad"}
+ORCA = {"system": "You are helpful", "question": "what is 1 plus two?", **PAIR}
+
+
+def texts(group) -> list[str]:
+    """The prompt as its turns, or as it is."""
+    return [m.content for m in group.prompt.messages] if isinstance(group.prompt, Chat) else [group.prompt]
+
+
+@pytest.mark.parametrize("purpose", ["comparisons", "texts", "prompts"])
+def test_a_question_in_another_column_is_part_of_the_prompt(tmp_path, purpose):
+    data = read(put(tmp_path, [ORCA]), purpose=purpose)
+    assert texts(data.groups[0]) == ["You are helpful", "what is 1 plus two?"]
+    for name in ("question", "instruction", "query", "problem", "input", "user_prompt", "post", "context"):
+        data = read(put(tmp_path, [{name: "what is 1 plus two?", **PAIR}]), purpose=purpose)
+        assert texts(data.groups[0]) == ["what is 1 plus two?"], name
+        assert data.conversational is (name not in ("post", "context"))
+    for name in ("input", "context"):
+        row = {"question": "what is it?", name: "1 plus two", **PAIR}
+        assert texts(read(put(tmp_path, [row]), purpose=purpose).groups[0]) == ["what is it?\n1 plus two"]
+
+
+BASES = {
+    "preference": (GOOD, "comparisons"),
+    "scored": (SCORED, "comparisons"),
+    "implicit": (PAIR, "comparisons"),
+    "imitated": ({"prompt": "p", "completion": "c"}, "texts"),
+    "conversation": (
+        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]},
+        "texts",
+    ),
+    "samples": ({"prompt": "p", "completions": ["a", "b"]}, "samples"),
+    "prompts": ({"prompt": "p"}, "prompts"),
+    "labels": ({"text": "t", "label": 1}, "labels"),
+}
+LEFT_OVER = {
+    "background": LONG,
+    "article": LONG,
+    "passages": [[text] for text in LONG],
+    "documents": [[{"title": "a", "text": text}] for text in LONG],
+    "facts": [{"known": text} for text in LONG],
+    "thread": [[{"role": "user", "content": text}] for text in LONG],
+    "images": [[{"bytes": "x", "path": None}]] * 2,
+    "picture": [{"bytes": "x"}, {"bytes": "y"}],
+    "frage": ["这是一个很长的问题吗", "那是另外一个问题吗"],
+    "source": [f"{text} " * 3 for text in LONG],
+    "choices": [["one", "two"], ["two", "three"]],
+    "chat_template_kwargs": [{"enable_thinking": False}] * 2,
+}
+HARMLESS = {
+    "id": ["a", "b"],
+    "prompt_id": ["0" * 64, "1" * 64],
+    "score_chosen": [1.5, 2.5],
+    "chosen_model": ["a model of them", "another model of them"],
+    "created_at": ["Sat Nov 28 00:42:21 2026", "Sun Nov 29 00:42:21 2026"],
+    "url": ["https://a.example/b c d", "https://a.example/e f g"],
+    "meta": [{"a": LONG[0]}, {"a": LONG[1]}],
+    "part": ["one", "two"],
+    "licence_text": ["Apache License, Version 2.0"] * 2,
+    "number": [1, 2],
+    "flag": [True, False],
+    "digest": ["a" * 64, "b" * 64],
+    "images": [[], None],
+    "documents": ["", []],
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_left_over_column_that_could_be_prompt_is_refused_once_and_harmless_ones_are_listed(tmp_path, base):
+    row, purpose = BASES[base]
+    for name, values in LEFT_OVER.items():
+        path = put(tmp_path, [{**row, name: value} for value in values])
+        for skip_invalid in (False, True):
+            message = refusal(path, purpose=purpose, skip_invalid=skip_invalid)
+            assert f"column '{name}' of " in message and f"--ignore_columns {name} leaves it out" in message
+        for ignored in ([name], ["all"]):
+            assert read(path, purpose=purpose, ignore_columns=ignored).unread == (name,)
+    for name, values in HARMLESS.items():
+        data = read(put(tmp_path, [{**row, name: value} for value in values]), purpose=purpose)
+        assert data.unread == (name,) and f"columns not used: {name}" in data.summary(), name
+
+
+def test_what_changes_the_loss_is_refused_where_there_is_a_loss(tmp_path):
+    for name in ("margin", "weight", "loss_mask"):
+        path = put(tmp_path, [{**GOOD, name: 0.5}])
+        for purpose in ("comparisons", "texts"):
+            assert "would change what is learned, and is not read" in refusal(path, purpose=purpose)
+        assert read(path, purpose="prompts").unread == (name,)
+
+
+def test_one_text_in_one_row_is_not_taken_for_a_constant(tmp_path):
+    assert "column 'thoughts'" in refusal(put(tmp_path, [{**GOOD, "thoughts": LONG[0]}]))
+    read(put(tmp_path, [{**GOOD, "thoughts": LONG[0]}] * 2))
+
+
+def test_without_a_prompt_any_word_could_be_it(tmp_path):
+    rows = [{"word": word, "chosen": f"{word} is nice", "rejected": f"I like {word}"} for word in ("cat", "dog")]
+    assert "column 'word'" in refusal(put(tmp_path, rows)) and "column 'word'" in refusal(put(tmp_path, rows[:1]))
+    assert read(put(tmp_path, [{**GOOD, **row, "prompt": "p"} for row in rows])).unread == ("word",)
+
+
+def test_a_column_that_turns_up_late_is_seen(tmp_path):
+    rows = [GOOD, GOOD, {**GOOD, "question": LONG[0]}]
+    assert refusal(put(tmp_path, rows)).startswith(f"{tmp_path}/data.jsonl:3: column 'question'")
+
+
+def test_a_column_that_repeats_what_was_read_is_harmless(tmp_path):
+    ask, good, bad = "What is the sum?", "It is four I think.", "I do not know."
+    row = {"prompt": ask, "chosen": good, "rejected": bad}
+    messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": good}]
+    for name, value in {
+        "question": ask, "messages": messages, "text": f"Q: {ask}\nA: {good} or {bad}", "responses": [good, bad],
+    }.items():  # fmt: skip
+        assert read(put(tmp_path, [{**row, name: value}])).unread == (name,)
+    assert "column 'question'" in refusal(put(tmp_path, [{**row, "question": "Another one?"}]))
+
+
+def test_columns_by_other_names(tmp_path):
+    rows = [{"ask": "p", "better": "a", "worse": "b", "sys": "s", "note": "x y z"} for _ in range(2)]
+    path = put(tmp_path, rows)
+    names = {"prompt": "ask", "chosen": "better", "rejected": "worse"}
+    data = read(path, columns=names, system_column="sys")
+    assert texts(data.groups[0]) == ["s", "p"] and data.groups[0].completions == ("a", "b")
+    swapped = read(put(tmp_path, [GOOD], "pair.jsonl"), columns={"chosen": "rejected", "rejected": "chosen"})
+    assert swapped.groups[0].completions == (" b", " a")
+    for renamed in ({"prompt": "nowhere"}, {**names, "history": "nowhere"}):
+        assert "no column 'nowhere', which --columns or --system_column names" in refusal(path, columns=renamed)
+    with pytest.raises(DataError, match="no column 'nowhere'"):
+        read(put(tmp_path, [GOOD]), columns={"prompt": "nowhere"})
+    held_out = read(put(tmp_path, [GOOD]), columns={"prompt": "nowhere"}, columns_required=False)
+    assert held_out.groups[0].prompt == "p"
+    read(put(tmp_path, [{**ORCA, "context": "x"}]), ignore_columns=["context"])
+
+
+def test_null_columns_are_absent(tmp_path):
+    nothing = {"completions": None, "rewards": None, "ref_chosen_logps": None, "ref_logps": None, "question": None}
+    data = read(put(tmp_path, [{**GOOD, **nothing}]))
+    assert data.groups[0].ref_logps is None and data.format == "preferences (prompt/chosen/rejected)"
+    assert "missing 'chosen'" in refusal(put(tmp_path, [{**GOOD, "chosen": None}]))
+
+
+# What stands beside the prompt.
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+PAST = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def test_system_history_and_tools_are_read_on_every_shape(tmp_path):
+    chat = [{"role": "user", "content": "p"}]
+    rows = {
+        "comparisons": [
+            GOOD, SCORED, {"prompt": chat, "chosen": "a", "rejected": "b"},
+            {"chosen": [*chat, {"role": "assistant", "content": "a"}],
+             "rejected": [*chat, {"role": "assistant", "content": "b"}]},
+            {"instruction": "p", "completions": [{"response": t, "overall_score": i} for i, t in enumerate("ab")]},
+        ],
+        "texts": [{"question": "p", "answer": "c"}, {"messages": [*chat, {"role": "assistant", "content": "a"}]}],
+        "prompts": [{"prompt": "p"}, {"messages": chat}],
+        "samples": [{"prompt": "p", "completions": ["a"]}],
+    }  # fmt: skip
+    for purpose, some in rows.items():
+        for row in some:
+            for history in (PAST, [["hi", "hello"]], json.dumps(PAST)):
+                for tools in (TOOLS, json.dumps(TOOLS)):
+                    whole = {**row, "system_prompt": "s", "history": history, "tools": tools}
+                    prompt = read(put(tmp_path, [whole]), purpose=purpose).groups[0].prompt
+                    assert [m.role for m in prompt.messages] == ["system", "user", "assistant", "user"]
+                    assert [m.content for m in prompt.messages] == ["s", "hi", "hello", "p"]
+                    assert list(prompt.tools) == TOOLS
+    empty = {**GOOD, "system": " ", "history": [], "tools": []}
+    assert read(put(tmp_path, [empty])).groups[0].prompt == "p"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({**PAIR, "system": CANARY}, "beside a text that is no user's turn"),
+        ({**GOOD, "tools": CANARY}, "tools must be an array"),
+        ({**GOOD, "history": CANARY}, "history must be an array"),
+        ({**GOOD, "history": [CANARY]}, "history must be messages, or pairs"),
+        ({**GOOD, "system": [CANARY]}, "system must be a string, not an array"),
+        (
+            {
+                **GOOD,
+                "prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
+                "system": CANARY,
+            },
+            "different system prompts",
+        ),
+        (
+            {"question": [{"role": "user", "content": "b"}], "input": CANARY, **PAIR},
+            "input beside a prompt of messages",
+        ),
+    ],
+)
+def test_what_cannot_be_put_before_a_prompt_is_refused(tmp_path, row, words):
+    assert words in refusal(put(tmp_path, [row]))
+
+
+# Reference log-probs.
+
+
+def test_reference_log_probs_are_read_on_every_shape_or_refused(tmp_path):
+    chat = [{"role": "user", "content": "p"}]
+    whole = {key: [*chat, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    listed = {"ref_logps": [-1.5, -2.0]}
+    rated = {"instruction": "p", "completions": [{"response": t, "overall_score": 1} for t in "ab"]}
+    for row in (GOOD, whole, {"conversations": chat, "chosen": "a", "rejected": "b"}):
+        for known in (listed, {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2},
+                      {"reference_chosen_logps": -1.5, "reference_rejected_logps": -2}):  # fmt: skip
+            assert read(put(tmp_path, [{**row, **known}])).groups[0].ref_logps == (-1.5, -2.0)
+    two = {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]}
+    for row in (rated, two):
+        assert read(put(tmp_path, [{**row, **listed}])).groups[0].ref_logps == (-1.5, -2.0)
+    for row in (PAIR, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}):
+        assert "log-probs that cannot be used here" in refusal(put(tmp_path, [{**row, **listed}]))
+    assert read(put(tmp_path, [{**GOOD, **listed}]), purpose="texts").groups[0].ref_logps is None
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ({"ref_logps": [0.5, -1]}, "ref_logps[0] must be a log-prob, at most 0"),
+        ({"ref_chosen_logps": -1, "ref_rejected_logps": 1e-3}, "ref_rejected_logps must be a log-prob, at most 0"),
+        ({"ref_chosen_logps": -1}, "2 completions but 1 log-probs"),
+        ({"ref_logps": [-1]}, "2 completions but 1 log-probs"),
+        ({"ref_logps": [-1, -2], "ref_chosen_logps": -1, "ref_rejected_logps": -2}, "twice"),
+        ({"ref_logps": [CANARY, -2]}, "ref_logps[0] must be a number"),
+    ],
+)
+def test_wrong_reference_log_probs_are_malformed(tmp_path, known, words):
+    assert words in refusal(put(tmp_path, [{**GOOD, **known}]))
+
+
+def test_reference_log_probs_of_answers_whose_later_turns_are_dropped_are_refused(tmp_path):
+    answer = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    row = {"prompt": "p", "chosen": answer, "rejected": "c", "ref_logps": [-1, -2]}
+    assert "answers of several turns" in refusal(put(tmp_path, [row]))
+
+
+# Options.
+
+
+def test_bad_options_are_named(capsys):
+    @dataclass(frozen=True)
+    class Config(config.DataOptions, config.Stage):
+        pass
+
+    for flags in (["--columns", "prompt"], ["--columns", "a=b,a=c"], ["--data_weights", "1,0"],
+                  ["--data_weights", "x"], ["--columns", "=b"]):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            config.parse(Config, flags, prog="test", description=None)
+        assert stopped.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "purpose", "words"),
+    [
+        ({"prompt": CANARY, "completion": "b"}, "comparisons", "this is texts (prompt/completion), which sft takes"),
+        (
+            {"question": CANARY, "chosen": "b"},
+            "comparisons",
+            "nearest is preferences (question/chosen/rejected), missing",
+        ),
+        ({"prompt": CANARY, "completions": ["a"]}, "comparisons", "samples without rewards; python -m exo.score"),
+        ({"prompt": CANARY, "completions": ["a"]}, "texts", "no rewards that tell which to learn"),
+        (
+            {"frage": CANARY, "gut": "b"},
+            "comparisons",
+            "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN names them",
+        ),
+        ({"prompt": CANARY, "chosen": "a", "rejected": "b"}, "labels", "which align and reward take"),
+        ({"prompt": CANARY, "chosen": "a", "rejected": "b"}, "samples", "which align and reward take"),
+    ],
+)
+def test_an_unknown_row_names_the_nearest_shape_or_the_stage_that_takes_it(tmp_path, row, purpose, words):
+    assert words in refusal(put(tmp_path, [row]), purpose=purpose)
+
+
+def test_of_scored_completions_sft_learns_the_best(tmp_path):
+    [group] = read(put(tmp_path, [{**SCORED, "rewards": [0, 2, 1]}]), purpose="texts").groups
+    assert (group.completions, group.rewards, group.tokens) == ((" b",), None, None)
+
+
+def test_completions_that_begin_with_their_prompt_are_noted(tmp_path):
+    row = {"prompt": "What is it?", "chosen": "What is it? This.", "rejected": "What is it? That."}
+    assert read(put(tmp_path, [row])).noted == {"every completion begins with its prompt": 1}

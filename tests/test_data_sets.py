@@ -1,0 +1,197 @@
+"""Public data sets by their documented schemas: the table of docs/data.md, executed on rows of our own."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from data_files import put
+from data_sets import ASK, BAD, GOOD, ROWS
+
+from exo import config
+from exo.data import Chat, DataError, read
+
+TABLE = Path(__file__).parent.parent / "docs" / "data.md"
+STAGES = {"align": "comparisons", "sft": "texts", "reward": "comparisons"}
+FLAGS = re.compile("`(--.*)`")
+
+
+def table() -> dict[str, dict[str, str]]:
+    text = TABLE.read_text(encoding="utf-8").partition("## Public data sets")[2]
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    names, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return {row[0].rstrip("*"): dict(zip(names[1:], row[1:], strict=True)) for row in rows}
+
+
+def options(cell: str) -> dict:
+    """What a stage hands to the reader for these flags."""
+
+    @dataclass(frozen=True)
+    class Config(config.DataOptions, config.Stage):
+        pass
+
+    parsed = config.parse(Config, shlex.split(cell), prog="test", description=None)
+    return parsed.reading()
+
+
+def test_the_table_names_the_data_sets_and_columns_that_are_tested():
+    found = table()
+    assert found.keys() == ROWS.keys() and len(found) >= 40
+    for name, row in found.items():
+        columns = list(dict.fromkeys(column for item in ROWS[name] for column in item))
+        assert row["columns"].split(", ") == columns, name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_data_set_trains_as_the_table_says(tmp_path, stage):
+    for name, row in table().items():
+        path, cell = put(tmp_path, ROWS[name]), row[stage]
+        if cell == "`--labels`":
+            assert [group.label for group in read(path, purpose="labels").groups] == [0, 1, 0]
+            continue
+        if cell == "-":
+            with pytest.raises(DataError):
+                read(path, purpose=STAGES[stage])
+            continue
+        flags = FLAGS.fullmatch(cell)
+        assert flags or cell == "yes", (name, cell)
+        if flags:  # and not without
+            with pytest.raises(DataError) as caught:
+                read(path, purpose=STAGES[stage])
+            assert flags[1].split()[0] in str(caught.value), name
+        data = read(path, purpose=STAGES[stage], **options(flags[1] if flags else ""))
+        assert len(data.groups) == 3, name
+        for i, group in enumerate(data.groups):
+            check(name, i, group, data.conversational)
+
+
+def check(name: str, i: int, group, conversational: bool) -> None:
+    """The question is in the prompt, and the better answer is known to be the better one."""
+    if name == "stanfordnlp/imdb":
+        assert group.completions == (f"{ASK[i]} {GOOD[i]}",) and group.prompt == ""
+        return
+    assert ASK[i] in group.prompt, name
+    good, bad = [text.strip() for text in (GOOD[i], BAD[i])]
+    texts = [text.strip() for text in group.completions]
+    if len(texts) == 1:
+        assert texts == [good], name
+    elif group.rewards is None:
+        assert texts == [good, bad], name
+    else:
+        assert set(texts) == {good, bad}, name
+        assert group.rewards[texts.index(good)] > group.rewards[texts.index(bad)], name
+    assert not (conversational and isinstance(group.prompt, Chat))
+    assert "<extra_id" not in group.prompt and ("Human:" not in group.prompt or not conversational), name
+
+
+CONVERSATIONAL = {
+    "openbmb/UltraFeedback": True,
+    "berkeley-nest/Nectar": True,
+    "argilla/ultrafeedback-binarized-preferences": True,
+    "stanfordnlp/SHP": True,
+    "PKU-Alignment/PKU-SafeRLHF": True,
+    "openai/webgpt_comparisons": True,
+    "lvwerra/stack-exchange-paired": True,
+    "nvidia/HelpSteer2, preference": True,
+    "tatsu-lab/alpaca": True,
+    "openai/gsm8k": True,
+    "Anthropic/hh-rlhf": False,
+    "openai/summarize_from_feedback, comparisons": False,
+    "trl-lib/tldr": False,
+    "trl-lib/tldr-preference": False,
+    "allenai/reward-bench": False,
+    "TRL, implicit prompt": False,
+    "stanfordnlp/imdb": False,
+}
+
+
+def test_questions_of_chat_data_sets_are_for_the_template_and_plain_prompts_are_not(tmp_path):
+    for name, expected in CONVERSATIONAL.items():
+        purpose = "comparisons" if table()[name]["align"] != "-" else "texts"
+        assert read(put(tmp_path, ROWS[name]), purpose=purpose).conversational is expected, name
+
+
+def test_a_system_prompt_makes_chats_of_all_rows_also_of_those_without(tmp_path):
+    groups = read(put(tmp_path, ROWS["Intel/orca_dpo_pairs"])).groups
+    assert [len(group.prompt.messages) for group in groups] == [2, 1, 2]
+    assert groups[0].prompt.messages == (
+        {"role": "system", "content": "You are a patient teacher."},
+        {"role": "user", "content": ASK[0]},
+    )
+    without = [{**row, "system": ""} for row in ROWS["Intel/orca_dpo_pairs"]]
+    data = read(put(tmp_path, without))
+    assert data.conversational and data.groups[0].prompt == ASK[0]
+
+
+def test_an_input_follows_its_instruction(tmp_path):
+    groups = read(put(tmp_path, ROWS["tatsu-lab/alpaca"]), purpose="texts").groups
+    assert [group.prompt for group in groups] == [ASK[0], f"{ASK[1]}\nTake it slow.", ASK[2]]
+
+
+def test_a_system_prompt_and_turns_of_the_speakers_marks_become_messages(tmp_path):
+    last = read(put(tmp_path, ROWS["nvidia/HelpSteer2"])).groups[2]
+    assert [(m.role, m.content) for m in last.prompt.messages] == [
+        ("user", "Hello there!"), ("assistant", "Hello, how are you?"), ("user", ASK[2]),
+    ]  # fmt: skip
+    row = ROWS["berkeley-nest/Nectar"][0]
+    talk = "\n\nHuman: Hi!\n\nAssistant: Hello!\n\nHuman: And now?\n\nAssistant: "
+    groups = read(put(tmp_path, [row, {**row, "prompt": talk}])).groups
+    assert [len(group.prompt.messages) for group in groups] == [1, 3]
+
+
+def test_ties_are_skipped_and_counted(tmp_path):
+    for name, change in {
+        "openai/webgpt_comparisons": {"score_0": 0, "score_1": 0},
+        "nvidia/HelpSteer2, preference": {"preference_strength": 0},
+        "nvidia/HelpSteer3": {"overall_preference": 0},
+        "lmsys/chatbot_arena_conversations": {"winner": "tie (bothbad)"},
+    }.items():
+        rows = ROWS[name]
+        data = read(put(tmp_path, [{**rows[0], **change}, *rows[1:]]))
+        assert data.skipped == {"tie": 1} and len(data.groups) == 2, name
+
+
+def test_the_other_vote_of_saferlhf_is_a_flag_away(tmp_path):
+    path = put(tmp_path, ROWS["PKU-Alignment/PKU-SafeRLHF"])
+    safer = read(path, **options("--columns better_response_id=safer_response_id"))
+    assert safer.groups[0].completions == (BAD[0], GOOD[0])
+
+
+def test_messages_without_their_parent_and_deleted_ones_are_not_lost_in_silence(tmp_path):
+    rows = ROWS["OpenAssistant/oasst1, oasst2"]
+    with pytest.raises(DataError, match="parent_id names no message"):
+        read(put(tmp_path, rows[1:]))
+    gone = [{**row, "deleted": row["message_id"] == "b0"} for row in rows]
+    assert len(read(put(tmp_path, gone)).groups) == 2
+    texts = read(put(tmp_path, gone), purpose="texts").groups
+    assert [group.completions for group in texts] == [(text,) for text in GOOD]
+
+
+def test_only_the_good_completions_of_unpaired_data_are_learned(tmp_path):
+    path = put(tmp_path, ROWS["trl-lib/kto-mix-14k"])
+    data = read(path, purpose="texts", **options("--columns keep=label"))
+    assert data.skipped == {"label is false": 3}
+    with pytest.raises(
+        DataError, match="--loss kto, which does not exist yet; sft learns the good ones with --columns"
+    ):
+        read(path)
+
+
+WRONG = [
+    None, 1, 1.5, True, "x", [], [1], [None], {}, {"a": 1}, [[]], [{}], '[{"role": 1}]', [{"role": None}],
+    [{"role": ["x"], "content": "y"}], {"role": "user", "content": {"a": 1}}, [{"from": "gpt", "value": None}],
+    [{"role": "assistant", "content": None, "tool_calls": {"a": 1}}], [{"input": 1, "output": 2}], '[{"from": {}}]',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("purpose", ["comparisons", "texts", "prompts"])
+def test_a_wrong_type_in_any_column_of_any_format_is_one_line(tmp_path, purpose):
+    for number, rows in enumerate(ROWS.values()):
+        for place, column in enumerate(rows[0]):
+            for value in WRONG[(number + place) % 13 :: 13]:  # all of them in every column take a minute
+                path = put(tmp_path, [{**rows[0], column: value}])
+                try:
+                    read(path, purpose=purpose)
+                except DataError as error:
+                    assert len(str(error).splitlines()) == 1
