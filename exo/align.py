@@ -24,6 +24,7 @@ from exo import (
     data,
     data_checks,
     encoding,
+    examples,
     layouts,
     lineage,
     loop,
@@ -239,13 +240,7 @@ def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGrou
         f"memory: about {_memory(config, model, groups, accelerator) / 2**30:.2f} GiB a process "
         "(weights, gradients, Adam, the head's working memory; activations come on top)"
     )
-    for group in groups[:3]:
-        prompt = tokenizer.decode(group.prompt[-40:])
-        completion = tokenizer.decode(group.completions[0][:40])
-        dots = "..." if len(group.prompt) > 40 else ""
-        more = "..." if len(group.completions[0]) > 40 else ""
-        console.say(f"  line {group.line}: {dots}{prompt!r} -> [[{completion!r}]]{more}")
-    console.say("  (the loss is taken between [[ and ]]; what all completions of a prompt begin with stands before)")
+    examples.show(groups, tokenizer, examples.LOSS_OF_DIFFERENCE)
 
 
 def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: Accelerator) -> int:

@@ -4,6 +4,7 @@ On a terminal the bar is drawn by rich; elsewhere (a log, a pipe) a line is prin
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ def mute() -> None:
 def say(text: str = "") -> None:
     if not _muted:
         try:
-            print(text, flush=True)
+            print(text if can_print(text) else text.encode("ascii", "backslashreplace").decode(), flush=True)
         except OSError:  # nobody listens any more: work is not lost for that
             mute()
 
@@ -39,6 +40,20 @@ def warn(text: str) -> None:
     if text not in _warned:
         _warned.add(text)
         say(f"warning: {text}")
+
+
+def can_print(text: str) -> bool:
+    """Return whether standard output has every character of a text in its encoding."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def width() -> int:
+    """Return the columns of the terminal, at least 40; 80 if there is none."""
+    return max(40, shutil.get_terminal_size().columns)
 
 
 def headline(text: str) -> None:

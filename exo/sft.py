@@ -20,6 +20,7 @@ from exo import (
     console,
     data,
     encoding,
+    examples,
     layouts,
     lineage,
     loop,
@@ -88,6 +89,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         f"{len(groups):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
+    examples.show(groups, tokenizer, examples.LOSS)
     adapted = adapter.add(model, config, name)
     packing = layouts.choose(
         [loop.placed(model, config, accelerator)], groups, accelerator,

@@ -37,7 +37,7 @@ LAYERS = {
 # stages import them.
 STAGES = {"prepare", "sft", "sample", "score", "reward", "align", "ppo", "best_of_n"}
 STAGES |= {"evaluate", "judge", "label", "report"}
-RUNS = {"train", "quickstart.recipe"}
+RUNS = {"train", "quickstart.recipe", "dry_run"}
 
 
 def sources(package: str) -> list[Path]:
