@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from exo_kernels import dispatch, groups, losses, objectives, ops, reference, validation
+from exo_kernels import dispatch, groups, losses, objectives, ops, reference, validation, value_checks
 from exo_kernels.dispatch import Impl
 from exo_kernels.losses import Knobs, Reduction
 
@@ -45,9 +45,9 @@ def _prepare(
     rows = _Rows(logits, targets, groups.sequence_offsets(targets, cu_seqlens), impl)
     if validation.check_values(logits.device) and not torch.compiler.is_compiling():
         if cu_seqlens is not None:
-            validation.offset_values("cu_seqlens", rows.seq_offsets, targets.numel(), 0)
+            value_checks.offset_values("cu_seqlens", rows.seq_offsets, targets.numel(), 0)
         if impl == "reference":  # the operators check for the others
-            validation.label_values(targets, logits.shape[-1], ignore_index)
+            value_checks.label_values(targets, logits.shape[-1], ignore_index)
     return rows
 
 
@@ -275,7 +275,7 @@ def _fused_loss(
     knobs.check(n, logits.device)
     if rows.impl == "reference":
         answer = losses.check_and_run_oracle(
-            knobs, f"fused_{knobs.objective}_loss", (logits, labels, ref_logps), rows.seq_offsets,
+            knobs, f"fused_{knobs.objective}_loss", (logits, labels, ref_logps), rows.targets, rows.seq_offsets,
             temperature=temperature, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index,
         )  # fmt: skip
         return answer if return_stats else answer[0]
