@@ -73,12 +73,11 @@ def group_loss_kernel(
         tl.store(tokens + sequence, count)
     tl.debug_barrier()  # the ratios just stored are read below by other threads
 
-    # maxima come off before the betas scale what is left, which then cannot overflow to +inf
     m = tl.full((), float("-inf"), tl.float64)
     m_r = m
     for at in range(first, last, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
-        m = tl.maximum(m, tl.max(tl.load(ratios + k, mask=k < last, other=float("-inf")), 0))
+        m = tl.maximum(m, tl.max(beta_pi * tl.load(ratios + k, mask=k < last, other=float("-inf")), 0))
         if REWARDS:
             r = tl.load(rewards + k, mask=k < last, other=float("-inf")).to(tl.float64)
             m_r = tl.maximum(m_r, tl.max(r, 0))
@@ -86,19 +85,19 @@ def group_loss_kernel(
     total_r = total
     for at in range(first, last, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
-        s = tl.load(ratios + k, mask=k < last, other=float("-inf"))
-        total += tl.sum(tl.exp(beta_pi * (s - m)), 0)  # NaN if every completion is impossible: -inf - -inf
-        if REWARDS:
+        z = beta_pi * tl.load(ratios + k, mask=k < last, other=float("-inf"))
+        total += tl.sum(tl.exp(z - m), 0)  # NaN if every completion is impossible: -inf - -inf
+        if REWARDS:  # their maximum comes off before they are divided, which then cannot overflow to +inf
             r = tl.load(rewards + k, mask=k < last, other=float("-inf")).to(tl.float64)
             total_r += tl.sum(tl.exp((r - m_r) / beta_r), 0)
-    log_sum = tl.log(total)
+    log_sum = m + tl.log(total)
     log_sum_r = tl.log(total_r)
 
     value = tl.zeros((), tl.float64)
     for at in range(first, last, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         exists = k < last
-        log_p = beta_pi * (tl.load(ratios + k, mask=exists, other=float("-inf")) - m) - log_sum  # eq. 13
+        log_p = beta_pi * tl.load(ratios + k, mask=exists, other=float("-inf")) - log_sum  # eq. 13
         log_q = _log_target(rewards, k, first, size, exists, m_r, log_sum_r, beta_r, log_chosen, log_others, REWARDS)
         if EXO:
             p = tl.exp(log_p)
@@ -107,18 +106,18 @@ def group_loss_kernel(
             q = tl.exp(log_q)
             value -= tl.sum(tl.where(exists & (q != 0), q * log_p, 0.0), 0)  # eq. 19, 7
     value = tl.where(log_sum == log_sum, value, log_sum)  # propagate NaN
-    saturated = value > largest  # as in objectives.exo: loss inf, slopes 0
-    tl.store(loss + group, tl.where(saturated, float("inf"), value))
+    tl.store(loss + group, value)  # beyond what its dtype holds: inf
 
     for at in range(first, last, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         exists = k < last
-        log_p = beta_pi * (tl.load(ratios + k, mask=exists, other=float("-inf")) - m) - log_sum
+        log_p = beta_pi * tl.load(ratios + k, mask=exists, other=float("-inf")) - log_sum
         log_q = _log_target(rewards, k, first, size, exists, m_r, log_sum_r, beta_r, log_chosen, log_others, REWARDS)
         p = tl.exp(log_p)
         q = tl.exp(log_q)
         if EXO:
-            slope = tl.where(saturated, 0.0, p * (tl.where(p != 0, log_p - log_q, 0.0) - value))
+            slope = p * (tl.where(p != 0, log_p - log_q, 0.0) - value)
+            slope = tl.where(value > largest, 0.0, slope)  # saturated, as in objectives.exo
         else:
             slope = p - q
         slope = tl.where(log_p == log_p, slope, log_p)
