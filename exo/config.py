@@ -162,7 +162,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return cls(**vars(_recipe_parser(known).parse_args(_flags(values))))
     except argparse.ArgumentError as error:
-        raise ConfigError(str(error).removeprefix("argument ")) from None
+        raise ConfigError(shortened(str(error).removeprefix("argument "), 4 * SHOWN)) from None
 
 
 def given(arguments: Sequence[str]) -> set[str]:
