@@ -100,6 +100,8 @@ def _start(config: Any, stage: str) -> Start | None:
     """None where it has been done."""
     directory, paths = Path(config.output_dir), _inputs(config, stage)
     artifacts.check_apart(config.output_dir, paths.values())
+    if paths.get("oracle", "").startswith("."):
+        raise ValueError(f"--oracle {paths['oracle']}: expected a module's full name, as in package.module:function")
     hashes = {name: fingerprint(path) for name, path in paths.items()}
     facts = {"started": artifacts.now(), "inputs": hashes}
     before = None if config.overwrite_output_dir else record(directory)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from exo import align, artifacts, lineage, pipeline, results, train, yaml_files
+from exo import align, artifacts, lineage, pipeline, results, score, train, yaml_files
 from exo.comparison.verdicts import Cache
 from exo.config import ConfigError, parse
 from exo.data import DataError
@@ -153,6 +153,16 @@ def test_hostile_settings(arguments, expected, tmp_path, capsys):
 def test_an_oracle_that_no_module_can_be(module, tmp_path):
     """Its source is looked for before anything runs."""
     assert isinstance(lineage.fingerprint(f"{module}:x"), str)
+
+
+@pytest.mark.parametrize("oracle", ["..:x", ".:x", ".module:f"])
+def test_an_oracle_by_a_relative_name_is_refused(oracle, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completions": ["a", "b"]}\n')
+    options = ["--data", str(tmp_path / "rows.jsonl"), "--oracle", oracle, "--output_dir", str(tmp_path / "run")]
+    assert score.main(options) == 2
+    assert capsys.readouterr().err == (
+        f"error: --oracle {oracle}: expected a module's full name, as in package.module:function\n"
+    )
 
 
 FOREIGN = [

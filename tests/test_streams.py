@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from exo import signals
 from tests.tasks import write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -113,3 +114,21 @@ def test_a_hangup_stops_a_run_unless_nohup_ignores_it(ignored, code, tmp_path):
     assert child.wait(timeout=30) == code
     assert (tmp_path / "unwound").exists()  # cleaned up, as on SIGTERM
     child.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_training_stops_at_the_next_step_on_every_such_signal(number, capfd):
+    """A first one asks, and the run saves its state; under nohup SIGHUP asks nothing."""
+    with signals.heeded(alone=True):
+        os.kill(os.getpid(), number)
+        assert signals.asked() == number
+        with pytest.raises(signals.Stopped) as stopped:
+            signals.stop_if_asked()
+    assert stopped.value.signum == number
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.heeded(alone=True):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
