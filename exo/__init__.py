@@ -4,9 +4,12 @@ import importlib.util
 import os
 import sys
 
+from exo import streams
+
 _NEEDED = ("accelerate", "matplotlib", "rich", "safetensors", "tokenizers", "transformers", "yaml")
 
 if sys.argv[0] == "-m":
+    streams.prepare()
     # Threads of OpenMP that wait by spinning take the core that the others need: with anything else to do on two cores,
     # a training step became eight times slower. It must be said before torch is loaded; who said otherwise is heard.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

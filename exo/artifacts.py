@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from exo import launch, signals
+from exo.records import RUN_FILE, read_json, read_run
 
-RUN_FILE = "run.json"
 STAGING = ".staging"  # how names of what is half made begin
 LOCK = ".lock"
 STATES, PIECES = "resume", "pieces.jsonl"  # what an unfinished run goes on from
@@ -118,12 +118,8 @@ def locked(directory: str) -> Iterator[None]:
 
 def is_run(directory: Path, stage: str | None = None) -> bool:
     """Whether a run of ours (of that stage) left its record there."""
-    try:
-        record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    ours = isinstance(record, dict) and {"stage", "command", "arguments"} <= record.keys()
-    return ours and stage in (None, record["stage"])
+    record = read_run(directory)
+    return record is not None and stage in (None, record["stage"])
 
 
 @contextmanager
@@ -244,9 +240,9 @@ class Pieces:
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
             try:
                 number, sha, value = json.loads(line)
-                if not line.endswith(b"\n") or sha != _digest(value):
+                if not line.endswith(b"\n") or sha != _digest(value) or not isinstance(number, int):
                     break
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 break
             self.known[number] = value
             whole += len(line)
@@ -291,7 +287,7 @@ def asked_for(config: Any, stage: str) -> dict[str, Any]:
 
 def confirm(directory: Path) -> None:
     """What a run that goes on was asked for is what it is, from now on: nothing has refused it."""
-    record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    record = read_json(directory / RUN_FILE)
     if asked := record.pop("asked", None):
         write_json(directory / RUN_FILE, record | asked)
 
@@ -301,8 +297,7 @@ def now() -> str:
 
 
 def update_run(directory: Path, **facts: Any) -> None:
-    record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
-    write_json(directory / RUN_FILE, record | facts)
+    write_json(directory / RUN_FILE, read_json(directory / RUN_FILE) | facts)
 
 
 def versions() -> dict[str, str]:
@@ -323,9 +318,9 @@ def _flags(config: Any) -> list[str]:
     return [f"--{name.rstrip('_')}={'none' if value is None else value}" for name, value in given.items()]
 
 
-def _last_words(text: str) -> None:
+def last_words(text: str) -> None:
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(" ".join(text.splitlines()), file=sys.stderr, flush=True)
 
 
 def command_line(config: Any) -> list[str]:
@@ -343,22 +338,22 @@ def guarded(run: Callable[[Any], object], options: Any) -> int:
         launch.follow()
         run(options)
     except KeyboardInterrupt:
-        _last_words("interrupted")
+        last_words("interrupted")
         return 130
     except signals.Stopped as stopped:
-        _last_words(f"stopped: {stopped}")
+        last_words(f"stopped: {stopped}")
         return 128 + stopped.signum
     except (ValueError, RunError) as error:
-        _last_words(f"error: {error}")
+        last_words(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        _last_words(f"error: {error.strerror or error}{where}")
+        last_words(f"error: {error.strerror or error}{where}")
         return 1
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError):
             if torch.distributed.is_initialized() and any(word in str(error) for word in LOST):
-                _last_words(
+                last_words(
                     f"error: another process of this run has ended, or is not reached: {str(error).splitlines()[0]}"
                 )
                 return 1
@@ -367,6 +362,6 @@ def guarded(run: Callable[[Any], object], options: Any) -> int:
             "Activations: lower --max_tokens_per_batch (of sample --batch_size), or --gradient_checkpointing. "
             "Gradients and Adam, 12 bytes a parameter: --lora_r. A second model: no --reference live."
         )
-        _last_words(f"error: {str(error).splitlines()[0]} {advice}")
+        last_words(f"error: {str(error).splitlines()[0]} {advice}")
         return 1
     return 0

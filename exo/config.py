@@ -19,9 +19,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
-import yaml
+from exo import yaml_files
 
 T = TypeVar("T")
+SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of fp32, in which models and losses compute
+IN_FP64 = ("learning_rate", "critic_learning_rate")  # numbers that only Python and the optimizer compute with
+SHOWN = 100  # characters of a wrong value in a message
 
 
 class ConfigError(ValueError):
@@ -41,7 +44,7 @@ def at_least(least: int) -> Range:
 
 def named(what: str) -> Range:
     """A text that must be given."""
-    return Range(bool, what)
+    return Range(lambda value: bool(value.strip()), what)
 
 
 MODEL = named("a directory or a hub name")
@@ -67,8 +70,10 @@ class Stage:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, range = getattr(self, field.name), field.metadata["range"]
-            require(value is None or range is None or range.holds(value), field.name, range and range.expected, value)
+            name, value, range = field.name, getattr(self, field.name), field.metadata["range"]
+            require(value is None or range is None or range.holds(value), name, range and range.expected, value)
+            _check_size(name, value)
+        require(bool(self.output_dir.strip()), "output_dir", "a directory", self.output_dir)
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return cls(**vars(_recipe_parser(known).parse_args(_flags(values))))
     except argparse.ArgumentError as error:
-        raise ConfigError(str(error).removeprefix("argument ")) from None
+        raise ConfigError(shortened(str(error).removeprefix("argument "), 4 * SHOWN)) from None
 
 
 def given(arguments: Sequence[str]) -> set[str]:
@@ -239,32 +244,37 @@ def given(arguments: Sequence[str]) -> set[str]:
 
 def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     head = _Parser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    head.add_argument("--config")
+    head.add_argument("--config", action="append")
     try:
         known, rest = head.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from None
-    return known.config, rest
+    files = known.config or [None]
+    require(len(files) == 1, "config", "one file", ", ".join(map(str, files)))
+    return files[0], rest
 
 
 def _read(file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {file}: {' '.join(str(error).split())}") from None
+        options = yaml_files.read(Path(file), typed=False)
+    except ValueError as error:
+        raise ConfigError(f"--config {file}: {error}") from None
     if not isinstance(options, dict):
         raise ConfigError(f"--config {file}: expected a mapping of option names to values")
-    return {str(key): value for key, value in options.items()}
+    return options
 
 
 def _checked(file: str | None, cls: type) -> list[str]:
     """The file's options as flags, so that both go through the same parser."""
     options = _read(file)
     known = {field.name.rstrip("_") for field in dataclasses.fields(cls)}
+    names = [key.replace("-", "_") for key in options]
     for key, value in options.items():
         name = key.replace("-", "_")
+        if names.count(name) > 1:
+            raise ConfigError(f"--config {file}: {key}: given twice, with dashes and with underscores")
         if name not in known:
             raise ConfigError(f"--config {file}: unknown option {key!r}{suggestion(name, known)}")
         if isinstance(value, dict | list):
@@ -302,7 +312,7 @@ class _Parser(argparse.ArgumentParser):
         return values
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {shortened(message, 4 * SHOWN)}\n")
 
 
 def _underscored(argument: str) -> str:
@@ -356,4 +366,22 @@ def _or_none(base: Any) -> Any:
 def require(condition: bool, name: str, expected: str | None, got: object) -> None:
     """ConfigError unless the condition holds."""
     if not condition:
-        raise ConfigError(f"--{name}: expected {expected}; got {got!r}")
+        raise ConfigError(f"--{name}: expected {expected}; got {shortened(repr(got), SHOWN)}")
+
+
+def _check_size(name: str, value: object) -> None:
+    """ConfigError for a value that its type allows and that no run could use."""
+    if isinstance(value, int):
+        require(-(2**63) <= value < 2**63, name, "a 64-bit integer", value)
+    elif isinstance(value, float) and value and name not in IN_FP64:
+        require(SMALLEST <= abs(value) <= LARGEST, name, f"a number that fp32 holds, {SMALLEST} to {LARGEST}", value)
+    elif isinstance(value, str):
+        # what no file system takes, or what would break a message's line; "\x85" is a line's end to Python
+        broken = any(ord(character) < 32 or character in "\x7f\x85\u2028\u2029" for character in value)
+        require(not broken, name, "text without control characters", value)
+
+
+def shortened(text: str, most: int) -> str:
+    """One line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."

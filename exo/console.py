@@ -28,7 +28,7 @@ def say(text: str = "") -> None:
     if not _muted:
         try:
             print(text if can_print(text) else text.encode("ascii", "backslashreplace").decode(), flush=True)
-        except OSError:  # nobody listens any more: work is not lost for that
+        except OSError:  # nobody reads it: the run goes on
             mute()
 
 
@@ -80,7 +80,7 @@ class Progress:
         quiet = quiet or _muted
         self._label, self._total, self._every, self._quiet = label, total, every, quiet
         self._done, self._before, self._began = done, done, time.perf_counter()
-        self._bar = None if quiet or not sys.stdout.isatty() else _bar()
+        self._bar = None if quiet or sys.stdout is None or not sys.stdout.isatty() else _bar()
         if self._bar is not None:
             self._task = self._bar.add_task(label, total=total, completed=done, values="")
             self._bar.start()

@@ -4,6 +4,7 @@ The first that fails ends the others. What several say alike on stderr is said o
 the end of the launcher is one. Left out: several machines, which torchrun and accelerate's launcher begin.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -48,7 +49,7 @@ def run(module: str, arguments: Sequence[str], processes: int) -> int:
         for child in children:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, pass_on) for number in signals.handled()}
     try:
         for rank in range(processes):
             command = [sys.executable, "-m", module, *arguments]
@@ -79,8 +80,9 @@ def _tell(rank: int, child: "subprocess.Popen[bytes]", said: dict[bytes, int]) -
     assert child.stderr
     for line in child.stderr:
         if said.setdefault(line, rank) == rank:
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
+            with contextlib.suppress(OSError):  # without a reader too: a full pipe would block the process
+                sys.stderr.write(line.decode(errors="backslashreplace"))
+                sys.stderr.flush()
 
 
 def _outcome(children: Sequence[subprocess.Popen[bytes]]) -> int:

@@ -9,7 +9,6 @@ tells that a stage need not run again. Left out: where inside itself a run goes 
 import datetime
 import hashlib
 import importlib.util
-import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +17,7 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from exo import artifacts, console
+from exo import artifacts, console, records
 from exo.artifacts import RunError
 from exo.data.rows import parts
 from exo.data.tables import FILES
@@ -119,6 +118,8 @@ def _start(config: Any, stage: str) -> Start | None:
     """None where it has been done."""
     directory, paths = Path(config.output_dir), _inputs(config, stage)
     artifacts.check_apart(config.output_dir, [_directory(str(p)) for path in paths.values() for p in parts(path)])
+    if paths.get("oracle", "").startswith("."):
+        raise ValueError(f"--oracle {paths['oracle']}: expected a module's full name, as in package.module:function")
     hashes = {name: fingerprint(path) for name, path in paths.items()}
     before = None if config.overwrite_output_dir else record(directory)
     facts = {"started": artifacts.now(), "inputs": hashes, "template_date": _template_date(before, paths.values())}
@@ -138,7 +139,7 @@ def _start(config: Any, stage: str) -> Start | None:
         )
     if different:
         console.say(f"going on with changes: {'; '.join(different)}")
-    if finished and not _whole(directory, before["outputs"]):
+    if finished and not _whole(directory, before.get("outputs")):
         raise RunError(
             f"--output_dir {directory}: holds an earlier run whose files are not what it made; --overwrite_output_dir "
             "makes them again"
@@ -202,10 +203,9 @@ def finish(directory: Path, **facts: Any) -> None:
 
 
 def record(directory: Path) -> dict[str, Any] | None:
-    """The run.json of a directory that a run of ours made; None without one."""
-    if not artifacts.is_run(directory):
-        return None
-    return json.loads((directory / artifacts.RUN_FILE).read_text(encoding="utf-8"))
+    """The run.json of a directory that a stage of ours made; None without one."""
+    run = records.read_run(directory)
+    return run if run is not None and run["stage"] in OUTPUTS else None
 
 
 def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
@@ -269,19 +269,21 @@ def holds(directory: Path, config: Any, stage: str) -> bool:
         return False
     paths = _inputs(config, stage)
     same_inputs = run.get("inputs") == {name: fingerprint(path) for name, path in paths.items()}
-    return not changed(run, asdict(config)) and same_inputs and _whole(directory, run["outputs"])
+    return not changed(run, asdict(config)) and same_inputs and _whole(directory, run.get("outputs"))
 
 
 def changed(run: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Options whose values are not those that a run had; what it read is compared by content, not by name."""
-    skipped = {*_IMMATERIAL, *INPUTS[run["stage"]]}
+    skipped = {*_IMMATERIAL, *INPUTS.get(run["stage"], ())}
     before = run["arguments"]
     names = dict.fromkeys([*before, *wanted])
     return [name for name in names if name not in skipped and before.get(name) != wanted.get(name)]
 
 
-def _whole(directory: Path, outputs: Mapping[str, str]) -> bool:
-    return all((directory / name).is_file() and _digest(directory / name) == sha for name, sha in outputs.items())
+def _whole(directory: Path, outputs: Mapping[str, str] | None) -> bool:
+    return outputs is not None and all(
+        (directory / name).is_file() and _digest(directory / name) == sha for name, sha in outputs.items()
+    )
 
 
 def _made(directory: Path) -> list[Path]:

@@ -9,17 +9,16 @@ exo-rw, dpo-rw, PPO and Best-of-N. Left out: running the steps (train).
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from exo import lineage, tasks
-from exo.config import ConfigError, build, require, suggestion
+from exo.config import ConfigError, build, require, shortened, suggestion
+from exo.recipe import METHODS, RECIPES, SHIPPED, Recipe, load
 
-METHODS = ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo", "bon")
+__all__ = ["METHODS", "RECIPES", "SHIPPED", "Recipe", "Step", "load", "plan"]
+
 SECTIONS = [
     *("prepare", "sft", "classifier", "sample", "density", "bon", "score", "reward", "align", "align.pref", "align.rw"),
     *("ppo", "best_of_n", "evaluate", "report"),
@@ -35,36 +34,15 @@ PLANNED = {
     "reward_model",
     "oracle",
     "output_dir",
+    "overwrite_output_dir",
     "reference_cache",
 }
-RECIPES = Path(__file__).parent / "recipes"
-SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    title: str
-    task: str
-    source: str | None = None  # of the task's data
-    model: str | None = None  # to begin with; none: the task makes one
-    oracle: str | None = None  # module:function, or "classifier": one trained on the task's labelled texts
-    methods: Sequence[str] = METHODS
-    group_sizes: Sequence[int] = (4,)  # K of exo-rw and dpo-rw
-    seeds: Sequence[int] = (0,)  # of alignment and of the samples that evaluate it
-    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of options of the methods' stages
-    threads: int | None = None
-    common: Mapping[str, Any] = field(default_factory=dict)  # options of every stage that has them
-    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    full: Mapping[str, Any] = field(default_factory=dict)  # what the long form changes
-    notes: str = ""  # where the paper and its published scripts differ
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            require(method in METHODS, "methods", f"some of {','.join(METHODS)}", method)
-        require(len(self.seeds) > 0, "seeds", "one at least", self.seeds)
-        for name in ("methods", "group_sizes", "seeds"):
-            values = getattr(self, name)
-            require(len(set(values)) == len(values), name, "each once", ",".join(map(str, values)))
+SWEPT_OTHERWISE = {"seed": "; list them under seeds", "max_completions": "; list them under group_sizes"}
+# What the plan sets in these sections alone: a value here would be dropped.
+_DRAWN = {"temperature", "top_p", "max_new_tokens", "max_prompt_length", "seed"}
+PLANNED_IN = dict.fromkeys(("align", "align.pref", "ppo", "evaluate"), {"seed"})
+PLANNED_IN |= {"align.rw": {"seed", "max_completions"}, "bon": _DRAWN | {"k", "prompts", "epochs"}}
+PLANNED_IN |= {"density": _DRAWN - {"seed"}}
 
 
 class Step(NamedTuple):
@@ -75,39 +53,6 @@ class Step(NamedTuple):
     config: Any
     needs: tuple[str, ...]  # names of steps
     facts: dict[str, Any]  # of a method: which, and what was varied; for the report
-
-
-def load(name: str, *, full: bool = False, **changes: Any) -> Recipe:
-    """The recipe of that name, or of a YAML file of one's own; `changes` that are None change nothing."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"--recipe {name}: expected one of {', '.join(SHIPPED)}, or a YAML file of your own")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--recipe {path}: {' '.join(str(error).split())}") from None
-    known = {f.name for f in dataclasses.fields(Recipe)}
-    if not isinstance(values, dict) or not {"title", "task"} <= values.keys():
-        raise ConfigError(f"--recipe {path}: expected a mapping with title and task")
-    if full:
-        values = _merged(values, values.get("full", {}))
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"--recipe {path}: unknown key {key!r}{suggestion(str(key), known)}")
-    values = _merged(values, {key: value for key, value in changes.items() if value is not None})
-    try:
-        return Recipe(**values)
-    except TypeError as error:
-        raise ConfigError(f"--recipe {path}: {error}") from None
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings merge, anything else replaces; a sweep replaces a sweep."""
-    merged = dict(below)
-    for key, value in above.items():
-        deeper = isinstance(value, Mapping) and isinstance(below.get(key), Mapping) and key != "sweep"
-        merged[key] = _merged(below[key], value) if deeper else value
-    return merged
 
 
 def plan(recipe: Recipe, directory: Path) -> list[Step]:
@@ -211,9 +156,10 @@ class _Planner:
 
     def _best_of_n(self) -> Iterator[Step]:
         """k blocks of N samples a prompt, of which the reward model takes the best."""
-        n = self.recipe.stages.get("best_of_n", {}).get("n", 8)
+        n = _integer("best_of_n", "n", self.recipe.stages.get("best_of_n", {}).get("n", 8))
         evaluated, alike = self._evaluated()
-        many = alike | {"k": n * int(evaluated["k"]), "prompts": evaluated["prompts"], "epochs": 1}
+        k = _integer("evaluate", "k", evaluated["k"])
+        many = alike | {"k": n * k, "prompts": evaluated["prompts"], "epochs": 1}
         for seed in self.recipe.seeds:
             name, held_out = f"bon/seed{seed}", self.path("data/test.jsonl")
             drawn, scored, best = (self.path(f"{name}/{part}") for part in ("samples", "scored", "best"))
@@ -221,7 +167,7 @@ class _Planner:
             yield self._step(f"{name}/samples", "sample", ["sample", "bon"], **options)
             yield self._step(f"{name}/scored", "score", ["score"], data=drawn, reward_model=self.path("reward"))
             yield self._step(f"{name}/best", "best_of_n", ["best_of_n"], data=scored, n=n)
-            facts = {"method": "bon", "k": None, "seed": seed, "varied": {}, "n": n}
+            facts: dict[str, Any] = {"method": "bon", "k": None, "seed": seed, "varied": {}, "n": n}
             yield self._evaluation(name, facts, samples=best, seed=seed)
 
     def _evaluated(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -230,7 +176,9 @@ class _Planner:
         values |= {name: value for name, value in self.recipe.common.items() if name in values}
         values |= self.recipe.stages.get("evaluate", {})
         alike = {name: values[name] for name in ("temperature", "top_p", "max_new_tokens")}
-        return values, alike | {"max_prompt_length": int(values["max_length"]) - int(values["max_new_tokens"])}
+        length, new = (_integer("evaluate", name, values[name]) for name in ("max_length", "max_new_tokens"))
+        require(length > new, "max_length", f"more than max_new_tokens = {new}, for a prompt too", length)
+        return values, alike | {"max_prompt_length": length - new}
 
     def _evaluation(self, name: str, facts: dict[str, Any], **options: Any) -> Step:
         options |= {"reference": self.path("sft"), "data": self.path("data/test.jsonl")} | self.judge
@@ -272,18 +220,29 @@ def _number(value: Any) -> float:
     return int(number) if number.is_integer() else number
 
 
+def _integer(section: str, name: str, value: Any) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        raise ConfigError(
+            f"recipe: {section}: --{name}: expected an integer; got {shortened(repr(value), 100)}"
+        ) from None
+
+
 def _check_names(recipe: Recipe) -> None:
     """What no step would read is a slip, and would be dropped in silence."""
     for section, options in recipe.stages.items():
         if section not in SECTIONS:
             raise ConfigError(f"recipe: unknown section {section!r}{suggestion(section, set(SECTIONS))}")
-        if planned := PLANNED & options.keys():
+        if planned := (PLANNED | PLANNED_IN.get(section, set())) & options.keys():
             raise ConfigError(f"recipe: {section}: {min(planned)} is for the plan to set")
         if process := {"dtype", "device"} & options.keys():
             raise ConfigError(f"recipe: {section}: {min(process)} belongs under common; steps share a process")
     known = {name for stage in lineage.INPUTS if stage not in ("judge", "label") for name in _options(stage)}
     for where, names in (("common", recipe.common), ("sweep", recipe.sweep)):
         for name in names:
+            if name in PLANNED or where == "sweep" and name in SWEPT_OTHERWISE:
+                raise ConfigError(f"recipe: {where}: {name} is for the plan to set{SWEPT_OTHERWISE.get(name, '')}")
             if name not in (known if where == "common" else _options("align") | _options("ppo")):
                 raise ConfigError(f"recipe: {where}: unknown option {name!r}{suggestion(name, known)}")
 

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exo import artifacts, data, intervals, lineage
+from exo import artifacts, data, intervals, lineage, records
 
 FAILED_BELOW = 3.0  # standard errors of the rise over the start
 
@@ -166,6 +166,14 @@ def read(directory: Path) -> Results:
     record = load(directory / artifacts.RUN_FILE)
     if not {"plan", "recipe"} <= record.keys():
         raise ValueError(f"--run {directory}: its run.json has no plan; run python -m exo.train --recipe again")
+    try:
+        return _read(directory, record)
+    except (LookupError, TypeError, AttributeError) as error:  # of JSON that no stage of ours wrote
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--run {directory}: expected files as exo.train and its stages write them; {what}") from None
+
+
+def _read(directory: Path, record: dict[str, Any]) -> Results:
     steps = _steps(directory, record["plan"])
     by_name = {step.name: step for step in steps}
     begins = next((step for step in steps if step.facts.get("method") == "sft"), None)
@@ -217,8 +225,8 @@ def _checkpoints(folder: Path) -> tuple[Checkpoint, ...]:
     entries = evaluation(folder)["checkpoints"]
     return tuple(
         Checkpoint(
-            entry["name"], entry["step"], Estimate(**entry["reward"]), Estimate(**entry["accuracy"]),
-            {over: Estimate(**rate) for over, rate in entry["win_rate"].items()}, entry["spread"], entry["unfinished"],
+            entry["name"], entry["step"], _estimate(entry["reward"]), _estimate(entry["accuracy"]),
+            {over: _estimate(rate) for over, rate in entry["win_rate"].items()}, entry["spread"], entry["unfinished"],
             _maybe(entry, "rise"), _maybe(entry, "kl"), _maybe(entry, "kl_k3"), entry.get("kl_bound"),
         )
         for entry in entries
@@ -226,7 +234,13 @@ def _checkpoints(folder: Path) -> tuple[Checkpoint, ...]:
 
 
 def _maybe(entry: Mapping[str, Any], name: str) -> Estimate | None:
-    return Estimate(**entry[name]) if name in entry else None
+    return _estimate(entry[name]) if name in entry else None
+
+
+def _estimate(values: Mapping[str, float]) -> Estimate:
+    if not all(isinstance(value, int | float) for value in values.values()):
+        raise TypeError(f"expected numbers; got {', '.join(type(value).__name__ for value in values.values())}")
+    return Estimate(**values)
 
 
 def evaluation(folder: Path) -> dict[str, Any]:
@@ -235,9 +249,12 @@ def evaluation(folder: Path) -> dict[str, Any]:
 
 def load(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = records.read_json(path)
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON; {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object in JSON; got a {type(found).__name__}")
+    return found
 
 
 def _place(trial: Trial) -> tuple[str, str]:

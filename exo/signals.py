@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM and SIGINT wait for a place where nothing is lost, a second one does not.
+"""Being told to stop: SIGTERM, SIGINT and SIGHUP wait for a place where nothing is lost, a second one does not.
 
 Only training waits; everywhere else a signal ends the process at once, because what has been done is on the disk.
 Left out: what is saved (checkpoints).
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that closes; Windows has none
 ECHO = 2.0  # seconds in which a second signal is the first, which the terminal and a launcher both passed on
 SAID = b"\nstopping at the next step, with its state saved; once more stops at once\n"
 
@@ -52,7 +53,7 @@ def heeded(*, alone: bool) -> Iterator[None]:
         elif time.monotonic() - first > ECHO:
             os._exit(128 + signum)
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    before = {number: signal.signal(number, ask) for number in handled()}
     try:
         yield
     finally:
@@ -61,14 +62,23 @@ def heeded(*, alone: bool) -> Iterator[None]:
         _asked, _alone, _heeded = None, False, False
 
 
+def handled() -> tuple[int, ...]:
+    """The signals that stop a run. Under nohup, which ignores SIGHUP, that is none of them."""
+    if HANGUP is None or signal.getsignal(HANGUP) == signal.SIG_IGN:
+        return SIGNALS
+    return (*SIGNALS, HANGUP)
+
+
 def end_in_order() -> None:
-    """SIGTERM unwinds, as SIGINT does: what is half made is removed, and processes that were begun are ended."""
+    """SIGTERM and SIGHUP unwind, as SIGINT does: unfinished files are removed, and child processes are stopped."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)
+        for number in handled():
+            if number != signal.SIGINT:
+                signal.signal(number, end)
 
 
 def end_with(parent: int) -> None:

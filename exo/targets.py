@@ -3,6 +3,7 @@
 Pure functions on rows of data; each says what it leaves out, by reason. Left out: making the scores.
 """
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -58,8 +59,12 @@ def normalise(groups: Sequence[R], how: Norm) -> list[R]:
 
 
 def _scale(values: Sequence[float]) -> Callable[[Sequence[float]], tuple[float, ...]]:
-    mean, spread = statistics.fmean(values), statistics.pstdev(values)
-    return lambda rewards: tuple((reward - mean) / spread if spread else 0.0 for reward in rewards)
+    """Return what brings rewards to the mean and the standard deviation of `values`."""
+    # a power of two brings them below 1/4, exactly: sums and differences of values near 1.8e308 would overflow
+    shift = -math.frexp(max(map(abs, values)))[1] - 2
+    small = [math.ldexp(value, shift) for value in values]
+    mean, spread = statistics.fmean(small), statistics.pstdev(small)
+    return lambda rewards: tuple((math.ldexp(r, shift) - mean) / spread if spread else 0.0 for r in rewards)
 
 
 def select(group: R, places: Sequence[int]) -> R:

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from exo import align, artifacts, config, console, costs, launch, lineage, pipeline, signals
-from exo.config import option, require
+from exo import align, artifacts, config, console, costs, launch, lineage, pipeline, signals, streams, yaml_files
+from exo.config import SHOWN, ConfigError, option, require, shortened
 from exo.pipeline import Step
 
 
@@ -103,9 +102,13 @@ def _recipe(config: Config) -> pipeline.Recipe:
         for part in config.set.split():
             name, value = _assignment("set", part)
             stage, dot, key = name.rpartition(".")
-            require(bool(dot), "set", "stage.option=value", part)
+            require(bool(dot and stage and key), "set", "stage.option=value", part)
             section = changes if stage == "common" else changes["stages"]
-            section.setdefault(stage, {})[key] = yaml.safe_load(value)
+            require(key not in section.get(stage, {}), "set", "each option once", part)
+            try:
+                section.setdefault(stage, {})[key] = yaml_files.parse(value, typed=True)
+            except ValueError as error:
+                raise ConfigError(f"--set {shortened(part, SHOWN)}: {error}") from None
     return pipeline.load(config.recipe, full=config.full, **changes)
 
 
@@ -119,7 +122,7 @@ def _number(name: str, text: str, kind: type) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise config.ConfigError(f"--{name}: expected numbers, with commas; got {text!r}") from None
+        raise ConfigError(f"--{name}: expected numbers, with commas; got {text!r}") from None
 
 
 def _until(steps: list[Step], name: str | None) -> list[Step]:
@@ -218,7 +221,7 @@ def _at_once(
                     ) from None
                 except Exception:
                     pool.shutdown(cancel_futures=True)
-                    print(f"{step.name}: failed", file=sys.stderr)
+                    artifacts.last_words(f"{step.name}: failed")
                     raise
                 done.add(step.name)
                 console.say(f"[{len(done)}/{len(steps)}] {step.name}  {console.duration(seconds)}")
@@ -238,6 +241,7 @@ def _ended_with_us() -> Iterator[None]:
 
 def _begun(threads: int | None, driver: int) -> None:
     """What a process of a step does first."""
+    streams.prepare()
     console.mute()
     signals.end_with(driver)
     if threads and "OMP_NUM_THREADS" not in os.environ:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from exo_kernels import dispatch, groups, losses, objectives, ops, reference, validation
+from exo_kernels import dispatch, groups, losses, objectives, ops, reference, validation, value_checks
 from exo_kernels.dispatch import Impl
 from exo_kernels.losses import Knobs, Reduction
 
@@ -45,9 +45,9 @@ def _prepare(
     rows = _Rows(logits, targets, groups.sequence_offsets(targets, cu_seqlens), impl)
     if validation.check_values(logits.device) and not torch.compiler.is_compiling():
         if cu_seqlens is not None:
-            validation.offset_values("cu_seqlens", rows.seq_offsets, targets.numel(), 0)
+            value_checks.offset_values("cu_seqlens", rows.seq_offsets, targets.numel(), 0)
         if impl == "reference":  # the operators check for the others
-            validation.label_values(targets, logits.shape[-1], ignore_index)
+            value_checks.label_values(targets, logits.shape[-1], ignore_index)
     return rows
 
 
@@ -194,7 +194,8 @@ def fused_exo_loss(
             layout of `token_logps` (more exact in fp32). A constant: no gradient. (n,) counts as sums where n = N.
         group_size: K, or a (G,) int tensor of ragged sizes that sum to N.
         rewards: (N,) finite floats; None means preferences, the first completion of each group being the chosen one.
-        beta_pi, beta_r: > 0; beta_r counts only with rewards.
+            If they saturate the target, so that the loss exceeds its dtype, the group's loss is inf and its gradient 0.
+        beta_pi, beta_r: > 0 and within fp32's range, as all such options; beta_r counts only with rewards.
         label_smoothing: eps in (0, 1); counts only with preferences, as `compat` does.
         temperature, cu_seqlens, shift, ignore_index, impl: as in `token_logps`; packed input needs `cu_seqlens`.
         reduction: "mean" over `num_groups` (default: the groups of this call; pass the number in the whole optimizer
@@ -210,7 +211,11 @@ def fused_exo_loss(
 
     Raises:
         ValueError: a wrong shape, dtype, device or option; on a CPU, or with EXO_KERNELS_CHECK=1, wrong values (labels
-        out of range, rewards not finite, sizes that do not add up). Unchecked, a bad label makes its own group NaN.
+        out of range, rewards or references not finite, sizes that do not add up). Unchecked, a bad label makes its own
+        group NaN, as completions do that are all impossible.
+
+    Warns:
+        UserWarning: where values are checked, a sequence without labels in a group whose others have some.
     """
     knobs = Knobs("exo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     return _fused_loss(
@@ -275,7 +280,7 @@ def _fused_loss(
     knobs.check(n, logits.device)
     if rows.impl == "reference":
         answer = losses.check_and_run_oracle(
-            knobs, f"fused_{knobs.objective}_loss", (logits, labels, ref_logps), rows.seq_offsets,
+            knobs, f"fused_{knobs.objective}_loss", (logits, labels, ref_logps), rows.targets, rows.seq_offsets,
             temperature=temperature, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index,
         )  # fmt: skip
         return answer if return_stats else answer[0]

@@ -18,6 +18,8 @@ def resolve(impl: str, device: torch.device) -> str:
     """Name the implementation for tensors on `device`. ValueError where an explicit request cannot run."""
     if impl == "auto":
         return "triton" if device.type == "cuda" and TRITON_INSTALLED else "chunked"
+    if impl == "reference" and device.type == "meta":
+        raise ValueError("impl: expected tensors with values for 'reference'; got meta tensors")
     if impl == "triton":
         if not TRITON_INSTALLED:
             raise ValueError("impl: expected an installed triton package for 'triton'; got none: pip install triton")

@@ -29,7 +29,7 @@ class Knobs(NamedTuple):
 
     def check(self, n_sequences: int, device: torch.device) -> None:
         validation.group_size(self.group_size, n_sequences, device)
-        validation.reduction(self.reduction, self.num_groups)
+        validation.reduction(self.reduction, self.num_groups, device)
         validation.objective(
             self.objective, self.group_size, self.rewards, self.beta_pi, self.beta_r, self.label_smoothing,
             self.compat, n_sequences, device,
@@ -81,15 +81,21 @@ def group_loss(
 
 
 def check_and_run_oracle(
-    knobs: Knobs, name: str, tensors: tuple[Tensor | None, ...], seq_offsets: Tensor, **options: Any
+    knobs: Knobs,
+    name: str,
+    tensors: tuple[Tensor | None, ...],
+    targets: Tensor,
+    seq_offsets: Tensor,
+    **options: Any,
 ) -> tuple[Tensor, LossStats]:
-    """The oracle's function of that name; it checks nothing itself."""
+    """Call the oracle's function of that name, which checks nothing itself."""
     if validation.check_values(seq_offsets.device):
-        n = seq_offsets.numel() - 1
+        n, ref = seq_offsets.numel() - 1, tensors[-1]
         offsets = groups.group_offsets(knobs.group_size, n, seq_offsets.device)
-        validation.offset_values("group_size", offsets, n, 1)
-        if knobs.rewards is not None:
-            validation.reward_values(knobs.rewards)
+        per_token_ref = ref is None or tuple(ref.shape) != (n,)
+        ops.check_groups(
+            seq_offsets, offsets, knobs.rewards, ref, targets, per_token_ref, options["ignore_index"]
+        )  # fmt: skip
     own = knobs._asdict()
     del own["objective"]
     return getattr(reference, name)(*tensors, return_stats=True, **own, **options)

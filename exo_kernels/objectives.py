@@ -6,6 +6,7 @@ models. A new objective is one function and one entry of OBJECTIVES. Equation nu
 """
 
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,8 +32,8 @@ def policy_log_probs(
     log_ratios: Tensor,  # (G, K) S_k, -inf where a group has no k-th completion
     beta_pi: float,
 ) -> Tensor:  # (G, K)
-    """log p = log softmax_k(beta_pi S_k). Eq. 13."""
-    return torch.log_softmax(beta_pi * log_ratios, dim=-1)
+    """log p = log softmax_k(beta_pi S_k). Eq. 13. NaN if every completion is impossible."""
+    return torch.log_softmax(beta_pi * _below_maximum(log_ratios), dim=-1)
 
 
 def reward_log_target(
@@ -40,7 +41,12 @@ def reward_log_target(
     beta_r: float,
 ) -> Tensor:  # (G, K)
     """log q = log softmax_k(r_k / beta_r). Eq. 14."""
-    return torch.log_softmax(rewards / beta_r, dim=-1)
+    return torch.log_softmax(_below_maximum(rewards) / beta_r, dim=-1)
+
+
+def _below_maximum(values: Tensor) -> Tensor:
+    """Subtract each row's maximum, so that scaling the values by a beta cannot overflow to +inf."""
+    return values - values.detach().amax(-1, keepdim=True) if values.shape[-1] else values
 
 
 def preference_log_targets(objective: str, label_smoothing: float, compat: str | None) -> tuple[float, float]:
@@ -67,23 +73,36 @@ def preference_log_target(
 def exo(
     log_p: Tensor,  # (G, K)
     log_q: Tensor,  # (G, K)
+    largest: float = sys.float_info.max,
 ) -> tuple[Tensor, Tensor]:  # (G,), (G, K)
-    """Reverse KL: L = sum_k p_k (log p_k - log q_k), eq. 15 and 18; and dL / d(beta_pi S_k)."""
+    """Reverse KL: L = sum_k p_k (log p_k - log q_k), eq. 15 and 18; and dL / d(beta_pi S_k).
+
+    A group is saturated if its loss exceeds `largest`, because q is 0 or nearly 0 where p is not: its loss is inf and
+    its slope 0, because no finite step could reach q and an infinite one would make every weight NaN.
+    """
     p = log_p.exp()
-    gap = torch.where(p > 0, log_p - log_q, 0.0)  # 0 log 0 is 0
+    gap = torch.where(p != 0, log_p - log_q, 0.0)  # 0 log 0 is 0
+    saturated = (p * gap).detach().sum(-1) > largest
+    gap = gap.masked_fill(saturated.unsqueeze(-1), 0.0)
     loss = (p * gap).sum(-1)
-    return loss, p * (gap - loss.unsqueeze(-1))
+    slopes = p * (gap - loss.unsqueeze(-1))
+    return loss.masked_fill(saturated, math.inf), slopes
 
 
 def dpo(
     log_p: Tensor,  # (G, K)
     log_q: Tensor,  # (G, K)
+    largest: float = sys.float_info.max,
 ) -> tuple[Tensor, Tensor]:  # (G,), (G, K)
-    """Forward KL without its constant: L = - sum_k q_k log p_k, eq. 19 and 7; and dL / d(beta_pi S_k)."""
+    """Forward KL without its constant: L = - sum_k q_k log p_k, eq. 19 and 7; and dL / d(beta_pi S_k).
+
+    The slope p - q is bounded, so `largest` does not matter here.
+    """
     q = log_q.exp()
-    loss = -torch.where(q > 0, q * log_p, 0.0).sum(-1)
+    loss = -torch.where(q != 0, q * log_p, 0.0).sum(-1)
     return loss, log_p.exp() - q
 
 
-OBJECTIVES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"exo": exo, "dpo": dpo}
+# of log p, log q and the largest number that the loss's dtype holds
+OBJECTIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"exo": exo, "dpo": dpo}
 LABEL_SMOOTHING = {"exo": 1e-3, "dpo": 0.0}  # eps unless the caller says otherwise, else 0; the paper's for EXO

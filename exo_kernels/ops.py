@@ -8,11 +8,12 @@ The implementation is an argument, loaded on first use.
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from exo_kernels import groups, validation
+from exo_kernels import groups, validation, value_checks
 from exo_kernels.dtypes import accumulator
 
 KERNEL_OBJECTIVES = ("exo", "dpo")  # what _triton/group_loss.py computes
@@ -31,20 +32,41 @@ def checked_offsets(name: str, offsets: Tensor, end: int, minimum: int) -> Tenso
     """Offsets, checked where values may be looked at and kept within bounds elsewhere."""
     if not validation.check_values(offsets.device):
         return groups.within(offsets, end)
-    validation.offset_values(name, offsets, end, minimum)
+    value_checks.offset_values(name, offsets, end, minimum)
     return offsets
 
 
+def check_groups(
+    seq_offsets: Tensor,
+    group_offsets: Tensor,
+    rewards: Tensor | None,
+    ref_logps: Tensor | None,
+    targets: Tensor,
+    per_token_ref: bool,
+    ignore_index: int,
+) -> None:
+    """Check the values that a loss depends on beside the labels. ValueError for the first that is wrong."""
+    if rewards is not None:
+        value_checks.reward_values(rewards)
+    value_checks.offset_values("cu_seqlens", seq_offsets, targets.numel(), 0)
+    value_checks.offset_values("group_size", group_offsets, seq_offsets.numel() - 1, 1)
+    value_checks.reference_values(ref_logps, targets, seq_offsets, group_offsets, per_token_ref, ignore_index)
+
+
 def checked_groups(
-    seq_offsets: Tensor, group_offsets: Tensor, rewards: Tensor | None, n_rows: int
+    seq_offsets: Tensor,
+    group_offsets: Tensor,
+    rewards: Tensor | None,
+    ref_logps: Tensor | None,
+    targets: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    if rewards is not None and validation.check_values(rewards.device):
-        validation.reward_values(rewards)
+    """The offsets, checked with `check_groups` where values may be looked at and kept within bounds elsewhere."""
+    if validation.check_values(targets.device):
+        check_groups(seq_offsets, group_offsets, rewards, ref_logps, targets, *options)
+        return seq_offsets, group_offsets
     n_sequences = seq_offsets.numel() - 1
-    return (
-        checked_offsets("cu_seqlens", seq_offsets, n_rows, 0),
-        checked_offsets("group_size", group_offsets, n_sequences, 1),
-    )
+    return groups.within(seq_offsets, targets.numel()), groups.within(group_offsets, n_sequences)
 
 
 @torch.library.custom_op("exo_kernels::token_logps", mutates_args=())
@@ -59,7 +81,7 @@ def token_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs (N, T), entropies (N, T) or (0,), and what the implementation's backward pass wants again."""
     if validation.check_values(logits.device):
-        validation.label_values(targets, logits.shape[-1], ignore_index)
+        value_checks.label_values(targets, logits.shape[-1], ignore_index)
     return implementation(impl).token_logps(logits, targets, temperature, ignore_index, entropy)
 
 
@@ -154,7 +176,9 @@ def group_loss(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (G,), dL/dS (N,), log-probs (N,), log-ratios S (N,), p (N,), q (N,), tokens (N,)."""
-    seq_offsets, group_offsets = checked_groups(seq_offsets, group_offsets, rewards, logps.numel())
+    seq_offsets, group_offsets = checked_groups(
+        seq_offsets, group_offsets, rewards, ref_logps, targets, per_token_ref, ignore_index
+    )
     arguments = (per_token_ref, objective, beta_pi, beta_r, (log_chosen, log_others), ignore_index)
     module = group_implementation(objective, impl)
     return module.group_loss(logps, targets, ref_logps, rewards, seq_offsets, group_offsets, *arguments)

@@ -89,6 +89,7 @@ def _group_losses(
     beta_r: float,
     label_smoothing: float,
     compat: str | None,
+    dtype: torch.dtype,  # of the result
 ) -> tuple[Tensor, Tensor, Tensor]:  # losses (G,), p (N,), q (N,)
     n = log_ratios.numel()
     sizes = [group_size] * (n // group_size) if isinstance(group_size, int) else group_size.tolist()
@@ -101,7 +102,7 @@ def _group_losses(
             log_q = objectives.preference_log_target(torch.ones_like(log_p).bool(), *log_targets)
         else:
             log_q = objectives.reward_log_target(rewards[None, group].double(), beta_r)
-        losses.append(objectives.OBJECTIVES[objective](log_p, log_q)[0])
+        losses.append(objectives.OBJECTIVES[objective](log_p, log_q, torch.finfo(dtype).max)[0])
         ps.append(log_p[0].exp())
         qs.append(log_q[0].exp())
         first += size
@@ -133,7 +134,7 @@ def preference_loss(
     if label_smoothing is None:
         label_smoothing = objectives.LABEL_SMOOTHING.get(objective, 0.0)
     log_ratios = policy_logps.double() - ref_logps.detach().double()
-    options = (objective, group_size, rewards, beta_pi, beta_r, label_smoothing, compat)
+    options = (objective, group_size, rewards, beta_pi, beta_r, label_smoothing, compat, policy_logps.dtype)
     losses = _group_losses(log_ratios, *options)[0]
     return _reduce(losses, reduction, num_groups).to(policy_logps.dtype)
 
@@ -171,9 +172,10 @@ def _fused_loss(
     ref = ref_logps.detach().double()
     if per_token_ref or ref.shape != policy.shape:
         parts = ref.split(cu_seqlens.diff().tolist()) if cu_seqlens is not None else ref.unbind()
-        ref = torch.stack([r[: k.numel()][k].sum() for r, k in zip(parts, keeps, strict=True)])
+        sums = [r[: k.numel()][k].sum()[None] for r, k in zip(parts, keeps, strict=True)]
+        ref = torch.cat([nothing.detach(), *sums])
     log_ratios = policy - ref
-    options = (group_size, rewards, beta_pi, beta_r, label_smoothing, compat)
+    options = (group_size, rewards, beta_pi, beta_r, label_smoothing, compat, dtype)
     losses, p, q = _group_losses(log_ratios, objective, *options)
     loss = _reduce(losses, reduction, num_groups).to(dtype)
     if not return_stats:

@@ -1,8 +1,7 @@
 """All checks of user input, made once, at the door. Messages name the argument, what was expected and what came.
 
-Shapes, dtypes, devices and options are checked always, by the functions called from api.py. Values (labels in range,
-finite rewards, sizes that add up) need the data: they are checked inside the operators, so that compiled code has them
-too, always on a CPU and on a GPU only with EXO_KERNELS_CHECK=1, because there they cost a synchronisation.
+Shapes, dtypes, devices and options are checked always, by the functions called from api.py. Values need the data:
+value_checks.py.
 """
 
 import math
@@ -16,6 +15,9 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SUMS = (torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
+# Kernels compute with options in fp32: outside these bounds they would become 0 or inf there.
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+INT64 = 2**63
 
 
 def fail(argument: str, expected: str, got: object) -> NoReturn:
@@ -24,9 +26,24 @@ def fail(argument: str, expected: str, got: object) -> NoReturn:
 
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{' '.join(reprlib.repr(value).split())} ({type(value).__name__})"  # one line, whatever it is
+        dtype, kind = str(value.dtype).removeprefix("torch."), _kind(value)
+        if kind == "nested":  # has no shape
+            return f"a nested {dtype} tensor on {value.device}"
+        return f"a {kind}{' ' if kind else ''}{dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    try:
+        text = " ".join(reprlib.repr(value).split())  # one line, whatever it is
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        text = "too many digits to print"
+    return f"{text} ({type(value).__name__})"
+
+
+def _kind(value: Tensor) -> str:
+    """Name what a tensor is if kernels cannot index its memory; "" for an ordinary one."""
+    if value.is_nested:
+        return "nested"
+    if value.layout == torch.strided:
+        return ""
+    return "mkldnn" if value.is_mkldnn else "sparse"
 
 
 def tensor(
@@ -37,18 +54,22 @@ def tensor(
     device: torch.device | None = None,
 ) -> None:
     """A tensor of one of the dtypes and, where given, one of the shapes and the device."""
-    ok = isinstance(value, Tensor) and value.dtype in dtypes
+    ok = isinstance(value, Tensor) and value.dtype in dtypes and not _kind(value)
     ok = ok and (shapes is None or tuple(value.shape) in shapes)
     if not ok or (device is not None and value.device != device):
         names = "/".join(str(d).removeprefix("torch.") for d in dtypes)
         where = f" on {device}" if device else ""
         shape = " of shape " + " or ".join(map(str, shapes)) if shapes is not None else ""
-        fail(name, f"a {names} tensor{shape}{where}", describe(value))
+        dense = "dense " if isinstance(value, Tensor) and _kind(value) else ""
+        fail(name, f"a {dense}{names} tensor{shape}{where}", describe(value))
 
 
 def positive(name: str, value: Any) -> None:
+    """A number > 0 that fp32 holds with all its digits."""
     if not _is_number(value) or not 0 < value < math.inf:
         fail(name, "a finite number > 0", describe(value))
+    if not SMALLEST <= value <= LARGEST:
+        fail(name, f"a number from {SMALLEST:.2g} to {LARGEST:.2g}, the range of fp32", describe(value))
 
 
 def choice(name: str, value: Any, allowed: tuple[object, ...]) -> None:
@@ -64,6 +85,8 @@ def flag(name: str, value: Any) -> None:
 def integer(name: str, value: Any, minimum: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or (minimum is not None and value < minimum):
         fail(name, "an integer" + (f" >= {minimum}" if minimum is not None else ""), describe(value))
+    if not -INT64 <= value < INT64:
+        fail(name, "an integer that int64 holds", describe(value))
 
 
 def _is_number(value: Any) -> bool:
@@ -142,15 +165,20 @@ def head(name: str, weight: Any, bias_name: str, bias: Any, hidden: Tensor) -> N
         tensor(bias_name, bias, FLOATS, ((len(weight),),), hidden.device)
 
 
+def absent(expected: str, **values: Any) -> None:
+    """Arguments that must be None."""
+    for name, value in values.items():
+        if value is not None:
+            fail(name, expected, describe(value))
+
+
 def reference_model(ref_logps: Any, ref_hidden: Any, ref_weight: Any, ref_bias: Any, hidden: Any) -> None:
     """Either its log-probs or its hidden states."""
     if (ref_logps is None) == (ref_hidden is None):
         got = "neither" if ref_logps is None else "both"
         fail("ref_logps", "either ref_logps or ref_hidden", got)
     if ref_hidden is None:
-        for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-            if value is not None:
-                fail(name, "None without ref_hidden", describe(value))
+        absent("None without ref_hidden", ref_weight=ref_weight, ref_bias=ref_bias)
         return
     plain("ref_hidden", ref_hidden)
     tensor("ref_hidden", ref_hidden, FLOATS)
@@ -172,7 +200,7 @@ def group_size(value: Any, n_sequences: int, device: torch.device) -> int:
         return value.numel()
     integer("group_size", value, 1)
     if n_sequences % value:
-        fail("group_size", f"a divisor of the number of sequences N = {n_sequences}", value)
+        fail("group_size", f"a divisor of the number of sequences N = {n_sequences}", describe(value))
     return n_sequences // value
 
 
@@ -201,15 +229,17 @@ def objective(
         fail("label_smoothing", "> 0 for EXO on preferences, whose target must not hold a zero", label_smoothing)
 
 
-def reduction(value: Any, num_groups: Any) -> None:
+def reduction(value: Any, num_groups: Any, device: torch.device) -> None:
     choice("reduction", value, ("mean", "sum", "none"))
     if num_groups is None:
         return
     if value != "mean":
         fail("num_groups", f"None with reduction={value!r}: it is the denominator of 'mean'", describe(num_groups))
     if isinstance(num_groups, Tensor):
-        if num_groups.dim() != 0:
+        if _kind(num_groups) or num_groups.dim() != 0 or num_groups.dtype not in FLOATS + INTS:
             fail("num_groups", "a number > 0 or a 0-dimensional tensor", describe(num_groups))
+        if num_groups.device != device and num_groups.device.type != "cpu":
+            fail("num_groups", f"a number or a tensor on {device}", describe(num_groups))
         if check_values(num_groups.device) and not torch.compiler.is_compiling():
             positive("num_groups", num_groups.item())
     else:
@@ -220,6 +250,8 @@ def writable(name: str, value: Tensor, impl: str) -> None:
     """Logits that the backward pass may write over."""
     if impl == "reference":
         fail("inplace_backward", "False with impl='reference', which leaves the gradients to autograd", "True")
+    if not value.numel():
+        return
     reach = 1  # elements that the dimensions so far span
     for stride, size in sorted((d, n) for d, n in zip(value.stride(), value.shape, strict=True) if n > 1):
         if stride < reach:
@@ -230,26 +262,3 @@ def writable(name: str, value: Tensor, impl: str) -> None:
 def check_values(device: torch.device) -> bool:
     """Whether values may be looked at: they are free on a CPU and cost a synchronisation elsewhere."""
     return device.type == "cpu" or os.environ.get("EXO_KERNELS_CHECK") == "1"
-
-
-def label_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
-    if bad.any():
-        where = tuple(bad.nonzero()[0].tolist())
-        expected = f"values in [0, {vocab}) or ignore_index {ignore_index}"
-        fail("labels", expected, f"{int(targets[where])} for the row at {where}")
-
-
-def offset_values(name: str, offsets: Tensor, end: int, minimum: int) -> None:
-    """Offsets made from lengths: they start at 0, end at `end`, and no segment is shorter than `minimum`."""
-    lengths = offsets.diff()
-    if int(offsets[0]) != 0 or int(offsets[-1]) != end or (lengths < minimum).any():
-        if name == "group_size":
-            fail(name, f"sizes >= {minimum} that sum to {end}", lengths.tolist())
-        fail(name, f"0 = c_0 <= c_1 <= ... <= c_N = {end}", offsets.tolist())
-
-
-def reward_values(rewards: Tensor) -> None:
-    if not rewards.isfinite().all():
-        where = int((~rewards.isfinite()).nonzero()[0])
-        fail("rewards", "finite numbers", f"{float(rewards[where])} for sequence {where}")

@@ -4,6 +4,8 @@ Each of these has broken a published kernel: tail columns at 0 are 29 nats off a
 of -inf makes an online softmax NaN, an ignored row of inf makes a gradient NaN, one bad row reaches another.
 """
 
+import math
+
 import pytest
 import torch
 from budget import check_loss, check_tokens, loss_answer
@@ -212,3 +214,59 @@ def test_extreme_rewards(impl, device, objective, rewards):
     result = check_loss(case.but(rewards=torch.tensor(rewards)), impl, device)
     assert result["q"].sum().item() == pytest.approx(1)
     assert not result["loss"].isnan() and not result["grad"].isnan().any()
+
+
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+@pytest.mark.parametrize("rewards", [None, [1.0, 2.0]], ids=["preferences", "rewards"])
+def test_a_group_of_impossible_completions_is_nan(impl, device, objective, rewards):
+    """Every S is -inf: no distribution exists, so neither loss nor gradient may be a number."""
+    x = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    x[:2, 0, 3] = -INF
+    labels = torch.tensor([[0, 3], [0, 3], [0, 3], [0, 3]], device=device)
+    options = {} if rewards is None else {"rewards": torch.tensor(rewards * 2, device=device)}
+    ref, function = torch.zeros(4, device=device), getattr(exo_kernels, f"fused_{objective}_loss")
+    for which in (impl, "reference"):
+        logits = x.clone().requires_grad_()
+        losses, stats = function(logits, labels, ref, reduction="none", return_stats=True, impl=which, **options)
+        losses.sum().backward()
+        assert losses.isnan().tolist() == [True, False], which
+        assert stats.p.isnan().tolist() == [True, True, False, False], which
+        assert logits.grad[:2, 0].isnan().all() and logits.grad[2:].isfinite().all(), which
+
+
+# p is (1/2, 1/2) and q is (1, exp(-d)), d = (r_0 - r_1) / beta_r: EXO's loss is log(1/2) + d / 2, DPO's is log 2.
+SATURATED = {
+    "fits-fp32": (torch.float32, 1e30, 1e-5, 5e34),
+    "beyond-fp32": (torch.float32, 1e30, 1e-12, INF),
+    "ends-of-fp32": (torch.float32, 3e38, 1e-3, INF),
+    "ends-of-fp64": (torch.float64, 1e308, 1e-3, INF),
+    "fp64": (torch.float64, 1e30, 1e-12, 5e41),
+}
+
+
+@pytest.mark.parametrize("name", SATURATED)
+@pytest.mark.parametrize("objective", ["exo", "dpo"])
+def test_rewards_that_saturate_the_target(impl, device, objective, name):
+    """The loss is right, or inf with slope 0 if the dtype cannot hold it; other groups are untouched; never NaN."""
+    dtype, high, beta_r, expected = SATURATED[name]
+    low = -high if name.startswith("ends") else 0.0
+    rewards = torch.tensor([high, low, 0.0, 0.0], dtype=dtype, device=device)
+    labels = torch.tensor([[0, 1]] * 4, device=device)
+    function = getattr(exo_kernels, f"fused_{objective}_loss")
+    for which in (impl, "reference"):
+        x = torch.zeros(4, 2, 2, dtype=dtype, device=device).requires_grad_()
+        ref = torch.full((4,), -math.log(2), dtype=torch.float64, device=device)
+        options = {"rewards": rewards, "beta_r": beta_r, "beta_pi": 0.5, "reduction": "none", "impl": which}
+        losses, stats = function(x, labels, ref, return_stats=True, **options)
+        losses.sum().backward()
+        assert stats.q.tolist() == [1.0, 0.0, 0.5, 0.5]
+        right = expected if objective == "exo" else math.log(2)
+        assert losses[0].item() == pytest.approx(right, rel=1e-6), which
+        slope = x.grad[:, 0, 1] * 2  # d log p / d logit is 1/2
+        if objective == "dpo":
+            assert slope[:2].tolist() == pytest.approx([-0.25, 0.25], rel=1e-6), which  # beta_pi (p - q)
+        elif right == INF:
+            assert slope[:2].tolist() == [0.0, 0.0], which
+        else:  # beta_pi p (log p - log q - L)
+            assert slope[:2].tolist() == pytest.approx([-right / 4, right / 4], rel=1e-6), which
+        assert slope[2:].abs().max() < 1e-6 and losses[1].isfinite(), which

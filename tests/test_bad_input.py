@@ -7,6 +7,7 @@ memory, so it shows as well that nothing is looked at before the device is.
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,85 @@ def test_policy_logps(bad):
 
 def test_policy_and_reference_on_two_devices():
     assert_refused("ref_logps", preference_loss, policy_logps=torch.zeros(N, device="meta"))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("function", ALL_LOSSES, **named)
+def test_references_that_are_not_finite(function, bad):
+    """Sums all count; of values per token those without a label do not."""
+    sums = torch.zeros(N)
+    sums[2] = bad
+    for impl in IMPLS if function is not preference_loss else ["auto"]:
+        options = {} if function is preference_loss else {"impl": impl}
+        assert "sequence 2" in assert_refused("ref_logps", function, ref_logps=sums, **options)
+        if function is not preference_loss:
+            per_token = torch.zeros(N, T)
+            per_token[2, 1] = bad
+            assert_refused("ref_logps", function, ref_logps=per_token, **options)
+            per_token = torch.zeros(N, T)
+            per_token[:, -1] = bad  # the last row of a shifted sequence scores nothing
+            assert function(**good(function) | {"ref_logps": per_token}, **options).isfinite()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("function", LOSSES, **named)
+def test_a_sequence_without_labels_is_noticed(function, impl):
+    labels = good(function)["labels"]
+    labels[3] = -100
+    with pytest.warns(UserWarning, match="^labels: sequence 3 has none"):
+        function(**good(function) | {"labels": labels}, impl=impl)
+    reference = torch.tensor([0.0, 0.0, 0.0, -5.0])  # of tokens that the policy does not score
+    assert "sequence 3" in assert_refused("ref_logps", function, labels=labels, ref_logps=reference, impl=impl)
+    labels[2] = -100  # a whole group: its gradient is 0, and nobody is warned
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function(**good(function) | {"labels": labels}, impl=impl)
+
+
+def odd_tensors(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same tensor in layouts that kernels cannot index."""
+    odd = {"sparse": x.to_sparse(), "nested": torch.nested.nested_tensor(list(x)) if x.dim() > 1 else x.to_sparse()}
+    if x.dtype == torch.float32 and x.numel():
+        odd["mkldnn"] = x.to_mkldnn()
+    return odd
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("function", [*ON_LOGITS, preference_loss], **named)
+def test_sparse_mkldnn_and_nested_tensors(function):
+    arguments = good(function)
+    if function in ALL_LOSSES:
+        arguments |= {"rewards": torch.zeros(N), "group_size": torch.tensor([2, 2])}
+    for name, value in arguments.items():
+        for kind, odd in odd_tensors(value).items():
+            message = assert_refused(name, function, **arguments | {name: odd})
+            assert kind in message or "sparse" in message
+
+
+@pytest.mark.parametrize("function", ON_LOGITS, **named)
+def test_meta_tensors_have_no_values_for_the_oracle(function):
+    meta = {name: value.to("meta") for name, value in good(function).items()}
+    assert_refused("impl", function, impl="reference", **meta)
+    assert function(**meta).device.type == "meta"
+
+
+@pytest.mark.parametrize("function", LOSSES, **named)
+def test_no_sequences_with_references_per_token(function):
+    """The oracle too: a loss of 0, and a gradient of the right shape."""
+    for impl in IMPLS:
+        x, labels = torch.zeros(0, T, V, requires_grad=True), torch.zeros(0, T, dtype=torch.long)
+        loss = function(x, labels, torch.zeros(0, T), impl=impl)
+        loss.backward()
+        assert loss.item() == 0 and x.grad.shape == (0, T, V)
+
+
+@pytest.mark.parametrize("function", LOSSES, **named)
+def test_inplace_backward_on_no_elements(function):
+    """Nothing shares memory where there is nothing, whatever the strides say."""
+    for logits in (torch.zeros(1, 1, V).expand(N, 0, V), torch.zeros(0, 1, V).expand(0, T, V)):
+        labels, ref = torch.zeros(logits.shape[:2], dtype=torch.long), torch.zeros(len(logits))
+        assert function(logits * 1, labels, ref, inplace_backward=True).isfinite()
+        assert function(logits, labels, ref, inplace_backward=True).isfinite()
 
 
 REWARDS = {

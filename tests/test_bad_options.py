@@ -5,11 +5,13 @@ import torch
 from refusals import ALL_LOSSES, INF, LOSSES, NAN, ON_LOGITS, N, assert_refused, good, named
 
 from exo_kernels import fused_dpo_loss, fused_exo_loss, preference_loss, sequence_logps, token_logps
+from exo_kernels.validation import describe
 
-POSITIVE = [0.0, -1.0, 0, NAN, INF, -INF, "0.1", None, True, torch.tensor(0.1), 1j]
+HUGE = 10**400  # no float, and no int64
+POSITIVE = [HUGE, 10**5000, 1e39, 1e-39, 1e300, 0.0, -1.0, 0, NAN, INF, -INF, "0.1", None, True, torch.tensor(0.1), 1j]
 
 
-@pytest.mark.parametrize("bad", POSITIVE, ids=repr)
+@pytest.mark.parametrize("bad", POSITIVE, ids=describe)
 @pytest.mark.parametrize("name", ["beta_pi", "beta_r"])
 @pytest.mark.parametrize("function", ALL_LOSSES, **named)
 def test_betas(function, name, bad):
@@ -17,13 +19,13 @@ def test_betas(function, name, bad):
     assert_refused(name, function, **{name: bad})
 
 
-@pytest.mark.parametrize("bad", POSITIVE, ids=repr)
+@pytest.mark.parametrize("bad", POSITIVE, ids=describe)
 @pytest.mark.parametrize("function", ON_LOGITS, **named)
 def test_temperature(function, bad):
     assert_refused("temperature", function, temperature=bad)
 
 
-@pytest.mark.parametrize("bad", [-0.1, 1.0, 1.5, NAN, INF, "0", True, torch.tensor(0.1)], ids=repr)
+@pytest.mark.parametrize("bad", [-0.1, 1.0, 1.5, NAN, INF, "0", True, torch.tensor(0.1), HUGE], ids=describe)
 @pytest.mark.parametrize("function", ALL_LOSSES, **named)
 def test_label_smoothing(function, bad):
     assert_refused("label_smoothing", function, label_smoothing=bad)
@@ -45,14 +47,14 @@ CHOICES = {
     "reduction": ["average", "MEAN", None, True, torch.tensor(1)],
     "compat": ["trl", True, 0, ""],
     "shift": [1, 0, "True", torch.tensor(True)],
-    "ignore_index": [None, -100.0, "x", True, torch.tensor(-100)],
+    "ignore_index": [None, -100.0, "x", True, torch.tensor(-100), 2**63, -(2**63) - 1, HUGE],
     "inplace_backward": [1, None, "no"],
     "return_stats": [1, None, "no"],
-    "num_groups": [0, -1, 0.0, NAN, INF, "2", True, torch.tensor([2]), [2]],
+    "num_groups": [0, -1, 0.0, NAN, INF, "2", True, torch.tensor([2]), [2], HUGE, 1e-39, torch.tensor(True)],
 }
 
 
-@pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, bads in CHOICES.items() for bad in bads], ids=repr)
+@pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, bads in CHOICES.items() for bad in bads], ids=describe)
 @pytest.mark.parametrize("function", LOSSES, **named)
 def test_options_of_the_losses(function, name, bad):
     assert_refused(name, function, **{name: bad})
@@ -87,6 +89,12 @@ def test_return_entropy(bad):
 def test_num_groups_as_a_tensor(function, value):
     """On a CPU its value is free to look at."""
     assert_refused("num_groups", function, num_groups=torch.tensor(value))
+
+
+@pytest.mark.parametrize("function", ALL_LOSSES, **named)
+def test_group_size_beyond_int64(function):
+    assert_refused("group_size", function, group_size=HUGE)
+    assert_refused("group_size", function, group_size=10**5000)
 
 
 @pytest.mark.parametrize("function", ALL_LOSSES, **named)

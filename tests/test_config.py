@@ -67,7 +67,7 @@ def test_errors_are_one_line_and_exit_2(argv, message, capsys):
         ("betapi: 1", "unknown option 'betapi'; did you mean beta_pi?"),
         ("- 1", "expected a mapping"),
         ("beta_pi: [1]", "beta_pi: expected one value"),
-        ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("!!python/object/apply:os.getcwd []", "expected no tag; got tag:yaml.org,2002:python/object/apply:os.getcwd"),
         ("a: b: c", "mapping values are not allowed"),
     ],
 )

@@ -19,10 +19,13 @@ ROOT = Path(exo_kernels.__file__).parents[1]
 LAYERS = {
     "__init__": {"api", "linear", "modules", "objectives", "reference"},
     "modules": {"api", "linear", "validation"},
-    "api": {"dispatch", "groups", "losses", "objectives", "ops", "reference", "validation"},
-    "linear": {"curve", "dtypes", "dispatch", "groups", "linear", "losses", "ops", "reference", "validation"},
+    "api": {"dispatch", "groups", "losses", "objectives", "ops", "reference", "validation", "value_checks"},
+    "linear": {
+        *("curve", "dtypes", "dispatch", "groups", "linear", "losses", "ops", "reference", "validation", "value_checks")
+    },
     "losses": {"groups", "objectives", "ops", "reference", "validation"},
-    "ops": {"dtypes", "groups", "validation"},
+    "ops": {"dtypes", "groups", "validation", "value_checks"},
+    "value_checks": {"validation"},
     "chunked": {"chunked", "curve", "dtypes", "groups", "objectives"},
     "reference": {"objectives"},
     "_triton": {"_triton", "curve"},

@@ -11,6 +11,7 @@ import torch
 
 import exo_kernels
 from exo_kernels import EXOLoss, LinearEXOLoss
+from exo_kernels.validation import describe
 
 N, T, D, V = 4, 3, 5, 7
 LOSSES = ["fused_linear_exo_loss", "fused_linear_dpo_loss"]
@@ -85,6 +86,56 @@ def test_options(function):
     refused("impl", function, impl="cuda")
     refused("labels", function, labels=torch.full((N, T), V))
     refused("process_group", function, process_group="world")
+
+
+@every_function
+@pytest.mark.parametrize(
+    "bad", [0, -1, 2**63, 10**400, 10**5000, "9" * 400 + "GiB", "1e3", "-1", "0", "٣", "nan", True], ids=describe
+)
+def test_memory_budget(function, bad):
+    refused("memory_budget", function, memory_budget=bad)
+
+
+def test_memory_budget_larger_than_any_machine():
+    assert exo_kernels.linear_token_logps(**good("linear_token_logps"), memory_budget=2**63 - 1).isfinite().all()
+    assert exo_kernels.linear_token_logps(**good("linear_token_logps"), memory_budget="9999999999GiB").isfinite().all()
+
+
+REFUSED_BY_EXPLAIN = {
+    "group_size": [3, 0, 10**400, torch.tensor([1, 2]), torch.tensor([4, 0]), 2.0],
+    "labels": [torch.full((N, T), V), torch.ones(N, T), torch.ones(N, T - 1, dtype=torch.long)],
+    "reduction": ["average", None],
+    "schedule": ["fast"],
+    "ref_weight": [torch.zeros(V, D)],
+    "ref_bias": [torch.zeros(V)],
+    "ref_hidden": [torch.zeros(N, T - 1, D), torch.zeros(N, T, D, dtype=torch.long), torch.zeros(N, T, D).to("meta")],
+    "return_entropy": [True, "yes"],
+    "memory_budget": [10**400, "lots"],
+    "ignore_index": [2**63],
+    "softcap": [0.0, 1e300],
+    "loss": [None],
+}
+
+
+@pytest.mark.parametrize("argument", REFUSED_BY_EXPLAIN)
+def test_explain_refuses_what_the_call_refuses(argument):
+    arguments = {name: value for name, value in good("explain").items() if name != "ref_logps"}
+    arguments["hidden"].requires_grad_()
+    assert exo_kernels.explain(**arguments).schedule == "deferred"
+    for bad in REFUSED_BY_EXPLAIN[argument]:
+        with pytest.raises(ValueError, match=rf"^{argument}: expected [^\n]+; got [^\n]+$"):
+            exo_kernels.explain(**(arguments | {argument: bad}))
+
+
+def test_explain_of_a_reference_model_with_a_head_of_its_own():
+    arguments = {name: value for name, value in good("explain").items() if name != "ref_logps"}
+    wrong = {"ref_hidden": torch.zeros(N, T, D), "ref_weight": torch.zeros(V, D + 1)}
+    with pytest.raises(ValueError, match="^ref_weight: expected shape"):
+        exo_kernels.explain(**arguments, **wrong)
+    with pytest.raises(ValueError, match="^ref_hidden: expected None with loss=False"):
+        exo_kernels.explain(**arguments, ref_hidden=torch.zeros(N, T, D), loss=False)
+    with pytest.raises(ValueError, match="^hidden: expected a tensor with values"):
+        exo_kernels.explain(**{name: value.to("meta") for name, value in arguments.items()})
 
 
 @every_loss

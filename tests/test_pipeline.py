@@ -5,7 +5,7 @@ import os
 import pytest
 import yaml
 
-from exo import lineage, pipeline, train
+from exo import lineage, pipeline, recipe, train
 from exo.config import ConfigError
 
 
@@ -156,7 +156,7 @@ def test_numbers_that_yaml_takes_for_texts(tmp_path):
 )
 def test_mistakes_in_a_recipe(tmp_path, change, said):
     values = yaml.safe_load((pipeline.RECIPES / "quickstart.yaml").read_text())
-    values = pipeline._merged(values, change) if "sweep" not in change else values | change
+    values = recipe._merged(values, change) if "sweep" not in change else values | change
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError) as error:

@@ -45,6 +45,15 @@ def test_rewards_on_one_scale():
     assert targets.normalise(groups, "none") == groups
 
 
+@pytest.mark.parametrize("how", ["prompt", "global"])
+@pytest.mark.parametrize("unit", [5e-324, 1e-300, 1e300, 1.7e308])
+def test_rewards_at_the_ends_of_floats_are_normalised(how, unit):
+    """(-1, 0, 1) in any unit: mean 0, standard deviation sqrt(2/3)."""
+    [scaled] = targets.normalise([group([-unit, 0.0, unit])], how)
+    assert scaled.rewards == pytest.approx((-(1.5**0.5), 0.0, 1.5**0.5))
+    assert targets.normalise([group([unit] * 3)], how)[0].rewards == (0.0, 0.0, 0.0)
+
+
 # Estimates.
 
 

@@ -96,8 +96,10 @@ class Cache:
             try:
                 row = json.loads(line)
                 key, answer = row["key"], row["answer"]
-            except (ValueError, LookupError, TypeError):
-                raise DataError(f"{path}:{number}: not a line of a cache of verdicts; choose another --cache") from None
+            except (ValueError, LookupError, TypeError, RecursionError):
+                key = answer = None
+            if not isinstance(key, str) or not isinstance(answer, str):
+                raise DataError(f"{path}:{number}: not a line of a cache of verdicts; choose another --cache")
             self._answers[key] = answer
         if not (rest.startswith(_LINE_START) or _LINE_START.startswith(rest)):
             raise DataError(f"{path}:{len(lines) + 1}: not a line of a cache of verdicts; choose another --cache")

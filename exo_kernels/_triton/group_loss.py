@@ -38,19 +38,10 @@ def _sum_sequence(logps, targets, ref, start, end, ignore_index, PER_TOKEN_REF: 
 
 
 @triton.jit
-def _log_sum_exp(m, total, x):
-    """Fold a block into (maximum, sum above it); -inf everywhere is a sum of zero."""
-    new = tl.maximum(m, tl.max(x, 0))
-    base = tl.where(new == float("-inf"), 0.0, new)
-    total = total * tl.exp(tl.where(m == float("-inf"), 0.0, m - base)) + tl.sum(tl.exp(x - base), 0)
-    return new, total
-
-
-@triton.jit
-def _log_target(rewards, k, first, size, exists, log_sum, beta_r, log_chosen, log_others, REWARDS: tl.constexpr):
+def _log_target(rewards, k, first, size, exists, m, log_sum, beta_r, log_chosen, log_others, REWARDS: tl.constexpr):
     """log q of completions k, eq. 14 or 16-18; one completion alone has all the mass."""
     if REWARDS:
-        return tl.load(rewards + k, mask=exists, other=0.0).to(tl.float64) / beta_r - log_sum
+        return (tl.load(rewards + k, mask=exists, other=0.0).to(tl.float64) - m) / beta_r - log_sum
     others = log_others - tl.log(tl.maximum(size - 1, 1).to(tl.float64))
     log_q = tl.where(k == first, log_chosen, others)
     return tl.where(size == 1, 0.0, log_q)
@@ -61,7 +52,7 @@ def group_loss_kernel(
     logps, targets, ref, rewards,
     seq_offsets, group_offsets,
     loss, slopes, policy, ratios, p_out, q_out, tokens,
-    beta_pi: tl.float64, beta_r: tl.float64, log_chosen: tl.float64, log_others: tl.float64,
+    beta_pi: tl.float64, beta_r: tl.float64, log_chosen: tl.float64, log_others: tl.float64, largest: tl.float64,
     ignore_index: tl.int64,
     EXO: tl.constexpr, REWARDS: tl.constexpr, PER_TOKEN_REF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -84,42 +75,49 @@ def group_loss_kernel(
 
     m = tl.full((), float("-inf"), tl.float64)
     m_r = m
+    for at in range(first, last, BLOCK_K):
+        k = at + tl.arange(0, BLOCK_K)
+        m = tl.maximum(m, tl.max(beta_pi * tl.load(ratios + k, mask=k < last, other=float("-inf")), 0))
+        if REWARDS:
+            r = tl.load(rewards + k, mask=k < last, other=float("-inf")).to(tl.float64)
+            m_r = tl.maximum(m_r, tl.max(r, 0))
     total = tl.zeros((), tl.float64)
     total_r = total
     for at in range(first, last, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         z = beta_pi * tl.load(ratios + k, mask=k < last, other=float("-inf"))
-        m, total = _log_sum_exp(m, total, z)
-        if REWARDS:
-            r = tl.load(rewards + k, mask=k < last, other=float("-inf")).to(tl.float64) / beta_r
-            m_r, total_r = _log_sum_exp(m_r, total_r, r)
+        total += tl.sum(tl.exp(z - m), 0)  # NaN if every completion is impossible: -inf - -inf
+        if REWARDS:  # their maximum comes off before they are divided, which then cannot overflow to +inf
+            r = tl.load(rewards + k, mask=k < last, other=float("-inf")).to(tl.float64)
+            total_r += tl.sum(tl.exp((r - m_r) / beta_r), 0)
     log_sum = m + tl.log(total)
-    log_sum_r = m_r + tl.log(total_r)
+    log_sum_r = tl.log(total_r)
 
     value = tl.zeros((), tl.float64)
     for at in range(first, last, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         exists = k < last
         log_p = beta_pi * tl.load(ratios + k, mask=exists, other=float("-inf")) - log_sum  # eq. 13
-        log_q = _log_target(rewards, k, first, size, exists, log_sum_r, beta_r, log_chosen, log_others, REWARDS)
+        log_q = _log_target(rewards, k, first, size, exists, m_r, log_sum_r, beta_r, log_chosen, log_others, REWARDS)
         if EXO:
             p = tl.exp(log_p)
-            value += tl.sum(tl.where(exists & (p > 0), p * (log_p - log_q), 0.0), 0)  # eq. 15, 18
+            value += tl.sum(tl.where(exists & (p != 0), p * (log_p - log_q), 0.0), 0)  # eq. 15, 18
         else:
             q = tl.exp(log_q)
-            value -= tl.sum(tl.where(exists & (q > 0), q * log_p, 0.0), 0)  # eq. 19, 7
-    value = tl.where(log_sum == log_sum, value, log_sum)  # NaN is told, not masked away
-    tl.store(loss + group, value)
+            value -= tl.sum(tl.where(exists & (q != 0), q * log_p, 0.0), 0)  # eq. 19, 7
+    value = tl.where(log_sum == log_sum, value, log_sum)  # propagate NaN
+    tl.store(loss + group, value)  # beyond what its dtype holds: inf
 
     for at in range(first, last, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         exists = k < last
         log_p = beta_pi * tl.load(ratios + k, mask=exists, other=float("-inf")) - log_sum
-        log_q = _log_target(rewards, k, first, size, exists, log_sum_r, beta_r, log_chosen, log_others, REWARDS)
+        log_q = _log_target(rewards, k, first, size, exists, m_r, log_sum_r, beta_r, log_chosen, log_others, REWARDS)
         p = tl.exp(log_p)
         q = tl.exp(log_q)
         if EXO:
-            slope = p * (tl.where(p > 0, log_p - log_q, 0.0) - value)
+            slope = p * (tl.where(p != 0, log_p - log_q, 0.0) - value)
+            slope = tl.where(value > largest, 0.0, slope)  # saturated, as in objectives.exo
         else:
             slope = p - q
         slope = tl.where(log_p == log_p, slope, log_p)
@@ -154,7 +152,7 @@ def group_loss(
                 logps if rewards is None else rewards.contiguous(),
                 seq_offsets, group_offsets,
                 loss, slopes, policy, ratios, p, q, tokens,
-                beta_pi, beta_r, *log_targets, ignore_index,
+                beta_pi, beta_r, *log_targets, torch.finfo(logps.dtype).max, ignore_index,
                 EXO=objective == "exo", REWARDS=rewards is not None, PER_TOKEN_REF=per_token_ref,
                 BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_K=BLOCK_K, enable_fp_fusion=True,
             )  # fmt: skip

@@ -1,5 +1,6 @@
 """Group pass: the sums, the K-way softmaxes, the divergence and the slopes, in fp64. Equations: objectives.py."""
 
+import torch
 from torch import Tensor
 
 from exo_kernels import groups, objectives
@@ -35,6 +36,6 @@ def group_loss(
         log_q = objectives.preference_log_target(mask, *log_targets)
     else:
         log_q = objectives.reward_log_target(groups.to_matrix(rewards.double(), group_offsets, width), beta_r)
-    loss, dz = objectives.OBJECTIVES[objective](log_p, log_q)
+    loss, dz = objectives.OBJECTIVES[objective](log_p, log_q, torch.finfo(logps.dtype).max)
     results = loss, beta_pi * dz[mask], policy, ratios, log_p.exp()[mask], log_q.exp()[mask], tokens
     return tuple(result.to(logps.dtype) for result in results)

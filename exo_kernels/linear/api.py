@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exo_kernels import groups, losses, reference, validation
+from exo_kernels import groups, losses, reference, validation, value_checks
 from exo_kernels.dispatch import Impl
 from exo_kernels.linear import ops, plan
 from exo_kernels.linear.inputs import Head, Inputs, prepare
 from exo_kernels.losses import Knobs, Reduction
-from exo_kernels.ops import sum_sequences
+from exo_kernels.ops import checked_groups, sum_sequences
 
 Schedule = Literal["auto", "deferred", "group", "store", "recompute"]
 
@@ -255,19 +255,26 @@ def _fused_loss(
     knobs.check(n, hidden.device)
     if rows.impl == "reference":
         answer = losses.check_and_run_oracle(
-            knobs, f"fused_linear_{knobs.objective}_loss", (hidden, weight, labels, ref_logps), rows.seq_offsets,
-            ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias, **head.of_the_oracle(),
+            knobs, f"fused_linear_{knobs.objective}_loss", (hidden, weight, labels, ref_logps), rows.targets,
+            rows.seq_offsets, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias, **head.of_the_oracle(),
         )  # fmt: skip
         return answer if return_stats else answer[0]
     if ref_hidden is not None and not shared:
         with torch.no_grad():
-            own = head._replace(bias=ref_bias)
-            matrix = weight if ref_weight is None else ref_weight
-            ref_rows = prepare(ref_hidden, matrix, labels, own, sequences=True, prefix="ref_")
-            ref_logps = _token_logps(ref_rows, own, False)[0].view(labels.shape)
+            ref_rows, ref_head = _prepare_reference(head, weight, labels, ref_hidden, ref_weight, ref_bias)
+            ref_logps = _token_logps(ref_rows, ref_head, False)[0].view(labels.shape)
     per_token_ref = ref_hidden is not None or tuple(ref_logps.shape) != (n,)  # type: ignore[union-attr]
     loss, stats = _by_schedule(knobs, head, rows, ref_logps, per_token_ref)
     return (loss, stats) if return_stats else loss
+
+
+def _prepare_reference(
+    head: Head, weight: Tensor, labels: Tensor, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None
+) -> tuple[Inputs, Head]:
+    """Check a reference model that has a head of its own, and bring it to the operators' form."""
+    ref_head = head._replace(bias=ref_bias)
+    matrix = weight if ref_weight is None else ref_weight
+    return prepare(ref_hidden, matrix, labels, ref_head, sequences=True, prefix="ref_"), ref_head
 
 
 def _by_schedule(
@@ -336,24 +343,44 @@ def explain(
         Plan, a named tuple that prints as a sentence. Operations and bytes are those of forward and backward together
         (those of a reference model with a head of its own apart, which is a call by itself). Looks at the labels: on a
         GPU it synchronises.
+
+    Raises:
+        ValueError: as the call in question; or meta tensors, which have no labels to count.
     """
     validation.flag("loss", loss)
-    validation.reduction(reduction, None)
+    validation.flag("return_entropy", return_entropy)
+    validation.reduction(reduction, None, torch.device("cpu"))
+    if loss and return_entropy:
+        validation.fail("return_entropy", "False with loss=True: the losses return no entropies", "True")
+    if loss and ref_hidden is not None:
+        validation.reference_model(None, ref_hidden, ref_weight, ref_bias, hidden)
+    else:
+        expected = "None without ref_hidden" if loss else "None with loss=False: log-probs have no reference"
+        validation.absent(expected, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
     head = Head(
         bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index, memory_budget, schedule,
         process_group, impl,
     )  # fmt: skip
     shared = ref_weight is None and ref_bias is None
     rows = prepare(hidden, weight, labels, head, sequences=loss, ref_hidden=ref_hidden if shared else None)
+    if hidden.device.type == "meta":
+        validation.fail("hidden", "a tensor with values, like labels, which are counted", validation.describe(hidden))
+    if ref_hidden is not None and not shared:
+        _prepare_reference(head, weight, labels, ref_hidden, ref_weight, ref_bias)
     needs = rows.needs(return_entropy, loss and reduction != "none")
     sizes = rows.sizes()
     name, reason = plan.choose(schedule, needs, sizes, rows.budget)
-    scored = (rows.targets != ignore_index).flatten()
-    counts = [int(scored.sum())]
-    if loss:
-        n = rows.seq_offsets.numel() - 1
-        validation.group_size(group_size, n, hidden.device)
-        starts = rows.seq_offsets[groups.group_offsets(group_size, n, hidden.device)]
-        seen = torch.nn.functional.pad(scored.cumsum(0), (1, 0))[starts]
-        counts = seen.diff().tolist()
+    if validation.check_values(hidden.device):
+        value_checks.label_values(rows.targets, rows.shard.vocab, ignore_index)
+    counts = _groups_rows(rows, group_size, ignore_index) if loss else [int((rows.targets != ignore_index).sum())]
     return plan.explain(name, reason, needs, sizes, rows.budget, counts)
+
+
+def _groups_rows(rows: Inputs, group_size: int | Tensor, ignore_index: int) -> list[int]:
+    """Count the rows with loss of every group."""
+    n, device = rows.seq_offsets.numel() - 1, rows.hidden.device
+    validation.group_size(group_size, n, device)
+    offsets = groups.group_offsets(group_size, n, device)
+    sequences, offsets = checked_groups(rows.seq_offsets, offsets, None, None, rows.targets, True, ignore_index)
+    seen = (rows.targets != ignore_index).flatten().cumsum(0)
+    return torch.nn.functional.pad(seen, (1, 0))[sequences[offsets]].diff().tolist()

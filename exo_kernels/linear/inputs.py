@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exo_kernels import dispatch, groups, validation
+from exo_kernels import dispatch, groups, validation, value_checks
 from exo_kernels.linear import plan, vocab_parallel
 from exo_kernels.linear.vocab_parallel import Shard
 
@@ -98,9 +98,9 @@ def prepare(
     offsets = groups.sequence_offsets(targets, head.cu_seqlens)
     if validation.check_values(hidden.device) and not torch.compiler.is_compiling():
         if head.cu_seqlens is not None:
-            validation.offset_values("cu_seqlens", offsets, targets.numel(), 0)
+            value_checks.offset_values("cu_seqlens", offsets, targets.numel(), 0)
         if impl == "reference":  # the operators check for the others
-            validation.label_values(targets, shard.vocab, head.ignore_index)
+            value_checks.label_values(targets, shard.vocab, head.ignore_index)
     return Inputs(hidden, weight, bias, targets, offsets, ref_hidden, shard, budget, impl)
 
 

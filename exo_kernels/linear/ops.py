@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from exo_kernels import ops, validation
+from exo_kernels import ops, validation, value_checks
 from exo_kernels.curve import Curve
 from exo_kernels.dtypes import accumulator
 from exo_kernels.linear import head, plan, schedules
@@ -55,7 +55,7 @@ def linear_token_logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs (N, T), entropies (N, T) or (0,), the reference's log-probs likewise; then what backward wants."""
     if validation.check_values(hidden.device):
-        validation.label_values(targets, parts[1], ignore_index)
+        value_checks.label_values(targets, parts[1], ignore_index)
     curve = Curve.of(logit_scale, softcap, temperature)
     call = _call(hidden, weight, bias, targets, ref_hidden, curve, parts, group, chunk_rows, impl)
     with _as_given(hidden.device):
@@ -213,8 +213,10 @@ def linear_group_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (): the sum over the denominator. What `group_loss` gives but the slopes. The loss's three gradients."""
     if validation.check_values(hidden.device):
-        validation.label_values(targets, parts[1], ignore_index)
-    seq_offsets, group_offsets = ops.checked_groups(seq_offsets, group_offsets, rewards, targets.numel())
+        value_checks.label_values(targets, parts[1], ignore_index)
+    seq_offsets, group_offsets = ops.checked_groups(
+        seq_offsets, group_offsets, rewards, ref_logps, targets, per_token_ref, ignore_index
+    )
     curve = Curve.of(logit_scale, softcap, temperature)
     call = _call(hidden, weight, bias, targets, ref_hidden, curve, parts, group, chunk_rows, impl)
     options = (objective, beta_pi, beta_r, (log_chosen, log_others), ignore_index)

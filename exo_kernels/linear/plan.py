@@ -17,6 +17,7 @@ from exo_kernels.linear import head
 SCHEDULES = ("auto", "deferred", "group", "store", "recompute")
 SCORE = "score"  # no schedule at all: nothing needs a gradient
 MOST_ROWS = 8192  # of a chunk: beyond, the matmuls gain nothing
+MOST_BYTES = 2**63 - 1  # what int64 holds
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -97,10 +98,10 @@ class Plan(NamedTuple):
 def parse_budget(value: int | str) -> int:
     """Bytes, as an integer or as text: 2**29, "512MiB", "4 GiB", "0.5GB"."""
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", value)
+        found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{0,18})?)\s*([a-zA-Z]*)\s*", value, re.ASCII)
         if found and found[2].upper() in UNITS and float(found[1]) > 0:
-            return max(1, int(float(found[1]) * UNITS[found[2].upper()]))
-    elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return min(MOST_BYTES, max(1, int(float(found[1]) * UNITS[found[2].upper()])))
+    elif isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_BYTES:
         return value
     validation.fail("memory_budget", "bytes > 0 as an integer or as text like '512MiB'", validation.describe(value))
 
