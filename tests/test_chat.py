@@ -5,9 +5,10 @@ import copy
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from exo import chat, encoding, models
+from exo import chat, encoding, models, templates
 from exo.data import Chat, DataError, Group, Message, read, write_jsonl
 from exo.limits import Limits
+from exo.models import small
 
 OPENED = "{% if add_generation_prompt %}"
 CHATML = (
@@ -174,3 +175,35 @@ def test_the_border_is_before_the_answer_even_where_the_template_thinks_first(to
     renderer = chat.Renderer(tokenizer)
     answer = renderer.answer(CHAT, renderer.prompt(CHAT), "ab")
     assert answer == ("<think></think>ab", "<|im_end|>", False)
+
+
+TALK = [Message("system", "Be kind."), Message("user", "ab?"), Message("assistant", "ab"), Message("user", "abc?")]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "completion"),
+    [
+        (
+            small.TEMPLATE,
+            "System: Be kind.\n\nUser: ab?\n\nAssistant: ab<eos>\n\nUser: abc?\n\nAssistant:",
+            " abcd<eos>",
+        ),
+        (
+            templates.BUILT_IN["chatml"],
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nab?<|im_end|>\n<|im_start|>assistant\nab<|im_end|>\n"
+            "<|im_start|>user\nabc?<|im_end|>\n<|im_start|>assistant\n",
+            "abcd<|im_end|>",
+        ),
+        (
+            templates.BUILT_IN["plain"],
+            "System: Be kind.\n\nUser: ab?\n\nAssistant: ab\n\nUser: abc?\n\nAssistant:",
+            " abcd<eos>",
+        ),
+    ],
+    ids=["tiny", "chatml", "plain"],
+)
+def test_the_templates_that_come_with_us(tokenizer, template, prompt, completion):
+    set_up(tokenizer, template, "<eos>")
+    [group], _ = encode(tokenizer, "abcd", "ab", prompt=Chat(TALK))
+    assert tokenizer.decode(group.prompt) == prompt
+    assert tokenizer.decode(group.completions[0]) == completion

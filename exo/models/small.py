@@ -20,7 +20,7 @@ PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 TEMPLATE = (
     "{% for message in messages %}{{ '\n\n' if loop.index > 1 }}{{ message.role | capitalize }}:"
     "{{ ' ' + message.content | trim }}{{ eos_token if message.role == 'assistant' }}{% endfor %}"
-    "{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+    "{{ '\n\nAssistant:' if add_generation_prompt }}"
 )
 
 
