@@ -94,6 +94,15 @@ def test_a_left_over_column_that_could_be_prompt_is_refused_once_and_harmless_on
         assert data.unread == (name,) and f"columns not used: {name}" in data.summary(), name
 
 
+def test_a_column_that_is_nested_too_deeply_is_malformed(tmp_path):
+    for depth in (100, 800, 940, 970, 985):
+        path = put(tmp_path, f'{{"prompt": "p", "chosen": "a", "rejected": "b", "deep": {"[" * depth + "]" * depth}}}')
+        try:
+            read(path)
+        except DataError as error:
+            assert "nested too deeply" in str(error)
+
+
 def test_what_changes_the_loss_is_refused_where_there_is_a_loss(tmp_path):
     for name in ("margin", "weight", "loss_mask"):
         path = put(tmp_path, [{**GOOD, name: 0.5}])

@@ -97,8 +97,9 @@ class _Reader:
                 rows += 1
                 try:
                     reading = self._understood(row, place)
-                except Malformed as error:
-                    message = f"{place}: {error}"
+                except (Malformed, RecursionError) as error:
+                    what = error if isinstance(error, Malformed) else "nested too deeply"
+                    message = f"{place}: {what}"
                     if nulls := [name for name in self.nulls if repr(name) in message]:
                         message += f" (null: {names(nulls)})"
                     if unknown := set(self.chosen.renamed.values()) - self.met:
