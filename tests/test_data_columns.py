@@ -138,6 +138,15 @@ def test_a_column_that_repeats_what_was_read_is_harmless(tmp_path):
     assert "column 'question'" in refusal(put(tmp_path, [{**row, "question": "Another one?"}]))
 
 
+def test_a_row_that_is_skipped_refuses_no_column(tmp_path):
+    talk = [{"role": "user", "content": "What is the sum?"}, {"role": "assistant", "content": "It is four I think."}]
+    other = [talk[0], {"role": "assistant", "content": "I do not know."}]
+    rows = [{"chosen": talk, "rejected": answer, "messages": talk, "part": answer[1]["content"][:2]}
+            for answer in (talk, other, talk)]  # fmt: skip
+    data = read(put(tmp_path, rows))
+    assert data.skipped == {"identical dialogues": 2} and data.unread == ("messages", "part")
+
+
 def test_columns_by_other_names(tmp_path):
     rows = [{"ask": "p", "better": "a", "worse": "b", "sys": "s", "note": "x y z"} for _ in range(2)]
     path = put(tmp_path, rows)

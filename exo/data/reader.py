@@ -195,6 +195,8 @@ class _Reader:
             left = [name for name in present if name not in taken]
             doubtful = self.doubtful[present] = self.left_over.doubtful(left)
             self.left_over.unread |= dict.fromkeys(name for name in shape.unused if name in whole)
+        if reading.skip:  # nothing was read that a column could repeat
+            return
         named, others = doubtful
         self.left_over.rows += 1
         if named:
