@@ -14,7 +14,7 @@ from exo.config import at_least, named, option
 
 
 @dataclass(frozen=True)
-class Config(config.Stage):
+class Config(config.Stage, config.DataOptions):
     output_dir: str = option("runs/best_of_n", "directory of the run")
     data: str = option("", "scored completions, a multiple of n in a row", named("a file of scored completions"))
     n: int = option(8, "completions of which the best is taken", at_least(1))
@@ -29,7 +29,7 @@ def kl_bound(n: int) -> float:
 def run(config: Config, start: lineage.Start) -> Path:
     """Choose, and return the run directory, which has samples.jsonl."""
     path = lineage.source("data", config.data, "score")
-    dataset = data.read(path, purpose="samples")
+    dataset = data.read(path, purpose="samples", **config.reading(), **config.mixing())
     console.say(dataset.summary())
     chosen = [_best(group, config.n, path) for group in dataset.groups]
     if alike := sum(len(set(group.rewards or ())) == 1 for group in dataset.groups):
@@ -46,9 +46,9 @@ def run(config: Config, start: lineage.Start) -> Path:
 def _best(group: data.Group, n: int, path: str) -> data.Group:
     rewards = group.rewards
     if rewards is None:
-        raise data.DataError(f"{path}:{group.line}: has no rewards; python -m exo.score makes them")
+        raise data.DataError(f"{group.place(path)}: has no rewards; python -m exo.score makes them")
     if len(rewards) % n:
-        raise data.DataError(f"{path}:{group.line}: expected a multiple of --n {n} completions; got {len(rewards)}")
+        raise data.DataError(f"{group.place(path)}: expected a multiple of --n {n} completions; got {len(rewards)}")
     blocks = (range(start, start + n) for start in range(0, len(rewards), n))
     return targets.select(group, [max(block, key=lambda i: rewards[i]) for block in blocks])
 

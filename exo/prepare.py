@@ -13,7 +13,7 @@ from exo.config import at_least, option, require
 
 
 @dataclass(frozen=True)
-class Config(config.Stage):
+class Config(config.Stage, config.DataOptions):
     output_dir: str = option("runs/data", "directory of the run")
     task: str = option("quickstart", f"one of {', '.join(tasks.TASKS)}")
     source: str | None = option(None, "where the task's files are: a file, a directory, or a hub name")
@@ -23,6 +23,7 @@ class Config(config.Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.task in tasks.TASKS, "task", f"one of {', '.join(tasks.TASKS)}", self.task)
+        require(self.data_weights is None, "data_weights", "none: a task has one source", self.data_weights)
         cuts = self.task in tasks.BY_TOKENS
         needed = "a model, whose tokens cut the texts" if cuts else "none: nothing is cut by tokens"
         require(cuts == (self.tokenizer is not None), "tokenizer", needed, self.tokenizer)
@@ -33,7 +34,7 @@ class Config(config.Stage):
 @lineage.stage("prepare")
 def run(config: Config, start: lineage.Start) -> Path:
     """Write the task's files and return the run directory."""
-    wanted = tasks.Wanted(config.source or "", config.rows, config.seed, config.tokenizer)
+    wanted = tasks.Wanted(config.source or "", config.rows, config.seed, config.tokenizer, config.reading())
     made = tasks.TASKS[config.task](wanted)
     directory = lineage.begin(start)
     counts = {}

@@ -94,6 +94,15 @@ def test_a_left_over_column_that_could_be_prompt_is_refused_once_and_harmless_on
         assert data.unread == (name,) and f"columns not used: {name}" in data.summary(), name
 
 
+def test_a_column_that_is_nested_too_deeply_is_malformed(tmp_path):
+    for depth in (100, 800, 940, 970, 985):
+        path = put(tmp_path, f'{{"prompt": "p", "chosen": "a", "rejected": "b", "deep": {"[" * depth + "]" * depth}}}')
+        try:
+            read(path)
+        except DataError as error:
+            assert "nested too deeply" in str(error)
+
+
 def test_what_changes_the_loss_is_refused_where_there_is_a_loss(tmp_path):
     for name in ("margin", "weight", "loss_mask"):
         path = put(tmp_path, [{**GOOD, name: 0.5}])
@@ -127,6 +136,15 @@ def test_a_column_that_repeats_what_was_read_is_harmless(tmp_path):
     }.items():  # fmt: skip
         assert read(put(tmp_path, [{**row, name: value}])).unread == (name,)
     assert "column 'question'" in refusal(put(tmp_path, [{**row, "question": "Another one?"}]))
+
+
+def test_a_row_that_is_skipped_refuses_no_column(tmp_path):
+    talk = [{"role": "user", "content": "What is the sum?"}, {"role": "assistant", "content": "It is four I think."}]
+    other = [talk[0], {"role": "assistant", "content": "I do not know."}]
+    rows = [{"chosen": talk, "rejected": answer, "messages": talk, "part": answer[1]["content"][:2]}
+            for answer in (talk, other, talk)]  # fmt: skip
+    data = read(put(tmp_path, rows))
+    assert data.skipped == {"identical dialogues": 2} and data.unread == ("messages", "part")
 
 
 def test_columns_by_other_names(tmp_path):

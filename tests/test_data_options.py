@@ -3,8 +3,10 @@
 import pytest
 from data_files import GOOD, put
 
-from exo import lineage, sft
+from exo import config, lineage, prepare, sft
 from exo.artifacts import RunError
+from exo.comparison import systems
+from exo.data import DataError, read
 
 
 def test_the_record_knows_the_content_of_every_file(tmp_path):
@@ -45,3 +47,20 @@ def test_stages_have_the_options_of_data_and_hand_them_on(tmp_path, capsys):
     assert "column 'thoughts'" in capsys.readouterr().err
     assert sft.main([*begin, "--columns", "prompt=ask,completion=say", "--ignore-columns", "all"]) == 0
     assert "columns not used: thoughts" in capsys.readouterr().out
+
+
+def test_prepare_hands_the_options_on_to_its_source(tmp_path):
+    rows = [{"ask": f"p {i}", "chosen": "a", "rejected": "b", "thoughts": f"x y {i}"} for i in range(4)]
+    path = put(tmp_path, rows)
+    options = {"task": "preferences", "source": str(path), "columns": "prompt=ask", "output_dir": str(tmp_path / "run")}
+    with pytest.raises(DataError, match="column 'thoughts'"):
+        prepare.run(prepare.Config(**options))
+    made = prepare.run(prepare.Config(**options, ignore_columns="thoughts"))
+    assert read(made / "pairs.jsonl").groups[0].prompt.startswith("p ")
+    with pytest.raises(config.ConfigError, match="a task has one source"):
+        prepare.Config(**options, data_weights="1")
+
+
+def test_systems_that_are_compared_may_have_any_column(tmp_path):
+    rows = [{"prompt": f"p {i}", "completion": "a", "reference_answer": f"x y {i}"} for i in range(2)]
+    assert len(systems.read(str(put(tmp_path, rows)))) == 2

@@ -28,12 +28,13 @@ def source(option: str, path: str) -> str:
 def read(path: str) -> Answers:
     """A system's answers, several to a prompt or one."""
     _, first = next(data.read_jsonl(path), (0, {}))
-    return _keyed(data.read(path, purpose="samples" if "completions" in first else "texts"))
+    purpose: data.Purpose = "samples" if "completions" in first else "texts"
+    return _keyed(data.read(path, purpose=purpose, ignore_columns=("all",)))  # joined by the prompt alone
 
 
 def read_references(path: str) -> tuple[Answers, dict[Key, str]]:
     """The texts to compare with, and the category of each prompt that has one."""
-    answers = _keyed(data.read(path, purpose="texts"))
+    answers = _keyed(data.read(path, purpose="texts", ignore_columns=("all",)))
     categories = {}
     for number, row in data.read_jsonl(path):
         if not isinstance(row.get("category", ""), str):

@@ -97,8 +97,9 @@ class _Reader:
                 rows += 1
                 try:
                     reading = self._understood(row, place)
-                except Malformed as error:
-                    message = f"{place}: {error}"
+                except (Malformed, RecursionError) as error:
+                    what = error if isinstance(error, Malformed) else "nested too deeply"
+                    message = f"{place}: {what}"
                     if nulls := [name for name in self.nulls if repr(name) in message]:
                         message += f" (null: {names(nulls)})"
                     if unknown := set(self.chosen.renamed.values()) - self.met:
@@ -194,6 +195,8 @@ class _Reader:
             left = [name for name in present if name not in taken]
             doubtful = self.doubtful[present] = self.left_over.doubtful(left)
             self.left_over.unread |= dict.fromkeys(name for name in shape.unused if name in whole)
+        if reading.skip:  # nothing was read that a column could repeat
+            return
         named, others = doubtful
         self.left_over.rows += 1
         if named:

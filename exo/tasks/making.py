@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from exo import console, data
 from exo.data import Dataset, Purpose, split
@@ -24,6 +24,7 @@ class Wanted(NamedTuple):
     rows: int | None = None  # at most so many of each part of the source
     seed: int = 0
     tokenizer: str | None = None  # a model's, where texts are cut by tokens
+    reading: Mapping[str, Any] = {}  # options of data.read
 
 
 class Parts(NamedTuple):
@@ -53,9 +54,9 @@ def named(directory: Path, beginning: str) -> list[str]:
     return sorted(map(str, found))
 
 
-def read(paths: Sequence[str], purpose: Purpose) -> list[Dataset]:
+def read(paths: Sequence[str], purpose: Purpose, wanted: Wanted) -> list[Dataset]:
     """Each with its account of the rows printed."""
-    found = [data.read(path, purpose=purpose) for path in paths]
+    found = [data.read(path, purpose=purpose, **wanted.reading) for path in paths]
     for dataset in found:
         console.say(dataset.summary())
     return found

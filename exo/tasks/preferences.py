@@ -15,7 +15,7 @@ from exo.tasks.making import Files, Wanted, drawn, hold_out, lines, named, parts
 
 def preferences(wanted: Wanted) -> Files:
     found = parts(wanted.source)
-    train, test = (drawn(_pairs(paths), wanted) for paths in found)
+    train, test = (drawn(_pairs(paths, wanted), wanted) for paths in found)
     if not train:
         raise DataError(f"{wanted.source}: expected a row with a best and a worst completion; found none")
     if not found.test:
@@ -35,8 +35,8 @@ def preferences(wanted: Wanted) -> Files:
     }
 
 
-def _pairs(paths: list[str]) -> list[Group]:
-    groups = [group for dataset in read(paths, "comparisons") for group in dataset.groups]
+def _pairs(paths: list[str], wanted: Wanted) -> list[Group]:
+    groups = [group for dataset in read(paths, "comparisons", wanted) for group in dataset.groups]
     pairs, counts = targets.best_against_worst(groups)
     console.counts(counts)
     return pairs
@@ -47,7 +47,7 @@ def _prompts(wanted: Wanted, train: list[Group]) -> list[str]:
     own = named(place, "prompts") if place.is_dir() else []
     if not own:
         return list(dict.fromkeys(map(_prompt, train)))
-    groups = [group for dataset in read(own, "prompts") for group in dataset.groups]
+    groups = [group for dataset in read(own, "prompts", wanted) for group in dataset.groups]
     return list(dict.fromkeys(map(_prompt, drawn(groups, wanted))))
 
 

@@ -48,7 +48,7 @@ def imdb(wanted: Wanted) -> Files:
                 "aclImdb, or train.* and test.* with rows of text and label"
             )
         train, test = (
-            [(group.completions[0], group.label or 0) for dataset in read(paths, "labels") for group in dataset.groups]
+            [(g.completions[0], g.label or 0) for dataset in read(paths, "labels", wanted) for g in dataset.groups]
             for paths in found
         )
     cleaned, others = (_cut(((_clean(t), label) for t, label in drawn(part, wanted)), cut) for part in (train, test))
