@@ -38,6 +38,15 @@ def _sum_sequence(logps, targets, ref, start, end, ignore_index, PER_TOKEN_REF: 
 
 
 @triton.jit
+def _log_sum_exp(m, total, x):
+    """Fold a block into (maximum, sum above it); -inf everywhere is a sum of zero."""
+    new = tl.maximum(m, tl.max(x, 0))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    total = total * tl.exp(tl.where(m == float("-inf"), 0.0, m - base)) + tl.sum(tl.exp(x - base), 0)
+    return new, total
+
+
+@triton.jit
 def _log_target(rewards, k, first, size, exists, m, log_sum, beta_r, log_chosen, log_others, REWARDS: tl.constexpr):
     """log q of completions k, eq. 14 or 16-18; one completion alone has all the mass."""
     if REWARDS:
@@ -75,22 +84,21 @@ def group_loss_kernel(
 
     m = tl.full((), float("-inf"), tl.float64)
     m_r = m
-    for at in range(first, last, BLOCK_K):
-        k = at + tl.arange(0, BLOCK_K)
-        m = tl.maximum(m, tl.max(beta_pi * tl.load(ratios + k, mask=k < last, other=float("-inf")), 0))
-        if REWARDS:
-            r = tl.load(rewards + k, mask=k < last, other=float("-inf")).to(tl.float64)
-            m_r = tl.maximum(m_r, tl.max(r, 0))
     total = tl.zeros((), tl.float64)
     total_r = total
     for at in range(first, last, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         z = beta_pi * tl.load(ratios + k, mask=k < last, other=float("-inf"))
-        total += tl.sum(tl.exp(z - m), 0)  # NaN if every completion is impossible: -inf - -inf
-        if REWARDS:  # their maximum comes off before they are divided, which then cannot overflow to +inf
+        m, total = _log_sum_exp(m, total, z)
+        if REWARDS:
+            r = tl.load(rewards + k, mask=k < last, other=float("-inf")).to(tl.float64)
+            m_r = tl.maximum(m_r, tl.max(r, 0))
+    if REWARDS:  # their maximum comes off before they are divided, which then cannot overflow to +inf
+        for at in range(first, last, BLOCK_K):
+            k = at + tl.arange(0, BLOCK_K)
             r = tl.load(rewards + k, mask=k < last, other=float("-inf")).to(tl.float64)
             total_r += tl.sum(tl.exp((r - m_r) / beta_r), 0)
-    log_sum = m + tl.log(total)
+    log_sum = tl.where(total > 0, m + tl.log(total), float("nan"))  # every completion is impossible, or NaN
     log_sum_r = tl.log(total_r)
 
     value = tl.zeros((), tl.float64)
