@@ -190,6 +190,4 @@ def uncut(name: str, dataset: Dataset, tokenizer: Any) -> list[TokenGroup]:
     if groups[0].label is not None:  # read as exo.reward reads it
         groups = [Group(g.completions[0], ("",), (float(g.label or 0),), g.line) for g in groups]
     foreign: Any = "text" if name == "reward" else "refuse"
-    return encoding.encode(
-        groups, tokenizer, UNLIMITED, dataset.path, foreign=foreign, skip_invalid=True, strict=False
-    )[0]
+    return encoding.encode(groups, tokenizer, UNLIMITED, dataset.path, foreign=foreign, skip_invalid=True)[0]
