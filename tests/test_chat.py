@@ -190,8 +190,8 @@ TALK = [Message("system", "Be kind."), Message("user", "ab?"), Message("assistan
         ),
         (
             templates.BUILT_IN["chatml"],
-            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nab?<|im_end|>\n<|im_start|>assistant\nab<|im_end|>\n"
-            "<|im_start|>user\nabc?<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nab?<|im_end|>\n"
+            "<|im_start|>assistant\nab<|im_end|>\n<|im_start|>user\nabc?<|im_end|>\n<|im_start|>assistant\n",
             "abcd<|im_end|>",
         ),
         (
