@@ -81,7 +81,7 @@ def encode(
     stumps = f"rows that keep fewer than {STUMP} tokens or a quarter of their prompt"
     for group in groups:
         rows += 1
-        place = group.source or f"{path}:{group.line}"
+        place = group.place(path)
         try:
             prompt, completions = encoder.encode(group, check=rows <= CHECKED)
         except (DataError, BoundaryError) as error:

@@ -27,24 +27,14 @@ C = TypeVar("C")
 # The options of each stage that name what it reads.
 INPUTS: dict[str, tuple[str, ...]] = {
     "prepare": ("source", "tokenizer"),
-    "sft": ("model", "data", "chat_template"),
-    "sample": ("model", "data", "chat_template"),
-    "score": ("data", "reward_model", "oracle", "chat_template"),
-    "reward": ("model", "data", "chat_template"),
-    "align": ("model", "ref_model", "data", "eval_data", "chat_template"),
-    "ppo": ("model", "data", "reward_model", "oracle", "chat_template"),
+    "sft": ("model", "data"),
+    "sample": ("model", "data"),
+    "score": ("data", "reward_model", "oracle"),
+    "reward": ("model", "data"),
+    "align": ("model", "ref_model", "data", "eval_data"),
+    "ppo": ("model", "data", "reward_model", "oracle"),
     "best_of_n": ("data",),
-    "evaluate": (
-        "model",
-        "samples",
-        "reference",
-        "data",
-        "baseline",
-        "density",
-        "reward_model",
-        "oracle",
-        "chat_template",
-    ),
+    "evaluate": ("model", "samples", "reference", "data", "baseline", "density", "reward_model", "oracle"),
     "judge": ("a", "b", "references", "template"),
     "label": ("references", "key"),
     "report": ("run",),
@@ -259,7 +249,10 @@ def command(run: Mapping[str, Any]) -> str:
 
 
 def _inputs(config: Any, stage: str) -> dict[str, str]:
-    return {name: getattr(config, name) for name in INPUTS[stage] if getattr(config, name)}
+    """Return the options of a stage that name what it reads: those of INPUTS, and a chat template that is a file."""
+    inputs = {name: getattr(config, name) for name in INPUTS[stage] if getattr(config, name)}
+    template = getattr(config, "chat_template", None)
+    return inputs | ({"chat_template": template} if template and Path(template).is_file() else {})
 
 
 def holds(directory: Path, config: Any, stage: str) -> bool:

@@ -106,9 +106,9 @@ def test_align_and_reward_train_on_no_text_that_they_hold_out(tmp_path):
 @pytest.mark.usefixtures("one_thread")
 def test_a_held_out_file_that_shares_texts_with_the_data_is_warned_of(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "_warned", set())
-    rows = [{"prompt": f"red {word}", "chosen": f"good {word}", "rejected": "bad"} for word in ("red", "blue", "big")]
+    rows = [{"prompt": f"red {word}", "chosen": f" good {word}", "rejected": " bad"} for word in ("red", "blue", "big")]
     source = write_rows(tmp_path / "rows.jsonl", rows[:2])
-    others = [rows[1] | {"rejected": "small"}, {"prompt": "big", "chosen": "round", "rejected": "green"}]
+    others = [rows[1] | {"rejected": " small"}, {"prompt": "big", "chosen": " round", "rejected": " green"}]
     held_out = write_rows(tmp_path / "held_out.jsonl", others)
     arguments = ["--model", write_model(tmp_path / "policy"), "--data", source, "--eval_data", held_out]
     assert align.main([*arguments, "--max_steps", "1", "--device", "cpu", "--output_dir", str(tmp_path / "run")]) == 0

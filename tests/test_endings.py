@@ -65,8 +65,8 @@ def test_ppo_and_evaluate_end_there_too(instruct, capsys, monkeypatch):
 
 def test_a_trained_model_keeps_its_ends(instruct):
     directory, model, _ = instruct
-    texts = write_rows(directory / "texts.jsonl", [{"prompt": p, "completion": "good red"} for p in PROMPTS])
-    rows = [{"prompt": p, "chosen": "good red", "rejected": "bad"} for p in PROMPTS]
+    texts = write_rows(directory / "texts.jsonl", [{"prompt": p, "completion": " good red"} for p in PROMPTS])
+    rows = [{"prompt": p, "chosen": " good red", "rejected": " bad"} for p in PROMPTS]
     pairs = write_rows(directory / "pairs.jsonl", rows)
     tuned = sft.run(sft.Config(model=model, data=texts, max_steps=1, output_dir=str(directory / "sft"), device="cpu"))
     aligned = align.run(

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def aligned(tmp_path, name, *options):
-    texts = ["good good", "bad small", "red"]
+    texts = [" good good", " bad small", " red"]
     rows = [{"prompt": p, "completions": texts, "rewards": [reward(p, t) for t in texts]} for p in PROMPTS * 3]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     model = write_model(tmp_path / "model", scale=2.0)

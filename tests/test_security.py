@@ -47,7 +47,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    rows = [{"prompt": "red", "chosen": f"good {w}", "rejected": "bad"} for w in ("big", "small", "round", "square")]
+    rows = [{"prompt": "red", "chosen": f" good {w}", "rejected": " bad"} for w in ("big", "small", "round", "square")]
     return write_rows(tmp_path / "rows.jsonl", rows)
 
 
@@ -57,7 +57,7 @@ def test_yaml_builds_no_objects(start, data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         align.main(["--model", start, "--data", data, "--config", str(tmp_path / "options.yaml")])
     (said,) = capsys.readouterr().err.splitlines()
-    assert "could not determine a constructor" in said and not canary.exists()
+    assert "expected no tag; got tag:yaml.org,2002:python/object/apply:os.mkdir" in said and not canary.exists()
 
 
 @pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/hostname", "sub/x.safetensors"])

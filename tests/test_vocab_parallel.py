@@ -78,7 +78,10 @@ TWISTS = {
     "dead-second": lambda case, cut: dead(cut[0], VOCAB, labels_within(0, cut[0], case)),
     "dead-labels": lambda case, cut: dead(0, cut[0], case),  # log-probs of -inf
     "dead": lambda case, cut: dead(0, VOCAB, case),
-    "nothing": lambda case, cut: case._replace(labels=torch.full_like(case.labels, IGNORED)),
+    "nothing": lambda case, cut: case._replace(
+        labels=torch.full_like(case.labels, IGNORED),
+        ref_logps=None if case.ref_logps is None else torch.zeros_like(case.ref_logps),
+    ),
     "nan": lambda case, cut: with_nan(case),
     "grid": lambda case, cut: on_a_grid(case),
 }
@@ -203,6 +206,8 @@ def explain(job: Job, case: LinearCase, group: Any) -> Any:
         hidden=case.hidden.requires_grad_("hidden" in job.needs),
         weight=case.weight.requires_grad_("weight" in job.needs),
     )
+    if group is None:  # then the labels are of the whole vocabulary
+        case = case._replace(labels=case.labels.clamp(max=len(case.weight) - 1))
     loss = job.function == "loss"
     options = case.of("bias", "ref_hidden", "ref_weight", "cu_seqlens", "shift")
     options |= case.of("group_size", "reduction") if loss else {"loss": False}
