@@ -165,6 +165,15 @@ def test_a_wrapper_without_a_text_part_that_stands_alone_is_refused(kind, reason
     assert "\n" not in str(caught.value)
 
 
+def test_the_tokenizer_is_the_one_that_was_saved(tmp_path):
+    """transformers takes another one for the type qwen3_5, which knows none of these words."""
+    write_wrapper("Qwen3_5", tmp_path / "wrapper")
+    assert models.load_tokenizer(str(tmp_path / "wrapper"))("red good")["input_ids"] == [
+        3 + WORDS.index("red"),
+        3 + WORDS.index("good"),
+    ]
+
+
 def rows(path):
     texts = [
         {"prompt": f"{a} {b}", "chosen": f" good {a}", "rejected": f" bad {b} big"} for a in WORDS for b in WORDS[:3]

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from exo import console, weights
@@ -198,7 +199,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; one without padding pads with its end of sequence."""
     files.check(name)
     with explained(name, "a tokenizer beside the weights (tokenizer.json)"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = _tokenizer_class(name).from_pretrained(name, trust_remote_code=False)
         _try(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -210,6 +211,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         # the end of a completion stays a trained token.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_class(name: str) -> Any:
+    """Return the class that reads a tokenizer as it was saved.
+
+    For some model types (Qwen 3.5) AutoTokenizer chooses a class by the type, which splits texts in its own way,
+    whatever tokenizer.json says.
+    """
+    path = files.find(name, "tokenizer_config.json")
+    saved = files.read(name, path).get("tokenizer_class") if path else None
+    return PreTrainedTokenizerFast if saved in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
 
 
 def _try(tokenizer: Any) -> None:
