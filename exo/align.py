@@ -31,6 +31,7 @@ from exo import (
     models,
     plots,
     policy,
+    processes,
     reference,
     runs,
     samples,
@@ -120,7 +121,9 @@ def run(config: Config, start: lineage.Start) -> Path:
     start_model = lineage.source("model", config.model, "sft", "align", "ppo")
     model, tokenizer = adapter.load(config, start_model, dataset.texts, accelerator)
     dtypes = models.dtypes_of(config.save_dtype, start_model)
-    dataset, *rest = templates.apply(config, tokenizer, start.template_date, *filter(None, (dataset, held_out)))
+    dataset, *rest = templates.apply(
+        config, tokenizer, processes.template_date(start, accelerator), *filter(None, (dataset, held_out))
+    )
     counts: Counter[str] = Counter()
     groups = _encode(config, dataset, tokenizer, counts)
     others = [group for rows in rest for group in _encode(config, rows, tokenizer, counts)]

@@ -3,12 +3,11 @@
 Left out: the comparison (estimates).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exo import data, lineage, samples
+from exo import data, lineage, records, samples
 from exo.data import Group
 
 Settings = dict[str, Any]  # k, temperature, top_p and max_new_tokens of what is evaluated; None where unknown
@@ -42,7 +41,12 @@ def read(
     ValueError, with the differences, unless the earlier one sampled and scored as this one does.
     """
     path = Path(lineage.source("baseline", name, "evaluate"))
-    before, run = json.loads(path.read_text(encoding="utf-8")), lineage.record(path.parent) or {}
+    run = lineage.record(path.parent) or {}
+    try:
+        before = records.read_json(path)
+        last = str(before["checkpoints"][-1]["name"])
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"--baseline {name}: {path} is not what python -m exo.evaluate writes") from None
     different = [
         f"{key} {before.get(key)!r}, here {value!r}"
         for key, value in settings.items()
@@ -58,7 +62,6 @@ def read(
             f"--baseline {name}: expected an evaluation like this one; it has {'; '.join(different)}; evaluate the "
             "reference again with the options of this run"
         )
-    last = before["checkpoints"][-1]["name"]
     groups = data.read(path.parent / "samples" / f"{last}.jsonl", purpose="samples").groups
     if [group.prompt for group in groups] != list(prompts):
         raise ValueError(f"--baseline {name}: expected an evaluation on the same prompts; got others")

@@ -16,6 +16,7 @@ tokenizes marked ones as plain text. Only control tokens that the template itsel
 """
 
 import datetime
+import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -27,8 +28,7 @@ from exo.subwords import LEFT, RIGHT
 
 SECONDS, MOST_BYTES = 10.0, 2**28  # one rendering may take
 PROBE = "ok"
-# The date directives of strftime that templates write, with their values as jinja replaces them.
-_DIRECTIVES = ("%Y", "%y", "%m", "%d", "%e", "%B", "%b", "%A", "%a", "%H", "%M", "%S", "%j")
+_FORMATS = re.compile(r"""(['"])((?:(?!\1).)*%(?:(?!\1).)*)\1""")  # texts of a template with a % in them
 
 
 class Settings(NamedTuple):
@@ -56,16 +56,18 @@ class Renderer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.settings: Settings = getattr(tokenizer, "template_settings", Settings())
+        self._last: tuple[Chat | None, list[Any], list[Any]] = None, [], []
 
     def prompt(self, chat: Chat) -> str:
         """Return the text of a prompt, up to and including the template's opening of an answer."""
-        return self._render(self._marked(list(chat.messages)), self._marked(list(chat.tools)), opened=True)
+        messages, tools = self._marked_chat(chat)
+        return self._render(messages, tools, opened=True)
 
     def answer(self, chat: Chat, prompt: str, answer: str) -> "Answer":
         """Render a completion of `chat`, whose rendering is `prompt`."""
         message = answer.message if isinstance(answer, Reply) else Message("assistant", answer)
-        messages, tools = self._marked([*chat.messages, message]), self._marked(list(chat.tools))
-        whole = self._render(messages, tools, opened=False)
+        messages, tools = self._marked_chat(chat)
+        whole = self._render([*messages, self._marked(message)], tools, opened=False)
         if not whole.startswith(prompt):
             raise DataError(
                 "the chat template renders the prompt differently once it is answered, so nothing tells where the "
@@ -124,6 +126,11 @@ class Renderer:
     def _control_pattern(self) -> re.Pattern[str] | None:
         return re.compile("|".join(map(re.escape, self.control_tokens))) if self.control_tokens else None
 
+    def _marked_chat(self, chat: Chat) -> tuple[list[Any], list[Any]]:
+        if self._last[0] is not chat:
+            self._last = chat, self._marked(list(chat.messages)), self._marked(list(chat.tools))
+        return self._last[1:]
+
     def _marked(self, value: Any) -> Any:
         """Return messages or tools with every control token in their texts marked as plain text."""
         pattern = self._control_pattern
@@ -148,7 +155,7 @@ class Renderer:
         template = self.tokenizer.get_chat_template(tools=tools or None)
         settings, size = self.settings, sum(len(str(value)) for value in (*messages, *tools))
         if settings.date and "strftime_now" in template:
-            template = _strftime(settings.date) + template
+            template = _strftime(template, settings.date) + template
         try:
             with bounded(SECONDS, MOST_BYTES):
                 rendered = self.tokenizer.apply_chat_template(
@@ -180,7 +187,8 @@ def _reads(template: str, token: str) -> bool:
     return bool(re.search(rf"{quoted}\s+in\b|split\(\s*{quoted}", template))
 
 
-def _strftime(date: datetime.date) -> str:
-    """Return jinja source that defines `strftime_now` for a fixed date."""
-    replaced = "".join(f" | replace('{directive}', '{date.strftime(directive)}')" for directive in _DIRECTIVES)
-    return "{%- macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro -%}"
+def _strftime(template: str, date: datetime.date) -> str:
+    """Return jinja source that defines `strftime_now` for a fixed date and the formats that a template writes."""
+    noon = datetime.datetime.combine(date, datetime.time(12))
+    dates = {text: noon.strftime(text) for _, text in _FORMATS.findall(template)}
+    return "{%- macro strftime_now(format) -%}{{ " + json.dumps(dates) + "[format] }}{%- endmacro -%}"

@@ -8,17 +8,18 @@ the tokenizer's end of sequence. Left out: batches (packing).
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from exo import chat, subwords
-from exo.data import Chat, DataError, Group
+from exo.data import Chat, DataError, Dataset, Group
 from exo.limits import STUMP, Limits, fit, is_stump, last_of
 from exo.subwords import BoundaryError
 
 CHECKED = 8  # rows at the beginning of a run whose tokens are checked against those of the whole text
+REFUSED = "rows dropped: the tokenizer or its chat template refuses them"
 MOST_MUTILATED = 0.05  # share of the rows
 
 
@@ -52,9 +53,16 @@ def factored(group: TokenGroup) -> TokenGroup:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """What a token id means, as 16 hex digits: equal for tokenizers that name all tokens alike."""
-    meaning = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
-    return hashlib.sha256(meaning.encode()).hexdigest()[:16]
+    """Return what token ids mean as 16 hex digits, equal for tokenizers that name all tokens alike.
+
+    Hashing a large vocabulary takes most of a second, so the tokenizer keeps the result until tokens are added.
+    """
+    version = len(tokenizer), tokenizer.eos_token_id
+    cached = getattr(tokenizer, "vocabulary_hash", None)
+    if cached is None or cached[0] != version:
+        meaning = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
+        cached = tokenizer.vocabulary_hash = version, hashlib.sha256(meaning.encode()).hexdigest()[:16]
+    return cached[1]
 
 
 def encode(
@@ -87,7 +95,7 @@ def encode(
         except (DataError, BoundaryError) as error:
             if not skip_invalid:
                 raise DataError(f"{place}: {error}") from None
-            counts["rows dropped: the tokenizer or its chat template refuses them"] += 1
+            counts[REFUSED] += 1
             continue
         if group.tokens is None and len(completions) > 1 and all(ids == completions[0] for ids in completions):
             counts["rows dropped: completions identical as tokens"] += 1
@@ -114,6 +122,38 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     """Return the tokens of a prompt, the same for sampling, training and scoring."""
     text = _prompt(prompt, tokenizer, chat.Renderer(tokenizer))
     return text.start + text.ids
+
+
+def refused(
+    groups: Sequence[Group], tokenizer: Any, path: str, *, skip_invalid: bool
+) -> tuple[frozenset[int], Counter[str]]:
+    """Return the places of rows that the tokenizer or its chat template refuses, and their count.
+
+    DataError names the first of them, unless `skip_invalid`. For stages whose rows have to be known before their work.
+    """
+    counts: Counter[str] = Counter()
+    encoder = _Encoder(tokenizer, "text", Counter())
+    places = set()
+    for i, group in enumerate(groups):
+        try:
+            encoder.encode(group, check=i < CHECKED)
+        except (DataError, BoundaryError) as error:
+            if not skip_invalid:
+                raise DataError(f"{group.place(path)}: {error}") from None
+            places.add(i)
+    if places:
+        counts[REFUSED] = len(places)
+    return frozenset(places), counts
+
+
+def usable_prompts(dataset: Dataset, tokenizer: Any, *, skip_invalid: bool) -> tuple[list[Group], Counter[str]]:
+    """Return the rows whose prompts can be rendered, and the count of the others; see `refused`."""
+    prompts = [replace(group, completions=(), tokens=None) for group in dataset.groups]
+    places, counts = refused(prompts, tokenizer, dataset.path, skip_invalid=skip_invalid)
+    usable = [group for i, group in enumerate(dataset.groups) if i not in places]
+    if not usable:
+        raise DataError(f"{dataset.path}: no prompt is left")
+    return usable, counts
 
 
 def sampled_prompts(prompts: Iterable[str], tokenizer: Any, most: int) -> tuple[list[list[int]], Counter[str]]:
@@ -177,10 +217,6 @@ class _Encoder:
         self.special, self.ends = special_ids(tokenizer)
         self.last: tuple[str | None, _Prompt] = None, _Prompt("", [], [])  # rows that follow each other may share one
 
-    @cached_property
-    def hash(self) -> str:  # hashing a large vocabulary takes a while, and most data have no token ids
-        return tokenizer_hash(self.tokenizer)
-
     def encode(self, group: Group, *, check: bool) -> tuple[list[int], list[list[int]]]:
         """Return the tokens of a prompt and of its completions, each with its end."""
         if self.last[0] is not group.prompt:
@@ -193,10 +229,10 @@ class _Encoder:
         if tokens is None:
             completions = [self._ended(group.prompt, prompt, answer, check) for answer in group.completions]
         elif self.foreign == "refuse":
-            if tokens.tokenizer != self.hash:
+            if tokens.tokenizer != tokenizer_hash(self.tokenizer):
                 raise DataError(
-                    f"token ids of another tokenizer ({tokens.tokenizer}, the model's is {self.hash}); python -m "
-                    "exo.sample with this model makes others"
+                    f"token ids of another tokenizer ({tokens.tokenizer}, the model's is "
+                    f"{tokenizer_hash(self.tokenizer)}); python -m exo.sample with this model makes others"
                 )
             completions = [list(ids) for ids in tokens.ids]
         else:
@@ -230,7 +266,7 @@ class _Encoder:
         if isinstance(group.prompt, Chat):
             end = end if self.renderer.end_id is None else self.renderer.end_id
             text = self.renderer.answer(group.prompt, prompt.text, text).text
-        if tokens.tokenizer == self.hash:
+        if tokens.tokenizer == tokenizer_hash(self.tokenizer):
             ids = list(tokens.ids[i][: len(tokens.ids[i]) - finished])
         else:
             ids = self._continued(prompt, text, False)

@@ -45,7 +45,7 @@ class Config(config.Scoring, config.DataOptions, config.ChatOptions):
     output_dir: str = option("runs/evaluation", "directory of the run")
     model: str | None = option(None, "run whose checkpoints are evaluated, or a causal LM")
     samples: str | None = option(None, "completions to evaluate instead of a model's")
-    reference: str = option("", "the causal LM that the KL is measured to", MODEL)
+    reference: str | None = option(None, "the causal LM that the KL is measured to; needed with --model")
     data: str = option("", "held-out prompts: any data file that has them", named("a file of prompts"))
     chosen: bool = option(False, "also compare with the chosen completions, which the data then must have")
     baseline: str | None = option(None, "an evaluation of the reference, to compare with")
@@ -69,6 +69,7 @@ class Config(config.Scoring, config.DataOptions, config.ChatOptions):
         require(
             not (self.density and self.samples), "density", "none with --samples, which have no model", self.density
         )
+        require(bool(self.reference or self.samples), "reference", MODEL.expected, self.reference)
         rewards.check(rewards.Options(self.reward_model, self.oracle))
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
 
@@ -83,25 +84,33 @@ class Checkpoint(NamedTuple):
 def run(config: Config, start: lineage.Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
     dataset = _read(config)
+    accelerator = loop.make_accelerator(config)
     if config.model:
-        reference, known = models.load(lineage.source("reference", config.reference, "sft", "align", "ppo"))
-        (dataset,) = templates.apply(config, known, start.template_date, dataset)
-    prompts = [group.prompt for group in dataset.groups[: config.prompts]]
-    chosen = dataset.groups[: config.prompts] if config.chosen else []
+        reference, known = models.load(lineage.source("reference", config.reference or "", "sft", "align", "ppo"))
+        (dataset,) = templates.apply(config, known, processes.template_date(start, accelerator), dataset)
+        usable, dropped = encoding.usable_prompts(dataset, known, skip_invalid=config.skip_invalid)
+        console.counts(dropped)
+    else:
+        usable = dataset.groups
+    prompts = [group.prompt for group in usable[: config.prompts]]
+    chosen = usable[: config.prompts] if config.chosen else []
     given = _given(config, prompts) if config.samples else []
     prompts = [group.prompt for group in given] or prompts
     settings = baseline.settings_of(given, config.samples) if config.samples else _settings(config)
     before = _baseline(config, prompts, settings, start)
     dense = _density(config) if config.density else None
-    accelerator = loop.make_accelerator(config)
     options = rewards.Options(config.reward_model, config.oracle)
-    scorer = rewards.load(options, config, accelerator, config.max_length, start.template_date)
+    scorer = rewards.load(
+        options, config, accelerator, config.max_length, config.max_length - config.max_new_tokens,
+        template=templates.of_another_model(config.chat_template) if config.model else config.chat_template,
+        arguments=None if config.model else config.template_kwargs, date=processes.template_date(start, accelerator),
+    )  # fmt: skip
     chosen_scores, remarks = _score(scorer, chosen, accelerator)
     if config.model:
         reference.to(accelerator.device)
         console.counts(encoding.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
         found = _checkpoints(config, known)
-        drawn = _sampled(config, prompts, accelerator, found, reference, start.template_date)
+        drawn = _sampled(config, prompts, accelerator, found, reference, processes.template_date(start, accelerator))
     else:
         drawn = iter([(Checkpoint("samples", None, config.samples or ""), given, None)])
     directory, main = Path(config.output_dir), accelerator.is_main_process
@@ -259,7 +268,7 @@ def _given(config: Config, prompts: Sequence[str]) -> list[Group]:
     """The completions of a file, for the prompts of the data and in their order."""
     assert config.samples is not None
     path = lineage.source("samples", config.samples, "sample", "score", "best_of_n")
-    groups = data.read(path, purpose="samples").groups[: len(prompts)]
+    groups = data.read(path, purpose="samples", columns_required=False, **config.reading()).groups[: len(prompts)]
     if isinstance(groups[0].prompt, data.Chat):  # sampled with --chat_template always
         prompts = [templates.as_chat(Group(prompt, (), None, 0)).prompt for prompt in prompts]
     if [group.prompt for group in groups] != list(prompts):
@@ -281,7 +290,7 @@ def _bound(config: Config) -> dict[str, Any]:
 def _density(config: Config) -> tuple[list[Group], str]:
     """The reference's samples for the density ratio, and their file."""
     path = lineage.source("density", config.density or "", "score")
-    groups = data.read(path, purpose="samples").groups
+    groups = data.read(path, purpose="samples", columns_required=False, **config.reading()).groups
     samples.check_temperature("density", path, groups, config.temperature)
     return groups, path
 

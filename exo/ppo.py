@@ -30,6 +30,7 @@ from exo import (
     loop,
     models,
     policy,
+    processes,
     rewards,
     rollouts,
     runs,
@@ -174,17 +175,22 @@ def run(config: Config, start: lineage.Start) -> Path:
     name = lineage.source("model", config.model, "sft", "align", "ppo")
     model, tokenizer = models.load(name, mapped=sharding.asked(config))
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = templates.apply(config, tokenizer, start.template_date, dataset)
+    (dataset,) = templates.apply(config, tokenizer, processes.template_date(start, accelerator), dataset)
     options = rewards.Options(config.reward_model, config.oracle)
-    scorer = rewards.load(options, config, accelerator, config.max_length, start.template_date)
+    usable, dropped = encoding.usable_prompts(dataset, tokenizer, skip_invalid=config.skip_invalid)
+    console.counts(dropped)
+    scorer = rewards.load(
+        options, config, accelerator, config.max_length, config.max_length - config.max_new_tokens,
+        template=templates.of_another_model(config.chat_template), date=processes.template_date(start, accelerator),
+    )  # fmt: skip
     critic, reference = Critic(model), copy.deepcopy(model).eval().requires_grad_(False)
     for one, exact in ((model, []), (critic, [critic.value]), (reference, [])):
         loop.placed(one, config, accelerator, exact)
     module = ActorCritic(model, critic, config).train(config.dropout)
     maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
-    prompts = [group.prompt for group in dataset.groups]
+    prompts = [group.prompt for group in usable]
     console.counts(encoding.sampled_prompts(prompts, tokenizer, config.max_length - config.max_new_tokens)[1])
-    metrics = runs.begin(start, accelerator, dataset.account())
+    metrics = runs.begin(start, accelerator, dataset.account(dropped))
     console.say(
         f"{config.max_steps:,} steps of {config.batch_size} completions, the first {config.critic_warmup_steps} for "
         f"the critic alone; scored by {scorer.name}"

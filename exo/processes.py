@@ -3,6 +3,7 @@
 What is gathered goes as JSON, which holds every double exactly; nothing is pickled. Left out: gradients (steps).
 """
 
+import datetime
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -14,11 +15,18 @@ from torch import Tensor
 from exo import signals
 from exo.artifacts import Pieces, RunError
 from exo.encoding import TokenGroup
+from exo.lineage import Start
 from exo.packing import Packing
 
 T = TypeVar("T")
 G = TypeVar("G", bound=TokenGroup)
 R = TypeVar("R")
+
+
+def template_date(start: Start, accelerator: Accelerator) -> datetime.date:
+    """Return the date that chat templates show, that of rank 0: ranks may start on two sides of midnight."""
+    dates = gathered(start.template_date.isoformat(), accelerator)
+    return datetime.date.fromisoformat(dates[0])
 
 
 def shared(

@@ -104,7 +104,9 @@ def run(config: Config, start: lineage.Start) -> Path:
     name = lineage.source("model", config.model, "sft")
     model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = templates.apply(config, tokenizer, start.template_date, dataset, sampled="render")
+    (dataset,) = templates.apply(
+        config, tokenizer, processes.template_date(start, accelerator), dataset, sampled="render"
+    )
     groups, held_out, counts = _encode(config, dataset, tokenizer)
     models.check_fits(model, groups + held_out)
     metrics = runs.begin(start, accelerator, dataset.account(counts))

@@ -28,13 +28,16 @@ AT_ONCE = 1024  # rows that are scored together; a kill may cost as many
 Scores = list[tuple[float, ...]]  # a row a group, a number a completion
 
 
+Refused = tuple[frozenset[int], Counter[str]]
+
+
 class Scorer(NamedTuple):
     """`score(groups)`; `name` is for people, and `counts` says what was scored in part, of all calls together."""
 
     name: str
     score: Callable[[Sequence[Group]], Scores]
     counts: Counter[str]
-    tokenizer: Any = None  # of a reward model
+    refused: Callable[[Sequence[Group], str, bool], Refused]  # encoding.refused
 
 
 class Options(NamedTuple):
@@ -58,24 +61,40 @@ def load(
     compute: config.Scoring,
     accelerator: Accelerator,
     max_length: int,
+    max_prompt_length: int | None = None,
+    *,
+    template: str = "auto",
+    arguments: str | None = None,
     date: datetime.date | None = None,
 ) -> Scorer:
-    """Load the scorer that the options name; `date` is what a reward model's chat template shows, None for today."""
+    """Load the scorer that the options name.
+
+    The limits are those of encoding.Limits. A reward model renders chat messages with its own template, and plain
+    prompts too if `template` (the option --chat_template) is neither "auto" nor "none". `arguments` are those of the
+    template, and `date` is what it shows, None for today.
+    """
     if options.oracle is not None:
-        return Scorer(options.oracle, _of_function(options.oracle), Counter())
+        return Scorer(options.oracle, _of_function(options.oracle), Counter(), _refuses_nothing)
     assert options.reward_model is not None
     name = lineage.source("reward_model", options.reward_model, "reward")
     model, tokenizer = models.load_classifier(name)
     model.to(accelerator.device).eval()
     head = RewardHead(model)
-    templates.configure(tokenizer, "auto", None, date)
-    limits = Limits(max_length, None, "prompt-left")
+    templates.configure(tokenizer, template, arguments, date)
+    limits = Limits(max_length, None, "prompt-left", max_prompt_length)
     counts: Counter[str] = Counter()
     packing = Packing(tokenizer.pad_token_id, compute.max_tokens_per_batch)
 
+    def rendered(groups: Sequence[Group]) -> Sequence[Group]:
+        return groups if template in ("auto", "none") else [templates.render(group) for group in groups]
+
+    def refused(groups: Sequence[Group], path: str, skip_invalid: bool) -> Refused:
+        return encoding.refused(rendered(groups), tokenizer, path, skip_invalid=skip_invalid)
+
     def score(groups: Sequence[Group]) -> Scores:
         # each alone: together they would be cut as the longest of them needs, and dropped where that makes them alike
-        alone = [targets.select(group, (i,)) for group in groups for i in range(len(group.completions))]
+        rows = rendered(groups)
+        alone = [targets.select(group, (i,)) for group in rows for i in range(len(group.completions))]
         encoded, cut = encoding.encode(alone, tokenizer, limits, "samples", foreign="text", strict=False)
         for reason, count in cut.items():
             counts[reason.replace("rows", "completions scored")] += count
@@ -85,7 +104,11 @@ def load(
         _check_finite(name, groups, scores)
         return scores
 
-    return Scorer(name, score, counts, tokenizer)
+    return Scorer(name, score, counts, refused)
+
+
+def _refuses_nothing(groups: Sequence[Group], path: str, skip_invalid: bool) -> Refused:
+    return frozenset(), Counter()
 
 
 def in_parts(groups: Sequence[Group], rows: int = AT_ONCE) -> list[Sequence[Group]]:

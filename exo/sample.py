@@ -6,6 +6,7 @@ the prompt's place in the file and its number among the K: parts of the data (--
 and a run that was killed draws the others.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,7 @@ AT_ONCE = 8192  # completions that vLLM is asked for together, and so what a kil
 Job = Callable[[], list[Sample]]
 Run = Callable[[Sequence[Job]], list[list[Sample]]]  # of generation.sample
 Draw = Callable[[Run], list[Group]]
-Prompts = Callable[[Any], list[str]]  # as they are with a tokenizer and its chat template
+Prompts = Callable[[Any], tuple[list[int], list[str]]]  # places and prompts, given a tokenizer and its chat template
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,20 @@ def run(config: Config, start: lineage.Start) -> Path:
     dataset = data.read(path, purpose="prompts", **config.reading(), **config.mixing())
     console.say(dataset.summary())
     model = lineage.source("model", config.model, "sft", "align", "ppo")
-    numbers = _chosen(config, len(dataset.groups))
-    console.say(f"{len(numbers):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
+    _chosen(config, len(dataset.groups))
     accelerator = loop.make_accelerator(config)
+    dropped: Counter[str] = Counter()
 
-    def prompts(tokenizer: Any) -> list[str]:
-        (rendered,) = templates.apply(config, tokenizer, start.template_date, dataset)
-        return [rendered.groups[number % len(rendered.groups)].prompt for number in numbers]
+    def prompts(tokenizer: Any) -> tuple[list[int], list[str]]:
+        (rendered,) = templates.apply(config, tokenizer, processes.template_date(start, accelerator), dataset)
+        usable, more = encoding.usable_prompts(rendered, tokenizer, skip_invalid=config.skip_invalid)
+        dropped.update(more)
+        numbers = _chosen(config, len(usable))
+        console.say(f"{len(numbers):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
+        return numbers, [usable[number % len(usable)].prompt for number in numbers]
 
-    draw = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, numbers, accelerator)
-    pieces = runs.begin_pieces(start, accelerator, dataset.account())
+    draw = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, accelerator)
+    pieces = runs.begin_pieces(start, accelerator, dataset.account(dropped))
     groups = draw(partial(_run, pieces, accelerator))
     result = samples.describe(groups)
     console.say(f"  mean {result['mean_tokens']:.1f} tokens")
@@ -99,10 +104,10 @@ def _chosen(config: Config, total: int) -> list[int]:
     return [epoch * total + i for epoch in range(config.epochs) for i in chosen]
 
 
-def _torch(config: Config, name: str, prompts_of: Prompts, numbers: Sequence[int], accelerator: Accelerator) -> Draw:
+def _torch(config: Config, name: str, prompts_of: Prompts, accelerator: Accelerator) -> Draw:
     model, tokenizer = models.load(name)
     model.to(accelerator.device)
-    prompts = prompts_of(tokenizer)
+    numbers, prompts = prompts_of(tokenizer)
 
     def draw(run: Run) -> list[Group]:
         with accelerator.autocast():
@@ -119,7 +124,7 @@ def _settings(config: Config) -> samples.Settings:
     return samples.Settings(config.temperature, config.max_new_tokens, config.top_p)
 
 
-def _vllm(config: Config, name: str, prompts_of: Prompts, numbers: Sequence[int], accelerator: Accelerator) -> Draw:
+def _vllm(config: Config, name: str, prompts_of: Prompts, accelerator: Accelerator) -> Draw:
     """The same from vLLM. Log-probs are those it drew from, so at a top_p below 1 they are not the model's own."""
     if accelerator.num_processes > 1:
         raise ValueError("--engine vllm: expected one process, which sees to its GPUs itself")
@@ -128,7 +133,7 @@ def _vllm(config: Config, name: str, prompts_of: Prompts, numbers: Sequence[int]
     except ModuleNotFoundError:
         raise ValueError("--engine vllm: not installed; pip install vllm, or leave out --engine") from None
     tokenizer: Any = models.load_tokenizer(name)
-    prompts = prompts_of(tokenizer)
+    numbers, prompts = prompts_of(tokenizer)
     ids, counts = encoding.sampled_prompts(prompts, tokenizer, config.max_prompt_length)
     console.counts(counts)
     stop_ids = list(models.stop_ids(name, tokenizer))

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from exo import artifacts, config, console, data, lineage, loop, processes, rewards, runs, samples, templates
-from exo.config import at_least, named, option
+from exo import artifacts, config, console, data, lineage, loop, processes, rewards, runs, samples
+from exo.config import at_least, named, option, require
 from exo.data import Group
 
 
@@ -20,13 +20,20 @@ class Config(config.Scoring, config.DataOptions, config.ChatOptions):
     data: str = option("", "samples: prompts with completions", named("a file of samples"))
     reward_model: str | None = rewards.REWARD_MODEL
     oracle: str | None = rewards.ORACLE
-    max_length: int = option(
-        1024, "tokens of prompt and completion together; a longer prompt loses its left", at_least(2)
+    max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
+    max_prompt_length: int | None = option(
+        None,
+        "tokens of a prompt, its last; none keeps half of max_length at least and cuts the completion first",
+        at_least(1),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         rewards.check(rewards.Options(self.reward_model, self.oracle))
+        rendered = self.chat_template not in ("auto", "none") or self.template_kwargs is not None
+        require(
+            not (self.oracle and rendered), "chat_template", "auto with --oracle, which reads plain texts", rendered
+        )
 
 
 @lineage.stage("score")
@@ -39,20 +46,25 @@ def run(config: Config, start: lineage.Start) -> Path:
         console.say(f"  {had:,} rows have rewards, which others replace")
     options = rewards.Options(config.reward_model, config.oracle)
     accelerator = loop.make_accelerator(config)
-    scorer = rewards.load(options, config, accelerator, config.max_length, start.template_date)
+    scorer = rewards.load(
+        options, config, accelerator, config.max_length, config.max_prompt_length, template=config.chat_template,
+        arguments=config.template_kwargs, date=processes.template_date(start, accelerator),
+    )  # fmt: skip
     console.say(f"scored by {scorer.name}")
-    read = dataset  # what the next stage reads keeps its prompts as they are
-    if scorer.tokenizer is not None:
-        (read,) = templates.apply(config, scorer.tokenizer, start.template_date, dataset, sampled="render")
-    pieces = runs.begin_pieces(start, accelerator, dataset.account())
-    progress = console.Progress("rows", len(dataset.groups), every=max(1, len(dataset.groups) // 4))
+    refused, dropped = scorer.refused(dataset.groups, dataset.path, config.skip_invalid)
+    console.counts(dropped)
+    groups = [group for i, group in enumerate(dataset.groups) if i not in refused]
+    if not groups:
+        raise data.DataError(f"{dataset.path}: no row is left to score")
+    pieces = runs.begin_pieces(start, accelerator, dataset.account(dropped))
+    progress = console.Progress("rows", len(groups), every=max(1, len(groups) // 4))
 
     def scored(part: Sequence[Group]) -> tuple[rewards.Scores, dict[str, int]]:
         found = rewards.score_part(scorer, part)
         progress.advance(len(part))
         return found
 
-    jobs = [partial(scored, part) for part in rewards.in_parts(read.groups)]
+    jobs = [partial(scored, part) for part in rewards.in_parts(groups)]
     scores, counts = rewards.together(processes.in_pieces(jobs, pieces, accelerator))
     result = rewards.describe(scores)
     console.say(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")
@@ -60,7 +72,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         if result[name]:
             console.say(f"  {result[name]:,} {name}: nothing to compare")
     console.counts(counts)
-    rows = (samples.row(replace(group, rewards=values)) for group, values in zip(dataset.groups, scores, strict=True))
+    rows = (samples.row(replace(group, rewards=values)) for group, values in zip(groups, scores, strict=True))
     return runs.end_pieces(pieces, "scored.jsonl", rows, accelerator, result)
 
 

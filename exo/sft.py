@@ -25,6 +25,7 @@ from exo import (
     lineage,
     loop,
     models,
+    processes,
     runs,
     templates,
 )
@@ -76,7 +77,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     name = lineage.source("model", config.model, "sft")
     model, tokenizer = adapter.load(config, name, dataset.texts, accelerator)
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = templates.apply(config, tokenizer, start.template_date, dataset)
+    (dataset,) = templates.apply(config, tokenizer, processes.template_date(start, accelerator), dataset)
     limits = Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
     groups, counts = encoding.encode(dataset.groups, tokenizer, limits, dataset.path, skip_invalid=config.skip_invalid)
     console.counts(counts)

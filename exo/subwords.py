@@ -19,6 +19,7 @@ LEFT, RIGHT = "\ufdd0", "\ufdd1"
 _MARKED = re.compile(f"{LEFT}([^{LEFT}{RIGHT}]*){RIGHT}")
 # Texts after which a tokenizer adds no blank of its own; tried in this order.
 NEUTRAL = "."
+TAIL = 128  # characters of a long prompt that a completion is tokenized with, at least
 _CONTEXTS = (NEUTRAL, "\n", ":", "a", "a ")
 
 
@@ -42,7 +43,20 @@ def continued(prompt_ids: list[int], prompt: str, text: str, tokenizer: Any) -> 
     """
     if LEFT in text or LEFT in prompt:
         return _continued_pieces(prompt.rpartition(RIGHT)[2] or NEUTRAL, text, tokenizer)
+    tail = _tail(prompt)
+    if text and tail != prompt:
+        before, joint = _ids(tail, tokenizer), _ids(tail + text, tokenizer)
+        if joint[: len(before)] == before:
+            return joint[len(before) :]
     return _after(prompt_ids, prompt, text, tokenizer)
+
+
+def _tail(prompt: str) -> str:
+    """Return the end of a prompt, from a blank or a line break on. Tokens of what follows depend on no more of it."""
+    if len(prompt) <= 2 * TAIL:
+        return prompt
+    start = max(prompt.rfind("\n", 0, len(prompt) - TAIL), prompt.rfind(" ", 0, len(prompt) - TAIL))
+    return prompt[start:] if len(prompt) - start <= 2 * TAIL else prompt
 
 
 def _continued_pieces(before: str, text: str, tokenizer: Any) -> list[int]:

@@ -60,6 +60,11 @@ def configure(tokenizer: Any, template: str, arguments: str | None, date: dateti
     tokenizer.template_settings = Settings(given, date)
 
 
+def of_another_model(template: str) -> str:
+    """Return the option --chat_template for a second model of a run, which has a template of its own."""
+    return template if template in MODES else "always"
+
+
 def _template_of(tokenizer: Any, name: str) -> str:
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if name in named:
@@ -109,7 +114,15 @@ def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Li
             f"{dataset.path}: {dataset.format.split(' (')[0]} are chats, and the tokenizer has no chat template; set "
             "--chat_template chatml, plain or a file, or none to use the texts as they are"
         )
-    return dataclasses.replace(dataset, groups=[as_chat(group) for group in dataset.groups])
+    return dataclasses.replace(dataset, groups=[render(group) for group in dataset.groups])
+
+
+def render(group: Group) -> Group:
+    """Return a row with its plain prompt as chat messages; token ids that were sampled from it are of another text."""
+    chat = as_chat(group)
+    if chat.prompt is group.prompt or chat.tokens is None:
+        return chat
+    return dataclasses.replace(chat, tokens=chat.tokens._replace(tokenizer=""))
 
 
 def as_chat(group: Group) -> Group:
