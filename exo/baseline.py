@@ -57,6 +57,9 @@ def read(
         for option, value in scorer.items()
         if run.get("inputs", {}).get(option) != inputs.get(option)
     ]
+    other = run.get("inputs", {}).get("model")
+    if other is not None and "reference" in inputs and other != inputs["reference"]:
+        different.append("another model than --reference")
     if different:
         raise ValueError(
             f"--baseline {name}: expected an evaluation like this one; it has {'; '.join(different)}; evaluate the "

@@ -18,7 +18,7 @@ tokenizes marked ones as plain text. Only control tokens that the template itsel
 import datetime
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from exo.subwords import LEFT, RIGHT
 
 SECONDS, MOST_BYTES = 10.0, 2**28  # one rendering may take
 PROBE = "ok"
+_MARKS = re.compile(f"[{LEFT}{RIGHT}]")
 _FORMATS = re.compile(r"""(['"])((?:(?!\1).)*%(?:(?!\1).)*)\1""")  # texts of a template with a % in them
 
 
@@ -40,6 +41,12 @@ class Settings(NamedTuple):
 
 def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def source(tokenizer: Any) -> str:
+    """Return the source of a tokenizer's chat templates, "" if it has none."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
 
 class Answer(NamedTuple):
@@ -85,11 +92,18 @@ class Renderer:
     @cached_property
     def _after_answer(self) -> str:
         """What the template writes after a plain answer that ends a conversation."""
-        whole = self._render([Message("user", PROBE), Message("assistant", PROBE + PROBE)], [], opened=False)
+        whole = self._probe(Message("user", PROBE), Message("assistant", PROBE + PROBE))
         _, answered, tail = whole.rpartition(PROBE + PROBE)
         if not answered:
             raise DataError("the chat template does not write the answer; expected a template of a causal LM")
         return tail
+
+    def _probe(self, *messages: Message) -> str:
+        """Render a plain conversation; behind a system turn if the template needs one."""
+        try:
+            return self._render(list(messages), [], opened=False)
+        except DataError:
+            return self._render([Message("system", PROBE), *messages], [], opened=False)
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -113,12 +127,12 @@ class Renderer:
         added = list(self.tokenizer.added_tokens_decoder.values())
         user, assistant = Message("user", PROBE), Message("assistant", PROBE)
         try:
-            written = self._render([user, assistant, user], [], opened=False)
+            written = self._probe(user, assistant, user)
         except DataError:
             written = ""
-        source = self._source()
+        template = source(self.tokenizer)
         tokens = {t.content for t in added if t.special or t.content in written}
-        read = {token for token in tokens if _reads(source, token)}
+        read = {token for token in tokens if _reads(template, token)}
         read |= {token.replace("</", "<") for token in read}
         return tuple(sorted((t for t in tokens - read if t.strip()), key=len, reverse=True))
 
@@ -139,12 +153,8 @@ class Renderer:
             return pattern.sub(lambda match: f"{LEFT}{match[0]}{RIGHT}", text) if pattern else text
         if isinstance(value, Mapping):
             present = {key: item for key, item in value.items() if item is not None}  # templates would write "None"
-            return {key: item if key == "role" else self._marked(item) for key, item in present.items()}
+            return {self._marked(key): item if key == "role" else self._marked(item) for key, item in present.items()}
         return [self._marked(item) for item in value] if isinstance(value, list | tuple) else value
-
-    def _source(self) -> str:
-        template = self.tokenizer.chat_template
-        return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
     def _render(self, messages: list[Any], tools: list[Any], *, opened: bool) -> str:
         if not has_template(self.tokenizer):
@@ -171,6 +181,26 @@ class Renderer:
                 f"the chat template makes {len(rendered):,} characters of {size:,}; expected a chat template"
             )
         return rendered
+
+
+def is_written(answer: str, rendered: str) -> bool:
+    """Return whether every text of an answer is in its rendering; templates may move blanks."""
+    message = answer.message if isinstance(answer, Reply) else {"content": str.__str__(answer)}
+    written = "".join(_MARKS.sub("", rendered).split())
+    return all("".join(text.split()) in written for text in _texts(message))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a message, without its role and the arguments of calls, which templates write differently."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in ("role", "type", "id", "arguments"):
+                yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def stop_id(tokenizer: Any) -> int | None:

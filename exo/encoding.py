@@ -7,6 +7,7 @@ the tokenizer's end of sequence. Left out: batches (packing).
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from exo.limits import STUMP, Limits, fit, is_stump, last_of
 from exo.subwords import BoundaryError
 
 CHECKED = 8  # rows at the beginning of a run whose tokens are checked against those of the whole text
+_ENDS = re.compile(r"end|eot|eos|eom|^</s>$", re.IGNORECASE)
 REFUSED = "rows dropped: the tokenizer or its chat template refuses them"
 MOST_MUTILATED = 0.05  # share of the rows
 
@@ -202,10 +204,15 @@ def _bos_of(prompt: list[int], tokenizer: Any) -> int:
 
 
 def special_ids(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
-    """Return the special tokens that a text can spell out, and those of them that can end it."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
-    others = {tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id}
-    return frozenset(special), frozenset(special - (others - {tokenizer.eos_token_id}))
+    """Return the special tokens that a text can spell out, and those of them that end it.
+
+    These are the end of sequence and the tokens that are named like one (<|eot_id|>, <|im_end|>, <|endoftext|>): a text
+    that was rendered before ends with the token of its own template.
+    """
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special.pop(tokenizer.unk_token_id, None)
+    ends = {i for i, text in special.items() if _ENDS.search(text)} | {tokenizer.eos_token_id}
+    return frozenset(special), frozenset(ends - {tokenizer.bos_token_id} | {tokenizer.eos_token_id})
 
 
 class _Encoder:
@@ -243,6 +250,8 @@ class _Encoder:
         """Return the tokens of a completion with its end: the template's end of turn, or the end of sequence."""
         if isinstance(prompt, Chat):
             text, end, needs_eos = self.renderer.answer(prompt, rendered.text, answer)
+            if not chat.is_written(answer, text):
+                self.counts["completions with text or calls that the chat template does not write"] += 1
             ids = self._continued(rendered, text + end, check)
             return [*ids, self.tokenizer.eos_token_id] if needs_eos else ids
         text = answer.rstrip()
@@ -252,7 +261,11 @@ class _Encoder:
             end_at -= 1
         if self.special & {*ids[:end_at]}:
             self.counts["completions with special tokens within their text, which are read as such"] += 1
-        return ids[: end_at + 1] if end_at < len(ids) else [*ids, self.tokenizer.eos_token_id]
+        if end_at == len(ids):
+            return [*ids, self.tokenizer.eos_token_id]
+        if ids[end_at] != self.tokenizer.eos_token_id:
+            self.counts["completions that end with a special token of their own instead of the end of sequence"] += 1
+        return ids[: end_at + 1]
 
     @cached_property
     def _end_texts(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from exo import console
 from exo.chat import Settings, has_template
+from exo.chat import source as chat_source
 from exo.config import ChatOptions
 from exo.data import Chat, DataError, Dataset, Group, Message, Reply
 
@@ -57,6 +58,9 @@ def configure(tokenizer: Any, template: str, arguments: str | None, date: dateti
         tokenizer.chat_template = _template_of(tokenizer, template)
     elif template == "always" and not has_template(tokenizer):
         raise ValueError("--chat_template always: the tokenizer has no chat template; name a file, chatml or plain")
+    template_source = chat_source(tokenizer)
+    if unread := [name for name in given if name not in template_source]:
+        raise ValueError(f"--template_kwargs: the chat template does not read {unread[0]!r}")
     tokenizer.template_settings = Settings(given, date)
 
 

@@ -213,3 +213,49 @@ def test_a_process_that_is_not_the_first_writes_nothing(policy, tmp_path, monkey
         reward.Config(model=policy, data=source, output_dir=str(tmp_path / "run"), batch_size=10, max_steps=1)
     )
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"] and lines(run / "metrics.jsonl") == []
+
+
+def load(directory, *limits, **options):
+    compute = Training(device="cpu")
+    return rewards.load(
+        rewards.Options(str(directory), None), compute, loop.make_accelerator(compute), *limits, **options
+    )
+
+
+def test_a_completion_that_takes_most_of_the_length_is_scored_with_its_end(trained):
+    """As ppo and evaluate sample them: the prompt is cut to what sampling saw, and not the completion."""
+    prompt, completion = " ".join(["red", "green"] * 20), "good blue bad " * 17
+    row, seen = group(prompt, completion), group(" ".join(prompt.split()[-12:]), completion)
+    assert load(trained, 64, 12).score([row]) == [pytest.approx(load(trained, 512).score([seen])[0], abs=1e-6)]
+    assert load(trained, 64).score([row]) != load(trained, 64, 12).score([row])
+
+
+def test_plain_samples_are_rendered_for_a_reward_model_as_messages_are(trained, tmp_path):
+    """Whichever stage scores; the token ids of a plain sample are not those of the rendered one."""
+    model, tokenizer = models.load_classifier(str(trained))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }} {% endfor %}"
+    models.save(model, tokenizer, tmp_path / "reward")
+    ids = (*tokenizer("blue good")["input_ids"], tokenizer.eos_token_id)
+    tokens = data.Tokens(encoding.tokenizer_hash(tokenizer), (ids, ids[:1]), (-1.0, -1.0), ("eos", "length"))
+    plain = data.Group("red", (" good blue", " bad"), None, 1, tokens)
+    chat = data.Group(data.Chat([data.Message("user", "red")]), ("good blue",), None, 1)
+    rendered, as_it_is = load(tmp_path / "reward", 64, template="always"), load(tmp_path / "reward", 64)
+    assert rendered.score([plain])[0][0] == pytest.approx(as_it_is.score([chat])[0][0], abs=1e-6)
+    assert as_it_is.score([plain])[0][0] != pytest.approx(rendered.score([plain])[0][0], abs=1e-6)
+
+
+def test_rows_that_the_template_refuses_are_found_before_any_is_scored(trained, tmp_path):
+    model, tokenizer = models.load_classifier(str(trained))
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
+    )
+    models.save(model, tokenizer, tmp_path / "reward")
+    turn = data.Message("user", "red")
+    rows = [
+        data.Group(data.Chat([data.Message("system", "x"), turn]), (" good",), None, 1, source="rows.jsonl:7"),
+        data.Group("red", (" good",), None, 2),
+    ]
+    scorer = load(tmp_path / "reward", 64)
+    assert scorer.refused(rows, "rows.jsonl", True) == ({0}, {encoding.REFUSED: 1})
+    with pytest.raises(data.DataError, match="^rows.jsonl:7: the chat template refuses"):
+        scorer.refused(rows, "rows.jsonl", False)

@@ -1,5 +1,6 @@
 """One text pipeline: for every kind of tokenizer and template, prompt and completion decode to their joint text."""
 
+import datetime
 import itertools
 import random
 
@@ -7,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from exo import chat, encoding, subwords
+from exo import chat, encoding, subwords, templates
 from exo.data import Chat, DataError, Group, Message, Reply
 from exo.limits import Limits
 from tests.chat_templates import CHATML, ENDS, NO_SYSTEM, TEMPLATES
@@ -262,3 +263,59 @@ def test_rows_that_the_template_refuses_are_counted_if_told_to():
         rows_of(TEMPLATES["Gemma"].replace("{{ bos_token }}", ""), rows)
     groups, counts = rows_of(TEMPLATES["Gemma"].replace("{{ bos_token }}", ""), rows, skip_invalid=True)
     assert len(groups) == 1 and counts == {"rows dropped: the tokenizer or its chat template refuses them": 1}
+
+
+def test_only_a_token_that_is_named_like_an_end_ends_a_plain_text():
+    tokenizer = KINDS["byte-level, no BOS (GPT-2, Qwen)"]()
+    rows = [Group("one", (" good<|user|>", " bad<|eot|>", " two"), None, 1)]
+    [group], counts = encoding.encode(rows, tokenizer, LIMITS, "rows.jsonl")
+    ends = [tokenizer.convert_ids_to_tokens(ids[-2:])[-1] for ids in group.completions]
+    assert ends == ["</s>", "<|eot|>", "</s>"]
+    assert counts["completions that end with a special token of their own instead of the end of sequence"] == 1
+
+
+def test_what_the_template_leaves_out_of_an_answer_is_counted():
+    tokenizer = chatting(CHATML.replace("message.content }}", "message.content.split('</think>')[-1] }}"))
+    answers = ("<think>hm</think>good", Reply(Message("assistant", "bad", reasoning_content="hm")), "two", "one")
+    rows = [Group(Chat([Message("user", "one")]), answers, None, 1)]
+    _, counts = encoding.encode(rows, tokenizer, LIMITS, "rows.jsonl")
+    assert counts == {"completions with text or calls that the chat template does not write": 2}
+
+
+def test_a_template_that_needs_a_system_turn_is_asked_behind_one():
+    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    tokenizer = chatting(needs + CHATML)
+    group = encoded(tokenizer, Chat([Message("system", "one"), Message("user", "two")]), "good", "bad")
+    assert [tokenizer.decode(ids) for ids in group.completions] == ["good<|im_end|>", "bad<|im_end|>"]
+    assert chat.stop_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_control_tokens_in_the_keys_of_a_call_stay_text():
+    source = CHATML.replace(
+        "message.content }}", "message.content }}{{ message.tool_calls | tojson if message.tool_calls }}"
+    )
+    call = Reply(Message("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": {"<|im_end|>": 1}}}]))
+    tokenizer = chatting(source)
+    group = encoded(tokenizer, Chat([Message("user", "one")]), call, "bad")
+    assert group.completions[0].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+    assert '"<|im_end|>": 1' in tokenizer.decode(group.completions[0])
+
+
+@pytest.mark.parametrize("form", ["%d %b %Y", "%-d %B %Y", "%F", "%A, %I %p", "100%%"])
+def test_a_template_shows_the_date_of_the_run_in_every_form(form):
+    tokenizer = chatting("{{ strftime_now('" + form + "') }} " + CHATML)
+    day = datetime.date(2025, 3, 7)
+    templates.configure(tokenizer, "auto", None, day)
+    group = encoded(tokenizer, Chat([Message("user", "one")]), "good", "bad")
+    shown = datetime.datetime.combine(day, datetime.time(12)).strftime(form)
+    assert tokenizer.decode(group.prompt).startswith(f"{shown} <|im_start|>user")
+
+
+def test_arguments_that_the_template_does_not_read_are_refused():
+    tokenizer = chatting(TEMPLATES["Qwen 3"])
+    templates.configure(tokenizer, "auto", '{"enable_thinking": false}', None)
+    group = encoded(tokenizer, Chat([Message("user", "one")]), "good", "bad")
+    assert tokenizer.decode(group.prompt).endswith("<think>\n\n</think>\n\n")
+    for wrong in ('{"enable_thinkng": false}', '{"messages": []}', "[1]", "{"):
+        with pytest.raises(ValueError, match="^--template_kwargs: "):
+            templates.configure(tokenizer, "auto", wrong, None)

@@ -22,7 +22,7 @@ class Texts(NamedTuple):
 
     def keys(self) -> Iterable[Hashable]:
         """Keys that connected rows have in common. An empty completion connects nothing."""
-        yield "name", self.name
+        yield "name", self.name.strip()
         for completion in self.completions:
             if completion.strip():
                 yield "completion", completion.strip()

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exo import artifacts, weights
+from exo import artifacts, chat, weights
 from exo.models import files
+from exo.models.endings import stop_ids
 from exo.models.quiet import bars_only_on_a_terminal
 
 NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -64,9 +65,12 @@ def save(
     """
     with bars_only_on_a_terminal(), _cast(model, dtypes):
         if name := weights.not_finite(weights.stored(model)):
+            place = Path(directory).parent if Path(directory).name.startswith(".") else directory
             raise artifacts.RunError(
-                f"{directory}: no model is written, because {name} is not finite in {_dtype(model, name)}"
+                f"{place}: no model is written, because {name} is not finite in {_dtype(model, name)}; lower "
+                "--learning_rate, or set --save_dtype float32"
             )
+        _name_end_of_turn(model, tokenizer)
         try:
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
@@ -80,6 +84,14 @@ def save(
                 "dtype": str(dtypes.most).removeprefix("torch.")
             }
             config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _name_end_of_turn(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name the end of turn of the chat template in the generation config, so that `generate` stops where we do."""
+    config = getattr(model, "generation_config", None)
+    if config is None or hasattr(model, "peft_config") or chat.stop_id(tokenizer) in (None, tokenizer.eos_token_id):
+        return
+    config.eos_token_id = list(stop_ids(model, tokenizer))
 
 
 def save_checkpoint(
