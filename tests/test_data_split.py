@@ -117,9 +117,7 @@ def test_a_held_out_file_that_shares_texts_with_the_data_is_warned_of(tmp_path, 
 
 
 def test_prompts_that_differ_in_a_blank_at_their_end_are_held_out_together():
-    rows = [
-        split.Texts(f"what is {i}{end}", (f" {i}{i}{end}a", f" {i}{i}{end}b")) for i in range(40) for end in ("", " ")
-    ]
+    rows = [Texts(f"what is {i}{end}", (f" {i}{i}{end}a", f" {i}{i}{end}b")) for i in range(40) for end in ("", " ")]
     for seed in range(5):
-        held_out = split.hold_out(rows, sorted({row.name for row in rows}), 20, seed).held_out
+        held_out = hold_out(rows, sorted({row.name for row in rows}), 20, seed).held_out
         assert held_out and all((i in held_out) == (i + 1 in held_out) for i in range(0, len(rows), 2))
