@@ -244,8 +244,9 @@ def _directory(path: str) -> str:
 
 
 def command(run: Mapping[str, Any]) -> str:
-    """The command that a record holds, as one would type it."""
-    return shlex.join(run["command"])
+    """Return the command that a record holds, as one would type it, on one line."""
+    typed = shlex.join(run["command"])
+    return typed if typed.isprintable() else ascii(typed)[1:-1]
 
 
 def _inputs(config: Any, stage: str) -> dict[str, str]:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from fuzz import Case
 from refusals import ALL_LOSSES, LOSSES, ON_LOGITS, N, T, V, good
 
 import exo_kernels
-from exo import align, artifacts, config, data, models, pipeline, yaml_files
+from exo import align, artifacts, config, data, lineage, models, pipeline, yaml_files
 
 
 def one_line(error: BaseException) -> str:
@@ -112,6 +111,9 @@ def hostile_call(rng: random.Random, folder: Path) -> str:
         return "refused"
     result = result[0] if isinstance(result, tuple) and not hasattr(result, "schedule") else result
     assert name not in _TENSORS or value is None or isinstance(value, torch.Tensor), f"{name}={value!r} passed"
+    if name in ("policy_logps", "logits", "hidden", "weight") and not torch.as_tensor(value).isfinite().all():
+        assert not result.isfinite().all(), f"{name}={value!r}: what the policy has of NaN must show"
+        return "allowed"
     assert hasattr(result, "schedule") or result.device.type == "meta" or result.isfinite().all(), f"{name}={value!r}"
     return "allowed"
 
@@ -265,7 +267,13 @@ def record(rng: random.Random, folder: Path) -> str:
     if found is None:
         return "refused"
     assert isinstance(found["stage"], str) and isinstance(found["arguments"], dict)
-    assert re.fullmatch(r".*", " ".join(found["command"]), re.DOTALL)
+    assert lineage.command(found).isprintable()  # messages show it
+    if found["stage"] in lineage.INPUTS:  # what the next stage does with it
+        lineage.changed(found, {"seed": 1})
+        try:
+            lineage.source("data", str(folder), found["stage"])
+        except (ValueError, artifacts.RunError) as error:
+            one_line(error)
     return "right"
 
 

@@ -4,7 +4,8 @@ import fuzz
 import fuzz_cases
 import pytest
 
-FEW = {"valid-calls": 12, "hostile-calls": 60, "data": 60, "yaml": 20, "recipes": 2, "records": 40, "faults": 30}
+FEW = {"valid-calls": 12, "hostile-calls": 60, "data": 60, "models": 6}
+FEW |= {"yaml": 20, "recipes": 2, "records": 40, "faults": 30}
 
 
 @pytest.mark.parametrize("name", FEW)

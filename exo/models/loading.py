@@ -201,6 +201,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     with explained(name, "a tokenizer beside the weights (tokenizer.json)"):
         tokenizer = _tokenizer_class(name).from_pretrained(name, trust_remote_code=False)
         _try(tokenizer)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"model {name!r}: tokenizer_config.json: model_max_length: expected a number; got a text")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"model {name!r}: expected a tokenizer with an eos_token, got none; completions end "
