@@ -275,7 +275,7 @@ def test_reference_log_probs_of_answers_whose_later_turns_are_dropped_are_refuse
 
 def test_bad_options_are_named(capsys):
     @dataclass(frozen=True)
-    class Config(config.DataOptions, config.Stage):
+    class Config(config.DataOptions):
         pass
 
     for flags in (["--columns", "prompt"], ["--columns", "a=b,a=c"], ["--data_weights", "1,0"],
