@@ -299,7 +299,7 @@ def test_bad_options_are_named(capsys):
         (
             {"frage": CANARY, "gut": "b"},
             "comparisons",
-            "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN names them",
+            "; set --columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN",
         ),
         ({"prompt": CANARY, "chosen": "a", "rejected": "b"}, "labels", "which align and reward take"),
         ({"prompt": CANARY, "chosen": "a", "rejected": "b"}, "samples", "which align and reward take"),

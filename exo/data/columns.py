@@ -103,9 +103,9 @@ def fields_of(columns: Iterable[str]) -> dict[str, str]:
     """Return the columns that are read under another name: {name as it is read: name in the data}."""
     present = set(columns)
     return {
-        name: found
+        name: alias
         for name, others in ALIASES.items()
-        if name not in present and (found := next((other for other in others if other in present), None))
+        if name not in present and (alias := next((other for other in others if other in present), None))
     }
 
 
@@ -196,25 +196,25 @@ def _is_text(value: Any) -> bool:
 def _repeats(value: Any, texts: tuple[str, ...]) -> bool:
     """Return whether a left-over value says again what was read: the prompt, a turn of it, an answer."""
     if isinstance(value, str):
-        said = value.strip()
-        if any(said == text.strip() for text in texts):
+        text = value.strip()
+        if any(text == other.strip() for other in texts):
             return True
-        if len(said.split(None, 3)) < 3:
+        if len(text.split(None, 3)) < 3:
             return False
-        return any(said in text for text in texts)
+        return any(text in other for other in texts)
     if isinstance(value, list) and value:
         spoken = [item.get("content", item.get("value")) if isinstance(item, dict) else item for item in value]
         return all(isinstance(text, str) and _repeats(text, texts) for text in spoken)
     return False
 
 
-def _renders(said: Any, texts: tuple[str, ...]) -> bool:
+def _renders(value: Any, texts: tuple[str, ...]) -> bool:
     """Return whether a text is the whole row once more, as Alpaca's `text` is: every line of it with words around."""
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
-    return isinstance(said, str) and len(said) > sum(map(len, lines)) and all(line in said for line in lines)
+    return isinstance(value, str) and len(value) > sum(map(len, lines)) and all(line in value for line in lines)
 
 
 def texts_of(prompt: str, completions: tuple[str, ...]) -> tuple[str, ...]:
     """Return what was read of a row, text by text, for `LeftOver.check`."""
-    said = [str(m.content) for m in prompt.messages] if isinstance(prompt, Chat) else []
-    return (prompt, *said, *completions)
+    turns = [str(m.content) for m in prompt.messages] if isinstance(prompt, Chat) else []
+    return (prompt, *turns, *completions)

@@ -25,12 +25,12 @@ def is_whole(value: Any) -> bool:
 
 
 def with_prompt(prompt: Any, reading: Reading) -> Reading:
-    """Return the reading of a whole conversation, once what the row calls its prompt has been found in it."""
+    """Return the reading of a whole conversation, after checking that it holds the prompt of the row."""
     if isinstance(reading.prompt, Chat):
-        said = {(message.content or "").strip() for message in reading.prompt.messages}
+        turns = {(message.content or "").strip() for message in reading.prompt.messages}
         asked = [m.content for m in conversation("prompt", prompt)] if is_chat(prompt) else [string("prompt", prompt)]
-        if not {(text or "").strip() for text in asked} <= said:
-            raise Malformed("prompt is not said in the conversation before the answer")
+        if not {(text or "").strip() for text in asked} <= turns:
+            raise Malformed("the prompt is not part of the conversation before the answer")
     return reading
 
 

@@ -33,7 +33,7 @@ def prompt_of(value: Any) -> str:
     return chat
 
 
-def joined(prompt: Any, name: str, more: Any) -> Any:
+def append_input(prompt: Any, name: str, more: Any) -> Any:
     """Return an instruction followed by its input, which may be empty."""
     if more in _EMPTY:
         return prompt
@@ -43,7 +43,7 @@ def joined(prompt: Any, name: str, more: Any) -> Any:
     return f"{prompt}\n{more}" if prompt.strip() else more
 
 
-def dressed(prompt: str, row: Row, *, own: Sequence[str], turn: bool) -> str:
+def with_context(prompt: str, row: Row, *, own: Sequence[str], turn: bool) -> str:
     """Return the prompt with the system prompt, the history and the tools of its row, which are not its `own` columns.
 
     `turn` says that a prompt which is a text is a user's turn.
@@ -63,12 +63,12 @@ def dressed(prompt: str, row: Row, *, own: Sequence[str], turn: bool) -> str:
         if not turn:
             raise Malformed("a system prompt, a history or tools beside a text that is no user's turn; write messages")
         return Chat([*before, Message("user", prompt)], schemas)
-    said = prompt.messages
-    if before and before[0].role == "system" and said[0].role in ("system", "developer"):
-        if str(before[0].content).strip() != str(said[0].content).strip():
+    turns = prompt.messages
+    if before and before[0].role == "system" and turns[0].role in ("system", "developer"):
+        if str(before[0].content).strip() != str(turns[0].content).strip():
             raise Malformed("the system column and the messages have different system prompts")
         before = before[1:]
-    return Chat([*before, *said], schemas or prompt.tools)
+    return Chat([*before, *turns], schemas or prompt.tools)
 
 
 def _history(value: Any) -> Sequence[Message]:
@@ -101,7 +101,7 @@ def _tools(value: Any) -> list[Any]:
     return value
 
 
-def marked(prompt: Any) -> Any:
+def parse_speakers(prompt: Any) -> Any:
     """Return Nectar's and HelpSteer's prompts, texts with marks of the speakers, as a Chat or as the one question."""
     if not isinstance(prompt, str) or isinstance(prompt, Chat):
         return prompt

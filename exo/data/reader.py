@@ -14,10 +14,10 @@ from exo.data.dataset import Dataset, Group, row_account
 from exo.data.errors import DataError, Malformed, StrPath, names, show
 from exo.data.matching import Plan, match, plan
 from exo.data.messages import Chat
-from exo.data.prompts import BESIDE, dressed
+from exo.data.prompts import BESIDE, with_context
 from exo.data.reading import Reading
 from exo.data.shapes import Purpose, Shape, referenced
-from exo.data.trees import regrouped
+from exo.data.trees import group_rows
 
 _OURS = ("tokenizer", "token_ids", "logprobs", "finish")
 
@@ -92,7 +92,7 @@ class _Reader:
         own = f"{show(self.path)}:"
         rows = 0
         with closing(source.rows) as stream:
-            together, self.origin = regrouped(self._renamed(stream), self.purpose)
+            together, self.origin = group_rows(self._renamed(stream), self.purpose)
             for (number, place), row in together:
                 rows += 1
                 try:
@@ -115,9 +115,9 @@ class _Reader:
                 groups.append(_group(reading, number, "" if place == f"{own}{number}" else place))
                 noted.update(_remarks(reading, self.purpose))
         if self.shape is None or not groups:
-            found = f"no usable row: {row_account(rows, skipped)}" if rows else "the file holds no rows"
+            problem = f"no usable row: {row_account(rows, skipped)}" if rows else "the file holds no rows"
             hint = f"; first malformed: {first_malformed}" if first_malformed else ""
-            raise DataError(f"{show(self.path)}: {found}{hint}")
+            raise DataError(f"{show(self.path)}: {problem}{hint}")
         self.left_over.end(place, self.shape)
         if self.made:
             groups = mixing.as_chats(groups)
@@ -152,7 +152,7 @@ class _Reader:
         planned = self.plans.get(present)
         if planned is None:
             planned = self.plans[present] = plan(present, self.purpose)
-        whole = planned.fitted(row)
+        whole = planned.normalized(row)
         shape = match(whole, planned, self.shape, self.purpose)
         reading = shape.convert(whole)
         if not reading.skip:
@@ -170,7 +170,7 @@ class _Reader:
         chat = isinstance(reading.prompt, Chat)
         prompt = reading.prompt
         if beside:
-            prompt = dressed(prompt, row, own=shape.keys, turn=shape.turn)
+            prompt = with_context(prompt, row, own=shape.keys, turn=shape.turn)
         if shape.chat or self.origin:  # a question, or with earlier turns a chat: the same file has both
             self.made = self.made or isinstance(prompt, Chat)
             return reading._replace(prompt=prompt)
@@ -253,16 +253,16 @@ def _degenerate(completions: tuple[str, ...]) -> str:
 def _remarks(reading: Reading, purpose: Purpose) -> list[str]:
     """Return what is worth a remark about a row that is used."""
     prompt, texts = reading.prompt, reading.completions
-    found = []
+    remarks = []
     if reading.later_turns and purpose in ("comparisons", "texts"):
-        found.append("later turns dropped")
+        remarks.append("later turns dropped")
     if purpose == "comparisons":
         if reading.rewards is not None and len(set(reading.rewards)) == 1:
-            found.append("all rewards equal")
+            remarks.append("all rewards equal")
         if len(set(texts)) < len(texts):
-            found.append("some completions repeated")
+            remarks.append("some completions repeated")
     if not prompt and purpose in ("comparisons", "prompts"):
-        found.append("empty prompt")
+        remarks.append("empty prompt")
     if len(prompt) > 8 and texts and texts[0].startswith(prompt) and all(text.startswith(prompt) for text in texts):
-        found.append("every completion begins with its prompt")
-    return found
+        remarks.append("every completion begins with its prompt")
+    return remarks

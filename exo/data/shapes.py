@@ -84,15 +84,15 @@ def referenced(reading: Reading, row: Row) -> Reading:
         return reading
     if "ref_logps" in row and pair:
         raise Malformed("log-probs of a reference twice, as ref_logps and ref_chosen_logps; keep one")
-    found: dict[str, Any] = pair or {
+    logps: dict[str, Any] = pair or {
         f"ref_logps[{i}]": value for i, value in enumerate(array("ref_logps", row["ref_logps"]))
     }
-    if len(found) != len(reading.completions):
-        raise Malformed(f"{len(reading.completions)} completions but {len(found)} log-probs of the reference")
+    if len(logps) != len(reading.completions):
+        raise Malformed(f"{len(reading.completions)} completions but {len(logps)} log-probs of the reference")
     if reading.later_turns:
         raise Malformed("log-probs of a reference beside answers of several turns, of which the first is used")
-    values = tuple(number(name, value) for name, value in found.items())
-    if positive := [name for name, value in zip(found, values, strict=True) if value > 0]:
+    values = tuple(number(name, value) for name, value in logps.items())
+    if positive := [name for name, value in zip(logps, values, strict=True) if value > 0]:
         raise Malformed(f"{positive[0]} must be a log-prob, at most 0")
     return reading._replace(ref_logps=values)
 

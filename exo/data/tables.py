@@ -37,10 +37,10 @@ class HubName(NamedTuple):
 
 def hub_name(path: StrPath) -> HubName | None:
     """Return what a name says, if it can be one: what is in a folder that exists, or looks like a file, is a path."""
-    found = _HUB.fullmatch(os.fspath(path))
-    if found is None or found[1].endswith(_PATHS) or Path(found[1]).parent.is_dir():
+    parts = _HUB.fullmatch(os.fspath(path))
+    if parts is None or parts[1].endswith(_PATHS) or Path(parts[1]).parent.is_dir():
         return None
-    return HubName(found[1], found[2], found[3] or "train")
+    return HubName(parts[1], parts[2], parts[3] or "train")
 
 
 def from_hub(hub: HubName) -> tuple[Rows, str]:
@@ -65,20 +65,20 @@ def from_disk(directory: Path, split: str | None) -> tuple[Rows, str]:
     shown = str(directory)
     datasets = _imported("datasets", shown, "a directory of save_to_disk")
     try:
-        found = datasets.load_from_disk(shown)
+        saved = datasets.load_from_disk(shown)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{shown}: the directory of save_to_disk is damaged: {_first_line(error)}") from None
     note = "save_to_disk"
-    if isinstance(found, datasets.DatasetDict):
-        splits, wanted = sorted(found), split or "train"
-        if wanted not in found:
+    if isinstance(saved, datasets.DatasetDict):
+        splits, wanted = sorted(saved), split or "train"
+        if wanted not in saved:
             raise DataError(f"{shown}: expected one of the splits {', '.join(splits)}; name it as {shown}@{splits[0]}")
         note += f", split {wanted} out of {', '.join(splits)}"
-        found = found[wanted]
+        saved = saved[wanted]
     elif split is not None:
         raise DataError(f"{shown}: has no splits; expected the path without @{split}")
-    _refuse_twins(shown, found.column_names)
-    return _rows(found.with_format("arrow").iter(batch_size=1000), shown), note
+    _refuse_twins(shown, saved.column_names)
+    return _rows(saved.with_format("arrow").iter(batch_size=1000), shown), note
 
 
 def from_parquet(path: Path, shown: str) -> Rows:
