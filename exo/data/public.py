@@ -11,6 +11,7 @@ from exo.data.parting import Row
 from exo.data.prompts import parse_speakers
 from exo.data.reading import Reading
 from exo.data.shapes import Shape, answered, items_have, listed
+from exo.data.transcripts import answers_to
 
 
 def _pair(prompt: Any, first: str, second: str, row: Row, better: int | None) -> Reading:
@@ -94,7 +95,10 @@ def _arena(row: Row) -> Reading:
 
 
 def _nectar(row: Row) -> Reading:
-    return listed(parse_speakers(row["prompt"]), "answers", row, "answer", "rank", sign=-1)
+    reading = listed(parse_speakers(row["prompt"]), "answers", row, "answer", "rank", sign=-1)
+    if not isinstance(row["prompt"], str):
+        return reading
+    return reading._replace(completions=answers_to(row["prompt"], reading.completions))
 
 
 COMPARED = (

@@ -17,6 +17,7 @@ from exo.data.messages import Chat
 from exo.data.prompts import BESIDE, with_context
 from exo.data.reading import Reading
 from exo.data.shapes import Purpose, Shape, referenced
+from exo.data.transcripts import answers_to
 from exo.data.trees import group_rows
 
 _OURS = ("tokenizer", "token_ids", "logprobs", "finish")
@@ -173,7 +174,7 @@ class _Reader:
             prompt = with_context(prompt, row, own=shape.keys, turn=shape.turn)
         if shape.chat or self.origin:  # a question, or with earlier turns a chat: the same file has both
             self.made = self.made or isinstance(prompt, Chat)
-            return reading._replace(prompt=prompt)
+            return _with_prompt(reading, prompt)
         if self.chat is not None and chat != self.chat:
             raise Malformed(
                 "chat messages, and the file began with texts"
@@ -182,7 +183,7 @@ class _Reader:
             )
         self.chat = chat
         self.made = self.made or (not chat and isinstance(prompt, Chat))
-        return reading._replace(prompt=prompt)
+        return _with_prompt(reading, prompt)
 
     def _check_columns(
         self, place: str, row: dict[str, Any], whole: dict[str, Any], present: tuple[str, ...], planned: Plan,
@@ -210,6 +211,13 @@ class _Reader:
         if shape.reference and self.purpose in ("comparisons", "samples"):
             return (*BESIDE, *REFERENCE, *_OURS)
         return (*BESIDE, *REFERENCE) if self.purpose not in ("comparisons", "samples") else BESIDE
+
+
+def _with_prompt(reading: Reading, prompt: str) -> Reading:
+    """Return the reading with another prompt; if that makes a transcript a chat, its completions become messages."""
+    if not isinstance(prompt, Chat):
+        return reading
+    return reading._replace(prompt=prompt, completions=answers_to(reading.prompt, reading.completions))
 
 
 def _to_imitate(reading: Reading) -> Reading:
