@@ -337,9 +337,9 @@ def _underscored(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def suggestion(name: str, known: set[str]) -> str:
+def suggestion(name: str, known: set[str], otherwise: str = "--help lists them") -> str:
     close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
-    return f"; did you mean {close[0]}?" if close else "; --help lists them"
+    return f"; did you mean {close[0]}?" if close else f"; {otherwise}"
 
 
 def _add(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:

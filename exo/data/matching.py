@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from exo.data.columns import fields_of, joined_with
+from exo.data.columns import ALIASES, REFERENCE, fields_of, joined_with
 from exo.data.errors import Malformed, names
 from exo.data.messages import decoded
 from exo.data.prompts import BESIDE, append_input
 from exo.data.public import COMPARED
+from exo.data.reading import TOKENS
 from exo.data.shapes import (
     ANSWERS,
     LABELLED,
@@ -27,6 +28,7 @@ from exo.data.shapes import (
     Purpose,
     Shape,
 )
+from exo.data.trees import KEYS
 
 Row = dict[str, Any]
 
@@ -44,6 +46,10 @@ _TAKEN_BY: dict[Purpose, str] = {
     "texts": "sft takes",
     "labels": "reward --labels takes",
 }
+# What --columns may give to a column.
+NAMES = {key for shapes in SHAPES.values() for shape in shapes for key in shape.keys}
+NAMES |= {name for key, others in ALIASES.items() for name in (key, *others)} | {*BESIDE, *REFERENCE, *TOKENS, *KEYS}
+NAMES |= {"keep", "temperature", "max_new_tokens", "top_p"}
 _DECODED = ("prompt", "chosen", "rejected", "completion")
 
 

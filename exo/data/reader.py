@@ -7,20 +7,19 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from exo.config import suggestion
 from exo.data import mixing
 from exo.data import rows as containers
 from exo.data.columns import REFERENCE, Choice, LeftOver, choice, texts_of
 from exo.data.dataset import Dataset, Group, row_account
 from exo.data.errors import DataError, Malformed, StrPath, names, show
-from exo.data.matching import Plan, match, plan
+from exo.data.matching import NAMES, Plan, match, plan
 from exo.data.messages import Chat
 from exo.data.prompts import BESIDE, with_context
-from exo.data.reading import Reading
+from exo.data.reading import TOKENS, Reading
 from exo.data.shapes import Purpose, Shape, referenced
 from exo.data.transcripts import answers_to
 from exo.data.trees import group_rows
-
-_OURS = ("tokenizer", "token_ids", "logprobs", "finish")
 
 
 def read(
@@ -43,17 +42,21 @@ def read(
     (nothing to compare: an empty completion, a single one, all the same) are skipped and counted in any case. Data
     without a usable row raises, and so does what is damaged beyond telling its rows apart.
 
-    `columns` gives columns other names, {"prompt": "question"}; one that no file has is an error, unless
-    `columns_required` is False: then the file has its own names. `system_column` is that of the system prompt;
-    `ignore_columns` are left out ("all": all that nobody reads). A column that is not read and could belong to the
-    prompt, or change what is learned, raises unless it is ignored. `weights` are the shares of several paths in an
-    epoch, drawn by `seed`: see mixing.
+    `columns` gives columns other names, {"prompt": "question"}; a name that no shape reads raises ValueError. A column
+    that no file has is an error, unless `columns_required` is False: then the file has its own names. `system_column`
+    is that of the system prompt; `ignore_columns` are left out ("all": all that nobody reads). A column that is not
+    read and could belong to the prompt, or change what is learned, raises unless it is ignored. `weights` are the
+    shares of several paths in an epoch, drawn by `seed`: see mixing.
     """
     parts = containers.parts(path)
     if weights is not None and len(weights) != len(parts):
         raise DataError(
             f"{show(path)}: expected one weight for each of the {len(parts)} data files; got {len(weights)}"
         )
+    for name in columns or ():
+        if name not in NAMES:
+            near = suggestion(name, NAMES, otherwise="docs/data.md lists them")
+            raise ValueError(f"--columns {name}=...: expected a name that is read{near}")
     chosen = choice(columns, ignore_columns, system_column)
     missing = set(chosen.renamed.values())
     datasets = []
@@ -209,7 +212,7 @@ class _Reader:
     def _beside(self, shape: Shape) -> Iterable[str]:
         """Columns that are read beside those of the shape."""
         if shape.reference and self.purpose in ("comparisons", "samples"):
-            return (*BESIDE, *REFERENCE, *_OURS)
+            return (*BESIDE, *REFERENCE, *TOKENS)
         return (*BESIDE, *REFERENCE) if self.purpose not in ("comparisons", "samples") else BESIDE
 
 

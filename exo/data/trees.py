@@ -164,3 +164,4 @@ REGROUPED = (
     Regrouped("HelpSteer responses", frozenset({"prompt", "response", "helpfulness"}), _responses, _ALL,
               lambda row: row.keys() <= _HELPSTEER),
 )  # fmt: skip
+KEYS = {*_HELPSTEER, "parent_id", "deleted", "review_result", "rank"}.union(*(entry.keys for entry in REGROUPED))
