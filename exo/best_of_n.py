@@ -14,7 +14,7 @@ from exo.config import at_least, named, option
 
 
 @dataclass(frozen=True)
-class Config(config.Stage, config.DataOptions):
+class Config(config.DataOptions):
     output_dir: str = option("runs/best_of_n", "directory of the run")
     data: str = option("", "scored completions, a multiple of n in a row", named("a file of scored completions"))
     n: int = option(8, "completions of which the best is taken", at_least(1))

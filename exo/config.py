@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import difflib
 import math
-import re
 import sys
 import types
 import typing
@@ -89,46 +88,62 @@ class Compute(Stage):
     )
 
 
+def _list(text: str | None) -> list[str]:
+    """Return the items of an option with commas, without the blanks around them."""
+    return [part.strip() for part in text.split(",")] if text else []
+
+
+def _pairs(text: str | None) -> list[tuple[str, str]]:
+    """Return the (name, column) pairs of --columns; one without "=" has an empty column."""
+    parts = [part.partition("=") for part in _list(text)]
+    return [(name.strip(), column.strip()) for name, _, column in parts]
+
+
 def _are_columns(text: str) -> bool:
-    names = [part.partition("=")[0] for part in text.split(",")]
-    return all(re.fullmatch(r"[^=]+=[^=]+", part) for part in text.split(",")) and len({*names}) == len(names)
+    pairs = _pairs(text)
+    complete = all(name and column and "=" not in column for name, column in pairs)
+    return bool(pairs) and complete and len(dict(pairs)) == len(pairs)
 
 
 def _are_weights(text: str) -> bool:
     try:
-        return all(0 < float(part) < math.inf for part in text.split(","))
+        return all(0 < float(part) < math.inf for part in _list(text))
     except ValueError:
         return False
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """What every stage that reads data has in common; beside `Stage`, whose seed it uses."""
+class SourceOptions(Stage):
+    """What every stage that reads rows has in common."""
 
     columns: str | None = option(
         None, "columns by other names: prompt=question,chosen=better", Range(_are_columns, "name=column, with commas")
     )
     ignore_columns: str | None = option(None, "columns to leave out, with commas; all: every one that nobody reads")
     system_column: str | None = option(None, "the column of the system prompt, if it is not called system")
-    data_weights: str | None = option(
-        None, "shares of the files of --data in an epoch: 2,1", Range(_are_weights, "numbers > 0, with commas")
-    )
     skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
 
     def reading(self) -> dict[str, Any]:
         """Return the options of exo.data.read that hold for every file of the stage."""
-        ignored = self.ignore_columns.split(",") if self.ignore_columns else []
         return {
-            "columns": dict(part.split("=") for part in self.columns.split(",")) if self.columns else None,
-            "ignore_columns": [name.strip() for name in ignored],
+            "columns": dict(_pairs(self.columns)) or None,
+            "ignore_columns": _list(self.ignore_columns),
             "system_column": self.system_column,
             "skip_invalid": self.skip_invalid,
         }
 
+
+@dataclass(frozen=True)
+class DataOptions(SourceOptions):
+    """What every stage that takes --data has in common: it may name several files."""
+
+    data_weights: str | None = option(
+        None, "shares of the files of --data in an epoch: 2,1", Range(_are_weights, "numbers > 0, with commas")
+    )
+
     def mixing(self) -> dict[str, Any]:
         """Return the options of exo.data.read that mix the files of --data."""
-        weights = [float(part) for part in self.data_weights.split(",")] if self.data_weights else None
-        return {"weights": weights, "seed": self.seed}  # type: ignore[attr-defined]
+        return {"weights": [float(part) for part in _list(self.data_weights)] or None, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -322,9 +337,9 @@ def _underscored(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def suggestion(name: str, known: set[str]) -> str:
+def suggestion(name: str, known: set[str], otherwise: str = "--help lists them") -> str:
     close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
-    return f"; did you mean {close[0]}?" if close else "; --help lists them"
+    return f"; did you mean {close[0]}?" if close else f"; {otherwise}"
 
 
 def _add(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:

@@ -13,7 +13,7 @@ from exo.config import at_least, option, require
 
 
 @dataclass(frozen=True)
-class Config(config.Stage, config.DataOptions):
+class Config(config.SourceOptions):
     output_dir: str = option("runs/data", "directory of the run")
     task: str = option("quickstart", f"one of {', '.join(tasks.TASKS)}")
     source: str | None = option(None, "where the task's files are: a file, a directory, or a hub name")
@@ -23,7 +23,6 @@ class Config(config.Stage, config.DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.task in tasks.TASKS, "task", f"one of {', '.join(tasks.TASKS)}", self.task)
-        require(self.data_weights is None, "data_weights", "none: a task has one source", self.data_weights)
         cuts = self.task in tasks.BY_TOKENS
         needed = "a model, whose tokens cut the texts" if cuts else "none: nothing is cut by tokens"
         require(cuts == (self.tokenizer is not None), "tokenizer", needed, self.tokenizer)

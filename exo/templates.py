@@ -6,7 +6,6 @@ Left out: rendering (chat).
 import dataclasses
 import datetime
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from exo import console
 from exo.chat import Settings, has_template
 from exo.chat import source as chat_source
 from exo.config import ChatOptions
-from exo.data import Chat, DataError, Dataset, Group, Message, Reply
+from exo.data import Chat, DataError, Dataset, Group, transcripts
 
 MODES = ("auto", "always", "none")
 RESERVED = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "conversation"}
@@ -84,9 +83,6 @@ def _template_of(tokenizer: Any, name: str) -> str:
     raise ValueError(f"--chat_template {name}: expected a file, or one of {names}")
 
 
-_TURN = re.compile(r"\n\n(Human|Assistant): ?")
-
-
 def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Literal["keep", "render"]) -> Dataset:
     """Return the data with their plain prompts as chat messages, if `template` and the data ask for that.
 
@@ -133,12 +129,5 @@ def as_chat(group: Group) -> Group:
     """Return a row with its plain prompt as messages: one user turn, or the turns of an Anthropic HH transcript."""
     if isinstance(group.prompt, Chat) or not group.prompt:
         return group
-    before, *pieces = _TURN.split(group.prompt)
-    roles, texts = pieces[::2], pieces[1::2]
-    if not roles or roles[-1] != "Assistant" or texts[-1].strip():
-        return dataclasses.replace(group, prompt=Chat([Message("user", str.__str__(group.prompt))]))
-    names = {"Human": "user", "Assistant": "assistant"}
-    turns = [Message(names[role], text.strip()) for role, text in zip(roles, texts, strict=True)]
-    system = [Message("system", before.strip())] if before.strip() else []
-    completions = tuple(text if isinstance(text, Reply) else text.strip() for text in group.completions)
-    return dataclasses.replace(group, prompt=Chat([*system, *turns[:-1]]), completions=completions)
+    completions = transcripts.answers_to(group.prompt, group.completions)
+    return dataclasses.replace(group, prompt=transcripts.as_chat(group.prompt), completions=completions)

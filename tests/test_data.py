@@ -49,7 +49,7 @@ def test_unknown_shape_names_the_keys_found_and_the_nearest_shape(tmp_path):
     message = refusal(put(tmp_path, [{"prompt": CANARY, "chosen": CANARY, "loser": CANARY}]))
     assert message.endswith(
         "data.jsonl:1: unknown shape, keys found: 'prompt', 'chosen', 'loser'; nearest is preferences "
-        "(prompt/chosen/rejected), missing 'rejected'; --columns rejected=COLUMN names them"
+        "(prompt/chosen/rejected), missing 'rejected'; set --columns rejected=COLUMN"
     )
     message = refusal(put(tmp_path, [{"question": CANARY, "answer": CANARY}]))
     assert "keys found: 'question', 'answer'; this is texts (question/answer), which sft takes" in message

@@ -146,9 +146,9 @@ def test_malformed_messages_are_named(tmp_path, prompt, words):
 
 def test_a_prompt_that_the_conversations_do_not_hold_is_malformed(tmp_path):
     row = {"prompt": CANARY, "chosen": [ASK, GOOD_ANSWER], "rejected": [ASK, BAD_ANSWER]}
-    assert "prompt is not said in the conversation before the answer" in refusal(put(tmp_path, [row]))
+    assert "prompt is not part of the conversation before the answer" in refusal(put(tmp_path, [row]))
     row["prompt"] = [SYSTEM, ASK]
-    assert "prompt is not said" in refusal(put(tmp_path, [row]))
+    assert "prompt is not part of the conversation" in refusal(put(tmp_path, [row]))
 
 
 @pytest.mark.parametrize("rows", [(GOOD, COMPARED["all"]), (COMPARED["all"], GOOD)])

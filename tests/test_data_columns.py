@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from data_files import CANARY, GOOD, SCORED, put, refusal
+from data_files import CANARY, GOOD, HH, SCORED, put, refusal
 
 from exo import config
 from exo.data import Chat, DataError, read
@@ -47,6 +47,7 @@ BASES = {
     "prompts": ({"prompt": "p"}, "prompts"),
     "labels": ({"text": "t", "label": 1}, "labels"),
 }
+WITHOUT_PROMPT = ("implicit", "conversation", "labels")  # any word could be the prompt
 LEFT_OVER = {
     "background": LONG,
     "article": LONG,
@@ -57,6 +58,10 @@ LEFT_OVER = {
     "images": [[{"bytes": "x", "path": None}]] * 2,
     "picture": [{"bytes": "x"}, {"bytes": "y"}],
     "frage": ["这是一个很长的问题吗", "那是另外一个问题吗"],
+    "question_th": ["เมืองหลวงของฝรั่งเศสคืออะไร", "เมืองหลวงของลาวคืออะไร"],
+    "question_lo": ["ນະຄອນຫຼວງຂອງລາວແມ່ນຫຍັງ", "ນະຄອນຫຼວງຂອງໄທແມ່ນຫຍັງ"],
+    "question_km": ["រដ្ឋធានីនៃប្រទេសកម្ពុជា", "រដ្ឋធានីនៃប្រទេសឡាវ"],
+    "origin": ["เมืองหลวงของฝรั่งเศสคืออะไร" * 2] * 2,
     "source": [f"{text} " * 3 for text in LONG],
     "choices": [["one", "two"], ["two", "three"]],
     "chat_template_kwargs": [{"enable_thinking": False}] * 2,
@@ -90,6 +95,8 @@ def test_a_left_over_column_that_could_be_prompt_is_refused_once_and_harmless_on
         for ignored in ([name], ["all"]):
             assert read(path, purpose=purpose, ignore_columns=ignored).unread == (name,)
     for name, values in HARMLESS.items():
+        if base in WITHOUT_PROMPT and name in ("part", "digest"):
+            continue
         data = read(put(tmp_path, [{**row, name: value} for value in values]), purpose=purpose)
         assert data.unread == (name,) and f"columns not used: {name}" in data.summary(), name
 
@@ -122,6 +129,67 @@ def test_without_a_prompt_any_word_could_be_it(tmp_path):
     assert read(put(tmp_path, [{**GOOD, **row, "prompt": "p"} for row in rows])).unread == ("word",)
 
 
+def test_without_a_column_for_the_prompt_one_word_that_varies_is_refused_and_the_fix_works(tmp_path):
+    implicit = [
+        {"q": f"{place}?", "chosen": f"The capital is {good}", "rejected": f"The capital is {bad}"}
+        for place, good, bad in (("France", "Paris", "Rome"), ("Italy", "Rome", "Paris"))
+    ]
+    message = refusal(put(tmp_path, implicit))
+    assert "column 'q'" in message and "--columns prompt=q reads it as such" in message
+    groups = read(put(tmp_path, implicit), columns={"prompt": "q"}).groups
+    assert groups[0].prompt == "France?" and groups[0].completions == ("The capital is Paris", "The capital is Rome")
+    text = [{"q": f"{word}?", "text": f"It is {word}"} for word in ("one", "two")]
+    assert "--columns prompt=q,completion=text" in refusal(put(tmp_path, text), purpose="texts")
+    group = read(put(tmp_path, text), purpose="texts", columns={"prompt": "q", "completion": "text"}).groups[0]
+    assert (group.prompt, group.completions) == ("one?", ("It is one",))
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+    others = {
+        "dialogues": (HH, "comparisons"),
+        "whole": ({"chosen": turns, "rejected": [turns[0], {"role": "assistant", "content": "b"}]}, "comparisons"),
+        "conversation": ({"messages": turns}, "texts"),
+        "to be continued": ({"messages": turns[:1]}, "prompts"),
+    }  # fmt: skip
+    for name, (row, purpose) in others.items():
+        message = refusal(put(tmp_path, [{**row, "q": word} for word in ("one", "two")]), purpose=purpose)
+        assert "column 'q'" in message and "prompt=q" not in message, name
+        read(put(tmp_path, [{**row, "q": "one"}] * 2), purpose=purpose)
+
+
+def test_a_column_that_another_one_replaces_is_left_over(tmp_path):
+    row = {"context": "in a far land", "prompt": "what is it?", "chosen": "a", "rejected": "b"}
+    message = refusal(put(tmp_path, [row]))
+    assert "column 'context'" in message and "prompt=context" not in message
+    path = put(tmp_path, [row])
+    message = refusal(path, columns={"prompt": "context"})
+    assert "column 'prompt' is not read, because 'context' takes its place; --ignore_columns prompt" in message
+    for ignored in (["prompt"], ["all"]):
+        data = read(path, columns={"prompt": "context"}, ignore_columns=ignored)
+        assert data.groups[0].prompt == "in a far land" and data.unread == ("prompt",)
+    both = put(tmp_path, [{**GOOD, "system": "be kind", "persona": "a pirate"}])
+    assert "column 'system' is not read, because 'persona'" in refusal(both, system_column="persona")
+    data = read(both, system_column="persona", ignore_columns=["system"])
+    assert texts(data.groups[0]) == ["a pirate", "p"]
+    nulls = put(tmp_path, [{**GOOD, "system": None, "persona": "a pirate"}])
+    assert texts(read(nulls, system_column="persona").groups[0]) == ["a pirate", "p"]
+    assert read(put(tmp_path, [{**GOOD, "a_id": 1, "label": 1}]), columns={"label": "a_id"}).unread == ("label",)
+
+
+def test_a_name_that_is_not_read_is_refused_with_a_suggestion(tmp_path):
+    path = put(tmp_path, [GOOD])
+    for wrong, words in {
+        "promt": "did you mean prompt?",
+        "chose": "did you mean chosen?",
+        "zzz": "docs/data.md",
+    }.items():
+        with pytest.raises(ValueError, match=f"--columns {wrong}=.*{words.replace('?', '.')}") as caught:
+            read(path, columns={wrong: "question"})
+        assert not isinstance(caught.value, DataError)
+    with pytest.raises(ValueError, match="--system_column: expected none beside --columns system="):
+        read(path, columns={"system": "a"}, system_column="b")
+    for name in ("question", "history", "ref_logps", "keep", "better_response_id", "helpfulness", "temperature"):
+        assert "no column 'nowhere'" in refusal(path, columns={name: "nowhere"})
+
+
 def test_a_column_that_turns_up_late_is_seen(tmp_path):
     rows = [GOOD, GOOD, {**GOOD, "question": LONG[0]}]
     assert refusal(put(tmp_path, rows)).startswith(f"{tmp_path}/data.jsonl:3: column 'question'")
@@ -141,10 +209,10 @@ def test_a_column_that_repeats_what_was_read_is_harmless(tmp_path):
 def test_a_row_that_is_skipped_refuses_no_column(tmp_path):
     talk = [{"role": "user", "content": "What is the sum?"}, {"role": "assistant", "content": "It is four I think."}]
     other = [talk[0], {"role": "assistant", "content": "I do not know."}]
-    rows = [{"chosen": talk, "rejected": answer, "messages": talk, "part": answer[1]["content"][:2]}
+    rows = [{"chosen": talk, "rejected": answer, "messages": talk, "kind": answer[1]["content"][:2]}
             for answer in (talk, other, talk)]  # fmt: skip
     data = read(put(tmp_path, rows))
-    assert data.skipped == {"identical dialogues": 2} and data.unread == ("messages", "part")
+    assert data.skipped == {"identical dialogues": 2} and data.unread == ("messages", "kind")
 
 
 def test_columns_by_other_names(tmp_path):
@@ -275,7 +343,7 @@ def test_reference_log_probs_of_answers_whose_later_turns_are_dropped_are_refuse
 
 def test_bad_options_are_named(capsys):
     @dataclass(frozen=True)
-    class Config(config.DataOptions, config.Stage):
+    class Config(config.DataOptions):
         pass
 
     for flags in (["--columns", "prompt"], ["--columns", "a=b,a=c"], ["--data_weights", "1,0"],
@@ -299,7 +367,7 @@ def test_bad_options_are_named(capsys):
         (
             {"frage": CANARY, "gut": "b"},
             "comparisons",
-            "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN names them",
+            "; set --columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN",
         ),
         ({"prompt": CANARY, "chosen": "a", "rejected": "b"}, "labels", "which align and reward take"),
         ({"prompt": CANARY, "chosen": "a", "rejected": "b"}, "samples", "which align and reward take"),

@@ -57,8 +57,27 @@ def test_prepare_hands_the_options_on_to_its_source(tmp_path):
         prepare.run(prepare.Config(**options))
     made = prepare.run(prepare.Config(**options, ignore_columns="thoughts"))
     assert read(made / "pairs.jsonl").groups[0].prompt.startswith("p ")
-    with pytest.raises(config.ConfigError, match="a task has one source"):
-        prepare.Config(**options, data_weights="1")
+
+
+def test_prepare_has_one_source_and_so_no_data_weights(capsys):
+    for flags in (["--help"], ["--data_weights", "1"]):
+        with pytest.raises(SystemExit):
+            config.parse(prepare.Config, flags, prog="test", description=None)
+    captured = capsys.readouterr()
+    assert "--columns" in captured.out and "data_weights" not in captured.out
+    assert "unknown option --data_weights" in captured.err
+
+
+def test_blanks_around_the_names_of_columns_are_ignored():
+    options = sft.Config(
+        model="tiny", data="x", columns="prompt = q, completion =b ", ignore_columns=" a, b", data_weights="1, 2"
+    )
+    assert options.reading()["columns"] == {"prompt": "q", "completion": "b"}
+    assert options.reading()["ignore_columns"] == ["a", "b"]
+    assert options.mixing() == {"weights": [1.0, 2.0], "seed": 0}
+    for wrong in ("prompt= ", " =q", "prompt=a, prompt=b", "prompt=a,", "prompt=a=b", " ", ""):
+        with pytest.raises(config.ConfigError, match="--columns: expected name=column"):
+            sft.Config(model="tiny", data="x", columns=wrong)
 
 
 def test_systems_that_are_compared_may_have_any_column(tmp_path):

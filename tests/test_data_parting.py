@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from exo.data import Dataset, Group, read
+from exo.data.transcripts import as_chat
 
 pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
 
@@ -181,3 +182,59 @@ def test_dialogues_and_plain_texts_are_not_mixed(tmp_path):
     plain = {"chosen": "a b", "rejected": "a c"}
     for rows, name in (((plain, HH), "texts with an implicit prompt"), ((HH, plain), "Anthropic HH dialogues")):
         assert f":2: another shape; the file began as {name}" in refusal(put(tmp_path, list(rows)))
+
+
+# Transcripts as messages.
+
+
+def test_a_transcript_beside_a_system_prompt_becomes_its_turns(tmp_path):
+    talk = f"{H} hi{A} hello{H} and now?{A}"
+    rows = {
+        "preferences": ({"prompt": talk, "chosen": " a", "rejected": " b"}, "comparisons"),
+        "scored": ({"prompt": talk, "completions": [" a", " b"], "rewards": [2, 1]}, "comparisons"),
+        "dialogues": ({"chosen": f"{talk} a", "rejected": f"{talk} b"}, "comparisons"),
+        "imitated": ({"prompt": talk, "completion": " a"}, "texts"),
+    }
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "and now?")]
+    for name, (row, purpose) in rows.items():
+        path = put(tmp_path, [{**row, "system": "be nice"}, row])
+        first, second = read(path, purpose=purpose).groups
+        assert [(m.role, m.content) for m in first.prompt.messages] == [("system", "be nice"), *turns], name
+        assert [(m.role, m.content) for m in second.prompt.messages] == turns, name
+        assert first.completions == second.completions == (("a",) if purpose == "texts" else ("a", "b")), name
+    assert read(put(tmp_path, [rows["preferences"][0]])).groups == [Group(talk, (" a", " b"), None, 1)]
+
+
+def test_text_before_the_first_marker_becomes_a_system_turn(tmp_path):
+    row = {"prompt": f"Be kind.{H} hi{A}", "chosen": " a", "rejected": " b"}
+    for beside in ({"system": "Be kind."}, {"history": [["x", "y"]], "prompt": f"{H} hi{A}", "system": "Be kind."}):
+        [group] = read(put(tmp_path, [{**row, **beside}])).groups
+        roles = [m.role for m in group.prompt.messages]
+        assert roles in (["system", "user"], ["system", "user", "assistant", "user"]) and group.completions == (
+            "a",
+            "b",
+        )
+        assert group.prompt.messages[0].content == "Be kind." and group.prompt.messages[-1].content == "hi"
+    assert "different system prompts" in refusal(put(tmp_path, [{**row, "system": "Be rude."}]))
+    [alone] = read(put(tmp_path, [{**row, "tools": [{"name": "add"}]}])).groups
+    assert [m.role for m in alone.prompt.messages] == ["system", "user"]
+
+
+def test_nectars_prompts_are_transcripts_with_or_without_the_last_marker(tmp_path):
+    answers = [{"answer": " a", "rank": 1}, {"answer": "b", "rank": 2}]
+    rows = [{"prompt": prompt, "answers": answers} for prompt in (f"Be kind.{H} hi{A} ", f"{H} hi{A} yes{H} ok", "hi")]
+    chats = read(put(tmp_path, rows)).groups
+    assert [[m.role for m in group.prompt.messages] for group in chats] == [
+        ["system", "user"], ["user", "assistant", "user"], ["user"],
+    ]  # fmt: skip
+    assert chats[0].completions == ("a", "b")
+    [group] = read(put(tmp_path, [{"prompt": f"{H} hi{A}", "answers": answers}])).groups
+    assert group.prompt == "hi" and group.completions == ("a", "b")
+    assert "ends with a turn of the assistant" in refusal(put(tmp_path, [{**rows[0], "prompt": f"{H} hi{A} yes"}]))
+
+
+def test_a_text_that_is_no_transcript_is_one_turn_of_the_user():
+    for text in ("hi", f"quote:{H} a{A} b", f"{A} a", A, f"{H} a", ""):
+        assert [(m.role, m.content) for m in as_chat(text).messages] == [("user", text)]
+    chat = as_chat(f"{H} a{A}")
+    assert as_chat(chat) is chat

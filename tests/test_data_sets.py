@@ -28,7 +28,7 @@ def options(cell: str) -> dict:
     """What a stage hands to the reader for these flags."""
 
     @dataclass(frozen=True)
-    class Config(config.DataOptions, config.Stage):
+    class Config(config.DataOptions):
         pass
 
     parsed = config.parse(Config, shlex.split(cell), prog="test", description=None)

@@ -3,15 +3,20 @@
 A column that nobody reads is harmless (an id, a score, a model's name), or it could belong to the prompt or change what
 is learned (a question, tools, a margin). The second kind is refused once, unless --ignore_columns names it. Names
 decide where they are known (SUSPECT, _HARMLESS, _ABOUT), else the content does: a text of several words that is not the
-same in every row could be a prompt, unless it repeats what was read. A harmless name does not excuse a long text.
+same in every row could be a prompt, unless it repeats what was read. If the shape has no column for the prompt, one
+word is enough. A harmless name does not excuse a long text. A column whose name --columns gives to another one is left
+over like any other.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exo.data.errors import DataError, names
 from exo.data.messages import Chat
+
+if TYPE_CHECKING:
+    from exo.data.shapes import Shape
 
 Row = dict[str, Any]
 
@@ -66,7 +71,10 @@ _ABOUT = set(
     "raw_generation_response original_response original_chosen original_rejected gen_input_configs llama_guard_2 "
     "instruct_reward min_neighbor_distance repeat_count min_similar_uuid quality_explanation token_ids".split()
 )
+REPLACED = " (replaced)"
 _SENTENCE = 12  # words: a name or a date is shorter, a text that calls itself a source is not
+# Thai, Lao, Tibetan, Burmese, Khmer, Tai, Chinese, Japanese
+_UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u2e80-\U0010ffff]")
 _HARMLESS_NAME = re.compile(
     r"(^|.*_)(id|ids|idx|index|uuid|hash|sha256|md5|model|models|model_name|source|url|score|scores|rating|ratings|"
     r"reward|rewards|rank|date|time|timestamp|lang|language|category|version|length|len|count|tokens|logprob|logprobs)$"
@@ -82,18 +90,26 @@ class Choice(NamedTuple):
     ignore_all: bool
 
     def applied(self, row: Row) -> Row:
-        """Return the row without nulls and ignored columns, with the others under the names they are read by."""
+        """Return the row without nulls and ignored columns, with the others under the names they are read by.
+
+        A column that has the name of a renamed one gets the suffix REPLACED.
+        """
         if not self.renamed and not self.ignored:
             return {name: value for name, value in row.items() if value is not None} if None in row.values() else row
         moved = {name: column for name, column in self.renamed.items() if column in row}  # or of another file
         gone = self.ignored.union(moved, moved.values())
         kept = {name: value for name, value in row.items() if value is not None and name not in gone}
+        for name in moved.keys() & row.keys() - self.ignored - {*moved.values()}:
+            if row[name] is not None:
+                kept[name + REPLACED] = row[name]
         return kept | {name: row[column] for name, column in moved.items() if row[column] is not None}
 
 
 def choice(columns: Mapping[str, str] | None, ignored: Iterable[str], system_column: str | None) -> Choice:
     renamed = dict(columns or {})
     if system_column is not None:
+        if "system" in renamed:
+            raise ValueError("--system_column: expected none beside --columns system=...; keep one")
         renamed["system"] = system_column
     ignored = set(ignored)
     return Choice(renamed, frozenset(ignored - {"all"}), "all" in ignored)
@@ -103,9 +119,9 @@ def fields_of(columns: Iterable[str]) -> dict[str, str]:
     """Return the columns that are read under another name: {name as it is read: name in the data}."""
     present = set(columns)
     return {
-        name: found
+        name: alias
         for name, others in ALIASES.items()
-        if name not in present and (found := next((other for other in others if other in present), None))
+        if name not in present and (alias := next((other for other in others if other in present), None))
     }
 
 
@@ -130,10 +146,11 @@ class LeftOver:
         named: list[str] = []
         others: list[str] = []
         for name in columns:
-            self.unread[name] = None
-            if self.chosen.ignore_all or self._is_harmless(name):
+            known = name.removesuffix(REPLACED)
+            self.unread[known] = None
+            if self.chosen.ignore_all or self._is_harmless(known):
                 continue
-            by_name = name not in SUSPECT and (name in _HARMLESS or _HARMLESS_NAME.match(name))
+            by_name = known not in SUSPECT and (known in _HARMLESS or _HARMLESS_NAME.match(known))
             (named if by_name else others).append(name)
         return tuple(named), tuple(others)
 
@@ -142,79 +159,96 @@ class LeftOver:
             return True
         return name in _ABOUT
 
-    def check_names(self, place: str, row: Row, columns: tuple[str, ...], shape: object) -> None:
+    def check_names(self, place: str, row: Row, columns: tuple[str, ...], shape: "Shape") -> None:
         """DataError for a column whose name is harmless and whose content is a text."""
         for name in columns:
             value = row[name]
-            if isinstance(value, str) and len(value.split(None, _SENTENCE)) > _SENTENCE:
-                raise _refused(place, name, shape)
+            if isinstance(value, str) and _words(value) > _SENTENCE:
+                raise self._refused(place, name, shape)
 
-    def check(self, place: str, row: Row, columns: tuple[str, ...], texts: tuple[str, ...], shape: object) -> None:
+    def check(self, place: str, row: Row, columns: tuple[str, ...], texts: tuple[str, ...], shape: "Shape") -> None:
         """DataError for a column that could belong to the prompt or change what is learned; once for the file.
 
         `texts` are those that were read, the prompt first. Without a prompt any word could be it.
         """
+        no_prompt = not shape.prompt_column or (self.purpose == "comparisons" and not texts[0])
         for name in columns:
             value = row[name]
             if value in ("", [], {}) or _repeats(value, texts) or (name in _RENDERED and _renders(value, texts)):
                 continue
-            if name in SUSPECT:
-                raise _refused(place, name, shape)
-            word = self.purpose == "comparisons" and not texts[0] and isinstance(value, str)
+            if name.removesuffix(REPLACED) in SUSPECT:
+                raise self._refused(place, name, shape)
+            word = no_prompt and isinstance(value, str)
             if (word or _is_text(value)) and self._same.setdefault(name, value) != value:
-                raise _refused(place, name, shape)
+                raise self._refused(place, name, shape)
 
-    def end(self, place: str, shape: object) -> None:
+    def end(self, place: str, shape: "Shape") -> None:
         """The same for a text that stands in the only row, where nothing tells it from a constant."""
         if self.rows == 1 and self._same:
-            raise _refused(place, next(iter(self._same)), shape)
+            raise self._refused(place, next(iter(self._same)), shape)
+
+    def _refused(self, place: str, name: str, shape: "Shape") -> DataError:
+        known = name.removesuffix(REPLACED)
+        if known == name:
+            what = f"of {shape} {_reason(name, shape)}"
+        else:
+            what = f"is not read, because {names([self.chosen.renamed[known]])} takes its place"
+        return DataError(f"{place}: column {names([known])} {what}; --ignore_columns {known} leaves it out")
 
 
-def _refused(place: str, name: str, shape: object) -> DataError:
+def _reason(name: str, shape: "Shape") -> str:
+    """Return why a left-over column is refused, and what to do if it belongs to the prompt."""
     if name in _NOT_READ:
-        what = "would change what is learned, and is not read"
-    elif name in REFERENCE:
-        what = "holds log-probs that cannot be used here: they are of other tokens than this format's completions"
-    elif name in ALIASES["completion"]:
-        what = f"could be what is to be learned; --columns completion={name} reads it as such"
-    elif name in ALIASES:
-        what = "is no part of this format, and could belong to the prompt or the answer"
-    else:
-        what = f"could belong to the prompt; --columns prompt={name} or --system_column {name} reads it as such"
-    return DataError(f"{place}: column {names([name])} of {shape} {what}; --ignore_columns {name} leaves it out")
+        return "would change what is learned, and is not read"
+    if name in REFERENCE:
+        return "holds log-probs that cannot be used here: they are of other tokens than this format's completions"
+    if name in ALIASES["completion"]:
+        return "could be what is to be learned"
+    if name in ALIASES:
+        return "is no part of this format, and could belong to the prompt or the answer"
+    if shape.columns:
+        return f"could be the prompt; --columns {shape.columns.format(name)} reads it as such"
+    system = f", or read it with --system_column {name}" if shape.turn else ""
+    place = "the prompt" if shape.prompt_column else names(shape.keys)
+    return f"could belong to the prompt; move its text into {place}{system}"
 
 
 def _is_text(value: Any) -> bool:
     """Return whether a value holds language, or a medium: not a number, an id, a word, a link."""
     if isinstance(value, str):
-        return len(value.split(None, 3)) > 2 or (not value.isascii() and sum(c >= "\u2e80" for c in value) > 3)
+        return _words(value) > 2
     if isinstance(value, dict):
         return "bytes" in value or any(map(_is_text, value.values()))
     return isinstance(value, list) and any(map(_is_text, value))
 
 
+def _words(text: str) -> int:
+    """Return the number of words of a text; in a script without blanks between words, two characters count as one."""
+    return len(text.split()) + (0 if text.isascii() else len(_UNSPACED.findall(text)) // 2)
+
+
 def _repeats(value: Any, texts: tuple[str, ...]) -> bool:
     """Return whether a left-over value says again what was read: the prompt, a turn of it, an answer."""
     if isinstance(value, str):
-        said = value.strip()
-        if any(said == text.strip() for text in texts):
+        text = value.strip()
+        if any(text == other.strip() for other in texts):
             return True
-        if len(said.split(None, 3)) < 3:
+        if _words(text) < 3:
             return False
-        return any(said in text for text in texts)
+        return any(text in other for other in texts)
     if isinstance(value, list) and value:
         spoken = [item.get("content", item.get("value")) if isinstance(item, dict) else item for item in value]
         return all(isinstance(text, str) and _repeats(text, texts) for text in spoken)
     return False
 
 
-def _renders(said: Any, texts: tuple[str, ...]) -> bool:
+def _renders(value: Any, texts: tuple[str, ...]) -> bool:
     """Return whether a text is the whole row once more, as Alpaca's `text` is: every line of it with words around."""
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
-    return isinstance(said, str) and len(said) > sum(map(len, lines)) and all(line in said for line in lines)
+    return isinstance(value, str) and len(value) > sum(map(len, lines)) and all(line in value for line in lines)
 
 
 def texts_of(prompt: str, completions: tuple[str, ...]) -> tuple[str, ...]:
     """Return what was read of a row, text by text, for `LeftOver.check`."""
-    said = [str(m.content) for m in prompt.messages] if isinstance(prompt, Chat) else []
-    return (prompt, *said, *completions)
+    turns = [str(m.content) for m in prompt.messages] if isinstance(prompt, Chat) else []
+    return (prompt, *turns, *completions)

@@ -45,8 +45,8 @@ class Dataset:
     repeated: int = 0  # groups beyond the rows: those that --data_weights takes once more
 
     def __post_init__(self) -> None:
-        found = len(self.groups) + sum(self.skipped.values())
-        assert self.rows + self.repeated == found, "rows unaccounted for"
+        counted = len(self.groups) + sum(self.skipped.values())
+        assert self.rows + self.repeated == counted, "rows unaccounted for"
 
     def texts(self) -> Iterator[str]:
         return (text for group in self.groups for text in (group.prompt, *group.completions))

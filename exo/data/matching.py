@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from exo.data.columns import fields_of, joined_with
+from exo.data.columns import ALIASES, REFERENCE, fields_of, joined_with
 from exo.data.errors import Malformed, names
 from exo.data.messages import decoded
-from exo.data.prompts import BESIDE, joined
+from exo.data.prompts import BESIDE, append_input
 from exo.data.public import COMPARED
+from exo.data.reading import TOKENS
 from exo.data.shapes import (
     ANSWERS,
     LABELLED,
@@ -27,6 +28,7 @@ from exo.data.shapes import (
     Purpose,
     Shape,
 )
+from exo.data.trees import KEYS
 
 Row = dict[str, Any]
 
@@ -44,6 +46,10 @@ _TAKEN_BY: dict[Purpose, str] = {
     "texts": "sft takes",
     "labels": "reward --labels takes",
 }
+# What --columns may give to a column.
+NAMES = {key for shapes in SHAPES.values() for shape in shapes for key in shape.keys}
+NAMES |= {name for key, others in ALIASES.items() for name in (key, *others)} | {*BESIDE, *REFERENCE, *TOKENS, *KEYS}
+NAMES |= {"keep", "temperature", "max_new_tokens", "top_p"}
 _DECODED = ("prompt", "chosen", "rejected", "completion")
 
 
@@ -56,17 +62,17 @@ class Plan(NamedTuple):
     shapes: tuple[Shape, ...]  # whose columns are there, those with most first
     named: tuple[Shape, ...]  # the same in the names of the columns
 
-    def fitted(self, row: Row) -> Row:
+    def normalized(self, row: Row) -> Row:
         """Return the row with its columns under the names that shapes have, and messages that are JSON as lists."""
         whole = row
         if self.fields:
             whole = row | {name: row[column] for name, column in self.fields.items()}
         for name in _DECODED:
             value = whole.get(name)
-            if isinstance(value, str) and value[:1] in "[ \n\t\r" and (found := decoded(name, value)) is not value:
-                whole = whole | {name: found}
+            if isinstance(value, str) and value[:1] in "[ \n\t\r" and (messages := decoded(name, value)) is not value:
+                whole = whole | {name: messages}
         for name in self.more:
-            whole = whole | {"prompt": joined(whole["prompt"], name, row[name])}
+            whole = whole | {"prompt": append_input(whole["prompt"], name, row[name])}
         return whole
 
 
@@ -94,9 +100,9 @@ def match(row: Row, planned: Plan, expected: Shape | None, purpose: Purpose) -> 
     if len(fitting) > 1:
         keys = ["/".join(planned.named[i].keys) for i in fitting[:2]]
         raise Malformed(f"keys of two shapes, {' and '.join(keys)}; keep one")
-    found = planned.named[fitting[0]] if fitting else None
-    if found is not None and (expected is None or (found.name, found.keys) == (expected.name, expected.keys)):
-        return found
+    matched = planned.named[fitting[0]] if fitting else None
+    if matched is not None and (expected is None or (matched.name, matched.keys) == (expected.name, expected.keys)):
+        return matched
     if expected is None:
         raise Malformed(_unknown(row, planned, purpose))
     missing = [key for key in expected.keys if key not in row]
@@ -107,7 +113,7 @@ def match(row: Row, planned: Plan, expected: Shape | None, purpose: Purpose) -> 
 def _unknown(row: Row, planned: Plan, purpose: Purpose) -> str:
     """Return what is wrong with a row of no shape: the nearest one, and what it lacks; or who takes such rows."""
     columns = tuple(name for name in row if name not in planned.fields)
-    found = f"unknown shape, keys found: {names(columns)}"
+    problem = f"unknown shape, keys found: {names(columns)}"
     present = {*columns, *planned.fields}
     shapes = [shape for shape in SHAPES[purpose] if shape not in _OF_NO_USE]
     nearest = max(shapes, key=lambda shape: (len(present & {*shape.keys}), -len(shape.keys)))
@@ -118,14 +124,12 @@ def _unknown(row: Row, planned: Plan, purpose: Purpose) -> str:
             fitting = [shape for shape in elsewhere.shapes if shape.fits(row) and shape not in _OF_NO_USE]
             if other != purpose and fitting:
                 this = fitting[0].named(elsewhere.fields)
-                return f"{found}; this is {this}, which {takes}; expected {_wanted(purpose)}"
+                return f"{problem}; this is {this}, which {takes}; expected {_wanted(purpose)}"
     if len(missing) == len(nearest.keys):
         nearest = shapes[0]
         missing = [*nearest.keys]
     given = ",".join(f"{key}=COLUMN" for key in missing)
-    return (
-        f"{found}; nearest is {nearest.named(planned.fields)}, missing {names(missing)}; --columns {given} names them"
-    )
+    return f"{problem}; nearest is {nearest.named(planned.fields)}, missing {names(missing)}; set --columns {given}"
 
 
 def _wanted(purpose: Purpose) -> str:

@@ -113,8 +113,8 @@ def decoded(name: str, value: Any) -> Any:
         items = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    said = all(isinstance(item, dict) and ({"role", "from"} & item.keys()) for item in items)
-    return items if said else value
+    are_messages = all(isinstance(item, dict) and ({"role", "from"} & item.keys()) for item in items)
+    return items if are_messages else value
 
 
 def conversation(name: str, value: Any) -> tuple[Message, ...]:
@@ -183,10 +183,10 @@ def _text(name: str, content: Any) -> str:
 
 
 def _objects(name: str, value: Any) -> list[Any]:
-    found = array(name, value)
-    if not all(isinstance(item, dict) for item in found):
+    objects = array(name, value)
+    if not all(isinstance(item, dict) for item in objects):
         raise Malformed(f"{name} must be an array of objects")
-    return found
+    return objects
 
 
 def _learned(name: str, item: dict[str, Any]) -> bool:

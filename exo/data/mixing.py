@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from exo.data.dataset import Dataset, Group
 from exo.data.errors import DataError, show
-from exo.data.messages import Chat, Message
+from exo.data.messages import Chat
+from exo.data.transcripts import answers_to, as_chat
 
 
 def mixed(datasets: Sequence[Dataset], path: str, weights: Sequence[float] | None, seed: int) -> Dataset:
@@ -79,9 +80,9 @@ def _alike(datasets: Sequence[Dataset], path: str) -> Sequence[Dataset]:
 
 
 def as_chats(groups: Sequence[Group]) -> list[Group]:
-    """Return the groups with every prompt that is a text as a chat of that one turn of the user."""
+    """Return the groups with every prompt that is a text as a chat: one turn of the user, or those of a transcript."""
     return [
-        group if isinstance(group.prompt, Chat) else replace(group, prompt=Chat([Message("user", group.prompt)]))
+        replace(group, prompt=as_chat(group.prompt), completions=answers_to(group.prompt, group.completions))
         for group in groups
     ]
 

@@ -4,17 +4,15 @@ Two that are compared part at their first difference, which must be an answer; o
 assistant's last turn. Turns after the answer are dropped.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from exo.data.errors import Malformed, string
 from exo.data.messages import Chat, answer_of, conversation, is_chat, last_answer
 from exo.data.reading import Reading
+from exo.data.transcripts import split_turns
 
 Row = dict[str, Any]
-
-_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def is_whole(value: Any) -> bool:
@@ -25,12 +23,12 @@ def is_whole(value: Any) -> bool:
 
 
 def with_prompt(prompt: Any, reading: Reading) -> Reading:
-    """Return the reading of a whole conversation, once what the row calls its prompt has been found in it."""
+    """Return the reading of a whole conversation, after checking that it holds the prompt of the row."""
     if isinstance(reading.prompt, Chat):
-        said = {(message.content or "").strip() for message in reading.prompt.messages}
+        turns = {(message.content or "").strip() for message in reading.prompt.messages}
         asked = [m.content for m in conversation("prompt", prompt)] if is_chat(prompt) else [string("prompt", prompt)]
-        if not {(text or "").strip() for text in asked} <= said:
-            raise Malformed("prompt is not said in the conversation before the answer")
+        if not {(text or "").strip() for text in asked} <= turns:
+            raise Malformed("the prompt is not part of the conversation before the answer")
     return reading
 
 
@@ -100,12 +98,11 @@ def _part(chosen: Sequence[tuple[str, Any]], rejected: Sequence[tuple[str, Any]]
 
 def _turns(key: str, row: Row) -> list[tuple[str, str]]:
     """(role, text) of each turn; text before the first marker, a system prompt say, has role ""."""
-    before, *pieces = _TURN.split(string(key, row[key]))
-    roles, texts = pieces[::2], pieces[1::2]
-    if "Assistant" not in roles:
+    before, turns = split_turns(string(key, row[key]))
+    if not any(role == "Assistant" for role, _ in turns):
         needed = "the row must hold two whole Anthropic HH dialogues, two plain texts or two lists of chat messages"
         raise Malformed(f"{key} has no turn that starts with \\n\\nAssistant:; {needed}")
-    return [("", before)] * bool(before) + list(zip(roles, texts, strict=True))
+    return [("", before)] * bool(before) + turns
 
 
 def implicit(row: Row) -> Reading:

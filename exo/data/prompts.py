@@ -11,13 +11,13 @@ from typing import Any
 
 from exo.data.errors import Malformed, array, kind, string
 from exo.data.messages import Chat, Message, conversation, decoded, is_chat
+from exo.data.transcripts import as_chat, is_transcript
 
 Row = dict[str, Any]
 
 BESIDE = ("system", "history", "tools")
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _HELPSTEER = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
-_DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
 
 
 def prompt_of(value: Any) -> str:
@@ -33,7 +33,7 @@ def prompt_of(value: Any) -> str:
     return chat
 
 
-def joined(prompt: Any, name: str, more: Any) -> Any:
+def append_input(prompt: Any, name: str, more: Any) -> Any:
     """Return an instruction followed by its input, which may be empty."""
     if more in _EMPTY:
         return prompt
@@ -43,10 +43,10 @@ def joined(prompt: Any, name: str, more: Any) -> Any:
     return f"{prompt}\n{more}" if prompt.strip() else more
 
 
-def dressed(prompt: str, row: Row, *, own: Sequence[str], turn: bool) -> str:
+def with_context(prompt: str, row: Row, *, own: Sequence[str], turn: bool) -> str:
     """Return the prompt with the system prompt, the history and the tools of its row, which are not its `own` columns.
 
-    `turn` says that a prompt which is a text is a user's turn.
+    `turn` says that a prompt which is a text is a user's turn. A transcript becomes its turns in any case.
     """
     system, history, tools = (None if name in own else row.get(name) for name in BESIDE)
     if system in _EMPTY and history in _EMPTY and tools in _EMPTY:
@@ -59,16 +59,15 @@ def dressed(prompt: str, row: Row, *, own: Sequence[str], turn: bool) -> str:
     schemas = _tools(tools)
     if not before and not schemas:
         return prompt
-    if not isinstance(prompt, Chat):
-        if not turn:
-            raise Malformed("a system prompt, a history or tools beside a text that is no user's turn; write messages")
-        return Chat([*before, Message("user", prompt)], schemas)
-    said = prompt.messages
-    if before and before[0].role == "system" and said[0].role in ("system", "developer"):
-        if str(before[0].content).strip() != str(said[0].content).strip():
+    if not isinstance(prompt, Chat) and not turn and not is_transcript(prompt):
+        raise Malformed("a system prompt, a history or tools beside a text that is no user's turn; write messages")
+    chat = as_chat(prompt)
+    turns = chat.messages
+    if before and before[0].role == "system" and turns[0].role in ("system", "developer"):
+        if str(before[0].content).strip() != str(turns[0].content).strip():
             raise Malformed("the system column and the messages have different system prompts")
         before = before[1:]
-    return Chat([*before, *said], schemas or prompt.tools)
+    return Chat([*before, *turns], schemas or chat.tools)
 
 
 def _history(value: Any) -> Sequence[Message]:
@@ -101,22 +100,20 @@ def _tools(value: Any) -> list[Any]:
     return value
 
 
-def marked(prompt: Any) -> Any:
+def parse_speakers(prompt: Any) -> Any:
     """Return Nectar's and HelpSteer's prompts, texts with marks of the speakers, as a Chat or as the one question."""
     if not isinstance(prompt, str) or isinstance(prompt, Chat):
         return prompt
-    if prompt.startswith("\n\nHuman:"):
-        _, *pieces = _DIALOGUE.split(prompt)
-        turns = [(role, text.strip()) for role, text in zip(pieces[::2], pieces[1::2], strict=True)]
-        if turns[-1] == ("Assistant", ""):
-            turns.pop()
-    elif "<extra_id_1>" in prompt:
+    if "<extra_id_1>" in prompt:
         first, *pieces = _HELPSTEER.split(prompt)
         turns = [("User", first), *zip(pieces[::2], pieces[1::2], strict=True)]
+        chat = Chat(Message("assistant" if role == "Assistant" else "user", text) for role, text in turns)
+    elif is_transcript(prompt):
+        chat = as_chat(prompt)
+    elif prompt.startswith("\n\nHuman:"):
+        chat = as_chat(f"{prompt}\n\nAssistant:")
     else:
         return prompt
-    if not turns or turns[-1][0] == "Assistant":
+    if chat.messages[-1].role == "assistant":
         raise Malformed("the prompt ends with a turn of the assistant, which leaves nothing to answer")
-    if len(turns) == 1:
-        return turns[0][1]
-    return Chat(Message("assistant" if role == "Assistant" else "user", text) for role, text in turns)
+    return chat.messages[0].content if len(chat.messages) == 1 else chat

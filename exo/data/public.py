@@ -8,9 +8,10 @@ from typing import Any
 from exo.data.errors import Malformed, number, string
 from exo.data.messages import Chat, conversation
 from exo.data.parting import Row
-from exo.data.prompts import marked
+from exo.data.prompts import parse_speakers
 from exo.data.reading import Reading
 from exo.data.shapes import Shape, answered, items_have, listed
+from exo.data.transcripts import answers_to
 
 
 def _pair(prompt: Any, first: str, second: str, row: Row, better: int | None) -> Reading:
@@ -35,7 +36,7 @@ def _strength(name: str, value: Any) -> int | None:
 
 def _helpsteer2(row: Row) -> Reading:
     strength = _strength("preference_strength", row["preference_strength"])
-    return _pair(marked(row["prompt"]), "response_1", "response_2", row, strength)
+    return _pair(parse_speakers(row["prompt"]), "response_1", "response_2", row, strength)
 
 
 def _helpsteer3(row: Row) -> Reading:
@@ -94,7 +95,10 @@ def _arena(row: Row) -> Reading:
 
 
 def _nectar(row: Row) -> Reading:
-    return listed(marked(row["prompt"]), "answers", row, "answer", "rank", sign=-1)
+    reading = listed(parse_speakers(row["prompt"]), "answers", row, "answer", "rank", sign=-1)
+    if not isinstance(row["prompt"], str):
+        return reading
+    return reading._replace(completions=answers_to(row["prompt"], reading.completions))
 
 
 COMPARED = (

@@ -7,19 +7,19 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from exo.config import suggestion
 from exo.data import mixing
 from exo.data import rows as containers
 from exo.data.columns import REFERENCE, Choice, LeftOver, choice, texts_of
 from exo.data.dataset import Dataset, Group, row_account
 from exo.data.errors import DataError, Malformed, StrPath, names, show
-from exo.data.matching import Plan, match, plan
+from exo.data.matching import NAMES, Plan, match, plan
 from exo.data.messages import Chat
-from exo.data.prompts import BESIDE, dressed
-from exo.data.reading import Reading
+from exo.data.prompts import BESIDE, with_context
+from exo.data.reading import TOKENS, Reading
 from exo.data.shapes import Purpose, Shape, referenced
-from exo.data.trees import regrouped
-
-_OURS = ("tokenizer", "token_ids", "logprobs", "finish")
+from exo.data.transcripts import answers_to
+from exo.data.trees import group_rows
 
 
 def read(
@@ -42,17 +42,21 @@ def read(
     (nothing to compare: an empty completion, a single one, all the same) are skipped and counted in any case. Data
     without a usable row raises, and so does what is damaged beyond telling its rows apart.
 
-    `columns` gives columns other names, {"prompt": "question"}; one that no file has is an error, unless
-    `columns_required` is False: then the file has its own names. `system_column` is that of the system prompt;
-    `ignore_columns` are left out ("all": all that nobody reads). A column that is not read and could belong to the
-    prompt, or change what is learned, raises unless it is ignored. `weights` are the shares of several paths in an
-    epoch, drawn by `seed`: see mixing.
+    `columns` gives columns other names, {"prompt": "question"}; a name that no shape reads raises ValueError. A column
+    that no file has is an error, unless `columns_required` is False: then the file has its own names. `system_column`
+    is that of the system prompt; `ignore_columns` are left out ("all": all that nobody reads). A column that is not
+    read and could belong to the prompt, or change what is learned, raises unless it is ignored. `weights` are the
+    shares of several paths in an epoch, drawn by `seed`: see mixing.
     """
     parts = containers.parts(path)
     if weights is not None and len(weights) != len(parts):
         raise DataError(
             f"{show(path)}: expected one weight for each of the {len(parts)} data files; got {len(weights)}"
         )
+    for name in columns or ():
+        if name not in NAMES:
+            near = suggestion(name, NAMES, otherwise="docs/data.md lists them")
+            raise ValueError(f"--columns {name}=...: expected a name that is read{near}")
     chosen = choice(columns, ignore_columns, system_column)
     missing = set(chosen.renamed.values())
     datasets = []
@@ -92,7 +96,7 @@ class _Reader:
         own = f"{show(self.path)}:"
         rows = 0
         with closing(source.rows) as stream:
-            together, self.origin = regrouped(self._renamed(stream), self.purpose)
+            together, self.origin = group_rows(self._renamed(stream), self.purpose)
             for (number, place), row in together:
                 rows += 1
                 try:
@@ -115,9 +119,9 @@ class _Reader:
                 groups.append(_group(reading, number, "" if place == f"{own}{number}" else place))
                 noted.update(_remarks(reading, self.purpose))
         if self.shape is None or not groups:
-            found = f"no usable row: {row_account(rows, skipped)}" if rows else "the file holds no rows"
+            problem = f"no usable row: {row_account(rows, skipped)}" if rows else "the file holds no rows"
             hint = f"; first malformed: {first_malformed}" if first_malformed else ""
-            raise DataError(f"{show(self.path)}: {found}{hint}")
+            raise DataError(f"{show(self.path)}: {problem}{hint}")
         self.left_over.end(place, self.shape)
         if self.made:
             groups = mixing.as_chats(groups)
@@ -152,7 +156,7 @@ class _Reader:
         planned = self.plans.get(present)
         if planned is None:
             planned = self.plans[present] = plan(present, self.purpose)
-        whole = planned.fitted(row)
+        whole = planned.normalized(row)
         shape = match(whole, planned, self.shape, self.purpose)
         reading = shape.convert(whole)
         if not reading.skip:
@@ -170,10 +174,10 @@ class _Reader:
         chat = isinstance(reading.prompt, Chat)
         prompt = reading.prompt
         if beside:
-            prompt = dressed(prompt, row, own=shape.keys, turn=shape.turn)
+            prompt = with_context(prompt, row, own=shape.keys, turn=shape.turn)
         if shape.chat or self.origin:  # a question, or with earlier turns a chat: the same file has both
             self.made = self.made or isinstance(prompt, Chat)
-            return reading._replace(prompt=prompt)
+            return _with_prompt(reading, prompt)
         if self.chat is not None and chat != self.chat:
             raise Malformed(
                 "chat messages, and the file began with texts"
@@ -182,7 +186,7 @@ class _Reader:
             )
         self.chat = chat
         self.made = self.made or (not chat and isinstance(prompt, Chat))
-        return reading._replace(prompt=prompt)
+        return _with_prompt(reading, prompt)
 
     def _check_columns(
         self, place: str, row: dict[str, Any], whole: dict[str, Any], present: tuple[str, ...], planned: Plan,
@@ -208,8 +212,15 @@ class _Reader:
     def _beside(self, shape: Shape) -> Iterable[str]:
         """Columns that are read beside those of the shape."""
         if shape.reference and self.purpose in ("comparisons", "samples"):
-            return (*BESIDE, *REFERENCE, *_OURS)
+            return (*BESIDE, *REFERENCE, *TOKENS)
         return (*BESIDE, *REFERENCE) if self.purpose not in ("comparisons", "samples") else BESIDE
+
+
+def _with_prompt(reading: Reading, prompt: str) -> Reading:
+    """Return the reading with another prompt; if that makes a transcript a chat, its completions become messages."""
+    if not isinstance(prompt, Chat):
+        return reading
+    return reading._replace(prompt=prompt, completions=answers_to(reading.prompt, reading.completions))
 
 
 def _to_imitate(reading: Reading) -> Reading:
@@ -253,16 +264,16 @@ def _degenerate(completions: tuple[str, ...]) -> str:
 def _remarks(reading: Reading, purpose: Purpose) -> list[str]:
     """Return what is worth a remark about a row that is used."""
     prompt, texts = reading.prompt, reading.completions
-    found = []
+    remarks = []
     if reading.later_turns and purpose in ("comparisons", "texts"):
-        found.append("later turns dropped")
+        remarks.append("later turns dropped")
     if purpose == "comparisons":
         if reading.rewards is not None and len(set(reading.rewards)) == 1:
-            found.append("all rewards equal")
+            remarks.append("all rewards equal")
         if len(set(texts)) < len(texts):
-            found.append("some completions repeated")
+            remarks.append("some completions repeated")
     if not prompt and purpose in ("comparisons", "prompts"):
-        found.append("empty prompt")
+        remarks.append("empty prompt")
     if len(prompt) > 8 and texts and texts[0].startswith(prompt) and all(text.startswith(prompt) for text in texts):
-        found.append("every completion begins with its prompt")
-    return found
+        remarks.append("every completion begins with its prompt")
+    return remarks

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from exo.data.errors import Malformed, names, number, string
 
+TOKENS = ("tokenizer", "token_ids", "logprobs", "finish")  # columns
+
 
 class Tokens(NamedTuple):
     """The completions as the model made them, so that nobody tokenises again."""
@@ -32,12 +34,11 @@ class Reading(NamedTuple):
 
 def tokens_of(row: dict[str, Any], k: int) -> Tokens | None:
     """What our own `sample` adds; a file of someone else's has none of it, and half of it is a mistake."""
-    keys = ("tokenizer", "token_ids", "logprobs", "finish")
     if not {"tokenizer", "token_ids"} & row.keys():
         return None
-    if missing := [key for key in keys if key not in row]:
+    if missing := [key for key in TOKENS if key not in row]:
         raise Malformed(f"token ids without {names(missing)}")
-    for key in keys[1:]:
+    for key in TOKENS[1:]:
         if not isinstance(row[key], list) or len(row[key]) != k:
             raise Malformed(f"{key} must be an array of {k}, one for each completion")
     ids = row["token_ids"]

@@ -60,10 +60,10 @@ def parts(path: StrPath) -> list[StrPath]:
     text = os.fspath(path)
     if not isinstance(text, str) or "," not in text or os.path.exists(text):
         return [path]
-    found = [part.strip() for part in text.split(",")]
-    if not all(found):
+    paths = [part.strip() for part in text.split(",")]
+    if not all(paths):
         raise DataError(f"{show(path)}: an empty name between commas; expected paths joined by commas")
-    return list(found)
+    return list(paths)
 
 
 def open_source(path: StrPath) -> Source:
@@ -145,22 +145,22 @@ def _directory(directory: Path, split: str | None) -> Source:
 
 def _of_split(directory: Path, files: list[Path], split: str | None) -> tuple[list[Path], str]:
     """Return the files of a split, train if none is asked for, and a word on it; all files if they are of no split."""
-    found: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for file in files:
         named = _SPLIT.search(file.name.partition(".")[0])
-        found.setdefault(_SHARD.sub("", named[0].lstrip("-_.")) if named else "", []).append(file)
-    splits = sorted(filter(None, found))
-    if split is None and len(found) == 1:
+        by_split.setdefault(_SHARD.sub("", named[0].lstrip("-_.")) if named else "", []).append(file)
+    splits = sorted(filter(None, by_split))
+    if split is None and len(by_split) == 1:
         return files, ""
     wanted = split or "train"
-    if wanted not in splits or (split is None and "" in found):
+    if wanted not in splits or (split is None and "" in by_split):
         known = ", ".join(f"{directory.name}@{name}" for name in splits) or "none"
-        others = f" and {names(file.name for file in found[''])}" if "" in found else ""
+        others = f" and {names(file.name for file in by_split[''])}" if "" in by_split else ""
         raise DataError(
             f"{show(directory)}: expected the files of one split, {wanted!r}; found splits {known}{others}; name one, "
             "or move the other files out"
         )
-    return found[wanted], f" of split {wanted}, out of {', '.join(splits)}" if len(splits) > 1 else ""
+    return by_split[wanted], f" of split {wanted}, out of {', '.join(splits)}" if len(splits) > 1 else ""
 
 
 def _chained(sources: list[Source]) -> Rows:

@@ -38,6 +38,8 @@ class Shape(NamedTuple):
     chat: bool = False  # of a chat data set: prompts that are texts are meant for the chat template
     reference: bool = False  # log-probs of a reference are of these completions
     unused: tuple[str, ...] = ()  # columns that the data set has and nobody needs
+    prompt_column: bool = True  # a column holds the prompt
+    columns: str = ""  # what --columns says to read the column {} as the prompt, if the shape has none
 
     def __str__(self) -> str:
         return f"{self.name} ({'/'.join(self.keys)})"
@@ -84,15 +86,15 @@ def referenced(reading: Reading, row: Row) -> Reading:
         return reading
     if "ref_logps" in row and pair:
         raise Malformed("log-probs of a reference twice, as ref_logps and ref_chosen_logps; keep one")
-    found: dict[str, Any] = pair or {
+    logps: dict[str, Any] = pair or {
         f"ref_logps[{i}]": value for i, value in enumerate(array("ref_logps", row["ref_logps"]))
     }
-    if len(found) != len(reading.completions):
-        raise Malformed(f"{len(reading.completions)} completions but {len(found)} log-probs of the reference")
+    if len(logps) != len(reading.completions):
+        raise Malformed(f"{len(reading.completions)} completions but {len(logps)} log-probs of the reference")
     if reading.later_turns:
         raise Malformed("log-probs of a reference beside answers of several turns, of which the first is used")
-    values = tuple(number(name, value) for name, value in found.items())
-    if positive := [name for name, value in zip(found, values, strict=True) if value > 0]:
+    values = tuple(number(name, value) for name, value in logps.items())
+    if positive := [name for name, value in zip(logps, values, strict=True) if value > 0]:
         raise Malformed(f"{positive[0]} must be a log-prob, at most 0")
     return reading._replace(ref_logps=values)
 
@@ -192,17 +194,24 @@ PARTED = (
     Shape("ShareGPT preferences", ("conversations", "chosen", "rejected"), _sharegpt, reference=True),
     Shape(
         "Anthropic HH dialogues", ("chosen", "rejected"), dialogues,
-        lambda row: not is_implicit(row) and not are_chats(row), turn=False,
+        lambda row: not is_implicit(row) and not are_chats(row), turn=False, prompt_column=False,
     ),
-    Shape("whole conversations", ("chosen", "rejected"), conversations, are_chats, reference=True),
-    Shape("texts with an implicit prompt", ("chosen", "rejected"), implicit, is_implicit, turn=False),
+    Shape(
+        "whole conversations", ("chosen", "rejected"), conversations, are_chats, reference=True, prompt_column=False,
+    ),
+    Shape(
+        "texts with an implicit prompt", ("chosen", "rejected"), implicit, is_implicit, turn=False, prompt_column=False,
+        columns="prompt={}",
+    ),
 )  # fmt: skip
 SAMPLES = Shape(
     "samples", ("prompt", "completions"), _samples, lambda row: not (_is_rated(row) or _is_ranked(row)), reference=True
 )
 ANSWERS = tuple(Shape("texts", ("prompt", key), partial(_answer, key)) for key in ("completion", "chosen"))
-TEXT = Shape("texts without a prompt", ("text",), _text, turn=False)
-LABELLED = Shape("labelled texts", ("text", "label"), _labelled, turn=False)
+TEXT = Shape(
+    "texts without a prompt", ("text",), _text, turn=False, prompt_column=False, columns="prompt={},completion=text"
+)
+LABELLED = Shape("labelled texts", ("text", "label"), _labelled, turn=False, prompt_column=False)
 WITHOUT_REWARDS = SAMPLES._replace(convert=partial(_no_use, "samples without rewards; python -m exo.score makes them"))
 UNPAIRED = Shape("completions with a label each", ("prompt", "completion", "label"), partial(
     _no_use, "completions labelled good or bad one by one need a loss such as --loss kto, which does not exist yet; "
@@ -215,7 +224,10 @@ UNCHOSEN = SAMPLES._replace(
 
 def chats(convert: Callable[[str, Row], Reading]) -> tuple[Shape, ...]:
     return (
-        *(Shape("conversations", (key,), partial(convert, key)) for key in ("messages", "conversations")),
+        *(
+            Shape("conversations", (key,), partial(convert, key), unused=("topic", "avatarUrl"), prompt_column=False)
+            for key in ("messages", "conversations")
+        ),
         Shape("conversations", ("prompt", "messages"), partial(_with_prompt, convert)),
     )
 

@@ -7,11 +7,13 @@ numbers by name (_NUMBERS) are converted. Left out: streaming, revisions by name
 """
 
 import csv
+import importlib
 import io
 import os
 import re
 import sys
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,27 +37,23 @@ class HubName(NamedTuple):
 
 def hub_name(path: StrPath) -> HubName | None:
     """Return what a name says, if it can be one: what is in a folder that exists, or looks like a file, is a path."""
-    found = _HUB.fullmatch(os.fspath(path))
-    if found is None or found[1].endswith(_PATHS) or Path(found[1]).parent.is_dir():
+    parts = _HUB.fullmatch(os.fspath(path))
+    if parts is None or parts[1].endswith(_PATHS) or Path(parts[1]).parent.is_dir():
         return None
-    return HubName(found[1], found[2], found[3] or "train")
+    return HubName(parts[1], parts[2], parts[3] or "train")
 
 
 def from_hub(hub: HubName) -> tuple[Rows, str]:
     """Rows, and a word on where they are from."""
     shown = f"{hub.name}{f':{hub.config}' if hub.config else ''}@{hub.split}"
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise _missing(shown, "hub data", "datasets", error) from None
+    datasets = _imported("datasets", shown, "hub data")
     try:
         folder = hub.config if hub.config and hub.config.endswith("/") else None
         part = {"data_dir": folder[:-1]} if folder else {"name": hub.config}
         dataset = datasets.load_dataset(hub.name, split=hub.split, **part)
     # unknown or out of reach, no such config or split, a script that is not run
     except (OSError, ValueError, RuntimeError) as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{shown}: no such path here, and from the hub: {what}") from None
+        raise DataError(f"{shown}: no such path here, and from the hub: {_first_line(error)}") from None
     _refuse_twins(shown, dataset.column_names)
     batches = dataset.with_format("arrow").iter(batch_size=1000)
     fingerprint = dataset._fingerprint  # of name, config, split and revision; there is no public name for it
@@ -65,71 +63,58 @@ def from_hub(hub: HubName) -> tuple[Rows, str]:
 def from_disk(directory: Path, split: str | None) -> tuple[Rows, str]:
     """Return the rows of what `datasets` saved with save_to_disk, and a word on it; of several splits, train."""
     shown = str(directory)
+    datasets = _imported("datasets", shown, "a directory of save_to_disk")
     try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise _missing(shown, "a directory of save_to_disk", "datasets", error) from None
-    try:
-        found = datasets.load_from_disk(shown)
+        saved = datasets.load_from_disk(shown)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{shown}: the directory of save_to_disk is damaged: {what}") from None
+        raise DataError(f"{shown}: the directory of save_to_disk is damaged: {_first_line(error)}") from None
     note = "save_to_disk"
-    if isinstance(found, datasets.DatasetDict):
-        splits, wanted = sorted(found), split or "train"
-        if wanted not in found:
+    if isinstance(saved, datasets.DatasetDict):
+        splits, wanted = sorted(saved), split or "train"
+        if wanted not in saved:
             raise DataError(f"{shown}: expected one of the splits {', '.join(splits)}; name it as {shown}@{splits[0]}")
         note += f", split {wanted} out of {', '.join(splits)}"
-        found = found[wanted]
+        saved = saved[wanted]
     elif split is not None:
         raise DataError(f"{shown}: has no splits; expected the path without @{split}")
-    _refuse_twins(shown, found.column_names)
-    return _rows(found.with_format("arrow").iter(batch_size=1000), shown), note
+    _refuse_twins(shown, saved.column_names)
+    return _rows(saved.with_format("arrow").iter(batch_size=1000), shown), note
 
 
 def from_parquet(path: Path, shown: str) -> Rows:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise _missing(shown, "parquet", "pyarrow", error) from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _refuse_twins(shown, file.schema_arrow.names)
-            yield from _rows(file.iter_batches(batch_size=1000), shown)
-    except (OSError, pyarrow.ArrowException) as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{shown}: the parquet data is cut off or damaged: {what}") from None
+    parquet = _imported("pyarrow.parquet", shown, "parquet")
+    with _arrow_errors(shown, "parquet"), parquet.ParquetFile(path) as file:
+        _refuse_twins(shown, file.schema_arrow.names)
+        yield from _rows(file.iter_batches(batch_size=1000), shown)
 
 
 def from_arrow(path: Path, shown: str) -> Rows:
     """Yield the rows of an arrow file, or of the stream that `datasets` writes under that name."""
+    pyarrow, ipc = _imported("pyarrow", shown, "arrow"), _imported("pyarrow.ipc", shown, "arrow")
+    with _arrow_errors(shown, "arrow"), pyarrow.memory_map(str(path)) as memory:
+        if memory.read(6) == b"ARROW1":
+            file = ipc.open_file(memory)
+            batches = (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            memory.seek(0)
+            file = batches = ipc.open_stream(memory)
+        _refuse_twins(shown, file.schema.names)
+        yield from _rows(batches, shown)
+
+
+@contextmanager
+def _arrow_errors(shown: str, what: str) -> Iterator[None]:
+    """Turn the errors of pyarrow about a file into a DataError."""
+    pyarrow = _imported("pyarrow", shown, what)
     try:
-        import pyarrow
-        import pyarrow.ipc
-    except ModuleNotFoundError as error:
-        raise _missing(shown, "arrow", "pyarrow", error) from None
-    try:
-        with pyarrow.memory_map(str(path)) as memory:
-            if memory.read(6) == b"ARROW1":
-                file = pyarrow.ipc.open_file(memory)
-                batches = (file.get_batch(i) for i in range(file.num_record_batches))
-            else:
-                memory.seek(0)
-                file = batches = pyarrow.ipc.open_stream(memory)
-            _refuse_twins(shown, file.schema.names)
-            yield from _rows(batches, shown)
+        yield
     except (OSError, pyarrow.ArrowException) as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{shown}: the arrow data is cut off or damaged: {what}") from None
+        raise DataError(f"{shown}: the {what} data is cut off or damaged: {_first_line(error)}") from None
 
 
 def zstd(file: io.BufferedReader) -> Any:
     """Return a stream of what a zstd file holds; pyarrow decompresses it."""
-    try:
-        import pyarrow
-    except ModuleNotFoundError as error:
-        raise _missing(file.name, "zstd", "pyarrow", error) from None
+    pyarrow = _imported("pyarrow", file.name, "zstd")
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
 
 
@@ -219,7 +204,16 @@ def _refuse_twins(shown: str, columns: list[str]) -> None:
         raise DataError(f"{shown}: column {names(sorted(twins))} appears twice")
 
 
-def _missing(shown: str, what: str, package: str, error: ModuleNotFoundError) -> Exception:
-    if error.name != package:
-        return error
-    return DataError(f"{shown}: {what} needs {package}: pip install {package}")
+def _imported(module: str, shown: str, what: str) -> Any:
+    """Return an optional package's module; DataError with the package to install if it is missing."""
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise DataError(f"{shown}: {what} needs {package}: pip install {package}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from exo.data.errors import Malformed, number, string
-from exo.data.prompts import marked
+from exo.data.prompts import parse_speakers
 
 Row = dict[str, Any]
 Place = tuple[int, str]
@@ -27,7 +27,7 @@ class Regrouped(NamedTuple):
     fits: Callable[[Row], bool] = lambda row: True
 
 
-def regrouped(stream: Stream, purpose: str) -> tuple[Stream, str]:
+def group_rows(stream: Stream, purpose: str) -> tuple[Stream, str]:
     """Return the rows put together, and what they were; the same rows and "" if they speak for themselves."""
     rows = iter(stream)
     begun = []
@@ -148,7 +148,7 @@ def _responses(stream: Stream, purpose: str) -> Rows:
 
 def _finished(whole: Row) -> Row | Malformed:
     try:
-        return {"prompt": marked(whole["said"])} | {key: whole[key] for key in ("completions", "rewards")}
+        return {"prompt": parse_speakers(whole["said"])} | {key: whole[key] for key in ("completions", "rewards")}
     except Malformed as error:
         return error
 
@@ -164,3 +164,4 @@ REGROUPED = (
     Regrouped("HelpSteer responses", frozenset({"prompt", "response", "helpfulness"}), _responses, _ALL,
               lambda row: row.keys() <= _HELPSTEER),
 )  # fmt: skip
+KEYS = {*_HELPSTEER, "parent_id", "deleted", "review_result", "rank"}.union(*(entry.keys for entry in REGROUPED))
