@@ -385,3 +385,24 @@ def test_of_scored_completions_sft_learns_the_best(tmp_path):
 def test_completions_that_begin_with_their_prompt_are_noted(tmp_path):
     row = {"prompt": "What is it?", "chosen": "What is it? This.", "rejected": "What is it? That."}
     assert read(put(tmp_path, [row])).noted == {"every completion begins with its prompt": 1}
+
+
+@pytest.mark.parametrize("name", ["source", "task", "info", "is_question", "category", "key", "meta"])
+def test_without_a_prompt_a_harmless_name_does_not_hide_a_question(tmp_path, name):
+    pairs = [{name: f"what is {i} plus two?", "chosen": f"It is {i + 2}", "rejected": f"It is {i}"} for i in range(3)]
+    assert f"column '{name}' of texts with an implicit prompt" in refusal(put(tmp_path, pairs))
+    constant = [row | {name: "my data set"} for row in pairs]
+    assert len(read(put(tmp_path, constant)).groups) == 3
+
+
+def test_a_verdict_in_another_column_is_not_ignored(tmp_path):
+    """sft would learn the bad answers too, and a pair would be learned the wrong way round."""
+    for name, good, bad in (("feedback", 1, -1), ("desirable", True, False), ("is_good", 1, 0), ("score", 1.0, -1.0)):
+        rows = [{"prompt": "a", "completion": "b", name: good}, {"prompt": "c", "completion": "d", name: bad}]
+        message = refusal(put(tmp_path, rows), purpose="texts")
+        assert f"column '{name}' of texts" in message and f"--columns keep={name}" in message
+        assert len(read(put(tmp_path, [row | {name: good} for row in rows]), purpose="texts").groups) == 2
+    for name, first, second in (("winner", "chosen", "rejected"), ("better", 0, 1), ("preference", "A", "B")):
+        rows = [GOOD | {name: first}, GOOD | {"prompt": "other", name: second}]
+        assert f"column '{name}' of preferences" in refusal(put(tmp_path, rows))
+        assert len(read(put(tmp_path, rows), ignore_columns=[name]).groups) == 2

@@ -62,16 +62,23 @@ _HARMLESS = set(
     "task_name type kind difficulty quality intent knowledge lang language languages locale license licence url urls "
     "link date day time timestamp created created_at updated_at version views title_id score scores rating ratings "
     "reward rewards rank ranks votes upvotes toxicity toxic tokenizer token_ids logprobs finish finish_reason "
-    "temperature top_p top_k seed log_ratios line sample raw_scores turn turns num_turns".split()
+    "temperature top_p top_k seed log_ratios line sample raw_scores turn turns num_turns meta metadata info misc extra "
+    "extra_info annotations max_new_tokens".split()
 )
 # What makers of data leave about how they were made, however long it is.
 _ABOUT = set(
-    "meta metadata info misc extra extra_info annotations labelling_model labelling_prompt raw_labelling_response "
+    "labelling_model labelling_prompt raw_labelling_response "
     "generation_model generation_models generations generation_prompt raw_generation_responses new_generations "
     "raw_generation_response original_response original_chosen original_rejected gen_input_configs llama_guard_2 "
     "instruct_reward min_neighbor_distance repeat_count min_similar_uuid quality_explanation token_ids".split()
 )
 REPLACED = " (replaced)"
+# Dates, links and names have several words without being a text.
+_NAMED = re.compile(r"date|time|created|updated|url|link|licen[cs]e|model|author|annotator|worker|version|generator")
+_FLAG = re.compile(r"^(is|has|num|n)_")
+# What may say which completions are good, beside one completion and beside a pair.
+_VERDICT = re.compile(r"good|bad|desir|feedback|label|like|thumb|prefer|accept|reject|correct|vote|score|rating|reward")
+_WINNER = re.compile(r"^(winner|better|best|preferred|preference|label|labels|chosen_index|choice|is_chosen.*)$")
 _SENTENCE = 12  # words: a name or a date is shorter, a text that calls itself a source is not
 # Thai, Lao, Tibetan, Burmese, Khmer, Tai, Chinese, Japanese
 _UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u2e80-\U0010ffff]")
@@ -139,6 +146,7 @@ class LeftOver:
         self.chosen, self.purpose = chosen, purpose
         self.unread: dict[str, None] = {}  # in order
         self._same: dict[str, Any] = {}  # a text of several words, the same in every row so far
+        self._verdicts: dict[str, Any] = {}  # a number or a name, the same in every row so far
         self.rows = 0
 
     def doubtful(self, columns: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -159,21 +167,48 @@ class LeftOver:
             return True
         return name in _ABOUT
 
-    def check_names(self, place: str, row: Row, columns: tuple[str, ...], shape: "Shape") -> None:
-        """DataError for a column whose name is harmless and whose content is a text."""
+    def check_names(
+        self, place: str, row: Row, columns: tuple[str, ...], texts: tuple[str, ...], shape: "Shape"
+    ) -> None:
+        """DataError for a column whose name is harmless and whose content is a text, or a verdict on what is learned.
+
+        Without a prompt, and in a column of flags, three words that vary are a text.
+        """
+        no_prompt = not isinstance(texts[0], Chat) and self._has_no_prompt(texts, shape)
         for name in columns:
             value = row[name]
-            if isinstance(value, str) and _words(value) > _SENTENCE:
+            self._check_verdict(place, name, value, shape)
+            if not isinstance(value, str) or _words(value) < 3 or _repeats(value, texts):
+                continue
+            short = (no_prompt and not _NAMED.search(name)) or _FLAG.match(name)
+            if _words(value) > _SENTENCE or (short and self._same.setdefault(name, value) != value):
                 raise self._refused(place, name, shape)
+
+    def _check_verdict(self, place: str, name: str, value: Any, shape: "Shape") -> None:
+        """DataError for a column that may say which completions are good, if its values differ."""
+        single = self.purpose == "texts" and "completion" in shape.keys and _VERDICT.search(name)
+        pair = {"chosen", "rejected"} <= {*shape.keys} and _WINNER.match(name)
+        if not (single and value in (-1, 0, 1) or pair):
+            return
+        if self._verdicts.setdefault(name, value) != value:
+            fix = f"--columns keep={name} learns the true ones, " if single else "sort each pair first, or "
+            raise DataError(
+                f"{place}: column {names([name])} of {shape} may say which completions are good, and is not read; {fix}"
+                f"--ignore_columns {name} leaves it out"
+            )
+
+    def _has_no_prompt(self, texts: tuple[str, ...], shape: "Shape") -> bool:
+        return not shape.prompt_column or (self.purpose == "comparisons" and not texts[0])
 
     def check(self, place: str, row: Row, columns: tuple[str, ...], texts: tuple[str, ...], shape: "Shape") -> None:
         """DataError for a column that could belong to the prompt or change what is learned; once for the file.
 
         `texts` are those that were read, the prompt first. Without a prompt any word could be it.
         """
-        no_prompt = not shape.prompt_column or (self.purpose == "comparisons" and not texts[0])
+        no_prompt = self._has_no_prompt(texts, shape)
         for name in columns:
             value = row[name]
+            self._check_verdict(place, name, value, shape)
             if value in ("", [], {}) or _repeats(value, texts) or (name in _RENDERED and _renders(value, texts)):
                 continue
             if name.removesuffix(REPLACED) in SUSPECT:

@@ -203,10 +203,9 @@ class _Reader:
             return
         named, others = doubtful
         self.left_over.rows += 1
-        if named:
-            self.left_over.check_names(place, row, named, shape)
-        if others:
+        if named or others:
             texts = texts_of(reading.prompt, reading.completions)
+            self.left_over.check_names(place, row, named, texts, shape)
             self.left_over.check(place, row, others, texts, shape)
 
     def _beside(self, shape: Shape) -> Iterable[str]:
