@@ -121,7 +121,9 @@ class SourceOptions(Stage):
     )
     ignore_columns: str | None = option(None, "columns to leave out, with commas; all: every one that nobody reads")
     system_column: str | None = option(None, "the column of the system prompt, if it is not called system")
-    skip_invalid: bool = option(False, "count malformed rows and go on, instead of stopping at the first")
+    skip_invalid: bool = option(
+        False, "count malformed rows, and rows that the tokenizer or its template refuses, instead of stopping"
+    )
 
     def reading(self) -> dict[str, Any]:
         """Return the options of exo.data.read that hold for every file of the stage."""
@@ -220,7 +222,8 @@ class DataTraining(Training, ChatOptions):
         at_least(1),
     )
     truncate: Literal["prompt-left", "drop", "error"] = option(
-        "prompt-left", "rows over the limits: cut the prompt's left and the completion's right, skip, or stop"
+        "prompt-left",
+        "rows over the limits: cut (the completion's end first, then the prompt's beginning), skip, or stop",
     )
 
 

@@ -83,7 +83,12 @@ class Config(config.Training, config.DataOptions, config.ChatOptions):
         require(still, "weight_decay", "0 where --critic_warmup_steps freezes the actor: it decays", self.weight_decay)
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
         learns = self.critic_warmup_steps < self.max_steps
-        require(learns, "critic_warmup_steps", f"less than --max_steps {self.max_steps}", self.critic_warmup_steps)
+        require(
+            learns,
+            "critic_warmup_steps",
+            f"less than --max_steps {self.max_steps} (0 for short runs)",
+            self.critic_warmup_steps,
+        )
         whole = self.rollout_size % self.batch_size == 0
         require(whole, "rollout_size", f"a multiple of --batch_size {self.batch_size}", self.rollout_size)
 

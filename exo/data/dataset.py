@@ -61,7 +61,7 @@ class Dataset:
     def summary(self) -> str:
         lines = [f"{show(self.path)}: {self.format}", row_account(self.rows, self.skipped, self.repeated)]
         if self.unread:
-            lines.append(f"columns not used: {', '.join(map(show, self.unread))}")
+            lines.append(f"columns not used: {', '.join(show(name) or '(no name)' for name in self.unread)}")
         if self.noted:
             lines.append(f"used, but note: {counts(self.noted)}")
         return "\n".join(lines)
