@@ -168,6 +168,90 @@ def test_messages_without_their_parent_and_deleted_ones_are_not_lost_in_silence(
     assert [group.completions for group in texts] == [(text,) for text in GOOD]
 
 
+def oasst(name: str, parent: str | None, text: str, rank: int | None = None, **more) -> dict:
+    role = "prompter" if name[0] == "q" else "assistant"
+    row = {"message_id": name, "parent_id": parent, "text": text, "role": role, "rank": rank, **more}
+    return row | {"message_tree_id": "q0"}
+
+
+def nine() -> list[dict]:
+    """Nine messages: two ranked replies, an unranked one, a deleted one with one below, a second question, ..."""
+    return [
+        oasst("q0", None, "first?"), oasst("a0", "q0", "good", 0), oasst("a1", "q0", "bad", 1),
+        oasst("a2", "q0", "unranked"), oasst("a3", "q0", "deleted", 2, deleted=True), oasst("q1", "a3", "below?"),
+        oasst("q2", "a0", "second?"), oasst("a4", "q2", "alone", 0),
+        oasst("a5", "q2", "refused", 1, review_result=False),
+    ]  # fmt: skip
+
+
+def nested(rows: list[dict]) -> list[dict]:
+    """The same as one tree."""
+    nodes = {row["message_id"]: {**row, "replies": []} for row in rows}
+    for node in nodes.values():
+        if node["parent_id"]:
+            nodes[node["parent_id"]]["replies"].append(node)
+    return [{"message_tree_id": "q0", "prompt": nodes["q0"]}]
+
+
+GONE = {"deleted message": 1, "below a message that is not used": 1, "message that failed its review": 1}
+COUNTS = {  # purpose: groups, rows that are used, and why the others are not
+    "comparisons": (1, 3, {**GONE, "reply without a rank": 1, "fewer than two ranked replies": 2}),
+    "texts": (2, 4, {**GONE, "not the best reply": 2}),
+    "prompts": (2, 2, {**GONE, "reply, and no prompt": 4}),
+}
+
+
+@pytest.mark.parametrize("purpose", COUNTS)
+def test_every_message_of_a_tree_is_used_or_skipped_with_a_reason(tmp_path, purpose):
+    groups, used, skipped = COUNTS[purpose]
+    for rows in (nine(), nine()[::-1], nested(nine())):
+        data = read(put(tmp_path, rows), purpose=purpose)
+        assert (len(data.groups), data.rows, data.skipped) == (groups, 9, skipped)
+        assert data.rows == used + sum(data.skipped.values())
+        together = f" (in {groups} groups)" if used > groups else ""
+        assert f"9 rows = {used} used{together} + {9 - used} skipped" in data.summary()
+        assert len({group.line for group in data.groups}) == groups
+    both = f"{put(tmp_path, nine(), 'a.jsonl')},{put(tmp_path, nested(nine()), 'b.jsonl')}"
+    assert read(both, purpose=purpose).rows == 18 and len(read(both, purpose=purpose, weights=[3, 1]).groups) >= groups
+
+
+def test_a_group_that_is_skipped_takes_its_messages_with_it(tmp_path):
+    same = [{**row, "text": "same"} if row["message_id"] in ("a0", "a1") else row for row in nine()]
+    more = [{**row, "message_id": f"x{row['message_id']}", "parent_id": row["parent_id"] and f"x{row['parent_id']}"}
+            for row in nine()]  # fmt: skip
+    data = read(put(tmp_path, same + more))
+    assert (data.rows, len(data.groups), data.skipped["identical completions"]) == (18, 1, 3)
+
+
+def test_messages_that_are_malformed_or_go_in_circles_are_counted(tmp_path):
+    rows = nine() + [
+        oasst("a6", "nowhere", "orphan"), oasst("q3", "a6", "below an orphan?"), oasst("a7", "q0", "rank", rank="x"),
+        oasst("q4", "a8", "round?"), oasst("a8", "q4", "and round"),
+        {**oasst("a9", "q0", "role"), "role": "x"}, nine()[0],
+    ]  # fmt: skip
+    data = read(put(tmp_path, rows), skip_invalid=True)
+    assert data.rows == len(rows) == 16 and len(data.groups) == 1
+    assert data.skipped["malformed"] == 6 and data.skipped["below a message that is not used"] == 2
+    with pytest.raises(DataError, match=":10: parent_id leads back to the message itself"):
+        read(put(tmp_path, nine() + rows[12:14]))
+
+
+def test_every_response_of_helpsteer_is_used_or_skipped_with_a_reason(tmp_path):
+    whole = {"correctness": 1, "coherence": 1, "complexity": 1, "verbosity": 1}
+    some = ("p", "a", 1), ("p", "b", 3), ("p", "c", 2), ("alone", "d", 1), ("r", "e", 1), ("r", "e", 1)
+    rows = [{"prompt": prompt, "response": text, "helpfulness": score, **whole} for prompt, text, score in some]
+    data = read(put(tmp_path, rows))
+    assert data.skipped == {"single completion": 1, "identical completions": 2} and data.merged == 2
+    assert "6 rows = 3 used (in 1 groups) + 3 skipped" in data.summary() and data.account()["merged"] == 2
+    data = read(put(tmp_path, rows), purpose="texts")
+    assert data.skipped == {"not the best response": 3} and data.groups[0].completions == ("b",)
+    data = read(put(tmp_path, rows), purpose="prompts")
+    assert data.skipped == {"response to the same prompt": 3} and [g.prompt for g in data.groups] == ["p", "alone", "r"]
+    bad = {"prompt": "p<extra_id_1>Assistant\nx", "response": "a", "helpfulness": 1, **whole}
+    data = read(put(tmp_path, [*rows, bad, {**bad, "response": "b"}]), skip_invalid=True)
+    assert data.rows == 8 and data.skipped["malformed"] == 2
+
+
 def test_only_the_good_completions_of_unpaired_data_are_learned(tmp_path):
     path = put(tmp_path, ROWS["trl-lib/kto-mix-14k"])
     data = read(path, purpose="texts", **options("--columns keep=label"))

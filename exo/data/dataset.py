@@ -43,9 +43,10 @@ class Dataset:
     conversational: bool = False  # the prompts are texts, each a user's turn that is meant for a chat template
     unread: tuple[str, ...] = ()  # columns that are not used
     repeated: int = 0  # groups beyond the rows: those that --data_weights takes once more
+    merged: int = 0  # rows beyond the groups: further answers to the prompt of one
 
     def __post_init__(self) -> None:
-        counted = len(self.groups) + sum(self.skipped.values())
+        counted = len(self.groups) + self.merged + sum(self.skipped.values())
         assert self.rows + self.repeated == counted, "rows unaccounted for"
 
     def texts(self) -> Iterator[str]:
@@ -55,11 +56,12 @@ class Dataset:
         """Return what became of the rows, for run.json; `later` counts what happened to those that were used."""
         facts = {"format": self.format, "rows": self.rows, "skipped": self.skipped, "noted": self.noted}
         facts |= {"repeated": self.repeated} if self.repeated else {}
+        facts |= {"merged": self.merged} if self.merged else {}
         facts |= {"columns_not_used": list(self.unread)} if self.unread else {}
         return facts | ({"later": dict(later)} if later else {})
 
     def summary(self) -> str:
-        lines = [f"{show(self.path)}: {self.format}", row_account(self.rows, self.skipped, self.repeated)]
+        lines = [f"{show(self.path)}: {self.format}", row_account(self.rows, self.skipped, self.repeated, self.merged)]
         if self.unread:
             lines.append(f"columns not used: {', '.join(show(name) or '(no name)' for name in self.unread)}")
         if self.noted:
@@ -67,11 +69,12 @@ class Dataset:
         return "\n".join(lines)
 
 
-def row_account(rows: int, skipped: Mapping[str, int], repeated: int = 0) -> str:
+def row_account(rows: int, skipped: Mapping[str, int], repeated: int = 0, merged: int = 0) -> str:
     lost = sum(skipped.values())
     reasons = f" ({counts(skipped)})" if lost else ""
     again = f" + {repeated} used once more, as their weight asks" if repeated else ""
-    return f"{rows} rows = {rows - lost} used + {lost} skipped{reasons}{again}"
+    together = f" (in {rows + repeated - lost - merged} groups)" if merged else ""
+    return f"{rows} rows = {rows - lost} used{together} + {lost} skipped{reasons}{again}"
 
 
 def counts(reasons: Mapping[str, int]) -> str:

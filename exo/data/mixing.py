@@ -41,10 +41,10 @@ def mixed(datasets: Sequence[Dataset], path: str, weights: Sequence[float] | Non
     formats = list(dict.fromkeys(dataset.format for dataset in datasets))
     words = f"{len(datasets)} files of {'; '.join(formats)}" + (", mixed" if weights else "")
     unread = tuple(dict.fromkeys(name for dataset in datasets for name in dataset.unread))
-    rows = sum(dataset.rows for dataset in datasets)
+    rows, merged = (sum(getattr(dataset, name) for dataset in datasets) for name in ("rows", "merged"))
     turns = all(dataset.conversational for dataset in datasets)
     chat = any(isinstance(group.prompt, Chat) for group in groups)
-    return Dataset(groups, words, rows, dict(skipped), dict(noted), path, turns and not chat, unread, repeated)
+    return Dataset(groups, words, rows, dict(skipped), dict(noted), path, turns and not chat, unread, repeated, merged)
 
 
 def _sizes(total: int, weights: Sequence[float]) -> list[int]:

@@ -94,13 +94,13 @@ class _Reader:
         noted: Counter[str] = Counter()
         first_malformed = place = ""
         own = f"{show(self.path)}:"
-        rows = 0
+        rows = merged = 0
         with closing(source.rows) as stream:
             together, self.origin = group_rows(self._renamed(stream), self.purpose)
-            for (number, place), row in together:
-                rows += 1
+            for (number, place), (row, count) in together:
+                rows += count
                 try:
-                    reading = self._understood(row, place)
+                    reading = Reading(skip=row) if isinstance(row, str) else self._understood(row, place)
                 except (Malformed, RecursionError) as error:
                     what = error if isinstance(error, Malformed) else "nested too deeply"
                     message = f"{place}: {what}"
@@ -111,11 +111,12 @@ class _Reader:
                     if not self.skip_invalid:
                         raise DataError(message) from None
                     first_malformed = first_malformed or message
-                    skipped["malformed"] += 1
+                    skipped["malformed"] += count
                     continue
                 if reason := reading.skip or _useless(reading, self.purpose):
-                    skipped[reason] += 1
+                    skipped[reason] += count
                     continue
+                merged += count - 1
                 groups.append(_group(reading, number, "" if place == f"{own}{number}" else place))
                 noted.update(_remarks(reading, self.purpose))
         if self.shape is None or not groups:
@@ -131,7 +132,8 @@ class _Reader:
         )
         turns = not chat and (self.shape.chat or bool(self.origin))
         unread = tuple(self.left_over.unread)
-        return Dataset(groups, words, rows, dict(skipped), dict(noted), os.fspath(self.path), turns, unread)
+        path = os.fspath(self.path)
+        return Dataset(groups, words, rows, dict(skipped), dict(noted), path, turns, unread, merged=merged)
 
     def _renamed(self, stream: containers.Rows) -> Iterator[tuple[containers.Place, dict[str, Any] | Malformed]]:
         wanted = set(self.chosen.renamed.values())
