@@ -6,17 +6,11 @@ have nothing to do with the data (output_dir, devices, memory).
 
 import contextlib
 import datetime
-import difflib
 import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
-
-import torch
 
 from exo import adapter, align, batches, data, encoding, examples, lineage, models, reward, sample, sft, templates
 from exo.data import DataError, Dataset, Group
@@ -79,38 +73,17 @@ def read(name: str, options: Any) -> tuple[Dataset, Dataset | None]:
         raise error
 
 
-def load_tokenizer(name: str, options: Any, texts: Callable[[], Any]) -> tuple[Any, Any]:
-    """Return the tokenizer of --model and what `models.check_fits` needs of the model, without reading weights."""
+def load(name: str, options: Any, texts: Callable[[], Any]) -> tuple[Any, Any]:
+    """Return --model on the meta device and its tokenizer."""
     trains_policy = name in ("align", "sft")
     if trains_policy:
         adapter.check(options, options.model)
     model = lineage.source("model", options.model, *STAGES[name].model_from)
-    if trains_policy and not Path(model).exists() and difflib.get_close_matches(model, ["tiny"]):
-        built, tokenizer = models.load_or_tiny(model, texts, seed=options.seed)
-        return tokenizer, built
-    own = model
-    while models.is_adapter(model):
-        try:
-            model = str(json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"])
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"model {model!r}: expected an adapter of peft's and the model that it is for") from None
-        own = own if (Path(own) / "tokenizer_config.json").is_file() else model
-    return models.load_tokenizer(own), _shape(model)
-
-
-def _shape(model: str) -> Any:
-    """Return the embeddings and positions that config.json gives a model; unbounded if there is no such file."""
-    try:
-        settings = json.loads(Path(model, "config.json").read_text())
-        settings = settings.get("text_config") or settings
-    except (OSError, ValueError, AttributeError):
-        settings = {}
-    positions = settings.get("max_position_embeddings", settings.get("n_positions"))
-    weight = torch.empty(settings.get("vocab_size", sys.maxsize), 0, device="meta")
-    embeddings = SimpleNamespace(weight=weight)
-    return SimpleNamespace(
-        config=SimpleNamespace(max_position_embeddings=positions), get_input_embeddings=lambda: embeddings
-    )
+    if trains_policy and not options.load_in_4bit:
+        return models.load_or_tiny(model, texts, seed=options.seed, read=models.load_without_weights)
+    if name == "reward":
+        return models.classifier_without_weights(model)
+    return models.load_without_weights(model)
 
 
 def render(

@@ -51,7 +51,7 @@ def _report(options: Any) -> str:
     console.headline("Data")
     for part in filter(None, (dataset, held_out)):
         console.say(part.summary())
-    tokenizer, model = dry_run.load_tokenizer(options.stage, options, dataset.texts)
+    model, tokenizer = dry_run.load(options.stage, options, dataset.texts)
     rendered, other = dry_run.render(options.stage, options, tokenizer, dataset, held_out)
     _say([_template(options.chat_template, rendered, tokenizer)])
     plan = dry_run.plan(options.stage, options, rendered, other, tokenizer, model)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -51,6 +52,49 @@ def report(capsys):
         return code, out, err
 
     return run
+
+
+def write_config(directory, **settings):
+    """Write the config.json of a small Llama, with other settings."""
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **small, **settings}))
+
+
+def unusable_models(directory, model):
+    """Yield directories that no stage can take for --model, each with the tokenizer of `model`."""
+    settings = {
+        "t5": {"model_type": "t5", "is_encoder_decoder": True},
+        "bert": {"model_type": "bert"},
+        "router": {"model_type": "mixtral", "output_router_logits": True},
+        "rounded": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "unknown": {"model_type": "nobody's"},
+        "text for a number": {"vocab_size": "x"},
+        "text for positions": {"max_position_embeddings": "a"},
+        "text for a config": {"text_config": "x"},
+    }
+    for name in (*settings, "broken", "list", "none"):
+        shutil.copytree(model, directory / name, ignore=shutil.ignore_patterns("config.json"))
+    for name, values in settings.items():
+        write_config(directory / name, **values)
+    (directory / "broken" / "config.json").write_text('{"model_type":')
+    (directory / "list" / "config.json").write_text("[]")
+    bases = {"itself": "itself", "one": "other", "other": "one", "lost": "nowhere", "null": None}
+    for name, base in bases.items():
+        (directory / name).mkdir()
+        entries = {"base_model_name_or_path": base and str(directory / base)}
+        (directory / name / "adapter_config.json").write_text(json.dumps(entries))
+        (directory / name / "adapter_model.safetensors").touch()
+    return [directory / name for name in (*settings, "broken", "list", "none", *bases)]
+
+
+def too_small_models(directory, model):
+    """Yield directories of models that cannot be trained on PAIRS: one lacks positions, one lacks embeddings."""
+    shutil.copytree(model, directory / "positions")
+    config = json.loads((directory / "positions" / "config.json").read_text())
+    (directory / "positions" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4}))
+    write_model(directory / "embeddings", words=["red", "round"])
+    models.load_tokenizer(model).save_pretrained(directory / "embeddings")
+    return [directory / "positions", directory / "embeddings"]
 
 
 def test_what_would_be_trained_on_in_numbers_counted_by_hand(report, tmp_path, model):
@@ -171,6 +215,10 @@ def test_the_error_is_that_of_the_stage(stage, report, capsys, tmp_path, model):
         cases.append((LABELLED[1:], ["--labels"]))
     if name == "sample":
         cases.append((PAIRS, ["--first", "5"]))
+    (tmp_path / "models").mkdir()
+    unusable = unusable_models(tmp_path / "models", model)
+    unusable += too_small_models(tmp_path / "models", model) if name != "sample" else []
+    cases += [(PAIRS, ["--model", str(path)]) for path in unusable]
     for i, (rows, options) in enumerate(cases):
         arguments = ["--data", str(put(tmp_path, rows)), "--model", model, *options]
         assert stage.main([*arguments, "--output_dir", str(tmp_path / f"run-{i}"), "--device", "cpu"]) == 2, options
@@ -218,6 +266,7 @@ def test_chats_show_their_special_tokens_and_how_a_turn_ends(report, tmp_path):
     tokenizer = KINDS["byte-level, no BOS (GPT-2, Qwen)"]()
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path / "chat")
+    write_config(tmp_path / "chat", vocab_size=len(tokenizer))
     chats, pairs = put(tmp_path, CHATS, "chats.jsonl"), put(tmp_path, PAIRS, "pairs.jsonl")
     code, out, _ = report("--stage", "sft", "--data", chats, "--model", tmp_path / "chat")
     assert code == 0 and "chat template: the tokenizer's; a turn ends with '<|im_end|>'\n" in out
