@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from exo import yaml_files
+from exo.limits import Limits
 
 T = TypeVar("T")
 SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of fp32, in which models and losses compute
@@ -130,6 +131,13 @@ class DataOptions:
         weights = [float(part) for part in self.data_weights.split(",")] if self.data_weights else None
         return {"weights": weights, "seed": self.seed}  # type: ignore[attr-defined]
 
+    def reading_of(self, option: str) -> dict[str, Any]:
+        """Return the options of exo.data.read for the file that an option names; those of --data are mixed.
+
+        Another file may have its own column names, so --columns need not apply to it.
+        """
+        return self.reading() | (self.mixing() if option == "data" else {"columns_required": False})
+
 
 @dataclass(frozen=True)
 class ChatOptions(Stage):
@@ -207,6 +215,10 @@ class DataTraining(Training, ChatOptions):
     truncate: Literal["prompt-left", "drop", "error"] = option(
         "prompt-left", "rows over the limits: cut the prompt's left and the completion's right, skip, or stop"
     )
+
+    def limits(self) -> Limits:
+        """Return the limits on the lengths of rows."""
+        return Limits(self.max_length, self.max_completion_length, self.truncate, self.max_prompt_length)
 
 
 def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str | None) -> T:

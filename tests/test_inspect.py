@@ -229,6 +229,52 @@ def test_the_error_is_that_of_the_stage(stage, report, capsys, tmp_path, model):
         assert out.endswith(f"\n{work} would not start: {err.removeprefix('error: ')}"), options
 
 
+def test_names_of_columns_are_for_the_data_and_need_not_be_in_the_held_out_file(report, capsys, tmp_path, model):
+    renamed = [{"prompt": row["prompt"], "better": row["chosen"], "rejected": row["rejected"]} for row in PAIRS]
+    data_file, held_out = put(tmp_path, renamed, "renamed.jsonl"), put(tmp_path, PAIRS[:2], "test.jsonl")
+    arguments = ["--data", data_file, "--model", model, "--columns", "chosen=better", "--eval_data", held_out]
+    assert (
+        align.main([*map(str, arguments), "--max_steps", "1", "--device", "cpu", f"--output_dir={tmp_path}/run"]) == 0
+    )
+    for stage in ("align", "sft", "reward"):
+        assert report("--stage", stage, *arguments)[0] == 0, stage
+    held_out = tmp_path / "nowhere.jsonl"
+    assert align.main([*map(str, arguments[:-1]), str(held_out), f"--output_dir={tmp_path}/other"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --eval_data {held_out}: no such file")
+    assert report(*arguments[:-1], held_out)[2].startswith(f"error: --eval_data {held_out}: no such file")
+
+
+def test_warnings_of_the_stage_are_printed(report, tmp_path, model, monkeypatch):
+    connected = [{"prompt": word, "chosen": " good", "rejected": " bad"} for word in ("red", "green", "blue", "big")]
+    pairs = put(tmp_path, connected)
+    for options, warning in (
+        (["--stage", "reward", "--eval_fraction", 0.5], "2 of 2 held-out rows of"),
+        (["--stage", "align", "--eval_fraction", 0.5], "2 of 2 held-out rows of"),
+        (["--stage", "align", "--eval_data", pairs], "4 of 4 held-out rows share a prompt or a completion with --data"),
+    ):
+        monkeypatch.setattr(console, "_warned", set())
+        code, out, _ = report("--data", pairs, "--model", model, *options)
+        warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
+        assert code == 0 and len(warnings) == 1 and warning in warnings[0], options
+
+
+def test_templates_show_the_date_that_the_stage_would_show(report, tmp_path):
+    """The date of the run that is resumed, or of the run that made the model; not today's."""
+    tokenizer = KINDS["byte-level, no BOS (GPT-2, Qwen)"]()
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_config(tmp_path / "model", vocab_size=len(tokenizer))
+    template = put(tmp_path, "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content }}.{% endfor %}", "t")
+    arguments = ["--data", put(tmp_path, PAIRS), "--model", tmp_path / "model", "--chat_template", template]
+    arguments += ["--output_dir", tmp_path / "run"]
+    options = align.Config(model="m", data="d")
+    artifacts.write_run(tmp_path / "model", options, "sft", template_date="2020-02-03", finished="then")
+    assert "2020-02-03" in report(*arguments)[1]
+    (tmp_path / "run").mkdir()
+    artifacts.write_run(tmp_path / "run", options, "align", template_date="2021-03-04")
+    assert "2021-03-04" in report(*arguments)[1]
+    assert "2020-02-03" in report(*arguments, "--overwrite_output_dir")[1]
+
+
 def test_one_row_and_an_unfinished_input(report, tmp_path, model):
     code, out, _ = report("--data", put(tmp_path, PAIRS[:1]), "--model", model)
     assert code == 0 and out.count("line 1 (") == 1 and out.endswith("would start: 1 rows, 1 steps of 64\n")
