@@ -2,12 +2,14 @@
 
 import io
 import json
+import random
 import shutil
 import sys
 
 import pytest
 
 from exo import align, artifacts, console, data, data_report, examples, inspect, models, reward, sample, sft
+from exo.data import Group, split
 from exo.encoding import TokenGroup
 from tests.chat_templates import CHATML
 from tests.data_files import put
@@ -155,10 +157,23 @@ def test_texts_of_a_test_file_that_are_trained_on_are_named(report, tmp_path, mo
     implicit = put(tmp_path, [{"chosen": "red round good good", "rejected": "red big"}], "implicit.jsonl")
     found = data_report.leaks(data.read(pairs).groups, data.read(implicit).groups)
     assert found.completions == [("line 1", "line 1")], "the same text with its prompt cut elsewhere"
-    prompts = put(tmp_path, [{"prompt": "blue"}, {"prompt": "big"}], "prompts.jsonl")
+    prompts = put(tmp_path, [{"prompt": "blue"}, {"prompt": "big"}, {"prompt": ""}], "prompts.jsonl")
     for stage in ("sft", "reward", "sample"):
         code, out, _ = report("--stage", stage, "--data", pairs, "--model", model, "--eval_data", prompts)
-        assert code == 0 and "held-out rows with a prompt of --data: 1 of 2 (line 1 = line 4)\n" in out
+        assert code == 0 and "held-out rows with a prompt of --data: 1 of 3 (line 1 = line 4)\n" in out
+
+
+def test_leaks_are_what_align_warns_of_and_what_a_split_keeps_together():
+    texts = ["", "red", "red ", " red", "blue", "red blue", "\n"]
+    rng = random.Random(0)
+    for _ in range(200):
+        rows = [Group(rng.choice(texts), (rng.choice(texts[1:]), rng.choice(texts[1:])), None, i) for i in range(1, 7)]
+        trained, held_out = rows[:3], rows[3:]
+        found = data_report.leaks(trained, held_out)
+        as_texts = ([split.Texts(row.prompt, row.completions) for row in part] for part in (trained, held_out))
+        assert len({row for row, _ in found.prompts + found.completions}) == split.shared(*as_texts), rows
+        same_prompt = [row.prompt and row.prompt in {other.prompt for other in trained} for row in held_out]
+        assert {row for row, _ in found.prompts} >= {f"line {i}" for i, same in enumerate(same_prompt, 4) if same}
 
 
 def test_every_stage(report, tmp_path, model):
