@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,8 @@ class Options(config.DataTraining):
 def load(options: Options, name: str, texts: Callable[[], Iterable[str]], accelerator: Accelerator) -> tuple[Any, Any]:
     """The model that a stage begins with, and its tokenizer."""
     if not options.load_in_4bit:
-        return models.load_or_tiny(name, texts, seed=options.seed, mapped=sharding.asked(options))
+        read = partial(models.load, mapped=sharding.asked(options))
+        return models.load_or_tiny(name, texts, seed=options.seed, read=read)
     return models.load(name, four_bits=loop.compute_dtype(accelerator))
 
 

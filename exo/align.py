@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -42,7 +42,6 @@ from exo import (
 from exo.config import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
 from exo.data import split
 from exo.encoding import TokenGroup
-from exo.limits import Limits
 from exo.packing import Packing
 from exo.reference import Mode
 
@@ -106,16 +105,16 @@ class Config(adapter.Options, config.DataOptions):
 @lineage.stage("align")
 def run(config: Config, start: lineage.Start) -> Path:
     """Align and return the run directory."""
-    dataset = _read(config, config.data, **config.mixing())
-    held_out = _read(config, config.eval_data, columns_required=False) if config.eval_data else None
+    dataset = read(config)
+    held_out = read(config, "eval_data") if config.eval_data else None
     if held_out is not None:
         data_checks.warn_of_trained_texts(dataset, held_out)
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
 
     console.headline("Data")
-    for read in filter(None, (dataset, held_out)):
-        console.say(read.summary())
+    for part in filter(None, (dataset, held_out)):
+        console.say(part.summary())
     console.headline("Model")
     adapter.check(config, config.model)
     start_model = lineage.source("model", config.model, "sft", "align", "ppo")
@@ -125,11 +124,13 @@ def run(config: Config, start: lineage.Start) -> Path:
         config, tokenizer, processes.template_date(start, accelerator), *filter(None, (dataset, held_out))
     )
     counts: Counter[str] = Counter()
-    groups = _encode(config, dataset, tokenizer, counts)
-    others = [group for rows in rest for group in _encode(config, rows, tokenizer, counts)]
-    models.check_fits(model, groups + others)
-    train_groups, eval_groups = _parted(config, dataset, groups, others, counts)
-    console.counts(counts)
+    try:
+        groups, *other = (tokens(config, rows, tokenizer, counts) for rows in (dataset, *rest))
+        others = other[0] if other else []
+        models.check_fits(model, groups + others)
+        train_groups, _, held_out_lines = parted(config, dataset, groups, others, counts)
+    finally:
+        console.counts(counts)
     mode = reference.mode(config.reference, groups + others)
     if config.ref_model and mode in ("none", "data"):
         raise ValueError(f"--ref_model: expected --reference cache or live; with {mode} no model is asked")
@@ -154,7 +155,9 @@ def run(config: Config, start: lineage.Start) -> Path:
         scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
     if mode == "cache":
         data_checks.warn_of_another_sampler(dataset.groups, scored[: len(groups)])
-    train_groups, eval_groups = _parted(config, dataset, scored[: len(groups)], scored[len(groups) :], Counter())
+    train_groups, eval_groups, _ = parted(
+        config, dataset, scored[: len(groups)], scored[len(groups) :], Counter(), held_out_lines
+    )
 
     console.headline("Training")
     live = None if mode != "live" else other_model or model
@@ -176,43 +179,71 @@ def run(config: Config, start: lineage.Start) -> Path:
     return directory
 
 
-def _read(config: Config, path: str, **options: Any) -> data.Dataset:
-    path = lineage.source("data", path, "score", "prepare", prepared="pairs.jsonl")
-    dataset = data.read(path, **config.reading(), **options)
-    samples.check_temperature("data", path, dataset.groups, config.temperature)
+def read(config: Config, option: str = "data") -> data.Dataset:
+    """Read the file of --data or --eval_data."""
+    path = lineage.source(option, getattr(config, option), "score", "prepare", prepared="pairs.jsonl")
+    dataset = data.read(path, **config.reading_of(option))
+    samples.check_temperature(option, path, dataset.groups, config.temperature)
     if config.target == "rw" and dataset.groups[0].rewards is None:
         raise ValueError(f"--target rw: expected completions with rewards; {path} has preferences")
     return dataset
 
 
-def _encode(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:
-    """Every row of a file as tokens, whatever the options will make of it: so the reference scores it once for all."""
-    limits = Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
-    groups, cut = encoding.encode(dataset.groups, tokenizer, limits, dataset.path, skip_invalid=config.skip_invalid)
+def tokens(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:
+    """Return every row of a file as tokens, whatever the options will make of it: the reference scores it once.
+
+    `counts` gets what was cut, dropped or noted.
+    """
+    groups, cut = encoding.encode(
+        dataset.groups, tokenizer, config.limits(), dataset.path, skip_invalid=config.skip_invalid
+    )
     counts.update(cut)
     return [encoding.factored(group) for group in groups]
 
 
-def _parted(
-    config: Config, dataset: data.Dataset, groups: list[TokenGroup], held_out: list[TokenGroup], counts: Counter[str]
-) -> tuple[list[TokenGroup], list[TokenGroup]]:
-    """(to train on, to evaluate on), as the options compare them."""
-    train, eval_groups = _compared(config, groups, counts), _compared(config, held_out, counts)
-    if config.eval_data is None and config.eval_fraction:
-        texts = {group.line: split.Texts(group.prompt, group.completions) for group in dataset.groups}
-        rows = [texts[group.line] for group in train]
-        names = sorted({row.name for row in rows})
-        number = min(len(names) - 1, max(1, round(config.eval_fraction * len(names))))
-        parts = split.hold_out(rows, names, number, config.seed)
-        if parts.shared:
-            console.warn(parts.warning(config.data))
-        eval_groups = [group for i, group in enumerate(train) if i in parts.held_out]
-        train = [group for i, group in enumerate(train) if i not in parts.held_out]
+class Parts(NamedTuple):
+    train: list[TokenGroup]
+    held_out: list[TokenGroup]
+    lines: frozenset[int]  # of the rows that eval_fraction holds out
+
+
+def parted(
+    config: Config,
+    dataset: data.Dataset,
+    groups: list[TokenGroup],
+    others: list[TokenGroup],  # of --eval_data
+    counts: Counter[str],
+    lines: frozenset[int] | None = None,
+) -> Parts:
+    """Return the rows to train on and to evaluate on, as the options compare them; DataError if there are none.
+
+    `lines` are those of an earlier result for the same rows; without them the rows to hold out are chosen.
+    """
+    train, held_out = _compared(config, groups, counts), _compared(config, others, counts)
+    if lines is None:
+        lines = _held_out_lines(config, dataset, train)
+    if lines:
+        held_out = [group for group in train if group.line in lines]
+        train = [group for group in train if group.line not in lines]
     if not train:
         raise data.DataError(f"{config.data}: no row is left to train on")
-    if config.eval_data and not eval_groups:
+    if config.eval_data and not held_out:
         raise data.DataError(f"{config.eval_data}: no held-out row is left to evaluate on")
-    return train, eval_groups
+    return Parts(train, held_out, lines)
+
+
+def _held_out_lines(config: Config, dataset: data.Dataset, rows: list[TokenGroup]) -> frozenset[int]:
+    """Choose the share of the rows that eval_fraction holds out; warn if they share texts with the others."""
+    if config.eval_data is not None or not config.eval_fraction:
+        return frozenset()
+    by_line = {group.line: split.Texts(group.prompt, group.completions) for group in dataset.groups}
+    texts = [by_line[group.line] for group in rows]
+    names = sorted({text.name for text in texts})
+    number = min(len(names) - 1, max(1, round(config.eval_fraction * len(names))))
+    parts = split.hold_out(texts, names, number, config.seed)
+    if parts.shared:
+        console.warn(parts.warning(config.data))
+    return frozenset(rows[i].line for i in parts.held_out)
 
 
 def _compared(config: Config, rows: list[TokenGroup], counts: Counter[str]) -> list[TokenGroup]:

@@ -7,7 +7,6 @@ options.
 
 import argparse
 import dataclasses
-import difflib
 import math
 import sys
 import types
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from exo import yaml_files
+from exo.limits import Limits
+from exo.spelling import suggestion
 
 T = TypeVar("T")
 SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of fp32, in which models and losses compute
@@ -147,6 +148,13 @@ class DataOptions(SourceOptions):
         """Return the options of exo.data.read that mix the files of --data."""
         return {"weights": [float(part) for part in _list(self.data_weights)] or None, "seed": self.seed}
 
+    def reading_of(self, option: str) -> dict[str, Any]:
+        """Return the options of exo.data.read for the file that an option names; those of --data are mixed.
+
+        Another file may have its own column names, so --columns need not apply to it.
+        """
+        return self.reading() | (self.mixing() if option == "data" else {"columns_required": False})
+
 
 @dataclass(frozen=True)
 class ChatOptions(Stage):
@@ -225,6 +233,10 @@ class DataTraining(Training, ChatOptions):
         "prompt-left",
         "rows over the limits: cut (the completion's end first, then the prompt's beginning), skip, or stop",
     )
+
+    def limits(self) -> Limits:
+        """Return the limits on the lengths of rows."""
+        return Limits(self.max_length, self.max_completion_length, self.truncate, self.max_prompt_length)
 
 
 def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str | None) -> T:
@@ -338,11 +350,6 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def suggestion(name: str, known: set[str], otherwise: str = "--help lists them") -> str:
-    close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; {otherwise}"
 
 
 def _add(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from exo import targets
-from exo.data import Group
+from exo.data import Group, split
 from exo.encoding import TokenGroup
 
 SHOWN = 10  # rows that a line names
@@ -131,26 +131,25 @@ def length_bias(groups: Sequence[TokenGroup]) -> Bias | None:
 
 
 def leaks(groups: Iterable[Group], held_out: Iterable[Group]) -> Leaks:
-    """Find held-out rows whose texts are in the data. White space around a text makes no difference."""
-    prompts: dict[str, str] = {}
-    texts: dict[str, str] = {}
+    """Find held-out rows that share a text with the data, as rows that must be held out together do (data.split)."""
+    first: dict[Hashable, str] = {}
     for group in groups:
-        prompts.setdefault(group.prompt.strip(), place(group))
-        for text in _texts(group):
-            texts.setdefault(text, place(group))
-    found = Leaks([], [])
+        for key in _keys(group):
+            first.setdefault(key, place(group))
+    leaked = Leaks([], [])
     for group in held_out:
-        if group.prompt.strip() and group.prompt.strip() in prompts:
-            found.prompts.append((place(group), prompts[group.prompt.strip()]))
-        if same := next((text for text in _texts(group) if text in texts), None):
-            found.completions.append((place(group), texts[same]))
-    return found
+        same = [key for key in _keys(group) if key in first]
+        prompt = [key for key in same if key == ("name", group.prompt)]
+        if prompt:
+            leaked.prompts.append((place(group), first[prompt[0]]))
+        if others := [key for key in same if key not in prompt]:
+            leaked.completions.append((place(group), first[others[0]]))
+    return leaked
 
 
-def _texts(group: Group) -> list[str]:
-    """Return the completions, and each with its prompt as one text: implicit prompts cut one text in several ways."""
-    texts = [text.strip() for completion in group.completions for text in (completion, group.prompt + completion)]
-    return [text for text in texts if text]
+def _keys(group: Group) -> list[Hashable]:
+    """Return what a row may share with others; nothing of a prompt without text to sample from."""
+    return list(split.Texts(group.prompt, group.completions).keys()) if group.prompt or group.completions else []
 
 
 def spelling(groups: Iterable[Group], tokens: Sequence[str]) -> int:

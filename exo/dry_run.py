@@ -6,19 +6,26 @@ have nothing to do with the data (output_dir, devices, memory).
 
 import contextlib
 import datetime
-import difflib
-import io
-import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
-
-from exo import adapter, align, batches, data, encoding, examples, lineage, models, reward, sample, sft, templates
+from exo import (
+    adapter,
+    align,
+    batches,
+    data_checks,
+    encoding,
+    examples,
+    lineage,
+    models,
+    reward,
+    sample,
+    sft,
+    templates,
+)
 from exo.data import DataError, Dataset, Group
 from exo.encoding import TokenGroup
 from exo.limits import Limits
@@ -27,22 +34,17 @@ UNLIMITED = Limits(sys.maxsize, None, "error")
 
 
 class Stage(NamedTuple):
-    config: type[Any]
-    purpose: data.Purpose
-    prepared: str  # file of a directory of prepare
-    data_from: tuple[str, ...]  # stages whose directories --data may name
-    model_from: tuple[str, ...]
+    module: Any  # its Config, `read` and more are used
+    model_from: tuple[str, ...]  # stages whose directories --model may name
     scored: str  # what is done with the scored part of an example
 
 
 POLICIES = ("sft", "align", "ppo")
 STAGES = {
-    "align": Stage(
-        align.Config, "comparisons", "pairs.jsonl", ("score", "prepare"), POLICIES, examples.LOSS_OF_DIFFERENCE
-    ),
-    "sft": Stage(sft.Config, "texts", "sft.jsonl", ("prepare",), ("sft",), examples.LOSS),
-    "reward": Stage(reward.Config, "comparisons", "pairs.jsonl", ("prepare", "score"), ("sft",), examples.SCORE),
-    "sample": Stage(sample.Config, "prompts", "prompts.jsonl", ("prepare",), POLICIES, ""),
+    "align": Stage(align, POLICIES, examples.LOSS_OF_DIFFERENCE),
+    "sft": Stage(sft, ("sft",), examples.LOSS),
+    "reward": Stage(reward, ("sft",), examples.SCORE),
+    "sample": Stage(sample, POLICIES, ""),
 }
 
 
@@ -57,60 +59,34 @@ class Plan(NamedTuple):
 
 def read(name: str, options: Any) -> tuple[Dataset, Dataset | None]:
     """Read --data and --eval_data as the stage does; of its own, inspect reads --eval_data for any stage."""
-    if name == "align":
-        dataset = align._read(options, options.data, **options.mixing())
-        return dataset, align._read(options, options.eval_data) if options.eval_data else None
-    stage, labels = STAGES[name], getattr(options, "labels", False)
-    prepared = "labelled.jsonl" if labels else stage.prepared
-
-    def of(option: str, purpose: data.Purpose, **mixing: Any) -> Dataset:
-        path = lineage.source(option, getattr(options, option), *stage.data_from, prepared=prepared)
-        return data.read(path, purpose=purpose, **options.reading(), **mixing)
-
-    purpose: data.Purpose = "labels" if labels else stage.purpose
-    dataset = of("data", purpose, **options.mixing())
+    stage = STAGES[name].module
+    dataset = stage.read(options)
     if not options.eval_data:
         return dataset, None
     try:
-        return dataset, of("eval_data", purpose)
+        held_out = stage.read(options, "eval_data")
     except DataError as error:
+        if name == "align":
+            raise
         with contextlib.suppress(DataError):  # test files may have prompts alone
-            return dataset, of("eval_data", "prompts")
+            return dataset, sample.read(options, "eval_data")
         raise error
+    if name == "align":
+        data_checks.warn_of_trained_texts(dataset, held_out)
+    return dataset, held_out
 
 
-def load_tokenizer(name: str, options: Any, texts: Callable[[], Any]) -> tuple[Any, Any]:
-    """Return the tokenizer of --model and what `models.check_fits` needs of the model, without reading weights."""
+def load(name: str, options: Any, texts: Callable[[], Any]) -> tuple[Any, Any]:
+    """Return --model on the meta device and its tokenizer."""
     trains_policy = name in ("align", "sft")
     if trains_policy:
         adapter.check(options, options.model)
     model = lineage.source("model", options.model, *STAGES[name].model_from)
-    if trains_policy and not Path(model).exists() and difflib.get_close_matches(model, ["tiny"]):
-        built, tokenizer = models.load_or_tiny(model, texts, seed=options.seed)
-        return tokenizer, built
-    own = model
-    while models.is_adapter(model):
-        try:
-            model = str(json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"])
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"model {model!r}: expected an adapter of peft's and the model that it is for") from None
-        own = own if (Path(own) / "tokenizer_config.json").is_file() else model
-    return models.load_tokenizer(own), _shape(model)
-
-
-def _shape(model: str) -> Any:
-    """Return the embeddings and positions that config.json gives a model; unbounded if there is no such file."""
-    try:
-        settings = json.loads(Path(model, "config.json").read_text())
-        settings = settings.get("text_config") or settings
-    except (OSError, ValueError, AttributeError):
-        settings = {}
-    positions = settings.get("max_position_embeddings", settings.get("n_positions"))
-    weight = torch.empty(settings.get("vocab_size", sys.maxsize), 0, device="meta")
-    embeddings = SimpleNamespace(weight=weight)
-    return SimpleNamespace(
-        config=SimpleNamespace(max_position_embeddings=positions), get_input_embeddings=lambda: embeddings
-    )
+    if trains_policy and not options.load_in_4bit:
+        return models.load_or_tiny(model, texts, seed=options.seed, read=models.load_without_weights)
+    if name == "reward":
+        return models.classifier_without_weights(model)
+    return models.load_without_weights(model)
 
 
 def render(
@@ -118,76 +94,61 @@ def render(
 ) -> tuple[Dataset, Dataset | None]:
     """Set up the chat template, and return the data that the stage reads with the prompts that it renders."""
     sampled: Any = "render" if name == "reward" else "keep"
+    previous = None if options.overwrite_output_dir else lineage.record(Path(options.output_dir))
+    inputs = lineage._inputs(options, name).values()
+    date = datetime.date.fromisoformat(lineage._template_date(previous, inputs))
     others = [held_out] if held_out and name == "align" else []
-    rendered, *others = templates.apply(options, tokenizer, datetime.date.today(), dataset, *others, sampled=sampled)
+    rendered, *others = templates.apply(options, tokenizer, date, dataset, *others, sampled=sampled)
     return rendered, others[0] if others else None
 
 
 def plan(name: str, options: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any) -> Plan:
     """Tokenize, cut and split the rows as the stage does."""
-    rows: list[TokenGroup] = []
     counts: Counter[str] = Counter()
-    steps = {"align": _align, "sft": _sft, "reward": _reward, "sample": _sample}
     try:
-        rows = steps[name](options, dataset, held_out, tokenizer, model, counts)
+        rows = _rows(name, options, dataset, held_out, tokenizer, model, counts)
     except ValueError as error:
-        return Plan(rows, counts, "", error)
+        return Plan([], counts, "", error)
     if name == "sample":
         return Plan(rows, counts, f"{len(rows):,} prompts x {options.k} completions", None)
     each = f"{batches.total_steps(options, len(rows)):,} steps of {options.batch_size}"
     return Plan(rows, counts, f"{len(rows):,} rows, {each}", None)
 
 
-def _align(
-    options: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any, counts: Counter[str]
-) -> list[TokenGroup]:
-    groups = align._encode(options, dataset, tokenizer, counts)
-    others = align._encode(options, held_out, tokenizer, Counter()) if held_out else []  # the counts are of --data
-    models.check_fits(model, groups + others)
-    return align._parted(options, dataset, groups, others, counts)[0]
+def _rows(
+    name: str, options: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any,
+    counts: Counter[str],
+) -> list[TokenGroup]:  # fmt: skip
+    """Return the rows that are trained on, or the prompts that are sampled from."""
+    if name == "sample":
+        total = len(dataset.groups)
+        chosen = [dataset.groups[i % total] for i in sample.chosen(options, total)]
+        return _prompts(chosen, tokenizer, options.max_prompt_length, counts)
+    others: list[TokenGroup] = []
+    if name == "reward":
+        rows, others = reward.tokens(options, dataset, tokenizer, counts)
+    else:
+        rows = STAGES[name].module.tokens(options, dataset, tokenizer, counts)
+    if held_out:
+        others = align.tokens(options, held_out, tokenizer, counts)
+    models.check_fits(model, rows + others)
+    return align.parted(options, dataset, rows, others, counts).train if name == "align" else rows
 
 
-def _sft(
-    options: Any, dataset: Dataset, _: Dataset | None, tokenizer: Any, model: Any, counts: Counter[str]
-) -> list[TokenGroup]:
-    limits = Limits(options.max_length, options.max_completion_length, options.truncate, options.max_prompt_length)
-    groups, cut = encoding.encode(dataset.groups, tokenizer, limits, dataset.path, skip_invalid=options.skip_invalid)
+def _prompts(groups: Sequence[Group], tokenizer: Any, most: int, counts: Counter[str]) -> list[TokenGroup]:
+    prompts, cut = encoding.sampled_prompts([group.prompt for group in groups], tokenizer, most)
     counts.update(cut)
-    if not groups:
-        raise DataError(f"{options.data}: no row is left to train on")
-    models.check_fits(model, groups)
-    return groups
-
-
-def _reward(
-    options: Any, dataset: Dataset, _: Dataset | None, tokenizer: Any, model: Any, counts: Counter[str]
-) -> list[TokenGroup]:
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the counts
-        train, held_out, cut = reward._encode(options, dataset, tokenizer)
-    counts.update(cut)
-    models.check_fits(model, train + held_out)
-    return train
-
-
-def _sample(
-    options: Any, dataset: Dataset, _: Dataset | None, tokenizer: Any, model: Any, counts: Counter[str]
-) -> list[TokenGroup]:
-    groups = [dataset.groups[i % len(dataset.groups)] for i in sample._chosen(options, len(dataset.groups))]
-    prompts, cut = encoding.sampled_prompts([g.prompt for g in groups], tokenizer, options.max_prompt_length)
-    counts.update(cut)
-    return [TokenGroup(tuple(ids), (), None, g.line) for ids, g in zip(prompts, groups, strict=True)]
+    return [TokenGroup(tuple(ids), (), None, group.line) for ids, group in zip(prompts, groups, strict=True)]
 
 
 def uncut(name: str, dataset: Dataset, tokenizer: Any) -> list[TokenGroup]:
     """Return the rows as tokens whatever the limits say, but those that the tokenizer or its template refuses."""
     groups = dataset.groups
     if name == "sample":
-        try:
-            prompts, _ = encoding.sampled_prompts([g.prompt for g in groups], tokenizer, sys.maxsize)
-        except DataError:
-            return []
-        return [TokenGroup(tuple(ids), (), None, g.line) for ids, g in zip(prompts, groups, strict=True)]
-    if groups[0].label is not None:  # read as exo.reward reads it
-        groups = [Group(g.completions[0], ("",), (float(g.label or 0),), g.line) for g in groups]
+        with contextlib.suppress(DataError):
+            return _prompts(groups, tokenizer, sys.maxsize, Counter())
+        return []
+    if groups[0].label is not None:
+        groups = reward.texts_as_prompts(groups)
     foreign: Any = "text" if name == "reward" else "refuse"
     return encoding.encode(groups, tokenizer, UNLIMITED, dataset.path, foreign=foreign, skip_invalid=True)[0]

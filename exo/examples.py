@@ -73,14 +73,9 @@ def _lines(example: Example, tokenizer: Any, colored: bool) -> Iterator[str]:
     prompt = subwords.decode(list(group.prompt), tokenizer)
     yield from _wrapped("prompt", _shortened(prompt, PROMPT), False)
     for i, ids in enumerate(group.completions):
-        text = _shortened(_after(prompt, group.prompt, ids, tokenizer), COMPLETION)
+        added = subwords.decoded_after(list(group.prompt), list(ids), tokenizer, special=True)
+        text = _shortened(added, COMPLETION)
         yield from _wrapped(_name(group, i), text if colored else f"[[{text}]]", colored)
-
-
-def _after(prompt: str, prompt_ids: Sequence[int], ids: Sequence[int], tokenizer: Any) -> str:
-    """Return the text that a completion adds to its prompt, with the first blank, which decoders drop."""
-    whole = subwords.decode([*prompt_ids, *ids], tokenizer)
-    return whole[len(prompt) :] if whole.startswith(prompt) else subwords.decode(list(ids), tokenizer)
 
 
 def _name(group: TokenGroup, i: int) -> str:

@@ -51,7 +51,7 @@ def _report(options: Any) -> str:
     console.headline("Data")
     for part in filter(None, (dataset, held_out)):
         console.say(part.summary())
-    tokenizer, model = dry_run.load_tokenizer(options.stage, options, dataset.texts)
+    model, tokenizer = dry_run.load(options.stage, options, dataset.texts)
     rendered, other = dry_run.render(options.stage, options, tokenizer, dataset, held_out)
     _say([_template(options.chat_template, rendered, tokenizer)])
     plan = dry_run.plan(options.stage, options, rendered, other, tokenizer, model)
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     head.add_argument("--stage", default="align")
     stage = head.parse_known_args(arguments)[0].stage
-    bases = (Options, dry_run.STAGES[stage if stage in dry_run.STAGES else "align"].config)
+    bases = (Options, dry_run.STAGES[stage if stage in dry_run.STAGES else "align"].module.Config)
     options_of: Any = dataclasses.make_dataclass("Config", (), bases=bases, frozen=True)
     options = config.parse(options_of, arguments, prog="python -m exo.inspect", description=__doc__)
     if options.stage != stage:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from exo import lineage, tasks
-from exo.config import ConfigError, build, require, shortened, suggestion
+from exo.config import ConfigError, build, require, shortened
 from exo.recipe import METHODS, RECIPES, SHIPPED, Recipe, load
+from exo.spelling import suggestion
 
 __all__ = ["METHODS", "RECIPES", "SHIPPED", "Recipe", "Step", "load", "plan"]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from exo import yaml_files
-from exo.config import ConfigError, require, shortened, suggestion
+from exo.config import ConfigError, require, shortened
+from exo.spelling import suggestion
 
 METHODS = ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo", "bon")
 RECIPES = Path(__file__).parent / "recipes"

@@ -38,7 +38,6 @@ from exo import (
 from exo.config import MODEL, PART, POSITIVE, at_least, named, option
 from exo.data import split
 from exo.encoding import TokenGroup
-from exo.limits import Limits
 from exo.packing import Batch, Packing
 from exo.reward_head import RewardHead
 from exo.steps import Share
@@ -94,10 +93,7 @@ class LabelLoss(PairLoss):
 @lineage.stage("reward")
 def run(config: Config, start: lineage.Start) -> Path:
     """Train and return the run directory, which is the model directory."""
-    prepared = "labelled.jsonl" if config.labels else "pairs.jsonl"
-    path = lineage.source("data", config.data, "prepare", "score", prepared=prepared)
-    purpose: data.Purpose = "labels" if config.labels else "comparisons"
-    dataset = data.read(path, purpose=purpose, **config.reading(), **config.mixing())
+    dataset = read(config)
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
     console.say(dataset.summary())
@@ -107,7 +103,11 @@ def run(config: Config, start: lineage.Start) -> Path:
     (dataset,) = templates.apply(
         config, tokenizer, processes.template_date(start, accelerator), dataset, sampled="render"
     )
-    groups, held_out, counts = _encode(config, dataset, tokenizer)
+    counts: Counter[str] = Counter()
+    try:
+        groups, held_out = tokens(config, dataset, tokenizer, counts)
+    finally:
+        console.counts(counts)
     models.check_fits(model, groups + held_out)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
     steps = batches.total_steps(config, len(groups))
@@ -125,37 +125,53 @@ def run(config: Config, start: lineage.Start) -> Path:
     return runs.end(metrics, model, tokenizer, accelerator, result, dtypes)
 
 
-def _encode(
-    config: Config, dataset: data.Dataset, tokenizer: Any
-) -> tuple[list[TokenGroup], list[TokenGroup], Counter[str]]:
-    """Pairs or texts as tokens; those held out share no prompt (no text) with the others."""
-    rows, counts = dataset.groups, Counter[str]()
+def read(config: Config, option: str = "data") -> data.Dataset:
+    """Read the file that an option names."""
+    prepared = "labelled.jsonl" if config.labels else "pairs.jsonl"
+    path = lineage.source(option, getattr(config, option), "prepare", "score", prepared=prepared)
+    return data.read(path, purpose="labels" if config.labels else "comparisons", **config.reading_of(option))
+
+
+def texts_as_prompts(groups: Sequence[data.Group]) -> list[data.Group]:
+    """Return labelled texts as they are scored: prompt, empty completion, end of sequence; the label as a reward."""
+    return [data.Group(g.completions[0], ("",), (float(g.label or 0),), g.line, source=g.source) for g in groups]
+
+
+def tokens(
+    config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]
+) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    """Return the pairs or texts to train on and those held out, which share no prompt (no text) with the others.
+
+    `counts` gets what was cut, dropped or noted. DataError if no row is left to train on.
+    """
+    rows = dataset.groups
     if config.max_completions is not None:
-        rows, counts = targets.first(rows, config.max_completions)
+        rows, skipped = targets.first(rows, config.max_completions)
+        counts.update(skipped)
     if config.labels:
         if len({group.label for group in rows}) == 1:
             raise data.DataError(f"{config.data}: expected texts of both labels; all have {rows[0].label}")
-        # as a text is scored: prompt, completion, end of sequence; and the label travels where rewards do
-        rows = [data.Group(g.completions[0], ("",), (float(g.label or 0),), g.line, source=g.source) for g in rows]
+        rows = texts_as_prompts(rows)
     else:
-        rows, more = targets.best_against_worst(rows)
-        counts += more
+        rows, skipped = targets.best_against_worst(rows)
+        counts.update(skipped)
     texts = [split.Texts(group.prompt, group.completions) for group in rows]
     names = sorted({text.name for text in texts})
-    found = split.hold_out(texts, names, round(config.eval_fraction * len(names)), config.seed)
-    if found.shared:
-        console.warn(found.warning(config.data))
-    limits = Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
-    parts = [[g for i, g in enumerate(rows) if (i in found.held_out) == held_out] for held_out in (False, True)]
-    (train, cut), (held_out, cut_too) = (
-        encoding.encode(part, tokenizer, limits, dataset.path, foreign="text", skip_invalid=config.skip_invalid)
-        for part in parts
-    )
-    counts = counts + cut + cut_too
-    console.counts(counts)
+    chosen = split.hold_out(texts, names, round(config.eval_fraction * len(names)), config.seed)
+    if chosen.shared:
+        console.warn(chosen.warning(config.data))
+    encoded = []
+    for is_held_out in (False, True):
+        part = [group for i, group in enumerate(rows) if (i in chosen.held_out) == is_held_out]
+        groups, cut = encoding.encode(
+            part, tokenizer, config.limits(), dataset.path, foreign="text", skip_invalid=config.skip_invalid
+        )
+        counts.update(cut)
+        encoded.append(groups)
+    train, held_out = encoded
     if not train:
         raise data.DataError(f"{config.data}: no row is left to train on")
-    return train, held_out, counts
+    return train, held_out
 
 
 @torch.no_grad()

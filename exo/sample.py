@@ -62,11 +62,10 @@ class Config(config.Compute, config.DataOptions, config.ChatOptions):
 @lineage.stage("sample")
 def run(config: Config, start: lineage.Start) -> Path:
     """Sample and return the run directory, which has samples.jsonl."""
-    path = lineage.source("data", config.data, "prepare", prepared="prompts.jsonl")
-    dataset = data.read(path, purpose="prompts", **config.reading(), **config.mixing())
+    dataset = read(config)
     console.say(dataset.summary())
     model = lineage.source("model", config.model, "sft", "align", "ppo")
-    _chosen(config, len(dataset.groups))
+    chosen(config, len(dataset.groups))
     accelerator = loop.make_accelerator(config)
     dropped: Counter[str] = Counter()
 
@@ -74,7 +73,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         (rendered,) = templates.apply(config, tokenizer, processes.template_date(start, accelerator), dataset)
         usable, more = encoding.usable_prompts(rendered, tokenizer, skip_invalid=config.skip_invalid)
         dropped.update(more)
-        numbers = _chosen(config, len(usable))
+        numbers = chosen(config, len(usable))
         console.say(f"{len(numbers):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
         return numbers, [usable[number % len(usable)].prompt for number in numbers]
 
@@ -87,6 +86,19 @@ def run(config: Config, start: lineage.Start) -> Path:
     return runs.end_pieces(pieces, "samples.jsonl", map(samples.row, groups), accelerator, result)
 
 
+def read(config: Config, option: str = "data") -> data.Dataset:
+    """Read the file that an option names."""
+    path = lineage.source(option, getattr(config, option), "prepare", prepared="prompts.jsonl")
+    return data.read(path, purpose="prompts", **config.reading_of(option))
+
+
+def chosen(config: Config, total: int) -> list[int]:
+    """Return the places of the prompts. A prompt that comes round again has a new place, and so new completions."""
+    require(config.first < total, "first", f"less than the {total} prompts of --data", config.first)
+    places = range(config.first, total if config.prompts is None else min(total, config.first + config.prompts))
+    return [epoch * total + i for epoch in range(config.epochs) for i in places]
+
+
 def _run(pieces: Pieces, accelerator: Accelerator, jobs: Sequence[Job]) -> list[list[Sample]]:
     """What the jobs draw, each by one process, and kept."""
     listed = [partial(_listed, job) for job in jobs]
@@ -95,13 +107,6 @@ def _run(pieces: Pieces, accelerator: Accelerator, jobs: Sequence[Job]) -> list[
 
 def _listed(job: Job) -> list[Any]:
     return samples.listed(job())
-
-
-def _chosen(config: Config, total: int) -> list[int]:
-    """Return the places of the prompts. A prompt that comes round again has a new place, and so new completions."""
-    require(config.first < total, "first", f"less than the {total} prompts of --data", config.first)
-    chosen = range(config.first, total if config.prompts is None else min(total, config.first + config.prompts))
-    return [epoch * total + i for epoch in range(config.epochs) for i in chosen]
 
 
 def _torch(config: Config, name: str, prompts_of: Prompts, accelerator: Accelerator) -> Draw:

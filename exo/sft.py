@@ -4,9 +4,11 @@ python -m exo.sft --model DIR_OR_NAME --data FILE. Of preferences, the chosen co
 completion tokens of a step, whatever the micro-batches. Left out: held-out evaluation.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -32,7 +34,6 @@ from exo import (
 from exo.config import MODEL, POSITIVE, named, option
 from exo.encoding import TokenGroup
 from exo.head import CausalHead
-from exo.limits import Limits
 from exo.packing import Batch, Packing
 from exo.steps import Share
 from exo_kernels import linear_token_logps
@@ -64,12 +65,7 @@ class NextToken(nn.Module):
 @lineage.stage("sft")
 def run(config: Config, start: lineage.Start) -> Path:
     """Fine-tune and return the run directory, which is the model directory."""
-    dataset = data.read(
-        lineage.source("data", config.data, "prepare", prepared="sft.jsonl"),
-        purpose="texts",
-        **config.reading(),
-        **config.mixing(),
-    )
+    dataset = read(config)
     accelerator = loop.make_accelerator(config)
     set_seed(config.seed)
     console.say(dataset.summary())
@@ -78,11 +74,11 @@ def run(config: Config, start: lineage.Start) -> Path:
     model, tokenizer = adapter.load(config, name, dataset.texts, accelerator)
     dtypes = models.dtypes_of(config.save_dtype, name)
     (dataset,) = templates.apply(config, tokenizer, processes.template_date(start, accelerator), dataset)
-    limits = Limits(config.max_length, config.max_completion_length, config.truncate, config.max_prompt_length)
-    groups, counts = encoding.encode(dataset.groups, tokenizer, limits, dataset.path, skip_invalid=config.skip_invalid)
-    console.counts(counts)
-    if not groups:
-        raise data.DataError(f"{config.data}: no row is left to train on")
+    counts: Counter[str] = Counter()
+    try:
+        groups = tokens(config, dataset, tokenizer, counts)
+    finally:
+        console.counts(counts)
     models.check_fits(model, groups)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
     steps = batches.total_steps(config, len(groups))
@@ -101,14 +97,31 @@ def run(config: Config, start: lineage.Start) -> Path:
     module = NextToken(adapted).train(config.dropout)
     loop.train(
         module, batches.Batches(groups, config, steps), steps, config, accelerator, metrics,
-        packing=packing, denominator=_tokens,
+        packing=packing, denominator=_scored_tokens,
         steps_an_epoch=batches.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
     finished = adapter.finished(module.model, config, accelerator)
     return runs.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 
 
-def _tokens(groups: Sequence[TokenGroup]) -> int:
+def read(config: Config, option: str = "data") -> data.Dataset:
+    """Read the file that an option names."""
+    path = lineage.source(option, getattr(config, option), "prepare", prepared="sft.jsonl")
+    return data.read(path, purpose="texts", **config.reading_of(option))
+
+
+def tokens(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:
+    """Return the rows to train on; `counts` gets what was cut, dropped or noted. DataError if none is left."""
+    groups, cut = encoding.encode(
+        dataset.groups, tokenizer, config.limits(), dataset.path, skip_invalid=config.skip_invalid
+    )
+    counts.update(cut)
+    if not groups:
+        raise data.DataError(f"{config.data}: no row is left to train on")
+    return groups
+
+
+def _scored_tokens(groups: Sequence[TokenGroup]) -> int:
     return sum(len(completion) for group in groups for completion in group.completions)
 
 

@@ -103,13 +103,17 @@ def decode(ids: list[int], tokenizer: Any) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def decoded_after(prompt_ids: list[int], ids: list[int], tokenizer: Any) -> str:
-    """Return the text that `ids` add to a prompt: its first blank too, which a decoder drops at the start of a text."""
-    before = tokenizer.decode(prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    whole = tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decoded_after(prompt_ids: list[int], ids: list[int], tokenizer: Any, *, special: bool = False) -> str:
+    """Return the text that `ids` add to a prompt: its first blank too, which a decoder drops at the start of a text.
+
+    `special` keeps special tokens in the text.
+    """
+
+    def decoded(some: list[int]) -> str:
+        return tokenizer.decode(some, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+    before, whole = decoded(prompt_ids), decoded([*prompt_ids, *ids])
+    return whole[len(before) :] if whole.startswith(before) else decoded(ids)
 
 
 def _candidates(text: str, tokenizer: Any) -> Iterator[list[int]]:

@@ -1,12 +1,13 @@
 """What is held out shares no text with what is trained on."""
 
 import random
+from collections import Counter
 
 import pytest
 
 from exo import align, console, data, models, reward
 from exo.data.split import Texts, hold_out
-from tests.tasks import write_model, write_rows
+from tests.tasks import WORDS, write_model, write_rows
 
 THINGS = "cat dog cow hen fox owl bee ant elk emu".split()
 
@@ -93,14 +94,30 @@ def test_align_and_reward_train_on_no_text_that_they_hold_out(tmp_path):
     tokenizer = models.load_tokenizer(policy)
     dataset = data.read(source)
     settings = align.Config(model=policy, data=source, eval_fraction=0.2)
-    groups = align._encode(settings, dataset, tokenizer, align.Counter())
+    groups = align.tokens(settings, dataset, tokenizer, Counter())
     for train, held_out in (
-        align._parted(settings, dataset, groups, [], align.Counter()),
-        reward._encode(reward.Config(model=policy, data=source, eval_fraction=0.2), dataset, tokenizer)[:2],
+        align.parted(settings, dataset, groups, [], Counter())[:2],
+        reward.tokens(reward.Config(model=policy, data=source, eval_fraction=0.2), dataset, tokenizer, Counter()),
     ):
         seen = [{group.prompt + group.completions[0] for group in part} for part in (train, held_out)]
         assert len(held_out) in range(4, 11) and len(train) + len(held_out) == 36
         assert not seen[0] & seen[1]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_align_chooses_what_it_holds_out_once(tmp_path, monkeypatch):
+    """Before the reference scores the rows; the choice takes seconds for 100,000 rows."""
+    calls, parts = [], []
+    choose, part = align.split.hold_out, align.parted
+    monkeypatch.setattr(align.split, "hold_out", lambda *args: calls.append(args) or choose(*args))
+    monkeypatch.setattr(align, "parted", lambda *args: parts.append(part(*args)) or parts[-1])
+    rows = [{"prompt": f"red {word}", "chosen": f" good {word}", "rejected": " bad"} for word in WORDS]
+    arguments = ["--model", write_model(tmp_path / "policy"), "--data", write_rows(tmp_path / "rows.jsonl", rows)]
+    arguments += ["--max_steps", "1", "--device", "cpu", "--eval_fraction", "0.3"]
+    assert align.main([*arguments, "--output_dir", str(tmp_path / "run")]) == 0
+    assert len(calls) == 1
+    before, after = ([[g.line for g in rows] for rows in each[:2]] for each in parts)
+    assert before == after and all(before) and all(g.ref_logps for g in (*parts[1].train, *parts[1].held_out))
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -2,11 +2,14 @@
 
 import io
 import json
+import random
+import shutil
 import sys
 
 import pytest
 
 from exo import align, artifacts, console, data, data_report, examples, inspect, models, reward, sample, sft
+from exo.data import Group, split
 from exo.encoding import TokenGroup
 from tests.chat_templates import CHATML
 from tests.data_files import put
@@ -51,6 +54,49 @@ def report(capsys):
         return code, out, err
 
     return run
+
+
+def write_config(directory, **settings):
+    """Write the config.json of a small Llama, with other settings."""
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **small, **settings}))
+
+
+def unusable_models(directory, model):
+    """Yield directories that no stage can take for --model, each with the tokenizer of `model`."""
+    settings = {
+        "t5": {"model_type": "t5", "is_encoder_decoder": True},
+        "bert": {"model_type": "bert"},
+        "router": {"model_type": "mixtral", "output_router_logits": True},
+        "rounded": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "unknown": {"model_type": "nobody's"},
+        "text for a number": {"vocab_size": "x"},
+        "text for positions": {"max_position_embeddings": "a"},
+        "text for a config": {"text_config": "x"},
+    }
+    for name in (*settings, "broken", "list", "none"):
+        shutil.copytree(model, directory / name, ignore=shutil.ignore_patterns("config.json"))
+    for name, values in settings.items():
+        write_config(directory / name, **values)
+    (directory / "broken" / "config.json").write_text('{"model_type":')
+    (directory / "list" / "config.json").write_text("[]")
+    bases = {"itself": "itself", "one": "other", "other": "one", "lost": "nowhere", "null": None}
+    for name, base in bases.items():
+        (directory / name).mkdir()
+        entries = {"base_model_name_or_path": base and str(directory / base)}
+        (directory / name / "adapter_config.json").write_text(json.dumps(entries))
+        (directory / name / "adapter_model.safetensors").touch()
+    return [directory / name for name in (*settings, "broken", "list", "none", *bases)]
+
+
+def too_small_models(directory, model):
+    """Yield directories of models that cannot be trained on PAIRS: one lacks positions, one lacks embeddings."""
+    shutil.copytree(model, directory / "positions")
+    config = json.loads((directory / "positions" / "config.json").read_text())
+    (directory / "positions" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4}))
+    write_model(directory / "embeddings", words=["red", "round"])
+    models.load_tokenizer(model).save_pretrained(directory / "embeddings")
+    return [directory / "positions", directory / "embeddings"]
 
 
 def test_what_would_be_trained_on_in_numbers_counted_by_hand(report, tmp_path, model):
@@ -111,10 +157,23 @@ def test_texts_of_a_test_file_that_are_trained_on_are_named(report, tmp_path, mo
     implicit = put(tmp_path, [{"chosen": "red round good good", "rejected": "red big"}], "implicit.jsonl")
     found = data_report.leaks(data.read(pairs).groups, data.read(implicit).groups)
     assert found.completions == [("line 1", "line 1")], "the same text with its prompt cut elsewhere"
-    prompts = put(tmp_path, [{"prompt": "blue"}, {"prompt": "big"}], "prompts.jsonl")
+    prompts = put(tmp_path, [{"prompt": "blue"}, {"prompt": "big"}, {"prompt": ""}], "prompts.jsonl")
     for stage in ("sft", "reward", "sample"):
         code, out, _ = report("--stage", stage, "--data", pairs, "--model", model, "--eval_data", prompts)
-        assert code == 0 and "held-out rows with a prompt of --data: 1 of 2 (line 1 = line 4)\n" in out
+        assert code == 0 and "held-out rows with a prompt of --data: 1 of 3 (line 1 = line 4)\n" in out
+
+
+def test_leaks_are_what_align_warns_of_and_what_a_split_keeps_together():
+    texts = ["", "red", "red ", " red", "blue", "red blue", "\n"]
+    rng = random.Random(0)
+    for _ in range(200):
+        rows = [Group(rng.choice(texts), (rng.choice(texts[1:]), rng.choice(texts[1:])), None, i) for i in range(1, 7)]
+        trained, held_out = rows[:3], rows[3:]
+        found = data_report.leaks(trained, held_out)
+        as_texts = ([split.Texts(row.prompt, row.completions) for row in part] for part in (trained, held_out))
+        assert len({row for row, _ in found.prompts + found.completions}) == split.shared(*as_texts), rows
+        same_prompt = [row.prompt and row.prompt in {other.prompt for other in trained} for row in held_out]
+        assert {row for row, _ in found.prompts} >= {f"line {i}" for i, same in enumerate(same_prompt, 4) if same}
 
 
 def test_every_stage(report, tmp_path, model):
@@ -171,6 +230,10 @@ def test_the_error_is_that_of_the_stage(stage, report, capsys, tmp_path, model):
         cases.append((LABELLED[1:], ["--labels"]))
     if name == "sample":
         cases.append((PAIRS, ["--first", "5"]))
+    (tmp_path / "models").mkdir()
+    unusable = unusable_models(tmp_path / "models", model)
+    unusable += too_small_models(tmp_path / "models", model) if name != "sample" else []
+    cases += [(PAIRS, ["--model", str(path)]) for path in unusable]
     for i, (rows, options) in enumerate(cases):
         arguments = ["--data", str(put(tmp_path, rows)), "--model", model, *options]
         assert stage.main([*arguments, "--output_dir", str(tmp_path / f"run-{i}"), "--device", "cpu"]) == 2, options
@@ -179,6 +242,52 @@ def test_the_error_is_that_of_the_stage(stage, report, capsys, tmp_path, model):
         assert (code, err) == (2, expected), options
         work = "Sampling" if name == "sample" else "Training"
         assert out.endswith(f"\n{work} would not start: {err.removeprefix('error: ')}"), options
+
+
+def test_names_of_columns_are_for_the_data_and_need_not_be_in_the_held_out_file(report, capsys, tmp_path, model):
+    renamed = [{"prompt": row["prompt"], "better": row["chosen"], "rejected": row["rejected"]} for row in PAIRS]
+    data_file, held_out = put(tmp_path, renamed, "renamed.jsonl"), put(tmp_path, PAIRS[:2], "test.jsonl")
+    arguments = ["--data", data_file, "--model", model, "--columns", "chosen=better", "--eval_data", held_out]
+    assert (
+        align.main([*map(str, arguments), "--max_steps", "1", "--device", "cpu", f"--output_dir={tmp_path}/run"]) == 0
+    )
+    for stage in ("align", "sft", "reward"):
+        assert report("--stage", stage, *arguments)[0] == 0, stage
+    held_out = tmp_path / "nowhere.jsonl"
+    assert align.main([*map(str, arguments[:-1]), str(held_out), f"--output_dir={tmp_path}/other"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --eval_data {held_out}: no such file")
+    assert report(*arguments[:-1], held_out)[2].startswith(f"error: --eval_data {held_out}: no such file")
+
+
+def test_warnings_of_the_stage_are_printed(report, tmp_path, model, monkeypatch):
+    connected = [{"prompt": word, "chosen": " good", "rejected": " bad"} for word in ("red", "green", "blue", "big")]
+    pairs = put(tmp_path, connected)
+    for options, warning in (
+        (["--stage", "reward", "--eval_fraction", 0.5], "2 of 2 held-out rows of"),
+        (["--stage", "align", "--eval_fraction", 0.5], "2 of 2 held-out rows of"),
+        (["--stage", "align", "--eval_data", pairs], "4 of 4 held-out rows share a prompt or a completion with --data"),
+    ):
+        monkeypatch.setattr(console, "_warned", set())
+        code, out, _ = report("--data", pairs, "--model", model, *options)
+        warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
+        assert code == 0 and len(warnings) == 1 and warning in warnings[0], options
+
+
+def test_templates_show_the_date_that_the_stage_would_show(report, tmp_path):
+    """The date of the run that is resumed, or of the run that made the model; not today's."""
+    tokenizer = KINDS["byte-level, no BOS (GPT-2, Qwen)"]()
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_config(tmp_path / "model", vocab_size=len(tokenizer))
+    template = put(tmp_path, "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content }}.{% endfor %}", "t")
+    arguments = ["--data", put(tmp_path, PAIRS), "--model", tmp_path / "model", "--chat_template", template]
+    arguments += ["--output_dir", tmp_path / "run"]
+    options = align.Config(model="m", data="d")
+    artifacts.write_run(tmp_path / "model", options, "sft", template_date="2020-02-03", finished="then")
+    assert "2020-02-03" in report(*arguments)[1]
+    (tmp_path / "run").mkdir()
+    artifacts.write_run(tmp_path / "run", options, "align", template_date="2021-03-04")
+    assert "2021-03-04" in report(*arguments)[1]
+    assert "2020-02-03" in report(*arguments, "--overwrite_output_dir")[1]
 
 
 def test_one_row_and_an_unfinished_input(report, tmp_path, model):
@@ -218,6 +327,7 @@ def test_chats_show_their_special_tokens_and_how_a_turn_ends(report, tmp_path):
     tokenizer = KINDS["byte-level, no BOS (GPT-2, Qwen)"]()
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path / "chat")
+    write_config(tmp_path / "chat", vocab_size=len(tokenizer))
     chats, pairs = put(tmp_path, CHATS, "chats.jsonl"), put(tmp_path, PAIRS, "pairs.jsonl")
     code, out, _ = report("--stage", "sft", "--data", chats, "--model", tmp_path / "chat")
     assert code == 0 and "chat template: the tokenizer's; a turn ends with '<|im_end|>'\n" in out

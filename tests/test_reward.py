@@ -1,6 +1,7 @@
 """The reward model: it learns what is preferred, is saved for transformers, and gives the same number in any batch."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_held_out_prompts_are_not_trained_on_with_other_completions(policy):
     ]
     config = reward.Config(model=policy, data="x", eval_fraction=0.25)
     dataset = data.Dataset(rows, "", len(rows), {}, {}, "x")
-    train, held_out, _ = reward._encode(config, dataset, models.load_tokenizer(policy))
+    train, held_out = reward.tokens(config, dataset, models.load_tokenizer(policy), Counter())
     assert len(train) == 24 and len(held_out) == 8
     assert {group.prompt for group in train}.isdisjoint({group.prompt for group in held_out})
 

@@ -227,6 +227,8 @@ def test_samples_decode_with_the_blank_that_they_begin_with(kind_name):
         ids = encoding.prompt_ids(prompt, tokenizer)
         group = encoded(tokenizer, prompt, completion)
         assert subwords.decoded_after(ids, list(group.completions[0]), tokenizer) == completion
+        shown = subwords.decoded_after(ids, list(group.completions[0]), tokenizer, special=True)
+        assert shown in (completion + tokenizer.eos_token, f"{completion} {tokenizer.eos_token}")
 
 
 def rows_of(templates, groups, **options):

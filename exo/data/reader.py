@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from exo.config import suggestion
 from exo.data import mixing
 from exo.data import rows as containers
 from exo.data.columns import REFERENCE, Choice, LeftOver, choice, texts_of
@@ -20,6 +19,7 @@ from exo.data.reading import TOKENS, Reading
 from exo.data.shapes import Purpose, Shape, referenced
 from exo.data.transcripts import answers_to
 from exo.data.trees import group_rows
+from exo.spelling import suggestion
 
 
 def read(

@@ -4,7 +4,7 @@ Everything else sees a torch module, its config and a tokenizer.
 """
 
 try:
-    from exo.models.classifiers import classifier_from, load_classifier
+    from exo.models.classifiers import classifier_from, classifier_without_weights, load_classifier
     from exo.models.endings import absent_ids, stop_ids
     from exo.models.files import is_adapter
     from exo.models.flex import attend
@@ -15,8 +15,8 @@ try:
         load_or_tiny,
         load_tokenizer,
         parameter_count,
-        parameters_of,
     )
+    from exo.models.meta import load_without_weights, parameters_of
     from exo.models.refusals import refuse_unsupported
     from exo.models.saving import Dtypes, dtypes_of, save, save_checkpoint
     from exo.models.small import PAD, tiny, word_level
@@ -26,7 +26,8 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"exo needs {error.name}: pip install 'exo-kernels[train]'", name=error.name) from None
 
 __all__ = [
-    "PAD", "Dtypes", "absent_ids", "attend", "check_fits", "classifier_from", "dtypes_of", "in_full", "is_adapter",
-    "load", "load_classifier", "load_or_tiny", "load_tokenizer", "parameter_count", "parameters_of",
-    "refuse_unsupported", "save", "save_checkpoint", "stop_ids", "tiny", "word_level",
+    "PAD", "Dtypes", "absent_ids", "attend", "check_fits", "classifier_from", "classifier_without_weights",
+    "dtypes_of", "in_full", "is_adapter", "load", "load_classifier", "load_or_tiny", "load_tokenizer",
+    "load_without_weights", "parameter_count", "parameters_of", "refuse_unsupported", "save", "save_checkpoint",
+    "stop_ids", "tiny", "word_level",
 ]  # fmt: skip

@@ -4,10 +4,17 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from exo.models import files, multimodal
 from exo.models.loading import load, load_config, load_tokenizer, load_weights
+from exo.models.meta import load_without_weights
 from exo.models.quiet import bars_only_on_a_terminal, explained
 from exo.models.refusals import refuse_unsupported
 from exo.models.small import PAD
@@ -42,6 +49,7 @@ def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedMo
         else:
             config = load_config(name)
             refuse_unsupported(config)
+            _refuse_without_classifier(config)
             tokenizer = load_tokenizer(name)
             config.num_labels = outputs
             torch.default_generator.manual_seed(seed)
@@ -52,10 +60,27 @@ def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedMo
         return model, tokenizer
 
 
+def classifier_without_weights(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the body and the tokenizer of `classifier_from`, on the meta device: no weights are read."""
+    model, tokenizer = load_without_weights(name)
+    _refuse_without_classifier(model.config)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        _pad_apart(model, tokenizer)
+    return model, tokenizer
+
+
+def _refuse_without_classifier(config: PreTrainedConfig) -> None:
+    if MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None) is None:
+        raise ValueError(
+            f"model type {config.model_type!r} is not supported: transformers has no sequence classifier of this type"
+        )
+
+
 def _on_the_body(name: str, causal: Any, outputs: int) -> Any:
     """Put a new head on the body of a loaded causal LM."""
+    _refuse_without_classifier(causal.config)
     causal.config.num_labels = outputs
-    with explained(name, "a model whose kind has sequence classifiers"):
+    with explained(name, "a body that a sequence classifier can have"):
         with init_empty_weights():
             model: Any = AutoModelForSequenceClassification.from_config(causal.config)
         setattr(model, model.base_model_prefix, causal.base_model)

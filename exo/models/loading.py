@@ -49,9 +49,6 @@ def load(
     modelling file can execute anything here. Every refusal is a one-line ValueError.
     """
     name = str(name)
-    if Path(name).is_absolute() or name.startswith((".", "~")):
-        if not Path(name).is_dir():
-            raise ValueError(f"model {name!r}: expected a directory or a hub name, got neither")
     if files.is_adapter(name):
         return _with_adapter(name)
     with bars_only_on_a_terminal():
@@ -141,30 +138,19 @@ def _with_adapter(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_or_tiny(
-    name: str, texts: Callable[[], Iterable[str]], *, seed: int, mapped: bool = False
+    name: str, texts: Callable[[], Iterable[str]], *, seed: int, read: Callable[[str], tuple[Any, Any]] = load
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """`load`, or where the name is "tiny" a small model on `texts`."""
+    """Load a model and its tokenizer by `read`; if the name is "tiny", build a small one on `texts`."""
     if name == "tiny":
         return tiny(texts(), seed=seed)
     if not Path(name).exists() and difflib.get_close_matches(name, ["tiny"]):
         raise ValueError(f"--model {name}: no such directory; did you mean tiny?")
-    return load(name, mapped=mapped)
+    return read(name)
 
 
 def parameter_count(model: torch.nn.Module) -> int:
     """Parameters of the model, a tied head counted once; of those in 4 bits there are two in a byte."""
     return sum(parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1) for parameter in model.parameters())
-
-
-def parameters_of(name: str) -> int:
-    """Parameters of a causal LM by its config alone; its weights are not read."""
-    config = load_config(name)
-    if multimodal.is_wrapper(config):
-        refuse_unsupported(config)
-    with explained(name, "a config.json that makes a causal LM"), torch.device("meta"):
-        if multimodal.is_wrapper(config):
-            return parameter_count(multimodal.causal_class(config)(config.get_text_config()))
-        return parameter_count(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def check_fits(model: PreTrainedModel, rows: Iterable[Any]) -> None:
@@ -187,11 +173,15 @@ def check_fits(model: PreTrainedModel, rows: Iterable[Any]) -> None:
 
 def load_config(name: str) -> PreTrainedConfig:
     """Load a model's config once its files have been checked."""
+    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
+        raise ValueError(f"model {name!r}: expected a directory or a hub name, got neither")
     files.check(name)
     with explained(name, "a config.json of a type that transformers knows without remote code"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config._attn_implementation not in ATTENTION:
             config._attn_implementation = None
+        if not isinstance(text := config.get_text_config(), PreTrainedConfig):
+            raise ValueError(f"a {type(text).__name__} as text_config")
         return config
 
 
