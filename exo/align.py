@@ -6,8 +6,9 @@ directory is the model directory. Left out: objectives other than the kernels'.
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -131,10 +132,8 @@ def run(config: Config, start: lineage.Start) -> Path:
         train_groups, _, held_out_lines = parted(config, dataset, groups, others, counts)
     finally:
         console.counts(counts)
-    mode = reference.mode(config.reference, groups + others)
-    if config.ref_model and mode in ("none", "data"):
-        raise ValueError(f"--ref_model: expected --reference cache or live; with {mode} no model is asked")
-    other_model = _reference_model(config, groups + others, tokenizer)
+    read_model = partial(models.load, mapped=sharding.asked(config))
+    mode, other_model = reference_model(config, groups + others, tokenizer, read_model)
     _describe(config, model, tokenizer, train_groups, accelerator)
     metrics = runs.begin(start, accelerator, dataset.account(counts))
 
@@ -294,16 +293,23 @@ def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: A
     return whole // share + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
 
 
-def _reference_model(config: Config, groups: list[TokenGroup], tokenizer: Any) -> Any:
-    """The reference where it is a model of its own; None where it is the start of the policy."""
+def reference_model(
+    config: Config, groups: list[TokenGroup], tokenizer: Any, read_model: Callable[[str], tuple[Any, Any]]
+) -> tuple[str, Any]:
+    """Return how the reference is used (reference.mode), and its model; None if it is the start of the policy.
+
+    `read_model` reads the model and its tokenizer by name.
+    """
+    mode = reference.mode(config.reference, groups)
     if config.ref_model is None:
-        return None
-    name = lineage.source("ref_model", config.ref_model, "sft", "align", "ppo")
-    model, other = models.load(name, mapped=sharding.asked(config))
+        return mode, None
+    if mode in ("none", "data"):
+        raise ValueError(f"--ref_model: expected --reference cache or live; with {mode} no model is asked")
+    model, other = read_model(lineage.source("ref_model", config.ref_model, "sft", "align", "ppo"))
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
     models.check_fits(model, groups)
-    return model
+    return mode, model
 
 
 def _scored(

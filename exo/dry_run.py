@@ -132,7 +132,11 @@ def _rows(
     if held_out:
         others = align.tokens(options, held_out, tokenizer, counts)
     models.check_fits(model, rows + others)
-    return align.parted(options, dataset, rows, others, counts).train if name == "align" else rows
+    if name != "align":
+        return rows
+    train = align.parted(options, dataset, rows, others, counts).train
+    align.reference_model(options, rows + others, tokenizer, models.load_without_weights)
+    return train
 
 
 def _prompts(groups: Sequence[Group], tokenizer: Any, most: int, counts: Counter[str]) -> list[TokenGroup]:

@@ -234,6 +234,11 @@ def test_the_error_is_that_of_the_stage(stage, report, capsys, tmp_path, model):
     unusable = unusable_models(tmp_path / "models", model)
     unusable += too_small_models(tmp_path / "models", model) if name != "sample" else []
     cases += [(PAIRS, ["--model", str(path)]) for path in unusable]
+    if name == "align":
+        cases += [(PAIRS, ["--ref_model", str(path)]) for path in unusable if path.name != "embeddings"]
+        other = write_model(tmp_path / "other", words=["red", "round"])
+        cases.append((PAIRS, ["--ref_model", other]))
+        cases.append((PAIRS, ["--ref_model", model, "--reference", "none"]))
     for i, (rows, options) in enumerate(cases):
         arguments = ["--data", str(put(tmp_path, rows)), "--model", model, *options]
         assert stage.main([*arguments, "--output_dir", str(tmp_path / f"run-{i}"), "--device", "cpu"]) == 2, options
