@@ -139,7 +139,7 @@ def leaks(groups: Iterable[Group], held_out: Iterable[Group]) -> Leaks:
     leaked = Leaks([], [])
     for group in held_out:
         same = [key for key in _keys(group) if key in first]
-        prompt = [key for key in same if key == ("name", group.prompt)]
+        prompt = [key for key in same if key == ("name", group.prompt.strip())]
         if prompt:
             leaked.prompts.append((place(group), first[prompt[0]]))
         if others := [key for key in same if key not in prompt]:

@@ -95,8 +95,8 @@ def render(
     """Set up the chat template, and return the data that the stage reads with the prompts that it renders."""
     sampled: Any = "render" if name == "reward" else "keep"
     previous = None if options.overwrite_output_dir else lineage.record(Path(options.output_dir))
-    inputs = lineage._inputs(options, name).values()
-    date = datetime.date.fromisoformat(lineage._template_date(previous, inputs))
+    inputs = lineage.inputs(options, name).values()
+    date = datetime.date.fromisoformat(lineage.template_date(previous, inputs))
     others = [held_out] if held_out and name == "align" else []
     rendered, *others = templates.apply(options, tokenizer, date, dataset, *others, sampled=sampled)
     return rendered, others[0] if others else None

@@ -106,13 +106,13 @@ def stage(name: str) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Pat
 
 def _start(config: Any, stage: str) -> Start | None:
     """None where it has been done."""
-    directory, paths = Path(config.output_dir), _inputs(config, stage)
+    directory, paths = Path(config.output_dir), inputs(config, stage)
     artifacts.check_apart(config.output_dir, [_directory(str(p)) for path in paths.values() for p in parts(path)])
     if paths.get("oracle", "").startswith("."):
         raise ValueError(f"--oracle {paths['oracle']}: expected a module's full name, as in package.module:function")
     hashes = {name: fingerprint(path) for name, path in paths.items()}
     before = None if config.overwrite_output_dir else record(directory)
-    facts = {"started": artifacts.now(), "inputs": hashes, "template_date": _template_date(before, paths.values())}
+    facts = {"started": artifacts.now(), "inputs": hashes, "template_date": template_date(before, paths.values())}
     if before is None or before["stage"] != stage:
         artifacts.check(config.output_dir, overwrite=config.overwrite_output_dir)
         return Start(config, stage, False, facts)
@@ -137,7 +137,7 @@ def _start(config: Any, stage: str) -> Start | None:
     return None if finished else Start(config, stage, True, facts)
 
 
-def _template_date(before: Mapping[str, Any] | None, inputs: Iterable[str]) -> str:
+def template_date(before: Mapping[str, Any] | None, inputs: Iterable[str]) -> str:
     """Return the date of the earlier run that is resumed, or of the runs that made the inputs, or today's."""
     places = [place for place in map(Path, inputs) if place.exists()]
     runs = [before, *(record(place if place.is_dir() else place.parent) for place in places)]
@@ -164,7 +164,7 @@ def goes_on(directory: Path, config: Any, stage: str) -> bool:
     run = record(directory)
     if run is None or run["stage"] != stage or "finished" in run:
         return False
-    hashes = {name: fingerprint(path) for name, path in _inputs(config, stage).items()}
+    hashes = {name: fingerprint(path) for name, path in inputs(config, stage).items()}
     return not _differences(run, config, hashes)
 
 
@@ -249,7 +249,7 @@ def command(run: Mapping[str, Any]) -> str:
     return typed if typed.isprintable() else ascii(typed)[1:-1]
 
 
-def _inputs(config: Any, stage: str) -> dict[str, str]:
+def inputs(config: Any, stage: str) -> dict[str, str]:
     """Return the options of a stage that name what it reads: those of INPUTS, and a chat template that is a file."""
     inputs = {name: getattr(config, name) for name in INPUTS[stage] if getattr(config, name)}
     template = getattr(config, "chat_template", None)
@@ -261,7 +261,7 @@ def holds(directory: Path, config: Any, stage: str) -> bool:
     run = record(directory)
     if run is None or run["stage"] != stage or "finished" not in run:
         return False
-    paths = _inputs(config, stage)
+    paths = inputs(config, stage)
     same_inputs = run.get("inputs") == {name: fingerprint(path) for name, path in paths.items()}
     return not changed(run, asdict(config)) and same_inputs and _whole(directory, run.get("outputs"))
 

@@ -172,7 +172,8 @@ def test_leaks_are_what_align_warns_of_and_what_a_split_keeps_together():
         found = data_report.leaks(trained, held_out)
         as_texts = ([split.Texts(row.prompt, row.completions) for row in part] for part in (trained, held_out))
         assert len({row for row, _ in found.prompts + found.completions}) == split.shared(*as_texts), rows
-        same_prompt = [row.prompt and row.prompt in {other.prompt for other in trained} for row in held_out]
+        prompts = {other.prompt.strip() for other in trained if other.prompt}
+        same_prompt = [row.prompt and row.prompt.strip() in prompts for row in held_out]
         assert {row for row, _ in found.prompts} >= {f"line {i}" for i, same in enumerate(same_prompt, 4) if same}
 
 
