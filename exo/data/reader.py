@@ -15,7 +15,7 @@ from exo.data.errors import DataError, Malformed, StrPath, names, show
 from exo.data.matching import NAMES, Plan, match, plan
 from exo.data.messages import Chat
 from exo.data.prompts import BESIDE, with_context
-from exo.data.reading import TOKENS, Reading
+from exo.data.reading import SETTINGS, TOKENS, Reading
 from exo.data.shapes import Purpose, Shape, referenced
 from exo.data.transcripts import answers_to
 from exo.data.trees import group_rows
@@ -213,7 +213,7 @@ class _Reader:
     def _beside(self, shape: Shape) -> Iterable[str]:
         """Columns that are read beside those of the shape."""
         if shape.reference and self.purpose in ("comparisons", "samples"):
-            return (*BESIDE, *REFERENCE, *TOKENS)
+            return (*BESIDE, *REFERENCE, *TOKENS, *SETTINGS)
         return (*BESIDE, *REFERENCE) if self.purpose not in ("comparisons", "samples") else BESIDE
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from exo.data.errors import Malformed, names, number, string
 
 TOKENS = ("tokenizer", "token_ids", "logprobs", "finish")  # columns
+SETTINGS = ("temperature", "max_new_tokens", "top_p")  # columns that our `sample` adds and others need not
 
 
 class Tokens(NamedTuple):
