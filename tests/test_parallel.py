@@ -155,7 +155,8 @@ def test_ranks_agree_on_weights_that_did_not_move_or_are_not_finite(how, given, 
         assert bool(list(run.glob("resume/step-*"))) == (rate == "1e-60"), "no poisoned checkpoint"
 
 
-@pytest.mark.parametrize("how", ["--fsdp", pytest.param("--fsdp=false", marks=slow)])
+@slow
+@pytest.mark.parametrize("how", ["--fsdp", "--fsdp=false"])
 def test_ranks_save_the_dtype_of_the_start(how, given, tmp_path, server):
     model, tokenizer = models.load(given / "start")
     models.save(model.to(torch.bfloat16), tokenizer, tmp_path / "start")

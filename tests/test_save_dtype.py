@@ -38,7 +38,7 @@ def dtypes(directory):
     return {tensor.dtype for file in directory.glob("*.safetensors") for tensor in load_file(file).values()}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["align", *(pytest.param(s, marks=pytest.mark.slow) for s in STAGES if s != "align")])
 def test_a_run_from_16_bits_saves_the_rounding_of_what_it_trained_in_32(stage, given, tmp_path):
     """Every weight is that of the run from the same numbers in fp32, rounded once; so were metrics and resumption."""
     more = ["--save_steps", "4"] * (stage in ("align", "ppo"))
