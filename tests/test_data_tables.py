@@ -334,3 +334,9 @@ def test_a_directory_of_one_kind_of_files_is_read_whole(tmp_path, names):
     for name in names:
         put(tmp_path, [GOOD], name)
     assert len(read(tmp_path).groups) == len(names)
+
+
+def test_files_called_training_and_testing_are_splits(tmp_path):
+    put(tmp_path, [GOOD], "training.jsonl")
+    put(tmp_path, [GOOD | {"prompt": "another"}] * 2, "testing.jsonl")
+    assert len(read(tmp_path).groups) == 1 and len(read(f"{tmp_path}@testing").groups) == 2

@@ -39,7 +39,10 @@ _PACKED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
     b"\xfd7zXZ": ("xz", lzma.LZMAFile),
     b"\x28\xb5\x2f\xfd": ("zstd", tables.zstd),
 }
-_SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?![a-z])[^.]*", re.IGNORECASE)
+_SPLIT = re.compile(
+    r"(?:^|[-_.])(train(ing)?|test(ing)?|validation|valid|val|dev|eval(uation)?|held[-_]?out)(?![a-z])[^.]*",
+    re.IGNORECASE,
+)
 _SHARD = re.compile(r"[-_.]?\d+(-of-\d+)?$")
 _PAPERS = re.compile(
     r"(readme|licen[cs]e|dataset_infos?\.json$|dataset_dict\.json$|checksums|sha256sums)", re.IGNORECASE
@@ -152,7 +155,7 @@ def _of_split(directory: Path, files: list[Path], split: str | None) -> tuple[li
     splits = sorted(filter(None, by_split))
     if split is None and len(by_split) == 1:
         return files, ""
-    wanted = split or "train"
+    wanted = split or ("training" if "training" in splits and "train" not in splits else "train")
     if wanted not in splits or (split is None and "" in by_split):
         known = ", ".join(f"{directory.name}@{name}" for name in splits) or "none"
         others = f" and {names(file.name for file in by_split[''])}" if "" in by_split else ""
