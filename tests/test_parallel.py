@@ -142,7 +142,8 @@ def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, gi
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
 
 
-@pytest.mark.parametrize("how", ["--fsdp", pytest.param("--fsdp=false", marks=slow)])
+@slow
+@pytest.mark.parametrize("how", ["--fsdp", "--fsdp=false"])
 def test_ranks_agree_on_weights_that_did_not_move_or_are_not_finite(how, given, tmp_path, server):
     for rate, said in (
         ("1e-60", "no weight has changed after 10 steps"),
