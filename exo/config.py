@@ -120,7 +120,7 @@ class SourceOptions(Stage):
     columns: str | None = option(
         None, "columns by other names: prompt=question,chosen=better", Range(_are_columns, "name=column, with commas")
     )
-    ignore_columns: str | None = option(None, "columns to leave out, with commas; all: every one that nobody reads")
+    ignore_columns: str | None = option(None, "columns to leave out, with commas; all: every one that no format reads")
     system_column: str | None = option(None, "the column of the system prompt, if it is not called system")
     skip_invalid: bool = option(
         False, "count malformed rows, and rows that the tokenizer or its template refuses, instead of stopping"

@@ -28,7 +28,7 @@ def say(text: str = "") -> None:
     if not _muted:
         try:
             print(text if can_print(text) else text.encode("ascii", "backslashreplace").decode(), flush=True)
-        except OSError:  # nobody reads it: the run goes on
+        except OSError:  # output that cannot be written does not end a run
             mute()
 
 

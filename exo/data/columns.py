@@ -1,7 +1,7 @@
 """The columns of a row: which are read, under which names, and what is left over.
 
-A column that nobody reads is harmless (an id, a score, a model's name), or it could belong to the prompt or change what
-is learned (a question, tools, a margin). The second kind is refused once, unless --ignore_columns names it. Names
+A column that no format reads is harmless (an id, a score, a model's name), or it could belong to the prompt or change
+what is learned (a question, tools, a margin). The second kind is refused once, unless --ignore_columns names it. Names
 decide where they are known (SUSPECT, _HARMLESS, _ABOUT), else the content does: a text of several words that is not the
 same in every row could be a prompt, unless it repeats what was read. If the shape has no column for the prompt, one
 word is enough. A harmless name does not excuse a long text. A column whose name --columns gives to another one is left

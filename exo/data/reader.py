@@ -44,7 +44,7 @@ def read(
 
     `columns` gives columns other names, {"prompt": "question"}; a name that no shape reads raises ValueError. A column
     that no file has is an error, unless `columns_required` is False: then the file has its own names. `system_column`
-    is that of the system prompt; `ignore_columns` are left out ("all": all that nobody reads). A column that is not
+    is that of the system prompt; `ignore_columns` are left out ("all": all that no format reads). A column that is not
     read and could belong to the prompt, or change what is learned, raises unless it is ignored. `weights` are the
     shares of several paths in an epoch, drawn by `seed`: see mixing.
     """

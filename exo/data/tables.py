@@ -2,7 +2,7 @@
 
 pyarrow and `datasets` are imported when first needed. A hub name is `owner/name`, with `:config` and `@split` where
 they are not the only one and `train`; a config that ends in / is a folder of the repository. No code of the hub is run;
-HF_HUB_OFFLINE is respected. Columns that nobody reads may hold anything. A csv has texts alone: columns that are
+HF_HUB_OFFLINE is respected. Columns that no format reads may hold anything. A csv has texts alone: columns that are
 numbers by name (_NUMBERS) are converted. Left out: streaming, revisions by name.
 """
 
