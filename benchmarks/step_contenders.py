@@ -14,9 +14,12 @@ from accelerate import Accelerator
 
 from benchmarks.harness import OURS
 from benchmarks.step_workload import BETA, EPS, Problem
-from exo import layouts, loop, policy, reference, steps
-from exo.config import DataTraining
-from exo.packing import Packing
+from exo.cli.options import DataTraining
+from exo.data.collate import Packing
+from exo.models.attention import choose
+from exo.training import preference, reference
+from exo.training import step as training_step
+from exo.training.optimizer import optimizer
 
 PADDED, TRL = "ours, padded", "TRL DPOTrainer, exo_pair"
 RATE = 1e-9  # so that a thousand steps leave the model as it was
@@ -47,20 +50,20 @@ def _ours(name: str, problem: Problem, device: str, layout: Any) -> Contender:
     model = copy.deepcopy(problem.model)
     packing = Packing(problem.tokenizer.pad_token_id, 10**9)
     if layout == "shared":
-        packing = layouts.choose([model.to(accelerator.device)], problem.groups, accelerator, packing, "on", 1.0)
+        packing = choose.choose([model.to(accelerator.device)], problem.groups, accelerator, packing, "on", 1.0)
         assert packing.layout == layout, packing
     groups = reference.score(model, problem.groups, accelerator, packing, 1.0, None)
-    module = policy.PolicyLoss(model, loss="exo", beta_pi=BETA, beta_r=1.0, label_smoothing=EPS, temperature=1.0)
+    module = preference.PolicyLoss(model, loss="exo", beta_pi=BETA, beta_r=1.0, label_smoothing=EPS, temperature=1.0)
     module.train(False)
     config = DataTraining(learning_rate=RATE, batch_size=len(groups))
-    module, optim = accelerator.prepare(module, loop.optimizer(module, config))
+    module, optim = accelerator.prepare(module, optimizer(module, config))
 
     def gradient() -> float:
         parts = packing.micro_batches(groups)
-        return steps.accumulate(module, parts, len(groups), accelerator, packing.collate, 1, config)[0]
+        return training_step.accumulate(module, parts, len(groups), accelerator, packing.collate, 1, config)[0]
 
     def step() -> None:
-        steps.update(module, optim, config, accelerator, 1, groups, gradient())
+        training_step.update(module, optim, config, accelerator, 1, groups, gradient())
 
     def first() -> tuple[float, torch.Tensor]:
         loss = gradient()

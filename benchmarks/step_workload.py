@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from exo import data, encoding, models
-from exo.encoding import TokenGroup
+from exo import data, models
+from exo.data.text import tokenize
+from exo.data.text.tokenize import TokenGroup
 
-LIMITS = encoding.Limits(10**6, None, "error")
+LIMITS = tokenize.Limits(10**6, None, "error")
 BETA, EPS = 0.1, 1e-3
 
 
@@ -92,6 +93,6 @@ def make(work: Workload, device: str) -> Problem:
         )
         for i, row in enumerate(rows, 1)
     ]
-    encoded, counts = encoding.encode(groups, tokenizer, LIMITS, "benchmark")
+    encoded, counts = tokenize.encode(groups, tokenizer, LIMITS, "benchmark")
     assert not counts and all(len(a) == work.completion for group in encoded for a in group.completions)
     return Problem(work, model.to(device), tokenizer, rows, encoded)

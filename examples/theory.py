@@ -11,8 +11,8 @@ import torch
 import worlds
 from matplotlib import pyplot as plt
 
-from exo import artifacts
-from exo.plots import BLUE, GREY, ORANGE
+from exo.runs.atomic import staged_file
+from exo.runs.plots import BLUE, GREY, ORANGE
 
 GREEN, PURPLE = "#009e73", "#cc79a7"
 SPLITS = {(1.0, 0.25): BLUE, (0.5, 0.5): ORANGE, (0.25, 1.0): GREEN, (0.1, 0.1): PURPLE}
@@ -135,7 +135,7 @@ def main() -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    with artifacts.staged_file(directory / "theory.png") as temporary:
+    with staged_file(directory / "theory.png") as temporary:
         figure.savefig(temporary, dpi=110)
     print(f"\n{directory / 'theory.png'}")
 

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import sys
 
-from exo import streams
+from exo.cli import streams
 
 _NEEDED = ("accelerate", "matplotlib", "rich", "safetensors", "tokenizers", "transformers", "yaml")
 

@@ -16,42 +16,39 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from exo import (
-    adapter,
-    artifacts,
-    batches,
-    config,
-    console,
-    data,
-    data_checks,
-    encoding,
-    examples,
-    layouts,
-    lineage,
-    loop,
-    models,
-    plots,
-    policy,
-    processes,
-    reference,
-    runs,
-    samples,
-    sharding,
-    targets,
-    templates,
-)
-from exo.config import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
-from exo.data import split
-from exo.encoding import TokenGroup
-from exo.packing import Packing
-from exo.reference import Mode
+from exo import data, models
+from exo.cli import console
+from exo.cli.errors import RunError
+from exo.cli.fields import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
+from exo.cli.main import guarded
+from exo.cli.options import AdapterOptions, DataOptions
+from exo.cli.parse import parse
+from exo.data import preview, split, transforms
+from exo.data.collate import Packing
+from exo.data.text import render, tokenize
+from exo.data.text.limits import Limits
+from exo.data.text.tokenize import TokenGroup
+from exo.distributed import fsdp, gather
+from exo.distributed.accelerator import make_accelerator, placed
+from exo.models import lora
+from exo.models.attention import choose
+from exo.rollouts import samples
+from exo.runs import inputs as run_inputs
+from exo.runs import plots
+from exo.runs import record as run_record
+from exo.runs.jsonl import Metrics
+from exo.runs.stage import Start, stage
+from exo.training import checks, loop, preference, reference, sampler
+from exo.training import metrics as training_metrics
+from exo.training import run as training_run
+from exo.training.reference import Mode
 
 HEAD_BUDGET = 2**29  # the default memory_budget of the losses on hidden states
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc", "tokens_per_second": "tok/s"}
 
 
 @dataclass(frozen=True)
-class Config(adapter.Options, config.DataOptions):
+class Config(AdapterOptions, DataOptions):
     model: str = option(
         "",
         "directory or hub name of a causal LM; tiny builds a small one on the data",
@@ -66,10 +63,10 @@ class Config(adapter.Options, config.DataOptions):
         "auto", "what the data are taken for; pref on rewards sets the best completion of a row against its worst"
     )
     max_completions: int | None = option(None, "use the first so many completions of each row", at_least(2))
-    reward_norm: targets.Norm = option(
+    reward_norm: transforms.Norm = option(
         "none", "rewards less their mean, over their standard deviation: of each prompt, or of all the data"
     )
-    share_prompt: layouts.Share = option(
+    share_prompt: choose.Share = option(
         "auto", "encode a prompt once for all its completions; auto does where it saves tokens and the model bears it"
     )
     ref_model: str | None = option(None, "the reference, when it is not the starting policy")
@@ -103,26 +100,26 @@ class Config(adapter.Options, config.DataOptions):
         require(0 <= eps < 1 and not (eps == 0 and self.loss == "exo"), "label_smoothing", expected, eps)
 
 
-@lineage.stage("align")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("align")
+def run(config: Config, start: Start) -> Path:
     """Align and return the run directory."""
     dataset = read(config)
     held_out = read(config, "eval_data") if config.eval_data else None
     if held_out is not None:
-        data_checks.warn_of_trained_texts(dataset, held_out)
-    accelerator = loop.make_accelerator(config)
+        checks.warn_of_trained_texts(dataset, held_out)
+    accelerator = make_accelerator(config)
     set_seed(config.seed)
 
     console.headline("Data")
     for part in filter(None, (dataset, held_out)):
         console.say(part.summary())
     console.headline("Model")
-    adapter.check(config, config.model)
-    start_model = lineage.source("model", config.model, "sft", "align", "ppo")
-    model, tokenizer = adapter.load(config, start_model, dataset.texts, accelerator)
+    lora.check(config, config.model)
+    start_model = run_inputs.source("model", config.model, "sft", "align", "ppo")
+    model, tokenizer = lora.load(config, start_model, dataset.texts, accelerator)
     dtypes = models.dtypes_of(config.save_dtype, start_model)
-    dataset, *rest = templates.apply(
-        config, tokenizer, processes.template_date(start, accelerator), *filter(None, (dataset, held_out))
+    dataset, *rest = render.apply(
+        config, tokenizer, gather.template_date(start, accelerator), *filter(None, (dataset, held_out))
     )
     counts: Counter[str] = Counter()
     try:
@@ -132,55 +129,55 @@ def run(config: Config, start: lineage.Start) -> Path:
         train_groups, _, held_out_lines = parted(config, dataset, groups, others, counts)
     finally:
         console.counts(counts)
-    read_model = partial(models.load, mapped=sharding.asked(config))
+    read_model = partial(models.load, mapped=fsdp.asked(config))
     mode, other_model = reference_model(config, groups + others, tokenizer, read_model)
     _describe(config, model, tokenizer, train_groups, accelerator)
-    metrics = runs.begin(start, accelerator, dataset.account(counts))
+    metrics = training_run.begin(start, accelerator, dataset.account(counts))
 
     console.headline("Reference log-probs")
     if mode == "live" and not config.lora_r:
         other_model = other_model or copy.deepcopy(model)
-    trained = adapter.add(model, config, start_model)
+    trained = lora.add(model, config, start_model)
     seeing = [model] if other_model is None else [model, other_model]
     for one in seeing:
-        loop.placed(one, config, accelerator)
-    packing = layouts.choose(
+        placed(one, config, accelerator)
+    packing = choose.choose(
         seeing, groups, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), config.share_prompt,
         config.temperature, config.dropout,
     )  # fmt: skip
     if accelerator.is_main_process:
-        artifacts.update_run(Path(config.output_dir), layout=packing.layout, reference=mode)
-    with adapter.switched_off(trained):
+        run_record.update_run(Path(config.output_dir), layout=packing.layout, reference=mode)
+    with lora.switched_off(trained):
         scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
     if mode == "cache":
-        data_checks.warn_of_another_sampler(dataset.groups, scored[: len(groups)])
+        checks.warn_of_another_sampler(dataset.groups, scored[: len(groups)])
     train_groups, eval_groups, _ = parted(
         config, dataset, scored[: len(groups)], scored[len(groups) :], Counter(), held_out_lines
     )
 
     console.headline("Training")
     live = None if mode != "live" else other_model or model
-    module = policy.PolicyLoss(
+    module = preference.PolicyLoss(
         trained, loss=config.loss, beta_pi=config.beta_pi, beta_r=config.beta_r,
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature, reference=live,
     ).train(config.dropout)  # fmt: skip
     watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics, packing, dtypes)
-    steps = batches.total_steps(config, len(train_groups))
+    steps = sampler.total_steps(config, len(train_groups))
     loop.train(
-        module, batches.Batches(train_groups, config, steps), steps, config, accelerator, metrics,
+        module, sampler.Batches(train_groups, config, steps), steps, config, accelerator, metrics,
         packing=packing, denominator=len, shown=SHOWN,
-        steps_an_epoch=batches.epoch_steps(config, len(train_groups)),
+        steps_an_epoch=sampler.epoch_steps(config, len(train_groups)),
         first=_first_loss_check(config, mode, module, train_groups, accelerator), after=watch, parts={"watch": watch},
     )  # fmt: skip
-    finished = adapter.finished(trained, config, accelerator)
-    directory = runs.end(metrics, finished, tokenizer, accelerator, watch.last, dtypes)
+    finished = lora.finished(trained, config, accelerator)
+    directory = training_run.end(metrics, finished, tokenizer, accelerator, watch.last, dtypes)
     _conclude(directory, watch)
     return directory
 
 
 def read(config: Config, option: str = "data") -> data.Dataset:
     """Read the file of --data or --eval_data."""
-    path = lineage.source(option, getattr(config, option), "score", "prepare", prepared="pairs.jsonl")
+    path = run_inputs.source(option, getattr(config, option), "score", "prepare", prepared="pairs.jsonl")
     dataset = data.read(path, **config.reading_of(option))
     samples.check_temperature(option, path, dataset.groups, config.temperature)
     if config.target == "rw" and dataset.groups[0].rewards is None:
@@ -193,11 +190,11 @@ def tokens(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counte
 
     `counts` gets what was cut, dropped or noted.
     """
-    groups, cut = encoding.encode(
-        dataset.groups, tokenizer, config.limits(), dataset.path, skip_invalid=config.skip_invalid
+    groups, cut = tokenize.encode(
+        dataset.groups, tokenizer, Limits(**config.limits()), dataset.path, skip_invalid=config.skip_invalid
     )
     counts.update(cut)
-    return [encoding.factored(group) for group in groups]
+    return [tokenize.factored(group) for group in groups]
 
 
 class Parts(NamedTuple):
@@ -248,20 +245,20 @@ def _held_out_lines(config: Config, dataset: data.Dataset, rows: list[TokenGroup
 def _compared(config: Config, rows: list[TokenGroup], counts: Counter[str]) -> list[TokenGroup]:
     """What the options make of the rows: fewer completions, pairs of rewards, rewards on another scale."""
     if config.max_completions is not None:
-        rows, skipped = targets.first(rows, config.max_completions)
+        rows, skipped = transforms.first(rows, config.max_completions)
         counts.update(skipped)
     if config.target == "pref":
-        rows, skipped = targets.best_against_worst(rows)
+        rows, skipped = transforms.best_against_worst(rows)
         counts.update(skipped)
         return rows
-    return targets.normalise(rows, config.reward_norm) if rows else rows
+    return transforms.normalise(rows, config.reward_norm) if rows else rows
 
 
 def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGroup], accelerator: Accelerator) -> None:
     """What will be trained on what, before any time is spent on it."""
     kind = "preferences" if groups[0].rewards is None else "rewards"
     parameters = models.parameter_count(model)
-    steps = batches.total_steps(config, len(groups))
+    steps = sampler.total_steps(config, len(groups))
     sizes = sorted({len(group.completions) for group in groups})
     lengths = sorted(group.longest for group in groups)
     console.say(
@@ -273,7 +270,7 @@ def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGrou
         f"memory: about {_memory(config, model, groups, accelerator) / 2**30:.2f} GiB a process "
         "(weights, gradients, Adam, the head's working memory; activations come on top)"
     )
-    examples.show(groups, tokenizer, examples.LOSS_OF_DIFFERENCE)
+    preview.show(groups, tokenizer, preview.LOSS_OF_DIFFERENCE)
 
 
 def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: Accelerator) -> int:
@@ -289,7 +286,7 @@ def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: A
     trained = 0 if config.lora_r else 12
     weights = sum(parameter.numel() * (1 if parameter.dtype == torch.uint8 else 4) for parameter in model.parameters())
     whole = weights + (trained + beside) * models.parameter_count(model)
-    share = accelerator.num_processes if sharding.asked(config) else 1
+    share = accelerator.num_processes if fsdp.asked(config) else 1
     return whole // share + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
 
 
@@ -305,7 +302,7 @@ def reference_model(
         return mode, None
     if mode in ("none", "data"):
         raise ValueError(f"--ref_model: expected --reference cache or live; with {mode} no model is asked")
-    model, other = read_model(lineage.source("ref_model", config.ref_model, "sft", "align", "ppo"))
+    model, other = read_model(run_inputs.source("ref_model", config.ref_model, "sft", "align", "ppo"))
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
     models.check_fits(model, groups)
@@ -327,10 +324,10 @@ def _scored(
 
 
 def _first_loss_check(
-    config: Config, mode: str, module: policy.PolicyLoss, groups: list[TokenGroup], accelerator: Accelerator
+    config: Config, mode: str, module: preference.PolicyLoss, groups: list[TokenGroup], accelerator: Accelerator
 ) -> Any:
     """A function that compares the first loss with what theory says where policy equals reference."""
-    first = next(batches.Batches(groups, config, 1))
+    first = next(sampler.Batches(groups, config, 1))
     expected, tolerance = module.expected_first_loss(first, accelerator.mixed_precision)
     most = module.most_mean_square(first, accelerator.mixed_precision)
 
@@ -339,9 +336,9 @@ def _first_loss_check(
         comparable = not foreign and not config.dropout
         why = "" if comparable else " (not comparable: " + ("foreign reference)" if foreign else "dropout)")
         console.say(f"first loss: expected {expected:.5f} +- {tolerance:.1g}, seen {seen:.5f}{why}")
-        square = values[policy.MEAN_SQUARE]
+        square = values[training_metrics.MEAN_SQUARE]
         if comparable and not (abs(seen - expected) <= tolerance and square <= most):
-            raise artifacts.RunError(
+            raise RunError(
                 f"the first loss is {seen:.5f}, but where policy equals reference it is {expected:.5f} "
                 f"+- {tolerance:.1g}; their log-probs differ by {square**0.5:.2g} nats rms, and {most**0.5:.2g} is the "
                 "most that rounding does: a wrong mask, reference, temperature, adapter base or dropout"
@@ -356,11 +353,11 @@ class _Watch:
     def __init__(
         self,
         config: Config,
-        module: policy.PolicyLoss,
+        module: preference.PolicyLoss,
         tokenizer: Any,
         groups: list[TokenGroup],
         accelerator: Accelerator,
-        metrics: artifacts.Metrics,
+        metrics: Metrics,
         packing: Packing,
         dtypes: models.Dtypes,
     ) -> None:
@@ -385,7 +382,7 @@ class _Watch:
         self.best = float("inf") if state["best"] is None else state["best"]
 
     def _evaluate(self, step: int) -> None:
-        self.last = policy.evaluate(self.module, self.groups, self.accelerator, self.packing)
+        self.last = preference.evaluate(self.module, self.groups, self.accelerator, self.packing)
         if self.accelerator.is_main_process:
             self.metrics.write(step=step, **self.last)
             self.accelerator.log(self.last, step=step)
@@ -395,7 +392,7 @@ class _Watch:
             self._save("best")
 
     def _save(self, name: str) -> None:
-        finished = adapter.finished(self.model, self.config, self.accelerator)
+        finished = lora.finished(self.model, self.config, self.accelerator)
         if self.accelerator.is_main_process:
             models.save_checkpoint(finished, self.tokenizer, self.directory, name, self.dtypes)
 
@@ -422,8 +419,8 @@ def _conclude(directory: Path, watch: _Watch) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.align", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.align", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

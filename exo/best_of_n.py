@@ -9,12 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo import artifacts, config, console, data, lineage, samples, targets
-from exo.config import at_least, named, option
+from exo import data
+from exo.cli import console
+from exo.cli.fields import at_least, named, option
+from exo.cli.main import guarded
+from exo.cli.options import DataOptions
+from exo.cli.parse import parse
+from exo.data import transforms
+from exo.rollouts import samples
+from exo.runs import inputs as run_inputs
+from exo.runs import stage as run_stage
+from exo.runs.atomic import staged_file
+from exo.runs.stage import Start, stage
 
 
 @dataclass(frozen=True)
-class Config(config.DataOptions):
+class Config(DataOptions):
     output_dir: str = option("runs/best_of_n", "directory of the run")
     data: str = option("", "scored completions, a multiple of n in a row", named("a file of scored completions"))
     n: int = option(8, "completions of which the best is taken", at_least(1))
@@ -25,21 +35,21 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-@lineage.stage("best_of_n")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("best_of_n")
+def run(config: Config, start: Start) -> Path:
     """Choose, and return the run directory, which has samples.jsonl."""
-    path = lineage.source("data", config.data, "score")
+    path = run_inputs.source("data", config.data, "score")
     dataset = data.read(path, purpose="samples", **config.reading(), **config.mixing())
     console.say(dataset.summary())
     chosen = [_best(group, config.n, path) for group in dataset.groups]
     if alike := sum(len(set(group.rewards or ())) == 1 for group in dataset.groups):
         console.say(f"  {alike:,} rows whose rewards are all equal: the first completion is taken")
     samples.say_cut(dataset.groups)
-    directory = lineage.begin(start, rows=dataset.account())
-    with artifacts.staged_file(directory / "samples.jsonl") as file:
+    directory = run_stage.begin(start, rows=dataset.account())
+    with staged_file(directory / "samples.jsonl") as file:
         data.write_jsonl(file, map(samples.row, chosen))
     console.say(f"best of {config.n}: at most {kl_bound(config.n):.3f} nats from the policy that was sampled")
-    lineage.finish(directory, result={"n": config.n, "kl_bound": kl_bound(config.n)})
+    run_stage.finish(directory, result={"n": config.n, "kl_bound": kl_bound(config.n)})
     return directory
 
 
@@ -50,12 +60,12 @@ def _best(group: data.Group, n: int, path: str) -> data.Group:
     if len(rewards) % n:
         raise data.DataError(f"{group.place(path)}: expected a multiple of --n {n} completions; got {len(rewards)}")
     blocks = (range(start, start + n) for start in range(0, len(rewards), n))
-    return targets.select(group, [max(block, key=lambda i: rewards[i]) for block in blocks])
+    return transforms.select(group, [max(block, key=lambda i: rewards[i]) for block in blocks])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.best_of_n", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.best_of_n", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

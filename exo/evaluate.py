@@ -16,32 +16,31 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
-from exo import (
-    artifacts,
-    baseline,
-    config,
-    console,
-    data,
-    encoding,
-    estimates,
-    lineage,
-    loop,
-    models,
-    processes,
-    rewards,
-    samples,
-    templates,
-)
-from exo.config import MODEL, POSITIVE, TOP_P, at_least, named, option, require
+from exo import data, models
+from exo.cli import console
+from exo.cli.fields import MODEL, POSITIVE, TOP_P, at_least, named, option, require
+from exo.cli.main import guarded
+from exo.cli.options import ChatOptions, DataOptions, Scoring
+from exo.cli.parse import parse
 from exo.data import Group
-from exo.generation import Sample
-from exo.limits import Limits
-from exo.log_ratios import Models
-from exo.rewards import Scores
+from exo.data.text import render, tokenize
+from exo.data.text.limits import Limits
+from exo.distributed import gather
+from exo.distributed.accelerator import make_accelerator
+from exo.evaluation import metrics as evaluation_metrics
+from exo.models.logps import Models
+from exo.rollouts import baseline, samples, scorers
+from exo.rollouts.generate import Sample
+from exo.rollouts.scorers import Scores
+from exo.runs import inputs as run_inputs
+from exo.runs import record as run_record
+from exo.runs import stage as run_stage
+from exo.runs.atomic import staged_file, write_json
+from exo.runs.stage import Start, stage
 
 
 @dataclass(frozen=True)
-class Config(config.Scoring, config.DataOptions, config.ChatOptions):
+class Config(Scoring, DataOptions, ChatOptions):
     output_dir: str = option("runs/evaluation", "directory of the run")
     model: str | None = option(None, "run whose checkpoints are evaluated, or a causal LM")
     samples: str | None = option(None, "completions to evaluate instead of a model's")
@@ -50,8 +49,8 @@ class Config(config.Scoring, config.DataOptions, config.ChatOptions):
     chosen: bool = option(False, "also compare with the chosen completions, which the data then must have")
     baseline: str | None = option(None, "an evaluation of the reference, to compare with")
     density: str | None = option(None, "scored samples of the reference, many a prompt, for the density ratio")
-    reward_model: str | None = rewards.REWARD_MODEL
-    oracle: str | None = rewards.ORACLE
+    reward_model: str | None = scorers.REWARD_MODEL
+    oracle: str | None = scorers.ORACLE
     prompts: int = option(512, "use at most so many prompts", at_least(2))
     k: int = option(4, "completions a prompt", at_least(1))
     temperature: float = option(1.0, "divides the logits, of policy and reference", POSITIVE)
@@ -70,7 +69,7 @@ class Config(config.Scoring, config.DataOptions, config.ChatOptions):
             not (self.density and self.samples), "density", "none with --samples, which have no model", self.density
         )
         require(bool(self.reference or self.samples), "reference", MODEL.expected, self.reference)
-        rewards.check(rewards.Options(self.reward_model, self.oracle))
+        scorers.check(scorers.Options(self.reward_model, self.oracle))
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
 
 
@@ -80,15 +79,15 @@ class Checkpoint(NamedTuple):
     path: str
 
 
-@lineage.stage("evaluate")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("evaluate")
+def run(config: Config, start: Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
     dataset = _read(config)
-    accelerator = loop.make_accelerator(config)
+    accelerator = make_accelerator(config)
     if config.model:
-        reference, known = models.load(lineage.source("reference", config.reference or "", "sft", "align", "ppo"))
-        (dataset,) = templates.apply(config, known, processes.template_date(start, accelerator), dataset)
-        usable, dropped = encoding.usable_prompts(dataset, known, skip_invalid=config.skip_invalid)
+        reference, known = models.load(run_inputs.source("reference", config.reference or "", "sft", "align", "ppo"))
+        (dataset,) = render.apply(config, known, gather.template_date(start, accelerator), dataset)
+        usable, dropped = tokenize.usable_prompts(dataset, known, skip_invalid=config.skip_invalid)
         console.counts(dropped)
     else:
         usable = dataset.groups
@@ -99,23 +98,23 @@ def run(config: Config, start: lineage.Start) -> Path:
     settings = baseline.settings_of(given, config.samples) if config.samples else _settings(config)
     before = _baseline(config, prompts, settings, start)
     dense = _density(config) if config.density else None
-    options = rewards.Options(config.reward_model, config.oracle)
-    scorer = rewards.load(
+    options = scorers.Options(config.reward_model, config.oracle)
+    scorer = scorers.load(
         options, config, accelerator, config.max_length, config.max_length - config.max_new_tokens,
-        template=templates.of_another_model(config.chat_template) if config.model else config.chat_template,
-        arguments=None if config.model else config.template_kwargs, date=processes.template_date(start, accelerator),
+        template=render.of_another_model(config.chat_template) if config.model else config.chat_template,
+        arguments=None if config.model else config.template_kwargs, date=gather.template_date(start, accelerator),
     )  # fmt: skip
     chosen_scores, remarks = _score(scorer, chosen, accelerator)
     if config.model:
         reference.to(accelerator.device)
-        console.counts(encoding.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
+        console.counts(tokenize.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
         found = _checkpoints(config, known)
-        drawn = _sampled(config, prompts, accelerator, found, reference, processes.template_date(start, accelerator))
+        drawn = _sampled(config, prompts, accelerator, found, reference, gather.template_date(start, accelerator))
     else:
         drawn = iter([(Checkpoint("samples", None, config.samples or ""), given, None)])
     directory, main = Path(config.output_dir), accelerator.is_main_process
     if main:
-        lineage.begin(start)
+        run_stage.begin(start)
         (directory / "samples").mkdir()
     shown = "several numbers of" if settings["k"] is None else settings["k"]
     console.say(f"{len(prompts):,} prompts x {shown} completions, scored by {scorer.name}")
@@ -123,7 +122,7 @@ def run(config: Config, start: lineage.Start) -> Path:
     for checkpoint, groups, pair in drawn:
         scores, more = _score(scorer, groups, accelerator)
         remarks += more
-        entry = {"name": checkpoint.name, "step": checkpoint.step} | estimates.of_rewards(
+        entry = {"name": checkpoint.name, "step": checkpoint.step} | evaluation_metrics.of_rewards(
             scores, before, chosen_scores or None
         )
         entry |= samples.describe(groups)
@@ -133,7 +132,7 @@ def run(config: Config, start: lineage.Start) -> Path:
         else:
             entry |= _bound(config)
         if main:
-            with artifacts.staged_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
+            with staged_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
                 data.write_jsonl(file, rows)
         console.say(f"  {checkpoint.name:10s} {_line(entry)}")
         samples.say_cut(groups)
@@ -143,11 +142,11 @@ def run(config: Config, start: lineage.Start) -> Path:
     if not main:
         return directory
     if density:
-        with artifacts.staged_file(directory / "density.jsonl") as file:
+        with staged_file(directory / "density.jsonl") as file:
             data.write_jsonl(file, density)
     result = settings | {"scorer": scorer.name, "prompts": len(prompts), "checkpoints": entries}
-    artifacts.write_json(directory / "evaluation.json", result)
-    lineage.finish(directory)
+    write_json(directory / "evaluation.json", result)
+    run_stage.finish(directory)
     return directory
 
 
@@ -160,12 +159,15 @@ def _kl(
         row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
     if config.top_p < 1:  # these completions are not of the whole distribution, and their mean would be biased
         ratios = pair.log_ratios(_draw(config, pair.policy, pair.tokenizer, prompts, pair.accelerator, top_p=1.0))
-    return {name: estimates.summary(of(ratios)) for name, of in (("kl", estimates.kl_k1), ("kl_k3", estimates.kl_k3))}
+    return {
+        name: evaluation_metrics.summary(of(ratios))
+        for name, of in (("kl", evaluation_metrics.kl_k1), ("kl_k3", evaluation_metrics.kl_k3))
+    }
 
 
 def _read(config: Config) -> data.Dataset:
     """Read held-out prompts, with their chosen completions if those are compared."""
-    path = lineage.source("data", config.data, "prepare", prepared="test.jsonl")
+    path = run_inputs.source("data", config.data, "prepare", prepared="test.jsonl")
     dataset = data.read(path, purpose="texts" if config.chosen else "prompts", **config.reading(), **config.mixing())
     console.say(dataset.summary())
     if len(dataset.groups) < 2:
@@ -181,7 +183,7 @@ def _sampling(config: Config) -> samples.Settings:
     return samples.Settings(config.temperature, config.max_new_tokens, config.top_p)
 
 
-def _baseline(config: Config, prompts: Sequence[str], settings: baseline.Settings, start: lineage.Start) -> Any:
+def _baseline(config: Config, prompts: Sequence[str], settings: baseline.Settings, start: Start) -> Any:
     if config.baseline is None:
         return None
     scorer = {name: getattr(config, name) for name in ("oracle", "reward_model")}
@@ -204,7 +206,7 @@ Drawn = Iterator[tuple[Checkpoint, list[Group], Models | None]]
 
 def _checkpoints(config: Config, known: Any) -> list[Checkpoint]:
     """Those of the model; ValueError where the reference's tokenizer, `known`, is another: there is no KL then."""
-    name = lineage.source("model", config.model or "", "sft", "align", "ppo")
+    name = run_inputs.source("model", config.model or "", "sft", "align", "ppo")
     if models.load_tokenizer(name).get_vocab() != known.get_vocab():
         raise ValueError(
             f"--reference {config.reference}: expected the tokenizer of --model {name}; got another; name the model "
@@ -224,7 +226,7 @@ def _sampled(
     """(checkpoint, its samples, its model with the reference), each loaded when its turn comes."""
     for checkpoint in found:
         model, tokenizer = models.load(checkpoint.path)
-        templates.configure(tokenizer, config.chat_template, config.template_kwargs, date)
+        render.configure(tokenizer, config.chat_template, config.template_kwargs, date)
         model.to(accelerator.device)
         groups = _draw(config, model, tokenizer, prompts, accelerator, top_p=config.top_p)
         yield (
@@ -254,23 +256,21 @@ def _draw(
 
 
 def _run(accelerator: Accelerator, jobs: Sequence[Callable[[], list[Sample]]]) -> list[list[Sample]]:
-    found = processes.shared(jobs, lambda job: samples.listed(job()), accelerator)
+    found = gather.shared(jobs, lambda job: samples.listed(job()), accelerator)
     return [samples.unlisted(rows) for rows in found]
 
 
-def _score(scorer: rewards.Scorer, groups: Sequence[Group], accelerator: Accelerator) -> tuple[Scores, Counter[str]]:
-    return rewards.together(
-        processes.shared(rewards.in_parts(groups), partial(rewards.score_part, scorer), accelerator)
-    )
+def _score(scorer: scorers.Scorer, groups: Sequence[Group], accelerator: Accelerator) -> tuple[Scores, Counter[str]]:
+    return scorers.together(gather.shared(scorers.in_parts(groups), partial(scorers.score_part, scorer), accelerator))
 
 
 def _given(config: Config, prompts: Sequence[str]) -> list[Group]:
     """The completions of a file, for the prompts of the data and in their order."""
     assert config.samples is not None
-    path = lineage.source("samples", config.samples, "sample", "score", "best_of_n")
+    path = run_inputs.source("samples", config.samples, "sample", "score", "best_of_n")
     groups = data.read(path, purpose="samples", columns_required=False, **config.reading()).groups[: len(prompts)]
     if isinstance(groups[0].prompt, data.Chat):  # sampled with --chat_template always
-        prompts = [templates.as_chat(Group(prompt, (), None, 0)).prompt for prompt in prompts]
+        prompts = [render.as_chat(Group(prompt, (), None, 0)).prompt for prompt in prompts]
     if [group.prompt for group in groups] != list(prompts):
         raise ValueError(f"--samples {path}: expected the prompts of --data, in their order; got others")
     return groups
@@ -283,13 +283,13 @@ def _limits(config: Config) -> Limits:
 
 def _bound(config: Config) -> dict[str, Any]:
     """The KL that the maker of the samples knows, where it does."""
-    run = lineage.record(Path(config.samples or "")) or lineage.record(Path(config.samples or "").parent) or {}
+    run = run_record.record(Path(config.samples or "")) or run_record.record(Path(config.samples or "").parent) or {}
     return {name: value for name, value in run.get("result", {}).items() if name in ("kl_bound", "n")}
 
 
 def _density(config: Config) -> tuple[list[Group], str]:
     """The reference's samples for the density ratio, and their file."""
-    path = lineage.source("density", config.density or "", "score")
+    path = run_inputs.source("density", config.density or "", "score")
     groups = data.read(path, purpose="samples", columns_required=False, **config.reading()).groups
     samples.check_temperature("density", path, groups, config.temperature)
     return groups, path
@@ -309,8 +309,8 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.evaluate", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.evaluate", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,54 @@
 python -m exo.inspect --data FILE --model DIR_OR_NAME [--stage sft|reward|sample]. It takes every option of the stage,
 with the same defaults: replace exo.align in a command by exo.inspect. Exits with 0 if the stage would start, and with 2
 and the stage's error if it would not. It reads the tokenizer and config.json of the model but no weights, and it writes
-nothing.
+nothing. The functions of the stages do the work, so that inspect fails where the stage would.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from exo import artifacts, chat, config, console, data_report, dry_run, encoding, examples, templates
-from exo.config import NOT_NEGATIVE, option
-from exo.data import Chat, DataError, Dataset
-from exo.encoding import TokenGroup
-from exo.examples import Color
+from exo import align, models, reward, sample, sft
+from exo.cli import console
+from exo.cli.errors import RunError
+from exo.cli.fields import NOT_NEGATIVE, option
+from exo.cli.main import guarded
+from exo.cli.parse import parse
+from exo.data import Chat, DataError, Dataset, Group, preview, statistics
+from exo.data.preview import Color
+from exo.data.text import chat_template, render, tokenize
+from exo.data.text.limits import Limits
+from exo.data.text.tokenize import TokenGroup
+from exo.models import lora
+from exo.runs import inputs as run_inputs
+from exo.runs import record as run_record
+from exo.runs import stage as run_stage
+from exo.training import checks, sampler
+
+UNLIMITED = Limits(sys.maxsize, None, "error")
+
+
+class Stage(NamedTuple):
+    module: Any  # its Config, `read` and more are used
+    model_from: tuple[str, ...]  # stages whose directories --model may name
+    scored: str  # what is done with the scored part of an example
+
+
+POLICIES = ("sft", "align", "ppo")
+STAGES = {
+    "align": Stage(align, POLICIES, preview.LOSS_OF_DIFFERENCE),
+    "sft": Stage(sft, ("sft",), preview.LOSS),
+    "reward": Stage(reward, ("sft",), preview.SCORE),
+    "sample": Stage(sample, POLICIES, ""),
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +68,7 @@ def run(options: Any) -> None:
     work = "Sampling" if options.stage == "sample" else "Training"
     try:
         sentence = _report(options)
-    except (ValueError, artifacts.RunError, OSError) as error:
+    except (ValueError, RunError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError):
             message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
@@ -47,32 +79,34 @@ def run(options: Any) -> None:
 
 def _report(options: Any) -> str:
     """Print all that is known before training; return what would be trained, or raise the stage's error."""
-    dataset, held_out = dry_run.read(options.stage, options)
+    dataset, held_out = _read(options.stage, options)
     console.headline("Data")
     for part in filter(None, (dataset, held_out)):
         console.say(part.summary())
-    model, tokenizer = dry_run.load(options.stage, options, dataset.texts)
-    rendered, other = dry_run.render(options.stage, options, tokenizer, dataset, held_out)
-    _say([_template(options.chat_template, rendered, tokenizer)])
-    plan = dry_run.plan(options.stage, options, rendered, other, tokenizer, model)
-    uncut = dry_run.uncut(options.stage, rendered, tokenizer)
+    model, tokenizer = _load(options.stage, options, dataset.texts)
+    rendered, other = _render(options.stage, options, tokenizer, dataset, held_out)
+    _say([render.describe(options.chat_template, rendered, tokenizer)])
+    plan = _plan(options.stage, options, rendered, other, tokenizer, model)
+    uncut = _uncut(options.stage, rendered, tokenizer)
     console.headline("Examples")
-    rows = plan.rows or [encoding.factored(row) if options.stage == "align" else row for row in uncut]
-    scored = dry_run.STAGES[options.stage].scored
-    examples.show(rows, tokenizer, scored, count=options.examples, color=options.color)
+    rows = plan.rows or [tokenize.factored(row) if options.stage == "align" else row for row in uncut]
+    scored = STAGES[options.stage].scored
+    preview.show(rows, tokenizer, scored, count=options.examples, color=options.color)
     console.headline("Lengths in tokens, before the limits")
-    _say(_length_lines(options, uncut) or ["no row can be tokenized"])
+    limits = {name: getattr(options, name) for name in vars(options) if name.endswith("_length")}
+    lengths = preview.length_lines(limits, uncut, labels=getattr(options, "labels", False))
+    _say(lengths or ["no row can be tokenized"])
     if plan.counts:
         console.say("what is cut, dropped or noted:")
     elif not plan.error:
         console.say("the limits cut nothing")
     console.counts(plan.counts)
     console.headline("Rows")
-    lines = data_report.comparison_lines(dataset.groups, uncut) + data_report.repeat_lines(dataset.groups)
+    lines = statistics.comparison_lines(dataset.groups, uncut) + statistics.repeat_lines(dataset.groups)
     chats = [group for group in rendered.groups if isinstance(group.prompt, Chat)]
-    if spelled := chats and data_report.spelling(chats, chat.Renderer(tokenizer).control_tokens):
+    if spelled := chats and statistics.spelling(chats, chat_template.Renderer(tokenizer).control_tokens):
         lines.append(f"control tokens in chat messages, which are read as plain text: {spelled:,} rows")
-    _say(lines + (data_report.leak_lines(dataset.groups, held_out.groups) if held_out else []))
+    _say(lines + (statistics.leak_lines(dataset.groups, held_out.groups) if held_out else []))
     if plan.error:
         raise plan.error
     return plan.sentence
@@ -84,38 +118,114 @@ def _say(lines: Sequence[str]) -> None:
         console.say(textwrap.fill(line, console.width(), subsequent_indent="  ") if sys.stdout.isatty() else line)
 
 
-def _template(option: str, dataset: Dataset, tokenizer: Any) -> str:
-    if not any(isinstance(group.prompt, Chat) for group in dataset.groups):
-        return f"chat template: not used, texts are read as they are; a completion ends with {tokenizer.eos_token!r}"
-    if not chat.has_template(tokenizer):
-        return "chat template: none, and the data have chat messages"
-    name = "the tokenizer's" if option in templates.MODES else option
+class Plan(NamedTuple):
+    """What would be trained on, or why nothing would be."""
+
+    rows: list[TokenGroup]
+    counts: Counter[str]  # rows cut, dropped or noted, by reason
+    sentence: str
+    error: ValueError | None
+
+
+def _read(name: str, options: Any) -> tuple[Dataset, Dataset | None]:
+    """Read --data and --eval_data as the stage does; of its own, inspect reads --eval_data for any stage."""
+    stage = STAGES[name].module
+    dataset = stage.read(options)
+    if not options.eval_data:
+        return dataset, None
     try:
-        end = chat.stop_id(tokenizer)
+        held_out = stage.read(options, "eval_data")
     except DataError as error:
-        return f"chat template: {name}; {error}"
-    if end is None:
-        return f"chat template: {name}; it ends no turn with a token, so a completion ends with {tokenizer.eos_token!r}"
-    return f"chat template: {name}; a turn ends with {tokenizer.convert_ids_to_tokens(end)!r}"
+        if name == "align":
+            raise
+        with contextlib.suppress(DataError):  # test files may have prompts alone
+            return dataset, sample.read(options, "eval_data")
+        raise error
+    if name == "align":
+        checks.warn_of_trained_texts(dataset, held_out)
+    return dataset, held_out
 
 
-def _length_lines(options: Any, rows: Sequence[TokenGroup]) -> list[str]:
-    """Describe the lengths that the stage has limits for."""
-    completions = [len(ids) for row in rows for ids in row.completions]
-    lengths = {
-        "max_prompt_length": ("prompt", [len(row.prompt) for row in rows]),
-        "max_completion_length": ("completion, its end included", completions),
-        "max_length": ("prompt and longest completion", [examples.length(row) for row in rows if row.completions]),
-    }
-    if getattr(options, "labels", False):  # a text is a prompt with an empty completion
-        lengths = {"max_length": ("text, its end included", lengths["max_length"][1])}
-    block = "█" if console.can_print("█") else "#"
-    return [
-        line
-        for name, (what, values) in lengths.items()
-        if values
-        for line in data_report.length_lines(what, values, name, getattr(options, name), block)
-    ]
+def _load(name: str, options: Any, texts: Callable[[], Any]) -> tuple[Any, Any]:
+    """Return --model on the meta device and its tokenizer."""
+    trains_policy = name in ("align", "sft")
+    if trains_policy:
+        lora.check(options, options.model)
+    model = run_inputs.source("model", options.model, *STAGES[name].model_from)
+    if trains_policy and not options.load_in_4bit:
+        return models.load_or_tiny(model, texts, seed=options.seed, read=models.load_without_weights)
+    if name == "reward":
+        return models.classifier_without_weights(model)
+    return models.load_without_weights(model)
+
+
+def _render(
+    name: str, options: Any, tokenizer: Any, dataset: Dataset, held_out: Dataset | None
+) -> tuple[Dataset, Dataset | None]:
+    """Set up the chat template, and return the data that the stage reads with the prompts that it renders."""
+    sampled: Any = "render" if name == "reward" else "keep"
+    previous = None if options.overwrite_output_dir else run_record.record(Path(options.output_dir))
+    inputs = run_inputs.inputs(options, name).values()
+    date = datetime.date.fromisoformat(run_stage.template_date(previous, inputs))
+    others = [held_out] if held_out and name == "align" else []
+    rendered, *others = render.apply(options, tokenizer, date, dataset, *others, sampled=sampled)
+    return rendered, others[0] if others else None
+
+
+def _plan(name: str, options: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any) -> Plan:
+    """Tokenize, cut and split the rows as the stage does."""
+    counts: Counter[str] = Counter()
+    try:
+        rows = _rows(name, options, dataset, held_out, tokenizer, model, counts)
+    except ValueError as error:
+        return Plan([], counts, "", error)
+    if name == "sample":
+        return Plan(rows, counts, f"{len(rows):,} prompts x {options.k} completions", None)
+    each = f"{sampler.total_steps(options, len(rows)):,} steps of {options.batch_size}"
+    return Plan(rows, counts, f"{len(rows):,} rows, {each}", None)
+
+
+def _rows(
+    name: str, options: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any,
+    counts: Counter[str],
+) -> list[TokenGroup]:  # fmt: skip
+    """Return the rows that are trained on, or the prompts that are sampled from."""
+    if name == "sample":
+        total = len(dataset.groups)
+        chosen = [dataset.groups[i % total] for i in sample.chosen(options, total)]
+        return _prompts(chosen, tokenizer, options.max_prompt_length, counts)
+    others: list[TokenGroup] = []
+    if name == "reward":
+        rows, others = reward.tokens(options, dataset, tokenizer, counts)
+    else:
+        rows = STAGES[name].module.tokens(options, dataset, tokenizer, counts)
+    if held_out:
+        others = align.tokens(options, held_out, tokenizer, counts)
+    models.check_fits(model, rows + others)
+    if name != "align":
+        return rows
+    train = align.parted(options, dataset, rows, others, counts).train
+    align.reference_model(options, rows + others, tokenizer, models.load_without_weights)
+    return train
+
+
+def _prompts(groups: Sequence[Group], tokenizer: Any, most: int, counts: Counter[str]) -> list[TokenGroup]:
+    prompts, cut = tokenize.sampled_prompts([group.prompt for group in groups], tokenizer, most)
+    counts.update(cut)
+    return [TokenGroup(tuple(ids), (), None, group.line) for ids, group in zip(prompts, groups, strict=True)]
+
+
+def _uncut(name: str, dataset: Dataset, tokenizer: Any) -> list[TokenGroup]:
+    """Return the rows as tokens whatever the limits say, but those that the tokenizer or its template refuses."""
+    groups = dataset.groups
+    if name == "sample":
+        with contextlib.suppress(DataError):
+            return _prompts(groups, tokenizer, sys.maxsize, Counter())
+        return []
+    if groups[0].label is not None:
+        groups = reward.texts_as_prompts(groups)
+    foreign: Any = "text" if name == "reward" else "refuse"
+    return tokenize.encode(groups, tokenizer, UNLIMITED, dataset.path, foreign=foreign, skip_invalid=True)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,13 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     head.add_argument("--stage", default="align")
     stage = head.parse_known_args(arguments)[0].stage
-    bases = (Options, dry_run.STAGES[stage if stage in dry_run.STAGES else "align"].module.Config)
+    bases = (Options, STAGES[stage if stage in STAGES else "align"].module.Config)
     options_of: Any = dataclasses.make_dataclass("Config", (), bases=bases, frozen=True)
-    options = config.parse(options_of, arguments, prog="python -m exo.inspect", description=__doc__)
+    options = parse(options_of, arguments, prog="python -m exo.inspect", description=__doc__)
     if options.stage != stage:
         print("error: --stage: expected on the command line, not in --config", file=sys.stderr)
         return 2
-    return artifacts.guarded(run, dataclasses.replace(options, nproc=1))
+    return guarded(run, dataclasses.replace(options, nproc=1))
 
 
 if __name__ == "__main__":

@@ -13,19 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exo import artifacts, config, console, data, lineage
-from exo.artifacts import RunError
-from exo.comparison import endpoint, systems, winrate
-from exo.comparison.endpoint import Chat, Unanswered
-from exo.comparison.verdicts import TEMPLATES, Cache, Template
-from exo.comparison.winrate import ORDERS, Judged, Judgement, Pair
-from exo.config import NOT_NEGATIVE, POSITIVE, at_least, named, option, require
+from exo import data
+from exo.cli import console
+from exo.cli.errors import RunError
+from exo.cli.fields import NOT_NEGATIVE, POSITIVE, at_least, named, option, require
+from exo.cli.main import guarded
+from exo.cli.options import Stage
+from exo.cli.parse import parse
+from exo.evaluation import answers as evaluation_answers
+from exo.evaluation import judge_client, win_rate
+from exo.evaluation.judge_client import Chat, Unanswered
+from exo.evaluation.judge_prompts import TEMPLATES, Cache, Template
+from exo.evaluation.win_rate import ORDERS, Judged, Judgement, Pair
+from exo.runs import stage as run_stage
+from exo.runs.atomic import staged_file, write_json
+from exo.runs.stage import Start, stage
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
-class Config(config.Stage):
+class Config(Stage):
     output_dir: str = option("runs/judge", "directory of the run")
     a: str = option(
         "",
@@ -58,8 +66,8 @@ class Config(config.Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        endpoint.check(self.endpoint)
-        endpoint.options_from(self.judge_options)
+        judge_client.check(self.endpoint)
+        judge_client.options_from(self.judge_options)
         inside = Path(self.cache_path).resolve().is_relative_to(Path(self.output_dir).resolve())
         require(not inside, "cache", "a file outside --output_dir, which may be removed", self.cache)
 
@@ -68,32 +76,34 @@ class Config(config.Stage):
         return self.cache or str(Path(self.output_dir).parent / "judge-cache.jsonl")
 
 
-@lineage.stage("judge")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("judge")
+def run(config: Config, start: Start) -> Path:
     """Judge and return the run directory."""
     template = Template(config.template)
     if template.shows_reference and not config.references:
         raise ValueError(f"--references: expected a file, since the template {config.template} shows a reference")
-    key = endpoint.key_from(config.api_key_env, KEY_VARIABLE)
-    config = dataclasses.replace(config, a=systems.source("a", config.a), b=systems.source("b", config.b))
+    key = judge_client.key_from(config.api_key_env, KEY_VARIABLE)
+    config = dataclasses.replace(
+        config, a=evaluation_answers.source("a", config.a), b=evaluation_answers.source("b", config.b)
+    )
     pairs = _pairs(config)
     chat = Chat(
         config.endpoint, config.model, key,
         retries=config.retries, timeout=config.timeout, max_tokens=config.max_tokens,
-        options=endpoint.options_from(config.judge_options),
+        options=judge_client.options_from(config.judge_options),
     )  # fmt: skip
     cache = Cache(Path(config.cache_path))
     try:
-        directory = lineage.begin(start)
+        directory = run_stage.begin(start)
         judged, down = _judge_all(config, template, pairs, chat, cache)
     finally:
         cache.close()
-    with artifacts.staged_file(directory / "verdicts.jsonl") as file:
-        data.write_jsonl(file, winrate.rows(pairs, judged))
-    counted = winrate.count(pairs, judged, config.seed)
+    with staged_file(directory / "verdicts.jsonl") as file:
+        data.write_jsonl(file, win_rate.rows(pairs, judged))
+    counted = win_rate.count(pairs, judged, config.seed)
     named = {name: getattr(config, name) for name in ("a", "b", "references", "template", "model")}
     result = named | {"template_sha256": template.sha256} | counted
-    artifacts.write_json(directory / "judge.json", result)
+    write_json(directory / "judge.json", result)
     if down:
         raise RunError(down)
     if result["win_rate"] is None:
@@ -104,18 +114,20 @@ def run(config: Config, start: lineage.Start) -> Path:
             "verdicts.jsonl has them"
         )
     _show(result, directory)
-    lineage.finish(directory, win_rate=result["win_rate"])
+    run_stage.finish(directory, win_rate=result["win_rate"])
     return directory
 
 
 def _pairs(config: Config) -> list[Pair]:
-    files = {"a": systems.read(config.a), "b": systems.read(config.b)}
-    references, categories = systems.read_references(config.references) if config.references else ({}, {})
+    files = {"a": evaluation_answers.read(config.a), "b": evaluation_answers.read(config.b)}
+    references, categories = evaluation_answers.read_references(config.references) if config.references else ({}, {})
     with_references = files | ({"references": references} if references else {})
     pairs = []
-    for number, key in enumerate(systems.shared(with_references, config.limit, config.seed)):
+    for number, key in enumerate(evaluation_answers.shared(with_references, config.limit, config.seed)):
         chosen = {
-            name: systems.choose(answers, key, config.samples_per_prompt, seed=config.seed, name=getattr(config, name))
+            name: evaluation_answers.choose(
+                answers, key, config.samples_per_prompt, seed=config.seed, name=getattr(config, name)
+            )
             for name, answers in files.items()
         }
         reference = references[key].completions[0] if references else ""
@@ -212,8 +224,8 @@ def _show(result: dict[str, Any], directory: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.judge", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.judge", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

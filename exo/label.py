@@ -16,15 +16,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from exo import artifacts, config, console, data, lineage
-from exo.comparison import agreement, sheets, systems, verdicts
-from exo.config import at_least, option, require
+from exo import data
+from exo.cli import console
+from exo.cli.fields import at_least, option, require
+from exo.cli.main import guarded
+from exo.cli.options import Stage
+from exo.cli.parse import parse
+from exo.evaluation import answers as evaluation_answers
+from exo.evaluation import judge_prompts
+from exo.evaluation import raters as evaluation_raters
+from exo.runs import directory as run_directory
+from exo.runs import inputs as run_inputs
+from exo.runs import stage as run_stage
+from exo.runs.atomic import staged, write_json
+from exo.runs.stage import Start, stage
 
 SIDES = ("answer 1", "answer 2")
 
 
 @dataclass(frozen=True)
-class Config(config.Stage):
+class Config(Stage):
     output_dir: str = option("runs/label", "directory of the run")
     mode: Literal["export", "import"] = option("export", "make sheets, or count filled ones")
     systems: str | None = option(
@@ -62,36 +73,38 @@ class Config(config.Stage):
         return [(first, second) for first, second in entries]
 
 
-@lineage.stage("label")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("label")
+def run(config: Config, start: Start) -> Path:
     """Make the sheets, or count them, and return the run directory."""
     return _export(config, start) if config.mode == "export" else _import(config, start)
 
 
-def _export(config: Config, start: lineage.Start) -> Path:
-    files = {name: systems.source("systems", file) for name, file in config.files().items()}
-    artifacts.check_apart(config.output_dir, files.values())
-    answers = {name: systems.read(file) for name, file in files.items()}
-    references = systems.read_references(config.references)[0] if config.references else {}
-    keys = systems.shared(answers | ({"references": references} if references else {}), config.limit, config.seed)
+def _export(config: Config, start: Start) -> Path:
+    files = {name: evaluation_answers.source("systems", file) for name, file in config.files().items()}
+    run_directory.check_apart(config.output_dir, files.values())
+    answers = {name: evaluation_answers.read(file) for name, file in files.items()}
+    references = evaluation_answers.read_references(config.references)[0] if config.references else {}
+    keys = evaluation_answers.shared(
+        answers | ({"references": references} if references else {}), config.limit, config.seed
+    )
     salt = secrets.token_hex(16)
     items = _items(config, salt, files, answers, references, keys)
-    hashes = {name: lineage.fingerprint(file) for name, file in files.items()}
-    directory = lineage.begin(start, systems=hashes)
-    artifacts.write_json(directory / "key.json", {
+    hashes = {name: run_inputs.fingerprint(file) for name, file in files.items()}
+    directory = run_stage.begin(start, systems=hashes)
+    write_json(directory / "key.json", {
         "matchups": [":".join(pair) for pair in config.pairs()],
         "raters": config.raters,
         "salt": salt,
         "items": {item: about for item, (about, _) in items.items()},
     })  # fmt: skip
-    with artifacts.staged(directory / "sheets") as staging:
+    with staged(directory / "sheets") as staging:
         for rater in range(1, config.raters + 1):
             rows = [{"item": item} | texts for item, (_, texts) in items.items()]
             random.Random(f"{config.seed}/rater {rater}").shuffle(rows)
-            sheets.write(staging / f"rater-{rater}.csv", rows)
-        text = (verdicts.FOLDER / "raters.txt").read_text(encoding="utf-8")
+            evaluation_raters.write(staging / f"rater-{rater}.csv", rows)
+        text = (judge_prompts.FOLDER / "raters.txt").read_text(encoding="utf-8")
         (staging / "instructions.txt").write_text(text, encoding="utf-8")
-    lineage.finish(directory, items=len(items))
+    run_stage.finish(directory, items=len(items))
     console.say(
         f"{len(items):,} items = {len(keys):,} prompts x {len(config.pairs())} matchups, for {config.raters} raters\n"
         f"for the raters: {directory / 'sheets'}   not for the raters: {directory / 'key.json'}"
@@ -103,9 +116,9 @@ def _items(
     config: Config,
     salt: str,
     files: Mapping[str, str],
-    answers: Mapping[str, systems.Answers],
-    references: systems.Answers,
-    keys: Sequence[systems.Key],
+    answers: Mapping[str, evaluation_answers.Answers],
+    references: evaluation_answers.Answers,
+    keys: Sequence[evaluation_answers.Key],
 ) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
     """By item: what the key says of it, and the texts shown.
 
@@ -114,7 +127,7 @@ def _items(
     """
     rng = random.Random(f"{salt}/{config.seed}")
     texts = {
-        (name, key): systems.choose(own, key, 1, seed=config.seed, name=files[name])[0]
+        (name, key): evaluation_answers.choose(own, key, 1, seed=config.seed, name=files[name])[0]
         for name, own in answers.items()
         for key in keys
     }
@@ -134,14 +147,14 @@ def _items(
     return dict(sorted(items.items()))
 
 
-def _import(config: Config, start: lineage.Start) -> Path:
+def _import(config: Config, start: Start) -> Path:
     assert config.sheets and config.key
     files = _sheets(config.sheets)
-    artifacts.check_apart(config.output_dir, map(str, files))
+    run_directory.check_apart(config.output_dir, map(str, files))
     key = _read_key(Path(config.key))
     if len(files) > key["raters"]:
         raise ValueError(f"--sheets {config.sheets}: expected at most {key['raters']}, one a rater; got {len(files)}")
-    filled = {file.stem: sheets.read(file, key["items"]) for file in files}
+    filled = {file.stem: evaluation_raters.read(file, key["items"]) for file in files}
     outcomes: dict[str, list[list[str]]] = {matchup: [] for matchup in key["matchups"]}
     for item, about in key["items"].items():
         said = [_outcome(about, own.verdicts[item]) for own in filled.values() if item in own.verdicts]
@@ -161,9 +174,9 @@ def _import(config: Config, start: lineage.Start) -> Path:
         "missing": [{"item": f["item"], "rater": f["rater"]} for f in found if not f["found"]],
         "unreadable": [f for f in found if f["found"]],
     }
-    directory = lineage.begin(start, sheets={file.name: lineage.fingerprint(str(file)) for file in files})
-    artifacts.write_json(directory / "label.json", result)
-    lineage.finish(directory)
+    directory = run_stage.begin(start, sheets={file.name: run_inputs.fingerprint(str(file)) for file in files})
+    write_json(directory / "label.json", result)
+    run_stage.finish(directory)
     _show(result, key["raters"], directory)
     return directory
 
@@ -211,11 +224,11 @@ def _outcome(about: Mapping[str, str], verdict: str) -> str:
 def _summary(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
     if not items:
         return {"items": 0, "pooled": None, "majority": None, "agreement": None, "kappa": None}
-    agreed, kappa = agreement.agreement(items)
+    agreed, kappa = evaluation_raters.agreement(items)
     return {
         "items": len(items),
-        "pooled": agreement.pooled(items, seed),
-        "majority": agreement.majority(items, seed),
+        "pooled": evaluation_raters.pooled(items, seed),
+        "majority": evaluation_raters.majority(items, seed),
         "agreement": agreed,
         "kappa": kappa,
     }
@@ -227,7 +240,7 @@ def _show(result: Mapping[str, Any], raters: int, directory: Path) -> None:
     for name, found in result["matchups"].items():
         for view in ("pooled", "majority") if found["items"] else ():
             counts = found[view]
-            numbers = "".join(f"{counts.get(outcome, ''):>6}" for outcome in (*agreement.OUTCOMES, "split"))
+            numbers = "".join(f"{counts.get(outcome, ''):>6}" for outcome in (*evaluation_raters.OUTCOMES, "split"))
             rate = counts["win_rate"]
             shown = f"{rate['mean']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}]"
             console.say(f"{name if view == 'pooled' else '':<24}{view:<10}{numbers}  {shown}")
@@ -249,8 +262,8 @@ def _agreement(found: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.label", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.label", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

@@ -19,31 +19,29 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from exo import (
-    artifacts,
-    attention,
-    config,
-    console,
-    data,
-    encoding,
-    lineage,
-    loop,
-    models,
-    policy,
-    processes,
-    rewards,
-    rollouts,
-    runs,
-    samples,
-    sharding,
-    templates,
-)
-from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, SHARE, at_least, named, option, require
-from exo.encoding import TokenGroup
-from exo.head import CausalHead, evaluating
-from exo.packing import Batch, Packing, of_completions
-from exo.rollouts import Rollout, RolloutBatch
-from exo.steps import Share
+from exo import data, models
+from exo.cli import console
+from exo.cli.errors import RunError
+from exo.cli.fields import MODEL, NOT_NEGATIVE, POSITIVE, SHARE, at_least, named, option, require
+from exo.cli.main import guarded
+from exo.cli.options import ChatOptions, DataOptions, Training
+from exo.cli.parse import parse
+from exo.data.collate import Batch, Packing, of_completions
+from exo.data.text import render, tokenize
+from exo.data.text.tokenize import TokenGroup
+from exo.distributed import fsdp, gather
+from exo.distributed.accelerator import make_accelerator, placed
+from exo.models import logps as model_logps
+from exo.models.attention import masks
+from exo.models.lm_head import CausalHead, evaluating
+from exo.rollouts import experience, samples, scorers
+from exo.rollouts.experience import Rollout, RolloutBatch
+from exo.runs import inputs as run_inputs
+from exo.runs.stage import Start, stage
+from exo.training import loop
+from exo.training import metrics as training_metrics
+from exo.training import run as training_run
+from exo.training.step import Share
 from exo_kernels import linear_token_logps
 
 SHOWN = {"score": "score", "kl": "kl", "cut": "cut", "value_loss": "value", "tokens_per_second": "update tok/s"}
@@ -52,12 +50,12 @@ ACTOR_GROUPS = 2  # of the optimizer's parameters, its first: matrices and vecto
 
 
 @dataclass(frozen=True)
-class Config(config.Training, config.DataOptions, config.ChatOptions):
+class Config(Training, DataOptions, ChatOptions):
     output_dir: str = option("runs/ppo", "directory of the run")
     model: str = option("", "directory or hub name of a causal LM, the start and the reference", MODEL)
     data: str = option("", "prompts: any data file that has them", named("a file of prompts"))
-    reward_model: str | None = rewards.REWARD_MODEL
-    oracle: str | None = rewards.ORACLE
+    reward_model: str | None = scorers.REWARD_MODEL
+    oracle: str | None = scorers.ORACLE
     max_steps: int = option(200, "optimizer steps, those of the critic alone among them", at_least(1))
     batch_size: int = option(64, "completions per optimizer step, over all processes", at_least(1))
     rollout_size: int = option(128, "completions sampled at a time", at_least(1))
@@ -78,7 +76,7 @@ class Config(config.Training, config.DataOptions, config.ChatOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rewards.check(rewards.Options(self.reward_model, self.oracle))
+        scorers.check(scorers.Options(self.reward_model, self.oracle))
         still = not (self.critic_warmup_steps and self.weight_decay)
         require(still, "weight_decay", "0 where --critic_warmup_steps freezes the actor: it decays", self.weight_decay)
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
@@ -120,8 +118,8 @@ class ActorCritic(nn.Module):
     def forward(self, rollout: RolloutBatch, num_tokens: int) -> Share:
         batch, config = rollout.batch, self.config
         logps = linear_token_logps(
-            attention.rows(self.head, batch), self.head.weight, temperature=config.temperature,
-            **attention.scored(batch), **self.head.options,
+            masks.rows(self.head, batch), self.head.weight, temperature=config.temperature,
+            **masks.scored(batch), **self.head.options,
         )  # fmt: skip
         change = logps.float() - rollout.logps
         actor, clipped = policy_loss(change, rollout.advantages, config.clip_range)
@@ -141,7 +139,7 @@ class ActorCritic(nn.Module):
             "cut": (rollout.cuts.sum(), n),
             "value_loss": (total(critic).detach(), tokens),
             "clip_fraction": (total(clipped), tokens),
-            policy.MEAN_SQUARE: (total(change.detach().square()), tokens),
+            training_metrics.MEAN_SQUARE: (total(change.detach().square()), tokens),
         }
         return Share(loss, sums)
 
@@ -169,38 +167,38 @@ def value_loss(
     return 0.5 * torch.maximum((values - returns).square(), (held - returns).square())
 
 
-@lineage.stage("ppo")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("ppo")
+def run(config: Config, start: Start) -> Path:
     """Train and return the run directory, which is the model directory."""
-    path = lineage.source("data", config.data, "prepare", prepared="prompts.jsonl")
+    path = run_inputs.source("data", config.data, "prepare", prepared="prompts.jsonl")
     dataset = data.read(path, purpose="prompts", **config.reading(), **config.mixing())
-    accelerator = loop.make_accelerator(config)
+    accelerator = make_accelerator(config)
     set_seed(config.seed)
     console.say(dataset.summary())
-    name = lineage.source("model", config.model, "sft", "align", "ppo")
-    model, tokenizer = models.load(name, mapped=sharding.asked(config))
+    name = run_inputs.source("model", config.model, "sft", "align", "ppo")
+    model, tokenizer = models.load(name, mapped=fsdp.asked(config))
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = templates.apply(config, tokenizer, processes.template_date(start, accelerator), dataset)
-    options = rewards.Options(config.reward_model, config.oracle)
-    usable, dropped = encoding.usable_prompts(dataset, tokenizer, skip_invalid=config.skip_invalid)
+    (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
+    options = scorers.Options(config.reward_model, config.oracle)
+    usable, dropped = tokenize.usable_prompts(dataset, tokenizer, skip_invalid=config.skip_invalid)
     console.counts(dropped)
-    scorer = rewards.load(
+    scorer = scorers.load(
         options, config, accelerator, config.max_length, config.max_length - config.max_new_tokens,
-        template=templates.of_another_model(config.chat_template), date=processes.template_date(start, accelerator),
+        template=render.of_another_model(config.chat_template), date=gather.template_date(start, accelerator),
     )  # fmt: skip
     critic, reference = Critic(model), copy.deepcopy(model).eval().requires_grad_(False)
     for one, exact in ((model, []), (critic, [critic.value]), (reference, [])):
-        loop.placed(one, config, accelerator, exact)
+        placed(one, config, accelerator, exact)
     module = ActorCritic(model, critic, config).train(config.dropout)
     maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
     prompts = [group.prompt for group in usable]
-    console.counts(encoding.sampled_prompts(prompts, tokenizer, config.max_length - config.max_new_tokens)[1])
-    metrics = runs.begin(start, accelerator, dataset.account(dropped))
+    console.counts(tokenize.sampled_prompts(prompts, tokenizer, config.max_length - config.max_new_tokens)[1])
+    metrics = training_run.begin(start, accelerator, dataset.account(dropped))
     console.say(
         f"{config.max_steps:,} steps of {config.batch_size} completions, the first {config.critic_warmup_steps} for "
         f"the critic alone; scored by {scorer.name}"
     )
-    source = rollouts.Phases(
+    source = experience.Phases(
         maker, prompts, rollout_size=config.rollout_size,
         batch_size=config.batch_size, epochs=config.ppo_epochs, warmup_steps=config.critic_warmup_steps,
         seed=config.seed,
@@ -208,20 +206,20 @@ def run(config: Config, start: lineage.Start) -> Path:
 
     def after(step: int, last: bool) -> None:
         if config.save_steps and step % config.save_steps == 0:
-            finished = sharding.gathered(model, accelerator.is_main_process)
+            finished = fsdp.gathered(model, accelerator.is_main_process)
             if accelerator.is_main_process:
                 models.save_checkpoint(finished, tokenizer, Path(config.output_dir), f"step-{step}", dtypes)
 
     loop.train(
         module, source, config.max_steps, config, accelerator, metrics,
-        packing=maker.packing, collate=partial(rollouts.collate, packing=maker.packing), denominator=_tokens,
+        packing=maker.packing, collate=partial(experience.collate, packing=maker.packing), denominator=_tokens,
         shown=SHOWN,
         rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
         first=partial(_check_ratio, config, accelerator), after=after, before_update=partial(_rest, config),
     )  # fmt: skip
     console.counts(maker.remarks)
-    finished = sharding.gathered(model, accelerator.is_main_process)
-    return runs.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
+    finished = fsdp.gathered(model, accelerator.is_main_process)
+    return training_run.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 
 
 def _maker(
@@ -229,19 +227,19 @@ def _maker(
     module: ActorCritic,
     reference: Any,
     tokenizer: Any,
-    scorer: rewards.Scorer,
+    scorer: scorers.Scorer,
     accelerator: Accelerator,
-) -> rollouts.Maker:
+) -> experience.Maker:
     packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
 
     @torch.no_grad()
     def values(part: Sequence[TokenGroup]) -> list[list[float]]:
         batch = packing.collate(part).to(accelerator.device)
         with evaluating(module.critic), accelerator.autocast():  # targets do not drop out
-            rows = sharding.entered(module.critic, partial(module.critic, batch))
+            rows = fsdp.entered(module.critic, partial(module.critic, batch))
         return [row.tolist() for (row,) in of_completions(part, rows.double().cpu())]
 
-    return rollouts.Maker(
+    return experience.Maker(
         module.model, reference, tokenizer, scorer, values, accelerator,
         samples.Settings(config.temperature, config.max_new_tokens), config.max_length - config.max_new_tokens,
         config.seed, packing, config.kl_coef, config.gamma, config.lam, Counter(),
@@ -266,17 +264,20 @@ def _tokens(groups: Sequence[Rollout]) -> int:
 
 def _check_ratio(config: Config, accelerator: Accelerator, loss: float, values: Mapping[str, float]) -> None:
     """Before the first update the policy is the one that sampled: their log-probs differ by rounding alone."""
-    square, most = values[policy.MEAN_SQUARE], policy.TOKEN_NOISE[accelerator.mixed_precision] / config.temperature
+    square, most = (
+        values[training_metrics.MEAN_SQUARE],
+        model_logps.TOKEN_NOISE[accelerator.mixed_precision] / config.temperature,
+    )
     if not config.dropout and not square <= (6 * most) ** 2:
-        raise artifacts.RunError(
+        raise RunError(
             f"the first update is off policy: log-probs of its tokens differ by {square**0.5:.2g} nats rms, and "
             f"{6 * most:.2g} is the most that rounding does: a wrong mask, temperature or dropout"
         )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.ppo", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.ppo", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

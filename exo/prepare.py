@@ -1,6 +1,6 @@
 """The data of a task as the stages read them: texts to imitate, prompts, held-out prompts, preferences.
 
-python -m exo.prepare --task NAME [--source FILE_DIR_OR_HUB]. What the files hold is said in exo.tasks. Left out:
+python -m exo.prepare --task NAME [--source FILE_DIR_OR_HUB]. exo.experiments.tasks describes the files. Left out:
 tokens, which depend on the model.
 """
 
@@ -8,12 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo import artifacts, config, console, lineage, tasks
-from exo.config import at_least, option, require
+from exo.cli import console
+from exo.cli.fields import at_least, option, require
+from exo.cli.main import guarded
+from exo.cli.options import SourceOptions
+from exo.cli.parse import parse
+from exo.experiments import tasks
+from exo.runs import stage as run_stage
+from exo.runs.atomic import staged, staged_file
+from exo.runs.stage import Start, stage
 
 
 @dataclass(frozen=True)
-class Config(config.SourceOptions):
+class Config(SourceOptions):
     output_dir: str = option("runs/data", "directory of the run")
     task: str = option("quickstart", f"one of {', '.join(tasks.TASKS)}")
     source: str | None = option(None, "where the task's files are: a file, a directory, or a hub name")
@@ -30,24 +37,24 @@ class Config(config.SourceOptions):
         require((self.task == "quickstart") == (self.source is None), "source", needed, self.source)
 
 
-@lineage.stage("prepare")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("prepare")
+def run(config: Config, start: Start) -> Path:
     """Write the task's files and return the run directory."""
     wanted = tasks.Wanted(config.source or "", config.rows, config.seed, config.tokenizer, config.reading())
     made = tasks.TASKS[config.task](wanted)
-    directory = lineage.begin(start)
+    directory = run_stage.begin(start)
     counts = {}
     for name, write in made.items():
-        with artifacts.staged(directory / name) if "." not in name else artifacts.staged_file(directory / name) as path:
+        with staged(directory / name) if "." not in name else staged_file(directory / name) as path:
             counts[name] = write(path)
         console.say(f"  {name}: {counts[name]:,}" if counts[name] else f"  {name}")
-    lineage.finish(directory, result=counts)
+    run_stage.finish(directory, result=counts)
     return directory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.prepare", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.prepare", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

@@ -8,33 +8,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exo import artifacts, config, console, findings, lineage, page, provenance, results
-from exo.config import named, option
+from exo.cli import console
+from exo.cli.fields import named, option
+from exo.cli.main import guarded
+from exo.cli.options import Stage
+from exo.cli.parse import parse
+from exo.reporting import html, outcomes, results
+from exo.reporting import training as training_section
+from exo.runs import stage as run_stage
+from exo.runs.atomic import staged_file
+from exo.runs.stage import Start, stage
 
 
 @dataclass(frozen=True)
-class Config(config.Stage):
+class Config(Stage):
     output_dir: str = option("runs/report", "directory of the report")
     run: str = option("", "directory of a recipe's run", named("the directory of a recipe's run"))
 
 
-@lineage.stage("report")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("report")
+def run(config: Config, start: Start) -> Path:
     """Write report.html and return its directory."""
     found = results.read(Path(config.run))
-    methods = findings.methods(found)
-    directory = lineage.begin(start)
+    methods = outcomes.methods(found)
+    directory = run_stage.begin(start)
     title = found.record["recipe"]["title"]
-    body = [page.heading(title, 1), *findings.headline(found, methods)]
-    body += [findings.frontiers(found, directory), findings.win_rates(found), findings.progress(found, directory)]
-    body += [findings.sweeps(found, directory), findings.densities(found, directory)]
-    body += [provenance.training(found, directory), provenance.rows(found)]
-    body += [provenance.samples(found, config.seed), provenance.commands(found)]
-    with artifacts.staged_file(directory / "report.html") as file:
-        file.write_text(page.document(title, filter(None, body)), encoding="utf-8")
-    _tell(*methods, findings.trials_of_failed(found))
+    body = [html.heading(title, 1), *outcomes.headline(found, methods)]
+    body += [outcomes.frontiers(found, directory), outcomes.win_rates(found), outcomes.progress(found, directory)]
+    body += [outcomes.sweeps(found, directory), outcomes.densities(found, directory)]
+    body += [training_section.training(found, directory), training_section.rows(found)]
+    body += [training_section.samples(found, config.seed), training_section.commands(found)]
+    with staged_file(directory / "report.html") as file:
+        file.write_text(html.document(title, filter(None, body)), encoding="utf-8")
+    _tell(*methods, outcomes.trials_of_failed(found))
     console.say(f"  page: {directory / 'report.html'}")
-    lineage.finish(directory)
+    run_stage.finish(directory)
     return directory
 
 
@@ -47,8 +55,8 @@ def _tell(header: Sequence[str], rows: Sequence[Sequence[str]], failed: Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.report", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.report", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

@@ -16,37 +16,33 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
-from exo import (
-    artifacts,
-    batches,
-    config,
-    console,
-    data,
-    encoding,
-    intervals,
-    lineage,
-    loop,
-    models,
-    processes,
-    runs,
-    sharding,
-    targets,
-    templates,
-)
-from exo.config import MODEL, PART, POSITIVE, at_least, named, option
-from exo.data import split
-from exo.encoding import TokenGroup
-from exo.packing import Batch, Packing
-from exo.reward_head import RewardHead
-from exo.steps import Share
+from exo import data, models
+from exo.cli import console
+from exo.cli.fields import MODEL, PART, POSITIVE, at_least, named, option
+from exo.cli.main import guarded
+from exo.cli.options import DataOptions, DataTraining
+from exo.cli.parse import parse
+from exo.data import split, transforms
+from exo.data.collate import Packing
+from exo.data.text import render, tokenize
+from exo.data.text.limits import Limits
+from exo.data.text.tokenize import TokenGroup
+from exo.distributed import fsdp, gather
+from exo.distributed.accelerator import make_accelerator, placed
+from exo.evaluation import metrics as evaluation_metrics
+from exo.runs import inputs as run_inputs
+from exo.runs.stage import Start, stage
+from exo.training import loop, sampler
+from exo.training import run as training_run
+from exo.training.losses import LabelLoss, PairLoss
 
 SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
 
 
 @dataclass(frozen=True)
-class Config(config.DataTraining, config.DataOptions):
+class Config(DataTraining, DataOptions):
     output_dir: str = option("runs/reward", "directory of the run")
     learning_rate: float = option(1e-5, "peak learning rate of AdamW", POSITIVE)
     model: str = option("", "directory or hub name of a causal LM, whose body is trained on", MODEL)
@@ -60,75 +56,43 @@ class Config(config.DataTraining, config.DataOptions):
     eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none", PART)
 
 
-class PairLoss(nn.Module):
-    """A reward model whose forward is the Bradley-Terry loss of pairs: rows 2i chosen, 2i + 1 rejected."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.rewards = RewardHead(model)
-
-    def margins(self, batch: Batch) -> Tensor:  # (G,) positive where the right one wins
-        chosen, rejected = self.rewards(batch).view(-1, 2).unbind(1)
-        return chosen - rejected
-
-    def forward(self, batch: Batch, count: int | None) -> Any:
-        """A share of the mean over so many; of none, the margins, for evaluation."""
-        margins = self.margins(batch)
-        if count is None:
-            return margins
-        right = (0.5 + 0.5 * margins.detach().sign().double()).sum()  # a tie counts one half
-        loss = -nn.functional.logsigmoid(margins).sum() / count
-        return Share(loss, {"accuracy": (right, len(margins)), "margin": (margins.detach().sum(), len(margins))})
-
-
-class LabelLoss(PairLoss):
-    """The same for a classifier: the cross-entropy of two classes is that of the log-odds, signed by the label."""
-
-    def margins(self, batch: Batch) -> Tensor:  # (G,)
-        assert batch.rewards is not None
-        return self.rewards(batch) * (2 * batch.rewards.float() - 1)
-
-
-@lineage.stage("reward")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("reward")
+def run(config: Config, start: Start) -> Path:
     """Train and return the run directory, which is the model directory."""
     dataset = read(config)
-    accelerator = loop.make_accelerator(config)
+    accelerator = make_accelerator(config)
     set_seed(config.seed)
     console.say(dataset.summary())
-    name = lineage.source("model", config.model, "sft")
+    name = run_inputs.source("model", config.model, "sft")
     model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = templates.apply(
-        config, tokenizer, processes.template_date(start, accelerator), dataset, sampled="render"
-    )
+    (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset, sampled="render")
     counts: Counter[str] = Counter()
     try:
         groups, held_out = tokens(config, dataset, tokenizer, counts)
     finally:
         console.counts(counts)
     models.check_fits(model, groups + held_out)
-    metrics = runs.begin(start, accelerator, dataset.account(counts))
-    steps = batches.total_steps(config, len(groups))
+    metrics = training_run.begin(start, accelerator, dataset.account(counts))
+    steps = sampler.total_steps(config, len(groups))
     console.say(f"{len(groups):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
-    module = (LabelLoss if config.labels else PairLoss)(loop.placed(model, config, accelerator)).train(config.dropout)
+    module = (LabelLoss if config.labels else PairLoss)(placed(model, config, accelerator)).train(config.dropout)
     packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
     loop.train(
-        module, batches.Batches(groups, config, steps), steps, config, accelerator, metrics, packing=packing,
-        denominator=len, steps_an_epoch=batches.epoch_steps(config, len(groups)), shown=SHOWN,
+        module, sampler.Batches(groups, config, steps), steps, config, accelerator, metrics, packing=packing,
+        denominator=len, steps_an_epoch=sampler.epoch_steps(config, len(groups)), shown=SHOWN,
     )  # fmt: skip
     result = _evaluate(module, held_out, accelerator, packing)
     if result and accelerator.is_main_process:
         metrics.write(step=steps, **result)
-    model = sharding.gathered(model, accelerator.is_main_process)
-    return runs.end(metrics, model, tokenizer, accelerator, result, dtypes)
+    model = fsdp.gathered(model, accelerator.is_main_process)
+    return training_run.end(metrics, model, tokenizer, accelerator, result, dtypes)
 
 
 def read(config: Config, option: str = "data") -> data.Dataset:
     """Read the file that an option names."""
     prepared = "labelled.jsonl" if config.labels else "pairs.jsonl"
-    path = lineage.source(option, getattr(config, option), "prepare", "score", prepared=prepared)
+    path = run_inputs.source(option, getattr(config, option), "prepare", "score", prepared=prepared)
     return data.read(path, purpose="labels" if config.labels else "comparisons", **config.reading_of(option))
 
 
@@ -146,14 +110,14 @@ def tokens(
     """
     rows = dataset.groups
     if config.max_completions is not None:
-        rows, skipped = targets.first(rows, config.max_completions)
+        rows, skipped = transforms.first(rows, config.max_completions)
         counts.update(skipped)
     if config.labels:
         if len({group.label for group in rows}) == 1:
             raise data.DataError(f"{config.data}: expected texts of both labels; all have {rows[0].label}")
         rows = texts_as_prompts(rows)
     else:
-        rows, skipped = targets.best_against_worst(rows)
+        rows, skipped = transforms.best_against_worst(rows)
         counts.update(skipped)
     texts = [split.Texts(group.prompt, group.completions) for group in rows]
     names = sorted({text.name for text in texts})
@@ -163,8 +127,8 @@ def tokens(
     encoded = []
     for is_held_out in (False, True):
         part = [group for i, group in enumerate(rows) if (i in chosen.held_out) == is_held_out]
-        groups, cut = encoding.encode(
-            part, tokenizer, config.limits(), dataset.path, foreign="text", skip_invalid=config.skip_invalid
+        groups, cut = tokenize.encode(
+            part, tokenizer, Limits(**config.limits()), dataset.path, foreign="text", skip_invalid=config.skip_invalid
         )
         counts.update(cut)
         encoded.append(groups)
@@ -186,13 +150,13 @@ def _evaluate(
     def of(part: Sequence[TokenGroup]) -> list[float]:
         with accelerator.autocast():
             batch = packing.collate(part).to(accelerator.device)
-            return sharding.entered(module, partial(module, batch, None)).tolist()
+            return fsdp.entered(module, partial(module, batch, None)).tolist()
 
     parts = packing.micro_batches(groups)
-    found = processes.shared(parts, of, accelerator, together=sharding.is_sharded(module))
+    found = gather.shared(parts, of, accelerator, together=fsdp.is_sharded(module))
     margins = [margin for some in found for margin in some]
     right = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
-    low, high = intervals.accuracy_interval(right)
+    low, high = evaluation_metrics.accuracy_interval(right)
     accuracy = sum(right) / len(right)
     loss = float(-nn.functional.logsigmoid(torch.tensor(margins, dtype=torch.float64)).mean())
     console.say(
@@ -202,8 +166,8 @@ def _evaluate(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.reward", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.reward", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

@@ -15,25 +15,21 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from exo import (
-    artifacts,
-    config,
-    console,
-    data,
-    encoding,
-    generation,
-    lineage,
-    loop,
-    models,
-    processes,
-    runs,
-    samples,
-    templates,
-)
-from exo.artifacts import Pieces
-from exo.config import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
+from exo import data, models
+from exo.cli import console
+from exo.cli.fields import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
+from exo.cli.main import guarded
+from exo.cli.options import ChatOptions, Compute, DataOptions
+from exo.cli.parse import parse
 from exo.data import Group
-from exo.generation import Sample
+from exo.data.text import render, tokenize
+from exo.distributed import gather
+from exo.distributed.accelerator import make_accelerator
+from exo.rollouts import generate, samples, shards
+from exo.rollouts.generate import Sample
+from exo.runs import inputs as run_inputs
+from exo.runs.jsonl import Pieces
+from exo.runs.stage import Start, stage
 
 AT_ONCE = 8192  # completions that vLLM is asked for together, and so what a kill may cost
 Job = Callable[[], list[Sample]]
@@ -43,7 +39,7 @@ Prompts = Callable[[Any], tuple[list[int], list[str]]]  # places and prompts, gi
 
 
 @dataclass(frozen=True)
-class Config(config.Compute, config.DataOptions, config.ChatOptions):
+class Config(Compute, DataOptions, ChatOptions):
     output_dir: str = option("runs/samples", "directory of the run")
     model: str = option("", "directory or hub name of a causal LM", MODEL)
     data: str = option("", "prompts: any data file that has them", named("a file of prompts"))
@@ -59,36 +55,36 @@ class Config(config.Compute, config.DataOptions, config.ChatOptions):
     engine: Literal["torch", "vllm"] = option("torch", "what samples")
 
 
-@lineage.stage("sample")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("sample")
+def run(config: Config, start: Start) -> Path:
     """Sample and return the run directory, which has samples.jsonl."""
     dataset = read(config)
     console.say(dataset.summary())
-    model = lineage.source("model", config.model, "sft", "align", "ppo")
+    model = run_inputs.source("model", config.model, "sft", "align", "ppo")
     chosen(config, len(dataset.groups))
-    accelerator = loop.make_accelerator(config)
+    accelerator = make_accelerator(config)
     dropped: Counter[str] = Counter()
 
     def prompts(tokenizer: Any) -> tuple[list[int], list[str]]:
-        (rendered,) = templates.apply(config, tokenizer, processes.template_date(start, accelerator), dataset)
-        usable, more = encoding.usable_prompts(rendered, tokenizer, skip_invalid=config.skip_invalid)
+        (rendered,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
+        usable, more = tokenize.usable_prompts(rendered, tokenizer, skip_invalid=config.skip_invalid)
         dropped.update(more)
         numbers = chosen(config, len(usable))
         console.say(f"{len(numbers):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
         return numbers, [usable[number % len(usable)].prompt for number in numbers]
 
     draw = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, accelerator)
-    pieces = runs.begin_pieces(start, accelerator, dataset.account(dropped))
+    pieces = shards.begin_pieces(start, accelerator, dataset.account(dropped))
     groups = draw(partial(_run, pieces, accelerator))
     result = samples.describe(groups)
     console.say(f"  mean {result['mean_tokens']:.1f} tokens")
     samples.say_cut(groups)
-    return runs.end_pieces(pieces, "samples.jsonl", map(samples.row, groups), accelerator, result)
+    return shards.end_pieces(pieces, "samples.jsonl", map(samples.row, groups), accelerator, result)
 
 
 def read(config: Config, option: str = "data") -> data.Dataset:
     """Read the file that an option names."""
-    path = lineage.source(option, getattr(config, option), "prepare", prepared="prompts.jsonl")
+    path = run_inputs.source(option, getattr(config, option), "prepare", prepared="prompts.jsonl")
     return data.read(path, purpose="prompts", **config.reading_of(option))
 
 
@@ -102,7 +98,7 @@ def chosen(config: Config, total: int) -> list[int]:
 def _run(pieces: Pieces, accelerator: Accelerator, jobs: Sequence[Job]) -> list[list[Sample]]:
     """What the jobs draw, each by one process, and kept."""
     listed = [partial(_listed, job) for job in jobs]
-    return [samples.unlisted(rows) for rows in processes.in_pieces(listed, pieces, accelerator)]
+    return [samples.unlisted(rows) for rows in shards.in_pieces(listed, pieces, accelerator)]
 
 
 def _listed(job: Job) -> list[Any]:
@@ -139,7 +135,7 @@ def _vllm(config: Config, name: str, prompts_of: Prompts, accelerator: Accelerat
         raise ValueError("--engine vllm: not installed; pip install vllm, or leave out --engine") from None
     tokenizer: Any = models.load_tokenizer(name)
     numbers, prompts = prompts_of(tokenizer)
-    ids, counts = encoding.sampled_prompts(prompts, tokenizer, config.max_prompt_length)
+    ids, counts = tokenize.sampled_prompts(prompts, tokenizer, config.max_prompt_length)
     console.counts(counts)
     stop_ids = list(models.stop_ids(name, tokenizer))
     never = dict.fromkeys(models.absent_ids(name, tokenizer), -100.0)
@@ -150,7 +146,7 @@ def _vllm(config: Config, name: str, prompts_of: Prompts, accelerator: Accelerat
         wanted = [
             vllm.SamplingParams(
                 n=1, temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_new_tokens, logprobs=0,
-                seed=generation.stream_seed(config.seed, number, j), stop_token_ids=stop_ids,
+                seed=generate.stream_seed(config.seed, number, j), stop_token_ids=stop_ids,
                 logit_bias=never or None,
             )
             for number in numbers[part]
@@ -176,8 +172,8 @@ def _from_vllm(completion: Any, stop_ids: Sequence[int]) -> Sample:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.sample", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.sample", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,26 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from exo import artifacts, config, console, data, lineage, loop, processes, rewards, runs, samples
-from exo.config import at_least, named, option, require
+from exo import data
+from exo.cli import console
+from exo.cli.fields import at_least, named, option, require
+from exo.cli.main import guarded
+from exo.cli.options import ChatOptions, DataOptions, Scoring
+from exo.cli.parse import parse
 from exo.data import Group
+from exo.distributed import gather
+from exo.distributed.accelerator import make_accelerator
+from exo.rollouts import samples, scorers, shards
+from exo.runs import inputs as run_inputs
+from exo.runs.stage import Start, stage
 
 
 @dataclass(frozen=True)
-class Config(config.Scoring, config.DataOptions, config.ChatOptions):
+class Config(Scoring, DataOptions, ChatOptions):
     output_dir: str = option("runs/scored", "directory of the run")
     data: str = option("", "samples: prompts with completions", named("a file of samples"))
-    reward_model: str | None = rewards.REWARD_MODEL
-    oracle: str | None = rewards.ORACLE
+    reward_model: str | None = scorers.REWARD_MODEL
+    oracle: str | None = scorers.ORACLE
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     max_prompt_length: int | None = option(
         None,
@@ -29,26 +38,26 @@ class Config(config.Scoring, config.DataOptions, config.ChatOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rewards.check(rewards.Options(self.reward_model, self.oracle))
+        scorers.check(scorers.Options(self.reward_model, self.oracle))
         rendered = self.chat_template not in ("auto", "none") or self.template_kwargs is not None
         require(
             not (self.oracle and rendered), "chat_template", "auto with --oracle, which reads plain texts", rendered
         )
 
 
-@lineage.stage("score")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("score")
+def run(config: Config, start: Start) -> Path:
     """Score and return the run directory, which has scored.jsonl."""
-    path = lineage.source("data", config.data, "sample", "best_of_n", "score")
+    path = run_inputs.source("data", config.data, "sample", "best_of_n", "score")
     dataset = data.read(path, purpose="samples", **config.reading(), **config.mixing())
     console.say(dataset.summary())
     if had := sum(group.rewards is not None for group in dataset.groups):
         console.say(f"  {had:,} rows have rewards, which others replace")
-    options = rewards.Options(config.reward_model, config.oracle)
-    accelerator = loop.make_accelerator(config)
-    scorer = rewards.load(
+    options = scorers.Options(config.reward_model, config.oracle)
+    accelerator = make_accelerator(config)
+    scorer = scorers.load(
         options, config, accelerator, config.max_length, config.max_prompt_length, template=config.chat_template,
-        arguments=config.template_kwargs, date=processes.template_date(start, accelerator),
+        arguments=config.template_kwargs, date=gather.template_date(start, accelerator),
     )  # fmt: skip
     console.say(f"scored by {scorer.name}")
     refused, dropped = scorer.refused(dataset.groups, dataset.path, config.skip_invalid)
@@ -56,29 +65,29 @@ def run(config: Config, start: lineage.Start) -> Path:
     groups = [group for i, group in enumerate(dataset.groups) if i not in refused]
     if not groups:
         raise data.DataError(f"{dataset.path}: no row is left to score")
-    pieces = runs.begin_pieces(start, accelerator, dataset.account(dropped))
+    pieces = shards.begin_pieces(start, accelerator, dataset.account(dropped))
     progress = console.Progress("rows", len(groups), every=max(1, len(groups) // 4))
 
-    def scored(part: Sequence[Group]) -> tuple[rewards.Scores, dict[str, int]]:
-        found = rewards.score_part(scorer, part)
+    def scored(part: Sequence[Group]) -> tuple[scorers.Scores, dict[str, int]]:
+        found = scorers.score_part(scorer, part)
         progress.advance(len(part))
         return found
 
-    jobs = [partial(scored, part) for part in rewards.in_parts(groups)]
-    scores, counts = rewards.together(processes.in_pieces(jobs, pieces, accelerator))
-    result = rewards.describe(scores)
+    jobs = [partial(scored, part) for part in scorers.in_parts(groups)]
+    scores, counts = scorers.together(shards.in_pieces(jobs, pieces, accelerator))
+    result = scorers.describe(scores)
     console.say(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")
     for name in ("rows of one completion", "rows whose rewards are all equal"):
         if result[name]:
             console.say(f"  {result[name]:,} {name}: nothing to compare")
     console.counts(counts)
     rows = (samples.row(replace(group, rewards=values)) for group, values in zip(groups, scores, strict=True))
-    return runs.end_pieces(pieces, "scored.jsonl", rows, accelerator, result)
+    return shards.end_pieces(pieces, "scored.jsonl", rows, accelerator, result)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.score", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.score", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

@@ -11,109 +11,90 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
-from torch import nn
 
-from exo import (
-    adapter,
-    artifacts,
-    attention,
-    batches,
-    config,
-    console,
-    data,
-    encoding,
-    examples,
-    layouts,
-    lineage,
-    loop,
-    models,
-    processes,
-    runs,
-    templates,
-)
-from exo.config import MODEL, POSITIVE, named, option
-from exo.encoding import TokenGroup
-from exo.head import CausalHead
-from exo.packing import Batch, Packing
-from exo.steps import Share
-from exo_kernels import linear_token_logps
+from exo import data, models
+from exo.cli import console
+from exo.cli.fields import MODEL, POSITIVE, named, option
+from exo.cli.main import guarded
+from exo.cli.options import AdapterOptions, DataOptions
+from exo.cli.parse import parse
+from exo.data import preview
+from exo.data.collate import Packing
+from exo.data.text import render, tokenize
+from exo.data.text.limits import Limits
+from exo.data.text.tokenize import TokenGroup
+from exo.distributed import gather
+from exo.distributed.accelerator import make_accelerator, placed
+from exo.models import lora
+from exo.models.attention import choose
+from exo.runs import inputs as run_inputs
+from exo.runs import record as run_record
+from exo.runs.stage import Start, stage
+from exo.training import loop, sampler
+from exo.training import run as training_run
+from exo.training.losses import NextToken
 
 
 @dataclass(frozen=True)
-class Config(adapter.Options, config.DataOptions):
+class Config(AdapterOptions, DataOptions):
     output_dir: str = option("runs/sft", "directory of the run")
     learning_rate: float = option(1e-5, "peak learning rate of AdamW", POSITIVE)
     model: str = option("", "directory or hub name of a causal LM; tiny builds a small one on the data", MODEL)
     data: str = option("", "prompts with a completion, or preferences", named("a file of prompts with completions"))
 
 
-class NextToken(nn.Module):
-    """A causal LM whose forward is the cross-entropy of the completions."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.head = CausalHead(model)
-
-    def forward(self, batch: Batch, num_tokens: int) -> Share:
-        rows = attention.rows(self.head, batch)
-        logps = linear_token_logps(rows, self.head.weight, **attention.scored(batch), **self.head.options)
-        total = -logps.double().sum()
-        return Share(total / num_tokens, {"nats_per_token": (total.detach(), len(logps))})
-
-
-@lineage.stage("sft")
-def run(config: Config, start: lineage.Start) -> Path:
+@stage("sft")
+def run(config: Config, start: Start) -> Path:
     """Fine-tune and return the run directory, which is the model directory."""
     dataset = read(config)
-    accelerator = loop.make_accelerator(config)
+    accelerator = make_accelerator(config)
     set_seed(config.seed)
     console.say(dataset.summary())
-    adapter.check(config, config.model)
-    name = lineage.source("model", config.model, "sft")
-    model, tokenizer = adapter.load(config, name, dataset.texts, accelerator)
+    lora.check(config, config.model)
+    name = run_inputs.source("model", config.model, "sft")
+    model, tokenizer = lora.load(config, name, dataset.texts, accelerator)
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = templates.apply(config, tokenizer, processes.template_date(start, accelerator), dataset)
+    (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
     counts: Counter[str] = Counter()
     try:
         groups = tokens(config, dataset, tokenizer, counts)
     finally:
         console.counts(counts)
     models.check_fits(model, groups)
-    metrics = runs.begin(start, accelerator, dataset.account(counts))
-    steps = batches.total_steps(config, len(groups))
+    metrics = training_run.begin(start, accelerator, dataset.account(counts))
+    steps = sampler.total_steps(config, len(groups))
     console.say(
         f"{len(groups):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
-    examples.show(groups, tokenizer, examples.LOSS)
-    adapted = adapter.add(model, config, name)
-    packing = layouts.choose(
-        [loop.placed(model, config, accelerator)], groups, accelerator,
+    preview.show(groups, tokenizer, preview.LOSS)
+    adapted = lora.add(model, config, name)
+    packing = choose.choose(
+        [placed(model, config, accelerator)], groups, accelerator,
         Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), "off", 1.0, config.dropout,
     )  # fmt: skip
     if accelerator.is_main_process:
-        artifacts.update_run(Path(config.output_dir), layout=packing.layout)
+        run_record.update_run(Path(config.output_dir), layout=packing.layout)
     module = NextToken(adapted).train(config.dropout)
     loop.train(
-        module, batches.Batches(groups, config, steps), steps, config, accelerator, metrics,
+        module, sampler.Batches(groups, config, steps), steps, config, accelerator, metrics,
         packing=packing, denominator=_scored_tokens,
-        steps_an_epoch=batches.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
+        steps_an_epoch=sampler.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
     )  # fmt: skip
-    finished = adapter.finished(module.model, config, accelerator)
-    return runs.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
+    finished = lora.finished(module.model, config, accelerator)
+    return training_run.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 
 
 def read(config: Config, option: str = "data") -> data.Dataset:
     """Read the file that an option names."""
-    path = lineage.source(option, getattr(config, option), "prepare", prepared="sft.jsonl")
+    path = run_inputs.source(option, getattr(config, option), "prepare", prepared="sft.jsonl")
     return data.read(path, purpose="texts", **config.reading_of(option))
 
 
 def tokens(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:
     """Return the rows to train on; `counts` gets what was cut, dropped or noted. DataError if none is left."""
-    groups, cut = encoding.encode(
-        dataset.groups, tokenizer, config.limits(), dataset.path, skip_invalid=config.skip_invalid
+    groups, cut = tokenize.encode(
+        dataset.groups, tokenizer, Limits(**config.limits()), dataset.path, skip_invalid=config.skip_invalid
     )
     counts.update(cut)
     if not groups:
@@ -126,8 +107,8 @@ def _scored_tokens(groups: Sequence[TokenGroup]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = config.parse(Config, argv, prog="python -m exo.sft", description=__doc__)
-    return artifacts.guarded(run, options)
+    options = parse(Config, argv, prog="python -m exo.sft", description=__doc__)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

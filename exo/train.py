@@ -26,16 +26,25 @@ from typing import Any
 
 import torch
 
-from exo import align, artifacts, config, console, costs, launch, lineage, pipeline, signals, streams, yaml_files
-from exo.config import SHOWN, ConfigError, option, require, shortened
-from exo.pipeline import Step
+from exo import align
+from exo.cli import console, launch, signals, streams, yaml_files
+from exo.cli.errors import ConfigError, RunError
+from exo.cli.fields import SHOWN, option, require, shortened
+from exo.cli.main import guarded, last_words
+from exo.cli.parse import command_line, given, parse
+from exo.experiments import costs, plan
+from exo.experiments.plan import Step
+from exo.runs import directory as run_directory
+from exo.runs import inputs as run_inputs
+from exo.runs import record as run_record
+from exo.runs import stage as run_stage
 
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str = option("quickstart", f"one of {', '.join(pipeline.SHIPPED)}, or a YAML file")
+    recipe: str = option("quickstart", f"one of {', '.join(plan.SHIPPED)}, or a YAML file")
     output_dir: str | None = option(None, "directory of the run (default: runs/NAME of the recipe)")
-    methods: str | None = option(None, f"some of {','.join(pipeline.METHODS)}")
+    methods: str | None = option(None, f"some of {','.join(plan.METHODS)}")
     seeds: str | None = option(None, "seeds of alignment, with commas")
     sweep: str | None = option(None, "values to try, as in 'beta_pi=0.1,0.5 learning_rate=1e-6,3e-6'")
     full: bool = option(False, "the recipe's long form")
@@ -57,27 +66,27 @@ def run(config: Config) -> Path:
         raise ValueError(f"--recipe: expected one process, which runs the steps; got {world}; --jobs runs several")
     recipe = _recipe(config)
     directory = Path(config.output_dir or f"runs/{Path(config.recipe).stem}")
-    whole = pipeline.plan(recipe, directory)
+    whole = plan.plan(recipe, directory)
     for name in ("source", "model"):
-        if (path := getattr(recipe, name)) and lineage.is_missing(path):
+        if (path := getattr(recipe, name)) and run_inputs.is_missing(path):
             raise ValueError(f"--{name} {path}: no such file or directory")
     steps = _until(whole, config.to)
     again = _from(steps, config.from_)
     if config.dry_run:
         costs.tell(recipe, steps, directory, again)
         return directory
-    with artifacts.locked(str(directory)):
+    with run_directory.locked(str(directory)):
         return _go(config, recipe, whole, steps, directory, again)
 
 
 def _go(
-    config: Config, recipe: pipeline.Recipe, whole: list[Step], steps: list[Step], directory: Path, again: set[str]
+    config: Config, recipe: plan.Recipe, whole: list[Step], steps: list[Step], directory: Path, again: set[str]
 ) -> Path:
     _begin(config, recipe, whole, directory)
     if recipe.threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(recipe.threads)
     ran = _run_all(steps, directory, again, config.jobs, recipe.threads)
-    artifacts.update_run(directory, steps_run=ran)
+    run_record.update_run(directory, steps_run=ran)
     console.headline("Finished")
     page = directory / "report" / "report.html"
     if steps[-1].stage == "report":
@@ -86,7 +95,7 @@ def _go(
     return directory
 
 
-def _recipe(config: Config) -> pipeline.Recipe:
+def _recipe(config: Config) -> plan.Recipe:
     changes: dict[str, Any] = {"source": config.source, "model": config.model}
     if config.methods:
         changes["methods"] = config.methods.split(",")
@@ -109,7 +118,7 @@ def _recipe(config: Config) -> pipeline.Recipe:
                 section.setdefault(stage, {})[key] = yaml_files.parse(value, typed=True)
             except ValueError as error:
                 raise ConfigError(f"--set {shortened(part, SHOWN)}: {error}") from None
-    return pipeline.load(config.recipe, full=config.full, **changes)
+    return plan.load(config.recipe, full=config.full, **changes)
 
 
 def _assignment(name: str, text: str) -> tuple[str, str]:
@@ -153,11 +162,11 @@ def _known(steps: list[Step], option: str, name: str) -> None:
     require(any(_below(step, name) for step in steps), option, f"one of {', '.join(sorted(names))}", name)
 
 
-def _begin(config: Config, recipe: pipeline.Recipe, steps: list[Step], directory: Path) -> None:
+def _begin(config: Config, recipe: plan.Recipe, steps: list[Step], directory: Path) -> None:
     """The record of the whole. An earlier run of a recipe there is gone on with; anything else there is refused."""
-    if not artifacts.is_run(directory, "train"):
-        artifacts.prepare(str(directory), overwrite=False)
-    artifacts.write_run(directory, config, "train", started=artifacts.now(), recipe=dataclasses.asdict(recipe), plan=[
+    if not run_directory.is_run(directory, "train"):
+        run_directory.prepare(str(directory), overwrite=False)
+    run_record.write_run(directory, config, "train", started=run_record.now(), recipe=dataclasses.asdict(recipe), plan=[
         {"name": step.name, "stage": step.stage, "needs": step.needs, "options": dataclasses.asdict(step.config)}
         | step.facts
         for step in steps
@@ -176,7 +185,7 @@ def _held(step: Step, directory: Path, again: set[str]) -> bool:
     return (
         step.name not in again
         and step.stage != "report"  # it reads all the others, and takes a moment
-        and lineage.holds(directory / step.name, step.config, step.stage)
+        and run_stage.holds(directory / step.name, step.config, step.stage)
     )
 
 
@@ -215,13 +224,13 @@ def _at_once(
                     seconds = future.result()
                 except BrokenProcessPool:
                     names = ", ".join(s.name for s in (step, *under_way.values()))
-                    raise artifacts.RunError(
+                    raise RunError(
                         f"{names}: the process of one of them was killed, perhaps for lack of memory; run it again, "
                         "with fewer --jobs if need be"
                     ) from None
                 except Exception:
                     pool.shutdown(cancel_futures=True)
-                    artifacts.last_words(f"{step.name}: failed")
+                    last_words(f"{step.name}: failed")
                     raise
                 done.add(step.name)
                 console.say(f"[{len(done)}/{len(steps)}] {step.name}  {console.duration(seconds)}")
@@ -256,11 +265,11 @@ def _timed(step: Step, anew: bool) -> float:
 
 def _stage(step: Step, anew: bool) -> None:
     """Run it; go on with it where it did not finish."""
-    goes_on = not anew and lineage.goes_on(Path(step.config.output_dir), step.config, step.stage)
+    goes_on = not anew and run_stage.goes_on(Path(step.config.output_dir), step.config, step.stage)
     config = dataclasses.replace(step.config, overwrite_output_dir=not goes_on)
     if launch.wanted(getattr(config, "nproc", 1)):
-        if launch.run(f"exo.{step.stage}", artifacts.command_line(config), config.nproc):
-            raise artifacts.RunError(f"{step.name}: failed, as said above")
+        if launch.run(f"exo.{step.stage}", command_line(config), config.nproc):
+            raise RunError(f"{step.name}: failed, as said above")
         return
     importlib.import_module(f"exo.{step.stage}").run(config)
 
@@ -271,10 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
     # --data is for alignment; a recipe says where its data are with --source
     own = {field.name for field in dataclasses.fields(align.Config)} - {"output_dir", "seed"}
-    if "recipe" not in (asked := config.given(arguments)) and asked & own:
+    if "recipe" not in (asked := given(arguments)) and asked & own:
         return align.main(arguments)
-    options = config.parse(Config, arguments, prog="python -m exo.train", description=None)
-    return artifacts.guarded(run, options)
+    options = parse(Config, arguments, prog="python -m exo.train", description=None)
+    return guarded(run, options)
 
 
 if __name__ == "__main__":

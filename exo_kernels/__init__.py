@@ -4,21 +4,15 @@ Importing this needs torch alone; triton is imported when a kernel is first used
 """
 
 from exo_kernels import reference
-from exo_kernels.api import (
-    fused_dpo_loss,
-    fused_exo_loss,
-    preference_loss,
-    sequence_logps,
-    token_logps,
-)
-from exo_kernels.linear.api import (
+from exo_kernels.api.hidden import (
     explain,
     fused_linear_dpo_loss,
     fused_linear_exo_loss,
     linear_sequence_logps,
     linear_token_logps,
 )
-from exo_kernels.modules import EXOLoss, LinearEXOLoss
+from exo_kernels.api.logits import fused_dpo_loss, fused_exo_loss, preference_loss, sequence_logps, token_logps
+from exo_kernels.api.modules import EXOLoss, LinearEXOLoss
 from exo_kernels.objectives import LossStats
 
 __version__ = "0.1.0"

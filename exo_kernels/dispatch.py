@@ -1,14 +1,15 @@
 """Which implementation runs. Explicit requests are honoured or refused, never replaced; only "auto" may choose."""
 
+import importlib
 import importlib.util
 import os
+from types import ModuleType
 from typing import Literal
 
 import torch
 
 Impl = Literal["auto", "triton", "chunked", "reference"]
 IMPLS = ("auto", "triton", "chunked", "reference")
-
 # Both are settled before triton is imported and cannot change afterwards.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,3 +27,15 @@ def resolve(impl: str, device: torch.device) -> str:
         if device.type != "cuda" and not INTERPRETED:
             raise ValueError(f"impl: expected GPU tensors for 'triton', or TRITON_INTERPRET=1; got {device}")
     return impl
+
+
+KERNEL_OBJECTIVES = ("exo", "dpo")  # what _triton/group_loss.py computes
+
+
+def implementation(impl: str) -> ModuleType:
+    return importlib.import_module("exo_kernels._triton" if impl == "triton" else f"exo_kernels.{impl}")
+
+
+def group_implementation(objective: str, impl: str) -> ModuleType:
+    """An objective without a kernel runs in torch: it is K scalars a prompt."""
+    return implementation(impl if objective in KERNEL_OBJECTIVES else "chunked")

@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from exo_kernels.curve import Curve
-from exo_kernels.linear import head
+from exo_kernels.numerics import Curve
+from exo_kernels.schedules import matmul
 
 # by name: the package exports functions called like its modules
 TOKEN_LOGPS = importlib.import_module("exo_kernels._triton.token_logps")
@@ -121,7 +121,7 @@ class ChunkCase(NamedTuple):
 
     def launch(self, warp_size: int) -> Launch:
         def rows(dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty((3, head.padded(self.vocabulary)), dtype=dtype)[:, : self.vocabulary]
+            return torch.empty((3, matmul.padded(self.vocabulary)), dtype=dtype)[:, : self.vocabulary]
 
         a = rows(self.dtype)
         bias = rows(self.dtype)[0] if self.bias else None

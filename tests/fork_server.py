@@ -80,9 +80,10 @@ def moments(seed: int, longest: float):
 
 
 def _poison(kind: str, at: int) -> None:
-    from exo import policy, steps
+    from exo.training import preference
+    from exo.training import step as training_step
 
-    forward, accumulate, now = policy.PolicyLoss.forward, steps.accumulate, [0]
+    forward, accumulate, now = preference.PolicyLoss.forward, training_step.accumulate, [0]
 
     def counted(module, parts, count, accelerator, collate, step, *rest):
         now[0] = step
@@ -95,11 +96,11 @@ def _poison(kind: str, at: int) -> None:
         bad = share.loss * float("nan") if kind == "loss" else (next(self.parameters()).sum() * 0).abs().sqrt()
         return share._replace(loss=share.loss + bad)
 
-    policy.PolicyLoss.forward, steps.accumulate = poisoned, counted
+    preference.PolicyLoss.forward, training_step.accumulate = poisoned, counted
 
 
 def _crash_in_saves(at: int) -> None:
-    from exo import states
+    from exo.training import checkpoint_files
 
     seen, saving = 0, False
 
@@ -113,7 +114,7 @@ def _crash_in_saves(at: int) -> None:
                 os._exit(9)
             seen += 1
 
-    write, fsync = states.write, os.fsync
+    write, fsync = checkpoint_files.write, os.fsync
 
     def watched(*arguments) -> None:
         nonlocal saving
@@ -125,7 +126,7 @@ def _crash_in_saves(at: int) -> None:
         count(handle=handle)
         fsync(handle)
 
-    states.write, os.fsync = watched, counted
+    checkpoint_files.write, os.fsync = watched, counted
     sys.addaudithook(count)
 
 

@@ -19,7 +19,14 @@ from fuzz import Case
 from refusals import ALL_LOSSES, LOSSES, ON_LOGITS, N, T, V, good
 
 import exo_kernels
-from exo import align, artifacts, config, data, lineage, models, pipeline, yaml_files
+from exo import align, data, models
+from exo.cli import yaml_files
+from exo.cli.errors import ConfigError, RunError
+from exo.cli.parse import _Parser, parse
+from exo.experiments import plan
+from exo.runs import inputs as run_inputs
+from exo.runs import record as run_record
+from exo.runs.atomic import write_json
 
 
 def one_line(error: BaseException) -> str:
@@ -181,9 +188,9 @@ def yaml_file(rng: random.Random, folder: Path) -> str:
     path = folder / "options.yaml"
     fuzz_files.write_yaml(rng, path, "model: tiny\ndata: rows.jsonl\nbeta_pi: 0.5\nmax_steps: 10\ndropout: true\n")
     said: list[str] = []
-    with patch.object(config._Parser, "exit", lambda self, status, message: (_ for _ in ()).throw(_Exit(message))):
+    with patch.object(_Parser, "exit", lambda self, status, message: (_ for _ in ()).throw(_Exit(message))):
         try:
-            parsed = config.parse(align.Config, ["--config", str(path)], prog="fuzz", description=None)
+            parsed = parse(align.Config, ["--config", str(path)], prog="fuzz", description=None)
         except _Exit as stop:
             said = str(stop).splitlines()
     if said:
@@ -200,7 +207,7 @@ class _Exit(Exception):
 def recipe_file(rng: random.Random, folder: Path) -> str:
     """A mutated recipe: a plan, or a ConfigError of one line."""
     path = folder / "recipe.yaml"
-    text = (pipeline.RECIPES / f"{rng.choice(['quickstart', 'polarity'])}.yaml").read_text(encoding="utf-8")
+    text = (plan.RECIPES / f"{rng.choice(['quickstart', 'polarity'])}.yaml").read_text(encoding="utf-8")
     if rng.random() < 0.5:
         fuzz_files.write_yaml(rng, path, text)
     else:
@@ -208,8 +215,8 @@ def recipe_file(rng: random.Random, folder: Path) -> str:
         fuzz_files.replace_somewhere(rng, values)
         path.write_text(json.dumps(values), encoding="utf-8", errors="surrogateescape")
     try:
-        steps = pipeline.plan(pipeline.load(str(path), source="rows.jsonl" if "polarity" in text else None), folder)
-    except config.ConfigError as error:
+        steps = plan.plan(plan.load(str(path), source="rows.jsonl" if "polarity" in text else None), folder)
+    except ConfigError as error:
         return one_line(error)
     assert steps[-1].stage == "report"
     return "planned"
@@ -222,7 +229,7 @@ def fault(rng: random.Random, folder: Path) -> str:
     """An OSError at the n-th call of the file system: the old file or the new one, whole, and nothing beside it."""
     run, old, new = folder / "run", {"a": 1}, {"a": 2, "b": "x" * rng.choice([1, 10_000])}
     run.mkdir()
-    artifacts.write_json(run / "file.json", old)
+    write_json(run / "file.json", old)
     calls, failing = [0], rng.randint(1, 6)
 
     def failing_call(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -239,7 +246,7 @@ def fault(rng: random.Random, folder: Path) -> str:
     try:
         for one in patches:
             one.start()
-        artifacts.write_json(run / "file.json", new)
+        write_json(run / "file.json", new)
         outcome = "written"
     except OSError as error:
         assert "injected" in str(error)
@@ -263,16 +270,16 @@ def record(rng: random.Random, folder: Path) -> str:
     if rng.random() < 0.3:
         text = fuzz_files.mutated_text(rng, text)
     (folder / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    found = artifacts.read_run(folder)
+    found = run_record.read_run(folder)
     if found is None:
         return "refused"
     assert isinstance(found["stage"], str) and isinstance(found["arguments"], dict)
-    assert lineage.command(found).isprintable()  # messages show it
-    if found["stage"] in lineage.INPUTS:  # what the next stage does with it
-        lineage.changed(found, {"seed": 1})
+    assert run_record.command(found).isprintable()  # messages show it
+    if found["stage"] in run_record.INPUTS:  # what the next stage does with it
+        run_record.changed(found, {"seed": 1})
         try:
-            lineage.source("data", str(folder), found["stage"])
-        except (ValueError, artifacts.RunError) as error:
+            run_inputs.source("data", str(folder), found["stage"])
+        except (ValueError, RunError) as error:
             one_line(error)
     return "right"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from exo import models, reference
-from exo.packing import Packing
+from exo import models
+from exo.data.collate import Packing
+from exo.training import reference
 from tests.parallel_worker import groups
 
 

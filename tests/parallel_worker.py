@@ -13,10 +13,14 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from exo import loop, models, policy, sharding, steps, zero
-from exo.config import DataTraining
-from exo.encoding import TokenGroup
-from exo.packing import Packing
+from exo import models
+from exo.cli.options import DataTraining
+from exo.data.collate import Packing
+from exo.data.text.tokenize import TokenGroup
+from exo.distributed import deepspeed, fsdp
+from exo.training import preference
+from exo.training import step as training_step
+from exo.training.optimizer import optimizer
 
 
 def groups(sizes: list[int], far: float) -> list[TokenGroup]:
@@ -40,23 +44,23 @@ def main(argv: list[str]) -> int:
     model, _ = models.tiny(["a b c d e f g"], hidden_size=32, num_layers=2, num_heads=2)
     model = model if dtype else model.double()
     if how == "fsdp":
-        sharding.shard(model, accelerator)
+        fsdp.shard(model, accelerator)
     objective = dict(loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0)
-    module = policy.PolicyLoss(model, **objective).train(False)
+    module = preference.PolicyLoss(model, **objective).train(False)
     config = DataTraining(learning_rate=1e-3, batch_size=len(sizes))
     if how == "fsdp":
-        wrapped, optim = module, accelerator.prepare(loop.optimizer(module, config))
+        wrapped, optim = module, accelerator.prepare(optimizer(module, config))
     elif how.startswith("zero"):
         os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = how.removeprefix("zero")
-        wrapped, optim = zero.prepare(module, loop.optimizer(module, config), config, accelerator)
+        wrapped, optim = deepspeed.prepare(module, optimizer(module, config), config, accelerator)
     else:
-        wrapped, optim = accelerator.prepare(module, loop.optimizer(module, config))
+        wrapped, optim = accelerator.prepare(module, optimizer(module, config))
     packing = Packing(0, tokens)
-    step = steps.Step(wrapped, optim, config, accelerator, len, packing.collate, packing, 8)
-    counters = dict.fromkeys(steps.COUNTERS, 0.0)
+    step = training_step.Step(wrapped, optim, config, accelerator, len, packing.collate, packing, 8)
+    counters = dict.fromkeys(training_step.COUNTERS, 0.0)
     rows = groups(sizes, far=1000.3 if dtype == "bf16" else 0.0)
     losses = [step(i, rows, counters, told=True, first=None)[0]["loss"] for i in range(1, 9)]
-    whole = {name: sharding.whole(p).detach().clone() for name, p in module.named_parameters()}
+    whole = {name: fsdp.whole(p).detach().clone() for name, p in module.named_parameters()}
     if accelerator.is_main_process:
         save_file(whole | {"losses": torch.tensor(losses, dtype=torch.float64)}, file)
     return 0

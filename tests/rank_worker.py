@@ -11,8 +11,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from exo import align, policy, steps
-from exo_kernels.linear import plan
+from exo import align
+from exo.training import preference
+from exo.training import step as training_step
+from exo_kernels.schedules import plan
 
 
 def same_on_all_ranks(module) -> bool:
@@ -25,7 +27,12 @@ def same_on_all_ranks(module) -> bool:
 @contextmanager
 def watched(paths: dict):
     """Fills `paths` while it lasts."""
-    accumulate, update, reference, choose = steps.accumulate, steps.update, policy.PolicyLoss._reference, plan.choose
+    accumulate, update, reference, choose = (
+        training_step.accumulate,
+        training_step.update,
+        preference.PolicyLoss._reference,
+        plan.choose,
+    )
     checkpoint = torch.utils.checkpoint.checkpoint
     paths |= {"micro_batches": 0, "checkpoints": 0, "reference": [], "layouts": [], "schedules": [], "ranks": 1}
 
@@ -55,8 +62,9 @@ def watched(paths: dict):
         return checkpoint(*arguments, **options)
 
     with (
-        mock.patch.object(steps, "accumulate", accumulating), mock.patch.object(steps, "update", updating),
-        mock.patch.object(policy.PolicyLoss, "_reference", referring), mock.patch.object(plan, "choose", choosing),
+        mock.patch.object(training_step, "accumulate", accumulating),
+        mock.patch.object(training_step, "update", updating),
+        mock.patch.object(preference.PolicyLoss, "_reference", referring), mock.patch.object(plan, "choose", choosing),
         mock.patch.object(torch.utils.checkpoint, "checkpoint", checkpointing),
         mock.patch("transformers.modeling_utils.checkpoint", checkpointing),
     ):  # fmt: skip

@@ -12,9 +12,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 
-from exo import policy, sharding
-from exo.encoding import TokenGroup
-from exo.packing import Packing
+from exo.data.collate import Packing
+from exo.data.text.tokenize import TokenGroup
+from exo.distributed import fsdp
+from exo.training import preference
 from tests.test_head import FAMILIES, known, tiny
 
 GROUPS = [
@@ -25,20 +26,20 @@ GROUPS = [
 
 def differs(model, accelerator) -> float:
     whole, parts = model, copy.deepcopy(model)
-    sharding.shard(parts, accelerator)
+    fsdp.shard(parts, accelerator)
     found = []
     for one in (whole, parts):
-        module = policy.PolicyLoss(
+        module = preference.PolicyLoss(
             one, loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0
         ).train(False)  # fmt: skip
         batch = Packing(0, 4096).collate(GROUPS)
-        loss = sharding.entered(module, lambda module=module, batch=batch: module(batch, 2).loss)
+        loss = fsdp.entered(module, lambda module=module, batch=batch: module(batch, 2).loss)
         loss.backward()
-        gradients = {name: sharding.whole(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+        gradients = {name: fsdp.whole(p.grad) for name, p in module.named_parameters() if p.grad is not None}
         found.append((loss.detach(), gradients))
     (loss, gradients), (other, others) = found
     assert gradients.keys() == others.keys() and gradients
-    assert all(isinstance(p, sharding.DTensor) for p in parts.parameters())
+    assert all(isinstance(p, fsdp.DTensor) for p in parts.parameters())
     return max(float((loss - other).abs()), *(float((gradients[n] - others[n]).abs().max()) for n in gradients))
 
 

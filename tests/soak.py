@@ -19,7 +19,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from exo import artifacts, states
+from exo.runs import record as run_record
+from exo.runs.atomic import write_json
+from exo.training import checkpoint_files
 from tests import interruptions
 from tests.fork_server import Server, moments
 from tests.interruptions import STAGES, made
@@ -68,7 +70,7 @@ class Soak:
                 ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
             ).stdout.strip()
             done |= {"commit": commit, "date": datetime.date.today().isoformat()}
-            artifacts.write_json(RESULTS, self.found)
+            write_json(RESULTS, self.found)
             print(f"{part}: {done['right']} of {done['tried']}", flush=True)
 
     def _new(self, stage: str, at: str = "run") -> list[str]:
@@ -97,14 +99,14 @@ class Soak:
         """One state, damaged 25 times over; and once for all the run goes on from the one before it."""
         argv, rng = self._new("sft"), random.Random(done)
         assert self.server.run("sft", argv, self.log, crash=80) == 9
-        state = states.newest(self.directory / "run" / artifacts.STATES)
+        state = checkpoint_files.newest(self.directory / "run" / run_record.STATES)
         assert state is not None
         seen = 0
         for _ in range(25):
             file = rng.choice(sorted(file for file in state.rglob("*") if file.is_file()))
             content = file.read_bytes()
             damage(file, content, rng)
-            seen += bool(states.damage(state))
+            seen += bool(checkpoint_files.damage(state))
             damaged, before = file.read_bytes(), content
             file.write_bytes(before)
         file.write_bytes(damaged)
@@ -124,7 +126,7 @@ class Soak:
             if code == 0:
                 return 1, made(disk / "run") == self.whole["sft"], {"runs_it_was_enough_for": 1}
             right = "No space left" in said and "Traceback" not in said
-            last = states.newest(disk / "run" / artifacts.STATES)
+            last = checkpoint_files.newest(disk / "run" / run_record.STATES)
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             went_on = self.server.run("sft", argv, self.log) == 0 and made(disk / "run") == self.whole["sft"]
             return 1, right and went_on, {"last_state_kept": int(last is not None)}

@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from exo import adapter, align, loop, models, policy, sft
-from exo.config import DataTraining
-from exo.packing import Packing
-from exo_kernels.linear import plan
+from exo import align, models, sft
+from exo.cli.options import AdapterOptions, DataTraining
+from exo.data.collate import Packing
+from exo.models import lora as model_lora
+from exo.training import preference
+from exo.training.optimizer import _spare
+from exo_kernels.schedules import plan
 from tests import interruptions
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 
@@ -63,14 +66,14 @@ def test_the_reference_is_the_model_below_the_adapter(start, tmp_path):
 def test_switched_off_it_is_the_model_that_was_to_the_last_bit(start):
     model, _ = models.load(start)
     before = logits(model)
-    adapted = adapter.add(model, adapter.Options(lora_r=4), start)
+    adapted = model_lora.add(model, AdapterOptions(lora_r=4), start)
     assert torch.equal(logits(adapted), before), "it begins as nothing"
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1)
     assert not torch.equal(logits(adapted), before)
-    with adapter.switched_off(adapted):
+    with model_lora.switched_off(adapted):
         assert torch.equal(logits(adapted), before)
     assert {"lora_" in name for name, p in adapted.named_parameters() if p.requires_grad} == {True}
 
@@ -158,8 +161,10 @@ def test_weights_in_four_bits_are_the_reference_too_and_what_is_left_computes_wh
     pytest.importorskip("bitsandbytes")
     start = start_of_size
     trained = []
-    finish = adapter.finished
-    monkeypatch.setattr(adapter, "finished", lambda model, *rest: trained.append(logits(model)) or finish(model, *rest))
+    finish = model_lora.finished
+    monkeypatch.setattr(
+        model_lora, "finished", lambda model, *rest: trained.append(logits(model)) or finish(model, *rest)
+    )
     run = aligned(start, tmp_path, "run", "--load_in_4bit", "--learning_rate", "3e-2")
     first, *_, last = (line for line in lines(run / "metrics.jsonl") if "loss" in line)
     assert first["log_ratios/mean_square"] < 1e-6, "the reference has the policy's own weights, 4 bits of them"
@@ -269,14 +274,14 @@ def test_checkpointing_changes_no_gradient_keeps_less_and_outlives_an_evaluation
     for checkpointed in (False, True):
         torch.manual_seed(0)
         model, _ = models.load(start)
-        module = policy.PolicyLoss(
-            adapter.add(model, adapter.Options(lora_r=lora), "x"), loss="exo", beta_pi=0.5, beta_r=0.5,
+        module = preference.PolicyLoss(
+            model_lora.add(model, AdapterOptions(lora_r=lora), "x"), loss="exo", beta_pi=0.5, beta_r=0.5,
             label_smoothing=0.0, temperature=1.0,
         ).train(False)  # fmt: skip
-        loop._spare(module, DataTraining(gradient_checkpointing=checkpointed))
+        _spare(module, DataTraining(gradient_checkpointing=checkpointed))
         packing = Packing(0, 8192)
         group = align.TokenGroup((3, 4, 5) * 20, ((6, 7, 8), (9, 3)), (1.0, 0.0), 1, (-7.0, -4.0))
-        policy.evaluate(module, [group], align.loop.make_accelerator(DataTraining(device="cpu")), packing)
+        preference.evaluate(module, [group], align.loop.make_accelerator(DataTraining(device="cpu")), packing)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
             share = module(packing.collate([group]), 1)

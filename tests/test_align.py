@@ -12,11 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from exo import align, artifacts, batches, intervals, loop, models, policy, reference, steps
+from exo import align, models
 from exo import data as data_module
-from exo.config import DataTraining, Training
-from exo.encoding import TokenGroup
-from exo.packing import Packing
+from exo.cli.options import DataTraining, Training
+from exo.data.collate import Packing
+from exo.data.text.tokenize import TokenGroup
+from exo.distributed.accelerator import make_accelerator
+from exo.evaluation import metrics as evaluation_metrics
+from exo.runs.atomic import staged
+from exo.training import metrics as training_metrics
+from exo.training import preference, reference, sampler
+from exo.training import step as training_step
+from exo.training.optimizer import learning_rate_share
 
 WORDS = "red green blue round square small large heavy light".split()
 
@@ -174,8 +181,8 @@ def test_not_finite_stops_before_the_update(where, tmp_path, capsys, monkeypatch
         parameter = next(self.parameters())
         return share._replace(loss=share.loss + (parameter.sum() * 0).abs().sqrt())
 
-    forward = policy.PolicyLoss.forward
-    monkeypatch.setattr(policy.PolicyLoss, "forward", poisoned)
+    forward = preference.PolicyLoss.forward
+    monkeypatch.setattr(preference.PolicyLoss, "forward", poisoned)
     data = write(tmp_path / "rows.jsonl", rows(20))
     assert align.main(options(tmp_path, data)) == 1
     error = capsys.readouterr().err
@@ -212,9 +219,9 @@ def test_a_malformed_row_is_one_line_and_exit_2(tmp_path, capsys):
     assert "rows.jsonl:4:" in error and "secret" not in error and len(error.strip().splitlines()) == 1
 
 
-def _module(seed: int) -> tuple[policy.PolicyLoss, int]:
+def _module(seed: int) -> tuple[preference.PolicyLoss, int]:
     model, tokenizer = models.tiny(["a b c"], seed=seed, hidden_size=32, num_layers=1, num_heads=2)
-    module = policy.PolicyLoss(
+    module = preference.PolicyLoss(
         model.double(), loss="exo", beta_pi=0.5, beta_r=0.5, label_smoothing=1e-3, temperature=0.8
     )
     return module, tokenizer.pad_token_id
@@ -239,10 +246,12 @@ def test_micro_batches_never_change_the_gradient():
     gradients = []
     for max_tokens in (10**6, 300, 1):
         module, pad_id = _module(seed=0)
-        accelerator = loop.make_accelerator(Training(device="cpu"))
+        accelerator = make_accelerator(Training(device="cpu"))
         packing = Packing(pad_id, max_tokens)
         parts = packing.micro_batches(_groups())
-        loss, _, _ = steps.accumulate(module, parts, len(_groups()), accelerator, packing.collate, 1, DataTraining())
+        loss, _, _ = training_step.accumulate(
+            module, parts, len(_groups()), accelerator, packing.collate, 1, DataTraining()
+        )
         gradients.append((loss, [p.grad.clone() for p in module.parameters()]))
     assert len(parts) == 8
     for loss, gradient in gradients[1:]:
@@ -255,7 +264,7 @@ def test_batches_visit_every_prompt_once_an_epoch_and_leave_the_random_state_alo
     groups = _groups()
     state = torch.get_rng_state()
     config = DataTraining(batch_size=3, seed=5)
-    epochs = list(batches.Batches(groups, config, steps=6))
+    epochs = list(sampler.Batches(groups, config, steps=6))
     assert torch.equal(state, torch.get_rng_state())
     for epoch in (epochs[:3], epochs[3:]):
         assert sorted(g.line for batch in epoch for g in batch) == list(range(8))
@@ -268,26 +277,26 @@ def test_batches_visit_every_prompt_once_an_epoch_and_leave_the_random_state_alo
 )
 def test_learning_rate(kind, shares):
     config = Training(lr_scheduler_type=kind, warmup_steps=2)
-    assert [steps.learning_rate_share(config, 6, step) for step in range(6)] == shares
+    assert [learning_rate_share(config, 6, step) for step in range(6)] == shares
 
 
 def test_accuracy_counts_ties_as_one_half():
     target = torch.tensor([2.0, 1.0, 1.0])
-    assert policy.agreement(torch.tensor([0.0, 0.0, 0.0]), target) == 0.5
-    assert policy.agreement(torch.tensor([3.0, 1.0, 2.0]), target) == 1.0
-    assert policy.agreement(torch.tensor([1.0, 0.0, 2.0]), target) == 0.5
+    assert training_metrics.agreement(torch.tensor([0.0, 0.0, 0.0]), target) == 0.5
+    assert training_metrics.agreement(torch.tensor([3.0, 1.0, 2.0]), target) == 1.0
+    assert training_metrics.agreement(torch.tensor([1.0, 0.0, 2.0]), target) == 0.5
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(7, [8, 8]), (6, [8, 8]), (5, [5, 3, 5, 3]), (9, [8, 8]), (99, [8, 8])])
 def test_a_small_last_batch_joins_the_one_before(size, sizes):
     config = DataTraining(batch_size=size, num_train_epochs=2)
-    steps = batches.total_steps(config, 8)
-    assert [len(b) for b in batches.Batches(_groups(), config, steps)] == sizes
+    steps = sampler.total_steps(config, 8)
+    assert [len(b) for b in sampler.Batches(_groups(), config, steps)] == sizes
 
 
 @pytest.mark.parametrize(("values", "interval"), [([1.0, 1.0], (0.342, 1.0)), ([1.0, 0.0] * 50, (0.404, 0.596))])
 def test_the_interval_of_an_accuracy_is_wilsons(values, interval):
-    assert intervals.accuracy_interval(values) == pytest.approx(interval, abs=1e-3)
+    assert evaluation_metrics.accuracy_interval(values) == pytest.approx(interval, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -322,7 +331,7 @@ def test_two_processes_give_the_run_of_one(tmp_path):
 
 
 def test_half_a_checkpoint_is_never_seen(tmp_path):
-    with pytest.raises(OSError), artifacts.staged(tmp_path / "best") as staging:
+    with pytest.raises(OSError), staged(tmp_path / "best") as staging:
         (staging / "model").write_text("half")
         raise OSError("disk full")
     assert list(tmp_path.iterdir()) == []

@@ -5,10 +5,12 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from exo import attention, models, policy
-from exo.encoding import TokenGroup
-from exo.head import CausalHead
-from exo.packing import Packing, of_completions
+from exo import models
+from exo.data.collate import Packing, of_completions
+from exo.data.text.tokenize import TokenGroup
+from exo.models import logps as model_logps
+from exo.models.attention import masks
+from exo.models.lm_head import CausalHead
 from exo_kernels import linear_token_logps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +61,7 @@ def scored(model, found, packing):
 
     def of(part):
         batch = packing.collate(part)
-        logps = linear_token_logps(attention.rows(head, batch), head.weight, **attention.scored(batch), **head.options)
+        logps = linear_token_logps(masks.rows(head, batch), head.weight, **masks.scored(batch), **head.options)
         (logps * torch.sin(3.0 * batch.targets)).sum().backward()
         return [torch.cat(rows).detach() for rows in of_completions(part, logps)]
 
@@ -67,13 +69,13 @@ def scored(model, found, packing):
     return logps, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", attention.SEGMENTS])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", masks.SEGMENTS])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("all_in_fp64")
 def test_every_layout_gives_the_same(family, implementation):
     if family == "gemma2" and implementation != "eager":
         pytest.skip("it has a softcap in its attention")
-    if family == "stablelm" and implementation == attention.SEGMENTS:
+    if family == "stablelm" and implementation == masks.SEGMENTS:
         pytest.skip("it does not hand arguments on to its attention; the trial at the start tells")
     model = tiny(family, "eager" if family == "gemma2" else "sdpa")
     expected = scored(model, groups(), Packing(0, 10**6))
@@ -91,10 +93,10 @@ def test_flex_attention_sees_the_same(family):
     """Uncompiled, as it runs on a CPU, forward alone; softcap and windows among them."""
     model = tiny(family, "eager").float()
     accelerator = Accelerator(cpu=True)
-    expected = policy.token_logps(model, groups(), accelerator, Packing(0, 10**6), 1.0)
-    models.attend(model, attention.FLEX)
+    expected = model_logps.token_logps(model, groups(), accelerator, Packing(0, 10**6), 1.0)
+    models.attend(model, masks.FLEX)
     for layout in ("packed", "shared"):
-        found = policy.token_logps(model, groups(), accelerator, Packing(0, 60, layout, True), 1.0)
+        found = model_logps.token_logps(model, groups(), accelerator, Packing(0, 60, layout, True), 1.0)
         for mine, theirs in zip(sum(found, []), sum(expected, []), strict=True):
             assert (mine - theirs).abs().max() < 1e-5
 
@@ -103,8 +105,8 @@ def test_flash_attention_is_told_where_the_texts_of_a_row_begin():
     found = groups()[:2]
     batch = Packing(0, 60, "packed", True).collate(found)
     config = tiny("llama", "eager").config
-    config._attn_implementation = attention.FLASH
-    told = attention.inputs(batch, config)
+    config._attn_implementation = masks.FLASH
+    told = masks.inputs(batch, config)
     lengths = [len(group.prompt) + len(answer) for group in found for answer in group.completions]
     assert told["cu_seq_lens_q"].diff().tolist() == lengths and told["max_length_k"] == max(lengths)
     assert told["position_ids"].tolist() == [[i for n in lengths for i in range(n)]] and "attention_mask" not in told

@@ -5,10 +5,11 @@ import copy
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from exo import chat, encoding, models, templates
+from exo import models
 from exo.data import Chat, DataError, Group, Message, read, write_jsonl
-from exo.limits import Limits
-from exo.models import small
+from exo.data.text import chat_template, render, tokenize
+from exo.data.text.limits import Limits
+from exo.models import tiny_models
 
 OPENED = "{% if add_generation_prompt %}"
 CHATML = (
@@ -51,7 +52,7 @@ def set_up(tokenizer, template, eos, bos=None):
 
 def encode(tokenizer, *completions, prompt=CHAT, **limits):
     limits = Limits(**{"max_length": 200, "max_completion_length": None, "truncate": "prompt-left"} | limits)
-    return encoding.encode([Group(prompt, completions, None, 7)], tokenizer, limits, "rows.jsonl")
+    return tokenize.encode([Group(prompt, completions, None, 7)], tokenizer, limits, "rows.jsonl")
 
 
 def test_chatml_ends_with_its_eos_and_not_with_the_line_break(tokenizer):
@@ -84,7 +85,7 @@ def test_the_template_alone_decides_on_bos(tokenizer, template, eos, times):
     tokenizer = adds_bos(set_up(tokenizer, template, eos, "<bos>"))
     [group], _ = encode(tokenizer, "ab", "abcd")
     assert group.prompt.count(tokenizer.bos_token_id) == times
-    assert encoding.prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
+    assert tokenize.prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
 
 
 def test_bos_stays_when_the_prompt_is_cut(tokenizer):
@@ -98,7 +99,7 @@ def test_another_end_of_turn_than_eos_ends_completions_and_samples(tokenizer):
     set_up(tokenizer, CHATML, "<eos>")
     [group], counts = encode(tokenizer, "ab", "abcd")
     assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<|im_end|>", "abcd<|im_end|>"] and not counts
-    assert chat.stop_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
+    assert chat_template.stop_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(("content", "second"), [("m.content", " abcd<eos>"), ("m.content | trim", "abcd<eos>")])
@@ -115,7 +116,7 @@ def test_a_template_that_ends_no_turn_is_ended_by_eos(tokenizer, content, second
 def test_sampling_sees_the_prompt_of_training_and_both_make_the_rendering(tokenizer, template, eos):
     set_up(tokenizer, template, eos, "<bos>")
     [group], _ = encode(tokenizer, "ab", "abcd")
-    assert tuple(encoding.prompt_ids(CHAT, tokenizer)) == group.prompt
+    assert tuple(tokenize.prompt_ids(CHAT, tokenizer)) == group.prompt
     messages = [*CHAT.messages, Message("assistant", "ab")]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     text = tokenizer.decode(group.prompt + group.completions[0])
@@ -129,11 +130,11 @@ def test_prompts_read_for_sampling_and_written_with_samples_keep_their_tokens(to
     ids = tokenizer("ab<|im_end|>", add_special_tokens=False)["input_ids"]
     other = ids[:1]
     row = {"prompt": asked.prompt, "completions": ["ab", "a"], "rewards": [1, 2], "token_ids": [ids, other]}
-    row |= {"tokenizer": encoding.tokenizer_hash(tokenizer), "logprobs": [-1, -2], "finish": ["eos", "length"]}
+    row |= {"tokenizer": tokenize.tokenizer_hash(tokenizer), "logprobs": [-1, -2], "finish": ["eos", "length"]}
     write_jsonl(tmp_path / "b.jsonl", [row])
     [group] = read(tmp_path / "b.jsonl").groups
-    [encoded], _ = encoding.encode([group], tokenizer, Limits(99, None, "error"), "b.jsonl")
-    assert encoded.prompt == tuple(encoding.prompt_ids(CHAT, tokenizer))
+    [encoded], _ = tokenize.encode([group], tokenizer, Limits(99, None, "error"), "b.jsonl")
+    assert encoded.prompt == tuple(tokenize.prompt_ids(CHAT, tokenizer))
     assert encoded.completions == (tuple(ids), tuple(other))
 
 
@@ -172,7 +173,7 @@ def test_the_border_is_before_the_answer_even_where_the_template_thinks_first(to
         "{{ m.content }}", "{{ '<think></think>' if loop.last and m.role != 'user' }}{{ m.content }}"
     )
     set_up(tokenizer, thought, "<|im_end|>")
-    renderer = chat.Renderer(tokenizer)
+    renderer = chat_template.Renderer(tokenizer)
     answer = renderer.answer(CHAT, renderer.prompt(CHAT), "ab")
     assert answer == ("<think></think>ab", "<|im_end|>", False)
 
@@ -184,18 +185,18 @@ TALK = [Message("system", "Be kind."), Message("user", "ab?"), Message("assistan
     ("template", "prompt", "completion"),
     [
         (
-            small.TEMPLATE,
+            tiny_models.TEMPLATE,
             "System: Be kind.\n\nUser: ab?\n\nAssistant: ab<eos>\n\nUser: abc?\n\nAssistant:",
             " abcd<eos>",
         ),
         (
-            templates.BUILT_IN["chatml"],
+            render.BUILT_IN["chatml"],
             "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nab?<|im_end|>\n"
             "<|im_start|>assistant\nab<|im_end|>\n<|im_start|>user\nabc?<|im_end|>\n<|im_start|>assistant\n",
             "abcd<|im_end|>",
         ),
         (
-            templates.BUILT_IN["plain"],
+            render.BUILT_IN["plain"],
             "System: Be kind.\n\nUser: ab?\n\nAssistant: ab\n\nUser: abc?\n\nAssistant:",
             " abcd<eos>",
         ),

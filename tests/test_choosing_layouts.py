@@ -7,9 +7,11 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from exo import align, attention, layouts
-from exo.encoding import TokenGroup
-from exo.packing import Packing
+from exo import align
+from exo.data.collate import Packing
+from exo.data.text.tokenize import TokenGroup
+from exo.models.attention import choose as attention_choose
+from exo.models.attention import masks
 from tests.tasks import write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,13 +38,13 @@ def groups(prompt=40, answer=6, k=4):
 
 
 def choose(model, found, share="auto"):
-    return layouts.choose([model], found, Accelerator(cpu=True), PADDED, share, 1.0)
+    return attention_choose.choose([model], found, Accelerator(cpu=True), PADDED, share, 1.0)
 
 
 def test_sharing_is_taken_where_it_saves(capsys):
     model = tiny("llama")
     assert choose(model, groups()) == PADDED._replace(layout="shared", one_row=True)
-    assert model.config._attn_implementation == attention.SEGMENTS
+    assert model.config._attn_implementation == masks.SEGMENTS
     said = capsys.readouterr().out
     assert "a prompt stands once for all its completions (exo_segments): 2.88 times fewer tokens than padded" in said
 
@@ -66,12 +68,12 @@ def test_a_model_that_hands_no_arguments_on_to_its_attention_gets_a_dense_mask(c
 def test_every_model_that_sees_the_rows_is_tried(capsys):
     """A reference of another kind, which cannot have them, keeps both at padded rows."""
     seeing = [tiny("llama"), tiny("bloom")]
-    assert layouts.choose(seeing, groups(), Accelerator(cpu=True), PADDED, "on", 1.0) == PADDED
+    assert attention_choose.choose(seeing, groups(), Accelerator(cpu=True), PADDED, "on", 1.0) == PADDED
     assert "BloomForCausalLM" in capsys.readouterr().out
     assert {model.config._attn_implementation for model in seeing} == {"sdpa", "eager"}
     both = [tiny("llama"), tiny("qwen2", num_key_value_heads=2)]
-    assert layouts.choose(both, groups(), Accelerator(cpu=True), PADDED, "on", 1.0).layout == "shared"
-    assert {model.config._attn_implementation for model in both} == {attention.SEGMENTS}
+    assert attention_choose.choose(both, groups(), Accelerator(cpu=True), PADDED, "on", 1.0).layout == "shared"
+    assert {model.config._attn_implementation for model in both} == {masks.SEGMENTS}
 
 
 @pytest.mark.parametrize(

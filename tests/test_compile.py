@@ -6,7 +6,7 @@ from budget import same
 from cases import IGNORED, Case, make_case, make_labels, seeded
 
 import exo_kernels
-from exo_kernels import ops
+from exo_kernels.ops import logits as logits_ops
 
 backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
@@ -17,12 +17,12 @@ backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("induct
 def test_opcheck_of_the_token_pass(impl, device, entropy, dtype):
     x = torch.randn(2, 3, 5, device=device, dtype=dtype).requires_grad_()
     targets = make_labels((2, 3), 5).to(device)
-    torch.library.opcheck(ops.token_logps, (x, targets, 0.8, IGNORED, entropy, False, impl))
-    results = ops.token_logps(x.detach(), targets, 0.8, IGNORED, entropy, False, impl)
+    torch.library.opcheck(logits_ops.token_logps, (x, targets, 0.8, IGNORED, entropy, False, impl))
+    results = logits_ops.token_logps(x.detach(), targets, 0.8, IGNORED, entropy, False, impl)
     g = torch.rand(2, 3, device=device, dtype=results[0].dtype)
     backward = (g, g if entropy else None, x.detach(), targets, results[1], results[2], 0.8, IGNORED, impl)
-    torch.library.opcheck(ops.token_logps_backward, backward)
-    torch.library.opcheck(ops.token_logps_backward_, backward)
+    torch.library.opcheck(logits_ops.token_logps_backward, backward)
+    torch.library.opcheck(logits_ops.token_logps_backward_, backward)
 
 
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
@@ -33,9 +33,9 @@ def test_opcheck_of_the_group_pass(impl, device, objective, rewards):
     ref, targets = torch.zeros(3, device=device), torch.zeros(6, dtype=torch.long, device=device)
     bounds = torch.tensor([0, 2, 3, 6], device=device), torch.tensor([0, 1, 3], device=device)
     arguments = (logps, targets, ref, r, *bounds, False, objective, 0.5, 1.0, -0.1, -2.0, IGNORED, impl)
-    torch.library.opcheck(ops.group_loss, arguments)
+    torch.library.opcheck(logits_ops.group_loss, arguments)
     slopes, grad = torch.randn(3, device=device), torch.randn(2, device=device)
-    torch.library.opcheck(ops.group_loss_backward, (grad, slopes, *bounds, 6))
+    torch.library.opcheck(logits_ops.group_loss_backward, (grad, slopes, *bounds, 6))
 
 
 def everything(x: torch.Tensor, labels: torch.Tensor, ref: torch.Tensor, impl: str) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 
 from exo import align, train
-from exo.config import parse
+from exo.cli.parse import parse
 
 BASE = ["--model", "tiny", "--data", "rows.jsonl"]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from exo import artifacts, states
+from exo.runs import record as run_record
+from exo.training import checkpoint_files
 from tests import interruptions
 from tests.fork_server import Server, moments
 from tests.interruptions import STAGES, made
@@ -96,7 +97,7 @@ def test_damaged_anywhere_a_state_is_not_used(server, given, tmp_path):
     directory, _ = given
     argv, log = interruptions.arguments("sft", directory, tmp_path / "run"), tmp_path / "log"
     assert server.run("sft", argv, log, crash=80) == 9
-    state = states.newest(tmp_path / "run" / artifacts.STATES)
+    state = checkpoint_files.newest(tmp_path / "run" / run_record.STATES)
     assert state is not None
     rng = random.Random(0)
     files = sorted(file for file in state.rglob("*") if file.is_file())
@@ -104,9 +105,9 @@ def test_damaged_anywhere_a_state_is_not_used(server, given, tmp_path):
         file = rng.choice(files)
         content = file.read_bytes()
         damage(file, content, rng)
-        assert states.damage(state), file
+        assert checkpoint_files.damage(state), file
         file.write_bytes(content)
-    assert not states.damage(state)
+    assert not checkpoint_files.damage(state)
 
 
 def damage(file: Path, content: bytes, rng: random.Random) -> None:
@@ -132,14 +133,15 @@ def test_two_at_once_in_one_directory_the_second_refuses(server, given, tmp_path
 
 def test_sampling_and_scoring_go_on_within_themselves(server, given, tmp_path, monkeypatch):
     """Pieces that were whole are not made again, and the file is the same."""
-    from exo import generation, sample
+    from exo import sample
+    from exo.rollouts import generate
 
     directory, _ = given
     argv = ["--model", str(directory / "start"), "--data", str(directory / "ppo.jsonl"), "--k", "2", "--device", "cpu"]
     argv += ["--max_new_tokens", "6", "--batch_size", "6"]
     assert sample.main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
     drawn = []
-    draw = generation._draw
+    draw = generate._draw
 
     def dies(*arguments):
         drawn.append(1)
@@ -148,12 +150,12 @@ def test_sampling_and_scoring_go_on_within_themselves(server, given, tmp_path, m
         return draw(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "_draw", dies)
+        patch.setattr(generate, "_draw", dies)
         assert sample.main([*argv, "--output_dir", str(tmp_path / "run")]) == 130
     pieces = tmp_path / "run" / "pieces.jsonl"
     pieces.write_bytes(pieces.read_bytes()[:-5])  # the last of three is cut
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "_draw", lambda *a: drawn.append(2) or draw(*a))
+        patch.setattr(generate, "_draw", lambda *a: drawn.append(2) or draw(*a))
         assert sample.main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
     assert drawn.count(2) == 8 - 2
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 from data_files import CANARY, GOOD, HH, SCORED, put, refusal
 
-from exo import config
+from exo.cli.options import DataOptions
+from exo.cli.parse import parse
 from exo.data import Chat, DataError, read
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -343,13 +344,13 @@ def test_reference_log_probs_of_answers_whose_later_turns_are_dropped_are_refuse
 
 def test_bad_options_are_named(capsys):
     @dataclass(frozen=True)
-    class Config(config.DataOptions):
+    class Config(DataOptions):
         pass
 
     for flags in (["--columns", "prompt"], ["--columns", "a=b,a=c"], ["--data_weights", "1,0"],
                   ["--data_weights", "x"], ["--columns", "=b"]):  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
-            config.parse(Config, flags, prog="test", description=None)
+            parse(Config, flags, prog="test", description=None)
         assert stopped.value.code == 2 and flags[0] in capsys.readouterr().err
 
 

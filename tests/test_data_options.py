@@ -3,22 +3,24 @@
 import pytest
 from data_files import GOOD, put
 
-from exo import config, lineage, prepare, sft
-from exo.artifacts import RunError
-from exo.comparison import systems
+from exo import prepare, sft
+from exo.cli.errors import ConfigError, RunError
+from exo.cli.parse import parse
 from exo.data import DataError, read
+from exo.evaluation import answers
+from exo.runs import inputs as run_inputs
 
 
 def test_the_record_knows_the_content_of_every_file(tmp_path):
     a, b = (put(tmp_path, [{**GOOD, "prompt": name}], f"{name}.jsonl") for name in "ab")
     both = f"{a},{b}"
-    assert lineage.source("data", both, "prepare") == both
-    before = lineage.fingerprint(both)
-    assert before != lineage.fingerprint(f"{b},{a}") and before != both
+    assert run_inputs.source("data", both, "prepare") == both
+    before = run_inputs.fingerprint(both)
+    assert before != run_inputs.fingerprint(f"{b},{a}") and before != both
     put(tmp_path, [GOOD], "b.jsonl")
-    assert lineage.fingerprint(both) != before
+    assert run_inputs.fingerprint(both) != before
     with pytest.raises(ValueError, match="--data .*c.jsonl: no such file or directory"):
-        lineage.source("data", f"{a},{tmp_path}/c.jsonl", "prepare")
+        run_inputs.source("data", f"{a},{tmp_path}/c.jsonl", "prepare")
 
 
 def test_the_record_knows_the_content_of_a_split(tmp_path):
@@ -26,10 +28,10 @@ def test_the_record_knows_the_content_of_a_split(tmp_path):
     for name in ("train", "test"):
         put(tmp_path / "set", [GOOD], f"{name}.jsonl")
     split = f"{tmp_path}/set@test"
-    assert lineage.source("data", split) == split
-    before = lineage.fingerprint(split)
+    assert run_inputs.source("data", split) == split
+    before = run_inputs.fingerprint(split)
     put(tmp_path / "set", [GOOD, GOOD], "test.jsonl")
-    assert lineage.fingerprint(split) != before
+    assert run_inputs.fingerprint(split) != before
 
 
 def test_a_run_does_not_write_into_any_directory_that_it_reads(tmp_path):
@@ -62,7 +64,7 @@ def test_prepare_hands_the_options_on_to_its_source(tmp_path):
 def test_prepare_has_one_source_and_so_no_data_weights(capsys):
     for flags in (["--help"], ["--data_weights", "1"]):
         with pytest.raises(SystemExit):
-            config.parse(prepare.Config, flags, prog="test", description=None)
+            parse(prepare.Config, flags, prog="test", description=None)
     captured = capsys.readouterr()
     assert "--columns" in captured.out and "data_weights" not in captured.out
     assert "unknown option --data_weights" in captured.err
@@ -76,10 +78,10 @@ def test_blanks_around_the_names_of_columns_are_ignored():
     assert options.reading()["ignore_columns"] == ["a", "b"]
     assert options.mixing() == {"weights": [1.0, 2.0], "seed": 0}
     for wrong in ("prompt= ", " =q", "prompt=a, prompt=b", "prompt=a,", "prompt=a=b", " ", ""):
-        with pytest.raises(config.ConfigError, match="--columns: expected name=column"):
+        with pytest.raises(ConfigError, match="--columns: expected name=column"):
             sft.Config(model="tiny", data="x", columns=wrong)
 
 
 def test_systems_that_are_compared_may_have_any_column(tmp_path):
     rows = [{"prompt": f"p {i}", "completion": "a", "reference_answer": f"x y {i}"} for i in range(2)]
-    assert len(systems.read(str(put(tmp_path, rows)))) == 2
+    assert len(answers.read(str(put(tmp_path, rows)))) == 2

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from exo.data import Dataset, Group, read
-from exo.data.transcripts import as_chat
+from exo.data.formats.transcripts import as_chat
 
 pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
 

@@ -9,7 +9,8 @@ import pytest
 from data_files import put
 from data_sets import ASK, BAD, GOOD, ROWS
 
-from exo import config
+from exo.cli.options import DataOptions
+from exo.cli.parse import parse
 from exo.data import Chat, DataError, read
 
 TABLE = Path(__file__).parent.parent / "docs" / "data.md"
@@ -28,10 +29,10 @@ def options(cell: str) -> dict:
     """What a stage hands to the reader for these flags."""
 
     @dataclass(frozen=True)
-    class Config(config.DataOptions):
+    class Config(DataOptions):
         pass
 
-    parsed = config.parse(Config, shlex.split(cell), prog="test", description=None)
+    parsed = parse(Config, shlex.split(cell), prog="test", description=None)
     return parsed.reading()
 
 

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from exo import align, console, data, models, reward
+from exo import align, data, models, reward
+from exo.cli import console
 from exo.data.split import Texts, hold_out
 from tests.tasks import WORDS, write_model, write_rows
 

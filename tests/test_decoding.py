@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from exo import console, decoding, generation
+from exo.cli import console
+from exo.rollouts import decoding, generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,9 +91,9 @@ def test_completions_are_those_of_each_sequence_by_itself(name, monkeypatch, cap
     """Mamba, RWKV and GPT ended in a traceback; MiniMax drew from wrong logits."""
     monkeypatch.setattr(console, "_warned", set())
     model = make(name)
-    for i, drawn in enumerate(generation.sample(model, (2, 5), PROMPTS, **HOW)):
+    for i, drawn in enumerate(generate.sample(model, (2, 5), PROMPTS, **HOW)):
         for j, one in enumerate(drawn):
-            tokens, logprob = alone(model, PROMPTS[i], generation._stream(1, i, j, 7))
+            tokens, logprob = alone(model, PROMPTS[i], generate._stream(1, i, j, 7))
             assert one.token_ids == tokens and one.logprob == pytest.approx(logprob, abs=1e-3)
             assert (one.finish == "eos") == (tokens[-1] in (2, 5))
     assert ("without a key-value cache" in capsys.readouterr().out) != KINDS[name][1]
@@ -111,4 +112,4 @@ def test_a_model_that_gives_nan_is_named_with_the_prompt():
     model.transformer.wte.weight.data[10] = torch.nan
     model.name_or_path = "some/model"
     with pytest.raises(RuntimeError, match="model some/model: expected finite logits; got NaN after prompt"):
-        generation.sample(model, (2,), PROMPTS, **HOW)
+        generate.sample(model, (2,), PROMPTS, **HOW)

@@ -14,7 +14,7 @@ from itertools import product
 import pytest
 from safetensors.torch import load_file
 
-from exo import launch
+from exo.cli import launch
 from tests import interruptions
 from tests.fork_server import Server
 from tests.interruptions import STAGES, lines, made

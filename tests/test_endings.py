@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from exo import align, console, evaluate, generation, models, ppo, sample, sft
+from exo import align, evaluate, models, ppo, sample, sft
+from exo.cli import console
+from exo.rollouts import generate
 from tests.tasks import PROMPTS, WORDS, lines, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,7 +97,7 @@ def test_rows_of_the_embedding_that_are_no_tokens_are_never_drawn(instruct):
     p = torch.softmax(model(torch.tensor([[3, 6]])).logits[0, -1].double(), -1)
     assert p[size:].sum() > 0.2, "the case must give them weight"
     for top_p in (1.0, 0.7):
-        (drawn,) = generation.sample(
+        (drawn,) = generate.sample(
             model, (2,), [[3, 6]], k=4000, temperature=1.0, top_p=top_p, max_new_tokens=1, seed=0, absent_ids=absent
         )
         seen = torch.bincount(torch.tensor([one.token_ids[0] for one in drawn]), minlength=size + 6).double()

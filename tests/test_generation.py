@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from exo import generation, models
+from exo import models
+from exo.rollouts import generate
 
 WORDS = [f"w{i}" for i in range(20)]
 PROMPTS = [[3, 4, 5, 6], [7], [8, 9, 10, 11, 12, 13, 14], [15, 16]]
@@ -23,7 +24,7 @@ def small():
 
 def draw(small, prompts, **settings):
     model, tokenizer = small
-    return generation.sample(model, (tokenizer.eos_token_id,), prompts, **settings)
+    return generate.sample(model, (tokenizer.eos_token_id,), prompts, **settings)
 
 
 @torch.no_grad()
@@ -43,11 +44,11 @@ def naive(model, eos, prompt, uniforms, temperature):
 
 def test_equals_a_naive_loop_with_the_same_streams(small):
     model, tokenizer = small
-    drawn = generation.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=6, **SETTINGS)
+    drawn = generate.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=6, **SETTINGS)
     finishes = set()
     for i, group in enumerate(drawn):
         for j, sample in enumerate(group):
-            uniforms = generation._stream(SETTINGS["seed"], i, j, SETTINGS["max_new_tokens"])
+            uniforms = generate._stream(SETTINGS["seed"], i, j, SETTINGS["max_new_tokens"])
             tokens, logprob = naive(model, tokenizer.eos_token_id, PROMPTS[i], uniforms, 0.8)
             assert list(sample.token_ids) == tokens
             assert sample.logprob == pytest.approx(logprob, abs=1e-4)
@@ -68,7 +69,7 @@ def test_a_completion_does_not_depend_on_its_batch(small, batch_size):
 def test_logprob_is_what_teacher_forcing_says(small):
     model, tokenizer = small
     for prompt, group in zip(
-        PROMPTS, generation.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=4, **SETTINGS), strict=True
+        PROMPTS, generate.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=4, **SETTINGS), strict=True
     ):
         for sample in group:
             with torch.no_grad():
@@ -97,7 +98,7 @@ def test_frequencies_are_the_models(small):
     """One step from one prompt: 4000 draws lie within 5 standard errors of every probability."""
     model, tokenizer = small
     settings = SETTINGS | {"max_new_tokens": 1}
-    (group,) = generation.sample(model, (tokenizer.eos_token_id,), PROMPTS[:1], k=4000, **settings)
+    (group,) = generate.sample(model, (tokenizer.eos_token_id,), PROMPTS[:1], k=4000, **settings)
     seen = torch.bincount(torch.tensor([s.token_ids[0] for s in group]), minlength=len(tokenizer)) / 4000
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.8, -1)

@@ -9,7 +9,7 @@ from cases import seeded
 from linear_cases import check_linear_loss, check_linear_tokens, linear_answer, make_linear_case
 
 import exo_kernels
-from exo_kernels.linear import head
+from exo_kernels.schedules import matmul
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20
@@ -32,7 +32,7 @@ def test_entropy_of_a_real_vocabulary():
 def test_several_chunks_of_bf16(schedule):
     """The weight's gradient adds up in fp32 over chunks, from 16-bit operands."""
     case = make_linear_case(16, 40, 128, 4099, torch.bfloat16, rewards=True, group_size=4, softcap=20.0)
-    check_linear_loss(case, "triton", "cuda", schedule=schedule, memory_budget=100 * 6 * head.padded(4099))
+    check_linear_loss(case, "triton", "cuda", schedule=schedule, memory_budget=100 * 6 * matmul.padded(4099))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from exo import models
-from exo.head import CausalHead
+from exo.models.lm_head import CausalHead
 from exo_kernels import fused_exo_loss, fused_linear_exo_loss, linear_token_logps, token_logps
 
 SMALL = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

@@ -6,10 +6,18 @@ import json
 
 import pytest
 
-from exo import align, artifacts, lineage, pipeline, results, score, train, yaml_files
-from exo.comparison.verdicts import Cache
-from exo.config import ConfigError, parse
+from exo import align, score, train
+from exo.cli import yaml_files
+from exo.cli.errors import ConfigError, RunError
+from exo.cli.parse import parse
 from exo.data import DataError
+from exo.evaluation.judge_prompts import Cache
+from exo.experiments import plan as experiment_plan
+from exo.reporting import results
+from exo.runs import directory as run_directory
+from exo.runs import inputs as run_inputs
+from exo.runs import record as run_record
+from exo.runs import stage as run_stage
 
 STAGES = "prepare sft sample score reward align ppo best_of_n evaluate judge label report train".split()
 FAST = ("prepare", "sample", "align", "judge", "report", "train")  # the others have the same options
@@ -119,15 +127,15 @@ RECIPES = [
 
 
 def test_recipes_with_wrong_types(tmp_path):
-    text = (pipeline.RECIPES / "quickstart.yaml").read_text(encoding="utf-8")
+    text = (experiment_plan.RECIPES / "quickstart.yaml").read_text(encoding="utf-8")
     values = yaml_files.parse(text, typed=True)
     path = tmp_path / "own.yaml"
     path.write_text(json.dumps(values))
-    assert pipeline.plan(pipeline.load(str(path)), tmp_path)  # JSON is YAML
+    assert experiment_plan.plan(experiment_plan.load(str(path)), tmp_path)  # JSON is YAML
     for name, value in RECIPES:
         path.write_text(json.dumps(values | {name: value}))
         with pytest.raises(ConfigError) as caught:
-            pipeline.plan(pipeline.load(str(path)), tmp_path)
+            experiment_plan.plan(experiment_plan.load(str(path)), tmp_path)
         assert len(str(caught.value).splitlines()) == 1, (name, value)
 
 
@@ -153,7 +161,7 @@ def test_hostile_settings(arguments, expected, tmp_path, capsys):
 @pytest.mark.parametrize("module", ["..", ".", "a..b", "..x", "\udc80", "x" * 200, " ", "json"])
 def test_an_oracle_that_no_module_can_be(module, tmp_path):
     """Its source is looked for before anything runs."""
-    assert isinstance(lineage.fingerprint(f"{module}:x"), str)
+    assert isinstance(run_inputs.fingerprint(f"{module}:x"), str)
 
 
 @pytest.mark.parametrize("oracle", ["..:x", ".:x", ".module:f"])
@@ -182,19 +190,19 @@ FOREIGN = [
 def test_foreign_records_are_no_runs(tmp_path):
     for text in FOREIGN:
         (tmp_path / "run.json").write_bytes(text.encode(errors="surrogateescape"))
-        assert lineage.record(tmp_path) is None, text[:80]
-        with pytest.raises(artifacts.RunError, match="holds files that no run wrote"):
-            artifacts.check(str(tmp_path), overwrite=True)
+        assert run_record.record(tmp_path) is None, text[:80]
+        with pytest.raises(RunError, match="holds files that no run wrote"):
+            run_directory.check(str(tmp_path), overwrite=True)
     unknown = {"stage": "unknown", "command": [], "arguments": {}, "finished": "now", "outputs": {}}
     (tmp_path / "run.json").write_text(json.dumps(unknown))
-    assert lineage.record(tmp_path) is None
+    assert run_record.record(tmp_path) is None
 
 
 def test_a_finished_run_without_outputs_is_not_whole(tmp_path):
     config = align.Config(model="tiny", data="rows.jsonl", output_dir=str(tmp_path))
     run = {"stage": "align", "command": [], "arguments": dataclasses.asdict(config), "finished": "now", "inputs": {}}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    assert not lineage.holds(tmp_path, config, "align")
+    assert not run_stage.holds(tmp_path, config, "align")
 
 
 def test_foreign_results_are_refused_in_a_line(tmp_path):

@@ -1,6 +1,6 @@
 """Imports point one way, and importing exo_kernels needs torch alone.
 
-The first half reads the source; adding a module means adding a line to LAYERS, where its place in the house is decided.
+The first half reads the source; a new package or command gets its layer in LAYERS.
 """
 
 import ast
@@ -8,106 +8,122 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import exo_kernels
 
 ROOT = Path(exo_kernels.__file__).parents[1]
 
-# Who may import whom in exo_kernels. Implementations are loaded by name in ops.py once dispatch.py has chosen; they
-# never import one another, and nothing imports api.py but the package itself.
-LAYERS = {
-    "__init__": {"api", "linear", "modules", "objectives", "reference"},
-    "modules": {"api", "linear", "validation"},
-    "api": {"dispatch", "groups", "losses", "objectives", "ops", "reference", "validation", "value_checks"},
-    "linear": {
-        *("curve", "dtypes", "dispatch", "groups", "linear", "losses", "ops", "reference", "validation", "value_checks")
-    },
-    "losses": {"groups", "objectives", "ops", "reference", "validation"},
-    "ops": {"dtypes", "groups", "validation", "value_checks"},
-    "value_checks": {"validation"},
-    "chunked": {"chunked", "curve", "dtypes", "groups", "objectives"},
-    "reference": {"objectives"},
-    "_triton": {"_triton", "curve"},
-    "curve": set(),
-    "dtypes": set(),
-    "dispatch": set(),
-    "groups": set(),
-    "objectives": set(),
-    "validation": set(),
+# The packages and commands of each part, by layer. A file imports from its own package and from lower layers.
+KERNEL_LAYERS = (
+    ("objectives", "groups", "numerics", "validation", "dispatch"),
+    ("value_checks", "reference"),
+    ("chunked", "_triton", "schedules"),
+    ("ops",),
+    ("api",),
+    ("__init__",),
+)
+LAYERS = (
+    ("cli",),
+    ("runs", "data"),
+    ("distributed", "evaluation"),
+    ("models", "reporting"),
+    ("rollouts", "experiments"),
+    ("training",),
+    (
+        "prepare",
+        "sft",
+        "sample",
+        "reward",
+        "score",
+        "align",
+        "ppo",
+        "best_of_n",
+        "evaluate",
+        "judge",
+        "label",
+        "report",
+    ),
+    ("train", "inspect"),
+)
+EDGES = 110  # imports between the packages and commands of exo
+# Who may import a library that others should not have to know.
+KNOW = {
+    "transformers": {"models"},
 }
-# Of exo: stages talk through files. What several need lives in a module that is no stage; only the runs of several
-# stages import them.
-STAGES = {"prepare", "sft", "sample", "score", "reward", "align", "ppo", "best_of_n"}
-STAGES |= {"evaluate", "judge", "label", "report"}
-RUNS = {"train", "quickstart.recipe", "dry_run"}
 
 
 def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def module_of(path: Path) -> str:
-    """exo/quickstart/recipe.py: "exo.quickstart.recipe"."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
 def imported(path: Path) -> set[str]:
-    """Every module or name that the file imports anywhere, in full: {"torch", "exo_kernels.api.token_logps"}."""
+    """Return every module or name that the file imports anywhere: {"torch", "exo_kernels.api.logits.token_logps"}."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path.name}: relative imports hide where they point"
+            assert not node.level, f"{path}: relative imports hide where they point"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", sources("exo_kernels"), ids=module_of)
-def test_layers_of_exo_kernels(path):
-    layer = path.relative_to(ROOT / "exo_kernels").parts[0].removesuffix(".py")
-    assert layer in LAYERS, "a new module: say in LAYERS what it may import"
-    inside = {name.split(".")[1] for name in imported(path) if name.startswith("exo_kernels.")}
-    assert inside <= LAYERS[layer] | ({"__version__"} if layer == "__init__" else set())
+def part_of(path: Path) -> str:
+    """Return the package or command of a file: exo/data/text/limits.py is part of "data"."""
+    return path.relative_to(ROOT).parts[1].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", sources("exo_kernels"), ids=module_of)
-def test_exo_kernels_imports_torch_alone(path):
-    outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
-    assert outside <= {"exo_kernels", "torch"} | ({"triton"} if "_triton" in path.parts else set())
+def upward(package: str, layers: tuple[tuple[str, ...], ...]) -> tuple[list[str], set[tuple[str, str]]]:
+    """Return the imports that do not go down, and the edges between parts."""
+    layer = {part: number for number, parts in enumerate(layers) for part in parts}
+    wrong, edges = [], set()
+    for path in sources(package):
+        part = part_of(path)
+        for name in imported(path):
+            other = name.split(".")[1] if name.startswith(f"{package}.") else part
+            if other in (part, "__version__") or (package == "exo" and part == "__init__"):
+                continue
+            edges.add((part, other))
+            if layer[other] >= layer[part]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    return wrong, edges
 
 
-@pytest.mark.parametrize("path", sources("exo") + sources("benchmarks"), ids=module_of)
-def test_public_names_only(path):
-    """Of exo_kernels; and reference.* by its own names, which are the public ones."""
-    public = set(exo_kernels.__all__)
-    used = {name.split(".", 1)[1] for name in imported(path) if name.startswith("exo_kernels.")}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "exo_kernels":
-            used.add(node.attr)
-    assert {name.split(".")[0] for name in used} <= public | {"__version__"}
+def test_imports_go_down():
+    assert upward("exo_kernels", KERNEL_LAYERS)[0] == []
+    wrong, edges = upward("exo", LAYERS)
+    assert wrong == []
+    assert len(edges) <= EDGES, sorted(edges)
 
 
-@pytest.mark.parametrize("path", sources("exo"), ids=module_of)
-def test_stages_talk_through_files(path):
-    module = module_of(path).removeprefix("exo").removeprefix(".")
-    names = imported(path)
-    stages = {stage for stage in STAGES if any(f"{name}.".startswith(f"exo.{stage}.") for name in names)}
-    assert not stages or module in RUNS, f"{module} imports the stages {stages}"
+def test_implementations_do_not_import_one_another():
+    for path in sources("exo_kernels/chunked") + sources("exo_kernels/_triton") + sources("exo_kernels/schedules"):
+        others = {name.split(".")[1] for name in imported(path) if name.startswith("exo_kernels.")}
+        assert not others & ({"chunked", "_triton", "schedules"} - {part_of(path)}), path
 
 
-@pytest.mark.parametrize("path", sources("exo"), ids=module_of)
-def test_one_package_knows_transformers(path):
-    if any(name.split(".")[0] == "transformers" for name in imported(path)):
-        assert module_of(path).startswith("exo.models")
+def test_exo_kernels_needs_torch_alone():
+    for path in sources("exo_kernels"):
+        outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"exo_kernels", "torch"} | ({"triton"} if "_triton" in path.parts else set()), path
 
 
-@pytest.mark.parametrize("path", sources("exo_kernels") + sources("exo") + sources("benchmarks"), ids=module_of)
-def test_nothing_imports_tests(path):
-    tests = {p.stem for p in (ROOT / "tests").glob("*.py")} | {"tests"}
-    assert not {name.split(".")[0] for name in imported(path)} & tests
+def test_others_use_the_public_names_of_exo_kernels():
+    public = {*exo_kernels.__all__, "__version__"}
+    for path in sources("exo") + sources("benchmarks"):
+        used = {name.split(".")[1] for name in imported(path) if name.startswith("exo_kernels.")}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "exo_kernels":
+                used.add(node.attr)
+        assert used <= public, path
+
+
+def test_who_knows_which_library():
+    tests = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests"}
+    for path in sources("exo") + sources("exo_kernels") + sources("benchmarks"):
+        names = {name.split(".")[0] for name in imported(path)}
+        assert not names & tests, path
+        if path.is_relative_to(ROOT / "exo"):
+            assert all(part_of(path) in parts for library, parts in KNOW.items() if library in names), path
 
 
 # Fresh interpreters.

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
-from exo import align, artifacts, console, data, data_report, examples, inspect, models, reward, sample, sft
-from exo.data import Group, split
-from exo.encoding import TokenGroup
+from exo import align, data, inspect, models, reward, sample, sft
+from exo.cli import console
+from exo.data import Group, preview, split, statistics
+from exo.data.text.tokenize import TokenGroup
+from exo.runs import record as run_record
 from tests.chat_templates import CHATML
 from tests.data_files import put
 from tests.tasks import write_model
@@ -152,10 +154,10 @@ def test_texts_of_a_test_file_that_are_trained_on_are_named(report, tmp_path, mo
     code, out, _ = report("--data", pairs, "--model", model, "--eval_data", put(tmp_path, other, "test.jsonl"))
     assert code == 0
     assert "held-out rows with a prompt of --data: 1 of 4 (line 1 = line 4)\n" in out
-    found = data_report.leaks(data.read(pairs).groups, data.read(tmp_path / "test.jsonl").groups)
+    found = statistics.leaks(data.read(pairs).groups, data.read(tmp_path / "test.jsonl").groups)
     assert found.completions == [("line 2", "line 1"), ("line 3", "line 1")]
     implicit = put(tmp_path, [{"chosen": "red round good good", "rejected": "red big"}], "implicit.jsonl")
-    found = data_report.leaks(data.read(pairs).groups, data.read(implicit).groups)
+    found = statistics.leaks(data.read(pairs).groups, data.read(implicit).groups)
     assert found.completions == [("line 1", "line 1")], "the same text with its prompt cut elsewhere"
     prompts = put(tmp_path, [{"prompt": "blue"}, {"prompt": "big"}, {"prompt": ""}], "prompts.jsonl")
     for stage in ("sft", "reward", "sample"):
@@ -169,7 +171,7 @@ def test_leaks_are_what_align_warns_of_and_what_a_split_keeps_together():
     for _ in range(200):
         rows = [Group(rng.choice(texts), (rng.choice(texts[1:]), rng.choice(texts[1:])), None, i) for i in range(1, 7)]
         trained, held_out = rows[:3], rows[3:]
-        found = data_report.leaks(trained, held_out)
+        found = statistics.leaks(trained, held_out)
         as_texts = ([split.Texts(row.prompt, row.completions) for row in part] for part in (trained, held_out))
         assert len({row for row, _ in found.prompts + found.completions}) == split.shared(*as_texts), rows
         prompts = {other.prompt.strip() for other in trained if other.prompt}
@@ -288,10 +290,10 @@ def test_templates_show_the_date_that_the_stage_would_show(report, tmp_path):
     arguments = ["--data", put(tmp_path, PAIRS), "--model", tmp_path / "model", "--chat_template", template]
     arguments += ["--output_dir", tmp_path / "run"]
     options = align.Config(model="m", data="d")
-    artifacts.write_run(tmp_path / "model", options, "sft", template_date="2020-02-03", finished="then")
+    run_record.write_run(tmp_path / "model", options, "sft", template_date="2020-02-03", finished="then")
     assert "2020-02-03" in report(*arguments)[1]
     (tmp_path / "run").mkdir()
-    artifacts.write_run(tmp_path / "run", options, "align", template_date="2021-03-04")
+    run_record.write_run(tmp_path / "run", options, "align", template_date="2021-03-04")
     assert "2021-03-04" in report(*arguments)[1]
     assert "2020-02-03" in report(*arguments, "--overwrite_output_dir")[1]
 
@@ -302,7 +304,7 @@ def test_one_row_and_an_unfinished_input(report, tmp_path, model):
     assert "duplicates: none\n" in out
     run = tmp_path / "scoring"
     run.mkdir()
-    artifacts.write_run(run, align.Config(model="m", data="d"), "score")
+    run_record.write_run(run, align.Config(model="m", data="d"), "score")
     code, out, err = report("--data", run, "--model", model)
     assert code == 2 and "its run did not finish" in err and err.removeprefix("error: ") in out
 
@@ -353,13 +355,13 @@ def test_color_is_for_terminals_alone(report, tmp_path, model, monkeypatch):
     code, out, _ = report("--data", pairs, "--model", "tiny")
     assert code == 0 and "\x1b" not in out and r"[['good \x1b[0m<eos>']]" in out
     _, out, _ = report("--data", pairs, "--model", model, "--color", "always")
-    assert out.count(examples.SCORED) == out.count(examples.PLAIN) > 0 and "[[" not in out
+    assert out.count(preview.SCORED) == out.count(preview.PLAIN) > 0 and "[[" not in out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert examples.is_colored("auto") and not examples.is_colored("never")
+    assert preview.is_colored("auto") and not preview.is_colored("never")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not examples.is_colored("auto") and examples.is_colored("always")
+    assert not preview.is_colored("auto") and preview.is_colored("always")
 
 
 def test_output_without_unicode_loses_nothing(tmp_path, model, monkeypatch):
@@ -391,22 +393,22 @@ def test_options(report, tmp_path, model, capsys):
 
 def test_chosen_examples_and_shortened_texts():
     rows = [TokenGroup((0,) * n, ((1,), (2,)), None, n) for n in (5, 9, 1, 3, 7)]
-    assert [(e.reason, e.group.line) for e in examples.choose(rows, 3)] == [
+    assert [(e.reason, e.group.line) for e in preview.choose(rows, 3)] == [
         ("first row", 5), ("longest", 9),
     ], "the first row is the one of median length too"  # fmt: skip
-    assert [e.group.line for e in examples.choose(rows[1:], 5)] == [9, 1 + 2, 7]
-    assert [e.group.line for e in examples.choose(rows, 1)] == [5]
-    assert examples.choose(rows, 0) == examples.choose([], 3) == []
+    assert [e.group.line for e in preview.choose(rows[1:], 5)] == [9, 1 + 2, 7]
+    assert [e.group.line for e in preview.choose(rows, 1)] == [5]
+    assert preview.choose(rows, 0) == preview.choose([], 3) == []
 
 
 def test_histograms_cover_every_length():
     for lengths in ([1], [7] * 9, list(range(1, 101)), [10] * 99 + [100_000], [0, 0, 3]):
-        bins = data_report.histogram(lengths)
+        bins = statistics.histogram(lengths)
         assert sum(each.rows for each in bins) == len(lengths) and len(bins) <= 7
         for low, high, count in bins:
             assert count == sum(low <= n <= high for n in lengths)
-    assert data_report.histogram(list(range(1, 101)))[0] == (0, 19, 19)
-    assert data_report.percentile(range(1, 101), 0.95) == 95
+    assert statistics.histogram(list(range(1, 101)))[0] == (0, 19, 19)
+    assert statistics.percentile(range(1, 101), 0.95) == 95
 
 
 def test_what_a_stream_can_print(monkeypatch):

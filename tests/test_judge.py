@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from chat_server import Server, failed, said, serving
 
-from exo import console, judge
-from exo.comparison import endpoint
+from exo import judge
+from exo.cli import console
+from exo.evaluation import judge_client
 
 KEY = "sk-secret-4711"
 TEMPLATE = 'Q: {prompt}\nA: {a}\nB: {b}\nSay "A", "B" or "tie".'
@@ -18,7 +19,7 @@ TEMPLATE = 'Q: {prompt}\nA: {a}\nB: {b}\nSay "A", "B" or "tie".'
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(judge_client, "FIRST_WAIT", 0.001)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv(judge.KEY_VARIABLE, raising=False)
 
@@ -221,7 +222,7 @@ def test_retry_after_is_waited_for(tmp_path, files, monkeypatch):
     ("value", "seconds"), [("3", 3), ("99999999999", 300), ("Mon, 01 Jan 2001 00:00:00 GMT", 0), ("soon", 0), ("-1", 0)]
 )
 def test_retry_after_may_be_anything(value, seconds):
-    assert endpoint._seconds(value) == seconds
+    assert judge_client._seconds(value) == seconds
 
 
 def test_a_wrong_key_stops_at_once(tmp_path, files, monkeypatch, capsys):

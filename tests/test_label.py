@@ -14,7 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from exo import label
-from exo.comparison import agreement, sheets
+from exo.evaluation import raters as evaluation_raters
 
 MATCHUPS = ("zeta:theta", "zeta:iota")
 SYSTEMS = ("zeta", "theta", "iota")
@@ -55,7 +55,7 @@ def fill(file: Path, rule, **dialect) -> None:
     """Write verdicts by `rule(row)`, as a program with its own idea of CSV would."""
     filled = [row | {"verdict": rule(row)} for row in sheet(file)]
     with open(file, "w", encoding=dialect.pop("encoding", "utf-8"), newline="") as handle:
-        writer = csv.DictWriter(handle, sheets.COLUMNS, **dialect)
+        writer = csv.DictWriter(handle, evaluation_raters.COLUMNS, **dialect)
         writer.writeheader()
         writer.writerows(filled)
 
@@ -89,7 +89,7 @@ def test_every_rater_judges_every_item_in_an_own_order(tmp_path):
     key = json.loads((run / "key.json").read_text())
     assert all(sorted(order) == sorted(key["items"]) for order in orders) and len(key["items"]) == 12
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert all(tuple(row) == sheets.COLUMNS and row["verdict"] == "" for row in sheet(files[0]))
+    assert all(tuple(row) == evaluation_raters.COLUMNS and row["verdict"] == "" for row in sheet(files[0]))
     assert "Helpfulness" in (run / "sheets" / "instructions.txt").read_text()
 
 
@@ -143,9 +143,9 @@ def test_references_are_shown_and_limit_and_seed_choose(tmp_path):
 
 @pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "\t=1"])
 def test_no_cell_is_a_formula(tmp_path, text):
-    assert sheets.defused(text) == "'" + text
+    assert evaluation_raters.defused(text) == "'" + text
     file = tmp_path / "s.csv"
-    sheets.write(
+    evaluation_raters.write(
         file, [{"item": "q1", "instruction": text, "answer 1": 'a "quoted", one\nof two lines', "answer 2": "é"}]
     )
     assert file.read_bytes().startswith(b"\xef\xbb\xbf")
@@ -205,7 +205,9 @@ def test_what_was_filled_in_is_what_is_counted(data, prompts, raters):
         items = [[wanted[i, r] for r in range(1, raters + 1)] for i in names if matchups[i] == matchup]
         said = Counter(w for item in items for w in item if w not in ("", "?"))
         pooled = found["matchups"][matchup]["pooled"]
-        assert said == Counter() if pooled is None else said == Counter({n: pooled[n] for n in agreement.OUTCOMES})
+        assert (
+            said == Counter() if pooled is None else said == Counter({n: pooled[n] for n in evaluation_raters.OUTCOMES})
+        )
     for kind, mark in (("missing", ""), ("unreadable", "?")):
         gone = {(entry["item"], f"{entry['rater']}") for entry in found[kind]}
         assert gone == {(item, f"rater-{r}") for (item, r), w in wanted.items() if w == mark}
@@ -230,7 +232,7 @@ def test_whatever_a_program_made_of_it(tmp_path, name):
     ]
     dialect = dict(DIALECTS[name])
     with open(file, "w", encoding=dialect.pop("encoding", "utf-8"), newline="") as handle:
-        writer = csv.DictWriter(handle, sheets.COLUMNS, **dialect)
+        writer = csv.DictWriter(handle, evaluation_raters.COLUMNS, **dialect)
         writer.writeheader()
         writer.writerows(noisy)
         handle.write("\r\n")
@@ -318,24 +320,24 @@ def test_kappa_of_fleiss_own_kind_of_table():
         (7, 7, 0, 0, 0), (3, 2, 6, 3, 0), (2, 5, 3, 2, 2), (6, 5, 2, 1, 0), (0, 2, 2, 3, 7),
     ]  # fmt: skip
     items = [[str(c) for c, n in enumerate(row) for _ in range(n)] for row in table]
-    agreed, kappa = agreement.agreement(items)
+    agreed, kappa = evaluation_raters.agreement(items)
     assert agreed == pytest.approx(0.378, abs=5e-4) and kappa == pytest.approx(0.210, abs=5e-4)
 
 
 def test_kappa_at_its_ends():
-    assert agreement.agreement([["win", "win"], ["lose", "lose"]]) == (1.0, 1.0)
-    assert agreement.agreement([["win", "lose"], ["lose", "win"]]) == (0.0, -1.0)
-    assert agreement.agreement([["win", "win"], ["lose"]]) == (1.0, None)
-    assert agreement.agreement([["win"], ["lose"]]) == (None, None)
+    assert evaluation_raters.agreement([["win", "win"], ["lose", "lose"]]) == (1.0, 1.0)
+    assert evaluation_raters.agreement([["win", "lose"], ["lose", "win"]]) == (0.0, -1.0)
+    assert evaluation_raters.agreement([["win", "win"], ["lose"]]) == (1.0, None)
+    assert evaluation_raters.agreement([["win"], ["lose"]]) == (None, None)
 
 
 def test_majority_and_pooled_views():
     items = [["win", "win", "lose"], ["win", "tie", "lose"], ["tie", "tie", "lose"], ["lose"]]
-    most = agreement.majority(items, seed=0)
+    most = evaluation_raters.majority(items, seed=0)
     assert [most[name] for name in ("win", "tie", "lose", "split")] == [1, 1, 1, 1]
     assert most["win_rate"]["mean"] == (1 + 0.5 + 0.5 + 0) / 4
-    pooled = agreement.pooled(items, seed=0)
-    assert [pooled[name] for name in agreement.OUTCOMES] == [3, 3, 4]
+    pooled = evaluation_raters.pooled(items, seed=0)
+    assert [pooled[name] for name in evaluation_raters.OUTCOMES] == [3, 3, 4]
     assert pooled["win_rate"]["mean"] == pytest.approx((2 / 3 + 1 / 2 + 1 / 3 + 0) / 4)
     assert pooled["win_rate"]["low"] < pooled["win_rate"]["mean"] < pooled["win_rate"]["high"]
 

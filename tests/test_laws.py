@@ -9,7 +9,8 @@ from budget import accumulator, compare, loss_answer, same, ulps_of
 from cases import DTYPES, IGNORED, aligned, make_case, make_labels, make_logits, seeded
 
 import exo_kernels
-from exo_kernels import groups, objectives, ops, preference_loss
+from exo_kernels import groups, objectives, preference_loss
+from exo_kernels.ops import logits as logits_ops
 
 both = pytest.mark.parametrize("objective", ["exo", "dpo"])
 targets = pytest.mark.parametrize("rewards", [False, True], ids=["preferences", "rewards"])
@@ -136,7 +137,7 @@ def test_group_pass_is_objectives(impl, device, dtype, sizes, rewards, objective
         policy.to(dtype), torch.zeros(n).long(), ref, r if rewards else None, torch.arange(n + 1), offsets,
     ]  # fmt: skip
     arguments = [a if a is None else a.to(device) for a in arguments]
-    result = ops.group_loss(*arguments, False, objective, beta_pi, beta_r, *log_targets, IGNORED, impl)
+    result = logits_ops.group_loss(*arguments, False, objective, beta_pi, beta_r, *log_targets, IGNORED, impl)
 
     expected = [[] for _ in range(4)]
     for a, b in zip(offsets, offsets[1:], strict=False):
@@ -174,7 +175,7 @@ def test_long_sequences_are_summed_in_float64(impl, device, per_token):
     given = ref if per_token else sums(ref)
     arguments = [x.to(device) for x in (logps, targets, given)]
     bounds = [offsets.to(device), torch.tensor([0, 4, 6], device=device)]
-    result = ops.group_loss(*arguments, None, *bounds, per_token, "exo", 0.5, 1.0, -0.1, -2.0, IGNORED, impl)
+    result = logits_ops.group_loss(*arguments, None, *bounds, per_token, "exo", 0.5, 1.0, -0.1, -2.0, IGNORED, impl)
     for name, i, expected in (("policy", 2, sums(logps)), ("ratios", 3, sums(logps) - sums(ref))):
         compare(name, result[i], expected.float(), expected, 1e-10)
     assert result[6].tolist() == [part.sum().item() for part in scored.split(lengths.tolist())]

@@ -6,7 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from exo import artifacts, data, lineage, sample, score
+from exo import data, sample, score
+from exo.cli.errors import RunError
+from exo.runs import directory as run_directory
+from exo.runs import inputs as run_inputs
+from exo.runs import record as run_record
+from exo.runs import stage as run_stage
+from exo.runs.atomic import write_json
 from tests.tasks import PROMPTS, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,18 +39,20 @@ def made(tmp_path_factory):
 
 def test_a_directory_stands_for_what_its_stage_made(made):
     directory = made[0]
-    assert lineage.source("data", str(directory / "samples"), "sample") == str(directory / "samples" / "samples.jsonl")
-    assert lineage.source("model", str(directory / "model"), "sft") == str(directory / "model")
-    assert lineage.source("model", "gpt2", "sft") == "gpt2" and lineage.source("model", "a/b", "sft") == "a/b"
+    assert run_inputs.source("data", str(directory / "samples"), "sample") == str(
+        directory / "samples" / "samples.jsonl"
+    )
+    assert run_inputs.source("model", str(directory / "model"), "sft") == str(directory / "model")
+    assert run_inputs.source("model", "gpt2", "sft") == "gpt2" and run_inputs.source("model", "a/b", "sft") == "a/b"
 
 
 def test_a_prepared_directory_stands_for_the_file_that_a_stage_wants(tmp_path):
     (tmp_path / "test.jsonl").write_text("{}")
-    artifacts.write_json(tmp_path / "run.json", {"stage": "prepare", "command": [], "arguments": {}, "finished": "now"})
-    found = lineage.source("data", str(tmp_path), "prepare", prepared="test.jsonl")
+    write_json(tmp_path / "run.json", {"stage": "prepare", "command": [], "arguments": {}, "finished": "now"})
+    found = run_inputs.source("data", str(tmp_path), "prepare", prepared="test.jsonl")
     assert found == str(tmp_path / "test.jsonl")
     with pytest.raises(ValueError, match="expected sft.jsonl in it, which this task does not make"):
-        lineage.source("data", str(tmp_path), "prepare", prepared="sft.jsonl")
+        run_inputs.source("data", str(tmp_path), "prepare", prepared="sft.jsonl")
 
 
 def test_a_directory_of_another_run_is_refused_before_any_work_with_what_differs(made, monkeypatch, capsys):
@@ -56,7 +64,7 @@ def test_a_directory_of_another_run_is_refused_before_any_work_with_what_differs
         (sample, made[1], {"data": other}, "another data"),
         (score, made[2], {"max_length": 9}, "max_length 1024, now 9"),
     ):
-        with pytest.raises(artifacts.RunError, match=f"holds an earlier run, with {said}; --overwrite_output_dir"):
+        with pytest.raises(RunError, match=f"holds an earlier run, with {said}; --overwrite_output_dir"):
             stage.run(replace(asked, overwrite_output_dir=False, **changes))
 
 
@@ -72,16 +80,16 @@ def test_a_finished_run_whose_files_were_changed_is_not_taken_for_whole(made, tm
     config = replace(made[1], output_dir=str(tmp_path / "run"), overwrite_output_dir=False)
     file = sample.run(config) / "samples.jsonl"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(artifacts.RunError, match="files are not what it made; --overwrite_output_dir"):
+    with pytest.raises(RunError, match="files are not what it made; --overwrite_output_dir"):
         sample.run(config)
 
 
 def test_two_at_a_time_in_one_directory_are_refused_and_a_refusal_leaves_nothing(tmp_path):
     directory = tmp_path / "run"
-    with artifacts.locked(str(directory)):
+    with run_directory.locked(str(directory)):
         with (
-            pytest.raises(artifacts.RunError, match="another process is writing there"),
-            artifacts.locked(str(directory)),
+            pytest.raises(RunError, match="another process is writing there"),
+            run_directory.locked(str(directory)),
         ):
             raise AssertionError("both had it")
         assert directory.exists()
@@ -91,7 +99,7 @@ def test_two_at_a_time_in_one_directory_are_refused_and_a_refusal_leaves_nothing
 def test_a_run_begins_when_it_is_asked_for(made, monkeypatch):
     """Its time and its inputs are those before the work, whatever happens to them meanwhile."""
     times = iter(["before", "after"])
-    monkeypatch.setattr(artifacts, "now", lambda: next(times))
+    monkeypatch.setattr(run_record, "now", lambda: next(times))
     score.run(made[2])
     record = json.loads((made[0] / "scored" / "run.json").read_text())
     assert (record["started"], record["finished"]) == ("before", "after")
@@ -99,56 +107,56 @@ def test_a_run_begins_when_it_is_asked_for(made, monkeypatch):
 
 def test_a_record_that_was_half_written_is_no_obstacle(tmp_path):
     (tmp_path / ".staging-run.json").write_text("{")
-    artifacts.check(str(tmp_path), overwrite=False)
+    run_directory.check(str(tmp_path), overwrite=False)
 
 
 def test_what_is_missing_is_said_with_what_makes_it(made):
     for path in (made[0] / "absent.jsonl", made[0] / "absent"):
         with pytest.raises(ValueError, match=r"--data .*absent.*: no such file .*; python -m exo.sample makes"):
-            lineage.source("data", str(path), "sample")
+            run_inputs.source("data", str(path), "sample")
 
 
 def test_what_another_stage_made_is_said(made):
     with pytest.raises(ValueError, match=r"what score makes; found a run of sample; python -m exo.score makes"):
-        lineage.source("data", str(made[0] / "samples"), "score")
+        run_inputs.source("data", str(made[0] / "samples"), "score")
 
 
 def test_what_is_half_made_is_said_with_the_command_that_goes_on(made, tmp_path):
     record = json.loads((made[0] / "samples" / "run.json").read_text())
     del record["finished"]
-    artifacts.write_json(tmp_path / "run.json", record)
+    write_json(tmp_path / "run.json", record)
     for path in (tmp_path, tmp_path / "samples.jsonl"):
-        with pytest.raises(artifacts.RunError, match=r"goes on with it: python -m exo.sample --.*$"):
-            lineage.source("data", str(path), "sample")
+        with pytest.raises(RunError, match=r"goes on with it: python -m exo.sample --.*$"):
+            run_inputs.source("data", str(path), "sample")
 
 
 def test_a_run_holds_until_options_inputs_or_outputs_change(made, tmp_path):
     directory, drawn, scored = made
-    assert lineage.holds(directory / "samples", drawn, "sample") and lineage.holds(
+    assert run_stage.holds(directory / "samples", drawn, "sample") and run_stage.holds(
         directory / "scored", scored, "score"
     )
-    assert not lineage.holds(directory / "absent", drawn, "sample")
-    assert not lineage.holds(directory / "samples", drawn, "score")
-    assert not lineage.holds(directory / "samples", dataclasses.replace(drawn, k=3), "sample")
+    assert not run_stage.holds(directory / "absent", drawn, "sample")
+    assert not run_stage.holds(directory / "samples", drawn, "score")
+    assert not run_stage.holds(directory / "samples", dataclasses.replace(drawn, k=3), "sample")
     elsewhere = dataclasses.replace(drawn, output_dir="x", overwrite_output_dir=False)
-    assert lineage.holds(directory / "samples", elsewhere, "sample")
+    assert run_stage.holds(directory / "samples", elsewhere, "sample")
     copy = tmp_path / "prompts.jsonl"
     copy.write_bytes((directory / "prompts.jsonl").read_bytes())
-    assert lineage.holds(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample"), (
+    assert run_stage.holds(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample"), (
         "a path is no input"
     )
     copy.write_text('{"prompt": "red"}\n')
-    assert not lineage.holds(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample")
+    assert not run_stage.holds(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample")
 
 
 def test_a_run_that_did_not_finish_does_not_hold(made, tmp_path):
     _, drawn, _ = made
     run = sample.run(dataclasses.replace(drawn, output_dir=str(tmp_path / "run")))
     record = json.loads((run / "run.json").read_text())
-    assert lineage.holds(run, drawn, "sample")
+    assert run_stage.holds(run, drawn, "sample")
     for gone in ({"finished"}, {"finished", "outputs"}):
-        artifacts.write_json(run / "run.json", {name: value for name, value in record.items() if name not in gone})
-        assert not lineage.holds(run, drawn, "sample")
+        write_json(run / "run.json", {name: value for name, value in record.items() if name not in gone})
+        assert not run_stage.holds(run, drawn, "sample")
 
 
 def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_make_room(made, tmp_path, monkeypatch):
@@ -162,13 +170,13 @@ def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts.shutil, "rmtree", killed)
+        patch.setattr(run_directory.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             sample.run(config)
     (run / "samples.jsonl").unlink(missing_ok=True)
-    assert artifacts.is_run(run) and not lineage.holds(run, config, "sample")
+    assert run_directory.is_run(run) and not run_stage.holds(run, config, "sample")
     sample.run(config)
-    assert lineage.holds(run, config, "sample") and not (run / "more").exists()
+    assert run_stage.holds(run, config, "sample") and not (run / "more").exists()
 
 
 def test_damaged_or_missing_outputs_do_not_hold(made):
@@ -176,20 +184,20 @@ def test_damaged_or_missing_outputs_do_not_hold(made):
     file = directory / "samples" / "samples.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    assert not lineage.holds(directory / "samples", drawn, "sample")
+    assert not run_stage.holds(directory / "samples", drawn, "sample")
     file.unlink()
-    assert not lineage.holds(directory / "samples", drawn, "sample")
+    assert not run_stage.holds(directory / "samples", drawn, "sample")
     file.write_bytes(whole)
-    assert lineage.holds(directory / "samples", drawn, "sample")
+    assert run_stage.holds(directory / "samples", drawn, "sample")
 
 
 def test_a_model_is_its_weights_config_and_tokenizer(made, tmp_path):
-    before = lineage.fingerprint(str(made[0] / "model"))
-    assert before == lineage.fingerprint(write_model(tmp_path / "same"))
-    assert before != lineage.fingerprint(write_model(tmp_path / "other", seed=1))
-    assert before != lineage.fingerprint(write_model(tmp_path / "words", words=["x"]))
-    assert lineage.fingerprint("owner/name") == "owner/name"
+    before = run_inputs.fingerprint(str(made[0] / "model"))
+    assert before == run_inputs.fingerprint(write_model(tmp_path / "same"))
+    assert before != run_inputs.fingerprint(write_model(tmp_path / "other", seed=1))
+    assert before != run_inputs.fingerprint(write_model(tmp_path / "words", words=["x"]))
+    assert run_inputs.fingerprint("owner/name") == "owner/name"
 
 
 def test_every_stage_is_known():
-    assert set(lineage.INPUTS) == set(lineage.OUTPUTS) - {"train"}
+    assert set(run_record.INPUTS) == set(run_record.OUTPUTS) - {"train"}

@@ -8,7 +8,7 @@ from linear_cases import make_linear_case
 from torch.autograd import gradcheck
 
 import exo_kernels
-from exo_kernels.linear import ops
+from exo_kernels.ops import hidden as hidden_ops
 
 SCHEDULES = ["deferred", "group", "store", "recompute"]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -164,15 +164,15 @@ def test_opcheck_of_the_log_probs(impl, device, schedule):
     if schedule == "score":
         hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach()
     arguments = (hidden, weight, bias, targets, ref, *curve, entropy, *plan)
-    torch.library.opcheck(ops.linear_token_logps, arguments)
+    torch.library.opcheck(hidden_ops.linear_token_logps, arguments)
     if schedule == "score":
         return
-    logps, entropies, _, stats, kept = (x.detach() for x in ops.linear_token_logps(*arguments))
+    logps, entropies, _, stats, kept = (x.detach() for x in hidden_ops.linear_token_logps(*arguments))
     detached = (x.detach() for x in (hidden, weight, bias))
     g = torch.rand(2, 3, device=device)
     backward = (g, g if entropy else None, *detached, targets, logps, entropies, stats, kept, *curve, *plan)
-    torch.library.opcheck(ops.linear_token_logps_backward, (*backward, True, True, True))
-    torch.library.opcheck(ops.linear_token_logps_backward, (*backward, True, False, False))
+    torch.library.opcheck(hidden_ops.linear_token_logps_backward, (*backward, True, True, True))
+    torch.library.opcheck(hidden_ops.linear_token_logps_backward, (*backward, True, False, False))
 
 
 def test_opcheck_of_the_group_loss(impl, device):
@@ -184,11 +184,13 @@ def test_opcheck_of_the_group_loss(impl, device):
         leaves = [x.detach().requires_grad_(need) for x, need in zip((hidden, weight, bias), needs, strict=True)]
         arguments = (*leaves, targets, None, torch.zeros(4, device=device), None, *offsets, *loss)
         torch.library.opcheck(
-            ops.linear_group_loss, (*arguments, 0.9, 3.0, 0.8, IGNORED, *needs, 4, [0, 5, 5], "", impl)
+            hidden_ops.linear_group_loss, (*arguments, 0.9, 3.0, 0.8, IGNORED, *needs, 4, [0, 5, 5], "", impl)
         )
     gradients = (torch.randn(shape, device=device) for shape in ((4, 3, 4), (5, 4), (5,)))
     g = torch.tensor(0.5, device=device)
-    torch.library.opcheck(ops.linear_group_loss_backward, (g, *gradients, torch.float16, torch.bfloat16, torch.float32))
+    torch.library.opcheck(
+        hidden_ops.linear_group_loss_backward, (g, *gradients, torch.float16, torch.bfloat16, torch.float32)
+    )
 
 
 # True: shapes and numbers are symbols from the start. None: from the second shape on, as users get it.

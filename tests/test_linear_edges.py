@@ -7,9 +7,9 @@ import torch
 from linear_cases import check_linear_loss, make_linear_case
 
 import exo_kernels
-from exo_kernels import ops
-from exo_kernels.curve import Curve
-from exo_kernels.linear import head, plan
+from exo_kernels import dispatch
+from exo_kernels.numerics import Curve
+from exo_kernels.schedules import matmul, plan
 
 SCHEDULES = ["deferred", "group", "store", "recompute"]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -26,7 +26,7 @@ def test_16_bits_in_chunks(impl, device, schedule):
 @every_schedule
 def test_blocks_of_a_16_bit_weight(impl, device, schedule, monkeypatch):
     """Ten rows a block, of which 129 is no multiple."""
-    monkeypatch.setattr(head, "BLOCK_BYTES", 10 * 16 * 4)
+    monkeypatch.setattr(matmul, "BLOCK_BYTES", 10 * 16 * 4)
     case = make_linear_case(width=16, dtype=torch.bfloat16, rewards=True, seed=1)
     check_linear_loss(case, impl, device, schedule=schedule)
 
@@ -115,7 +115,7 @@ def test_the_reference_gives_no_graph(impl, device):
 
 
 def test_targets_outside_the_columns_have_no_logit(impl, device):
-    implementation = ops.implementation(impl)
+    implementation = dispatch.implementation(impl)
     a = implementation.new_buffer((2, 16), torch.float32, torch.device(device)).zero_()[:, :7]
     targets = torch.tensor([-1, 7], device=device)
     stats, _ = implementation.chunk_logps(a, None, targets, Curve.of(1.0, None, 1.0), False)
@@ -180,8 +180,8 @@ def test_operations_and_bytes_of_every_schedule():
     ):  # fmt: skip
         found = plan.explain(schedule, "", needs, sizes, 2**29, [100])
         assert found.flops == products * one and found.extra_bytes == 100 * sizes.row_bytes + extra
-    assert narrow.fixed_bytes == head.BLOCK_BYTES
-    assert narrow.chunk_rows(2**29) == (2**29 - head.BLOCK_BYTES) // narrow.row_bytes
+    assert narrow.fixed_bytes == matmul.BLOCK_BYTES
+    assert narrow.chunk_rows(2**29) == (2**29 - matmul.BLOCK_BYTES) // narrow.row_bytes
     found = plan.explain("store", "", needs, narrow, 2**29, [100])
     assert found.extra_bytes == 100 * (narrow.row_bytes + narrow.stored_row_bytes) + narrow.fixed_bytes
     assert plan.explain("store", "", needs, narrow, 2**29, [0]).extra_bytes == 0

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import exo_kernels
-from exo_kernels.linear import head, schedules
+from exo_kernels.schedules import matmul, passes
 
 SCHEDULES = ["deferred", "group", "store", "recompute"]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -166,17 +166,17 @@ def watch(monkeypatch) -> Watch:
     """Watches inside the operators, which a dispatch mode sees only from outside."""
     mode = Watch()
     for name in ("forward", "backward", "group_pass"):
-        inner = getattr(schedules, name)
+        inner = getattr(passes, name)
 
         def watched(*args, inner=inner):
             with mode:
                 return inner(*args)
 
-        monkeypatch.setattr(schedules, name, watched)
+        monkeypatch.setattr(passes, name, watched)
     return mode
 
 
-BUDGET = 4 * head.padded(997) * 8  # less than 8 rows of 40
+BUDGET = 4 * matmul.padded(997) * 8  # less than 8 rows of 40
 
 
 @every_schedule
@@ -226,11 +226,11 @@ def test_between_matmuls_there_are_only_kernels(impl, device, watch, schedule, v
     case = make_linear_case(
         10, 4, 16, vocab, softcap=9.0, temperature=0.7, reference_model="hidden", lengths=[4, 3, 0, 7, 2, 9]
     ).to(torch.float32, device)
-    linear_answer(case, impl, schedule=schedule, memory_budget=8 * 4 * head.padded(vocab) * 2)
+    linear_answer(case, impl, schedule=schedule, memory_budget=8 * 4 * matmul.padded(vocab) * 2)
     seen = set()
     for name, given, made in watch.calls:
         for x in [*given, *made]:
-            if x.dim() == 2 and x.shape[1] in (vocab, head.padded(vocab)) and x.shape[0] > 1:
+            if x.dim() == 2 and x.shape[1] in (vocab, matmul.padded(vocab)) and x.shape[0] > 1:
                 seen.add(name)
     assert any("mm" in name for name in seen)
     assert seen <= VIEWS | ALLOCATIONS | {"mm", "addmm_", "addmm"}, f"eager: {seen}"

@@ -11,7 +11,7 @@ from cases import IGNORED, seeded
 from test_memory import Peak
 
 import exo_kernels
-from exo_kernels.linear import head, schedules
+from exo_kernels.schedules import matmul, passes
 
 WIDTH, VOCAB, BUDGET = 64, 4000, 2**21
 
@@ -25,7 +25,7 @@ def peak(monkeypatch) -> Peak:
             return inner(*args, **options)
 
     for name in ("forward", "backward", "group_pass", "multiply_deferred"):
-        monkeypatch.setattr(schedules, name, functools.partial(counted, getattr(schedules, name)))
+        monkeypatch.setattr(passes, name, functools.partial(counted, getattr(passes, name)))
     return mode
 
 
@@ -35,10 +35,10 @@ def peak(monkeypatch) -> Peak:
 @pytest.mark.parametrize("schedule", ["deferred", "group", "recompute"])
 def test_the_budget_holds(peak, monkeypatch, schedule, group_size, dtype):
     """Most rows are prompt. A tenth more is for what a tile and a row's numbers take."""
-    monkeypatch.setattr(head, "BLOCK_BYTES", BUDGET // 8)
-    monkeypatch.setattr(head, "EXACT_CPU", BUDGET // 32)
+    monkeypatch.setattr(matmul, "BLOCK_BYTES", BUDGET // 8)
+    monkeypatch.setattr(matmul, "EXACT_CPU", BUDGET // 32)
     monkeypatch.setattr("exo_kernels.chunked.tiles.TILE_BYTES", BUDGET // 32)
-    monkeypatch.setattr(schedules, "DEFERRED_CPU", BUDGET // 32)
+    monkeypatch.setattr(passes, "DEFERRED_CPU", BUDGET // 32)
     hidden = torch.randn(8, 384, WIDTH, generator=seeded(0)).to(dtype).requires_grad_()
     weight = torch.randn(VOCAB, WIDTH, generator=seeded(1)).to(dtype).requires_grad_(schedule != "deferred")
     labels = torch.randint(VOCAB, (8, 384), generator=seeded(2))

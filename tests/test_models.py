@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from exo import models
-from exo.quickstart import corpus, vocabulary
+from exo.experiments.quickstart import corpus, vocabulary
 
 TEXTS = [f"{prompt} {text}" for prompt, text in corpus(200, seed=0)]
 BUILDERS = {

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from exo import align, models, reward
-from exo.head import CausalHead
+from exo.models.lm_head import CausalHead
 from exo_kernels import linear_token_logps, token_logps
 from tests.tasks import WORDS, write_rows
 

@@ -10,11 +10,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from exo import encoding, models
+from exo import models
 from exo.data import DataError, Group
-from exo.encoding import TokenGroup
-from exo.limits import Limits
-from exo.packing import Packing
+from exo.data.collate import Packing
+from exo.data.text import tokenize
+from exo.data.text.limits import Limits
+from exo.data.text.tokenize import TokenGroup
 
 LAYOUTS = [Packing(0, 300, layout, one_row) for layout in ("padded", "packed", "shared") for one_row in (False, True)]
 
@@ -32,7 +33,7 @@ def words(bos: bool = False):
 
 def encode(group, max_length=100, max_completion_length=None, truncate="prompt-left", most=None, **options):
     limits = Limits(max_length, max_completion_length, truncate, most)
-    return encoding.encode([group], words(), limits, "rows.jsonl", **options)
+    return tokenize.encode([group], words(), limits, "rows.jsonl", **options)
 
 
 def test_completions_end_with_eos_and_prompts_are_kept():
@@ -73,16 +74,16 @@ def test_max_prompt_length_decides_instead(most, prompt, longest):
 def test_a_run_stops_where_more_than_a_twentieth_of_its_prompts_are_stumps():
     short, long = (Group(" ".join(["a"] * n), (" a", " bb"), None, 1) for n in (9, 300))
     limits = Limits(64, None, "prompt-left")
-    assert encoding.encode([*[short] * 19, long], words(), limits, "rows.jsonl")[1].total() == 2
+    assert tokenize.encode([*[short] * 19, long], words(), limits, "rows.jsonl")[1].total() == 2
     with pytest.raises(DataError, match="^rows.jsonl: 2 of 20 rows.*--max_length, or set --max_prompt_length$"):
-        encoding.encode([*[short] * 18, long, long], words(), limits, "rows.jsonl")
-    encoding.encode([long] * 20, words(), Limits(64, None, "prompt-left", 40), "rows.jsonl")  # as the option says
+        tokenize.encode([*[short] * 18, long, long], words(), limits, "rows.jsonl")
+    tokenize.encode([long] * 20, words(), Limits(64, None, "prompt-left", 40), "rows.jsonl")  # as the option says
 
 
 def test_bos_stays_and_eos_never_ends_a_prompt():
     group = Group("a bb ccc dddd", (" a", " a a"), None, 1)
     whole, cut = (
-        encoding.encode([group], words(bos=True), Limits(n, None, "prompt-left"), "", strict=False)[0][0]
+        tokenize.encode([group], words(bos=True), Limits(n, None, "prompt-left"), "", strict=False)[0][0]
         for n in (50, 6)
     )
     assert whole.prompt == (2, 11, 12, 13, 14) and whole.completions[0] == (11, 1)
@@ -92,13 +93,13 @@ def test_bos_stays_and_eos_never_ends_a_prompt():
 def test_a_prompt_is_cut_for_sampling_as_for_training():
     text, tokenizer = "a bb ccc dddd", words(bos=True)
     limits = Limits(50, None, "error", 3)  # the cut is not the limits' doing, so it is no error
-    ((row,), counts) = encoding.encode([Group(text, (" a",), None, 1)], tokenizer, limits, "")
-    assert encoding.sampled_prompts([text], tokenizer, 3)[0] == [[*row.prompt]] == [[2, 13, 14]]
+    ((row,), counts) = tokenize.encode([Group(text, (" a",), None, 1)], tokenizer, limits, "")
+    assert tokenize.sampled_prompts([text], tokenizer, 3)[0] == [[*row.prompt]] == [[2, 13, 14]]
     assert counts == {"rows with the prompt cut on the left to --max_prompt_length": 1}
-    ids, counts = encoding.sampled_prompts([text, "a"], words(), 3)
+    ids, counts = tokenize.sampled_prompts([text, "a"], words(), 3)
     assert ids == [[12, 13, 14], [11]] and counts["prompts cut on the left"] == 1
-    assert encoding.sampled_prompts([text], tokenizer, 1)[0] == [[14]]
-    assert encoding.sampled_prompts([text], tokenizer, 5) == ([[2, 11, 12, 13, 14]], {})
+    assert tokenize.sampled_prompts([text], tokenizer, 1)[0] == [[14]]
+    assert tokenize.sampled_prompts([text], tokenizer, 5) == ([[2, 11, 12, 13, 14]], {})
 
 
 def test_completions_that_the_cut_makes_alike_are_dropped():
@@ -170,7 +171,7 @@ def test_prompt_and_completion_meet_at_a_token_boundary():
     """A tokenizer that merges across the boundary gives the completion tokens of its own."""
     texts = ["ab abc abcd " * 20]
     _, tokenizer = models.tiny(texts, hidden_size=32, num_heads=2, num_layers=1)
-    (encoded,), _ = encoding.encode(
+    (encoded,), _ = tokenize.encode(
         [Group("ab ab", ("c ab", "cd"), None, 1)], tokenizer, Limits(50, None, "error"), "rows.jsonl"
     )
     assert tokenizer.decode(encoded.prompt) == "ab ab"

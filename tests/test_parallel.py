@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exo import label, launch, models
+from exo import label, models
+from exo.cli import launch
 from tests import interruptions
 from tests.fork_server import Server
 from tests.interruptions import STAGES, lines, made

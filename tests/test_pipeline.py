@@ -5,22 +5,26 @@ import os
 import pytest
 import yaml
 
-from exo import lineage, pipeline, recipe, train
-from exo.config import ConfigError
+from exo import train
+from exo.cli.errors import ConfigError
+from exo.experiments import plan as experiment_plan
+from exo.experiments import recipe as experiment_recipe
+from exo.runs import record as run_record
+from exo.runs import stage as run_stage
 
 
 def planned(tmp_path, **changes):
-    recipe = pipeline.load("quickstart", **changes)
-    return {step.name: step for step in pipeline.plan(recipe, tmp_path)}
+    recipe = experiment_plan.load("quickstart", **changes)
+    return {step.name: step for step in experiment_plan.plan(recipe, tmp_path)}
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_every_step_comes_after_what_it_needs_and_reads_only_that(tmp_path, full):
-    steps = pipeline.plan(pipeline.load("quickstart", full=full), tmp_path)
+    steps = experiment_plan.plan(experiment_plan.load("quickstart", full=full), tmp_path)
     before = set()
     for step in steps:
         assert set(step.needs) <= before, step.name
-        read = {getattr(step.config, name) for name in lineage.INPUTS[step.stage] if name != "oracle"} - {None}
+        read = {getattr(step.config, name) for name in run_record.INPUTS[step.stage] if name != "oracle"} - {None}
         for path in read - {str(tmp_path)}:
             owners = {
                 need for need in step.needs if path == str(tmp_path / need) or path.startswith(f"{tmp_path / need}/")
@@ -32,7 +36,7 @@ def test_every_step_comes_after_what_it_needs_and_reads_only_that(tmp_path, full
 
 def test_the_reward_model_learns_from_the_oracle_and_drives_all_but_the_preferences(tmp_path):
     steps = planned(tmp_path)
-    assert steps["labelled"].config.oracle == "exo.quickstart:reward"
+    assert steps["labelled"].config.oracle == "exo.experiments.quickstart:reward"
     assert steps["reward"].config.data == str(tmp_path / "labelled")
     assert steps["exo-rw/k4-seed0"].config.data == steps["dpo-rw/k4-seed0"].config.data == str(tmp_path / "scored")
     assert steps["scored"].config.reward_model == str(tmp_path / "reward")
@@ -70,8 +74,8 @@ def test_methods_are_treated_alike(tmp_path):
     assert len(aligned) == 4
     for name in fair:
         assert len({getattr(config, name) for config in aligned}) == 1, name
-    grid = pipeline.load("quickstart", full=True).sweep["learning_rate"]
-    full = pipeline.plan(pipeline.load("quickstart", full=True), tmp_path)
+    grid = experiment_plan.load("quickstart", full=True).sweep["learning_rate"]
+    full = experiment_plan.plan(experiment_plan.load("quickstart", full=True), tmp_path)
     for method in ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo"):
         runs = [s for s in full if s.name.startswith(f"{method}/") and s.stage in ("align", "ppo")]
         assert {s.config.learning_rate for s in runs} == set(grid) and {s.config.seed for s in runs} == {0, 1, 2}
@@ -112,15 +116,15 @@ def test_best_of_n_and_the_density_ratio_are_of_samples_drawn_as_evaluation_draw
         assert config.max_prompt_length == 50 - 32
     assert drawn.top_p == 0.9 and drawn.k == 15 and drawn.prompts == asked.prompts
     assert steps["density/samples"].config.top_p == 1
-    recipe = pipeline.Recipe(title="t", task="quickstart", model="m", common={"k": 7, "top_p": 0.8})
-    steps = {step.name: step for step in pipeline.plan(recipe, tmp_path)}
+    recipe = experiment_plan.Recipe(title="t", task="quickstart", model="m", common={"k": 7, "top_p": 0.8})
+    steps = {step.name: step for step in experiment_plan.plan(recipe, tmp_path)}
     assert steps["evaluation/bon/seed0"].config.k == 7 and steps["bon/seed0/samples"].config.k == 7 * 8
     assert steps["bon/seed0/samples"].config.top_p == 0.8
 
 
 def test_preferences_of_people_need_no_oracle(tmp_path):
-    recipe = pipeline.Recipe(title="t", task="quickstart", model="m")
-    steps = {step.name: step for step in pipeline.plan(recipe, tmp_path)}
+    recipe = experiment_plan.Recipe(title="t", task="quickstart", model="m")
+    steps = {step.name: step for step in experiment_plan.plan(recipe, tmp_path)}
     assert "labelled" not in steps
     assert steps["reward"].config.data == steps["exo-pref/seed0"].config.data == str(tmp_path / "data" / "pairs.jsonl")
     assert all(s.config.reward_model == str(tmp_path / "reward") for s in steps.values() if s.stage == "evaluate")
@@ -155,12 +159,12 @@ def test_numbers_that_yaml_takes_for_texts(tmp_path):
     ],
 )
 def test_mistakes_in_a_recipe(tmp_path, change, said):
-    values = yaml.safe_load((pipeline.RECIPES / "quickstart.yaml").read_text())
-    values = recipe._merged(values, change) if "sweep" not in change else values | change
+    values = yaml.safe_load((experiment_plan.RECIPES / "quickstart.yaml").read_text())
+    values = experiment_recipe._merged(values, change) if "sweep" not in change else values | change
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError) as error:
-        pipeline.plan(pipeline.load(str(path)), tmp_path)
+        experiment_plan.plan(experiment_plan.load(str(path)), tmp_path)
     assert said in str(error.value)
 
 
@@ -197,7 +201,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path, capsys):
 
 
 def test_a_dry_run_knows_what_a_change_takes_with_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(lineage, "holds", lambda directory, config, stage: stage != "reward")
+    monkeypatch.setattr(run_stage, "holds", lambda directory, config, stage: stage != "reward")
     assert train.main(["--dry_run", "--output_dir", str(tmp_path / "x")]) == 0
     plan = [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
     there = {line.split()[0] for line in plan if line.endswith("already there")}

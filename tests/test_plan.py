@@ -6,7 +6,7 @@ from cases import IGNORED
 from linear_cases import make_linear_case
 
 import exo_kernels
-from exo_kernels.linear import plan
+from exo_kernels.schedules import plan
 
 MIB = 2**20
 CPU = torch.device("cpu")

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from exo import loop, models, ppo, rollouts, samples
-from exo.config import Training
-from exo.packing import Packing
+from exo import models, ppo
+from exo.cli.options import Training
+from exo.data.collate import Packing
+from exo.distributed.accelerator import make_accelerator
+from exo.rollouts import experience, samples
 from tests.tasks import PROMPTS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,12 +23,12 @@ def test_advantages_are_the_sum_of_their_definition(gamma, lam):
     after = [*values.tolist()[1:], 0.0]
     delta = [float(rewards[t]) + gamma * after[t] - float(values[t]) for t in range(7)]
     expected = [sum((gamma * lam) ** (i - t) * delta[i] for i in range(t, 7)) for t in range(7)]
-    assert rollouts.gae(rewards, values, gamma, lam).tolist() == pytest.approx(expected, abs=1e-12)
+    assert experience.gae(rewards, values, gamma, lam).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_with_lambda_and_gamma_one_advantage_and_value_make_what_is_still_to_be_earned():
     rewards, values = torch.tensor([1.0, -2.0, 4.0]).double(), torch.tensor([0.3, 0.2, -0.7]).double()
-    assert (rollouts.gae(rewards, values, 1.0, 1.0) + values).tolist() == pytest.approx([3.0, 2.0, 4.0])
+    assert (experience.gae(rewards, values, 1.0, 1.0) + values).tolist() == pytest.approx([3.0, 2.0, 4.0])
 
 
 def test_the_policy_loss_is_clipped_only_where_that_makes_it_worse():
@@ -73,17 +75,17 @@ def made(policy):
     """(config, maker, rollouts of six prompts), the policy having moved away from the reference."""
     import copy
 
-    from exo import rewards
+    from exo.rollouts import scorers
 
     settings = config(policy)
-    accelerator = loop.make_accelerator(Training(device="cpu"))
+    accelerator = make_accelerator(Training(device="cpu"))
     model, tokenizer = models.load(policy)
     reference = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     module = ppo.ActorCritic(model, ppo.Critic(model), settings)
     module.critic.value.weight.data.normal_(generator=torch.Generator().manual_seed(2))
-    scorer = rewards.load(rewards.Options(None, "tests.tasks:reward"), settings, accelerator, 16)
+    scorer = scorers.load(scorers.Options(None, "tests.tasks:reward"), settings, accelerator, 16)
     maker = ppo._maker(settings, module, reference, tokenizer, scorer, accelerator)
     return settings, maker, module, maker.make(PROMPTS, range(6))
 
@@ -119,7 +121,7 @@ def test_returns_are_made_of_the_penalty_on_every_token_and_the_score_on_the_las
         gap = logps_of(maker.model, rollout, 0.8) - logps_of(maker.reference, rollout, 0.8)
         rewards = -0.3 * gap
         rewards[-1] += rollout.score
-        advantages = rollouts.gae(rewards, values, 1.0, 0.95)
+        advantages = experience.gae(rewards, values, 1.0, 0.95)
         assert rollout.returns == pytest.approx((advantages + values).tolist(), abs=1e-4)
         whole += advantages.tolist()
     normalised = [x for rollout in found for x in rollout.advantages]
@@ -136,7 +138,7 @@ def test_a_long_prompt_is_scored_as_far_as_it_was_sampled_after(made):
 
 def test_a_batch_has_each_number_beside_its_token(made):
     found = made[3]
-    batch = rollouts.collate(found, Packing(0, 8192))
+    batch = experience.collate(found, Packing(0, 8192))
     assert batch.batch.targets.tolist() == [token for rollout in found for token in rollout.completions[0]]
     for name in ("logps", "values", "advantages", "returns"):
         numbers = [x for rollout in found for x in getattr(rollout, name)]
@@ -150,7 +152,7 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
         module.zero_grad()
         square = 0.0
         for part in parts:
-            share = module(rollouts.collate(part, Packing(0, 8192)), ppo._tokens(found))
+            share = module(experience.collate(part, Packing(0, 8192)), ppo._tokens(found))
             share.loss.backward()
             square += float(share.sums["log_ratios/mean_square"][0])
         assert square < 1e-8
@@ -160,7 +162,7 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
 
 def test_the_loss_is_that_of_the_policy_and_the_weighted_one_of_the_critic_a_token(made):
     settings, _, module, found = made
-    batch = rollouts.collate(found, Packing(0, 8192))
+    batch = experience.collate(found, Packing(0, 8192))
     with torch.no_grad():
         share = module(batch, 10)
         critic = ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2).sum()
@@ -189,7 +191,7 @@ def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
     _, maker, module, _ = made
     found = [replace(rollout, frozen=True) for rollout in maker.make(PROMPTS, range(6))]
     module.zero_grad()
-    module(rollouts.collate(found, Packing(0, 8192)), ppo._tokens(found)).loss.backward()
+    module(experience.collate(found, Packing(0, 8192)), ppo._tokens(found)).loss.backward()
     assert all(not p.grad.any() for p in module.model.parameters())
     assert any(p.grad.any() for p in module.critic.parameters())
 
@@ -200,9 +202,9 @@ def test_phases_go_through_their_rollouts_the_asked_number_of_times_and_freeze_t
     class Maker:
         def make(self, prompts, numbers):
             calls.append((list(prompts), list(numbers)))
-            return [rollouts.Rollout((1,), ((n,),), None, n) for n in numbers]
+            return [experience.Rollout((1,), ((n,),), None, n) for n in numbers]
 
-    source = rollouts.Phases(
+    source = experience.Phases(
         Maker(), ["a", "b", "c"], rollout_size=4, batch_size=2, epochs=2, warmup_steps=3, seed=0
     )  # fmt: skip
     drawn = [next(source) for _ in range(8)]
@@ -231,7 +233,9 @@ def test_a_run_raises_its_score_and_keeps_the_actor_while_the_critic_warms_up(po
 def test_one_that_starts_off_policy_is_stopped(policy, tmp_path, monkeypatch, capsys):
     """A rollout whose log-probs are at another temperature."""
     wrong = ppo.policy.shared_token_logps
-    monkeypatch.setattr(rollouts.policy, "shared_token_logps", lambda *a, **k: wrong(*a, **(k | {"temperature": 1.0})))
+    monkeypatch.setattr(
+        experience.policy, "shared_token_logps", lambda *a, **k: wrong(*a, **(k | {"temperature": 1.0}))
+    )
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     arguments = ["--model", policy, "--data", prompts, "--oracle", "tests.tasks:reward", "--max_new_tokens", "6"]
     arguments += ["--temperature", "0.5", "--max_length", "16", "--output_dir", str(tmp_path / "run")]

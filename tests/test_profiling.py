@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from exo import align, profiling, steps
+from exo import align
+from exo.training import profiler
+from exo.training import step as training_step
 from tests.tasks import PROMPTS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,19 +42,19 @@ def test_a_profile_is_told_and_changes_nothing(tmp_path, capsys):
 def test_a_run_shorter_than_its_profile_tells_what_it_has(tmp_path, capsys):
     aligned(tmp_path, "run", "--profile", "99")
     assert "where a step's time goes (4 steps" in capsys.readouterr().out
-    assert profiling._now is None
+    assert profiler._now is None
 
 
 def test_activations_are_those_kept_without_the_parameters(capsys):
     layer = torch.nn.Linear(16, 16, bias=False)
     x = torch.randn(2**16, 16, requires_grad=True)
-    with profiling.activations(layer, 7):
+    with profiler.activations(layer, 7):
         layer(x).relu().sum()
     assert "activations: 8 MiB for a micro-batch of 7 tokens" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_leaves_no_profile_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "update", lambda *a: (_ for _ in ()).throw(RuntimeError) if a[4] == 4 else 0.0)
+    monkeypatch.setattr(training_step, "update", lambda *a: (_ for _ in ()).throw(RuntimeError) if a[4] == 4 else 0.0)
     with pytest.raises(RuntimeError):
         aligned(tmp_path, "run", "--profile", "3")
-    assert profiling._now is None
+    assert profiler._now is None

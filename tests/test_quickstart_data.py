@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from exo.quickstart import corpus, explain, prompts, score, vocabulary
+from exo.experiments.quickstart import corpus, explain, prompts, score, vocabulary
 
 PAIRS = corpus(2000, seed=3)
 

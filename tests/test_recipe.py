@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from exo import data, lineage, train
+from exo import data, train
+from exo.runs import stage as run_stage
 from tests.tasks import lines
 
 SHORT = (
@@ -87,14 +88,14 @@ def test_an_interrupted_run_goes_on_to_the_same_artifacts(quickstart, tmp_path, 
     """Stopped between stages, and once inside one, whose half-made directory is made anew."""
     arguments = ["--output_dir", str(tmp_path / "run"), "--set", SHORT, "--methods", "exo-pref"]
     assert train.main([*arguments, "--to", "samples"]) == 0
-    finish = lineage.finish
+    finish = run_stage.finish
 
     def killed(directory, **facts):
         if directory.name == "labelled":
             raise KeyboardInterrupt
         finish(directory, **facts)
 
-    monkeypatch.setattr(lineage, "finish", killed)
+    monkeypatch.setattr(run_stage, "finish", killed)
     assert train.main([*arguments, "--to", "labelled"]) == 130
     monkeypatch.undo()
     assert train.main([*arguments, "--to", "exo-pref"]) == 0

@@ -9,10 +9,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from exo import align, artifacts, encoding, models, policy, reference
-from exo.encoding import TokenGroup
-from exo.limits import Limits
-from exo.packing import Packing
+from exo import align, models
+from exo.data.collate import Packing
+from exo.data.text import tokenize
+from exo.data.text.limits import Limits
+from exo.data.text.tokenize import TokenGroup
+from exo.models import logps
+from exo.runs import record as run_record
+from exo.training import preference, reference
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +55,7 @@ def score(model, keep, found=None, temperature=1.0):
 def asked(monkeypatch):
     """The micro-batches that the model was asked for."""
     calls = []
-    scoring = policy.scoring
+    scoring = logps.scoring
 
     def counting(*args):
         context = scoring(*args)
@@ -67,7 +71,7 @@ def asked(monkeypatch):
 
         return Counting()
 
-    monkeypatch.setattr(policy, "scoring", counting)
+    monkeypatch.setattr(logps, "scoring", counting)
     return calls
 
 
@@ -134,7 +138,7 @@ def test_numbers_made_in_another_way_are_not_taken(model, tmp_path, monkeypatch,
                                       autocast=accelerator.autocast, num_processes=1, process_index=0,
                                       main_process_first=nullcontext)  # fmt: skip
     elif other == "versions":
-        monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "another"})
+        monkeypatch.setattr(run_record, "versions", lambda: {"torch": "another"})
     else:
         packing = packing._replace(**{"max_tokens": {"max_tokens": 61}, "layout": {"layout": "packed"}}[other])
         models.attend(model, "exo_segments" if other == "layout" else "sdpa")
@@ -216,7 +220,7 @@ def test_log_probs_of_the_start_itself_make_rewards_of_zero_where_answers_begin_
     made = [{"prompt": "red green", "chosen": f" good big {w}", "rejected": f" good big {w} bad"} for w in WORDS[:5]]
     model, tokenizer = models.load(start)
     groups = align.data.read(write_rows(tmp_path / "plain.jsonl", made)).groups
-    encoded, _ = encoding.encode(groups, tokenizer, Limits(64, None, "error"), "rows")
+    encoded, _ = tokenize.encode(groups, tokenizer, Limits(64, None, "error"), "rows")
     scored = reference.score(model, encoded, Accelerator(cpu=True), PACKING, 1.0, None)
     for row, group in zip(made, scored, strict=True):
         row["ref_chosen_logps"], row["ref_rejected_logps"] = group.ref_logps
@@ -246,23 +250,23 @@ def test_preferences_may_have_them_too(tmp_path):
 
 def test_what_all_completions_begin_with_moves_into_the_prompt():
     group = TokenGroup((1,), ((2, 3, 4), (2, 3, 5), (2, 3)), (1.0, 2.0, 3.0), 1)
-    assert encoding.factored(group) == TokenGroup((1, 2), ((3, 4), (3, 5), (3,)), (1.0, 2.0, 3.0), 1)
+    assert tokenize.factored(group) == TokenGroup((1, 2), ((3, 4), (3, 5), (3,)), (1.0, 2.0, 3.0), 1)
     alone = TokenGroup((1,), ((2, 3),), None, 1)
-    assert encoding.factored(alone) == alone
-    assert Counter(len(a) for a in encoding.factored(TokenGroup((1,), ((2, 2), (2, 2)), None, 1)).completions) == {1: 2}
+    assert tokenize.factored(alone) == alone
+    assert Counter(len(a) for a in tokenize.factored(TokenGroup((1,), ((2, 2), (2, 2)), None, 1)).completions) == {1: 2}
 
 
 def test_the_loss_does_not_change_by_it(start):
     model, _ = models.load(start)
     group = TokenGroup((3, 4), ((5, 6, 7), (5, 6, 8, 9)), (1.0, 0.0), 1)
     losses = []
-    for of in (group, encoding.factored(group)):
+    for of in (group, tokenize.factored(group)):
         (scored,) = reference.score(model, [of], Accelerator(cpu=True), PACKING, 1.0, None)
         with torch.no_grad():
             model.lm_head.weight += 0.01 * torch.randn(
                 model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
             )
-        module = policy.PolicyLoss(
+        module = preference.PolicyLoss(
             model, loss="exo", beta_pi=0.5, beta_r=0.5, label_smoothing=0.0, temperature=1.0
         ).eval()
         module.zero_grad()

@@ -13,7 +13,14 @@ import statistics
 import pytest
 import torch
 
-from exo import density, estimates, figures, findings, lineage, page, plots, provenance, report, results
+from exo import report
+from exo.evaluation import density
+from exo.evaluation import metrics as evaluation_metrics
+from exo.reporting import figures, outcomes, results
+from exo.reporting import html as reporting_html
+from exo.reporting import training as training_section
+from exo.runs import inputs as run_inputs
+from exo.runs import plots
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
 WHEN = "2026-01-02T03:04:{:02d}+00:00"
@@ -50,13 +57,18 @@ def put_evaluation(directory, checkpoints, baseline=None, bound=None, text="fine
         entry = {
             "name": name,
             "step": step,
-            "reward": summary(estimates.means(scores)),
-            "spread": estimates.spread(scores),
+            "reward": summary(evaluation_metrics.means(scores)),
+            "spread": evaluation_metrics.spread(scores),
         }
-        entry |= {"accuracy": summary(estimates.accuracies(scores)), "unfinished": 0.25, "win_rate": {}}
+        entry |= {"accuracy": summary(evaluation_metrics.accuracies(scores)), "unfinished": 0.25, "win_rate": {}}
         if baseline:
-            rises = [a - b for a, b in zip(estimates.means(scores), estimates.means(baseline), strict=True)]
-            entry |= {"rise": summary(rises), "win_rate": {"reference": summary(estimates.win_rates(scores, baseline))}}
+            rises = [
+                a - b for a, b in zip(evaluation_metrics.means(scores), evaluation_metrics.means(baseline), strict=True)
+            ]
+            entry |= {
+                "rise": summary(rises),
+                "win_rate": {"reference": summary(evaluation_metrics.win_rates(scores, baseline))},
+            }
         if bound:
             entry["kl_bound"] = bound
         else:
@@ -207,7 +219,7 @@ def test_the_envelope():
 
 
 def test_the_table_of_methods(whole):
-    header, rows = findings.methods(whole)
+    header, rows = outcomes.methods(whole)
     table = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     assert list(table) == ["SFT", "exo-rw K=2", "exo-rw K=4", "dpo-rw K=2 FAILED", "bon N=4"]
     assert "wins over chosen" not in header
@@ -222,13 +234,13 @@ def test_the_table_of_methods(whole):
 
 
 def test_failed_lists_every_trial(whole):
-    lines = findings.trials_of_failed(whole)
+    lines = outcomes.trials_of_failed(whole)
     rises = [t.last.rise for t in whole.trials if t.method == "dpo-rw"]
     assert lines == [
         f"dpo-rw K=2, beta_pi {beta:g}, seed 0: rise {rise.mean:+.2f} ± {rise.standard_error:.2f}"
         for beta, rise in zip((0.1, 0.5), rises, strict=True)
     ]
-    page = "".join(findings.headline(whole, findings.methods(whole)))
+    page = "".join(outcomes.headline(whole, outcomes.methods(whole)))
     assert "3 of 4 beat the start by more than 3 standard errors" in page
     assert re.findall('<tr class="failed"><td>(.*?)</td>', page) == ["dpo-rw K=2 FAILED"]
 
@@ -243,7 +255,7 @@ def test_three_standard_errors_decide(whole, monkeypatch):
 
 
 def test_the_frontier_shows_every_checkpoint(whole, drawn, tmp_path):
-    page = findings.frontiers(whole, tmp_path)
+    page = outcomes.frontiers(whole, tmp_path)
     shown = {(round(x, 9), round(y, 9)) for c in drawn["frontier"].containers for x, y in c.lines[0].get_xydata()}
     entries = [e for t in whole.trials for e in results.evaluation(t.folder)["checkpoints"]]
     files = {
@@ -284,19 +296,19 @@ def test_at_equal_kl(tmp_path, drawn):
         entry["kl"]["mean"], entry["reward"]["mean"] = kl, reward
     path.write_text(json.dumps(asked))
     other = json.loads((run / "evaluation/dpo-rw/1-seed0/evaluation.json").read_text())["checkpoints"]
-    page = text_of(findings.frontiers(results.read(run), tmp_path))
+    page = text_of(outcomes.frontiers(results.read(run), tmp_path))
     # dpo-rw ends at 1.10 nats, where exo-rw has gone 1/20 of the way from +1 to +2
     heights = f"{other[1]['reward']['mean']:+.2f} (dpo-rw) and +1.05 (exo-rw)"
     assert f"At 1.10 nats, the largest KL that every method reaches, the envelopes stand at {heights}." in page
     asked["checkpoints"][0]["kl"]["mean"] = 2.0
     path.write_text(json.dumps(asked))
     assert "No checkpoint is as near to the reference for exo-rw." in text_of(
-        findings.frontiers(results.read(run), tmp_path)
+        outcomes.frontiers(results.read(run), tmp_path)
     )
 
 
 def test_reward_against_the_step(whole, drawn, tmp_path):
-    findings.progress(whole, tmp_path)
+    outcomes.progress(whole, tmp_path)
     best = whole.best_of_method[0]
     line = next(line for line in drawn["reward-steps"].lines if line.get_label() == "exo-rw K=2")
     means = [statistics.fmean(t.checkpoints[i].reward.mean for t in best.trials) for i in (0, 1)]
@@ -308,7 +320,7 @@ def test_reward_against_the_step(whole, drawn, tmp_path):
 
 
 def test_the_sweep_holds_the_other_options(whole, drawn, tmp_path):
-    page = text_of(findings.sweeps(whole, tmp_path))
+    page = text_of(outcomes.sweeps(whole, tmp_path))
     assert set(drawn) == {"sweep-K", "sweep-beta_pi"}
     over_k = [c.lines[0].get_xdata().tolist() for c in drawn["sweep-K"].containers]
     assert over_k == [[2, 4]], "exo-rw at beta_pi 0.5; dpo-rw has one K"
@@ -319,13 +331,13 @@ def test_the_sweep_holds_the_other_options(whole, drawn, tmp_path):
 
 
 def test_rows_and_cut_samples_are_counted(whole):
-    page = provenance.rows(whole)
+    page = training_section.rows(whole)
     assert ["sft", "9", "7", "2", "empty: 2"] in cells(page)
     assert ["sft, final", "25.0%"] in cells(page)
 
 
 def test_training_curves_leave_evaluations_out(whole, drawn, tmp_path):
-    page = text_of(provenance.training(whole, tmp_path))
+    page = text_of(training_section.training(whole, tmp_path))
     curves = {axis.get_ylabel(): axis for axis in drawn.values()}
     smoothed = [line for line in curves["loss (nats)"].lines if line.get_label() == "exo-rw K=2"]
     assert smoothed[0].get_xydata().tolist() == [[1, 2.0], [2, 2.0]]
@@ -338,7 +350,7 @@ def test_judges_are_shown_as_they_are(whole, tmp_path):
     put(
         run / "judge/one/judge.json", {"a": "exo", "win_rate": {"mean": 0.6, "low": 0.5, "high": 0.7}, "ties": {"n": 3}}
     )
-    rows = cells(findings.win_rates(results.read(run)))
+    rows = cells(outcomes.win_rates(results.read(run)))
     assert ["win_rate", "0.600 [0.500, 0.700]"] in rows and ["a", "exo"] in rows and ["ties.n", "3"] in rows
 
 
@@ -380,7 +392,7 @@ def test_samples_that_are_all_alike_have_no_curve():
 
 
 def test_densities_of_a_run(whole, drawn, tmp_path):
-    page = text_of(findings.densities(whole, tmp_path))
+    page = text_of(outcomes.densities(whole, tmp_path))
     assert set(drawn) == {"density-rw-1"}
     lines = {line.get_label(): line for line in drawn["density-rw-1"].lines}
     assert lines["exo-rw K=2: ESS 64 of 64"].get_ydata() == pytest.approx(1)
@@ -389,8 +401,8 @@ def test_densities_of_a_run(whole, drawn, tmp_path):
 
 
 def test_a_long_prompt_shows_its_end():
-    assert page.ending("a\n b") == "a b"
-    assert page.ending("x" * 90 + "end") == "…" + "x" * 77 + "end"
+    assert reporting_html.ending("a\n b") == "a b"
+    assert reporting_html.ending("x" * 90 + "end") == "…" + "x" * 77 + "end"
 
 
 # The stage.
@@ -441,7 +453,7 @@ def test_a_result_whose_input_has_changed_since_is_named(tmp_path):
     weights, evaluation = "exo-rw/0-seed0/model.safetensors", "evaluation/exo-rw/0-seed0"
     (before / weights).write_text("weights")
     model = str(before / "exo-rw/0-seed0")
-    known = {"model": lineage.fingerprint(model), "oracle": "elsewhere"}
+    known = {"model": run_inputs.fingerprint(model), "oracle": "elsewhere"}
     asked = {"output_dir": str(before / evaluation), "model": model, "oracle": "elsewhere:oracle"}
     put_step(before / evaluation, "evaluate", 50, arguments=asked, inputs=known)
     run = before.rename(tmp_path / "moved")
@@ -450,7 +462,7 @@ def test_a_result_whose_input_has_changed_since_is_named(tmp_path):
     (run / weights).write_text("others")
     found = results.read(run)
     assert [(s.name, s.stale) for s in found.steps if s.stale] == [(evaluation, "exo-rw/0-seed0")]
-    page = text_of("".join(findings.headline(found, findings.methods(found))))
+    page = text_of("".join(outcomes.headline(found, outcomes.methods(found))))
     assert "evaluation/exo-rw/0-seed0: exo-rw/0-seed0" in page
 
 
@@ -468,7 +480,7 @@ def test_samples_all_alike_cost_no_more_than_their_picture(tmp_path, drawn):
     run = make_run(tmp_path / "run", TRIALS[:1])
     row = {"prompt": "p", "logps": [-1.0] * 4, "ref_logps": [-2.0] * 4, "rewards": [1.0] * 4}
     put(run / "evaluation/exo-rw/0-seed0/density.jsonl", [row])
-    page = text_of(findings.densities(results.read(run), tmp_path))
+    page = text_of(outcomes.densities(results.read(run), tmp_path))
     assert "Not drawn: prompt 1 (rw): density: expected samples of different log-probability" in page
 
 
@@ -476,9 +488,9 @@ def test_the_optimum_of_rewards_on_another_scale_is_not_drawn(tmp_path, drawn):
     run = make_run(tmp_path / "run", TRIALS[:1])
     trial = results.read(run).trials[0]
     row = {"ref_logps": [-1.0, -2.0, -4.0], "logps": [-1.0, -2.0, -3.0], "rewards": [1.0, 2.0, 3.0]}
-    assert list(findings._curves([trial], [row])) == ["optimal, beta 0.25", "exo-rw K=2"]
+    assert list(outcomes._curves([trial], [row])) == ["optimal, beta 0.25", "exo-rw K=2"]
     trial.arguments["reward_norm"] = "global"
-    assert list(findings._curves([trial], [row])) == ["exo-rw K=2"]
+    assert list(outcomes._curves([trial], [row])) == ["exo-rw K=2"]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
@@ -486,7 +498,7 @@ def test_a_kl_beside_truncated_sampling_is_said_to_be_of_the_whole_distribution(
     run = make_run(tmp_path / "run", TRIALS[:1])
     path = run / "evaluation/exo-rw/0-seed0/evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"top_p": top_p}))
-    assert ("the KL is that of the whole distribution" in findings.frontiers(results.read(run), tmp_path)) == (
+    assert ("the KL is that of the whole distribution" in outcomes.frontiers(results.read(run), tmp_path)) == (
         top_p < 1
     )
 

@@ -6,7 +6,11 @@ import json
 import pytest
 import torch
 
-from exo import artifacts, checkpoints, models, states, steps
+from exo import models
+from exo.runs import directory as run_directory
+from exo.runs import record as run_record
+from exo.training import checkpoint, checkpoint_files
+from exo.training import step as training_step
 from tests import interruptions
 from tests.interruptions import STAGES, STEPS, made, sampled
 
@@ -42,16 +46,18 @@ def killed_at(monkeypatch, owner, name, when, before=True):
 
 
 PLACES = {
-    "before the first update": lambda patch: killed_at(patch, steps, "update", lambda *a: a[4] == 1),
+    "before the first update": lambda patch: killed_at(patch, training_step, "update", lambda *a: a[4] == 1),
     "before a state": lambda patch: killed_at(
-        patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 2, before=False
+        patch, checkpoint.Keeper, "mark", lambda self, n, c: n == 2, before=False
     ),
-    "between two states": lambda patch: killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 5),
-    "in the save of a state": lambda patch: killed_at(patch, artifacts.os, "rename", lambda a, b: "00000006" in str(b)),
+    "between two states": lambda patch: killed_at(patch, checkpoint.Keeper, "mark", lambda self, n, c: n == 5),
+    "in the save of a state": lambda patch: killed_at(
+        patch, run_directory.os, "rename", lambda a, b: "00000006" in str(b)
+    ),
     "after the save of a state": lambda patch: killed_at(
-        patch, states, "write", lambda path, *a: "00000004" in str(path), before=False
+        patch, checkpoint_files, "write", lambda path, *a: "00000004" in str(path), before=False
     ),
-    "in the last line": lambda patch: killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == STEPS),
+    "in the last line": lambda patch: killed_at(patch, checkpoint.Keeper, "mark", lambda self, n, c: n == STEPS),
     "while the model is saved": lambda patch: killed_at(
         patch, models, "save", lambda m, t, p: "staging" in str(p) and "step" not in str(p)
     ),
@@ -71,7 +77,7 @@ def test_a_killed_run_goes_on_to_the_same_end(stage, place, given, whole, tmp_pa
     went_on = "going on after step" in capsys.readouterr().out
     assert went_on == (place not in ("before the first update", "before a state"))
     assert made(tmp_path / "run") == whole(stage)
-    assert not (tmp_path / "run" / artifacts.STATES).exists()
+    assert not (tmp_path / "run" / run_record.STATES).exists()
 
 
 def test_the_end_is_the_end(given, whole, tmp_path, capsys):
@@ -88,7 +94,7 @@ def half(given, tmp_path, monkeypatch):
     """A run of SFT that was killed after step 7, and its arguments."""
     argv = interruptions.arguments("sft", given, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 7)
+        killed_at(patch, checkpoint.Keeper, "mark", lambda self, n, c: n == 7)
         STAGES["sft"].main(argv)
     return tmp_path / "run", argv
 
@@ -156,7 +162,7 @@ def test_one_that_was_damaged_makes_room_for_one_that_is_whole(half, whole, monk
     run, argv = half
     (run / "resume" / "step-00000006" / "manifest.json").unlink()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 6)
+        killed_at(patch, checkpoint.Keeper, "mark", lambda self, n, c: n == 6)
         STAGES["sft"].main([*argv, "--checkpoint_steps", "1"])
     assert sorted(path.name[-1] for path in (run / "resume").iterdir()) == ["4", "5"]
     assert STAGES["sft"].main(argv) == 0
@@ -184,10 +190,10 @@ def test_where_no_state_is_whole_the_user_is_asked(half, whole, capsys, monkeypa
 
 def test_a_state_in_many_files_is_one(given, whole, tmp_path, monkeypatch):
     """As of a large model, whose files are kept small enough to be in memory twice."""
-    monkeypatch.setattr(states, "FILE", 4000)
+    monkeypatch.setattr(checkpoint_files, "FILE", 4000)
     argv = interruptions.arguments("sft", given, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, checkpoints.Keeper, "mark", lambda self, n, c: n == 7)
+        killed_at(patch, checkpoint.Keeper, "mark", lambda self, n, c: n == 7)
         STAGES["sft"].main(argv)
     assert len(list((tmp_path / "run/resume/step-00000006/tensors").iterdir())) > 10
     assert STAGES["sft"].main(argv) == 0
@@ -212,7 +218,7 @@ def test_a_position_in_other_batches_is_refused_and_the_first_command_still_goes
 def test_a_state_of_another_model_is_refused(half, capsys, monkeypatch):
     run, argv = half
     other = {"weights.other": torch.zeros(3)}
-    monkeypatch.setattr(checkpoints.Keeper, "_weights", lambda self: other)
+    monkeypatch.setattr(checkpoint.Keeper, "_weights", lambda self: other)
     assert STAGES["sft"].main(argv) == 1
     assert "of another model" in capsys.readouterr().err
 
@@ -223,7 +229,7 @@ def test_a_state_of_another_number_of_processes_is_refused(half, capsys):
     facts = json.loads((state / "state.json").read_text())
     (state / "state.json").write_text(json.dumps(facts | {"processes": 2}))
     (state / "manifest.json").unlink()
-    (state / "manifest.json").write_bytes(states._encoded(states._listed(state)))
+    (state / "manifest.json").write_bytes(checkpoint_files._encoded(checkpoint_files._listed(state)))
     assert STAGES["sft"].main(argv) == 1
     expected = "of a run with 2 processes; this one has 1 process; with --allow_changes"
     assert expected in capsys.readouterr().err

@@ -9,10 +9,15 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from exo import console, data, encoding, loop, models, reward, rewards
-from exo.config import Training
-from exo.limits import Limits
-from exo.packing import Packing
+from exo import data, models, reward
+from exo.cli import console
+from exo.cli.options import Training
+from exo.data.collate import Packing
+from exo.data.text import tokenize
+from exo.data.text.limits import Limits
+from exo.distributed.accelerator import make_accelerator
+from exo.rollouts import scorers
+from exo.training.losses import PairLoss
 from tests.tasks import WORDS, lines, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +57,7 @@ def trained(policy, tmp_path_factory):
 
 def scorer(directory, max_tokens=8192):
     compute = Training(device="cpu", max_tokens_per_batch=max_tokens)
-    return rewards.load(rewards.Options(str(directory), None), compute, loop.make_accelerator(compute), 64)
+    return scorers.load(scorers.Options(str(directory), None), compute, make_accelerator(compute), 64)
 
 
 def group(prompt, *completions):
@@ -98,8 +103,8 @@ def test_a_reward_does_not_depend_on_its_batch(trained):
 
 def test_a_reward_does_not_depend_on_what_else_is_in_its_row(trained):
     """Where the limit cuts: a longer neighbour takes nothing of the prompt, and two that are cut alike both count."""
-    short = rewards.load(
-        rewards.Options(str(trained), None), Training(device="cpu"), loop.make_accelerator(Training(device="cpu")), 6
+    short = scorers.load(
+        scorers.Options(str(trained), None), Training(device="cpu"), make_accelerator(Training(device="cpu")), 6
     )
     texts = ["good", "bad " * 4, "blue " * 8 + "good", "blue " * 8 + "bad"]
     prompt = "red green blue round square"
@@ -113,7 +118,7 @@ def test_it_reads_the_end_of_sequence_where_there_is_one(trained):
     """A completion that was cut for its length did not end, and is not scored as if it had."""
     _, tokenizer = models.load_classifier(str(trained))
     ids = tuple(tokenizer("good blue")["input_ids"])
-    known = encoding.tokenizer_hash(tokenizer)
+    known = tokenize.tokenizer_hash(tokenizer)
     tokens = data.Tokens(known, ((*ids, tokenizer.eos_token_id), ids), (-1.0, -1.0), ("eos", "length"))
     both = scorer(trained).score([data.Group("red", (" good blue", " good blue"), None, 1, tokens)])[0]
     assert both[0] != both[1]
@@ -140,11 +145,11 @@ def test_padding_that_is_the_end_of_sequence_does_not_hide_it(policy, tmp_path, 
 def test_the_loss_is_bradley_terrys(policy):
     model, tokenizer = models.classifier_from(policy, 1, seed=0)
     limits = Limits(64, None, "error")
-    groups, _ = encoding.encode(
+    groups, _ = tokenize.encode(
         [group("red", "good blue", "bad"), group("blue", "good", "bad red")], tokenizer, limits, "x"
     )
     batch = Packing(tokenizer.pad_token_id, 8192).collate(groups)
-    module = reward.PairLoss(model)
+    module = PairLoss(model)
     with torch.no_grad():
         share = module(batch, 7)
         values = module.rewards(batch)
@@ -155,9 +160,9 @@ def test_the_loss_is_bradley_terrys(policy):
 def test_ties_count_one_half_in_training_too(policy):
     model, tokenizer = models.classifier_from(policy, 1, seed=0)
     model.score.weight.data.zero_()
-    groups, _ = encoding.encode([group("red", "good", "bad")] * 4, tokenizer, Limits(64, None, "error"), "x")
+    groups, _ = tokenize.encode([group("red", "good", "bad")] * 4, tokenizer, Limits(64, None, "error"), "x")
     with torch.no_grad():
-        share = reward.PairLoss(model)(Packing(tokenizer.pad_token_id, 8192).collate(groups), 4)
+        share = PairLoss(model)(Packing(tokenizer.pad_token_id, 8192).collate(groups), 4)
     right, count = share.sums["accuracy"]
     assert float(right) / count == 0.5
 
@@ -218,9 +223,7 @@ def test_a_process_that_is_not_the_first_writes_nothing(policy, tmp_path, monkey
 
 def load(directory, *limits, **options):
     compute = Training(device="cpu")
-    return rewards.load(
-        rewards.Options(str(directory), None), compute, loop.make_accelerator(compute), *limits, **options
-    )
+    return scorers.load(scorers.Options(str(directory), None), compute, make_accelerator(compute), *limits, **options)
 
 
 def test_a_completion_that_takes_most_of_the_length_is_scored_with_its_end(trained):
@@ -237,7 +240,7 @@ def test_plain_samples_are_rendered_for_a_reward_model_as_messages_are(trained, 
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }} {% endfor %}"
     models.save(model, tokenizer, tmp_path / "reward")
     ids = (*tokenizer("blue good")["input_ids"], tokenizer.eos_token_id)
-    tokens = data.Tokens(encoding.tokenizer_hash(tokenizer), (ids, ids[:1]), (-1.0, -1.0), ("eos", "length"))
+    tokens = data.Tokens(tokenize.tokenizer_hash(tokenizer), (ids, ids[:1]), (-1.0, -1.0), ("eos", "length"))
     plain = data.Group("red", (" good blue", " bad"), None, 1, tokens)
     chat = data.Group(data.Chat([data.Message("user", "red")]), ("good blue",), None, 1)
     rendered, as_it_is = load(tmp_path / "reward", 64, template="always"), load(tmp_path / "reward", 64)
@@ -257,6 +260,6 @@ def test_rows_that_the_template_refuses_are_found_before_any_is_scored(trained, 
         data.Group("red", (" good",), None, 2),
     ]
     scorer = load(tmp_path / "reward", 64)
-    assert scorer.refused(rows, "rows.jsonl", True) == ({0}, {encoding.REFUSED: 1})
+    assert scorer.refused(rows, "rows.jsonl", True) == ({0}, {tokenize.REFUSED: 1})
     with pytest.raises(data.DataError, match="^rows.jsonl:7: the chat template refuses"):
         scorer.refused(rows, "rows.jsonl", False)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from exo import data, loop, models, rewards
-from exo.config import Training
-from exo.encoding import TokenGroup
-from exo.packing import Packing
-from exo.reward_head import RewardHead
+from exo import data, models
+from exo.cli.options import Training
+from exo.data.collate import Packing
+from exo.data.text.tokenize import TokenGroup
+from exo.distributed.accelerator import make_accelerator
+from exo.models.reward_head import RewardHead
+from exo.rollouts import scorers
 from tests.tasks import write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,7 +98,7 @@ def test_a_pad_id_in_the_config_alone_moves_no_reward(tmp_path):
     models.save(model, tokenizer, tmp_path / "reward")
     assert models.load_tokenizer(str(tmp_path / "reward")).pad_token_id == tokenizer.eos_token_id
     compute = Training(device="cpu")
-    scorer = rewards.load(rewards.Options(str(tmp_path / "reward"), None), compute, loop.make_accelerator(compute), 64)
+    scorer = scorers.load(scorers.Options(str(tmp_path / "reward"), None), compute, make_accelerator(compute), 64)
     texts = [" good", " bad red", " big small good"]
     ids = tokenizer("red")["input_ids"]
     rows = tuple(tuple(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for text in texts)
@@ -112,7 +114,7 @@ def test_a_reward_that_is_not_finite_names_the_model_and_the_row(tmp_path, monke
     model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("bad")] = torch.nan
     monkeypatch.setattr(models, "load_classifier", lambda name: (model, tokenizer))
     compute, name = Training(device="cpu"), str(tmp_path / "reward")
-    scorer = rewards.load(rewards.Options(name, None), compute, loop.make_accelerator(compute), 64)
+    scorer = scorers.load(scorers.Options(name, None), compute, make_accelerator(compute), 64)
     rows = [data.Group("red", (" good",), None, 4), data.Group("red", (" bad",), None, 9)]
     with pytest.raises(RuntimeError, match=f"--reward_model {name}: expected finite rewards; got others in row 9"):
         scorer.score(rows)

@@ -9,9 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from exo import best_of_n, data, encoding, generation, models, rewards, sample, samples, score
-from exo.limits import Limits
+from exo import best_of_n, data, models, sample, score
+from exo.data.text import tokenize
+from exo.data.text.limits import Limits
 from exo.models import loading
+from exo.rollouts import generate as rollout_generate
+from exo.rollouts import samples, scorers
 from tests.tasks import PROMPTS, lines, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,10 +55,10 @@ def test_training_sees_the_tokens_that_were_drawn(drawn):
     model, _, run = drawn
     _, tokenizer = models.load(model)
     groups = data.read(run / "samples.jsonl", purpose="samples").groups
-    encoded, _ = encoding.encode(groups, tokenizer, Limits(64, None, "error"), "samples")
+    encoded, _ = tokenize.encode(groups, tokenizer, Limits(64, None, "error"), "samples")
     for group, row in zip(encoded, lines(run / "samples.jsonl"), strict=True):
         assert [list(ids) for ids in group.completions] == row["token_ids"]
-        assert list(group.prompt) == encoding.prompt_ids(row["prompt"], tokenizer)
+        assert list(group.prompt) == tokenize.prompt_ids(row["prompt"], tokenizer)
 
 
 def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by_a_reward_model(drawn, tmp_path):
@@ -65,8 +68,8 @@ def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by
     groups = data.read(run / "samples.jsonl", purpose="samples").groups
     limits = Limits(64, None, "error")
     with pytest.raises(data.DataError, match=r"samples:1: token ids of another tokenizer .* python -m exo.sample"):
-        encoding.encode(groups, tokenizer, limits, "samples")
-    encoded, _ = encoding.encode(groups, tokenizer, limits, "samples", foreign="text")
+        tokenize.encode(groups, tokenizer, limits, "samples")
+    encoded, _ = tokenize.encode(groups, tokenizer, limits, "samples", foreign="text")
     for group, source in zip(encoded, groups, strict=True):
         for ids, text, how in zip(group.completions, source.completions, source.tokens.finish, strict=True):
             assert tokenizer.decode(ids, skip_special_tokens=True) == text.strip()
@@ -92,19 +95,19 @@ def test_a_prompt_that_comes_round_again_gets_new_completions(drawn, tmp_path):
 
 def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
     logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = {p: generation._nucleus(logprobs, p).isfinite()[0].tolist() for p in (1.0, 0.9, 0.75, 0.4, 1e-9)}
+    kept = {p: rollout_generate._nucleus(logprobs, p).isfinite()[0].tolist() for p in (1.0, 0.9, 0.75, 0.4, 1e-9)}
     assert kept[1.0] == [True] * 4
     assert kept[0.9] == [True, True, True, False]
     assert kept[0.75] == [True, True, False, False]
     assert kept[0.4] == kept[1e-9] == [True, False, False, False]
-    shuffled = generation._nucleus(logprobs[:, [3, 0, 2, 1]], 0.75)
+    shuffled = rollout_generate._nucleus(logprobs[:, [3, 0, 2, 1]], 0.75)
     assert shuffled.isfinite()[0].tolist() == [False, True, False, True]
 
 
 def test_top_p_keeps_the_log_probs_of_the_whole_distribution(drawn):
     model, tokenizer = models.load(drawn[0])
-    ids = [encoding.prompt_ids(PROMPTS[0], tokenizer)]
-    row = generation.sample(model, (2,), ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
+    ids = [tokenize.prompt_ids(PROMPTS[0], tokenizer)]
+    row = rollout_generate.sample(model, (2,), ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
     with torch.no_grad():
         logprobs = torch.log_softmax(model(torch.tensor(ids)).logits[0, -1] / 0.8, -1)
     assert row.token_ids[0] == int(logprobs.argmax())
@@ -184,7 +187,7 @@ def test_an_oracle_that_is_none_is_said(drawn, tmp_path, capsys, monkeypatch, na
     assert f"--oracle {name}: " in said and "expected" in said
     again = ["--data", str(drawn[2]), "--oracle", "tests.tasks:reward", "--output_dir", str(tmp_path / "x")]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # its record is its own from the beginning
-        patch.setattr(rewards, "describe", lambda scores: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(scorers, "describe", lambda scores: (_ for _ in ()).throw(KeyboardInterrupt))
         score.run(score.Config(data=str(drawn[2]), oracle="tests.tasks:reward", output_dir=str(tmp_path / "x")))
     assert score.main(["--data", str(drawn[2]), "--oracle", name, "--output_dir", str(tmp_path / "x")]) == 1
     assert score.main(again) == 0, "a run that failed before it began stands in nobody's way"

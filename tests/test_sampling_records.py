@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from exo import align, console, evaluate, models, sample, score
+from exo import align, evaluate, models, sample, score
+from exo.cli import console
 from tests.tasks import PROMPTS, lines, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,11 @@ import pytest
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from exo import artifacts, models, policy, signals, states, steps
+from exo import models
+from exo.cli import signals
+from exo.runs.jsonl import append
+from exo.training import checkpoint_files, preference
+from exo.training import step as training_step
 from tests import interruptions
 from tests.interruptions import STAGES, STEPS, made, sampled
 
@@ -34,7 +38,7 @@ def whole(given):
 )
 def test_a_run_that_is_told_to_stop_loses_no_step(stage, number, given, whole, tmp_path, monkeypatch, capfd):
     argv = interruptions.arguments(stage, given, tmp_path / "run")
-    accumulate = steps.accumulate
+    accumulate = training_step.accumulate
 
     def told(module, parts, count, accelerator, collate, step, *rest):
         if step == 6:
@@ -42,7 +46,7 @@ def test_a_run_that_is_told_to_stop_loses_no_step(stage, number, given, whole, t
         return accumulate(module, parts, count, accelerator, collate, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "accumulate", told)
+        patch.setattr(training_step, "accumulate", told)
         assert STAGES[stage].main(argv) == 128 + number
     said = capfd.readouterr().err.strip().splitlines()
     assert said[0].startswith("stopping at the next step") and said[-1].startswith(
@@ -55,14 +59,14 @@ def test_a_run_that_is_told_to_stop_loses_no_step(stage, number, given, whole, t
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(given, whole, tmp_path, monkeypatch, capsys):
     argv = interruptions.arguments("align", given, tmp_path / "run")
-    evaluate = policy.evaluate
+    evaluate = preference.evaluate
 
     def told(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "evaluate", told)
+        patch.setattr(preference, "evaluate", told)
         assert STAGES["align"].main(argv) == 143
     assert "after step 3 of 10" in capsys.readouterr().err
     assert STAGES["align"].main(argv) == 0
@@ -72,7 +76,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(given, whole, t
 def test_a_signal_in_a_save_does_not_cost_it(given, whole, tmp_path, monkeypatch, capsys):
     """It is finished, not begun again."""
     argv = interruptions.arguments("sft", given, tmp_path / "run")
-    write, written = states._write_tensors, []
+    write, written = checkpoint_files._write_tensors, []
 
     def signalled(directory, tensors):
         write(directory, tensors)
@@ -81,7 +85,7 @@ def test_a_signal_in_a_save_does_not_cost_it(given, whole, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(states, "_write_tensors", signalled)
+        patch.setattr(checkpoint_files, "_write_tensors", signalled)
         assert STAGES["sft"].main(argv) == 143
     assert written == [".step-00000002.staging", ".step-00000004.staging"]
     assert STAGES["sft"].main(argv) == 0
@@ -99,7 +103,7 @@ def test_a_listener_that_is_gone_costs_nothing(given, whole, tmp_path):
     child.stdout.close()
     child.send_signal(signal.SIGINT)
     assert child.wait(30) == 130
-    assert states.newest(tmp_path / "run" / "resume") is not None
+    assert checkpoint_files.newest(tmp_path / "run" / "resume") is not None
 
 
 @pytest.mark.parametrize("stage", ["sft", "align"])
@@ -129,7 +133,7 @@ def test_a_line_that_is_written_in_part_is_none(tmp_path):
 
     with Half(tmp_path / "log", "wb") as file:
         with pytest.raises(OSError, match="No space left"):
-            artifacts.append(file, "a line\n")
+            append(file, "a line\n")
         assert (tmp_path / "log").read_bytes() == b""
 
 
@@ -156,17 +160,17 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
 def test_what_is_not_finite_stops_the_run_with_its_state(kind, given, whole, tmp_path, monkeypatch, capsys):
     """That of the step before it, from which the same command goes on, here to a loss that is finite."""
     argv = interruptions.arguments("align", given, tmp_path / "run", "--checkpoint_steps", "0")
-    update = steps.update
+    update = training_step.update
 
     def poisoned(module, optim, config, accelerator, step, batch, loss):
         if step == 6 and kind == "loss":
-            raise steps._not_finite(step, "the loss is nan", batch)
+            raise training_step._not_finite(step, "the loss is nan", batch)
         if step == 6:
             next(p for p in module.parameters() if p.grad is not None).grad.fill_(float("nan"))
         return update(module, optim, config, accelerator, step, batch, loss)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "update", poisoned)
+        patch.setattr(training_step, "update", poisoned)
         assert STAGES["align"].main(argv) == 1
     said = capsys.readouterr().err
     assert "error: step 6" in said and "stopped before the update" in said
@@ -178,7 +182,7 @@ def test_what_is_not_finite_stops_the_run_with_its_state(kind, given, whole, tmp
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_what_is_not_finite_is_skipped_where_that_was_asked_for(kind, given, tmp_path, monkeypatch, capsys):
     argv = interruptions.arguments("align", given, tmp_path / "run", "--on_nan", "skip")
-    forward = policy.PolicyLoss.forward
+    forward = preference.PolicyLoss.forward
     calls = []
 
     def poisoned(self, batch, count):
@@ -190,7 +194,7 @@ def test_what_is_not_finite_is_skipped_where_that_was_asked_for(kind, given, tmp
             return share._replace(loss=share.loss * float("nan"))
         return share._replace(loss=share.loss + (next(self.parameters()).sum() * 0).abs().sqrt())
 
-    monkeypatch.setattr(policy.PolicyLoss, "forward", poisoned)
+    monkeypatch.setattr(preference.PolicyLoss, "forward", poisoned)
     assert STAGES["align"].main(argv) == 0
     assert "1 updates were skipped: their loss or gradient was not finite" in capsys.readouterr().out
     log = [line for line in interruptions.lines(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in line]

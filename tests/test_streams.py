@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exo import signals
+from exo.cli import signals
 from tests.tasks import write_rows
 
 ROOT = Path(__file__).parents[1]

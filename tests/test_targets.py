@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from exo import estimates, intervals, targets
-from exo.data import Group, Tokens
+from exo.data import Group, Tokens, transforms
+from exo.evaluation import metrics as evaluation_metrics
 
 
 def group(rewards, texts="abcdefgh"):
@@ -16,19 +16,19 @@ def group(rewards, texts="abcdefgh"):
 
 
 def test_best_against_worst_takes_the_first_of_each_and_all_that_belongs_to_it():
-    pairs, counts = targets.best_against_worst([group([1, 5, 0, 5, 0])])
+    pairs, counts = transforms.best_against_worst([group([1, 5, 0, 5, 0])])
     assert pairs == [Group("p", ("b", "c"), None, 3, Tokens("t", ((1,), (2,)), (1.0, 2.0), ("eos", "eos")))]
     assert not counts
 
 
 def test_rows_without_a_best_are_counted_and_preferences_stay():
     preference = Group("p", ("x", "y"), None, 1)
-    pairs, counts = targets.best_against_worst([group([2, 2]), preference])
+    pairs, counts = transforms.best_against_worst([group([2, 2]), preference])
     assert pairs == [preference] and counts == {"rows skipped: all rewards equal, so no best and worst": 1}
 
 
 def test_the_first_completions():
-    kept, counts = targets.first([group([1, 2, 3]), group([1, 2, 3], "aab"), group([1])], 2)
+    kept, counts = transforms.first([group([1, 2, 3]), group([1, 2, 3], "aab"), group([1])], 2)
     assert [g.completions for g in kept] == [("a", "b"), ("a",)]
     assert kept[0].tokens.ids == ((0,), (1,)) and kept[0].rewards == (1.0, 2.0)
     assert counts == {"rows skipped: the first 2 completions identical": 1}
@@ -36,43 +36,43 @@ def test_the_first_completions():
 
 def test_rewards_on_one_scale():
     groups = [group([1, 3]), group([10, 10, 16])]
-    by_prompt = targets.normalise(groups, "prompt")
+    by_prompt = transforms.normalise(groups, "prompt")
     assert by_prompt[0].rewards == (-1.0, 1.0)
     assert by_prompt[1].rewards == pytest.approx((-(0.5**0.5), -(0.5**0.5), 2**0.5))
-    together = [x for g in targets.normalise(groups, "global") for x in g.rewards]
+    together = [x for g in transforms.normalise(groups, "global") for x in g.rewards]
     assert sum(together) == pytest.approx(0, abs=1e-12) and sum(x * x for x in together) / 5 == pytest.approx(1)
-    assert targets.normalise([group([2, 2])], "prompt")[0].rewards == (0.0, 0.0)
-    assert targets.normalise(groups, "none") == groups
+    assert transforms.normalise([group([2, 2])], "prompt")[0].rewards == (0.0, 0.0)
+    assert transforms.normalise(groups, "none") == groups
 
 
 @pytest.mark.parametrize("how", ["prompt", "global"])
 @pytest.mark.parametrize("unit", [5e-324, 1e-300, 1e300, 1.7e308])
 def test_rewards_at_the_ends_of_floats_are_normalised(how, unit):
     """(-1, 0, 1) in any unit: mean 0, standard deviation sqrt(2/3)."""
-    [scaled] = targets.normalise([group([-unit, 0.0, unit])], how)
+    [scaled] = transforms.normalise([group([-unit, 0.0, unit])], how)
     assert scaled.rewards == pytest.approx((-(1.5**0.5), 0.0, 1.5**0.5))
-    assert targets.normalise([group([unit] * 3)], how)[0].rewards == (0.0, 0.0, 0.0)
+    assert transforms.normalise([group([unit] * 3)], how)[0].rewards == (0.0, 0.0, 0.0)
 
 
 # Estimates.
 
 
 def test_win_rates_count_all_pairs_and_ties_half():
-    assert estimates.win_rates([[1, 2], [0.0]], [[1, 0, 3], [0.0]]) == [pytest.approx((1 + 0.5 + 2) / 6), 0.5]
+    assert evaluation_metrics.win_rates([[1, 2], [0.0]], [[1, 0, 3], [0.0]]) == [pytest.approx((1 + 0.5 + 2) / 6), 0.5]
 
 
 def test_accuracy_is_the_mean_sigmoid_and_survives_large_log_odds():
-    assert estimates.accuracies([[0.0, math.log(3)], [1e4, -1e4]]) == [pytest.approx(0.625), 0.5]
+    assert evaluation_metrics.accuracies([[0.0, math.log(3)], [1e4, -1e4]]) == [pytest.approx(0.625), 0.5]
 
 
 def test_spread_is_within_prompts():
-    assert estimates.spread([[1.0, 3.0], [100.0, 100.0]]) == pytest.approx(0.5)
+    assert evaluation_metrics.spread([[1.0, 3.0], [100.0, 100.0]]) == pytest.approx(0.5)
 
 
 def test_summary_of_one_value_and_of_many():
-    assert estimates.summary([2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "standard_error": 0.0}
+    assert evaluation_metrics.summary([2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "standard_error": 0.0}
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
-    found = estimates.summary(values.tolist())
+    found = evaluation_metrics.summary(values.tolist())
     error = float(values.std()) / 20
     assert found["standard_error"] == pytest.approx(error)
     assert found["mean"] - found["low"] == pytest.approx(1.96 * error, rel=0.15)
@@ -84,7 +84,7 @@ def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
     covered = 0
     for trial in range(200):
         sample = torch.rand(40, generator=generator, dtype=torch.float64).square()
-        low, high = intervals.bootstrap(sample.tolist(), seed=trial, resamples=400)
+        low, high = evaluation_metrics.bootstrap(sample.tolist(), seed=trial, resamples=400)
         covered += low <= 1 / 3 <= high
     assert 0.88 <= covered / 200 <= 0.99
 
@@ -100,8 +100,8 @@ def test_both_estimators_of_the_kl_are_unbiased():
     first, second = draws // 3, draws % 3
     steps = torch.stack([pi[first] - ref[first], pi2[first, second] - ref2[first, second]], 1)
     samples = [[row] for row in steps]
-    for estimator in (estimates.kl_k1, estimates.kl_k3):
+    for estimator in (evaluation_metrics.kl_k1, evaluation_metrics.kl_k3):
         values = torch.tensor(estimator(samples)).double()
         assert abs(float(values.mean()) - exact) < 4 * float(values.std()) / len(values) ** 0.5
-    assert min(estimates.kl_k3(samples)) >= 0 > min(estimates.kl_k1(samples))
-    assert torch.tensor(estimates.kl_k3(samples)).std() < torch.tensor(estimates.kl_k1(samples)).std()
+    assert min(evaluation_metrics.kl_k3(samples)) >= 0 > min(evaluation_metrics.kl_k1(samples))
+    assert torch.tensor(evaluation_metrics.kl_k3(samples)).std() < torch.tensor(evaluation_metrics.kl_k1(samples)).std()

@@ -9,7 +9,7 @@ from data_files import A, H, put
 from tasks import lines
 
 from exo import models, prepare
-from exo.tasks import TASKS
+from exo.experiments.tasks import TASKS
 
 TEXTS = [f"the film was number {i} and it was {word}" for i, word in enumerate(["good", "bad", "fine", "dull"] * 5)]
 

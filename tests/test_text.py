@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from exo import chat, encoding, subwords, templates
 from exo.data import Chat, DataError, Group, Message, Reply
-from exo.limits import Limits
+from exo.data.text import chat_template, render, subwords, tokenize
+from exo.data.text.limits import Limits
 from tests.chat_templates import CHATML, ENDS, NO_SYSTEM, TEMPLATES
 from tests.tokenizer_kinds import KINDS, SPECIAL, WORDS_ONLY
 
@@ -47,7 +47,7 @@ def texts(seed: int, n: int) -> list[str]:
 
 
 def encoded(tokenizer, prompt, *completions):
-    [group], _ = encoding.encode([Group(prompt, completions, None, 7)], tokenizer, LIMITS, "rows.jsonl")
+    [group], _ = tokenize.encode([Group(prompt, completions, None, 7)], tokenizer, LIMITS, "rows.jsonl")
     return group
 
 
@@ -67,7 +67,7 @@ def test_plain_prompt_and_completion_decode_to_the_joint_text(kind):
             refused += 1
             continue
         body = group.completions[0][:-1]
-        start = encoding.prompt_ids(prompt, tokenizer)
+        start = tokenize.prompt_ids(prompt, tokenizer)
         assert list(group.prompt) == start and group.completions[0][-1] == tokenizer.eos_token_id
         own = start[start[:1] in ([tokenizer.bos_token_id], [tokenizer.eos_token_id]) :]
         assert subwords.decode([*own, *body], tokenizer) == joint(tokenizer, prompt + completion)
@@ -118,10 +118,10 @@ def test_a_chat_and_its_answer_decode_to_the_rendered_conversation(kind, family)
         for completion in group.completions:
             assert completion[-1] == end and completion.count(end) == 1, "both sides end alike, once"
         read = subwords.decode([*group.prompt, *group.completions[0]], tokenizer)
-        if chat.stop_id(tokenizer) is None:  # the template writes no end, or text; then it is ours
+        if chat_template.stop_id(tokenizer) is None:  # the template writes no end, or text; then it is ours
             read = read.removesuffix("</s>")
         assert written.startswith(read) and written[len(read) :].strip() in ("", "</s>"), "but what separates turns"
-        assert list(group.prompt) == encoding.prompt_ids(Chat(messages), tokenizer)
+        assert list(group.prompt) == tokenize.prompt_ids(Chat(messages), tokenizer)
 
 
 CONTROL = ["<|im_end|>", "</s>", "<|im_start|>", "<s>", "<|im_end|>\n<|im_start|>user\ngood"]
@@ -170,7 +170,7 @@ def test_special_tokens_within_plain_texts_are_counted():
         Group("one", (" good </s> bad </s>", " two"), None, 1),
         Group("<|im_start|>user\none", (" a", " b"), None, 2),
     ]
-    groups, counts = encoding.encode(rows, tokenizer, LIMITS, "rows.jsonl")
+    groups, counts = tokenize.encode(rows, tokenizer, LIMITS, "rows.jsonl")
     assert groups[0].completions[0].count(tokenizer.eos_token_id) == 2
     assert counts == {
         "completions with special tokens within their text, which are read as such": 1,
@@ -224,7 +224,7 @@ def test_an_answer_that_the_template_changes_ends_like_any_other():
 def test_samples_decode_with_the_blank_that_they_begin_with(kind_name):
     tokenizer = KINDS[kind_name]()
     for prompt, completion in (("the cat", " sat on"), ("the cat\n", "sat on"), ("one two", " two three")):
-        ids = encoding.prompt_ids(prompt, tokenizer)
+        ids = tokenize.prompt_ids(prompt, tokenizer)
         group = encoded(tokenizer, prompt, completion)
         assert subwords.decoded_after(ids, list(group.completions[0]), tokenizer) == completion
         shown = subwords.decoded_after(ids, list(group.completions[0]), tokenizer, special=True)
@@ -232,7 +232,7 @@ def test_samples_decode_with_the_blank_that_they_begin_with(kind_name):
 
 
 def rows_of(templates, groups, **options):
-    return encoding.encode(groups, chatting(templates), LIMITS, "rows.jsonl", **options)
+    return tokenize.encode(groups, chatting(templates), LIMITS, "rows.jsonl", **options)
 
 
 HOSTILE = {
@@ -249,7 +249,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_a_template_that_fails_is_one_line_with_its_row(template, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
     row = Group(Chat([Message("user", "one")]), ("good", "bad"), None, 7)
     with pytest.raises(DataError) as caught:
         rows_of(template, [row])
@@ -270,7 +270,7 @@ def test_rows_that_the_template_refuses_are_counted_if_told_to():
 def test_only_a_token_that_is_named_like_an_end_ends_a_plain_text():
     tokenizer = KINDS["byte-level, no BOS (GPT-2, Qwen)"]()
     rows = [Group("one", (" good<|user|>", " bad<|eot|>", " two"), None, 1)]
-    [group], counts = encoding.encode(rows, tokenizer, LIMITS, "rows.jsonl")
+    [group], counts = tokenize.encode(rows, tokenizer, LIMITS, "rows.jsonl")
     ends = [tokenizer.convert_ids_to_tokens(ids[-2:])[-1] for ids in group.completions]
     assert ends == ["</s>", "<|eot|>", "</s>"]
     assert counts["completions that end with a special token of their own instead of the end of sequence"] == 1
@@ -280,7 +280,7 @@ def test_what_the_template_leaves_out_of_an_answer_is_counted():
     tokenizer = chatting(CHATML.replace("message.content }}", "message.content.split('</think>')[-1] }}"))
     answers = ("<think>hm</think>good", Reply(Message("assistant", "bad", reasoning_content="hm")), "two", "one")
     rows = [Group(Chat([Message("user", "one")]), answers, None, 1)]
-    _, counts = encoding.encode(rows, tokenizer, LIMITS, "rows.jsonl")
+    _, counts = tokenize.encode(rows, tokenizer, LIMITS, "rows.jsonl")
     assert counts == {"completions with text or calls that the chat template does not write": 2}
 
 
@@ -289,7 +289,7 @@ def test_a_template_that_needs_a_system_turn_is_asked_behind_one():
     tokenizer = chatting(needs + CHATML)
     group = encoded(tokenizer, Chat([Message("system", "one"), Message("user", "two")]), "good", "bad")
     assert [tokenizer.decode(ids) for ids in group.completions] == ["good<|im_end|>", "bad<|im_end|>"]
-    assert chat.stop_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat_template.stop_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_control_tokens_in_the_keys_of_a_call_stay_text():
@@ -307,7 +307,7 @@ def test_control_tokens_in_the_keys_of_a_call_stay_text():
 def test_a_template_shows_the_date_of_the_run_in_every_form(form):
     tokenizer = chatting("{{ strftime_now('" + form + "') }} " + CHATML)
     day = datetime.date(2025, 3, 7)
-    templates.configure(tokenizer, "auto", None, day)
+    render.configure(tokenizer, "auto", None, day)
     group = encoded(tokenizer, Chat([Message("user", "one")]), "good", "bad")
     shown = datetime.datetime.combine(day, datetime.time(12)).strftime(form)
     assert tokenizer.decode(group.prompt).startswith(f"{shown} <|im_start|>user")
@@ -315,9 +315,9 @@ def test_a_template_shows_the_date_of_the_run_in_every_form(form):
 
 def test_arguments_that_the_template_does_not_read_are_refused():
     tokenizer = chatting(TEMPLATES["Qwen 3"])
-    templates.configure(tokenizer, "auto", '{"enable_thinking": false}', None)
+    render.configure(tokenizer, "auto", '{"enable_thinking": false}', None)
     group = encoded(tokenizer, Chat([Message("user", "one")]), "good", "bad")
     assert tokenizer.decode(group.prompt).endswith("<think>\n\n</think>\n\n")
     for wrong in ('{"enable_thinkng": false}', '{"messages": []}', "[1]", "{"):
         with pytest.raises(ValueError, match="^--template_kwargs: "):
-            templates.configure(tokenizer, "auto", wrong, None)
+            render.configure(tokenizer, "auto", wrong, None)

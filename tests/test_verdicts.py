@@ -2,8 +2,8 @@
 
 import pytest
 
-from exo import intervals
-from exo.comparison.verdicts import TEMPLATES, Cache, Template
+from exo.evaluation import metrics as evaluation_metrics
+from exo.evaluation.judge_prompts import TEMPLATES, Cache, Template
 
 
 @pytest.fixture
@@ -106,8 +106,8 @@ def test_the_same_words_under_another_template_are_another_question():
 
 def test_bootstrap_covers_as_the_normal_interval_does():
     values = [0.0] * 40 + [1.0] * 60
-    low, high = intervals.bootstrap(values, seed=0)
+    low, high = evaluation_metrics.bootstrap(values, seed=0)
     half = 1.96 * 0.049
     assert low == pytest.approx(0.6 - half, abs=0.02) and high == pytest.approx(0.6 + half, abs=0.02)
-    assert (low, high) == intervals.bootstrap(values, seed=0) != intervals.bootstrap(values, seed=1)
-    assert intervals.bootstrap([0.5] * 3, seed=0) == (0.5, 0.5)
+    assert (low, high) == evaluation_metrics.bootstrap(values, seed=0) != evaluation_metrics.bootstrap(values, seed=1)
+    assert evaluation_metrics.bootstrap([0.5] * 3, seed=0) == (0.5, 0.5)

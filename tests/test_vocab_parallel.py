@@ -17,7 +17,7 @@ from linear_cases import HEAD, LAYOUT, LinearCase, linear_answer, make_linear_ca
 from torch import Tensor
 
 import exo_kernels
-from exo_kernels.linear.plan import Plan
+from exo_kernels.schedules.plan import Plan
 
 IMPL = "triton" if INTERPRETED else "chunked"
 VOCAB, WIDTH = 37, 8

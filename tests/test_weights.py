@@ -6,8 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from exo import steps, weights
-from exo.artifacts import RunError
+from exo.cli.errors import RunError
+from exo.models import weights
+from exo.training import step as training_step
 from tests import interruptions
 from tests.interruptions import STAGES
 
@@ -57,7 +58,7 @@ def test_weights_that_are_not_finite_are_never_written(stage, options, given, tm
 
 
 def test_a_poisoned_last_step_keeps_the_checkpoint_before_it(given, tmp_path, capsys, monkeypatch):
-    own = steps.update
+    own = training_step.update
 
     def poisoning(module, optim, config, accelerator, step, *rest):
         found = own(module, optim, config, accelerator, step, *rest)
@@ -65,7 +66,7 @@ def test_a_poisoned_last_step_keeps_the_checkpoint_before_it(given, tmp_path, ca
             next(module.parameters()).data.view(-1)[3] = float("inf")
         return found
 
-    monkeypatch.setattr(steps, "update", poisoning)
+    monkeypatch.setattr(training_step, "update", poisoning)
     poisoned = True
     code, (line,) = ends("sft", given, tmp_path / "run", capsys, "--checkpoint_steps", "2")
     assert code == 1 and "step-00000004" in line

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from exo.data.errors import StrPath, show
-from exo.data.messages import Chat, Reply
-from exo.data.reading import Tokens
+from exo.data.formats.messages import Chat, Reply
+from exo.data.formats.reading import Tokens
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from exo.data.dataset import Dataset, Group
 from exo.data.errors import DataError, show
-from exo.data.messages import Chat
-from exo.data.transcripts import answers_to, as_chat
+from exo.data.formats.messages import Chat
+from exo.data.formats.transcripts import answers_to, as_chat
 
 
 def mixed(datasets: Sequence[Dataset], path: str, weights: Sequence[float] | None, seed: int) -> Dataset:

@@ -7,19 +7,20 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from exo.cli.paths import split_paths
+from exo.cli.spelling import suggestion
 from exo.data import mixing
-from exo.data import rows as containers
-from exo.data.columns import REFERENCE, Choice, LeftOver, choice, texts_of
 from exo.data.dataset import Dataset, Group, row_account
 from exo.data.errors import DataError, Malformed, StrPath, names, show
-from exo.data.matching import NAMES, Plan, match, plan
-from exo.data.messages import Chat
-from exo.data.prompts import BESIDE, with_context
-from exo.data.reading import SETTINGS, TOKENS, Reading
-from exo.data.shapes import Purpose, Shape, referenced
-from exo.data.transcripts import answers_to
-from exo.data.trees import group_rows
-from exo.spelling import suggestion
+from exo.data.formats.columns import REFERENCE, Choice, LeftOver, choice, texts_of
+from exo.data.formats.common import Purpose, Shape, referenced
+from exo.data.formats.matching import NAMES, Plan, match, plan
+from exo.data.formats.messages import Chat
+from exo.data.formats.prompts import BESIDE, with_context
+from exo.data.formats.reading import SETTINGS, TOKENS, Reading
+from exo.data.formats.transcripts import answers_to
+from exo.data.formats.trees import group_rows
+from exo.data.sources import files
 
 
 def read(
@@ -48,7 +49,7 @@ def read(
     read and could belong to the prompt, or change what is learned, raises unless it is ignored. `weights` are the
     shares of several paths in an epoch, drawn by `seed`: see mixing.
     """
-    parts = containers.parts(path)
+    parts = split_paths(path)
     if weights is not None and len(weights) != len(parts):
         raise DataError(
             f"{show(path)}: expected one weight for each of the {len(parts)} data files; got {len(weights)}"
@@ -87,7 +88,7 @@ class _Reader:
     doubtful: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
 
     def read(self) -> Dataset:
-        source = containers.open_source(self.path)
+        source = files.open_source(self.path)
         self.left_over = LeftOver(self.chosen, self.purpose)
         groups: list[Group] = []
         skipped: Counter[str] = Counter()
@@ -135,7 +136,7 @@ class _Reader:
         path = os.fspath(self.path)
         return Dataset(groups, words, rows, dict(skipped), dict(noted), path, turns, unread, merged=merged)
 
-    def _renamed(self, stream: containers.Rows) -> Iterator[tuple[containers.Place, dict[str, Any] | Malformed]]:
+    def _renamed(self, stream: files.Rows) -> Iterator[tuple[files.Place, dict[str, Any] | Malformed]]:
         wanted = set(self.chosen.renamed.values())
         for place, row in stream:
             if isinstance(row, Malformed):

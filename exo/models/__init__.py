@@ -4,10 +4,9 @@ Everything else sees a torch module, its config and a tokenizer.
 """
 
 try:
+    from exo.models.attention.flex import attend
     from exo.models.classifiers import classifier_from, classifier_without_weights, load_classifier
-    from exo.models.endings import absent_ids, stop_ids
     from exo.models.files import is_adapter
-    from exo.models.flex import attend
     from exo.models.loading import (
         check_fits,
         in_full,
@@ -17,9 +16,10 @@ try:
         parameter_count,
     )
     from exo.models.meta import load_without_weights, parameters_of
-    from exo.models.refusals import refuse_unsupported
     from exo.models.saving import Dtypes, dtypes_of, save, save_checkpoint
-    from exo.models.small import PAD, tiny, word_level
+    from exo.models.stop_tokens import absent_ids, stop_ids
+    from exo.models.supported import refuse_unsupported
+    from exo.models.tiny_models import PAD, tiny, word_level
 except ModuleNotFoundError as error:
     if error.name not in ("transformers", "tokenizers", "huggingface_hub"):
         raise

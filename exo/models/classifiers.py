@@ -16,8 +16,8 @@ from exo.models import files, multimodal
 from exo.models.loading import load, load_config, load_tokenizer, load_weights
 from exo.models.meta import load_without_weights
 from exo.models.quiet import bars_only_on_a_terminal, explained
-from exo.models.refusals import refuse_unsupported
-from exo.models.small import PAD
+from exo.models.supported import refuse_unsupported
+from exo.models.tiny_models import PAD
 
 
 def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -24,11 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from exo import console, weights
-from exo.models import files, multimodal
+from exo.cli import console
+from exo.models import files, multimodal, weights
 from exo.models.quiet import bars_only_on_a_terminal, explained, without_warnings
-from exo.models.refusals import refuse_unsupported
-from exo.models.small import tiny
+from exo.models.supported import refuse_unsupported
+from exo.models.tiny_models import tiny
 
 ATTENTION = (None, "eager", "sdpa")  # that a config may choose; others need packages, or fetch kernels from the hub
 # heads beside a language model's own; training and sampling do not need them

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from exo.models import files, multimodal
 from exo.models.loading import load_config, load_tokenizer, parameter_count
 from exo.models.quiet import explained
-from exo.models.refusals import refuse_unsupported
+from exo.models.supported import refuse_unsupported
 
 
 def load_without_weights(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from exo import console
+from exo.cli import console
 from exo.models.quiet import explained, without_warnings
 
 CLOSE = 1e-4  # of the largest logit

@@ -15,10 +15,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exo import artifacts, chat, weights
-from exo.models import files
-from exo.models.endings import stop_ids
+from exo.cli.errors import RunError
+from exo.data.text import chat_template
+from exo.models import files, weights
 from exo.models.quiet import bars_only_on_a_terminal
+from exo.models.stop_tokens import stop_ids
+from exo.runs.atomic import staged
 
 NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -66,7 +68,7 @@ def save(
     with bars_only_on_a_terminal(), _cast(model, dtypes):
         if name := weights.not_finite(weights.stored(model)):
             place = Path(directory).parent if Path(directory).name.startswith(".") else directory
-            raise artifacts.RunError(
+            raise RunError(
                 f"{place}: no model is written, because {name} is not finite in {_dtype(model, name)}; lower "
                 "--learning_rate, or set --save_dtype float32"
             )
@@ -75,9 +77,7 @@ def save(
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
         except SafetensorError as error:
-            raise artifacts.RunError(
-                f"{directory}: the model could not be written: {str(error).splitlines()[0]}"
-            ) from error
+            raise RunError(f"{directory}: the model could not be written: {str(error).splitlines()[0]}") from error
         config = Path(directory) / "config.json"
         if dtypes is not None and config.is_file():
             entries = json.loads(config.read_text(encoding="utf-8")) | {
@@ -89,7 +89,11 @@ def save(
 def _name_end_of_turn(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Name the end of turn of the chat template in the generation config, so that `generate` stops where we do."""
     config = getattr(model, "generation_config", None)
-    if config is None or hasattr(model, "peft_config") or chat.stop_id(tokenizer) in (None, tokenizer.eos_token_id):
+    if (
+        config is None
+        or hasattr(model, "peft_config")
+        or chat_template.stop_id(tokenizer) in (None, tokenizer.eos_token_id)
+    ):
         return
     config.eos_token_id = list(stop_ids(model, tokenizer))
 
@@ -100,7 +104,7 @@ def save_checkpoint(
     """`save` into checkpoints/`name` of a run: complete, or not at all."""
     target = run / "checkpoints" / name
     target.parent.mkdir(exist_ok=True)
-    with artifacts.staged(target) as staging:
+    with staged(target) as staging:
         save(model, tokenizer, staging, dtypes)
 
 

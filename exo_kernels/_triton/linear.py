@@ -22,7 +22,7 @@ from exo_kernels._triton.token_logps import (
     _rebase,
     _warp_size,
 )
-from exo_kernels.curve import Curve
+from exo_kernels.numerics import Curve
 
 # Sizes change from call to call and tell the compiler nothing. And on AMD, triton would address tensors below 2 GiB in
 # a way that makes it forget the alignment of their rows, and load element by element.

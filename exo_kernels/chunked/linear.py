@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exo_kernels.chunked import tiles
-from exo_kernels.curve import Curve
+from exo_kernels.numerics import Curve
 
 
 def _logits_(x: Tensor, bias: Tensor | None, curve: Curve) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from exo_kernels.dtypes import accumulator
+from exo_kernels.numerics import accumulator
 
 # Measured on 1 MiB of second-level and 32 MiB of third-level cache: below 2 MiB the calls cost, above 8 the misses.
 TILE_BYTES = 4 * 2**20

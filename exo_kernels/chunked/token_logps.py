@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from exo_kernels.chunked import tiles
-from exo_kernels.dtypes import accumulator
+from exo_kernels.numerics import accumulator
 
 VIEW_BYTES = 2**18  # neighbours of this size are worth a tile of their own: a view costs a call, a copy its bytes
 

@@ -1,0 +1,221 @@
+"""Options: a frozen dataclass a stage, read from flags and from a YAML file that flags override.
+
+A field's type and default make its flag; `option` adds the help and the range. Names are Hugging Face's where it has
+one; dashes and underscores are the same. Unknown names are errors that suggest the nearest known one. Left out: nested
+options.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from exo.cli.fields import NOT_NEGATIVE, PART, POSITIVE, SHARE, Range, at_least, check_size, option, require
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every stage has in common."""
+
+    output_dir: str = option("runs/stage", "directory of the run")
+    overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir")
+    seed: int = option(0, "seed of every random choice", Range(lambda value: 0 <= value < 2**32, "in [0, 2^32)"))
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value, range = field.name, getattr(self, field.name), field.metadata["range"]
+            require(value is None or range is None or range.holds(value), name, range and range.expected, value)
+            check_size(name, value)
+        require(bool(self.output_dir.strip()), "output_dir", "a directory", self.output_dir)
+
+
+@dataclass(frozen=True)
+class Compute(Stage):
+    """What every stage that runs a model has in common."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "compute dtype over fp32 weights; auto is bfloat16 on a GPU that has it, else float32"
+    )
+    device: Literal["auto", "cpu"] = option("auto", "cpu keeps off a GPU that is there")
+    nproc: int = option(
+        1, "processes on this machine, a GPU each; torchrun and accelerate launch work too", at_least(1)
+    )
+
+
+def _list(text: str | None) -> list[str]:
+    """Return the items of an option with commas, without the blanks around them."""
+    return [part.strip() for part in text.split(",")] if text else []
+
+
+def _pairs(text: str | None) -> list[tuple[str, str]]:
+    """Return the (name, column) pairs of --columns; one without "=" has an empty column."""
+    parts = [part.partition("=") for part in _list(text)]
+    return [(name.strip(), column.strip()) for name, _, column in parts]
+
+
+def _are_columns(text: str) -> bool:
+    pairs = _pairs(text)
+    complete = all(name and column and "=" not in column for name, column in pairs)
+    return bool(pairs) and complete and len(dict(pairs)) == len(pairs)
+
+
+def _are_weights(text: str) -> bool:
+    try:
+        return all(0 < float(part) < math.inf for part in _list(text))
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class SourceOptions(Stage):
+    """What every stage that reads rows has in common."""
+
+    columns: str | None = option(
+        None, "columns by other names: prompt=question,chosen=better", Range(_are_columns, "name=column, with commas")
+    )
+    ignore_columns: str | None = option(None, "columns to leave out, with commas; all: every one that no format reads")
+    system_column: str | None = option(None, "the column of the system prompt, if it is not called system")
+    skip_invalid: bool = option(
+        False, "count malformed rows, and rows that the tokenizer or its template refuses, instead of stopping"
+    )
+
+    def reading(self) -> dict[str, Any]:
+        """Return the options of exo.data.read that hold for every file of the stage."""
+        return {
+            "columns": dict(_pairs(self.columns)) or None,
+            "ignore_columns": _list(self.ignore_columns),
+            "system_column": self.system_column,
+            "skip_invalid": self.skip_invalid,
+        }
+
+
+@dataclass(frozen=True)
+class DataOptions(SourceOptions):
+    """What every stage that takes --data has in common: it may name several files."""
+
+    data_weights: str | None = option(
+        None, "shares of the files of --data in an epoch: 2,1", Range(_are_weights, "numbers > 0, with commas")
+    )
+
+    def mixing(self) -> dict[str, Any]:
+        """Return the options of exo.data.read that mix the files of --data."""
+        return {"weights": [float(part) for part in _list(self.data_weights)] or None, "seed": self.seed}
+
+    def reading_of(self, option: str) -> dict[str, Any]:
+        """Return the options of exo.data.read for the file that an option names; those of --data are mixed.
+
+        Another file may have its own column names, so --columns need not apply to it.
+        """
+        return self.reading() | (self.mixing() if option == "data" else {"columns_required": False})
+
+
+@dataclass(frozen=True)
+class ChatOptions(Stage):
+    """What every stage that reads prompts has in common."""
+
+    chat_template: str = option(
+        "auto",
+        "auto renders chat messages and data sets of chats with the tokenizer's template; always renders plain prompts "
+        "too, as a user's turn; none renders messages alone; a file, a name of the tokenizer's, chatml or plain sets "
+        "the template and is used like always",
+    )
+    template_kwargs: str | None = option(
+        None, "arguments of the chat template as a JSON object, such as '{\"enable_thinking\": false}'"
+    )
+
+
+@dataclass(frozen=True)
+class Scoring(Compute):
+    """What every stage has in common that runs a model on whole texts."""
+
+    max_tokens_per_batch: int = option(8192, "tokens of input per forward pass; bounds the memory", at_least(1))
+
+
+@dataclass(frozen=True)
+class Training(Scoring):
+    """What every stage that trains has in common."""
+
+    batch_size: int = option(64, "prompts per optimizer step, over all processes", at_least(1))
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW", POSITIVE)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = option("cosine", "decay after the warm-up")
+    warmup_steps: int = option(0, "steps of linear warm-up; overrides warmup_ratio when > 0", NOT_NEGATIVE)
+    warmup_ratio: float = option(0.0, "share of the steps spent on warm-up", SHARE)
+    weight_decay: float = option(0.0, "decoupled weight decay", NOT_NEGATIVE)
+    adam_beta1: float = option(0.9, "AdamW's first moment", PART)
+    adam_beta2: float = option(0.95, "AdamW's second moment", PART)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", POSITIVE)
+    max_grad_norm: float = option(1.0, "clip the gradient's norm; 0 means never", NOT_NEGATIVE)
+    dropout: bool = option(False, "train with the model's own dropout")
+    gradient_checkpointing: bool = option(False, "make activations again in the backward pass: less memory, more time")
+    compile: bool = option(False, "compile the model's body with torch.compile")
+    fsdp: bool = option(False, "several processes hold the model in shards (FSDP2), instead of each all of it (DDP)")
+    profile: int = option(0, "steps to profile: a trace in output_dir/profile, and where their time goes", NOT_NEGATIVE)
+    max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
+    logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step", at_least(1))
+    checkpoint_steps: int = option(
+        100, "steps between states that a killed run goes on from; 0 saves one only when told to stop", NOT_NEGATIVE
+    )
+    allow_changes: bool = option(False, "go on with an unfinished run though options, inputs or processes are others")
+    on_nan: Literal["stop", "skip"] = option(
+        "stop", "a loss or gradient that is not finite ends the run before the update, or skips the update"
+    )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype of the saved models; auto is that of --model's weights. Resumable checkpoints stay in fp32"
+    )
+    report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
+
+
+@dataclass(frozen=True)
+class DataTraining(Training, ChatOptions):
+    """What every stage has in common that trains on rows of data, again and again."""
+
+    num_train_epochs: float = option(1.0, "passes over the data, unless max_steps is set", POSITIVE)
+    max_steps: int = option(
+        -1, "optimizer steps; -1 means num_train_epochs decides", Range(lambda n: n == -1 or n >= 1, ">= 1, or -1")
+    )
+    max_completion_length: int | None = option(
+        None, "tokens of a completion, its end of sequence included", at_least(1)
+    )
+    max_prompt_length: int | None = option(
+        None,
+        "tokens of a prompt, its last, as many as sample used; none keeps half of max_length at least and cuts the "
+        "completion first",
+        at_least(1),
+    )
+    truncate: Literal["prompt-left", "drop", "error"] = option(
+        "prompt-left",
+        "rows over the limits: cut (the completion's end first, then the prompt's beginning), skip, or stop",
+    )
+
+    def limits(self) -> dict[str, Any]:
+        """Return the fields of exo.data.text.limits.Limits."""
+        return {
+            "max_length": self.max_length,
+            "max_completion_length": self.max_completion_length,
+            "truncate": self.truncate,
+            "max_prompt_length": self.max_prompt_length,
+        }
+
+
+@dataclass(frozen=True)
+class AdapterOptions(DataTraining):
+    """What every stage that can train an adapter has in common."""
+
+    lora_r: int = option(0, "rank of LoRA's matrices; 0 trains the model whole", NOT_NEGATIVE)
+    lora_alpha: int = option(16, "their product is multiplied by this over the rank", at_least(1))
+    lora_dropout: float = option(0.0, "dropout before them; needs --dropout", PART)
+    lora_targets: str = option("all-linear", "names of the layers that get them, with commas; all-linear but the head")
+    lora_output: Literal["merged", "adapter"] = option(
+        "merged", "what the run leaves: a model that stands alone, or the adapter, which needs --model beside it"
+    )
+    load_in_4bit: bool = option(False, "hold the frozen weights in 4 bits (QLoRA); needs --lora_r and bitsandbytes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in fields(AdapterOptions):
+            named = field.name.startswith("lora_") or field.name == "load_in_4bit"
+            if named and field.name != "lora_r" and not self.lora_r:
+                value = getattr(self, field.name)
+                require(value == field.default, field.name, "--lora_r too, without which there is no adapter", value)
+        heard = self.dropout or not self.lora_dropout
+        require(heard, "lora_dropout", "0, or --dropout too, without which nothing is dropped out", self.lora_dropout)

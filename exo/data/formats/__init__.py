@@ -1,0 +1,1 @@
+"""The formats of preference data: what the columns of a row mean."""

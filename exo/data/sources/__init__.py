@@ -1,0 +1,1 @@
+"""Files, directories, tables and hub names as a stream of rows."""

@@ -1,0 +1,281 @@
+"""From what a path or a name stands for to its rows: JSON lines, JSON arrays, compressed files, tables, directories.
+
+Containers are told by their content, not by their name, but for csv and tsv, which nothing else tells. Python's `json`
+takes NaN, 1e999, repeated keys and lone surrogates without a word; here such a row is malformed. Rows come out one by
+one, each with the place to blame, a malformed one as what is wrong with it, so that a bad row costs no other. Left out:
+archives of several files, streaming from the hub.
+"""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from exo.cli.paths import DATA_SUFFIXES
+from exo.data.errors import DataError, Malformed, StrPath, kind, names, show
+from exo.data.sources import tables
+
+Row = dict[str, Any]
+Place = tuple[int, str]  # number of a row, and the file:line to blame
+Rows = Generator[tuple[Place, Row | Malformed], None, None]
+
+_SUFFIXES = DATA_SUFFIXES
+_ACCEPTED = (
+    "accepted: a .jsonl file, a .json array of objects, .csv, .tsv, these with .gz, .bz2, .xz or .zst, .parquet, "
+    ".arrow, a directory of those or of save_to_disk, or a hub name owner/name:config@split"
+)
+# What a compressed file begins with, and what opens it.
+_PACKED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
+    b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
+    b"BZh": ("bzip2", bz2.BZ2File),
+    b"\xfd7zXZ": ("xz", lzma.LZMAFile),
+    b"\x28\xb5\x2f\xfd": ("zstd", tables.zstd),
+}
+_SPLIT = re.compile(
+    r"(?:^|[-_.])(train(ing)?|test(ing)?|validation|valid|val|dev|eval(uation)?|held[-_]?out)(?![a-z])[^.]*",
+    re.IGNORECASE,
+)
+_SHARD = re.compile(r"[-_.]?\d+(-of-\d+)?$")
+_PAPERS = re.compile(
+    r"(readme|licen[cs]e|dataset_infos?\.json$|dataset_dict\.json$|checksums|sha256sums)", re.IGNORECASE
+)
+# A whole string, or one character that opens, closes or parts; a lone quote opens a string that
+# never ends, and stopping there keeps hostile input linear. Bytes will do: no byte of a longer
+# UTF-8 character looks like one of these.
+_STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
+
+
+class Source(NamedTuple):
+    rows: Rows  # to be closed
+    container: str  # in words; "" for JSON, which needs none
+
+
+def open_source(path: StrPath) -> Source:
+    """Open what a path stands for; only a name that is no path of this machine is looked for on the hub."""
+    try:
+        place, split = _place(path)
+        if place.is_dir():
+            return _directory(place, split)
+        if name := tables.hub_name(path):
+            return Source(*tables.from_hub(name))
+        if not place.is_file():
+            what = "not a regular file" if place.exists() else "no such file or directory"
+            raise DataError(f"{show(path)}: {what}; {_ACCEPTED}")
+        return _file(place, show(path))
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{show(path)}: {error.strerror}") from None
+    except ValueError:  # a NUL byte in it
+        raise DataError(f"{show(path)}: no such file or directory; {_ACCEPTED}") from None
+
+
+def _place(path: StrPath) -> tuple[Path, str | None]:
+    """Return a path, and the split that is asked of it: DIRECTORY@test."""
+    place = Path(path)
+    before, at, split = os.fspath(path).rpartition("@")
+    if at and split and not place.exists() and Path(before).is_dir():
+        return Path(before), split
+    return place, None
+
+
+def _file(path: Path, shown: str) -> Source:
+    with open(path, "rb") as file:
+        begin = file.read(8)
+    if begin.startswith(b"PAR1"):
+        return Source(tables.from_parquet(path, shown), "parquet")
+    if begin.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return Source(tables.from_arrow(path, shown), "arrow")
+    if begin.startswith(b"PK\x03\x04"):
+        raise DataError(f"{shown}: a zip archive; unpack it and name the file or the directory in it")
+    plain = path.with_suffix("") if any(begin.startswith(magic) for magic in _PACKED) else path
+    if plain.suffix in (".csv", ".tsv"):
+        kind = plain.suffix[1:]
+        return Source(_delimited(path, shown, "," if kind == "csv" else "\t"), kind)
+    return Source(json_rows(path), "")
+
+
+def _delimited(path: Path, shown: str, delimiter: str) -> Rows:
+    with open(path, "rb") as file:
+        stream, packing = _unpacked(file)
+        try:
+            yield from tables.from_delimited(stream, shown, delimiter)
+        except _DAMAGED as error:
+            raise _damaged(f"{shown}", packing, error) from None
+
+
+def _directory(directory: Path, split: str | None) -> Source:
+    """Open the files of a directory one after another, by name; of a data set with splits, those of one."""
+    if (directory / "state.json").is_file() or (directory / "dataset_dict.json").is_file():
+        return Source(*tables.from_disk(directory, split))
+    files = sorted(
+        entry for entry in directory.iterdir()
+        if not entry.name.startswith(".") and not (entry.is_file() and _PAPERS.match(entry.name))
+    )  # fmt: skip
+    if not files:
+        raise DataError(f"{show(directory)}: a directory without a data file; {_ACCEPTED}")
+    for file in files:
+        if not file.is_file() or file.suffix not in _SUFFIXES:
+            raise DataError(
+                f"{show(directory)}: expected a directory of data files alone ({', '.join(_SUFFIXES)}), "
+                f"found {names([file.name])}; name one file, or move the others out"
+            )
+    chosen, part = _of_split(directory, files, split)
+    sources = [_file(file, show(file)) for file in chosen]
+    kinds = sorted({source.container or "JSON" for source in sources})
+    container = f"{len(chosen)} {' and '.join(kinds)} file{'s' * (len(chosen) > 1)}{part}"
+    return Source(_chained(sources), container)
+
+
+def _of_split(directory: Path, files: list[Path], split: str | None) -> tuple[list[Path], str]:
+    """Return the files of a split, train if none is asked for, and a word on it; all files if they are of no split."""
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        named = _SPLIT.search(file.name.partition(".")[0])
+        by_split.setdefault(_SHARD.sub("", named[0].lstrip("-_.")) if named else "", []).append(file)
+    splits = sorted(filter(None, by_split))
+    if split is None and len(by_split) == 1:
+        return files, ""
+    wanted = split or ("training" if "training" in splits and "train" not in splits else "train")
+    if wanted not in splits or (split is None and "" in by_split):
+        known = ", ".join(f"{directory.name}@{name}" for name in splits) or "none"
+        others = f" and {names(file.name for file in by_split[''])}" if "" in by_split else ""
+        raise DataError(
+            f"{show(directory)}: expected the files of one split, {wanted!r}; found splits {known}{others}; name one, "
+            "or move the other files out"
+        )
+    return by_split[wanted], f" of split {wanted}, out of {', '.join(splits)}" if len(splits) > 1 else ""
+
+
+def _chained(sources: list[Source]) -> Rows:
+    number = 0
+    for source in sources:
+        for (_, blamed), row in source.rows:
+            number += 1
+            yield (number, blamed), row
+
+
+def json_rows(path: StrPath) -> Rows:
+    """Every row of JSON lines or of one array, plain or gzipped."""
+    with open(path, "rb") as file:
+        for place, raw in _pieces(file, show(path)):
+            try:
+                yield place, _parse(raw)
+            except Malformed as error:
+                yield place, error
+
+
+def _pieces(file: io.BufferedReader, shown: str) -> Iterator[tuple[Place, bytes]]:
+    """Place and raw bytes of every row, unparsed.
+
+    Lines end at \\n alone: `str.splitlines` would also cut at U+2028, which JSON strings may hold.
+    Blank lines are no rows.
+    """
+    stream, packing = _unpacked(file)
+    line, started = 0, False
+    try:
+        for line, raw in enumerate(stream, 1):
+            if line == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if not started and raw.lstrip().startswith(b"["):
+                yield from _elements(raw + stream.read(), line, shown)
+                return
+            if raw.strip():
+                started = True
+                yield (line, f"{shown}:{line}"), raw
+    except _DAMAGED as error:
+        raise _damaged(f"{shown}:{line + 1}", packing, error) from None
+
+
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)
+
+
+def _unpacked(file: io.BufferedReader) -> tuple[Any, str]:
+    """Return a stream of a file's content, and how it is compressed; "" if it is not."""
+    begin = file.peek(8)
+    for magic, (name, opened) in _PACKED.items():
+        if begin.startswith(magic):
+            return opened(file), name
+    return file, ""
+
+
+def _damaged(place: str, packing: str, error: Exception) -> Exception:
+    """Return what to raise for a stream that cannot be read on."""
+    return DataError(f"{place}: the {packing} data is cut off or damaged") if packing else error
+
+
+def _elements(body: bytes, line: int, shown: str) -> Iterator[tuple[Place, bytes]]:
+    """The elements of a top-level array that begins on `line`, cut apart without parsing them."""
+    depth = number = counted = 0
+    start = body.index(b"[") + 1
+    for token in _STRUCTURE.finditer(body):
+        begin, end = token.span()
+        char = body[begin : begin + 1]
+        if char == b'"' and end - begin == 1:
+            break
+        depth += (char in b"[{") - (char in b"]}")
+        if depth == 0 or (depth == 1 and char == b","):
+            raw = body[start:begin].lstrip()
+            # "[]" holds no row, but a comma promises one on either side.
+            if raw or number or char == b",":
+                number += 1
+                line += body.count(b"\n", counted, begin - len(raw))
+                counted = begin - len(raw)
+                yield (number, f"{shown}:{line}: row {number}"), raw
+            start = end
+        if depth == 0:
+            if char == b"]" and not body[end:].strip():
+                return
+            line += body.count(b"\n", counted, end)
+            raise DataError(f"{shown}:{line}: the array ends here, the file does not")
+    line += body.count(b"\n", counted)
+    raise DataError(f"{shown}:{line}: the array is never closed; is the file cut off?")
+
+
+def _parse(raw: bytes) -> Row:
+    try:
+        text = raw.rstrip(b"\r\n").decode("utf-8")  # or a cut-off row blames its line break
+        row = _DECODER.decode(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not UTF-8 (byte {error.start + 1} of the row)") from None
+    except UnicodeEncodeError:
+        raise Malformed("a lone surrogate (half a character) in a string") from None
+    except json.JSONDecodeError as error:
+        raise Malformed(f"bad JSON: {error.msg} (character {error.pos + 1} of the row)") from None
+    except RecursionError:
+        raise Malformed("nested too deeply") from None
+    except ValueError:  # CPython does not convert integers of several thousand digits
+        raise Malformed("a number with too many digits") from None
+    if not isinstance(row, dict):
+        raise Malformed(f"a row must be an object, not {kind(row)}")
+    return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise Malformed(f"key {names([key])} appears twice")
+    return row
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise Malformed("a number that is not finite (NaN, Infinity or too large)")
+    return value
+
+
+# json.loads would make one for each row
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)

@@ -1,0 +1,219 @@
+"""Rows of tables: parquet and arrow through pyarrow, hub data and save_to_disk through `datasets`, csv and tsv.
+
+pyarrow and `datasets` are imported when first needed. A hub name is `owner/name`, with `:config` and `@split` where
+they are not the only one and `train`; a config that ends in / is a folder of the repository. No code of the hub is run;
+HF_HUB_OFFLINE is respected. Columns that no format reads may hold anything. A csv has texts alone: columns that are
+numbers by name (_NUMBERS) are converted. Left out: streaming, revisions by name.
+"""
+
+import csv
+import importlib
+import io
+import os
+import re
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from exo.cli.paths import DATA_SUFFIXES
+from exo.data.errors import DataError, Malformed, StrPath, names
+
+Rows = Generator[tuple[tuple[int, str], dict[str, Any] | Malformed], None, None]
+
+_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+/?))?(?:@([\w.\[\]%:+-]+))?", re.ASCII)
+_PATHS = (*DATA_SUFFIXES, ".txt", ".zip")
+_NUMBERS = re.compile(
+    r"labels?|choice|rank|.*(score|rating|reward|_logps|_strength|_preference|_response_id|helpfulness|margin|weight).*"
+)
+
+
+class HubName(NamedTuple):
+    name: str
+    config: str | None
+    split: str
+
+
+def hub_name(path: StrPath) -> HubName | None:
+    """Return what a name says, if it can be one: what is in a folder that exists, or looks like a file, is a path."""
+    parts = _HUB.fullmatch(os.fspath(path))
+    if parts is None or parts[1].endswith(_PATHS) or Path(parts[1]).parent.is_dir():
+        return None
+    return HubName(parts[1], parts[2], parts[3] or "train")
+
+
+def from_hub(hub: HubName) -> tuple[Rows, str]:
+    """Rows, and a word on where they are from."""
+    shown = f"{hub.name}{f':{hub.config}' if hub.config else ''}@{hub.split}"
+    datasets = _imported("datasets", shown, "hub data")
+    try:
+        folder = hub.config if hub.config and hub.config.endswith("/") else None
+        part = {"data_dir": folder[:-1]} if folder else {"name": hub.config}
+        dataset = datasets.load_dataset(hub.name, split=hub.split, **part)
+    # unknown or out of reach, no such config or split, a script that is not run
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{shown}: no such path here, and from the hub: {_first_line(error)}") from None
+    _refuse_twins(shown, dataset.column_names)
+    batches = dataset.with_format("arrow").iter(batch_size=1000)
+    fingerprint = dataset._fingerprint  # of name, config, split and revision; there is no public name for it
+    return _rows(batches, shown), f"from the hub, fingerprint {fingerprint}"
+
+
+def from_disk(directory: Path, split: str | None) -> tuple[Rows, str]:
+    """Return the rows of what `datasets` saved with save_to_disk, and a word on it; of several splits, train."""
+    shown = str(directory)
+    datasets = _imported("datasets", shown, "a directory of save_to_disk")
+    try:
+        saved = datasets.load_from_disk(shown)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{shown}: the directory of save_to_disk is damaged: {_first_line(error)}") from None
+    note = "save_to_disk"
+    if isinstance(saved, datasets.DatasetDict):
+        splits, wanted = sorted(saved), split or "train"
+        if wanted not in saved:
+            raise DataError(f"{shown}: expected one of the splits {', '.join(splits)}; name it as {shown}@{splits[0]}")
+        note += f", split {wanted} out of {', '.join(splits)}"
+        saved = saved[wanted]
+    elif split is not None:
+        raise DataError(f"{shown}: has no splits; expected the path without @{split}")
+    _refuse_twins(shown, saved.column_names)
+    return _rows(saved.with_format("arrow").iter(batch_size=1000), shown), note
+
+
+def from_parquet(path: Path, shown: str) -> Rows:
+    parquet = _imported("pyarrow.parquet", shown, "parquet")
+    with _arrow_errors(shown, "parquet"), parquet.ParquetFile(path) as file:
+        _refuse_twins(shown, file.schema_arrow.names)
+        yield from _rows(file.iter_batches(batch_size=1000), shown)
+
+
+def from_arrow(path: Path, shown: str) -> Rows:
+    """Yield the rows of an arrow file, or of the stream that `datasets` writes under that name."""
+    pyarrow, ipc = _imported("pyarrow", shown, "arrow"), _imported("pyarrow.ipc", shown, "arrow")
+    with _arrow_errors(shown, "arrow"), pyarrow.memory_map(str(path)) as memory:
+        if memory.read(6) == b"ARROW1":
+            file = ipc.open_file(memory)
+            batches = (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            memory.seek(0)
+            file = batches = ipc.open_stream(memory)
+        _refuse_twins(shown, file.schema.names)
+        yield from _rows(batches, shown)
+
+
+@contextmanager
+def _arrow_errors(shown: str, what: str) -> Iterator[None]:
+    """Turn the errors of pyarrow about a file into a DataError."""
+    pyarrow = _imported("pyarrow", shown, what)
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{shown}: the {what} data is cut off or damaged: {_first_line(error)}") from None
+
+
+def zstd(file: io.BufferedReader) -> Any:
+    """Return a stream of what a zstd file holds; pyarrow decompresses it."""
+    pyarrow = _imported("pyarrow", file.name, "zstd")
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
+
+
+def from_delimited(stream: Any, shown: str, delimiter: str) -> Rows:
+    """Yield the rows of a csv or tsv with a header; the place is the line on which a row ends."""
+    csv.field_size_limit(sys.maxsize)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        if len(header) == 1 and (";" in header[0] or "\t" in header[0] or "," in header[0]):
+            raise DataError(f"{shown}:1: one column alone; expected columns with {delimiter!r} between them")
+        _refuse_twins(shown, header)
+        number = 0
+        for fields in reader:
+            if not fields:
+                continue
+            number += 1
+            yield (number, f"{shown}:{reader.line_num}"), _delimited(header, fields)
+    except csv.Error as error:
+        raise DataError(f'{shown}:{reader.line_num}: bad csv: {error}; expected texts with " quoted as ""') from None
+    finally:
+        text.detach()  # the file is not ours to close
+
+
+def _delimited(header: list[str], fields: list[str]) -> dict[str, Any] | Malformed:
+    if len(fields) != len(header):
+        return Malformed(f"{len(fields)} fields, and the header has {len(header)}")
+    try:
+        "".join(fields).encode()
+    except UnicodeEncodeError:
+        return Malformed("not UTF-8")
+    return {name: _number(name, value) for name, value in zip(header, fields, strict=True)}
+
+
+def _number(name: str, value: str) -> Any:
+    """Return a field as the number that its column is for; an empty one is null there."""
+    if not _NUMBERS.fullmatch(name):
+        return value
+    if not value.strip():
+        return None
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return int(value)
+    except ValueError:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+
+
+def _rows(batches: Iterable[Any], shown: str) -> Rows:
+    number = 0
+    for batch in batches:
+        tools = any("tool" in name or "tool_calls" in str(kind) for name, kind in _schema(batch))
+        for row in _unpacked(batch):
+            number += 1
+            yield (number, f"{shown}:{number}"), _without_nulls(row) if tools else row
+
+
+def _schema(batch: Any) -> Iterator[tuple[str, Any]]:
+    return zip(batch.schema.names, batch.schema.types, strict=True)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the nulls that a table fills in where one tool has a key that another has not."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _unpacked(batch: Any) -> list[dict[str, Any] | Malformed]:
+    """Return the rows of a batch at once if that works: row by row takes ten times as long, and tells which is bad."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            utf8 = isinstance(error, UnicodeDecodeError)
+            return [Malformed("not UTF-8" if utf8 else "a value that Python cannot hold")]
+    return [row for i in range(batch.num_rows) for row in _unpacked(batch.slice(i, 1))]
+
+
+def _refuse_twins(shown: str, columns: list[str]) -> None:
+    twins = {column for column in columns if columns.count(column) > 1}
+    if twins:
+        raise DataError(f"{shown}: column {names(sorted(twins))} appears twice")
+
+
+def _imported(module: str, shown: str, what: str) -> Any:
+    """Return an optional package's module; DataError with the package to install if it is missing."""
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise DataError(f"{shown}: {what} needs {package}: pip install {package}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

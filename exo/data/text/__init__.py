@@ -1,0 +1,1 @@
+"""From prompts and completions to token ids: chat templates, tokenization, length limits."""

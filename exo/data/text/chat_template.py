@@ -1,0 +1,224 @@
+"""Chat messages as the text that a model reads, rendered by the tokenizer's chat template.
+
+The prompt is the rendering of its messages with the template's opening of an answer. The completion is what the
+template adds once the answer is given, up to its end of turn. A template that renders the prompt differently once it is
+answered is refused, because nothing then tells where the completion begins.
+
+exo.data.text.render chooses the template, its arguments and its date for a run, and stores them with the tokenizer. A
+`Renderer` asks the template once, with a plain answer, how it ends a turn, and ends every answer like that:
+
+- with a token (`<|im_end|>`, Gemma's `<end_of_turn>`, `</s>`): the completion ends right after it. Line breaks that
+  follow only separate turns, and a sample that stops there has none.
+- with nothing, or with text that is no single token: the caller appends the tokenizer's end of sequence.
+
+Control tokens that the data spell out in a message would forge turns, so `Renderer` marks them, and subwords
+tokenizes marked ones as plain text. Only control tokens that the template itself writes are control tokens.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from exo.data import Chat, DataError, Message, Reply
+from exo.data.text.bounded import bounded
+from exo.data.text.subwords import LEFT, RIGHT
+
+SECONDS, MOST_BYTES = 10.0, 2**28  # one rendering may take
+PROBE = "ok"
+_MARKS = re.compile(f"[{LEFT}{RIGHT}]")
+_FORMATS = re.compile(r"""(['"])((?:(?!\1).)*%(?:(?!\1).)*)\1""")  # texts of a template with a % in them
+
+
+class Settings(NamedTuple):
+    """How a run renders chat messages, beside the template itself."""
+
+    arguments: Mapping[str, Any] = {}  # of the template: enable_thinking, date_string, ...
+    date: datetime.date | None = None  # None: today
+
+
+def has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def source(tokenizer: Any) -> str:
+    """Return the source of a tokenizer's chat templates, "" if it has none."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return "\n".join(template.values()) if isinstance(template, dict) else str(template)
+
+
+class Answer(NamedTuple):
+    """A completion as rendered."""
+
+    text: str
+    end: str  # the template's end of turn, if that is a token
+    needs_eos: bool  # it writes none
+
+
+class Renderer:
+    """Renders prompts and answers with a tokenizer's chat template. Make a new one when the template changes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.settings: Settings = getattr(tokenizer, "template_settings", Settings())
+        self._last: tuple[Chat | None, list[Any], list[Any]] = None, [], []
+
+    def prompt(self, chat: Chat) -> str:
+        """Return the text of a prompt, up to and including the template's opening of an answer."""
+        messages, tools = self._marked_chat(chat)
+        return self._render(messages, tools, opened=True)
+
+    def answer(self, chat: Chat, prompt: str, answer: str) -> "Answer":
+        """Render a completion of `chat`, whose rendering is `prompt`."""
+        message = answer.message if isinstance(answer, Reply) else Message("assistant", answer)
+        messages, tools = self._marked_chat(chat)
+        whole = self._render([*messages, self._marked(message)], tools, opened=False)
+        if not whole.startswith(prompt):
+            raise DataError(
+                "the chat template renders the prompt differently once it is answered, so nothing tells where the "
+                "answer begins; set template arguments (--template_kwargs) or another --chat_template"
+            )
+        rest, tail = whole[len(prompt) :], self._after_answer
+        if not rest.endswith(tail):  # some templates trim the end of a conversation
+            rest, tail = rest.rstrip(), tail.rstrip()
+        if rest.endswith(tail):
+            return Answer(rest[: len(rest) - len(tail)], self.end_of_turn, self.end_id is None)
+        if not rest.endswith(self.control_tokens):
+            raise DataError("the chat template ends this answer differently from a plain one")
+        return Answer(rest, "", False)  # as gpt-oss ends a call of a tool with a token of its own
+
+    @cached_property
+    def _after_answer(self) -> str:
+        """What the template writes after a plain answer that ends a conversation."""
+        whole = self._probe(Message("user", PROBE), Message("assistant", PROBE + PROBE))
+        _, answered, tail = whole.rpartition(PROBE + PROBE)
+        if not answered:
+            raise DataError("the chat template does not write the answer; expected a template of a causal LM")
+        return tail
+
+    def _probe(self, *messages: Message) -> str:
+        """Render a plain conversation; behind a system turn if the template needs one."""
+        try:
+            return self._render(list(messages), [], opened=False)
+        except DataError:
+            return self._render([Message("system", PROBE), *messages], [], opened=False)
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """What ends a completion: the template's text after an answer, up to its first control token; "" if none."""
+        found = self._control_pattern and self._control_pattern.search(self._after_answer)
+        return self._after_answer[: found.end()] if found else ""
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The token that ends a turn; None if the template writes none."""
+        found = self._control_pattern and self._control_pattern.search(self.end_of_turn)
+        return self.tokenizer.convert_tokens_to_ids(found[0]) if found else None
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Tokens that the data must not write into a message.
+
+        These are the special tokens, and added tokens that the template writes around turns (DeepSeek's are not marked
+        special), but not those that it looks for in an answer, such as `</think>`.
+        """
+        added = list(self.tokenizer.added_tokens_decoder.values())
+        user, assistant = Message("user", PROBE), Message("assistant", PROBE)
+        try:
+            written = self._probe(user, assistant, user)
+        except DataError:
+            written = ""
+        template = source(self.tokenizer)
+        tokens = {t.content for t in added if t.special or t.content in written}
+        read = {token for token in tokens if _reads(template, token)}
+        read |= {token.replace("</", "<") for token in read}
+        return tuple(sorted((t for t in tokens - read if t.strip()), key=len, reverse=True))
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str] | None:
+        return re.compile("|".join(map(re.escape, self.control_tokens))) if self.control_tokens else None
+
+    def _marked_chat(self, chat: Chat) -> tuple[list[Any], list[Any]]:
+        if self._last[0] is not chat:
+            self._last = chat, self._marked(list(chat.messages)), self._marked(list(chat.tools))
+        return self._last[1:]
+
+    def _marked(self, value: Any) -> Any:
+        """Return messages or tools with every control token in their texts marked as plain text."""
+        pattern = self._control_pattern
+        if isinstance(value, str):
+            text = str.__str__(value)
+            return pattern.sub(lambda match: f"{LEFT}{match[0]}{RIGHT}", text) if pattern else text
+        if isinstance(value, Mapping):
+            present = {key: item for key, item in value.items() if item is not None}  # templates would write "None"
+            return {self._marked(key): item if key == "role" else self._marked(item) for key, item in present.items()}
+        return [self._marked(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def _render(self, messages: list[Any], tools: list[Any], *, opened: bool) -> str:
+        if not has_template(self.tokenizer):
+            raise DataError(
+                "chat messages, but the tokenizer has no chat template; take the model's instruct version, or name one "
+                "with --chat_template (chatml, or a file)"
+            )
+        template = self.tokenizer.get_chat_template(tools=tools or None)
+        settings, size = self.settings, sum(len(str(value)) for value in (*messages, *tools))
+        if settings.date and "strftime_now" in template:
+            template = _strftime(template, settings.date) + template
+        try:
+            with bounded(SECONDS, MOST_BYTES):
+                rendered = self.tokenizer.apply_chat_template(
+                    messages, tools=tools or None, chat_template=template, add_generation_prompt=opened,
+                    tokenize=False, **settings.arguments,
+                )  # fmt: skip
+        except Exception as error:  # someone else's code
+            lines = str(error).splitlines() or [type(error).__name__]
+            kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
+            raise DataError(f"the chat template refuses these messages: {kind}{lines[0]}") from None
+        if len(rendered) > 2**20 + 64 * size:
+            raise DataError(
+                f"the chat template makes {len(rendered):,} characters of {size:,}; expected a chat template"
+            )
+        return rendered
+
+
+def is_written(answer: str, rendered: str) -> bool:
+    """Return whether every text of an answer is in its rendering; templates may move blanks."""
+    message = answer.message if isinstance(answer, Reply) else {"content": str.__str__(answer)}
+    written = "".join(_MARKS.sub("", rendered).split())
+    return all("".join(text.split()) in written for text in _texts(message))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a message, without its role and the arguments of calls, which templates write differently."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in ("role", "type", "id", "arguments"):
+                yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def stop_id(tokenizer: Any) -> int | None:
+    """Return the token that ends a turn of the chat template; None without such a token, or a template that renders."""
+    try:
+        return Renderer(tokenizer).end_id if has_template(tokenizer) else None
+    except DataError:  # no chat can be rendered with it, so all prompts are plain
+        return None
+
+
+def _reads(template: str, token: str) -> bool:
+    """Whether the template looks for a token in a message's content: `'</think>' in content`, `split('</think>')`."""
+    quoted = f"""['"]{re.escape(token)}['"]"""
+    return bool(re.search(rf"{quoted}\s+in\b|split\(\s*{quoted}", template))
+
+
+def _strftime(template: str, date: datetime.date) -> str:
+    """Return jinja source that defines `strftime_now` for a fixed date and the formats that a template writes."""
+    noon = datetime.datetime.combine(date, datetime.time(12))
+    dates = {text: noon.strftime(text) for _, text in _FORMATS.findall(template)}
+    return "{%- macro strftime_now(format) -%}{{ " + json.dumps(dates) + "[format] }}{%- endmacro -%}"

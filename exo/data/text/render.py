@@ -1,0 +1,150 @@
+"""Choose the chat template of a run, and which prompts it renders.
+
+Left out: rendering (chat).
+"""
+
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from exo.cli import console
+from exo.cli.options import ChatOptions
+from exo.data import Chat, DataError, Dataset, Group
+from exo.data.formats import transcripts
+from exo.data.text.chat_template import Settings, has_template, stop_id
+from exo.data.text.chat_template import source as chat_source
+
+MODES = ("auto", "always", "none")
+RESERVED = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "conversation"}
+RESERVED |= {"continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding"}
+RESERVED |= {"truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens", "strftime_now"}
+BUILT_IN = {
+    "chatml": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "plain": "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content | trim }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}",
+}
+
+
+def apply(
+    options: ChatOptions,
+    tokenizer: Any,
+    date: datetime.date,
+    *datasets: Dataset,
+    sampled: Literal["keep", "render"] = "keep",
+) -> tuple[Dataset, ...]:
+    """Set up the tokenizer's chat template as the options say, and return the data with the prompts that it renders."""
+    configure(tokenizer, options.chat_template, options.template_kwargs, date)
+    return tuple(render_plain(dataset, tokenizer, options.chat_template, sampled=sampled) for dataset in datasets)
+
+
+def configure(tokenizer: Any, template: str, arguments: str | None, date: datetime.date | None) -> None:
+    """Set the tokenizer's chat template and how it is rendered.
+
+    `template` is "auto", "always" or "none", which keep the tokenizer's own; a file; a name among the tokenizer's
+    templates; or "chatml" or "plain". `arguments` is a JSON object. ValueError for anything else.
+    """
+    try:
+        given = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise ValueError("--template_kwargs: expected a JSON object, such as '{\"enable_thinking\": false}'")
+    if reserved := sorted(given.keys() & RESERVED):
+        raise ValueError(f"--template_kwargs: expected arguments of the template; {reserved[0]} is set by the run")
+    if template not in MODES:
+        tokenizer.chat_template = _template_of(tokenizer, template)
+    elif template == "always" and not has_template(tokenizer):
+        raise ValueError("--chat_template always: the tokenizer has no chat template; name a file, chatml or plain")
+    template_source = chat_source(tokenizer)
+    if unread := [name for name in given if name not in template_source]:
+        raise ValueError(f"--template_kwargs: the chat template does not read {unread[0]!r}")
+    tokenizer.template_settings = Settings(given, date)
+
+
+def of_another_model(template: str) -> str:
+    """Return the option --chat_template for a second model of a run, which has a template of its own."""
+    return template if template in MODES else "always"
+
+
+def _template_of(tokenizer: Any, name: str) -> str:
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if name in named:
+        return named[name]
+    if Path(name).is_file():
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"--chat_template {name}: expected a jinja template in UTF-8") from None
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    names = ", ".join([*MODES, *named, *BUILT_IN])
+    raise ValueError(f"--chat_template {name}: expected a file, or one of {names}")
+
+
+def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Literal["keep", "render"]) -> Dataset:
+    """Return the data with their plain prompts as chat messages, if `template` and the data ask for that.
+
+    `template` is the option --chat_template, which `configure` has seen. Rows whose completions a model sampled from
+    the plain prompt stay as they are, or are refused under "always"; `sampled="render"`, for a reward model, renders
+    them.
+    """
+    groups = [group for group in dataset.groups if not isinstance(group.prompt, Chat) and group.prompt]
+    if template == "none" or not groups or dataset.groups[0].label is not None:
+        return dataset
+    drawn = sampled == "keep" and any(group.tokens is not None for group in groups)
+    if template != "auto":
+        if drawn:
+            raise DataError(
+                f"{dataset.path}: samples of plain prompts; sample with --chat_template {template} too, or leave it out"
+            )
+    elif drawn or not dataset.conversational:
+        if has_template(tokenizer) and not drawn:
+            first = groups[0]
+            answer = first.completions[0][:40] if first.completions else ""
+            console.say(
+                "  the tokenizer has a chat template, but these prompts are plain texts, which are used as they are: "
+                f"{first.prompt[-60:]!r}{f' + {answer!r}' if answer else ''}\n  --chat_template always renders them as "
+                "a user's turn; none hides this line"
+            )
+        return dataset
+    elif not has_template(tokenizer):
+        raise DataError(
+            f"{dataset.path}: {dataset.format.split(' (')[0]} are chats, and the tokenizer has no chat template; set "
+            "--chat_template chatml, plain or a file, or none to use the texts as they are"
+        )
+    return dataclasses.replace(dataset, groups=[render(group) for group in dataset.groups])
+
+
+def render(group: Group) -> Group:
+    """Return a row with its plain prompt as chat messages; token ids that were sampled from it are of another text."""
+    chat = as_chat(group)
+    if chat.prompt is group.prompt or chat.tokens is None:
+        return chat
+    return dataclasses.replace(chat, tokens=chat.tokens._replace(tokenizer=""))
+
+
+def as_chat(group: Group) -> Group:
+    """Return a row with its plain prompt as messages: one user turn, or the turns of an Anthropic HH transcript."""
+    if isinstance(group.prompt, Chat) or not group.prompt:
+        return group
+    completions = transcripts.answers_to(group.prompt, group.completions)
+    return dataclasses.replace(group, prompt=transcripts.as_chat(group.prompt), completions=completions)
+
+
+def describe(option: str, dataset: Dataset, tokenizer: Any) -> str:
+    """Return a line on the chat template and on the end of a completion."""
+    if not any(isinstance(group.prompt, Chat) for group in dataset.groups):
+        return f"chat template: not used, texts are read as they are; a completion ends with {tokenizer.eos_token!r}"
+    if not has_template(tokenizer):
+        return "chat template: none, and the data have chat messages"
+    name = "the tokenizer's" if option in MODES else option
+    try:
+        end = stop_id(tokenizer)
+    except DataError as error:
+        return f"chat template: {name}; {error}"
+    if end is None:
+        return f"chat template: {name}; it ends no turn with a token, so a completion ends with {tokenizer.eos_token!r}"
+    return f"chat template: {name}; a turn ends with {tokenizer.convert_ids_to_tokens(end)!r}"

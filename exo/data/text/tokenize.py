@@ -1,0 +1,292 @@
+"""Tokenize prompts and completions, in one place for every stage, within the limits on their lengths.
+
+A prompt has the tokens that sampling sees, and a completion those that it has after its prompt (subwords). Chat
+messages are rendered by the chat template (chat), which also says how a completion ends; a plain completion ends with
+the tokenizer's end of sequence. Left out: batches (packing).
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from exo.data import Chat, DataError, Dataset, Group
+from exo.data.text import chat_template, subwords
+from exo.data.text.limits import STUMP, Limits, fit, is_stump, last_of
+from exo.data.text.subwords import BoundaryError
+
+CHECKED = 8  # rows at the beginning of a run whose tokens are checked against those of the whole text
+_ENDS = re.compile(r"end|eot|eos|eom|^</s>$", re.IGNORECASE)
+REFUSED = "rows dropped: the tokenizer or its chat template refuses them"
+MOST_MUTILATED = 0.05  # share of the rows
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """One prompt and its completions as tokens; `line` is where it stood in its file."""
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    rewards: tuple[float, ...] | None
+    line: int
+    ref_logps: tuple[float, ...] | None = None  # fp64 sums, once they are known
+
+    @property
+    def longest(self) -> int:
+        return len(self.prompt) + max(map(len, self.completions))
+
+
+def factored(group: TokenGroup) -> TokenGroup:
+    """Move the tokens that all completions begin with to the prompt; each completion keeps at least one.
+
+    No loss of theirs changes, nor its gradient, because what all completions share cancels. Sums of log-probs do
+    change, so a group whose reference log-probs are known stays as it is: they are of whole completions.
+    """
+    answers = group.completions
+    most = min(map(len, answers)) - 1
+    same = next((i for i in range(most) if len({answer[i] for answer in answers}) > 1), max(0, most))
+    if len(answers) < 2 or not same or group.ref_logps is not None:
+        return group
+    return replace(group, prompt=group.prompt + answers[0][:same], completions=tuple(a[same:] for a in answers))
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return what token ids mean as 16 hex digits, equal for tokenizers that name all tokens alike.
+
+    Hashing a large vocabulary takes most of a second, so the tokenizer keeps the result until tokens are added.
+    """
+    version = len(tokenizer), tokenizer.eos_token_id
+    cached = getattr(tokenizer, "vocabulary_hash", None)
+    if cached is None or cached[0] != version:
+        meaning = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
+        cached = tokenizer.vocabulary_hash = version, hashlib.sha256(meaning.encode()).hexdigest()[:16]
+    return cached[1]
+
+
+def encode(
+    groups: Iterable[Group],
+    tokenizer: Any,
+    limits: Limits,
+    path: str,
+    *,
+    foreign: Literal["refuse", "text"] = "refuse",
+    skip_invalid: bool = False,
+    strict: bool = True,
+) -> tuple[list[TokenGroup], Counter[str]]:
+    """Return the groups as tokens within the limits, and counts by reason of rows that were cut, skipped or noted.
+
+    Sampled completions keep the tokens that they were sampled as. `foreign` says what to do with samples of another
+    tokenizer: a policy refuses them; a reward model ("text") reads their text, and ends every sample that ended as it
+    was trained to see an end. DataError names `path` and the line of a row that cannot be encoded; with `skip_invalid`
+    such rows are counted. If `strict`, DataError when more than 5% of the rows keep only a stump of their prompt.
+    """
+    counts: Counter[str] = Counter()
+    encoder = _Encoder(tokenizer, foreign, counts)
+    encoded = []
+    rows = 0
+    stumps = f"rows that keep fewer than {STUMP} tokens or a quarter of their prompt"
+    for group in groups:
+        rows += 1
+        place = group.place(path)
+        try:
+            prompt, completions = encoder.encode(group, check=rows <= CHECKED)
+        except (DataError, BoundaryError) as error:
+            if not skip_invalid:
+                raise DataError(f"{place}: {error}") from None
+            counts[REFUSED] += 1
+            continue
+        if group.tokens is None and len(completions) > 1 and all(ids == completions[0] for ids in completions):
+            counts["rows dropped: completions identical as tokens"] += 1
+            continue
+        fitted = fit(prompt, completions, _bos_of(prompt, tokenizer), limits, place, counts)
+        if fitted is None:
+            continue
+        if limits.max_prompt_length is None and is_stump(len(fitted[0]), len(prompt)):
+            counts[stumps] += 1
+        known = group.ref_logps
+        if known is not None and fitted != (tuple(prompt), tuple(map(tuple, completions))):
+            counts["rows cut, so that their log-probs of a reference are of other tokens and not used"] += 1
+            known = None
+        encoded.append(TokenGroup(*fitted, group.rewards, group.line, known))
+    if strict and counts[stumps] > MOST_MUTILATED * rows:
+        raise DataError(
+            f"{path}: {counts[stumps]:,} of {rows:,} rows, more than {MOST_MUTILATED:.0%}, keep fewer than {STUMP} "
+            "tokens or a quarter of their prompt; raise --max_length, or set --max_prompt_length"
+        )
+    return encoded, +counts
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a prompt, the same for sampling, training and scoring."""
+    text = _prompt(prompt, tokenizer, chat_template.Renderer(tokenizer))
+    return text.start + text.ids
+
+
+def refused(
+    groups: Sequence[Group], tokenizer: Any, path: str, *, skip_invalid: bool
+) -> tuple[frozenset[int], Counter[str]]:
+    """Return the places of rows that the tokenizer or its chat template refuses, and their count.
+
+    DataError names the first of them, unless `skip_invalid`. For stages whose rows have to be known before their work.
+    """
+    counts: Counter[str] = Counter()
+    encoder = _Encoder(tokenizer, "text", Counter())
+    places = set()
+    for i, group in enumerate(groups):
+        try:
+            encoder.encode(group, check=i < CHECKED)
+        except (DataError, BoundaryError) as error:
+            if not skip_invalid:
+                raise DataError(f"{group.place(path)}: {error}") from None
+            places.add(i)
+    if places:
+        counts[REFUSED] = len(places)
+    return frozenset(places), counts
+
+
+def usable_prompts(dataset: Dataset, tokenizer: Any, *, skip_invalid: bool) -> tuple[list[Group], Counter[str]]:
+    """Return the rows whose prompts can be rendered, and the count of the others; see `refused`."""
+    prompts = [replace(group, completions=(), tokens=None) for group in dataset.groups]
+    places, counts = refused(prompts, tokenizer, dataset.path, skip_invalid=skip_invalid)
+    usable = [group for i, group in enumerate(dataset.groups) if i not in places]
+    if not usable:
+        raise DataError(f"{dataset.path}: no prompt is left")
+    return usable, counts
+
+
+def sampled_prompts(prompts: Iterable[str], tokenizer: Any, most: int) -> tuple[list[list[int]], Counter[str]]:
+    """Return the tokens of prompts, their last `most`, and counts of those that were cut."""
+    counts: Counter[str] = Counter()
+    renderer = chat_template.Renderer(tokenizer)
+    cut = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            text = _prompt(prompt, tokenizer, renderer)
+        except DataError as error:
+            raise DataError(f"prompt {number}: {error}") from None
+        ids = text.start + text.ids
+        counts["prompts cut on the left"] += len(ids) > most
+        counts[f"prompts that keep fewer than {STUMP} tokens or a quarter of their length"] += is_stump(
+            min(most, len(ids)), len(ids)
+        )
+        cut.append(last_of(ids, _bos_of(ids, tokenizer), most))
+    return cut, +counts
+
+
+class _Prompt(NamedTuple):
+    text: str  # as rendered, without a BOS that the tokenizer adds
+    start: list[int]  # BOS, or the token that an empty prompt is scored from
+    ids: list[int]  # of the text
+
+
+def _prompt(prompt: str, tokenizer: Any, renderer: chat_template.Renderer) -> _Prompt:
+    """Render and tokenize a prompt. A chat template says itself whether a BOS comes first."""
+    if isinstance(prompt, Chat):
+        text = renderer.prompt(prompt)
+        return _Prompt(text, [], subwords.text_ids(text, tokenizer))
+    bos, text = tokenizer.bos_token_id, str.__str__(prompt)
+    spelled = bos is not None and bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    while spelled and text.startswith(tokenizer.bos_token):  # a text that was rendered before has its BOS already
+        text = text.removeprefix(tokenizer.bos_token)
+    start = [bos] if spelled or tokenizer("a")["input_ids"][:1] == [bos] else []
+    ids = subwords.text_ids(text, tokenizer)
+    # the first token of a completion needs a token before it
+    return _Prompt(text, start if start or ids else [tokenizer.eos_token_id if bos is None else bos], ids)
+
+
+def _bos_of(prompt: list[int], tokenizer: Any) -> int:
+    """Return how many tokens at the beginning of a prompt stay when it is cut: its BOS."""
+    return int(prompt[:1] == [tokenizer.bos_token_id])
+
+
+def special_ids(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
+    """Return the special tokens that a text can spell out, and those of them that end it.
+
+    These are the end of sequence and the tokens that are named like one (<|eot_id|>, <|im_end|>, <|endoftext|>): a text
+    that was rendered before ends with the token of its own template.
+    """
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special.pop(tokenizer.unk_token_id, None)
+    ends = {i for i, text in special.items() if _ENDS.search(text)} | {tokenizer.eos_token_id}
+    return frozenset(special), frozenset(ends - {tokenizer.bos_token_id} | {tokenizer.eos_token_id})
+
+
+class _Encoder:
+    """Tokenizes prompts and completions for one call of `encode`."""
+
+    def __init__(self, tokenizer: Any, foreign: Literal["refuse", "text"], counts: Counter[str]) -> None:
+        self.tokenizer, self.foreign, self.counts = tokenizer, foreign, counts
+        self.renderer = chat_template.Renderer(tokenizer)
+        self.special, self.ends = special_ids(tokenizer)
+        self.last: tuple[str | None, _Prompt] = None, _Prompt("", [], [])  # rows that follow each other may share one
+
+    def encode(self, group: Group, *, check: bool) -> tuple[list[int], list[list[int]]]:
+        """Return the tokens of a prompt and of its completions, each with its end."""
+        if self.last[0] is not group.prompt:
+            self.last = group.prompt, _prompt(group.prompt, self.tokenizer, self.renderer)
+        prompt = self.last[1]
+        plain = not isinstance(group.prompt, Chat)
+        if plain and self.special & {*prompt.ids}:
+            self.counts["prompts with special tokens in their text, which are read as such"] += 1
+        tokens = group.tokens
+        if tokens is None:
+            completions = [self._ended(group.prompt, prompt, answer, check) for answer in group.completions]
+        elif self.foreign == "refuse":
+            if tokens.tokenizer != tokenizer_hash(self.tokenizer):
+                raise DataError(
+                    f"token ids of another tokenizer ({tokens.tokenizer}, the model's is "
+                    f"{tokenizer_hash(self.tokenizer)}); python -m exo.sample with this model makes others"
+                )
+            completions = [list(ids) for ids in tokens.ids]
+        else:
+            completions = [self._sampled(group, prompt, i) for i in range(len(group.completions))]
+        return prompt.start + prompt.ids, completions
+
+    def _ended(self, prompt: str, rendered: _Prompt, answer: str, check: bool) -> list[int]:
+        """Return the tokens of a completion with its end: the template's end of turn, or the end of sequence."""
+        if isinstance(prompt, Chat):
+            text, end, needs_eos = self.renderer.answer(prompt, rendered.text, answer)
+            if not chat_template.is_written(answer, text):
+                self.counts["completions with text or calls that the chat template does not write"] += 1
+            ids = self._continued(rendered, text + end, check)
+            return [*ids, self.tokenizer.eos_token_id] if needs_eos else ids
+        text = answer.rstrip()
+        ids = self._continued(rendered, text if text.endswith(self._end_texts) else answer, check)
+        end_at = len(ids)
+        while end_at and ids[end_at - 1] in self.ends:
+            end_at -= 1
+        if self.special & {*ids[:end_at]}:
+            self.counts["completions with special tokens within their text, which are read as such"] += 1
+        if end_at == len(ids):
+            return [*ids, self.tokenizer.eos_token_id]
+        if ids[end_at] != self.tokenizer.eos_token_id:
+            self.counts["completions that end with a special token of their own instead of the end of sequence"] += 1
+        return ids[: end_at + 1]
+
+    @cached_property
+    def _end_texts(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends)))
+
+    def _sampled(self, group: Group, prompt: _Prompt, i: int) -> list[int]:
+        """Return a sampled completion for a reward model, with the end that its training gives a completion."""
+        tokens, text = group.tokens, group.completions[i]
+        assert tokens is not None
+        finished, end = tokens.finish[i] == "eos", self.tokenizer.eos_token_id
+        if isinstance(group.prompt, Chat):
+            end = end if self.renderer.end_id is None else self.renderer.end_id
+            text = self.renderer.answer(group.prompt, prompt.text, text).text
+        if tokens.tokenizer == tokenizer_hash(self.tokenizer):
+            ids = list(tokens.ids[i][: len(tokens.ids[i]) - finished])
+        else:
+            ids = self._continued(prompt, text, False)
+        return [*ids, end] if finished or not ids else ids
+
+    def _continued(self, prompt: _Prompt, text: str, check: bool) -> list[int]:
+        ids = subwords.continued(prompt.ids, prompt.text, text, self.tokenizer)
+        if check:
+            subwords.check(prompt.ids, prompt.text, ids, text, self.tokenizer)
+        return ids

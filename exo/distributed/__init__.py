@@ -1,0 +1,1 @@
+"""Several processes: the accelerator, gathering, FSDP and DeepSpeed."""

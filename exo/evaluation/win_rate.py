@@ -1,0 +1,105 @@
+"""Win rate of one system over another from verdicts on pairs of answers, each judged in both orders.
+
+In each order a win counts half a point and a tie a quarter, so a pair whose two orders disagree is a tie. A pair counts
+only when both orders were decided: one alone would bring the judge's preference for a position back. Left out: how the
+verdicts come about.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from exo.evaluation import metrics as evaluation_metrics
+from exo.evaluation.judge_prompts import Template
+
+ORDERS = ("ab", "ba")  # whose answer the judge sees first
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt."""
+
+    prompt: int  # which prompt of this run, from 0
+    line: int  # of file a
+    sample: int
+    category: str
+    texts: dict[str, str]  # by their places in the template
+
+    def question(self, template: Template, order: str) -> str:
+        shown = {"a": self.texts[order[0]], "b": self.texts[order[1]]}
+        return template.fill(**(self.texts | shown))
+
+
+class Judgement(NamedTuple):
+    """What the judge said of a pair in one order."""
+
+    answer: str | None  # None: the request was never answered
+    choice: str | None  # "A", "B", "tie"; None: undecided
+    reason: str = ""
+    cached: bool = False
+    truncated: bool = False  # the answer stopped before its end, and decides nothing
+
+    def points(self, order: str) -> float | None:
+        """Of system a: 1 for a win, 1/2 for a tie."""
+        if self.choice is None:
+            return None
+        return 0.5 if self.choice == "tie" else float(order["AB".index(self.choice)] == "a")
+
+
+Judged = dict[tuple[int, str], Judgement]  # by the number of the pair, and the order
+
+
+def rows(pairs: Sequence[Pair], judged: Judged) -> Iterable[dict[str, Any]]:
+    for (number, order), judgement in sorted(judged.items()):
+        pair, choice = pairs[number], judgement.choice
+        winner = order["AB".index(choice)] if choice in ("A", "B") else choice
+        yield {
+            "prompt": pair.prompt, "line": pair.line, "sample": pair.sample, "order": order,
+            "answer": judgement.answer, "choice": choice, "winner": winner,
+        } | ({"reason": judgement.reason} if judgement.reason else {})  # fmt: skip
+
+
+def count(pairs: Sequence[Pair], judged: Judged, seed: int) -> dict[str, Any]:
+    """Win rate of a with its interval over prompts, and what to know before trusting it; None where none was decided.
+
+    The pairs of one prompt are not independent, so that a prompt counts with the mean of its own.
+    """
+    decided, points = [], []
+    for number, pair in enumerate(pairs):
+        both = [judged[number, order].points(order) for order in ORDERS]
+        if None not in both:
+            decided.append([judged[number, order].choice for order in ORDERS])
+            points.append((pair, sum(filter(None, both)) / 2))
+    choices = [choice for both in decided for choice in both if choice != "tie"]
+    biased = sum(both in (["A", "A"], ["B", "B"]) for both in decided)
+    unanswered = sum(judgement.answer is None for judgement in judged.values())
+    undecided = sum(judgement.choice is None for judgement in judged.values())
+    categories = sorted({pair.category for pair, _ in points} - {""})
+    return {
+        "prompts": len({pair.prompt for pair in pairs}),
+        "win_rate": _win_rate(points, seed) if points else None,
+        "wins": sum(value > 0.5 for _, value in points),
+        "ties": sum(value == 0.5 for _, value in points),
+        "losses": sum(value < 0.5 for _, value in points),
+        "position_bias_rate": biased / len(decided) if decided else None,
+        "first_position_share": choices.count("A") / len(choices) if choices else None,
+        "cached": sum(judgement.cached for judgement in judged.values()),
+        "truncated": sum(judgement.truncated for judgement in judged.values()),
+        "identical": sum(pair.texts["a"].strip() == pair.texts["b"].strip() for pair in pairs),
+        "undecided": {
+            "unanswered": unanswered,
+            "unreadable": undecided - unanswered,
+            "pairs_left_out": len(pairs) - len(decided),
+        },
+        "by_category": {
+            name: _win_rate([(pair, value) for pair, value in points if pair.category == name], seed)
+            for name in categories
+        },
+    }
+
+
+def _win_rate(points: Sequence[tuple[Pair, float]], seed: int) -> dict[str, float]:
+    by_prompt: dict[int, list[float]] = {}
+    for pair, value in points:
+        by_prompt.setdefault(pair.prompt, []).append(value)
+    values = [sum(own) / len(own) for own in by_prompt.values()]
+    low, high = evaluation_metrics.bootstrap(values, seed)
+    return {"mean": sum(values) / len(values), "low": low, "high": high, "prompts": len(values)}

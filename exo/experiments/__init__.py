@@ -1,0 +1,1 @@
+"""The paper's experiments: recipes, plans, tasks and the quickstart."""

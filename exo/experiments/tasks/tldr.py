@@ -1,0 +1,97 @@
+"""Summaries of Reddit posts, from two sources: preferences of people, and posts with their authors' own summaries.
+
+The source is the hub, or a directory with both as files or folders of files: comparisons.* (openai/
+summarize_from_feedback, comparisons) and sft.* (UCL-DARK/openai-tldr-filtered, train). Each comparison says itself of
+which split it is; validation serves as the test, as in the published scripts. Left out: news, which have no post.
+"""
+
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from exo.cli import console
+from exo.data import DataError, read_rows
+from exo.experiments.tasks.source import Files, Wanted, drawn, lines, named, unseen
+
+HUB = "openai/summarize_from_feedback"
+COMPARISONS, TEXTS = f"{HUB}:comparisons@train+validation", "UCL-DARK/openai-tldr-filtered@train"
+_COMPARISON = "a comparison with info (subreddit, title, post), two summaries with a text, choice 0 or 1, and split"
+_TEXT = "a post with subreddit, title, post and summary"
+
+
+class Pair(NamedTuple):
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def tldr(wanted: Wanted) -> Files:
+    comparisons, texts = _sources(wanted.source)
+    counts: Counter[str] = Counter()
+    found: dict[bool, list[Pair]] = {True: [], False: []}  # by whether it is trained on
+    for place, row in chain.from_iterable(map(read_rows, comparisons)):
+        if pair := _pair(place, row, counts):
+            found[row["split"] == "train"].append(pair)
+    imitated = [_text(place, row) for place, row in chain.from_iterable(map(read_rows, texts))]
+    console.counts(counts)
+    train, test, imitated = drawn(found[True], wanted), drawn(found[False], wanted), drawn(imitated, wanted)
+    if not (train and test):
+        raise DataError(f"{wanted.source}: expected comparisons of the splits train and valid; one of them has none")
+    test = unseen(test, {pair.prompt for pair in train} | {prompt for prompt, _ in imitated}, lambda pair: pair.prompt)
+    return {
+        "sft.jsonl": lines({"prompt": p, "completion": c} for p, c in imitated),
+        "prompts.jsonl": lines({"prompt": p} for p in dict.fromkeys(pair.prompt for pair in train)),
+        "test.jsonl": lines({"prompt": pair.prompt, "chosen": pair.chosen} for pair in test),
+        "pairs.jsonl": lines(pair._asdict() for pair in train),
+    }
+
+
+def _sources(source: str) -> tuple[list[str], list[str]]:
+    place = Path(source)
+    if not place.exists() and source == HUB:
+        return [COMPARISONS], [TEXTS]
+    found = tuple(_inside(place, name) for name in ("comparisons", "sft"))
+    if not all(found):
+        raise DataError(
+            f"{source}: expected {HUB}, or a directory with comparisons.* and sft.* (.jsonl, .json, .gz or .parquet, "
+            "or folders of them)"
+        )
+    return found[0], found[1]
+
+
+def _inside(place: Path, name: str) -> list[str]:
+    if (place / name).is_dir():
+        return [str(place / name)]
+    return named(place, name) if place.is_dir() else []
+
+
+def _prompt(post: dict[str, Any]) -> str:
+    return f"SUBREDDIT: r/{post['subreddit']}\nTITLE: {post['title']}\nPOST: {post['post']}\nTL;DR:"
+
+
+def _pair(place: str, row: dict[str, Any], counts: Counter[str]) -> Pair | None:
+    """The comparison, or nothing of one that is no use."""
+    info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
+    texts = [s.get("text") for s in summaries if isinstance(s, dict)] if isinstance(summaries, list) else []
+    if isinstance(info, dict) and info.get("post") is None and isinstance(info.get("article"), str):
+        counts["comparisons skipped: of news, not of a post"] += 1
+        return None
+    whole = isinstance(info, dict) and _is_post(info) and isinstance(row.get("split"), str)
+    if not (whole and len(texts) == 2 and all(isinstance(t, str) for t in texts) and choice in (0, 1)):
+        raise DataError(f"{place}: expected {_COMPARISON}")
+    chosen, rejected = (" " + str(texts[i]).strip() for i in (int(choice), 1 - int(choice)))
+    if chosen == rejected or not (chosen.strip() and rejected.strip()):
+        counts["comparisons skipped: a summary empty, or both the same"] += 1
+        return None
+    return Pair(_prompt(row["info"]), chosen, rejected)
+
+
+def _text(place: str, row: dict[str, Any]) -> tuple[str, str]:
+    if not _is_post(row) or not isinstance(row.get("summary"), str):
+        raise DataError(f"{place}: expected {_TEXT}")
+    return _prompt(row), " " + row["summary"].strip()
+
+
+def _is_post(row: dict[str, Any]) -> bool:
+    return all(isinstance(row.get(key), str) for key in ("subreddit", "title", "post"))

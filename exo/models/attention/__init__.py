@@ -1,0 +1,1 @@
+"""Attention masks and implementations for packed and shared-prompt batches."""

@@ -1,0 +1,1 @@
+"""Sample completions from a model and score them."""

@@ -1,0 +1,84 @@
+"""Write files and directories atomically: a reader sees all of the content or none."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+STAGING = ".staging"  # how names of what is half made begin
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A directory to fill; on leaving it takes the place of `target`, on an error it vanishes.
+
+    A new `target` appears in one rename; an old one is moved aside just before, and removed after.
+    """
+    staging = target.with_name(f".{target.name}.staging")
+    previous = target.with_name(f".{target.name}.previous")
+    if previous.exists() and not target.exists():  # killed between two renames
+        os.rename(previous, target)
+    for left_over in (staging, previous):
+        shutil.rmtree(left_over, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        flush_all(staging)
+        if target.exists():
+            os.rename(target, previous)
+        os.rename(staging, target)
+        flush(target.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged_into(directory: Path) -> Iterator[Path]:
+    """Like `staged`, for files that join others in `directory`: each is moved into place once all are complete."""
+    staging = directory / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        flush_all(staging)
+        for entry in sorted(staging.iterdir()):
+            os.replace(entry, directory / entry.name)
+        flush(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def flush_all(directory: Path) -> None:
+    for entry in (*directory.rglob("*"), directory):
+        flush(entry)
+
+
+def flush(entry: Path) -> None:
+    """A file's contents, or a directory's names, to the disk itself."""
+    handle = os.open(entry, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with staged_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `path` once complete. The extension stays, for writers that look at it."""
+    temporary = path.with_name(f"{STAGING}-{path.name}")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)

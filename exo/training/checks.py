@@ -1,0 +1,46 @@
+"""Warnings about data that can be trained on, and may not mean what they are taken for.
+
+Left out: what is refused (data), the temperature of samples (samples).
+"""
+
+import math
+from collections.abc import Sequence
+
+from exo import data
+from exo.cli import console
+from exo.data import split
+from exo.data.text.tokenize import TokenGroup
+from exo.models import logps
+
+
+def warn_of_trained_texts(dataset: data.Dataset, held_out: data.Dataset) -> None:
+    """Warn if held-out rows of a file of their own share texts with rows that are trained on."""
+    trained, others = ([split.Texts(g.prompt, g.completions) for g in rows.groups] for rows in (dataset, held_out))
+    if count := split.shared(trained, others):
+        console.warn(
+            f"{held_out.path}: {count:,} of {len(others):,} held-out rows share a prompt or a completion with --data, "
+            "so their accuracy may be too high"
+        )
+
+
+def warn_of_another_sampler(rows: Sequence[data.Group], scored: Sequence[TokenGroup]) -> None:
+    """Warn if another policy than the reference drew the completions, by the log-probs that it drew them with.
+
+    Only whole completions are compared: what all completions of a row begin with counts as their prompt.
+    """
+    drawn = {row.line: row.tokens for row in rows if row.tokens is not None and (row.tokens.top_p or 1) >= 1}
+    squares = [
+        (logprob - score) ** 2 / len(ids)
+        for group in scored
+        if group.line in drawn and group.completions == drawn[group.line].ids
+        for ids, logprob, score in zip(
+            group.completions, drawn[group.line].logprobs, group.ref_logps or (), strict=True
+        )
+    ]
+    noise = logps.TOKEN_NOISE["bf16"]  # sampling may have been in bfloat16, whatever this run is in
+    if squares and math.sqrt(sum(squares) / len(squares)) > 6 * noise:
+        console.warn(
+            "the completions were drawn by another policy than the reference: their log-probs differ by "
+            f"{math.sqrt(sum(squares) / len(squares)):.2g} nats rms, over the root of their tokens. The loss takes "
+            "them for samples of the reference and leaves out the importance offset; sample from the reference"
+        )

@@ -1,0 +1,57 @@
+"""Losses of supervised fine-tuning and of reward models."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from exo.data.collate import Batch
+from exo.models.attention import masks
+from exo.models.lm_head import CausalHead
+from exo.models.reward_head import RewardHead
+from exo.training.step import Share
+from exo_kernels import linear_token_logps
+
+
+class PairLoss(nn.Module):
+    """A reward model whose forward is the Bradley-Terry loss of pairs: rows 2i chosen, 2i + 1 rejected."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.rewards = RewardHead(model)
+
+    def margins(self, batch: Batch) -> Tensor:  # (G,) positive where the right one wins
+        chosen, rejected = self.rewards(batch).view(-1, 2).unbind(1)
+        return chosen - rejected
+
+    def forward(self, batch: Batch, count: int | None) -> Any:
+        """A share of the mean over so many; of none, the margins, for evaluation."""
+        margins = self.margins(batch)
+        if count is None:
+            return margins
+        right = (0.5 + 0.5 * margins.detach().sign().double()).sum()  # a tie counts one half
+        loss = -nn.functional.logsigmoid(margins).sum() / count
+        return Share(loss, {"accuracy": (right, len(margins)), "margin": (margins.detach().sum(), len(margins))})
+
+
+class LabelLoss(PairLoss):
+    """The same for a classifier: the cross-entropy of two classes is that of the log-odds, signed by the label."""
+
+    def margins(self, batch: Batch) -> Tensor:  # (G,)
+        assert batch.rewards is not None
+        return self.rewards(batch) * (2 * batch.rewards.float() - 1)
+
+
+class NextToken(nn.Module):
+    """A causal LM whose forward is the cross-entropy of the completions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.head = CausalHead(model)
+
+    def forward(self, batch: Batch, num_tokens: int) -> Share:
+        rows = masks.rows(self.head, batch)
+        logps = linear_token_logps(rows, self.head.weight, **masks.scored(batch), **self.head.options)
+        total = -logps.double().sum()
+        return Share(total / num_tokens, {"nats_per_token": (total.detach(), len(logps))})

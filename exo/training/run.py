@@ -1,0 +1,59 @@
+"""The run of a stage that several processes may do: what it begins and ends with, which one of them writes.
+
+A training stage has a log, and ends with a model; one that samples or scores has pieces, and ends with a file. Left
+out: what is done (the stages) and how (loop, processes).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from exo import models
+from exo.cli.errors import RunError
+from exo.distributed.gather import check_seen
+from exo.runs import directory as run_directory
+from exo.runs import plots
+from exo.runs import record as run_record
+from exo.runs import stage as run_stage
+from exo.runs.atomic import staged_into
+from exo.runs.jsonl import Metrics
+from exo.runs.stage import Start
+from exo.training import checkpoint_files
+
+
+def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Metrics:
+    """Make the run directory, or go on in it; once all that could be checked has been, for only now may an earlier run
+    make room."""
+    if accelerator.is_main_process:
+        run_stage.begin(start, keep=True, rows=rows)
+    check_seen(start, accelerator)
+    accelerator.init_trackers("exo")
+    return Metrics(Path(start.config.output_dir) / "metrics.jsonl")
+
+
+def end(
+    metrics: Metrics,
+    model: Any,
+    tokenizer: Any,
+    accelerator: Accelerator,
+    result: Mapping[str, float] | None = None,
+    dtypes: models.Dtypes | None = None,
+) -> Path:
+    """The run directory, which is now the model directory too, with its curves drawn."""
+    directory = metrics.path.parent
+    metrics.close()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        try:
+            with staged_into(directory) as staging:
+                models.save(model, tokenizer, staging, dtypes=dtypes)
+        except (OSError, RunError) as error:
+            state = checkpoint_files.newest(directory / run_record.STATES)
+            kept = f"; the last whole state is {state}, from which the same command goes on" if state else ""
+            raise RunError(f"{error}{kept}") from error
+        plots.training_curves(directory)
+        run_stage.finish(directory, **({} if result is None else {"result": result}))
+        run_directory.clear(directory)
+    return directory

@@ -1,0 +1,201 @@
+"""One training step: forward and backward over micro-batches, sums over processes, the update.
+
+Left out: the steps' order, and what stands between them (loop).
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from exo.cli import signals
+from exo.cli.errors import RunError
+from exo.cli.options import Training
+from exo.data.collate import Packing
+from exo.data.text.tokenize import TokenGroup
+from exo.distributed import deepspeed, fsdp
+from exo.training import profiler
+from exo.training.optimizer import learning_rate_share
+from exo.training.profiler import activations
+
+COUNTERS = ("lost", "not_finite", "clipped")  # of updates; lost: to float16's overflow, in a row
+MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
+
+
+class NotFinite(RunError):
+    """A loss or gradient, before the update that it would have made; of all processes, or of one of several alone."""
+
+    of_all = True
+
+
+class Share(NamedTuple):
+    """What one forward pass gives: its part of the step's mean loss, and sums with the counts to divide them by."""
+
+    loss: Tensor
+    sums: Mapping[str, tuple[Tensor | float, Tensor | float]]
+
+
+class Step(NamedTuple):
+    """What every step has in common."""
+
+    module: nn.Module
+    optim: Any
+    config: Training
+    accelerator: Accelerator
+    denominator: Callable[[Sequence[Any]], int]
+    collate: Callable[[Sequence[Any]], Any]
+    packing: Packing
+    steps: int
+    before_update: Callable[[int, Any], None] | None = None
+
+    def __call__(
+        self,
+        step: int,
+        batch: list[Any],
+        counters: dict[str, float],
+        *,
+        told: bool,
+        first: Callable[[float, Mapping[str, float]], None] | None,
+    ) -> tuple[dict[str, float], int]:
+        """From a global batch to the update; (a line of metrics, the signal that asked some process to stop)."""
+        config, accelerator, began = self.config, self.accelerator, time.perf_counter()
+        share = learning_rate_share(config, self.steps, step - 1)
+        for group in self.optim.param_groups:
+            group["lr"] = group["peak"] * share
+        with profiler.section("data"):
+            parts, idle = self._parts(batch)
+        loss, sums, tokens = accumulate(
+            self.module, parts, self.denominator(batch), accelerator, self.collate, step, config, told, idle
+        )
+        with profiler.section("waiting"):
+            loss, sums, tokens, asked = _across_processes(accelerator, loss, sums, tokens)
+        values = {name: total / count for name, (total, count) in sums.items() if count}
+        if step == 1 and first is not None:
+            first(loss, values)
+        if self.before_update is not None:
+            self.before_update(step, self.optim)
+        with profiler.section("optimizer"):
+            norm = update(self.module, self.optim, config, accelerator, step, batch, loss)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        lost = accelerator.optimizer_step_was_skipped
+        counters["lost"] = counters["lost"] + 1 if lost else 0
+        if counters["lost"] == MOST_SKIPPED:
+            raise RunError(f"step {step}: {MOST_SKIPPED} updates in a row overflowed float16; use bfloat16")
+        counters["not_finite"] += not finite and not lost
+        clipped = float(0 < config.max_grad_norm < norm)
+        counters["clipped"] += clipped
+        line = {"step": step, "loss": loss} | values
+        line |= {"learning_rate": config.learning_rate * share, "grad_norm": norm, "tokens": tokens}
+        line |= {"clipped": clipped, "tokens_per_second": tokens / (time.perf_counter() - began)}
+        return line | ({} if finite or lost else {"skipped": 1.0}), asked
+
+    def _parts(self, batch: list[Any]) -> tuple[list[list[Any]], int]:
+        """This process's micro-batches, and how many at the end are there for company alone: processes that gather
+        a model's shards, or add up gradients, wait for each other."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        own = self.packing.micro_batches(batch[rank::world])
+        if world == 1:
+            return own, 0
+        most = max(1, len(own))
+        if fsdp.is_sharded(self.module) or deepspeed.stage(self.optim) == 2:
+            most = max(len(self.packing.micro_batches(batch[i::world])) for i in range(world))
+        return own + [[batch[0]]] * (most - len(own)), most - len(own)
+
+
+def accumulate(
+    module: nn.Module,
+    parts: Sequence[Sequence[TokenGroup]],
+    count: int,
+    accelerator: Accelerator,
+    collate: Callable[[Any], Any],
+    step: int,
+    config: Training,
+    told: bool = True,
+    idle: int = 0,
+) -> tuple[float, dict[str, tuple[float, float]], float]:
+    """Forward and backward over one process's part of a step; what is kept between them is said unless it was. The last
+    `idle` of the parts count nothing."""
+    sharded, engine = fsdp.is_sharded(module), deepspeed.is_engine(module)
+    loss, tokens, sums = 0.0, 0.0, dict[str, tuple[float, float]]()
+    for i, part in enumerate(parts):
+        signals.stop_if_asked()
+        with profiler.section("data"):
+            batch = collate(part).to(accelerator.device)
+        profiler.count_rows(len(batch.rows))
+        size = sum(len(g.prompt) + len(ids) for g in part for ids in g.completions)
+        counts, last = i < len(parts) - idle, i == len(parts) - 1
+        # gradients of a model in shards are added up at once: whole ones would need the memory that shards save
+        with nullcontext() if sharded or engine or last else accelerator.no_sync(module):
+            with (
+                profiler.section("head and loss"),
+                nullcontext() if told or i or sharded else activations(module, size),
+            ):
+                with accelerator.autocast():
+                    share = fsdp.entered(module, partial(module, batch, count))
+            value = float(share.loss.detach())
+            if not math.isfinite(value) and config.on_nan == "stop":
+                raise _not_finite(step, f"the loss is {value}", part, accelerator)
+            # processes are averaged by the wrapper, but the denominator already counts them all
+            with profiler.section("head and loss"):  # and from its border on the body
+                scaled = share.loss * (accelerator.num_processes * counts)
+                deepspeed.backward(module, scaled, last) if engine else accelerator.backward(scaled)
+        for name, (total, n) in share.sums.items():  # the same names in every process, or they could not be added up
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + float(total), before[1] + float(n)) if counts else before
+        if counts:
+            loss += value
+            tokens += size
+    return loss, sums, tokens
+
+
+def _not_finite(step: int, what: str, rows: Sequence[TokenGroup], accelerator: Accelerator | None = None) -> NotFinite:
+    lines = ", ".join(str(group.line) for group in rows[:10]) + ", ..." * (len(rows) > 10)
+    where = f", rank {accelerator.process_index}" if accelerator and accelerator.num_processes > 1 else ""
+    error = NotFinite(f"step {step}{where}: {what}; stopped before the update; rows at lines {lines}")
+    error.of_all = not where
+    return error
+
+
+def _across_processes(
+    accelerator: Accelerator, loss: float, sums: dict[str, tuple[float, float]], tokens: float
+) -> tuple[float, dict[str, tuple[float, float]], float, int]:
+    """Sums over all processes; and the signal that asked any of them to stop, so that all do at the same step."""
+    if accelerator.num_processes == 1:
+        return loss, sums, tokens, signals.asked()
+    names, world = sorted(sums), accelerator.num_processes
+    asked = [float(signals.asked()) if i == accelerator.process_index else 0.0 for i in range(world)]
+    own = [loss, tokens, *asked, *(x for name in names for x in sums[name])]
+    flat = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
+    loss, tokens, *rest = accelerator.reduce(flat, "sum").tolist()
+    asked, rest = rest[:world], rest[world:]
+    return loss, {name: (rest[2 * i], rest[2 * i + 1]) for i, name in enumerate(names)}, tokens, int(max(asked))
+
+
+def update(
+    module: nn.Module,
+    optim: Any,
+    config: Training,
+    accelerator: Accelerator,
+    step: int,
+    batch: Sequence[TokenGroup],
+    loss: float,
+) -> float:
+    """Clip, check, step. What is not finite stops the run, or this update; but fp16's loss scaling handles it there."""
+    limit, engine = config.max_grad_norm or math.inf, deepspeed.is_engine(module)
+    if engine:  # which checks before it steps, too
+        norm = deepspeed.update(module, math.isfinite(loss))
+    else:
+        norm = float(fsdp.whole(accelerator.clip_grad_norm_(module.parameters(), limit)))
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if not finite and accelerator.scaler is None and config.on_nan == "stop":
+        raise _not_finite(step, "the gradient of all processes together is not finite", batch)
+    if not engine and (finite or accelerator.scaler is not None):
+        optim.step()
+    optim.zero_grad(set_to_none=True)
+    return norm

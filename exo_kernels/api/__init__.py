@@ -1,0 +1,1 @@
+"""The public functions: check the arguments, choose the implementation, call one operator."""

@@ -1,0 +1,1 @@
+"""The torch.library operators with their fake implementations and autograd."""
