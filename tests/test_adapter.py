@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from exo import align, models, sft
 from exo.cli.options import AdapterOptions, DataTraining
 from exo.data.collate import Packing
+from exo.distributed.accelerator import make_accelerator
 from exo.models import lora as model_lora
 from exo.training import preference
 from exo.training.optimizer import _spare
@@ -281,7 +282,7 @@ def test_checkpointing_changes_no_gradient_keeps_less_and_outlives_an_evaluation
         _spare(module, DataTraining(gradient_checkpointing=checkpointed))
         packing = Packing(0, 8192)
         group = align.TokenGroup((3, 4, 5) * 20, ((6, 7, 8), (9, 3)), (1.0, 0.0), 1, (-7.0, -4.0))
-        preference.evaluate(module, [group], align.loop.make_accelerator(DataTraining(device="cpu")), packing)
+        preference.evaluate(module, [group], make_accelerator(DataTraining(device="cpu")), packing)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
             share = module(packing.collate([group]), 1)

@@ -143,12 +143,13 @@ def test_a_state_goes_on_in_other_processes_but_with_deepspeed_alone(given, tmp_
 def test_what_is_not_finite_stops_before_the_update_or_skips_it(what, said, given, tmp_path, monkeypatch, capfd):
     """On one process alone, at one step: both stop, or both skip that update and go on."""
     program = (
-        "import os, sys, torch\nfrom exo import policy, align\nforward, calls = policy.PolicyLoss.forward, []\n"
+        "import os, sys, torch\nfrom exo import align\n"
+        "from exo.training import preference\nforward, calls = preference.PolicyLoss.forward, []\n"
         "def bad(self, batch, n):\n    share = forward(self, batch, n)\n    calls.extend([1] * bool(n))\n"
         "    if len(calls) == 5 and os.environ['RANK'] == '1' and n:\n"
         f"        if {what == 'loss'}: return share._replace(loss=share.loss * float('nan'))\n"
         "        share.loss.register_hook(lambda g: g * float('inf'))\n    return share\n"
-        "policy.PolicyLoss.forward = bad\nsys.exit(align.main(sys.argv[1:]))\n"
+        "preference.PolicyLoss.forward = bad\nsys.exit(align.main(sys.argv[1:]))\n"
     )
     (tmp_path / "poisoned.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:.")

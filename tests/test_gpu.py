@@ -76,7 +76,7 @@ def test_more_than_2_31_elements(inplace):
     logits = torch.zeros(1, rows, vocab, dtype=torch.bfloat16, device="cuda")
     logits[0, :8], logits[0, -8:] = few, few
     x = logits.requires_grad_()
-    logps, _, _ = exo_kernels.ops.token_logps(x, labels, 1.0, IGNORED, False, inplace, "triton")
+    logps, _, _ = exo_kernels.ops.logits.token_logps(x, labels, 1.0, IGNORED, False, inplace, "triton")
     assert torch.equal(logps[0, :8], logps[0, -8:]) and logps[0, :8].any()
     (grad,) = torch.autograd.grad(logps.sum(), x)
     assert torch.equal(grad[0, :8], grad[0, -8:]) and grad[0, -8:].any(-1).all()

@@ -179,7 +179,7 @@ def offsets_beyond_int32(axis: str, impl: str) -> None:
                 )  # fmt: skip
                 (grad,) = torch.autograd.grad(loss, x)
             else:  # a group of one has no slope, so the operator alone
-                ops = exo_kernels.ops.token_logps(x, labels, 1.0, -100, False, True, impl)
+                ops = exo_kernels.ops.logits.token_logps(x, labels, 1.0, -100, False, True, impl)
                 (grad,) = torch.autograd.grad(ops[0].sum(), x)
             assert grad.any(-1).all()
             results.append((logps.detach(), grad.clone(), x.detach().clone()))

@@ -46,7 +46,7 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["neighbours", "scattered"])
 def test_beyond_the_gradient_a_few_tiles(dtype, kind):
-    chunked = exo_kernels.ops.implementation("chunked")
+    chunked = exo_kernels.dispatch.implementation("chunked")
     logits = torch.randn(2, ROWS // 2, V).to(dtype)
     targets = torch.randint(V, (2, ROWS // 2))
     if kind == "scattered":

@@ -291,15 +291,16 @@ def test_one_that_fails_ends_all_and_says_why_once(given, tmp_path):
     """A loss that is not finite on one rank alone: its rank and rows are named; the other does not wait for ever."""
     began = time.monotonic()
     program = (
-        "import os, sys\nfrom exo import policy, align\nforward = policy.PolicyLoss.forward\n"
+        "import os, sys\nfrom exo import align\n"
+        "from exo.training import preference\nforward = preference.PolicyLoss.forward\n"
         "def bad(self, batch, n):\n    share = forward(self, batch, n)\n"
         "    return share._replace(loss=share.loss * float('nan')) if n and os.environ['RANK'] == '1' else share\n"
-        "policy.PolicyLoss.forward = bad\nsys.exit(align.main(sys.argv[1:]))\n"
+        "preference.PolicyLoss.forward = bad\nsys.exit(align.main(sys.argv[1:]))\n"
     )
     (tmp_path / "poisoned.py").write_text(program)
     argv = [a for a in interruptions.arguments("align", given, tmp_path / "run") if a != "--dropout"]
     child = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from exo import launch; "
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from exo.cli import launch; "
          "sys.exit(launch.run('poisoned', sys.argv[1:], 2))", *argv],
         capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": f"{tmp_path}:."},
     )  # fmt: skip
@@ -328,11 +329,12 @@ def test_told_to_stop_two_processes_stop_at_one_step(given, tmp_path):
 def test_told_to_stop_two_processes_do_not_wait_for_an_evaluation(given, tmp_path):
     """Of half a minute, a second for each of its micro-batches."""
     program = (
-        "import sys, time\nfrom exo import policy, align\nforward = policy.PolicyLoss.forward\n"
+        "import sys, time\nfrom exo import align\n"
+        "from exo.training import preference\nforward = preference.PolicyLoss.forward\n"
         "def slow(self, batch, n):\n"
         "    if n is None:\n        print('evaluating', flush=True)\n        time.sleep(1)\n"
         "    return forward(self, batch, n)\n"
-        "policy.PolicyLoss.forward = slow\nsys.exit(align.main(sys.argv[1:]))\n"
+        "preference.PolicyLoss.forward = slow\nsys.exit(align.main(sys.argv[1:]))\n"
     )
     (tmp_path / "slow.py").write_text(program)
     argv = [a for a in interruptions.arguments("align", given, tmp_path / "run") if a != "--dropout"]
@@ -340,7 +342,7 @@ def test_told_to_stop_two_processes_do_not_wait_for_an_evaluation(given, tmp_pat
     command = [
         sys.executable,
         "-c",
-        "import sys; from exo import launch; sys.exit(launch.run('slow', sys.argv[1:], 2))",
+        "import sys; from exo.cli import launch; sys.exit(launch.run('slow', sys.argv[1:], 2))",
     ]
     child = subprocess.Popen(
         [*command, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,

@@ -88,7 +88,7 @@ def test_chunks_are_sized_by_bytes():
     """4 V bytes a row and the thin rows beside it, whatever V / D is; never more than 8192 rows."""
     for vocab in (32000, 151936):
         rows = sizes(vocab=vocab).chunk_rows(512 * MIB)
-        assert rows == 512 * MIB // (4 * plan.head.padded(vocab) + 512 * 4 * 3)
+        assert rows == 512 * MIB // (4 * plan.matmul.padded(vocab) + 512 * 4 * 3)
     assert sizes(vocab=100).chunk_rows(512 * MIB) == 8192
     assert sizes().chunk_rows(1) == 1
     stacked = sizes(stacked=True).chunk_rows(512 * MIB)

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from exo import models
+from exo.cli.errors import RunError
 from exo.models import saving
+from exo.runs import directory as run_directory
 from tests import interruptions
 from tests.interruptions import STAGES
 
@@ -82,10 +84,8 @@ def test_adapters_and_what_is_merged_from_them(output, given, tmp_path):
 
 def test_checkpoints_to_resume_from_stay_in_32_bits(given, tmp_path, monkeypatch):
     kept = []
-    clear = interruptions.sft.artifacts.clear
-    monkeypatch.setattr(
-        interruptions.sft.artifacts, "clear", lambda run: kept.append(dtypes(run / "resume/step-00000010/tensors"))
-    )
+    clear = run_directory.clear
+    monkeypatch.setattr(run_directory, "clear", lambda run: kept.append(dtypes(run / "resume/step-00000010/tensors")))
     trained("sft", given, tmp_path / "run", "half")
     monkeypatch.undo()
     clear(tmp_path / "run")
@@ -115,7 +115,7 @@ def test_tensors_of_another_dtype_than_most_keep_their_own(given, tmp_path):
 def test_a_weight_that_the_dtype_cannot_hold_is_an_error(given, tmp_path):
     model, tokenizer = models.load(given / "start")
     model.transformer.wte.weight.data[0, 0] = 70_000.0
-    with pytest.raises(models.saving.artifacts.RunError, match="wte.weight is not finite in float16"):
+    with pytest.raises(RunError, match="wte.weight is not finite in float16"):
         models.save(model, tokenizer, tmp_path / "x", models.Dtypes(torch.float16))
     assert model.dtype == torch.float32
     models.save(model, tokenizer, tmp_path / "y", models.Dtypes(HALF))

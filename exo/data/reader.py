@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from exo.cli.errors import ConfigError
 from exo.cli.paths import split_paths
 from exo.cli.spelling import suggestion
 from exo.data import mixing
@@ -49,7 +50,10 @@ def read(
     read and could belong to the prompt, or change what is learned, raises unless it is ignored. `weights` are the
     shares of several paths in an epoch, drawn by `seed`: see mixing.
     """
-    parts = split_paths(path)
+    try:
+        parts = split_paths(path)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
     if weights is not None and len(weights) != len(parts):
         raise DataError(
             f"{show(path)}: expected one weight for each of the {len(parts)} data files; got {len(weights)}"
