@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from benchmarks.harness import OURS
 from benchmarks.step_workload import BETA, EPS, Problem
 from exo.cli.options import DataTraining
-from exo.data.collate import Packing
+from exo.data.collate import Collator
 from exo.models.attention import choose
 from exo.training import preference, reference
 from exo.training import step as training_step
@@ -48,19 +48,23 @@ def _ours(name: str, problem: Problem, device: str, layout: Any) -> Contender:
     mixed = "bf16" if device == "cuda" else "no"
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)
     model = copy.deepcopy(problem.model)
-    packing = Packing(problem.tokenizer.pad_token_id, 10**9)
+    collator = Collator(problem.tokenizer.pad_token_id, 10**9)
     if layout == "shared":
-        packing = choose.choose([model.to(accelerator.device)], problem.groups, accelerator, packing, "on", 1.0)
-        assert packing.layout == layout, packing
-    groups = reference.score(model, problem.groups, accelerator, packing, 1.0, None)
-    module = preference.PolicyLoss(model, loss="exo", beta_pi=BETA, beta_r=1.0, label_smoothing=EPS, temperature=1.0)
+        collator = choose.choose_layout(
+            [model.to(accelerator.device)], problem.groups, accelerator, collator, "on", 1.0
+        )
+        assert collator.layout == layout, collator
+    groups = reference.score(model, problem.groups, accelerator, collator, 1.0, None)
+    module = preference.PreferenceLoss(
+        model, loss="exo", beta_pi=BETA, beta_r=1.0, label_smoothing=EPS, temperature=1.0
+    )
     module.train(False)
     config = DataTraining(learning_rate=RATE, batch_size=len(groups))
     module, optim = accelerator.prepare(module, optimizer(module, config))
 
     def gradient() -> float:
-        parts = packing.micro_batches(groups)
-        return training_step.accumulate(module, parts, len(groups), accelerator, packing.collate, 1, config)[0]
+        parts = collator.micro_batches(groups)
+        return training_step.accumulate(module, parts, len(groups), accelerator, collator.collate, 1, config)[0]
 
     def step() -> None:
         training_step.update(module, optim, config, accelerator, 1, groups, gradient())

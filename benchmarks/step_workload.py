@@ -10,7 +10,7 @@ import torch
 
 from exo import data, models
 from exo.data.text import tokenize
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 
 LIMITS = tokenize.Limits(10**6, None, "error")
 BETA, EPS = 0.1, 1e-3
@@ -59,7 +59,7 @@ class Problem(NamedTuple):
     model: Any
     tokenizer: Any
     rows: list[dict[str, Any]]  # texts, of K = 2 as pairs
-    groups: list[TokenGroup]  # the same as tokens
+    groups: list[TokenizedExample]  # the same as tokens
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def make(work: Workload, device: str) -> Problem:
             row = {"prompt": row["prompt"], "chosen": answers[0], "rejected": answers[1]}
         rows.append(row | ({} if work.peers else {"rewards": torch.rand(work.group_size, generator=draw).tolist()}))
     groups = [
-        data.Group(
+        data.Example(
             row["prompt"],
             (row["chosen"], row["rejected"]) if work.peers else tuple(row["completions"]),
             None if work.peers else tuple(row["rewards"]),

@@ -11,7 +11,7 @@ import torch
 import worlds
 from matplotlib import pyplot as plt
 
-from exo.runs.atomic import staged_file
+from exo.runs.atomic import atomic_file
 from exo.runs.plots import BLUE, GREY, ORANGE
 
 GREEN, PURPLE = "#009e73", "#cc79a7"
@@ -135,7 +135,7 @@ def main() -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    with staged_file(directory / "theory.png") as temporary:
+    with atomic_file(directory / "theory.png") as temporary:
         figure.savefig(temporary, dpi=110)
     print(f"\n{directory / 'theory.png'}")
 

@@ -20,16 +20,16 @@ from exo import data, models
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import AdapterOptions, DataOptions
 from exo.cli.parse import parse
 from exo.data import preview, split, transforms
-from exo.data.collate import Packing
+from exo.data.collate import Collator
 from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
-from exo.distributed.accelerator import make_accelerator, placed
+from exo.distributed.accelerator import make_accelerator, place
 from exo.models import lora
 from exo.models.attention import choose
 from exo.rollouts import samples
@@ -66,7 +66,7 @@ class Config(AdapterOptions, DataOptions):
     reward_norm: transforms.Norm = option(
         "none", "rewards less their mean, over their standard deviation: of each prompt, or of all the data"
     )
-    share_prompt: choose.Share = option(
+    share_prompt: choose.SharePrompt = option(
         "auto", "encode a prompt once for all its completions; auto does where it saves tokens and the model bears it"
     )
     ref_model: str | None = option(None, "the reference, when it is not the starting policy")
@@ -106,13 +106,13 @@ def run(config: Config, start: Start) -> Path:
     dataset = read(config)
     held_out = read(config, "eval_data") if config.eval_data else None
     if held_out is not None:
-        checks.warn_of_trained_texts(dataset, held_out)
+        checks.warn_of_leaks(dataset, held_out)
     accelerator = make_accelerator(config)
     set_seed(config.seed)
 
     console.headline("Data")
     for part in filter(None, (dataset, held_out)):
-        console.say(part.summary())
+        console.log(part.summary())
     console.headline("Model")
     lora.check(config, config.model)
     start_model = run_inputs.source("model", config.model, "sft", "align", "ppo")
@@ -123,53 +123,58 @@ def run(config: Config, start: Start) -> Path:
     )
     counts: Counter[str] = Counter()
     try:
-        groups, *other = (tokens(config, rows, tokenizer, counts) for rows in (dataset, *rest))
+        examples, *other = (tokens(config, rows, tokenizer, counts) for rows in (dataset, *rest))
         others = other[0] if other else []
-        models.check_fits(model, groups + others)
-        train_groups, _, held_out_lines = parted(config, dataset, groups, others, counts)
+        models.check_fits(model, examples + others)
+        train_examples, _, held_out_lines = parted(config, dataset, examples, others, counts)
     finally:
         console.counts(counts)
-    read_model = partial(models.load, mapped=fsdp.asked(config))
-    mode, other_model = reference_model(config, groups + others, tokenizer, read_model)
-    _describe(config, model, tokenizer, train_groups, accelerator)
+    read_model = partial(models.load, mapped=fsdp.is_requested(config))
+    mode, other_model = reference_model(config, examples + others, tokenizer, read_model)
+    _describe(config, model, tokenizer, train_examples, accelerator)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
 
     console.headline("Reference log-probs")
     if mode == "live" and not config.lora_r:
         other_model = other_model or copy.deepcopy(model)
-    trained = lora.add(model, config, start_model)
+    trained = lora.apply(model, config, start_model)
     seeing = [model] if other_model is None else [model, other_model]
     for one in seeing:
-        placed(one, config, accelerator)
-    packing = choose.choose(
-        seeing, groups, accelerator, Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), config.share_prompt,
-        config.temperature, config.dropout,
-    )  # fmt: skip
+        place(one, config, accelerator)
+    collator = choose.choose_layout(
+        seeing,
+        examples,
+        accelerator,
+        Collator(tokenizer.pad_token_id, config.max_tokens_per_batch),
+        config.share_prompt,
+        config.temperature,
+        config.dropout,
+    )
     if accelerator.is_main_process:
-        run_record.update_run(Path(config.output_dir), layout=packing.layout, reference=mode)
-    with lora.switched_off(trained):
-        scored = _scored(config, mode, other_model or model, groups + others, accelerator, packing)
+        run_record.update_run(Path(config.output_dir), layout=collator.layout, reference=mode)
+    with lora.disabled(trained):
+        scored = _scored(config, mode, other_model or model, examples + others, accelerator, collator)
     if mode == "cache":
-        checks.warn_of_another_sampler(dataset.groups, scored[: len(groups)])
-    train_groups, eval_groups, _ = parted(
-        config, dataset, scored[: len(groups)], scored[len(groups) :], Counter(), held_out_lines
+        checks.warn_of_other_sampler(dataset.examples, scored[: len(examples)])
+    train_examples, eval_examples, _ = parted(
+        config, dataset, scored[: len(examples)], scored[len(examples) :], Counter(), held_out_lines
     )
 
     console.headline("Training")
     live = None if mode != "live" else other_model or model
-    module = preference.PolicyLoss(
+    module = preference.PreferenceLoss(
         trained, loss=config.loss, beta_pi=config.beta_pi, beta_r=config.beta_r,
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature, reference=live,
     ).train(config.dropout)  # fmt: skip
-    watch = _Watch(config, module, tokenizer, eval_groups, accelerator, metrics, packing, dtypes)
-    steps = sampler.total_steps(config, len(train_groups))
+    watch = _Watch(config, module, tokenizer, eval_examples, accelerator, metrics, collator, dtypes)
+    steps = sampler.total_steps(config, len(train_examples))
     loop.train(
-        module, sampler.Batches(train_groups, config, steps), steps, config, accelerator, metrics,
-        packing=packing, denominator=len, shown=SHOWN,
-        steps_an_epoch=sampler.epoch_steps(config, len(train_groups)),
-        first=_first_loss_check(config, mode, module, train_groups, accelerator), after=watch, parts={"watch": watch},
+        module, sampler.BatchSampler(train_examples, config, steps), steps, config, accelerator, metrics,
+        collator=collator, denominator=len, shown=SHOWN,
+        steps_an_epoch=sampler.steps_per_epoch(config, len(train_examples)),
+        first=_first_loss_check(config, mode, module, train_examples, accelerator), after=watch, parts={"watch": watch},
     )  # fmt: skip
-    finished = lora.finished(trained, config, accelerator)
+    finished = lora.merged(trained, config, accelerator)
     directory = training_run.end(metrics, finished, tokenizer, accelerator, watch.last, dtypes)
     _conclude(directory, watch)
     return directory
@@ -179,35 +184,35 @@ def read(config: Config, option: str = "data") -> data.Dataset:
     """Read the file of --data or --eval_data."""
     path = run_inputs.source(option, getattr(config, option), "score", "prepare", prepared="pairs.jsonl")
     dataset = data.read(path, **config.reading_of(option))
-    samples.check_temperature(option, path, dataset.groups, config.temperature)
-    if config.target == "rw" and dataset.groups[0].rewards is None:
+    samples.check_temperature(option, path, dataset.examples, config.temperature)
+    if config.target == "rw" and dataset.examples[0].rewards is None:
         raise ValueError(f"--target rw: expected completions with rewards; {path} has preferences")
     return dataset
 
 
-def tokens(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:
+def tokens(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]) -> list[TokenizedExample]:
     """Return every row of a file as tokens, whatever the options will make of it: the reference scores it once.
 
     `counts` gets what was cut, dropped or noted.
     """
-    groups, cut = tokenize.encode(
-        dataset.groups, tokenizer, Limits(**config.limits()), dataset.path, skip_invalid=config.skip_invalid
+    examples, cut = tokenize.encode(
+        dataset.examples, tokenizer, Limits(**config.limits()), dataset.path, skip_invalid=config.skip_invalid
     )
     counts.update(cut)
-    return [tokenize.factored(group) for group in groups]
+    return [tokenize.factor_prefix(example) for example in examples]
 
 
 class Parts(NamedTuple):
-    train: list[TokenGroup]
-    held_out: list[TokenGroup]
+    train: list[TokenizedExample]
+    held_out: list[TokenizedExample]
     lines: frozenset[int]  # of the rows that eval_fraction holds out
 
 
 def parted(
     config: Config,
     dataset: data.Dataset,
-    groups: list[TokenGroup],
-    others: list[TokenGroup],  # of --eval_data
+    examples: list[TokenizedExample],
+    others: list[TokenizedExample],  # of --eval_data
     counts: Counter[str],
     lines: frozenset[int] | None = None,
 ) -> Parts:
@@ -215,12 +220,12 @@ def parted(
 
     `lines` are those of an earlier result for the same rows; without them the rows to hold out are chosen.
     """
-    train, held_out = _compared(config, groups, counts), _compared(config, others, counts)
+    train, held_out = _compared(config, examples, counts), _compared(config, others, counts)
     if lines is None:
         lines = _held_out_lines(config, dataset, train)
     if lines:
-        held_out = [group for group in train if group.line in lines]
-        train = [group for group in train if group.line not in lines]
+        held_out = [example for example in train if example.line in lines]
+        train = [example for example in train if example.line not in lines]
     if not train:
         raise data.DataError(f"{config.data}: no row is left to train on")
     if config.eval_data and not held_out:
@@ -228,12 +233,12 @@ def parted(
     return Parts(train, held_out, lines)
 
 
-def _held_out_lines(config: Config, dataset: data.Dataset, rows: list[TokenGroup]) -> frozenset[int]:
+def _held_out_lines(config: Config, dataset: data.Dataset, rows: list[TokenizedExample]) -> frozenset[int]:
     """Choose the share of the rows that eval_fraction holds out; warn if they share texts with the others."""
     if config.eval_data is not None or not config.eval_fraction:
         return frozenset()
-    by_line = {group.line: split.Texts(group.prompt, group.completions) for group in dataset.groups}
-    texts = [by_line[group.line] for group in rows]
+    by_line = {example.line: split.Texts(example.prompt, example.completions) for example in dataset.examples}
+    texts = [by_line[example.line] for example in rows]
     names = sorted({text.name for text in texts})
     number = min(len(names) - 1, max(1, round(config.eval_fraction * len(names))))
     parts = split.hold_out(texts, names, number, config.seed)
@@ -242,62 +247,64 @@ def _held_out_lines(config: Config, dataset: data.Dataset, rows: list[TokenGroup
     return frozenset(rows[i].line for i in parts.held_out)
 
 
-def _compared(config: Config, rows: list[TokenGroup], counts: Counter[str]) -> list[TokenGroup]:
+def _compared(config: Config, rows: list[TokenizedExample], counts: Counter[str]) -> list[TokenizedExample]:
     """What the options make of the rows: fewer completions, pairs of rewards, rewards on another scale."""
     if config.max_completions is not None:
-        rows, skipped = transforms.first(rows, config.max_completions)
+        rows, skipped = transforms.take_first(rows, config.max_completions)
         counts.update(skipped)
     if config.target == "pref":
-        rows, skipped = transforms.best_against_worst(rows)
+        rows, skipped = transforms.to_pairs(rows)
         counts.update(skipped)
         return rows
-    return transforms.normalise(rows, config.reward_norm) if rows else rows
+    return transforms.normalize_rewards(rows, config.reward_norm) if rows else rows
 
 
-def _describe(config: Config, model: Any, tokenizer: Any, groups: list[TokenGroup], accelerator: Accelerator) -> None:
+def _describe(
+    config: Config, model: Any, tokenizer: Any, examples: list[TokenizedExample], accelerator: Accelerator
+) -> None:
     """What will be trained on what, before any time is spent on it."""
-    kind = "preferences" if groups[0].rewards is None else "rewards"
+    kind = "preferences" if examples[0].rewards is None else "rewards"
     parameters = models.parameter_count(model)
-    steps = sampler.total_steps(config, len(groups))
-    sizes = sorted({len(group.completions) for group in groups})
-    lengths = sorted(group.longest for group in groups)
-    console.say(
+    steps = sampler.total_steps(config, len(examples))
+    sizes = sorted({len(example.completions) for example in examples})
+    lengths = sorted(example.longest for example in examples)
+    console.log(
         f"{type(model).__name__}, {parameters / 1e6:,.1f}M parameters, {accelerator.device}, "
         f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}\n"
         f"{config.loss.upper()} on {kind}, K {sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''}, "
-        f"{len(groups):,} prompts for training, {steps:,} steps of {config.batch_size}\n"
+        f"{len(examples):,} prompts for training, {steps:,} steps of {config.batch_size}\n"
         f"longest row of a prompt: median {lengths[len(lengths) // 2]} tokens, most {lengths[-1]}\n"
-        f"memory: about {_memory(config, model, groups, accelerator) / 2**30:.2f} GiB a process "
+        f"memory: about {_memory(config, model, examples, accelerator) / 2**30:.2f} GiB a process "
         "(weights, gradients, Adam, the head's working memory; activations come on top)"
     )
-    preview.show(groups, tokenizer, preview.LOSS_OF_DIFFERENCE)
+    preview.show(examples, tokenizer, preview.LOSS_OF_DIFFERENCE)
 
 
-def _memory(config: Config, model: Any, groups: list[TokenGroup], accelerator: Accelerator) -> int:
+def _memory(config: Config, model: Any, examples: list[TokenizedExample], accelerator: Accelerator) -> int:
     """Bytes in a process: the weights; gradients and two moments where they are trained, which of LoRA's is next to
     nothing; what autocast keeps of the weights in 16 bits, or a second model that scores, whichever is more; of all
     these a share where they are in shards; and the head's budget, or twice the logits of the largest micro-batch where
     that is less."""
-    widest = max(group.longest * len(group.completions) for group in groups)
-    tokens = min(max(config.max_tokens_per_batch, widest), sum(g.longest * len(g.completions) for g in groups))
+    widest = max(example.longest * len(example.completions) for example in examples)
+    tokens = min(max(config.max_tokens_per_batch, widest), sum(g.longest * len(g.completions) for g in examples))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     second = config.ref_model or (config.reference == "live" and not config.lora_r)
     beside = 4 if second else 0 if accelerator.mixed_precision == "no" else 2
     trained = 0 if config.lora_r else 12
     weights = sum(parameter.numel() * (1 if parameter.dtype == torch.uint8 else 4) for parameter in model.parameters())
     whole = weights + (trained + beside) * models.parameter_count(model)
-    share = accelerator.num_processes if fsdp.asked(config) else 1
+    share = accelerator.num_processes if fsdp.is_requested(config) else 1
     return whole // share + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
 
 
 def reference_model(
-    config: Config, groups: list[TokenGroup], tokenizer: Any, read_model: Callable[[str], tuple[Any, Any]]
+    config: Config, examples: list[TokenizedExample], tokenizer: Any, read_model: Callable[[str], tuple[Any, Any]]
 ) -> tuple[str, Any]:
     """Return how the reference is used (reference.mode), and its model; None if it is the start of the policy.
 
     `read_model` reads the model and its tokenizer by name.
     """
-    mode = reference.mode(config.reference, groups)
+    mode = reference.mode(config.reference, examples)
     if config.ref_model is None:
         return mode, None
     if mode in ("none", "data"):
@@ -305,37 +312,46 @@ def reference_model(
     model, other = read_model(run_inputs.source("ref_model", config.ref_model, "sft", "align", "ppo"))
     if other.get_vocab() != tokenizer.get_vocab():
         raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
-    models.check_fits(model, groups)
+    models.check_fits(model, examples)
     return mode, model
 
 
 def _scored(
-    config: Config, mode: str, model: Any, groups: list[TokenGroup], accelerator: Accelerator, packing: Packing
-) -> list[TokenGroup]:
+    config: Config,
+    mode: str,
+    model: Any,
+    examples: list[TokenizedExample],
+    accelerator: Accelerator,
+    collator: Collator,
+) -> list[TokenizedExample]:
     """The groups with the reference's log-probs, as the mode has it."""
     if mode == "live":
-        return groups
+        return examples
     if mode == "none":
-        return [replace(group, ref_logps=(0.0,) * len(group.completions)) for group in groups]
+        return [replace(example, ref_logps=(0.0,) * len(example.completions)) for example in examples]
     if mode == "data":
-        return groups
+        return examples
     keep = Path(config.reference_cache) if config.reference_cache else reference.directory()
-    return reference.score(model, groups, accelerator, packing, config.temperature, keep)
+    return reference.score(model, examples, accelerator, collator, config.temperature, keep)
 
 
 def _first_loss_check(
-    config: Config, mode: str, module: preference.PolicyLoss, groups: list[TokenGroup], accelerator: Accelerator
+    config: Config,
+    mode: str,
+    module: preference.PreferenceLoss,
+    examples: list[TokenizedExample],
+    accelerator: Accelerator,
 ) -> Any:
     """A function that compares the first loss with what theory says where policy equals reference."""
-    first = next(sampler.Batches(groups, config, 1))
+    first = next(sampler.BatchSampler(examples, config, 1))
     expected, tolerance = module.expected_first_loss(first, accelerator.mixed_precision)
-    most = module.most_mean_square(first, accelerator.mixed_precision)
+    most = module.max_rounding_error(first, accelerator.mixed_precision)
 
     def check(seen: float, values: Mapping[str, float]) -> None:
         foreign = config.ref_model is not None or mode in ("none", "data")
         comparable = not foreign and not config.dropout
         why = "" if comparable else " (not comparable: " + ("foreign reference)" if foreign else "dropout)")
-        console.say(f"first loss: expected {expected:.5f} +- {tolerance:.1g}, seen {seen:.5f}{why}")
+        console.log(f"first loss: expected {expected:.5f} +- {tolerance:.1g}, seen {seen:.5f}{why}")
         square = values[training_metrics.MEAN_SQUARE]
         if comparable and not (abs(seen - expected) <= tolerance and square <= most):
             raise RunError(
@@ -353,24 +369,24 @@ class _Watch:
     def __init__(
         self,
         config: Config,
-        module: preference.PolicyLoss,
+        module: preference.PreferenceLoss,
         tokenizer: Any,
-        groups: list[TokenGroup],
+        examples: list[TokenizedExample],
         accelerator: Accelerator,
         metrics: Metrics,
-        packing: Packing,
+        collator: Collator,
         dtypes: models.Dtypes,
     ) -> None:
-        self.config, self.module, self.tokenizer, self.groups = config, module, tokenizer, groups
+        self.config, self.module, self.tokenizer, self.examples = config, module, tokenizer, examples
         self.model: Any = module.model
-        self.accelerator, self.metrics, self.packing = accelerator, metrics, packing
+        self.accelerator, self.metrics, self.collator = accelerator, metrics, collator
         self.directory, self.dtypes = Path(config.output_dir), dtypes
         self.best = float("inf")
         self.last: dict[str, float] = {}
 
     def __call__(self, step: int, last: bool) -> None:
         config = self.config
-        if self.groups and (last or (config.eval_steps and step % config.eval_steps == 0)):
+        if self.examples and (last or (config.eval_steps and step % config.eval_steps == 0)):
             self._evaluate(step)
         if config.save_steps and step % config.save_steps == 0:
             self._save(f"step-{step}")
@@ -382,17 +398,17 @@ class _Watch:
         self.best = float("inf") if state["best"] is None else state["best"]
 
     def _evaluate(self, step: int) -> None:
-        self.last = preference.evaluate(self.module, self.groups, self.accelerator, self.packing)
+        self.last = preference.evaluate(self.module, self.examples, self.accelerator, self.collator)
         if self.accelerator.is_main_process:
             self.metrics.write(step=step, **self.last)
             self.accelerator.log(self.last, step=step)
-        console.say(f"  evaluation after step {step}: {_summary(self.last, len(self.groups))}")
+        console.log(f"  evaluation after step {step}: {_summary(self.last, len(self.examples))}")
         if self.config.eval_steps and self.last["eval_loss"] < self.best:
             self.best = self.last["eval_loss"]
             self._save("best")
 
     def _save(self, name: str) -> None:
-        finished = lora.finished(self.model, self.config, self.accelerator)
+        finished = lora.merged(self.model, self.config, self.accelerator)
         if self.accelerator.is_main_process:
             models.save_checkpoint(finished, self.tokenizer, self.directory, name, self.dtypes)
 
@@ -411,16 +427,16 @@ def _summary(result: dict[str, float], n: int) -> str:
 def _conclude(directory: Path, watch: _Watch) -> None:
     console.headline("Done")
     if watch.last:
-        console.say(f"held-out: {_summary(watch.last, len(watch.groups))}")
-    console.say(f"model: {directory}  (AutoModelForCausalLM.from_pretrained({str(directory)!r}))")
+        console.log(f"held-out: {_summary(watch.last, len(watch.examples))}")
+    console.log(f"model: {directory}  (AutoModelForCausalLM.from_pretrained({str(directory)!r}))")
     if watch.best < float("inf"):
-        console.say(f"best checkpoint by held-out loss: {directory / 'checkpoints' / 'best'}")
-    console.say(f"picture: {directory / plots.TRAINING}")
+        console.log(f"best checkpoint by held-out loss: {directory / 'checkpoints' / 'best'}")
+    console.log(f"picture: {directory / plots.TRAINING}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.align", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ from pathlib import Path
 from exo import data
 from exo.cli import console
 from exo.cli.fields import at_least, named, option
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import DataOptions
 from exo.cli.parse import parse
 from exo.data import transforms
 from exo.rollouts import samples
 from exo.runs import inputs as run_inputs
 from exo.runs import stage as run_stage
-from exo.runs.atomic import staged_file
+from exo.runs.atomic import atomic_file
 from exo.runs.stage import Start, stage
 
 
@@ -40,32 +40,32 @@ def run(config: Config, start: Start) -> Path:
     """Choose, and return the run directory, which has samples.jsonl."""
     path = run_inputs.source("data", config.data, "score")
     dataset = data.read(path, purpose="samples", **config.reading(), **config.mixing())
-    console.say(dataset.summary())
-    chosen = [_best(group, config.n, path) for group in dataset.groups]
-    if alike := sum(len(set(group.rewards or ())) == 1 for group in dataset.groups):
-        console.say(f"  {alike:,} rows whose rewards are all equal: the first completion is taken")
-    samples.say_cut(dataset.groups)
+    console.log(dataset.summary())
+    chosen = [_best(example, config.n, path) for example in dataset.examples]
+    if alike := sum(len(set(example.rewards or ())) == 1 for example in dataset.examples):
+        console.log(f"  {alike:,} rows whose rewards are all equal: the first completion is taken")
+    samples.log_cut(dataset.examples)
     directory = run_stage.begin(start, rows=dataset.account())
-    with staged_file(directory / "samples.jsonl") as file:
-        data.write_jsonl(file, map(samples.row, chosen))
-    console.say(f"best of {config.n}: at most {kl_bound(config.n):.3f} nats from the policy that was sampled")
+    with atomic_file(directory / "samples.jsonl") as file:
+        data.write_jsonl(file, map(samples.to_row, chosen))
+    console.log(f"best of {config.n}: at most {kl_bound(config.n):.3f} nats from the policy that was sampled")
     run_stage.finish(directory, result={"n": config.n, "kl_bound": kl_bound(config.n)})
     return directory
 
 
-def _best(group: data.Group, n: int, path: str) -> data.Group:
-    rewards = group.rewards
+def _best(example: data.Example, n: int, path: str) -> data.Example:
+    rewards = example.rewards
     if rewards is None:
-        raise data.DataError(f"{group.place(path)}: has no rewards; python -m exo.score makes them")
+        raise data.DataError(f"{example.place(path)}: has no rewards; python -m exo.score makes them")
     if len(rewards) % n:
-        raise data.DataError(f"{group.place(path)}: expected a multiple of --n {n} completions; got {len(rewards)}")
+        raise data.DataError(f"{example.place(path)}: expected a multiple of --n {n} completions; got {len(rewards)}")
     blocks = (range(start, start + n) for start in range(0, len(rewards), n))
-    return transforms.select(group, [max(block, key=lambda i: rewards[i]) for block in blocks])
+    return transforms.select(example, [max(block, key=lambda i: rewards[i]) for block in blocks])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.best_of_n", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

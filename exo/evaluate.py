@@ -19,23 +19,23 @@ from accelerate import Accelerator
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, TOP_P, at_least, named, option, require
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import ChatOptions, DataOptions, Scoring
 from exo.cli.parse import parse
-from exo.data import Group
+from exo.data import Example
 from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
 from exo.distributed import gather
 from exo.distributed.accelerator import make_accelerator
 from exo.evaluation import metrics as evaluation_metrics
-from exo.models.logps import Models
+from exo.models.logps import ScoringModels
 from exo.rollouts import baseline, samples, scorers
 from exo.rollouts.generate import Sample
 from exo.rollouts.scorers import Scores
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
-from exo.runs.atomic import staged_file, write_json
+from exo.runs.atomic import atomic_file, write_json
 from exo.runs.stage import Start, stage
 
 
@@ -90,11 +90,11 @@ def run(config: Config, start: Start) -> Path:
         usable, dropped = tokenize.usable_prompts(dataset, known, skip_invalid=config.skip_invalid)
         console.counts(dropped)
     else:
-        usable = dataset.groups
-    prompts = [group.prompt for group in usable[: config.prompts]]
+        usable = dataset.examples
+    prompts = [example.prompt for example in usable[: config.prompts]]
     chosen = usable[: config.prompts] if config.chosen else []
     given = _given(config, prompts) if config.samples else []
-    prompts = [group.prompt for group in given] or prompts
+    prompts = [example.prompt for example in given] or prompts
     settings = baseline.settings_of(given, config.samples) if config.samples else _settings(config)
     before = _baseline(config, prompts, settings, start)
     dense = _density(config) if config.density else None
@@ -117,32 +117,34 @@ def run(config: Config, start: Start) -> Path:
         run_stage.begin(start)
         (directory / "samples").mkdir()
     shown = "several numbers of" if settings["k"] is None else settings["k"]
-    console.say(f"{len(prompts):,} prompts x {shown} completions, scored by {scorer.name}")
+    console.log(f"{len(prompts):,} prompts x {shown} completions, scored by {scorer.name}")
     entries = []
-    for checkpoint, groups, pair in drawn:
-        scores, more = _score(scorer, groups, accelerator)
+    for checkpoint, examples, pair in drawn:
+        scores, more = _score(scorer, examples, accelerator)
         remarks += more
         entry = {"name": checkpoint.name, "step": checkpoint.step} | evaluation_metrics.of_rewards(
             scores, before, chosen_scores or None
         )
-        entry |= samples.describe(groups)
-        rows = [samples.row(replace(group, rewards=values)) for group, values in zip(groups, scores, strict=True)]
+        entry |= samples.describe(examples)
+        rows = [
+            samples.to_row(replace(example, rewards=values)) for example, values in zip(examples, scores, strict=True)
+        ]
         if pair is not None:
-            entry |= _kl(config, pair, prompts, groups, rows)
+            entry |= _kl(config, pair, prompts, examples, rows)
         else:
             entry |= _bound(config)
         if main:
-            with staged_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
+            with atomic_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
                 data.write_jsonl(file, rows)
-        console.say(f"  {checkpoint.name:10s} {_line(entry)}")
-        samples.say_cut(groups)
+        console.log(f"  {checkpoint.name:10s} {_line(entry)}")
+        samples.log_cut(examples)
         entries.append(entry)
     console.counts(remarks)
     density = pair.density(*dense) if dense and pair else []
     if not main:
         return directory
     if density:
-        with staged_file(directory / "density.jsonl") as file:
+        with atomic_file(directory / "density.jsonl") as file:
             data.write_jsonl(file, density)
     result = settings | {"scorer": scorer.name, "prompts": len(prompts), "checkpoints": entries}
     write_json(directory / "evaluation.json", result)
@@ -151,10 +153,14 @@ def run(config: Config, start: Start) -> Path:
 
 
 def _kl(
-    config: Config, pair: Models, prompts: Sequence[str], groups: Sequence[Group], rows: Sequence[dict[str, Any]]
+    config: Config,
+    pair: ScoringModels,
+    prompts: Sequence[str],
+    examples: Sequence[Example],
+    rows: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """The KL of the whole distribution; each of the rows gets the log-ratios of its completions."""
-    ratios = pair.log_ratios(groups)
+    ratios = pair.log_ratios(examples)
     for row, of_row in zip(rows, ratios, strict=True):
         row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
     if config.top_p < 1:  # these completions are not of the whole distribution, and their mean would be biased
@@ -169,8 +175,8 @@ def _read(config: Config) -> data.Dataset:
     """Read held-out prompts, with their chosen completions if those are compared."""
     path = run_inputs.source("data", config.data, "prepare", prepared="test.jsonl")
     dataset = data.read(path, purpose="texts" if config.chosen else "prompts", **config.reading(), **config.mixing())
-    console.say(dataset.summary())
-    if len(dataset.groups) < 2:
+    console.log(dataset.summary())
+    if len(dataset.examples) < 2:
         raise data.DataError(f"{path}: expected two prompts at least, or no mean has an error")
     return dataset
 
@@ -201,7 +207,7 @@ def checkpoints(model: str) -> list[Checkpoint]:
     return [*before, Checkpoint("final", last, model)]
 
 
-Drawn = Iterator[tuple[Checkpoint, list[Group], Models | None]]
+Drawn = Iterator[tuple[Checkpoint, list[Example], ScoringModels | None]]
 
 
 def _checkpoints(config: Config, known: Any) -> list[Checkpoint]:
@@ -228,11 +234,11 @@ def _sampled(
         model, tokenizer = models.load(checkpoint.path)
         render.configure(tokenizer, config.chat_template, config.template_kwargs, date)
         model.to(accelerator.device)
-        groups = _draw(config, model, tokenizer, prompts, accelerator, top_p=config.top_p)
+        examples = _draw(config, model, tokenizer, prompts, accelerator, top_p=config.top_p)
         yield (
             checkpoint,
-            groups,
-            Models(
+            examples,
+            ScoringModels(
                 model,
                 reference,
                 tokenizer,
@@ -246,7 +252,7 @@ def _sampled(
 
 def _draw(
     config: Config, model: Any, tokenizer: Any, prompts: Sequence[str], accelerator: Accelerator, *, top_p: float
-) -> list[Group]:
+) -> list[Example]:
     with accelerator.autocast():
         return samples.draw(
             model, tokenizer, prompts, _sampling(config)._replace(top_p=top_p), k=config.k,
@@ -256,24 +262,28 @@ def _draw(
 
 
 def _run(accelerator: Accelerator, jobs: Sequence[Callable[[], list[Sample]]]) -> list[list[Sample]]:
-    found = gather.shared(jobs, lambda job: samples.listed(job()), accelerator)
-    return [samples.unlisted(rows) for rows in found]
+    found = gather.map_over_ranks(jobs, lambda job: samples.to_json(job()), accelerator)
+    return [samples.from_json(rows) for rows in found]
 
 
-def _score(scorer: scorers.Scorer, groups: Sequence[Group], accelerator: Accelerator) -> tuple[Scores, Counter[str]]:
-    return scorers.together(gather.shared(scorers.in_parts(groups), partial(scorers.score_part, scorer), accelerator))
+def _score(
+    scorer: scorers.Scorer, examples: Sequence[Example], accelerator: Accelerator
+) -> tuple[Scores, Counter[str]]:
+    return scorers.merge(
+        gather.map_over_ranks(scorers.chunked(examples), partial(scorers.score_chunk, scorer), accelerator)
+    )
 
 
-def _given(config: Config, prompts: Sequence[str]) -> list[Group]:
+def _given(config: Config, prompts: Sequence[str]) -> list[Example]:
     """The completions of a file, for the prompts of the data and in their order."""
     assert config.samples is not None
     path = run_inputs.source("samples", config.samples, "sample", "score", "best_of_n")
-    groups = data.read(path, purpose="samples", columns_required=False, **config.reading()).groups[: len(prompts)]
-    if isinstance(groups[0].prompt, data.Chat):  # sampled with --chat_template always
-        prompts = [render.as_chat(Group(prompt, (), None, 0)).prompt for prompt in prompts]
-    if [group.prompt for group in groups] != list(prompts):
+    examples = data.read(path, purpose="samples", columns_required=False, **config.reading()).examples[: len(prompts)]
+    if isinstance(examples[0].prompt, data.Chat):  # sampled with --chat_template always
+        prompts = [render.as_chat(Example(prompt, (), None, 0)).prompt for prompt in prompts]
+    if [example.prompt for example in examples] != list(prompts):
         raise ValueError(f"--samples {path}: expected the prompts of --data, in their order; got others")
-    return groups
+    return examples
 
 
 def _limits(config: Config) -> Limits:
@@ -287,12 +297,12 @@ def _bound(config: Config) -> dict[str, Any]:
     return {name: value for name, value in run.get("result", {}).items() if name in ("kl_bound", "n")}
 
 
-def _density(config: Config) -> tuple[list[Group], str]:
+def _density(config: Config) -> tuple[list[Example], str]:
     """The reference's samples for the density ratio, and their file."""
     path = run_inputs.source("density", config.density or "", "score")
-    groups = data.read(path, purpose="samples", columns_required=False, **config.reading()).groups
-    samples.check_temperature("density", path, groups, config.temperature)
-    return groups, path
+    examples = data.read(path, purpose="samples", columns_required=False, **config.reading()).examples
+    samples.check_temperature("density", path, examples, config.temperature)
+    return examples, path
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -310,7 +320,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.evaluate", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

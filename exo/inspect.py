@@ -22,13 +22,13 @@ from exo import align, models, reward, sample, sft
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, option
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.parse import parse
-from exo.data import Chat, DataError, Dataset, Group, preview, statistics
+from exo.data import Chat, DataError, Dataset, Example, preview, statistics
 from exo.data.preview import Color
 from exo.data.text import chat_template, render, tokenize
 from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.models import lora
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
@@ -72,9 +72,9 @@ def run(options: Any) -> None:
         message = str(error)
         if isinstance(error, OSError):
             message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        console.say(f"\n{work} would not start: {message}")
+        console.log(f"\n{work} would not start: {message}")
         raise ValueError(message) from None
-    console.say(f"\n{work} would start: {sentence}")
+    console.log(f"\n{work} would start: {sentence}")
 
 
 def _report(options: Any) -> str:
@@ -82,14 +82,14 @@ def _report(options: Any) -> str:
     dataset, held_out = _read(options.stage, options)
     console.headline("Data")
     for part in filter(None, (dataset, held_out)):
-        console.say(part.summary())
+        console.log(part.summary())
     model, tokenizer = _load(options.stage, options, dataset.texts)
     rendered, other = _render(options.stage, options, tokenizer, dataset, held_out)
     _say([render.describe(options.chat_template, rendered, tokenizer)])
     plan = _plan(options.stage, options, rendered, other, tokenizer, model)
     uncut = _uncut(options.stage, rendered, tokenizer)
     console.headline("Examples")
-    rows = plan.rows or [tokenize.factored(row) if options.stage == "align" else row for row in uncut]
+    rows = plan.rows or [tokenize.factor_prefix(row) if options.stage == "align" else row for row in uncut]
     scored = STAGES[options.stage].scored
     preview.show(rows, tokenizer, scored, count=options.examples, color=options.color)
     console.headline("Lengths in tokens, before the limits")
@@ -97,16 +97,16 @@ def _report(options: Any) -> str:
     lengths = preview.length_lines(limits, uncut, labels=getattr(options, "labels", False))
     _say(lengths or ["no row can be tokenized"])
     if plan.counts:
-        console.say("what is cut, dropped or noted:")
+        console.log("what is cut, dropped or noted:")
     elif not plan.error:
-        console.say("the limits cut nothing")
+        console.log("the limits cut nothing")
     console.counts(plan.counts)
     console.headline("Rows")
-    lines = statistics.comparison_lines(dataset.groups, uncut) + statistics.repeat_lines(dataset.groups)
-    chats = [group for group in rendered.groups if isinstance(group.prompt, Chat)]
+    lines = statistics.comparison_lines(dataset.examples, uncut) + statistics.repeat_lines(dataset.examples)
+    chats = [example for example in rendered.examples if isinstance(example.prompt, Chat)]
     if spelled := chats and statistics.spelling(chats, chat_template.Renderer(tokenizer).control_tokens):
         lines.append(f"control tokens in chat messages, which are read as plain text: {spelled:,} rows")
-    _say(lines + (statistics.leak_lines(dataset.groups, held_out.groups) if held_out else []))
+    _say(lines + (statistics.leak_lines(dataset.examples, held_out.examples) if held_out else []))
     if plan.error:
         raise plan.error
     return plan.sentence
@@ -115,13 +115,13 @@ def _report(options: Any) -> str:
 def _say(lines: Sequence[str]) -> None:
     """Print lines, wrapped on a terminal alone: other programs may look for them."""
     for line in lines:
-        console.say(textwrap.fill(line, console.width(), subsequent_indent="  ") if sys.stdout.isatty() else line)
+        console.log(textwrap.fill(line, console.width(), subsequent_indent="  ") if sys.stdout.isatty() else line)
 
 
 class Plan(NamedTuple):
     """What would be trained on, or why nothing would be."""
 
-    rows: list[TokenGroup]
+    rows: list[TokenizedExample]
     counts: Counter[str]  # rows cut, dropped or noted, by reason
     sentence: str
     error: ValueError | None
@@ -142,7 +142,7 @@ def _read(name: str, options: Any) -> tuple[Dataset, Dataset | None]:
             return dataset, sample.read(options, "eval_data")
         raise error
     if name == "align":
-        checks.warn_of_trained_texts(dataset, held_out)
+        checks.warn_of_leaks(dataset, held_out)
     return dataset, held_out
 
 
@@ -188,13 +188,13 @@ def _plan(name: str, options: Any, dataset: Dataset, held_out: Dataset | None, t
 def _rows(
     name: str, options: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any,
     counts: Counter[str],
-) -> list[TokenGroup]:  # fmt: skip
+) -> list[TokenizedExample]:  # fmt: skip
     """Return the rows that are trained on, or the prompts that are sampled from."""
     if name == "sample":
-        total = len(dataset.groups)
-        chosen = [dataset.groups[i % total] for i in sample.chosen(options, total)]
+        total = len(dataset.examples)
+        chosen = [dataset.examples[i % total] for i in sample.chosen(options, total)]
         return _prompts(chosen, tokenizer, options.max_prompt_length, counts)
-    others: list[TokenGroup] = []
+    others: list[TokenizedExample] = []
     if name == "reward":
         rows, others = reward.tokens(options, dataset, tokenizer, counts)
     else:
@@ -209,23 +209,25 @@ def _rows(
     return train
 
 
-def _prompts(groups: Sequence[Group], tokenizer: Any, most: int, counts: Counter[str]) -> list[TokenGroup]:
-    prompts, cut = tokenize.sampled_prompts([group.prompt for group in groups], tokenizer, most)
+def _prompts(examples: Sequence[Example], tokenizer: Any, most: int, counts: Counter[str]) -> list[TokenizedExample]:
+    prompts, cut = tokenize.sampled_prompts([example.prompt for example in examples], tokenizer, most)
     counts.update(cut)
-    return [TokenGroup(tuple(ids), (), None, group.line) for ids, group in zip(prompts, groups, strict=True)]
+    return [
+        TokenizedExample(tuple(ids), (), None, example.line) for ids, example in zip(prompts, examples, strict=True)
+    ]
 
 
-def _uncut(name: str, dataset: Dataset, tokenizer: Any) -> list[TokenGroup]:
+def _uncut(name: str, dataset: Dataset, tokenizer: Any) -> list[TokenizedExample]:
     """Return the rows as tokens whatever the limits say, but those that the tokenizer or its template refuses."""
-    groups = dataset.groups
+    examples = dataset.examples
     if name == "sample":
         with contextlib.suppress(DataError):
-            return _prompts(groups, tokenizer, sys.maxsize, Counter())
+            return _prompts(examples, tokenizer, sys.maxsize, Counter())
         return []
-    if groups[0].label is not None:
-        groups = reward.texts_as_prompts(groups)
+    if examples[0].label is not None:
+        examples = reward.texts_as_prompts(examples)
     foreign: Any = "text" if name == "reward" else "refuse"
-    return tokenize.encode(groups, tokenizer, UNLIMITED, dataset.path, foreign=foreign, skip_invalid=True)[0]
+    return tokenize.encode(examples, tokenizer, UNLIMITED, dataset.path, foreign=foreign, skip_invalid=True)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -239,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.stage != stage:
         print("error: --stage: expected on the command line, not in --config", file=sys.stderr)
         return 2
-    return guarded(run, dataclasses.replace(options, nproc=1))
+    return run_command(run, dataclasses.replace(options, nproc=1))
 
 
 if __name__ == "__main__":

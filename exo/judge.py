@@ -17,16 +17,16 @@ from exo import data
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, POSITIVE, at_least, named, option, require
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import Stage
 from exo.cli.parse import parse
 from exo.evaluation import answers as evaluation_answers
 from exo.evaluation import judge_client, win_rate
-from exo.evaluation.judge_client import Chat, Unanswered
-from exo.evaluation.judge_prompts import TEMPLATES, Cache, Template
+from exo.evaluation.judge_client import JudgeClient, NoAnswer
+from exo.evaluation.judge_prompts import TEMPLATES, AnswerCache, JudgeTemplate
 from exo.evaluation.win_rate import ORDERS, Judged, Judgement, Pair
 from exo.runs import stage as run_stage
-from exo.runs.atomic import staged_file, write_json
+from exo.runs.atomic import atomic_file, write_json
 from exo.runs.stage import Start, stage
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -79,7 +79,7 @@ class Config(Stage):
 @stage("judge")
 def run(config: Config, start: Start) -> Path:
     """Judge and return the run directory."""
-    template = Template(config.template)
+    template = JudgeTemplate(config.template)
     if template.shows_reference and not config.references:
         raise ValueError(f"--references: expected a file, since the template {config.template} shows a reference")
     key = judge_client.key_from(config.api_key_env, KEY_VARIABLE)
@@ -87,18 +87,18 @@ def run(config: Config, start: Start) -> Path:
         config, a=evaluation_answers.source("a", config.a), b=evaluation_answers.source("b", config.b)
     )
     pairs = _pairs(config)
-    chat = Chat(
+    chat = JudgeClient(
         config.endpoint, config.model, key,
         retries=config.retries, timeout=config.timeout, max_tokens=config.max_tokens,
         options=judge_client.options_from(config.judge_options),
     )  # fmt: skip
-    cache = Cache(Path(config.cache_path))
+    cache = AnswerCache(Path(config.cache_path))
     try:
         directory = run_stage.begin(start)
         judged, down = _judge_all(config, template, pairs, chat, cache)
     finally:
         cache.close()
-    with staged_file(directory / "verdicts.jsonl") as file:
+    with atomic_file(directory / "verdicts.jsonl") as file:
         data.write_jsonl(file, win_rate.rows(pairs, judged))
     counted = win_rate.count(pairs, judged, config.seed)
     named = {name: getattr(config, name) for name in ("a", "b", "references", "template", "model")}
@@ -138,7 +138,7 @@ def _pairs(config: Config) -> list[Pair]:
 
 
 def _judge_all(
-    config: Config, template: Template, pairs: Sequence[Pair], chat: Chat, cache: Cache
+    config: Config, template: JudgeTemplate, pairs: Sequence[Pair], chat: JudgeClient, cache: AnswerCache
 ) -> tuple[Judged, str]:
     """By pair and order; and what to say where the server answered nothing for too long, or ""."""
     tasks = [(number, order) for number in range(len(pairs)) for order in ORDERS]
@@ -173,7 +173,7 @@ def _judge_all(
     return judged, down
 
 
-def _judge(template: Template, chat: Chat, cache: Cache, question: str, retries: int) -> Judgement:
+def _judge(template: JudgeTemplate, chat: JudgeClient, cache: AnswerCache, question: str, retries: int) -> Judgement:
     body = chat.body(question)
     key = cache.key(template, chat.url, body)
     if (known := cache.get(key)) is not None:
@@ -182,7 +182,7 @@ def _judge(template: Template, chat: Chat, cache: Cache, question: str, retries:
         answer = chat.ask(body)
         if not answer.cut and template.choice(answer.text) is None and retries:
             answer = chat.ask(body)  # once more: servers are not exact even at temperature 0
-    except Unanswered as error:
+    except NoAnswer as error:
         return Judgement(None, None, str(error))
     if answer.cut:  # what it says so far may not be what it would have said
         return Judgement(answer.text, None, "cut off before its end", truncated=True)
@@ -201,31 +201,31 @@ def _show(result: dict[str, Any], directory: Path) -> None:
     def percent(rate: dict[str, float]) -> str:
         return f"{rate['mean']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}] on {rate['prompts']:,} prompts"
 
-    console.say(f"\n{result['a']}\n  against {result['b']}, judged by {result['model']}")
-    console.say(f"win rate {percent(result['win_rate'])} (95% interval)")
-    console.say(f"{result['wins']:,} won, {result['ties']:,} tied, {result['losses']:,} lost")
+    console.log(f"\n{result['a']}\n  against {result['b']}, judged by {result['model']}")
+    console.log(f"win rate {percent(result['win_rate'])} (95% interval)")
+    console.log(f"{result['wins']:,} won, {result['ties']:,} tied, {result['losses']:,} lost")
     for name, rate in result["by_category"].items():
-        console.say(f"  {name}: {percent(rate)}")
+        console.log(f"  {name}: {percent(rate)}")
     share = result["first_position_share"]
     first = "" if share is None else f"; the first answer won {share:.1%} of the judgements without a tie"
-    console.say(f"same position preferred in both orders: {result['position_bias_rate']:.1%} of the pairs{first}")
+    console.log(f"same position preferred in both orders: {result['position_bias_rate']:.1%} of the pairs{first}")
     if result["cached"]:
-        console.say(f"{result['cached']:,} answers were not asked for again; they are those of an earlier run")
+        console.log(f"{result['cached']:,} answers were not asked for again; they are those of an earlier run")
     if result["identical"]:
-        console.say(f"{result['identical']:,} pairs are of two identical answers")
+        console.log(f"{result['identical']:,} pairs are of two identical answers")
     lost = result["undecided"]
     if lost["pairs_left_out"]:
-        console.say(
+        console.log(
             f"left out: {lost['pairs_left_out']:,} pairs, for {lost['unanswered']:,} requests without an answer and "
             f"{lost['unreadable']:,} answers without a choice{_cut(result)}; "
             "run again with --overwrite_output_dir to ask for the missing answers"
         )
-    console.say(f"{directory / 'judge.json'}")
+    console.log(f"{directory / 'judge.json'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.judge", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

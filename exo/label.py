@@ -19,7 +19,7 @@ from typing import Any, Literal
 from exo import data
 from exo.cli import console
 from exo.cli.fields import at_least, option, require
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import Stage
 from exo.cli.parse import parse
 from exo.evaluation import answers as evaluation_answers
@@ -28,7 +28,7 @@ from exo.evaluation import raters as evaluation_raters
 from exo.runs import directory as run_directory
 from exo.runs import inputs as run_inputs
 from exo.runs import stage as run_stage
-from exo.runs.atomic import staged, write_json
+from exo.runs.atomic import atomic_directory, write_json
 from exo.runs.stage import Start, stage
 
 SIDES = ("answer 1", "answer 2")
@@ -81,7 +81,7 @@ def run(config: Config, start: Start) -> Path:
 
 def _export(config: Config, start: Start) -> Path:
     files = {name: evaluation_answers.source("systems", file) for name, file in config.files().items()}
-    run_directory.check_apart(config.output_dir, files.values())
+    run_directory.check_inputs(config.output_dir, files.values())
     answers = {name: evaluation_answers.read(file) for name, file in files.items()}
     references = evaluation_answers.read_references(config.references)[0] if config.references else {}
     keys = evaluation_answers.shared(
@@ -97,7 +97,7 @@ def _export(config: Config, start: Start) -> Path:
         "salt": salt,
         "items": {item: about for item, (about, _) in items.items()},
     })  # fmt: skip
-    with staged(directory / "sheets") as staging:
+    with atomic_directory(directory / "sheets") as staging:
         for rater in range(1, config.raters + 1):
             rows = [{"item": item} | texts for item, (_, texts) in items.items()]
             random.Random(f"{config.seed}/rater {rater}").shuffle(rows)
@@ -105,7 +105,7 @@ def _export(config: Config, start: Start) -> Path:
         text = (judge_prompts.FOLDER / "raters.txt").read_text(encoding="utf-8")
         (staging / "instructions.txt").write_text(text, encoding="utf-8")
     run_stage.finish(directory, items=len(items))
-    console.say(
+    console.log(
         f"{len(items):,} items = {len(keys):,} prompts x {len(config.pairs())} matchups, for {config.raters} raters\n"
         f"for the raters: {directory / 'sheets'}   not for the raters: {directory / 'key.json'}"
     )
@@ -150,7 +150,7 @@ def _items(
 def _import(config: Config, start: Start) -> Path:
     assert config.sheets and config.key
     files = _sheets(config.sheets)
-    run_directory.check_apart(config.output_dir, map(str, files))
+    run_directory.check_inputs(config.output_dir, map(str, files))
     key = _read_key(Path(config.key))
     if len(files) > key["raters"]:
         raise ValueError(f"--sheets {config.sheets}: expected at most {key['raters']}, one a rater; got {len(files)}")
@@ -227,7 +227,7 @@ def _summary(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
     agreed, kappa = evaluation_raters.agreement(items)
     return {
         "items": len(items),
-        "pooled": evaluation_raters.pooled(items, seed),
+        "pooled": evaluation_raters.pool(items, seed),
         "majority": evaluation_raters.majority(items, seed),
         "agreement": agreed,
         "kappa": kappa,
@@ -235,21 +235,21 @@ def _summary(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
 
 
 def _show(result: Mapping[str, Any], raters: int, directory: Path) -> None:
-    console.say(f"{len(result['raters'])} sheets of {raters}: {', '.join(result['raters'])}\n")
-    console.say(f"{'matchup':<24}{'':<10}{'win':>6}{'tie':>6}{'lose':>6}{'split':>6}  win rate, 95% interval")
+    console.log(f"{len(result['raters'])} sheets of {raters}: {', '.join(result['raters'])}\n")
+    console.log(f"{'matchup':<24}{'':<10}{'win':>6}{'tie':>6}{'lose':>6}{'split':>6}  win rate, 95% interval")
     for name, found in result["matchups"].items():
         for view in ("pooled", "majority") if found["items"] else ():
             counts = found[view]
             numbers = "".join(f"{counts.get(outcome, ''):>6}" for outcome in (*evaluation_raters.OUTCOMES, "split"))
             rate = counts["win_rate"]
             shown = f"{rate['mean']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}]"
-            console.say(f"{name if view == 'pooled' else '':<24}{view:<10}{numbers}  {shown}")
-        console.say(f"{'':<24}{_agreement(found)}")
+            console.log(f"{name if view == 'pooled' else '':<24}{view:<10}{numbers}  {shown}")
+        console.log(f"{'':<24}{_agreement(found)}")
     for kind in ("missing", "unreadable"):
         if gone := result[kind]:
             listed = ", ".join(f"{g['item']} of {g['rater']}" for g in gone[:10]) + ", ..." * (len(gone) > 10)
-            console.say(f"{len(gone):,} {kind} verdicts, left out: {listed}")
-    console.say(f"{directory / 'label.json'}")
+            console.log(f"{len(gone):,} {kind} verdicts, left out: {listed}")
+    console.log(f"{directory / 'label.json'}")
 
 
 def _agreement(found: Mapping[str, Any]) -> str:
@@ -263,7 +263,7 @@ def _agreement(found: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.label", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

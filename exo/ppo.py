@@ -23,17 +23,17 @@ from exo import data, models
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import MODEL, NOT_NEGATIVE, POSITIVE, SHARE, at_least, named, option, require
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import ChatOptions, DataOptions, Training
 from exo.cli.parse import parse
-from exo.data.collate import Batch, Packing, of_completions
+from exo.data.collate import Batch, Collator, split_completions
 from exo.data.text import render, tokenize
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
-from exo.distributed.accelerator import make_accelerator, placed
+from exo.distributed.accelerator import make_accelerator, place
 from exo.models import logps as model_logps
 from exo.models.attention import masks
-from exo.models.lm_head import CausalHead, evaluating
+from exo.models.lm_head import LMHead, eval_mode
 from exo.rollouts import experience, samples, scorers
 from exo.rollouts.experience import Rollout, RolloutBatch
 from exo.runs import inputs as run_inputs
@@ -41,7 +41,7 @@ from exo.runs.stage import Start, stage
 from exo.training import loop
 from exo.training import metrics as training_metrics
 from exo.training import run as training_run
-from exo.training.step import Share
+from exo.training.step import LossOutput
 from exo_kernels import linear_token_logps
 
 SHOWN = {"score": "score", "kl": "kl", "cut": "cut", "value_loss": "value", "tokens_per_second": "update tok/s"}
@@ -113,13 +113,13 @@ class ActorCritic(nn.Module):
     def __init__(self, model: nn.Module, critic: Critic, config: Config) -> None:
         super().__init__()
         self.model, self.critic, self.config = model, critic, config
-        self.head = CausalHead(model)
+        self.head = LMHead(model)
 
-    def forward(self, rollout: RolloutBatch, num_tokens: int) -> Share:
+    def forward(self, rollout: RolloutBatch, num_tokens: int) -> LossOutput:
         batch, config = rollout.batch, self.config
         logps = linear_token_logps(
-            masks.rows(self.head, batch), self.head.weight, temperature=config.temperature,
-            **masks.scored(batch), **self.head.options,
+            masks.completion_hidden(self.head, batch), self.head.weight, temperature=config.temperature,
+            **masks.loss_inputs(batch), **self.head.options,
         )  # fmt: skip
         change = logps.float() - rollout.logps
         actor, clipped = policy_loss(change, rollout.advantages, config.clip_range)
@@ -141,7 +141,7 @@ class ActorCritic(nn.Module):
             "clip_fraction": (total(clipped), tokens),
             training_metrics.MEAN_SQUARE: (total(change.detach().square()), tokens),
         }
-        return Share(loss, sums)
+        return LossOutput(loss, sums)
 
 
 def policy_loss(
@@ -174,9 +174,9 @@ def run(config: Config, start: Start) -> Path:
     dataset = data.read(path, purpose="prompts", **config.reading(), **config.mixing())
     accelerator = make_accelerator(config)
     set_seed(config.seed)
-    console.say(dataset.summary())
+    console.log(dataset.summary())
     name = run_inputs.source("model", config.model, "sft", "align", "ppo")
-    model, tokenizer = models.load(name, mapped=fsdp.asked(config))
+    model, tokenizer = models.load(name, mapped=fsdp.is_requested(config))
     dtypes = models.dtypes_of(config.save_dtype, name)
     (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
     options = scorers.Options(config.reward_model, config.oracle)
@@ -188,17 +188,17 @@ def run(config: Config, start: Start) -> Path:
     )  # fmt: skip
     critic, reference = Critic(model), copy.deepcopy(model).eval().requires_grad_(False)
     for one, exact in ((model, []), (critic, [critic.value]), (reference, [])):
-        placed(one, config, accelerator, exact)
+        place(one, config, accelerator, exact)
     module = ActorCritic(model, critic, config).train(config.dropout)
     maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
-    prompts = [group.prompt for group in usable]
+    prompts = [example.prompt for example in usable]
     console.counts(tokenize.sampled_prompts(prompts, tokenizer, config.max_length - config.max_new_tokens)[1])
     metrics = training_run.begin(start, accelerator, dataset.account(dropped))
-    console.say(
+    console.log(
         f"{config.max_steps:,} steps of {config.batch_size} completions, the first {config.critic_warmup_steps} for "
         f"the critic alone; scored by {scorer.name}"
     )
-    source = experience.Phases(
+    source = experience.RolloutSampler(
         maker, prompts, rollout_size=config.rollout_size,
         batch_size=config.batch_size, epochs=config.ppo_epochs, warmup_steps=config.critic_warmup_steps,
         seed=config.seed,
@@ -206,19 +206,19 @@ def run(config: Config, start: Start) -> Path:
 
     def after(step: int, last: bool) -> None:
         if config.save_steps and step % config.save_steps == 0:
-            finished = fsdp.gathered(model, accelerator.is_main_process)
+            finished = fsdp.gather_model(model, accelerator.is_main_process)
             if accelerator.is_main_process:
                 models.save_checkpoint(finished, tokenizer, Path(config.output_dir), f"step-{step}", dtypes)
 
     loop.train(
         module, source, config.max_steps, config, accelerator, metrics,
-        packing=maker.packing, collate=partial(experience.collate, packing=maker.packing), denominator=_tokens,
+        collator=maker.collator, collate=partial(experience.collate, collator=maker.collator), denominator=_tokens,
         shown=SHOWN,
         rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
         first=partial(_check_ratio, config, accelerator), after=after, before_update=partial(_rest, config),
     )  # fmt: skip
     console.counts(maker.remarks)
-    finished = fsdp.gathered(model, accelerator.is_main_process)
+    finished = fsdp.gather_model(model, accelerator.is_main_process)
     return training_run.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 
 
@@ -229,20 +229,20 @@ def _maker(
     tokenizer: Any,
     scorer: scorers.Scorer,
     accelerator: Accelerator,
-) -> experience.Maker:
-    packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
+) -> experience.ExperienceCollector:
+    collator = Collator(tokenizer.pad_token_id, config.max_tokens_per_batch)
 
     @torch.no_grad()
-    def values(part: Sequence[TokenGroup]) -> list[list[float]]:
-        batch = packing.collate(part).to(accelerator.device)
-        with evaluating(module.critic), accelerator.autocast():  # targets do not drop out
-            rows = fsdp.entered(module.critic, partial(module.critic, batch))
-        return [row.tolist() for (row,) in of_completions(part, rows.double().cpu())]
+    def values(part: Sequence[TokenizedExample]) -> list[list[float]]:
+        batch = collator.collate(part).to(accelerator.device)
+        with eval_mode(module.critic), accelerator.autocast():  # targets do not drop out
+            rows = fsdp.run_unsharded_root(module.critic, partial(module.critic, batch))
+        return [row.tolist() for (row,) in split_completions(part, rows.double().cpu())]
 
-    return experience.Maker(
+    return experience.ExperienceCollector(
         module.model, reference, tokenizer, scorer, values, accelerator,
         samples.Settings(config.temperature, config.max_new_tokens), config.max_length - config.max_new_tokens,
-        config.seed, packing, config.kl_coef, config.gamma, config.lam, Counter(),
+        config.seed, collator, config.kl_coef, config.gamma, config.lam, Counter(),
     )  # fmt: skip
 
 
@@ -258,8 +258,8 @@ def _rest(config: Config, step: int, optimizer: torch.optim.Optimizer) -> None:
                     state["step"].zero_()
 
 
-def _tokens(groups: Sequence[Rollout]) -> int:
-    return sum(len(group.completions[0]) for group in groups)
+def _tokens(examples: Sequence[Rollout]) -> int:
+    return sum(len(example.completions[0]) for example in examples)
 
 
 def _check_ratio(config: Config, accelerator: Accelerator, loss: float, values: Mapping[str, float]) -> None:
@@ -277,7 +277,7 @@ def _check_ratio(config: Config, accelerator: Accelerator, loss: float, values: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.ppo", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from exo.cli import console
 from exo.cli.fields import at_least, option, require
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import SourceOptions
 from exo.cli.parse import parse
 from exo.experiments import tasks
 from exo.runs import stage as run_stage
-from exo.runs.atomic import staged, staged_file
+from exo.runs.atomic import atomic_directory, atomic_file
 from exo.runs.stage import Start, stage
 
 
@@ -40,21 +40,21 @@ class Config(SourceOptions):
 @stage("prepare")
 def run(config: Config, start: Start) -> Path:
     """Write the task's files and return the run directory."""
-    wanted = tasks.Wanted(config.source or "", config.rows, config.seed, config.tokenizer, config.reading())
+    wanted = tasks.TaskRequest(config.source or "", config.rows, config.seed, config.tokenizer, config.reading())
     made = tasks.TASKS[config.task](wanted)
     directory = run_stage.begin(start)
     counts = {}
     for name, write in made.items():
-        with staged(directory / name) if "." not in name else staged_file(directory / name) as path:
+        with atomic_directory(directory / name) if "." not in name else atomic_file(directory / name) as path:
             counts[name] = write(path)
-        console.say(f"  {name}: {counts[name]:,}" if counts[name] else f"  {name}")
+        console.log(f"  {name}: {counts[name]:,}" if counts[name] else f"  {name}")
     run_stage.finish(directory, result=counts)
     return directory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.prepare", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from exo.cli import console
 from exo.cli.fields import named, option
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import Stage
 from exo.cli.parse import parse
 from exo.reporting import html, outcomes, results
 from exo.reporting import training as training_section
 from exo.runs import stage as run_stage
-from exo.runs.atomic import staged_file
+from exo.runs.atomic import atomic_file
 from exo.runs.stage import Start, stage
 
 
@@ -38,10 +38,10 @@ def run(config: Config, start: Start) -> Path:
     body += [outcomes.sweeps(found, directory), outcomes.densities(found, directory)]
     body += [training_section.training(found, directory), training_section.rows(found)]
     body += [training_section.samples(found, config.seed), training_section.commands(found)]
-    with staged_file(directory / "report.html") as file:
+    with atomic_file(directory / "report.html") as file:
         file.write_text(html.document(title, filter(None, body)), encoding="utf-8")
     _tell(*methods, outcomes.trials_of_failed(found))
-    console.say(f"  page: {directory / 'report.html'}")
+    console.log(f"  page: {directory / 'report.html'}")
     run_stage.finish(directory)
     return directory
 
@@ -49,14 +49,14 @@ def run(config: Config, start: Start) -> Path:
 def _tell(header: Sequence[str], rows: Sequence[Sequence[str]], failed: Sequence[str]) -> None:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows) if rows else ():
-        console.say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        console.log("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for line in failed:
-        console.say(f"FAILED {line}, not more than {results.FAILED_BELOW:g} standard errors above the SFT start")
+        console.log(f"FAILED {line}, not more than {results.FAILED_BELOW:g} standard errors above the SFT start")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.report", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

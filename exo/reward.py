@@ -21,16 +21,16 @@ from torch import nn
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, PART, POSITIVE, at_least, named, option
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import DataOptions, DataTraining
 from exo.cli.parse import parse
 from exo.data import split, transforms
-from exo.data.collate import Packing
+from exo.data.collate import Collator
 from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
-from exo.distributed.accelerator import make_accelerator, placed
+from exo.distributed.accelerator import make_accelerator, place
 from exo.evaluation import metrics as evaluation_metrics
 from exo.runs import inputs as run_inputs
 from exo.runs.stage import Start, stage
@@ -62,30 +62,30 @@ def run(config: Config, start: Start) -> Path:
     dataset = read(config)
     accelerator = make_accelerator(config)
     set_seed(config.seed)
-    console.say(dataset.summary())
+    console.log(dataset.summary())
     name = run_inputs.source("model", config.model, "sft")
     model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
     dtypes = models.dtypes_of(config.save_dtype, name)
     (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset, sampled="render")
     counts: Counter[str] = Counter()
     try:
-        groups, held_out = tokens(config, dataset, tokenizer, counts)
+        examples, held_out = tokens(config, dataset, tokenizer, counts)
     finally:
         console.counts(counts)
-    models.check_fits(model, groups + held_out)
+    models.check_fits(model, examples + held_out)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
-    steps = sampler.total_steps(config, len(groups))
-    console.say(f"{len(groups):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
-    module = (LabelLoss if config.labels else PairLoss)(placed(model, config, accelerator)).train(config.dropout)
-    packing = Packing(tokenizer.pad_token_id, config.max_tokens_per_batch)
+    steps = sampler.total_steps(config, len(examples))
+    console.log(f"{len(examples):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
+    module = (LabelLoss if config.labels else PairLoss)(place(model, config, accelerator)).train(config.dropout)
+    collator = Collator(tokenizer.pad_token_id, config.max_tokens_per_batch)
     loop.train(
-        module, sampler.Batches(groups, config, steps), steps, config, accelerator, metrics, packing=packing,
-        denominator=len, steps_an_epoch=sampler.epoch_steps(config, len(groups)), shown=SHOWN,
+        module, sampler.BatchSampler(examples, config, steps), steps, config, accelerator, metrics, collator=collator,
+        denominator=len, steps_an_epoch=sampler.steps_per_epoch(config, len(examples)), shown=SHOWN,
     )  # fmt: skip
-    result = _evaluate(module, held_out, accelerator, packing)
+    result = _evaluate(module, held_out, accelerator, collator)
     if result and accelerator.is_main_process:
         metrics.write(step=steps, **result)
-    model = fsdp.gathered(model, accelerator.is_main_process)
+    model = fsdp.gather_model(model, accelerator.is_main_process)
     return training_run.end(metrics, model, tokenizer, accelerator, result, dtypes)
 
 
@@ -96,42 +96,42 @@ def read(config: Config, option: str = "data") -> data.Dataset:
     return data.read(path, purpose="labels" if config.labels else "comparisons", **config.reading_of(option))
 
 
-def texts_as_prompts(groups: Sequence[data.Group]) -> list[data.Group]:
+def texts_as_prompts(examples: Sequence[data.Example]) -> list[data.Example]:
     """Return labelled texts as they are scored: prompt, empty completion, end of sequence; the label as a reward."""
-    return [data.Group(g.completions[0], ("",), (float(g.label or 0),), g.line, source=g.source) for g in groups]
+    return [data.Example(g.completions[0], ("",), (float(g.label or 0),), g.line, source=g.source) for g in examples]
 
 
 def tokens(
     config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]
-) -> tuple[list[TokenGroup], list[TokenGroup]]:
+) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
     """Return the pairs or texts to train on and those held out, which share no prompt (no text) with the others.
 
     `counts` gets what was cut, dropped or noted. DataError if no row is left to train on.
     """
-    rows = dataset.groups
+    rows = dataset.examples
     if config.max_completions is not None:
-        rows, skipped = transforms.first(rows, config.max_completions)
+        rows, skipped = transforms.take_first(rows, config.max_completions)
         counts.update(skipped)
     if config.labels:
-        if len({group.label for group in rows}) == 1:
+        if len({example.label for example in rows}) == 1:
             raise data.DataError(f"{config.data}: expected texts of both labels; all have {rows[0].label}")
         rows = texts_as_prompts(rows)
     else:
-        rows, skipped = transforms.best_against_worst(rows)
+        rows, skipped = transforms.to_pairs(rows)
         counts.update(skipped)
-    texts = [split.Texts(group.prompt, group.completions) for group in rows]
+    texts = [split.Texts(example.prompt, example.completions) for example in rows]
     names = sorted({text.name for text in texts})
     chosen = split.hold_out(texts, names, round(config.eval_fraction * len(names)), config.seed)
     if chosen.shared:
         console.warn(chosen.warning(config.data))
     encoded = []
     for is_held_out in (False, True):
-        part = [group for i, group in enumerate(rows) if (i in chosen.held_out) == is_held_out]
-        groups, cut = tokenize.encode(
+        part = [example for i, example in enumerate(rows) if (i in chosen.held_out) == is_held_out]
+        examples, cut = tokenize.encode(
             part, tokenizer, Limits(**config.limits()), dataset.path, foreign="text", skip_invalid=config.skip_invalid
         )
         counts.update(cut)
-        encoded.append(groups)
+        encoded.append(examples)
     train, held_out = encoded
     if not train:
         raise data.DataError(f"{config.data}: no row is left to train on")
@@ -140,26 +140,26 @@ def tokens(
 
 @torch.no_grad()
 def _evaluate(
-    module: PairLoss, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing
+    module: PairLoss, examples: Sequence[TokenizedExample], accelerator: Accelerator, collator: Collator
 ) -> dict[str, float]:
     """Loss and accuracy on what was held out, with the accuracy's 95% interval; nothing where nothing was."""
-    if not groups:
+    if not examples:
         return {}
     module.eval()
 
-    def of(part: Sequence[TokenGroup]) -> list[float]:
+    def of(part: Sequence[TokenizedExample]) -> list[float]:
         with accelerator.autocast():
-            batch = packing.collate(part).to(accelerator.device)
-            return fsdp.entered(module, partial(module, batch, None)).tolist()
+            batch = collator.collate(part).to(accelerator.device)
+            return fsdp.run_unsharded_root(module, partial(module, batch, None)).tolist()
 
-    parts = packing.micro_batches(groups)
-    found = gather.shared(parts, of, accelerator, together=fsdp.is_sharded(module))
+    parts = collator.micro_batches(examples)
+    found = gather.map_over_ranks(parts, of, accelerator, together=fsdp.is_sharded(module))
     margins = [margin for some in found for margin in some]
     right = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
     low, high = evaluation_metrics.accuracy_interval(right)
     accuracy = sum(right) / len(right)
     loss = float(-nn.functional.logsigmoid(torch.tensor(margins, dtype=torch.float64)).mean())
-    console.say(
+    console.log(
         f"held-out accuracy {100 * accuracy:.1f}% (95% interval {100 * low:.1f} to {100 * high:.1f}) on {len(right):,}"
     )
     return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": high}
@@ -167,7 +167,7 @@ def _evaluate(
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.reward", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

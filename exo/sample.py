@@ -18,23 +18,23 @@ from accelerate import Accelerator
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import ChatOptions, Compute, DataOptions
 from exo.cli.parse import parse
-from exo.data import Group
+from exo.data import Example
 from exo.data.text import render, tokenize
 from exo.distributed import gather
 from exo.distributed.accelerator import make_accelerator
 from exo.rollouts import generate, samples, shards
 from exo.rollouts.generate import Sample
 from exo.runs import inputs as run_inputs
-from exo.runs.jsonl import Pieces
+from exo.runs.jsonl import JsonlCache
 from exo.runs.stage import Start, stage
 
 AT_ONCE = 8192  # completions that vLLM is asked for together, and so what a kill may cost
 Job = Callable[[], list[Sample]]
 Run = Callable[[Sequence[Job]], list[list[Sample]]]  # of generation.sample
-Draw = Callable[[Run], list[Group]]
+Draw = Callable[[Run], list[Example]]
 Prompts = Callable[[Any], tuple[list[int], list[str]]]  # places and prompts, given a tokenizer and its chat template
 
 
@@ -59,9 +59,9 @@ class Config(Compute, DataOptions, ChatOptions):
 def run(config: Config, start: Start) -> Path:
     """Sample and return the run directory, which has samples.jsonl."""
     dataset = read(config)
-    console.say(dataset.summary())
+    console.log(dataset.summary())
     model = run_inputs.source("model", config.model, "sft", "align", "ppo")
-    chosen(config, len(dataset.groups))
+    chosen(config, len(dataset.examples))
     accelerator = make_accelerator(config)
     dropped: Counter[str] = Counter()
 
@@ -70,16 +70,16 @@ def run(config: Config, start: Start) -> Path:
         usable, more = tokenize.usable_prompts(rendered, tokenizer, skip_invalid=config.skip_invalid)
         dropped.update(more)
         numbers = chosen(config, len(usable))
-        console.say(f"{len(numbers):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
+        console.log(f"{len(numbers):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
         return numbers, [usable[number % len(usable)].prompt for number in numbers]
 
     draw = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, accelerator)
-    pieces = shards.begin_pieces(start, accelerator, dataset.account(dropped))
-    groups = draw(partial(_run, pieces, accelerator))
-    result = samples.describe(groups)
-    console.say(f"  mean {result['mean_tokens']:.1f} tokens")
-    samples.say_cut(groups)
-    return shards.end_pieces(pieces, "samples.jsonl", map(samples.row, groups), accelerator, result)
+    pieces = shards.begin(start, accelerator, dataset.account(dropped))
+    examples = draw(partial(_run, pieces, accelerator))
+    result = samples.describe(examples)
+    console.log(f"  mean {result['mean_tokens']:.1f} tokens")
+    samples.log_cut(examples)
+    return shards.end(pieces, "samples.jsonl", map(samples.to_row, examples), accelerator, result)
 
 
 def read(config: Config, option: str = "data") -> data.Dataset:
@@ -95,14 +95,14 @@ def chosen(config: Config, total: int) -> list[int]:
     return [epoch * total + i for epoch in range(config.epochs) for i in places]
 
 
-def _run(pieces: Pieces, accelerator: Accelerator, jobs: Sequence[Job]) -> list[list[Sample]]:
+def _run(pieces: JsonlCache, accelerator: Accelerator, jobs: Sequence[Job]) -> list[list[Sample]]:
     """What the jobs draw, each by one process, and kept."""
     listed = [partial(_listed, job) for job in jobs]
-    return [samples.unlisted(rows) for rows in shards.in_pieces(listed, pieces, accelerator)]
+    return [samples.from_json(rows) for rows in shards.map_cached(listed, pieces, accelerator)]
 
 
 def _listed(job: Job) -> list[Any]:
-    return samples.listed(job())
+    return samples.to_json(job())
 
 
 def _torch(config: Config, name: str, prompts_of: Prompts, accelerator: Accelerator) -> Draw:
@@ -110,7 +110,7 @@ def _torch(config: Config, name: str, prompts_of: Prompts, accelerator: Accelera
     model.to(accelerator.device)
     numbers, prompts = prompts_of(tokenizer)
 
-    def draw(run: Run) -> list[Group]:
+    def draw(run: Run) -> list[Example]:
         with accelerator.autocast():
             return samples.draw(
                 model, tokenizer, prompts, _settings(config), label="completions",
@@ -155,12 +155,12 @@ def _vllm(config: Config, name: str, prompts_of: Prompts, accelerator: Accelerat
         outputs = engine.generate([{"prompt_token_ids": row} for row in ids[part] for _ in range(config.k)], wanted)
         return [_from_vllm(output.outputs[0], stop_ids) for output in outputs]
 
-    def draw(run: Run) -> list[Group]:
+    def draw(run: Run) -> list[Example]:
         each = max(1, AT_ONCE // config.k)
         parts = [slice(i, i + each) for i in range(0, len(ids), each)]
         flat = [found for some_of in run([partial(some, part) for part in parts]) for found in some_of]
         drawn = [flat[i : i + config.k] for i in range(0, len(flat), config.k)]
-        return samples.groups(prompts, ids, drawn, tokenizer, _settings(config), numbers)
+        return samples.to_examples(prompts, ids, drawn, tokenizer, _settings(config), numbers)
 
     return draw
 
@@ -173,7 +173,7 @@ def _from_vllm(completion: Any, stop_ids: Sequence[int]) -> Sample:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.sample", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

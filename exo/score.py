@@ -12,10 +12,10 @@ from pathlib import Path
 from exo import data
 from exo.cli import console
 from exo.cli.fields import at_least, named, option, require
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import ChatOptions, DataOptions, Scoring
 from exo.cli.parse import parse
-from exo.data import Group
+from exo.data import Example
 from exo.distributed import gather
 from exo.distributed.accelerator import make_accelerator
 from exo.rollouts import samples, scorers, shards
@@ -50,44 +50,44 @@ def run(config: Config, start: Start) -> Path:
     """Score and return the run directory, which has scored.jsonl."""
     path = run_inputs.source("data", config.data, "sample", "best_of_n", "score")
     dataset = data.read(path, purpose="samples", **config.reading(), **config.mixing())
-    console.say(dataset.summary())
-    if had := sum(group.rewards is not None for group in dataset.groups):
-        console.say(f"  {had:,} rows have rewards, which others replace")
+    console.log(dataset.summary())
+    if had := sum(example.rewards is not None for example in dataset.examples):
+        console.log(f"  {had:,} rows have rewards, which others replace")
     options = scorers.Options(config.reward_model, config.oracle)
     accelerator = make_accelerator(config)
     scorer = scorers.load(
         options, config, accelerator, config.max_length, config.max_prompt_length, template=config.chat_template,
         arguments=config.template_kwargs, date=gather.template_date(start, accelerator),
     )  # fmt: skip
-    console.say(f"scored by {scorer.name}")
-    refused, dropped = scorer.refused(dataset.groups, dataset.path, config.skip_invalid)
+    console.log(f"scored by {scorer.name}")
+    refused, dropped = scorer.refused(dataset.examples, dataset.path, config.skip_invalid)
     console.counts(dropped)
-    groups = [group for i, group in enumerate(dataset.groups) if i not in refused]
-    if not groups:
+    examples = [example for i, example in enumerate(dataset.examples) if i not in refused]
+    if not examples:
         raise data.DataError(f"{dataset.path}: no row is left to score")
-    pieces = shards.begin_pieces(start, accelerator, dataset.account(dropped))
-    progress = console.Progress("rows", len(groups), every=max(1, len(groups) // 4))
+    pieces = shards.begin(start, accelerator, dataset.account(dropped))
+    progress = console.Progress("rows", len(examples), every=max(1, len(examples) // 4))
 
-    def scored(part: Sequence[Group]) -> tuple[scorers.Scores, dict[str, int]]:
-        found = scorers.score_part(scorer, part)
+    def scored(part: Sequence[Example]) -> tuple[scorers.Scores, dict[str, int]]:
+        found = scorers.score_chunk(scorer, part)
         progress.advance(len(part))
         return found
 
-    jobs = [partial(scored, part) for part in scorers.in_parts(groups)]
-    scores, counts = scorers.together(shards.in_pieces(jobs, pieces, accelerator))
+    jobs = [partial(scored, part) for part in scorers.chunked(examples)]
+    scores, counts = scorers.merge(shards.map_cached(jobs, pieces, accelerator))
     result = scorers.describe(scores)
-    console.say(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")
+    console.log(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")
     for name in ("rows of one completion", "rows whose rewards are all equal"):
         if result[name]:
-            console.say(f"  {result[name]:,} {name}: nothing to compare")
+            console.log(f"  {result[name]:,} {name}: nothing to compare")
     console.counts(counts)
-    rows = (samples.row(replace(group, rewards=values)) for group, values in zip(groups, scores, strict=True))
-    return shards.end_pieces(pieces, "scored.jsonl", rows, accelerator, result)
+    rows = (samples.to_row(replace(example, rewards=values)) for example, values in zip(examples, scores, strict=True))
+    return shards.end(pieces, "scored.jsonl", rows, accelerator, result)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.score", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ from accelerate.utils import set_seed
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, named, option
-from exo.cli.main import guarded
+from exo.cli.main import run_command
 from exo.cli.options import AdapterOptions, DataOptions
 from exo.cli.parse import parse
 from exo.data import preview
-from exo.data.collate import Packing
+from exo.data.collate import Collator
 from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import gather
-from exo.distributed.accelerator import make_accelerator, placed
+from exo.distributed.accelerator import make_accelerator, place
 from exo.models import lora
 from exo.models.attention import choose
 from exo.runs import inputs as run_inputs
@@ -49,7 +49,7 @@ def run(config: Config, start: Start) -> Path:
     dataset = read(config)
     accelerator = make_accelerator(config)
     set_seed(config.seed)
-    console.say(dataset.summary())
+    console.log(dataset.summary())
     lora.check(config, config.model)
     name = run_inputs.source("model", config.model, "sft")
     model, tokenizer = lora.load(config, name, dataset.texts, accelerator)
@@ -57,31 +57,38 @@ def run(config: Config, start: Start) -> Path:
     (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
     counts: Counter[str] = Counter()
     try:
-        groups = tokens(config, dataset, tokenizer, counts)
+        examples = tokens(config, dataset, tokenizer, counts)
     finally:
         console.counts(counts)
-    models.check_fits(model, groups)
+    models.check_fits(model, examples)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
-    steps = sampler.total_steps(config, len(groups))
-    console.say(
-        f"{len(groups):,} texts, {steps:,} steps of {config.batch_size}, "
+    steps = sampler.total_steps(config, len(examples))
+    console.log(
+        f"{len(examples):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
-    preview.show(groups, tokenizer, preview.LOSS)
-    adapted = lora.add(model, config, name)
-    packing = choose.choose(
-        [placed(model, config, accelerator)], groups, accelerator,
-        Packing(tokenizer.pad_token_id, config.max_tokens_per_batch), "off", 1.0, config.dropout,
+    preview.show(examples, tokenizer, preview.LOSS)
+    adapted = lora.apply(model, config, name)
+    collator = choose.choose_layout(
+        [place(model, config, accelerator)], examples, accelerator,
+        Collator(tokenizer.pad_token_id, config.max_tokens_per_batch), "off", 1.0, config.dropout,
     )  # fmt: skip
     if accelerator.is_main_process:
-        run_record.update_run(Path(config.output_dir), layout=packing.layout)
+        run_record.update_run(Path(config.output_dir), layout=collator.layout)
     module = NextToken(adapted).train(config.dropout)
     loop.train(
-        module, sampler.Batches(groups, config, steps), steps, config, accelerator, metrics,
-        packing=packing, denominator=_scored_tokens,
-        steps_an_epoch=sampler.epoch_steps(config, len(groups)), shown={"loss": "loss", "tokens_per_second": "tok/s"},
-    )  # fmt: skip
-    finished = lora.finished(module.model, config, accelerator)
+        module,
+        sampler.BatchSampler(examples, config, steps),
+        steps,
+        config,
+        accelerator,
+        metrics,
+        collator=collator,
+        denominator=_scored_tokens,
+        steps_an_epoch=sampler.steps_per_epoch(config, len(examples)),
+        shown={"loss": "loss", "tokens_per_second": "tok/s"},
+    )
+    finished = lora.merged(module.model, config, accelerator)
     return training_run.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 
 
@@ -91,24 +98,24 @@ def read(config: Config, option: str = "data") -> data.Dataset:
     return data.read(path, purpose="texts", **config.reading_of(option))
 
 
-def tokens(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]) -> list[TokenGroup]:
+def tokens(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]) -> list[TokenizedExample]:
     """Return the rows to train on; `counts` gets what was cut, dropped or noted. DataError if none is left."""
-    groups, cut = tokenize.encode(
-        dataset.groups, tokenizer, Limits(**config.limits()), dataset.path, skip_invalid=config.skip_invalid
+    examples, cut = tokenize.encode(
+        dataset.examples, tokenizer, Limits(**config.limits()), dataset.path, skip_invalid=config.skip_invalid
     )
     counts.update(cut)
-    if not groups:
+    if not examples:
         raise data.DataError(f"{config.data}: no row is left to train on")
-    return groups
+    return examples
 
 
-def _scored_tokens(groups: Sequence[TokenGroup]) -> int:
-    return sum(len(completion) for group in groups for completion in group.completions)
+def _scored_tokens(examples: Sequence[TokenizedExample]) -> int:
+    return sum(len(completion) for example in examples for completion in example.completions)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Config, argv, prog="python -m exo.sft", description=__doc__)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from exo import align
 from exo.cli import console, launch, signals, streams, yaml_files
 from exo.cli.errors import ConfigError, RunError
 from exo.cli.fields import SHOWN, option, require, shortened
-from exo.cli.main import guarded, last_words
+from exo.cli.main import print_error, run_command
 from exo.cli.parse import command_line, given, parse
 from exo.experiments import costs, plan
 from exo.experiments.plan import Step
@@ -75,7 +75,7 @@ def run(config: Config) -> Path:
     if config.dry_run:
         costs.tell(recipe, steps, directory, again)
         return directory
-    with run_directory.locked(str(directory)):
+    with run_directory.lock(str(directory)):
         return _go(config, recipe, whole, steps, directory, again)
 
 
@@ -91,7 +91,7 @@ def _go(
     page = directory / "report" / "report.html"
     if steps[-1].stage == "report":
         shutil.copyfile(page, directory / "report.html")  # it stands alone: its pictures are in it
-        console.say(f"report: {directory / 'report.html'}")
+        console.log(f"report: {directory / 'report.html'}")
     return directory
 
 
@@ -185,14 +185,14 @@ def _held(step: Step, directory: Path, again: set[str]) -> bool:
     return (
         step.name not in again
         and step.stage != "report"  # it reads all the others, and takes a moment
-        and run_stage.holds(directory / step.name, step.config, step.stage)
+        and run_stage.is_up_to_date(directory / step.name, step.config, step.stage)
     )
 
 
 def _one_by_one(steps: list[Step], directory: Path, again: set[str]) -> Iterator[Step | None]:
     for i, step in enumerate(steps, 1):
         if _held(step, directory, again):
-            console.say(f"[{i}/{len(steps)}] {step.name}: already there")
+            console.log(f"[{i}/{len(steps)}] {step.name}: already there")
             yield None
             continue
         console.headline(f"{i}/{len(steps)} {step.name}")
@@ -213,7 +213,7 @@ def _at_once(
                 if _held(step, directory, again):
                     waiting.remove(step)
                     done.add(step.name)
-                    console.say(f"[{len(done)}/{len(steps)}] {step.name}: already there")
+                    console.log(f"[{len(done)}/{len(steps)}] {step.name}: already there")
                     yield None
                 elif len(under_way) < jobs:
                     waiting.remove(step)
@@ -230,10 +230,10 @@ def _at_once(
                     ) from None
                 except Exception:
                     pool.shutdown(cancel_futures=True)
-                    last_words(f"{step.name}: failed")
+                    print_error(f"{step.name}: failed")
                     raise
                 done.add(step.name)
-                console.say(f"[{len(done)}/{len(steps)}] {step.name}  {console.duration(seconds)}")
+                console.log(f"[{len(done)}/{len(steps)}] {step.name}  {console.duration(seconds)}")
                 yield step
 
 
@@ -252,7 +252,7 @@ def _begun(threads: int | None, driver: int) -> None:
     """What a process of a step does first."""
     streams.prepare()
     console.mute()
-    signals.end_with(driver)
+    signals.exit_with_parent(driver)
     if threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
 
@@ -265,9 +265,9 @@ def _timed(step: Step, anew: bool) -> float:
 
 def _stage(step: Step, anew: bool) -> None:
     """Run it; go on with it where it did not finish."""
-    goes_on = not anew and run_stage.goes_on(Path(step.config.output_dir), step.config, step.stage)
-    config = dataclasses.replace(step.config, overwrite_output_dir=not goes_on)
-    if launch.wanted(getattr(config, "nproc", 1)):
+    resumes = not anew and run_stage.is_resumable(Path(step.config.output_dir), step.config, step.stage)
+    config = dataclasses.replace(step.config, overwrite_output_dir=not resumes)
+    if launch.is_launcher(getattr(config, "nproc", 1)):
         if launch.run(f"exo.{step.stage}", command_line(config), config.nproc):
             raise RunError(f"{step.name}: failed, as said above")
         return
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "recipe" not in (asked := given(arguments)) and asked & own:
         return align.main(arguments)
     options = parse(Config, arguments, prog="python -m exo.train", description=None)
-    return guarded(run, options)
+    return run_command(run, options)
 
 
 if __name__ == "__main__":

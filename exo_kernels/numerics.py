@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 
-class Curve(NamedTuple):
+class LogitTransform(NamedTuple):
     """z = outer * tanh(inner * x), or outer * x: logits of x = h W^T + bias. dz/dx is `factor` where nothing caps."""
 
     outer: float
@@ -14,7 +14,7 @@ class Curve(NamedTuple):
     factor: float
 
     @classmethod
-    def of(cls, logit_scale: float, softcap: float | None, temperature: float) -> "Curve":
+    def of(cls, logit_scale: float, softcap: float | None, temperature: float) -> "LogitTransform":
         """z = softcap(scale * x) / temperature, softcap(a) = c tanh(a / c)."""
         factor = logit_scale / temperature
         if softcap is None:

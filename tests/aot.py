@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from exo_kernels.numerics import Curve
+from exo_kernels.numerics import LogitTransform
 from exo_kernels.schedules import matmul
 
 # by name: the package exports functions called like its modules
@@ -126,7 +126,7 @@ class ChunkCase(NamedTuple):
         a = rows(self.dtype)
         bias = rows(self.dtype)[0] if self.bias else None
         targets = torch.zeros(3, dtype=torch.int64)
-        curve = Curve(30.0, 0.05, True, 1.5) if self.capped else Curve(1.5, 1.0, False, 1.5)
+        curve = LogitTransform(30.0, 0.05, True, 1.5) if self.capped else LogitTransform(1.5, 1.0, False, 1.5)
         with patch.object(LINEAR, "_warp_size", lambda device: warp_size):
             if not self.gradient:
                 return _caught(LINEAR, "chunk_logps_kernel", LINEAR.chunk_logps, a, bias, targets, curve, self.entropy)

@@ -83,7 +83,7 @@ def _poison(kind: str, at: int) -> None:
     from exo.training import preference
     from exo.training import step as training_step
 
-    forward, accumulate, now = preference.PolicyLoss.forward, training_step.accumulate, [0]
+    forward, accumulate, now = preference.PreferenceLoss.forward, training_step.accumulate, [0]
 
     def counted(module, parts, count, accelerator, collate, step, *rest):
         now[0] = step
@@ -96,7 +96,7 @@ def _poison(kind: str, at: int) -> None:
         bad = share.loss * float("nan") if kind == "loss" else (next(self.parameters()).sum() * 0).abs().sqrt()
         return share._replace(loss=share.loss + bad)
 
-    preference.PolicyLoss.forward, training_step.accumulate = poisoned, counted
+    preference.PreferenceLoss.forward, training_step.accumulate = poisoned, counted
 
 
 def _crash_in_saves(at: int) -> None:

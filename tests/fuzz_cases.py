@@ -138,7 +138,7 @@ def data_file(rng: random.Random, folder: Path) -> str:
         assert path.name in str(error), f"names no file: {error}"
         assert mutated, f"valid rows refused: {error}"
         return one_line(error)
-    assert found.rows == len(found.groups) + sum(found.skipped.values())
+    assert found.rows == len(found.examples) + sum(found.skipped.values())
     assert mutated or found.rows == rows, f"{found.rows} of {rows} rows"
     return "skipped some" if found.skipped else "right"
 

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 
 from exo import models
-from exo.data.collate import Packing
+from exo.data.collate import Collator
 from exo.training import reference
-from tests.parallel_worker import groups
+from tests.parallel_worker import examples
 
 
 def main(argv: list[str]) -> int:
@@ -20,13 +20,13 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     model, _ = models.tiny(["a b c d e f g"], hidden_size=32, num_layers=2, num_heads=2)
-    rows, packing, rank = groups([3] * 9, far=0.0), Packing(0, 16), accelerator.process_index
-    expected = reference.score(model, rows, accelerator, packing, 1.0, directory / "whole")
+    rows, collator, rank = examples([3] * 9, far=0.0), Collator(0, 16), accelerator.process_index
+    expected = reference.score(model, rows, accelerator, collator, 1.0, directory / "whole")
     (whole,) = (directory / "whole").iterdir()
     own = directory / str(rank)
     own.mkdir()
     (own / whole.name).write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[: 1 + known[rank]]))
-    found = reference.score(model, rows, accelerator, packing, 1.0, own)
+    found = reference.score(model, rows, accelerator, collator, 1.0, own)
     return 0 if [g.ref_logps for g in found] == [g.ref_logps for g in expected] else 1
 
 

@@ -1,4 +1,4 @@
-"""Steps of PolicyLoss in fp64 on one of several processes, with groups of very uneven lengths; saves what came out.
+"""Steps of PreferenceLoss in fp64 on one of several processes, with groups of very uneven lengths; saves what came out.
 
 Arguments: ddp, fsdp, zero1 or zero2, with -fp32 for that instead (DeepSpeed knows no doubles), or with -bf16 for
 autocast over fp32 and references far from the policy; a file for the weights, and as JSON the groups' sizes, and tokens
@@ -15,22 +15,22 @@ from safetensors.torch import save_file
 
 from exo import models
 from exo.cli.options import DataTraining
-from exo.data.collate import Packing
-from exo.data.text.tokenize import TokenGroup
+from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import deepspeed, fsdp
 from exo.training import preference
 from exo.training import step as training_step
 from exo.training.optimizer import optimizer
 
 
-def groups(sizes: list[int], far: float) -> list[TokenGroup]:
+def examples(sizes: list[int], far: float) -> list[TokenizedExample]:
     draw = torch.Generator().manual_seed(0)
 
     def ids(n: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, 40, (n,), generator=draw).tolist())
 
     return [
-        TokenGroup(ids(1 + i), tuple(ids(1 + (i * k) % size) for k in range(2 + i % 3)),
+        TokenizedExample(ids(1 + i), tuple(ids(1 + (i * k) % size) for k in range(2 + i % 3)),
                    tuple(float(k) for k in range(2 + i % 3)), i, tuple(-far - float(k) for k in range(2 + i % 3)))
         for i, size in enumerate(sizes)
     ]  # fmt: skip
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if how == "fsdp":
         fsdp.shard(model, accelerator)
     objective = dict(loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0)
-    module = preference.PolicyLoss(model, **objective).train(False)
+    module = preference.PreferenceLoss(model, **objective).train(False)
     config = DataTraining(learning_rate=1e-3, batch_size=len(sizes))
     if how == "fsdp":
         wrapped, optim = module, accelerator.prepare(optimizer(module, config))
@@ -55,12 +55,12 @@ def main(argv: list[str]) -> int:
         wrapped, optim = deepspeed.prepare(module, optimizer(module, config), config, accelerator)
     else:
         wrapped, optim = accelerator.prepare(module, optimizer(module, config))
-    packing = Packing(0, tokens)
-    step = training_step.Step(wrapped, optim, config, accelerator, len, packing.collate, packing, 8)
+    collator = Collator(0, tokens)
+    step = training_step.TrainStep(wrapped, optim, config, accelerator, len, collator.collate, collator, 8)
     counters = dict.fromkeys(training_step.COUNTERS, 0.0)
-    rows = groups(sizes, far=1000.3 if dtype == "bf16" else 0.0)
+    rows = examples(sizes, far=1000.3 if dtype == "bf16" else 0.0)
     losses = [step(i, rows, counters, told=True, first=None)[0]["loss"] for i in range(1, 9)]
-    whole = {name: fsdp.whole(p).detach().clone() for name, p in module.named_parameters()}
+    whole = {name: fsdp.full_tensor(p).detach().clone() for name, p in module.named_parameters()}
     if accelerator.is_main_process:
         save_file(whole | {"losses": torch.tensor(losses, dtype=torch.float64)}, file)
     return 0

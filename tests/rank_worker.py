@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from exo import align
-from exo.training import preference
-from exo.training import step as training_step
+from exo.training import preference, step
 from exo_kernels.schedules import plan
 
 
@@ -28,9 +27,9 @@ def same_on_all_ranks(module) -> bool:
 def watched(paths: dict):
     """Fills `paths` while it lasts."""
     accumulate, update, reference, choose = (
-        training_step.accumulate,
-        training_step.update,
-        preference.PolicyLoss._reference,
+        step.accumulate,
+        step.update,
+        preference.PreferenceLoss._reference,
         plan.choose,
     )
     checkpoint = torch.utils.checkpoint.checkpoint
@@ -49,7 +48,7 @@ def watched(paths: dict):
     def referring(self, batch):
         found = reference(self, batch)
         paths["reference"] = sorted({*paths["reference"], *found} & {"ref_hidden", "ref_logps"})
-        paths["layouts"] = sorted({*paths["layouts"], "padded" if batch.sight is None else "several texts a row"})
+        paths["layouts"] = sorted({*paths["layouts"], "padded" if batch.segment_ids is None else "several texts a row"})
         return found
 
     def choosing(*arguments, **options):
@@ -62,9 +61,10 @@ def watched(paths: dict):
         return checkpoint(*arguments, **options)
 
     with (
-        mock.patch.object(training_step, "accumulate", accumulating),
-        mock.patch.object(training_step, "update", updating),
-        mock.patch.object(preference.PolicyLoss, "_reference", referring), mock.patch.object(plan, "choose", choosing),
+        mock.patch.object(step, "accumulate", accumulating),
+        mock.patch.object(step, "update", updating),
+        mock.patch.object(preference.PreferenceLoss, "_reference", referring),
+        mock.patch.object(plan, "choose", choosing),
         mock.patch.object(torch.utils.checkpoint, "checkpoint", checkpointing),
         mock.patch("transformers.modeling_utils.checkpoint", checkpointing),
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Loss and gradients of PolicyLoss on a model in shards, on one of two processes, for every family of models.
+"""Loss and gradients of PreferenceLoss on a model in shards, on one of two processes, for every family of models.
 
 Argument: a file for what differs most from the same model whole, by family, in fp64.
 """
@@ -12,15 +12,15 @@ import torch
 import transformers
 from accelerate import Accelerator
 
-from exo.data.collate import Packing
-from exo.data.text.tokenize import TokenGroup
+from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp
 from exo.training import preference
 from tests.test_head import FAMILIES, known, tiny
 
 GROUPS = [
-    TokenGroup((3, 4, 5), ((6, 7, 1), (8, 1)), (1.0, 0.0), 1, (-3.0, -2.0)),
-    TokenGroup((9,), ((10, 11, 12, 1), (13, 1), (14, 15, 1)), (0.5, 2.0, 1.0), 2, (-5.0, -1.0, -2.0)),
+    TokenizedExample((3, 4, 5), ((6, 7, 1), (8, 1)), (1.0, 0.0), 1, (-3.0, -2.0)),
+    TokenizedExample((9,), ((10, 11, 12, 1), (13, 1), (14, 15, 1)), (0.5, 2.0, 1.0), 2, (-5.0, -1.0, -2.0)),
 ]
 
 
@@ -29,13 +29,13 @@ def differs(model, accelerator) -> float:
     fsdp.shard(parts, accelerator)
     found = []
     for one in (whole, parts):
-        module = preference.PolicyLoss(
+        module = preference.PreferenceLoss(
             one, loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0
         ).train(False)  # fmt: skip
-        batch = Packing(0, 4096).collate(GROUPS)
-        loss = fsdp.entered(module, lambda module=module, batch=batch: module(batch, 2).loss)
+        batch = Collator(0, 4096).collate(GROUPS)
+        loss = fsdp.run_unsharded_root(module, lambda module=module, batch=batch: module(batch, 2).loss)
         loss.backward()
-        gradients = {name: fsdp.whole(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+        gradients = {name: fsdp.full_tensor(p.grad) for name, p in module.named_parameters() if p.grad is not None}
         found.append((loss.detach(), gradients))
     (loss, gradients), (other, others) = found
     assert gradients.keys() == others.keys() and gradients

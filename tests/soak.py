@@ -106,7 +106,7 @@ class Soak:
             file = rng.choice(sorted(file for file in state.rglob("*") if file.is_file()))
             content = file.read_bytes()
             damage(file, content, rng)
-            seen += bool(checkpoint_files.damage(state))
+            seen += bool(checkpoint_files.find_damage(state))
             damaged, before = file.read_bytes(), content
             file.write_bytes(before)
         file.write_bytes(damaged)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from exo import align, models, sft
 from exo.cli.options import AdapterOptions, DataTraining
-from exo.data.collate import Packing
+from exo.data.collate import Collator
 from exo.distributed.accelerator import make_accelerator
 from exo.models import lora as model_lora
 from exo.training import preference
@@ -67,14 +67,14 @@ def test_the_reference_is_the_model_below_the_adapter(start, tmp_path):
 def test_switched_off_it_is_the_model_that_was_to_the_last_bit(start):
     model, _ = models.load(start)
     before = logits(model)
-    adapted = model_lora.add(model, AdapterOptions(lora_r=4), start)
+    adapted = model_lora.apply(model, AdapterOptions(lora_r=4), start)
     assert torch.equal(logits(adapted), before), "it begins as nothing"
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1)
     assert not torch.equal(logits(adapted), before)
-    with model_lora.switched_off(adapted):
+    with model_lora.disabled(adapted):
         assert torch.equal(logits(adapted), before)
     assert {"lora_" in name for name, p in adapted.named_parameters() if p.requires_grad} == {True}
 
@@ -162,9 +162,9 @@ def test_weights_in_four_bits_are_the_reference_too_and_what_is_left_computes_wh
     pytest.importorskip("bitsandbytes")
     start = start_of_size
     trained = []
-    finish = model_lora.finished
+    finish = model_lora.merged
     monkeypatch.setattr(
-        model_lora, "finished", lambda model, *rest: trained.append(logits(model)) or finish(model, *rest)
+        model_lora, "merged", lambda model, *rest: trained.append(logits(model)) or finish(model, *rest)
     )
     run = aligned(start, tmp_path, "run", "--load_in_4bit", "--learning_rate", "3e-2")
     first, *_, last = (line for line in lines(run / "metrics.jsonl") if "loss" in line)
@@ -275,17 +275,17 @@ def test_checkpointing_changes_no_gradient_keeps_less_and_outlives_an_evaluation
     for checkpointed in (False, True):
         torch.manual_seed(0)
         model, _ = models.load(start)
-        module = preference.PolicyLoss(
-            model_lora.add(model, AdapterOptions(lora_r=lora), "x"), loss="exo", beta_pi=0.5, beta_r=0.5,
+        module = preference.PreferenceLoss(
+            model_lora.apply(model, AdapterOptions(lora_r=lora), "x"), loss="exo", beta_pi=0.5, beta_r=0.5,
             label_smoothing=0.0, temperature=1.0,
         ).train(False)  # fmt: skip
         _spare(module, DataTraining(gradient_checkpointing=checkpointed))
-        packing = Packing(0, 8192)
-        group = align.TokenGroup((3, 4, 5) * 20, ((6, 7, 8), (9, 3)), (1.0, 0.0), 1, (-7.0, -4.0))
-        preference.evaluate(module, [group], make_accelerator(DataTraining(device="cpu")), packing)
+        collator = Collator(0, 8192)
+        example = align.TokenizedExample((3, 4, 5) * 20, ((6, 7, 8), (9, 3)), (1.0, 0.0), 1, (-7.0, -4.0))
+        preference.evaluate(module, [example], make_accelerator(DataTraining(device="cpu")), collator)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-            share = module(packing.collate([group]), 1)
+            share = module(collator.collate([example]), 1)
         share.loss.backward()
         found[checkpointed] = sum(kept), [p.grad for p in module.parameters() if p.grad is not None]
     assert found[True][0] < 0.5 * found[False][0]

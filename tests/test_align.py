@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exo import align, models
-from exo import data as data_module
+from exo import data as exo_data
 from exo.cli.options import DataTraining, Training
-from exo.data.collate import Packing
-from exo.data.text.tokenize import TokenGroup
+from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed.accelerator import make_accelerator
 from exo.evaluation import metrics as evaluation_metrics
-from exo.runs.atomic import staged
+from exo.runs.atomic import atomic_directory
 from exo.training import metrics as training_metrics
 from exo.training import preference, reference, sampler
 from exo.training import step as training_step
@@ -94,8 +94,8 @@ def test_the_first_loss_is_what_theory_says(tmp_path, capsys):
 
 
 def test_a_wrong_reference_is_an_error_before_the_first_update(tmp_path, capsys, monkeypatch):
-    def scored_at_another_temperature(model, groups, accelerator, packing, temperature, keep):
-        return score(model, groups, accelerator, packing, 1.2 * temperature, keep)
+    def scored_at_another_temperature(model, examples, accelerator, collator, temperature, keep):
+        return score(model, examples, accelerator, collator, 1.2 * temperature, keep)
 
     score = reference.score
     monkeypatch.setattr(reference, "score", scored_at_another_temperature)
@@ -110,10 +110,10 @@ def test_errors_of_the_reference_that_cancel_in_the_mean_are_seen(tmp_path, caps
     """Random errors of opposite sign leave the mean loss near where it was; the log-ratios tell."""
 
     def noisy(*args, **kwargs):
-        groups = score(*args, **kwargs)
+        examples = score(*args, **kwargs)
         return [
             dataclasses.replace(g, ref_logps=tuple(x + (-1) ** (i + j) * 0.01 for j, x in enumerate(g.ref_logps)))
-            for i, g in enumerate(groups)
+            for i, g in enumerate(examples)
         ]
 
     score = reference.score
@@ -129,10 +129,10 @@ def test_no_held_out_prompt_is_trained_on(tmp_path):
     config = align.Config(
         model="tiny", data=write(tmp_path / "rows.jsonl", lines), max_length=24, max_prompt_length=12, eval_fraction=0.4
     )
-    dataset = data_module.read(config.data)
+    dataset = exo_data.read(config.data)
     _, tokenizer = models.load_or_tiny("tiny", dataset.texts, seed=0)
-    groups = align.tokens(config, dataset, tokenizer, Counter())
-    train, held_out, _ = align.parted(config, dataset, groups, [], Counter())
+    examples = align.tokens(config, dataset, tokenizer, Counter())
+    train, held_out, _ = align.parted(config, dataset, examples, [], Counter())
     by_line = {i + 1: line["prompt"] for i, line in enumerate(lines)}
     assert {by_line[g.line] for g in train}.isdisjoint({by_line[g.line] for g in held_out})
     assert train and held_out and len(train) + len(held_out) == 40
@@ -181,8 +181,8 @@ def test_not_finite_stops_before_the_update(where, tmp_path, capsys, monkeypatch
         parameter = next(self.parameters())
         return share._replace(loss=share.loss + (parameter.sum() * 0).abs().sqrt())
 
-    forward = preference.PolicyLoss.forward
-    monkeypatch.setattr(preference.PolicyLoss, "forward", poisoned)
+    forward = preference.PreferenceLoss.forward
+    monkeypatch.setattr(preference.PreferenceLoss, "forward", poisoned)
     data = write(tmp_path / "rows.jsonl", rows(20))
     assert align.main(options(tmp_path, data)) == 1
     error = capsys.readouterr().err
@@ -219,15 +219,15 @@ def test_a_malformed_row_is_one_line_and_exit_2(tmp_path, capsys):
     assert "rows.jsonl:4:" in error and "secret" not in error and len(error.strip().splitlines()) == 1
 
 
-def _module(seed: int) -> tuple[preference.PolicyLoss, int]:
+def _module(seed: int) -> tuple[preference.PreferenceLoss, int]:
     model, tokenizer = models.tiny(["a b c"], seed=seed, hidden_size=32, num_layers=1, num_heads=2)
-    module = preference.PolicyLoss(
+    module = preference.PreferenceLoss(
         model.double(), loss="exo", beta_pi=0.5, beta_r=0.5, label_smoothing=1e-3, temperature=0.8
     )
     return module, tokenizer.pad_token_id
 
 
-def _groups() -> list[TokenGroup]:
+def _groups() -> list[TokenizedExample]:
     """Groups as uneven as they come."""
     generator = torch.Generator().manual_seed(1)
 
@@ -238,7 +238,9 @@ def _groups() -> list[TokenGroup]:
     for i in range(8):
         completions = tuple(tokens(1 + (7 * i + 5 * j) % 23) for j in range(2 + i % 4))
         rewards = tuple(float(len(c) % 5) for c in completions)
-        made.append(TokenGroup(tokens(1 + 3 * i), completions, rewards, i, tuple(-4.0 * len(c) for c in completions)))
+        made.append(
+            TokenizedExample(tokens(1 + 3 * i), completions, rewards, i, tuple(-4.0 * len(c) for c in completions))
+        )
     return made
 
 
@@ -247,10 +249,10 @@ def test_micro_batches_never_change_the_gradient():
     for max_tokens in (10**6, 300, 1):
         module, pad_id = _module(seed=0)
         accelerator = make_accelerator(Training(device="cpu"))
-        packing = Packing(pad_id, max_tokens)
-        parts = packing.micro_batches(_groups())
+        collator = Collator(pad_id, max_tokens)
+        parts = collator.micro_batches(_groups())
         loss, _, _ = training_step.accumulate(
-            module, parts, len(_groups()), accelerator, packing.collate, 1, DataTraining()
+            module, parts, len(_groups()), accelerator, collator.collate, 1, DataTraining()
         )
         gradients.append((loss, [p.grad.clone() for p in module.parameters()]))
     assert len(parts) == 8
@@ -261,10 +263,10 @@ def test_micro_batches_never_change_the_gradient():
 
 
 def test_batches_visit_every_prompt_once_an_epoch_and_leave_the_random_state_alone():
-    groups = _groups()
+    examples = _groups()
     state = torch.get_rng_state()
     config = DataTraining(batch_size=3, seed=5)
-    epochs = list(sampler.Batches(groups, config, steps=6))
+    epochs = list(sampler.BatchSampler(examples, config, steps=6))
     assert torch.equal(state, torch.get_rng_state())
     for epoch in (epochs[:3], epochs[3:]):
         assert sorted(g.line for batch in epoch for g in batch) == list(range(8))
@@ -282,16 +284,16 @@ def test_learning_rate(kind, shares):
 
 def test_accuracy_counts_ties_as_one_half():
     target = torch.tensor([2.0, 1.0, 1.0])
-    assert training_metrics.agreement(torch.tensor([0.0, 0.0, 0.0]), target) == 0.5
-    assert training_metrics.agreement(torch.tensor([3.0, 1.0, 2.0]), target) == 1.0
-    assert training_metrics.agreement(torch.tensor([1.0, 0.0, 2.0]), target) == 0.5
+    assert training_metrics.ranking_accuracy(torch.tensor([0.0, 0.0, 0.0]), target) == 0.5
+    assert training_metrics.ranking_accuracy(torch.tensor([3.0, 1.0, 2.0]), target) == 1.0
+    assert training_metrics.ranking_accuracy(torch.tensor([1.0, 0.0, 2.0]), target) == 0.5
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(7, [8, 8]), (6, [8, 8]), (5, [5, 3, 5, 3]), (9, [8, 8]), (99, [8, 8])])
 def test_a_small_last_batch_joins_the_one_before(size, sizes):
     config = DataTraining(batch_size=size, num_train_epochs=2)
     steps = sampler.total_steps(config, 8)
-    assert [len(b) for b in sampler.Batches(_groups(), config, steps)] == sizes
+    assert [len(b) for b in sampler.BatchSampler(_groups(), config, steps)] == sizes
 
 
 @pytest.mark.parametrize(("values", "interval"), [([1.0, 1.0], (0.342, 1.0)), ([1.0, 0.0] * 50, (0.404, 0.596))])
@@ -331,7 +333,7 @@ def test_two_processes_give_the_run_of_one(tmp_path):
 
 
 def test_half_a_checkpoint_is_never_seen(tmp_path):
-    with pytest.raises(OSError), staged(tmp_path / "best") as staging:
+    with pytest.raises(OSError), atomic_directory(tmp_path / "best") as staging:
         (staging / "model").write_text("half")
         raise OSError("disk full")
     assert list(tmp_path.iterdir()) == []

@@ -6,11 +6,11 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from exo import models
-from exo.data.collate import Packing, of_completions
-from exo.data.text.tokenize import TokenGroup
+from exo.data.collate import Collator, split_completions
+from exo.data.text.tokenize import TokenizedExample
 from exo.models import logps as model_logps
 from exo.models.attention import masks
-from exo.models.lm_head import CausalHead
+from exo.models.lm_head import LMHead
 from exo_kernels import linear_token_logps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +43,7 @@ def tiny(family, implementation):
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).double().eval()
 
 
-def groups():
+def examples():
     """Ragged K; a prompt of one token, completions of one, prompts longer than any window."""
     draw = torch.Generator().manual_seed(0)
 
@@ -51,21 +51,23 @@ def groups():
         return tuple(torch.randint(1, 64, (n,), generator=draw).tolist())
 
     sizes = [(1, (1, 3)), (9, (4, 1, 6)), (3, (2, 2)), (12, (7, 5, 1, 2)), (6, (1,))]
-    return [TokenGroup(ids(p), tuple(map(ids, answers)), None, i) for i, (p, answers) in enumerate(sizes)]
+    return [TokenizedExample(ids(p), tuple(map(ids, answers)), None, i) for i, (p, answers) in enumerate(sizes)]
 
 
-def scored(model, found, packing):
+def scored(model, found, collator):
     """Log-probs of the completions' tokens, and the gradient of their sum under weights of chance."""
-    head = CausalHead(model)
+    head = LMHead(model)
     model.zero_grad()
 
     def of(part):
-        batch = packing.collate(part)
-        logps = linear_token_logps(masks.rows(head, batch), head.weight, **masks.scored(batch), **head.options)
+        batch = collator.collate(part)
+        logps = linear_token_logps(
+            masks.completion_hidden(head, batch), head.weight, **masks.loss_inputs(batch), **head.options
+        )
         (logps * torch.sin(3.0 * batch.targets)).sum().backward()
-        return [torch.cat(rows).detach() for rows in of_completions(part, logps)]
+        return [torch.cat(rows).detach() for rows in split_completions(part, logps)]
 
-    logps = torch.cat(packing.each(found, of))
+    logps = torch.cat(collator.each(found, of))
     return logps, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -78,12 +80,12 @@ def test_every_layout_gives_the_same(family, implementation):
     if family == "stablelm" and implementation == masks.SEGMENTS:
         pytest.skip("it does not hand arguments on to its attention; the trial at the start tells")
     model = tiny(family, "eager" if family == "gemma2" else "sdpa")
-    expected = scored(model, groups(), Packing(0, 10**6))
+    expected = scored(model, examples(), Collator(0, 10**6))
     models.attend(model, implementation)
     assert expected[1].abs().max() > 1e-3
     for layout, one_row in LAYOUTS:
         for max_tokens in (10**6, 40, 1):
-            found = scored(model, groups(), Packing(0, max_tokens, layout, one_row))
+            found = scored(model, examples(), Collator(0, max_tokens, layout, one_row))
             for mine, theirs in zip(found, expected, strict=True):
                 assert (mine - theirs).abs().max() < 1e-10, (layout, one_row, max_tokens)
 
@@ -93,20 +95,20 @@ def test_flex_attention_sees_the_same(family):
     """Uncompiled, as it runs on a CPU, forward alone; softcap and windows among them."""
     model = tiny(family, "eager").float()
     accelerator = Accelerator(cpu=True)
-    expected = model_logps.token_logps(model, groups(), accelerator, Packing(0, 10**6), 1.0)
+    expected = model_logps.token_logps(model, examples(), accelerator, Collator(0, 10**6), 1.0)
     models.attend(model, masks.FLEX)
     for layout in ("packed", "shared"):
-        found = model_logps.token_logps(model, groups(), accelerator, Packing(0, 60, layout, True), 1.0)
+        found = model_logps.token_logps(model, examples(), accelerator, Collator(0, 60, layout, True), 1.0)
         for mine, theirs in zip(sum(found, []), sum(expected, []), strict=True):
             assert (mine - theirs).abs().max() < 1e-5
 
 
 def test_flash_attention_is_told_where_the_texts_of_a_row_begin():
-    found = groups()[:2]
-    batch = Packing(0, 60, "packed", True).collate(found)
+    found = examples()[:2]
+    batch = Collator(0, 60, "packed", True).collate(found)
     config = tiny("llama", "eager").config
     config._attn_implementation = masks.FLASH
     told = masks.inputs(batch, config)
-    lengths = [len(group.prompt) + len(answer) for group in found for answer in group.completions]
+    lengths = [len(example.prompt) + len(answer) for example in found for answer in example.completions]
     assert told["cu_seq_lens_q"].diff().tolist() == lengths and told["max_length_k"] == max(lengths)
     assert told["position_ids"].tolist() == [[i for n in lengths for i in range(n)]] and "attention_mask" not in told

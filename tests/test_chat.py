@@ -6,7 +6,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from exo import models
-from exo.data import Chat, DataError, Group, Message, read, write_jsonl
+from exo.data import Chat, DataError, Example, Message, read, write_jsonl
 from exo.data.text import chat_template, render, tokenize
 from exo.data.text.limits import Limits
 from exo.models import tiny_models
@@ -52,24 +52,24 @@ def set_up(tokenizer, template, eos, bos=None):
 
 def encode(tokenizer, *completions, prompt=CHAT, **limits):
     limits = Limits(**{"max_length": 200, "max_completion_length": None, "truncate": "prompt-left"} | limits)
-    return tokenize.encode([Group(prompt, completions, None, 7)], tokenizer, limits, "rows.jsonl")
+    return tokenize.encode([Example(prompt, completions, None, 7)], tokenizer, limits, "rows.jsonl")
 
 
 def test_chatml_ends_with_its_eos_and_not_with_the_line_break(tokenizer):
     set_up(tokenizer, CHATML, "<|im_end|>")
-    [group], counts = encode(tokenizer, "ab", " abcd")
-    assert tokenizer.decode(group.prompt) == (
+    [example], counts = encode(tokenizer, "ab", " abcd")
+    assert tokenizer.decode(example.prompt) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nab abc?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<|im_end|>", " abcd<|im_end|>"]
-    assert all(ids.count(tokenizer.eos_token_id) == 1 for ids in group.completions) and not counts
+    assert [tokenizer.decode(ids) for ids in example.completions] == ["ab<|im_end|>", " abcd<|im_end|>"]
+    assert all(ids.count(tokenizer.eos_token_id) == 1 for ids in example.completions) and not counts
 
 
 def test_a_template_that_writes_bos_has_it_once(tokenizer):
     set_up(tokenizer, LLAMA, "<|eot|>", "<bos>")
-    [group], counts = encode(tokenizer, "ab", " abcd ")
-    assert group.prompt[0] == tokenizer.bos_token_id and group.prompt.count(tokenizer.bos_token_id) == 1
-    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<|eot|>", "abcd<|eot|>"] and not counts
+    [example], counts = encode(tokenizer, "ab", " abcd ")
+    assert example.prompt[0] == tokenizer.bos_token_id and example.prompt.count(tokenizer.bos_token_id) == 1
+    assert [tokenizer.decode(ids) for ids in example.completions] == ["ab<|eot|>", "abcd<|eot|>"] and not counts
 
 
 def adds_bos(tokenizer):
@@ -83,31 +83,31 @@ def adds_bos(tokenizer):
 @pytest.mark.parametrize(("template", "eos", "times"), [(LLAMA, "<|eot|>", 1), (CHATML, "<|im_end|>", 0)])
 def test_the_template_alone_decides_on_bos(tokenizer, template, eos, times):
     tokenizer = adds_bos(set_up(tokenizer, template, eos, "<bos>"))
-    [group], _ = encode(tokenizer, "ab", "abcd")
-    assert group.prompt.count(tokenizer.bos_token_id) == times
+    [example], _ = encode(tokenizer, "ab", "abcd")
+    assert example.prompt.count(tokenizer.bos_token_id) == times
     assert tokenize.prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
 
 
 def test_bos_stays_when_the_prompt_is_cut(tokenizer):
     set_up(tokenizer, LLAMA, "<|eot|>", "<bos>")
-    [group], counts = encode(tokenizer, "ab", "abcd", max_length=30, max_prompt_length=18)
-    assert group.prompt[0] == tokenizer.bos_token_id and len(group.prompt) == 18
+    [example], counts = encode(tokenizer, "ab", "abcd", max_length=30, max_prompt_length=18)
+    assert example.prompt[0] == tokenizer.bos_token_id and len(example.prompt) == 18
     assert counts == {"rows with the prompt cut on the left to --max_prompt_length": 1}
 
 
 def test_another_end_of_turn_than_eos_ends_completions_and_samples(tokenizer):
     set_up(tokenizer, CHATML, "<eos>")
-    [group], counts = encode(tokenizer, "ab", "abcd")
-    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<|im_end|>", "abcd<|im_end|>"] and not counts
+    [example], counts = encode(tokenizer, "ab", "abcd")
+    assert [tokenizer.decode(ids) for ids in example.completions] == ["ab<|im_end|>", "abcd<|im_end|>"] and not counts
     assert chat_template.stop_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(("content", "second"), [("m.content", " abcd<eos>"), ("m.content | trim", "abcd<eos>")])
 def test_a_template_that_ends_no_turn_is_ended_by_eos(tokenizer, content, second):
     set_up(tokenizer, PLAIN.replace("m.content", content), "<eos>")
-    [group], counts = encode(tokenizer, "ab", " abcd")
-    assert tokenizer.decode(group.prompt).endswith("user: ab abc?\nassistant: ")
-    assert [tokenizer.decode(ids) for ids in group.completions] == ["ab<eos>", second] and not counts
+    [example], counts = encode(tokenizer, "ab", " abcd")
+    assert tokenizer.decode(example.prompt).endswith("user: ab abc?\nassistant: ")
+    assert [tokenizer.decode(ids) for ids in example.completions] == ["ab<eos>", second] and not counts
 
 
 @pytest.mark.parametrize(
@@ -115,25 +115,25 @@ def test_a_template_that_ends_no_turn_is_ended_by_eos(tokenizer, content, second
 )
 def test_sampling_sees_the_prompt_of_training_and_both_make_the_rendering(tokenizer, template, eos):
     set_up(tokenizer, template, eos, "<bos>")
-    [group], _ = encode(tokenizer, "ab", "abcd")
-    assert tuple(tokenize.prompt_ids(CHAT, tokenizer)) == group.prompt
+    [example], _ = encode(tokenizer, "ab", "abcd")
+    assert tuple(tokenize.prompt_ids(CHAT, tokenizer)) == example.prompt
     messages = [*CHAT.messages, Message("assistant", "ab")]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    text = tokenizer.decode(group.prompt + group.completions[0])
+    text = tokenizer.decode(example.prompt + example.completions[0])
     assert whole.rstrip() == (text.removesuffix("<eos>") if template == PLAIN else text)
 
 
 def test_prompts_read_for_sampling_and_written_with_samples_keep_their_tokens(tokenizer, tmp_path):
     set_up(tokenizer, CHATML, "<|im_end|>")
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": CHAT}])
-    [asked] = read(tmp_path / "a.jsonl", purpose="prompts").groups
+    [asked] = read(tmp_path / "a.jsonl", purpose="prompts").examples
     ids = tokenizer("ab<|im_end|>", add_special_tokens=False)["input_ids"]
     other = ids[:1]
     row = {"prompt": asked.prompt, "completions": ["ab", "a"], "rewards": [1, 2], "token_ids": [ids, other]}
     row |= {"tokenizer": tokenize.tokenizer_hash(tokenizer), "logprobs": [-1, -2], "finish": ["eos", "length"]}
     write_jsonl(tmp_path / "b.jsonl", [row])
-    [group] = read(tmp_path / "b.jsonl").groups
-    [encoded], _ = tokenize.encode([group], tokenizer, Limits(99, None, "error"), "b.jsonl")
+    [example] = read(tmp_path / "b.jsonl").examples
+    [encoded], _ = tokenize.encode([example], tokenizer, Limits(99, None, "error"), "b.jsonl")
     assert encoded.prompt == tuple(tokenize.prompt_ids(CHAT, tokenizer))
     assert encoded.completions == (tuple(ids), tuple(other))
 
@@ -205,6 +205,6 @@ TALK = [Message("system", "Be kind."), Message("user", "ab?"), Message("assistan
 )
 def test_the_templates_that_come_with_us(tokenizer, template, prompt, completion):
     set_up(tokenizer, template, "<eos>")
-    [group], _ = encode(tokenizer, "abcd", "ab", prompt=Chat(TALK))
-    assert tokenizer.decode(group.prompt) == prompt
-    assert tokenizer.decode(group.completions[0]) == completion
+    [example], _ = encode(tokenizer, "abcd", "ab", prompt=Chat(TALK))
+    assert tokenizer.decode(example.prompt) == prompt
+    assert tokenizer.decode(example.completions[0]) == completion

@@ -8,14 +8,14 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from exo import align
-from exo.data.collate import Packing
-from exo.data.text.tokenize import TokenGroup
+from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.models.attention import choose as attention_choose
 from exo.models.attention import masks
 from tests.tasks import write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PADDED = Packing(0, 4096)
+PADDED = Collator(0, 4096)
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 
 
@@ -28,51 +28,51 @@ def tiny(family, **options):
     return model.eval()
 
 
-def groups(prompt=40, answer=6, k=4):
+def examples(prompt=40, answer=6, k=4):
     draw = torch.Generator().manual_seed(0)
 
     def ids(n):
         return tuple(torch.randint(1, 64, (n,), generator=draw).tolist())
 
-    return [TokenGroup(ids(prompt), tuple(ids(answer) for _ in range(k)), None, i) for i in range(6)]
+    return [TokenizedExample(ids(prompt), tuple(ids(answer) for _ in range(k)), None, i) for i in range(6)]
 
 
 def choose(model, found, share="auto"):
-    return attention_choose.choose([model], found, Accelerator(cpu=True), PADDED, share, 1.0)
+    return attention_choose.choose_layout([model], found, Accelerator(cpu=True), PADDED, share, 1.0)
 
 
 def test_sharing_is_taken_where_it_saves(capsys):
     model = tiny("llama")
-    assert choose(model, groups()) == PADDED._replace(layout="shared", one_row=True)
+    assert choose(model, examples()) == PADDED._replace(layout="shared", one_row=True)
     assert model.config._attn_implementation == masks.SEGMENTS
     said = capsys.readouterr().out
     assert "a prompt stands once for all its completions (exo_segments): 2.88 times fewer tokens than padded" in said
 
 
 def test_it_is_not_where_it_does_not_or_nobody_wants_it(capsys):
-    assert choose(tiny("llama"), groups(prompt=1, answer=30)) == PADDED
-    assert choose(tiny("llama"), groups(), "off") == PADDED
-    assert choose(tiny("llama"), groups(prompt=1, answer=30), "on").layout == "shared"
+    assert choose(tiny("llama"), examples(prompt=1, answer=30)) == PADDED
+    assert choose(tiny("llama"), examples(), "off") == PADDED
+    assert choose(tiny("llama"), examples(prompt=1, answer=30), "on").layout == "shared"
     assert capsys.readouterr().out.count("a prompt stands once") == 1
 
 
 def test_a_model_that_hands_no_arguments_on_to_its_attention_gets_a_dense_mask(capsys):
     model = tiny("stablelm", num_key_value_heads=4)
-    assert choose(model, groups()) == PADDED._replace(layout="shared")
+    assert choose(model, examples()) == PADDED._replace(layout="shared")
     assert model.config._attn_implementation == "sdpa"
     said = capsys.readouterr().out
     assert "exo_segments cannot be had" in said and "(a dense mask): 2.88 times" in said
-    assert choose(model, groups(prompt=8, answer=30, k=8)) == PADDED, "all pairs of tokens would cost more"
+    assert choose(model, examples(prompt=8, answer=30, k=8)) == PADDED, "all pairs of tokens would cost more"
 
 
 def test_every_model_that_sees_the_rows_is_tried(capsys):
     """A reference of another kind, which cannot have them, keeps both at padded rows."""
     seeing = [tiny("llama"), tiny("bloom")]
-    assert attention_choose.choose(seeing, groups(), Accelerator(cpu=True), PADDED, "on", 1.0) == PADDED
+    assert attention_choose.choose_layout(seeing, examples(), Accelerator(cpu=True), PADDED, "on", 1.0) == PADDED
     assert "BloomForCausalLM" in capsys.readouterr().out
     assert {model.config._attn_implementation for model in seeing} == {"sdpa", "eager"}
     both = [tiny("llama"), tiny("qwen2", num_key_value_heads=2)]
-    assert attention_choose.choose(both, groups(), Accelerator(cpu=True), PADDED, "on", 1.0).layout == "shared"
+    assert attention_choose.choose_layout(both, examples(), Accelerator(cpu=True), PADDED, "on", 1.0).layout == "shared"
     assert {model.config._attn_implementation for model in both} == {masks.SEGMENTS}
 
 
@@ -86,16 +86,16 @@ def test_every_model_that_sees_the_rows_is_tried(capsys):
     ],
 )
 def test_a_model_that_cannot_have_it_is_said_and_padded(family, options, said, capsys):
-    assert choose(tiny(family, **options), groups(), "on") == PADDED
+    assert choose(tiny(family, **options), examples(), "on") == PADDED
     assert said in capsys.readouterr().out
 
 
 def test_a_window_that_only_the_longest_row_reaches_is_tried(capsys):
     """One row in a thousand is longer than what a hidden window sees; the longest is among those tried."""
     model = tiny("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=30, num_layers=2)
-    short = groups(prompt=8, answer=3)
+    short = examples(prompt=8, answer=3)
     assert choose(model, short).layout == "shared"
-    assert choose(model, [*short, *groups(prompt=60)[:1]]) == PADDED
+    assert choose(model, [*short, *examples(prompt=60)[:1]]) == PADDED
 
 
 def test_a_run_shares_and_is_the_run_that_does_not(tmp_path, capsys):

@@ -105,9 +105,9 @@ def test_damaged_anywhere_a_state_is_not_used(server, given, tmp_path):
         file = rng.choice(files)
         content = file.read_bytes()
         damage(file, content, rng)
-        assert checkpoint_files.damage(state), file
+        assert checkpoint_files.find_damage(state), file
         file.write_bytes(content)
-    assert not checkpoint_files.damage(state)
+    assert not checkpoint_files.find_damage(state)
 
 
 def damage(file: Path, content: bytes, rng: random.Random) -> None:

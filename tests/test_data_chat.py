@@ -5,7 +5,7 @@ import json
 import pytest
 from data_files import CANARY, GOOD, put, refusal
 
-from exo.data import Chat, Group, Message, read, read_jsonl, write_jsonl
+from exo.data import Chat, Example, Message, read, read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
 
@@ -20,11 +20,11 @@ USER = (Message("user", "p"),)
 BOTH = (Message("system", "Be kind."), *USER)
 
 
-def only(folder, row, **options) -> Group:
+def only(folder, row, **options) -> Example:
     data = read(put(folder, [row]), **options)
-    [group] = data.groups
-    assert isinstance(group.prompt, Chat) and data.format.endswith(", chat messages")
-    return group
+    [example] = data.examples
+    assert isinstance(example.prompt, Chat) and data.format.endswith(", chat messages")
+    return example
 
 
 # Messages in every column.
@@ -47,16 +47,16 @@ COMPARED = {
 
 @pytest.mark.parametrize("row", COMPARED.values(), ids=COMPARED)
 def test_messages_are_read_in_every_column(tmp_path, row):
-    group = only(tmp_path, row)
-    assert group.prompt.messages == USER and group.completions == (" a", " b") and group.rewards is None
+    example = only(tmp_path, row)
+    assert example.prompt.messages == USER and example.completions == (" a", " b") and example.rewards is None
 
 
 def test_messages_among_completions_with_rewards_and_samples(tmp_path):
     completions = [[GOOD_ANSWER], BAD_ANSWER, " c"]
     row = {"prompt": [SYSTEM, ASK], "completions": completions, "rewards": [1, 2, 3]}
-    group = only(tmp_path, row)
-    assert group.prompt.messages == BOTH
-    assert (group.completions, group.rewards) == ((" a", " b", " c"), (1.0, 2.0, 3.0))
+    example = only(tmp_path, row)
+    assert example.prompt.messages == BOTH
+    assert (example.completions, example.rewards) == ((" a", " b", " c"), (1.0, 2.0, 3.0))
     assert only(tmp_path, row, purpose="samples").completions == (" a", " b", " c")
 
 
@@ -78,9 +78,9 @@ TALK = [SYSTEM, ASK, GOOD_ANSWER, *MORE]
     ids=lambda row: "/".join(row),
 )
 def test_the_last_answer_is_the_text_to_imitate(tmp_path, row):
-    group = only(tmp_path, row, purpose="texts")
-    assert group.completions == ("c",)
-    assert group.prompt.messages == (*BOTH, Message("assistant", " a"), Message("user", "and?"))
+    example = only(tmp_path, row, purpose="texts")
+    assert example.completions == ("c",)
+    assert example.prompt.messages == (*BOTH, Message("assistant", " a"), Message("user", "and?"))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_prompts_of_messages(tmp_path, row, messages):
 )
 def test_conversations_without_a_use_are_skipped(tmp_path, row, purpose, reason):
     data = read(put(tmp_path, [row, {"messages": TALK}]), purpose=purpose)
-    assert data.skipped == {reason: 1} and len(data.groups) == 1
+    assert data.skipped == {reason: 1} and len(data.examples) == 1
 
 
 def test_turns_after_the_answer_are_dropped_and_noted(tmp_path):
@@ -177,9 +177,9 @@ def test_a_chat_is_its_transcript_and_survives_writing(tmp_path):
 def test_ultrafeedback(tmp_path, key):
     items = [{"response": text, "overall_score": score, "model": "m"} for text, score in (("a", 8.5), ("b", 3))]
     data = read(put(tmp_path, [{key: "p", "completions": items, "source": "s"}]))
-    assert data.groups == [Group("p", ("a", "b"), (8.5, 3.0), 1)]
+    assert data.examples == [Example("p", ("a", "b"), (8.5, 3.0), 1)]
     assert data.format == f"UltraFeedback completions with scores ({key}/completions)"
-    assert read(put(tmp_path, [{key: "p", "completions": items}]), purpose="prompts").groups[0].prompt == "p"
+    assert read(put(tmp_path, [{key: "p", "completions": items}]), purpose="prompts").examples[0].prompt == "p"
     items[1]["overall_score"] = None
     assert "completions[1].overall_score must be a number, not null" in refusal(
         put(tmp_path, [{key: CANARY, "completions": items}])
@@ -193,5 +193,5 @@ def test_ultrafeedback(tmp_path, key):
 def test_nectar_the_best_rank_has_the_highest_reward(tmp_path):
     answers = [{"answer": text, "rank": rank} for text, rank in (("a", 2.0), ("b", 1), ("c", 7))]
     data = read(put(tmp_path, [{"prompt": "p", "answers": answers}]))
-    assert data.groups == [Group("p", ("a", "b", "c"), (-2.0, -1.0, -7.0), 1)]
+    assert data.examples == [Example("p", ("a", "b", "c"), (-2.0, -1.0, -7.0), 1)]
     assert "answers must be an array, and not empty" in refusal(put(tmp_path, [{"prompt": "p", "answers": []}]))

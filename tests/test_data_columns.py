@@ -17,22 +17,22 @@ PAIR = {"chosen": "The answer is good", "rejected": "The answer is bad"}
 ORCA = {"system": "You are helpful", "question": "what is 1 plus two?", **PAIR}
 
 
-def texts(group) -> list[str]:
+def texts(example) -> list[str]:
     """The prompt as its turns, or as it is."""
-    return [m.content for m in group.prompt.messages] if isinstance(group.prompt, Chat) else [group.prompt]
+    return [m.content for m in example.prompt.messages] if isinstance(example.prompt, Chat) else [example.prompt]
 
 
 @pytest.mark.parametrize("purpose", ["comparisons", "texts", "prompts"])
 def test_a_question_in_another_column_is_part_of_the_prompt(tmp_path, purpose):
     data = read(put(tmp_path, [ORCA]), purpose=purpose)
-    assert texts(data.groups[0]) == ["You are helpful", "what is 1 plus two?"]
+    assert texts(data.examples[0]) == ["You are helpful", "what is 1 plus two?"]
     for name in ("question", "instruction", "query", "problem", "input", "user_prompt", "post", "context"):
         data = read(put(tmp_path, [{name: "what is 1 plus two?", **PAIR}]), purpose=purpose)
-        assert texts(data.groups[0]) == ["what is 1 plus two?"], name
+        assert texts(data.examples[0]) == ["what is 1 plus two?"], name
         assert data.conversational is (name not in ("post", "context"))
     for name in ("input", "context"):
         row = {"question": "what is it?", name: "1 plus two", **PAIR}
-        assert texts(read(put(tmp_path, [row]), purpose=purpose).groups[0]) == ["what is it?\n1 plus two"]
+        assert texts(read(put(tmp_path, [row]), purpose=purpose).examples[0]) == ["what is it?\n1 plus two"]
 
 
 BASES = {
@@ -137,12 +137,15 @@ def test_without_a_column_for_the_prompt_one_word_that_varies_is_refused_and_the
     ]
     message = refusal(put(tmp_path, implicit))
     assert "column 'q'" in message and "--columns prompt=q reads it as such" in message
-    groups = read(put(tmp_path, implicit), columns={"prompt": "q"}).groups
-    assert groups[0].prompt == "France?" and groups[0].completions == ("The capital is Paris", "The capital is Rome")
+    examples = read(put(tmp_path, implicit), columns={"prompt": "q"}).examples
+    assert examples[0].prompt == "France?" and examples[0].completions == (
+        "The capital is Paris",
+        "The capital is Rome",
+    )
     text = [{"q": f"{word}?", "text": f"It is {word}"} for word in ("one", "two")]
     assert "--columns prompt=q,completion=text" in refusal(put(tmp_path, text), purpose="texts")
-    group = read(put(tmp_path, text), purpose="texts", columns={"prompt": "q", "completion": "text"}).groups[0]
-    assert (group.prompt, group.completions) == ("one?", ("It is one",))
+    example = read(put(tmp_path, text), purpose="texts", columns={"prompt": "q", "completion": "text"}).examples[0]
+    assert (example.prompt, example.completions) == ("one?", ("It is one",))
     turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
     others = {
         "dialogues": (HH, "comparisons"),
@@ -165,13 +168,13 @@ def test_a_column_that_another_one_replaces_is_left_over(tmp_path):
     assert "column 'prompt' is not read, because 'context' takes its place; --ignore_columns prompt" in message
     for ignored in (["prompt"], ["all"]):
         data = read(path, columns={"prompt": "context"}, ignore_columns=ignored)
-        assert data.groups[0].prompt == "in a far land" and data.unread == ("prompt",)
+        assert data.examples[0].prompt == "in a far land" and data.unread == ("prompt",)
     both = put(tmp_path, [{**GOOD, "system": "be kind", "persona": "a pirate"}])
     assert "column 'system' is not read, because 'persona'" in refusal(both, system_column="persona")
     data = read(both, system_column="persona", ignore_columns=["system"])
-    assert texts(data.groups[0]) == ["a pirate", "p"]
+    assert texts(data.examples[0]) == ["a pirate", "p"]
     nulls = put(tmp_path, [{**GOOD, "system": None, "persona": "a pirate"}])
-    assert texts(read(nulls, system_column="persona").groups[0]) == ["a pirate", "p"]
+    assert texts(read(nulls, system_column="persona").examples[0]) == ["a pirate", "p"]
     assert read(put(tmp_path, [{**GOOD, "a_id": 1, "label": 1}]), columns={"label": "a_id"}).unread == ("label",)
 
 
@@ -221,22 +224,22 @@ def test_columns_by_other_names(tmp_path):
     path = put(tmp_path, rows)
     names = {"prompt": "ask", "chosen": "better", "rejected": "worse"}
     data = read(path, columns=names, system_column="sys")
-    assert texts(data.groups[0]) == ["s", "p"] and data.groups[0].completions == ("a", "b")
+    assert texts(data.examples[0]) == ["s", "p"] and data.examples[0].completions == ("a", "b")
     swapped = read(put(tmp_path, [GOOD], "pair.jsonl"), columns={"chosen": "rejected", "rejected": "chosen"})
-    assert swapped.groups[0].completions == (" b", " a")
+    assert swapped.examples[0].completions == (" b", " a")
     for renamed in ({"prompt": "nowhere"}, {**names, "history": "nowhere"}):
         assert "no column 'nowhere', which --columns or --system_column names" in refusal(path, columns=renamed)
     with pytest.raises(DataError, match="no column 'nowhere'"):
         read(put(tmp_path, [GOOD]), columns={"prompt": "nowhere"})
     held_out = read(put(tmp_path, [GOOD]), columns={"prompt": "nowhere"}, columns_required=False)
-    assert held_out.groups[0].prompt == "p"
+    assert held_out.examples[0].prompt == "p"
     read(put(tmp_path, [{**ORCA, "context": "x"}]), ignore_columns=["context"])
 
 
 def test_null_columns_are_absent(tmp_path):
     nothing = {"completions": None, "rewards": None, "ref_chosen_logps": None, "ref_logps": None, "question": None}
     data = read(put(tmp_path, [{**GOOD, **nothing}]))
-    assert data.groups[0].ref_logps is None and data.format == "preferences (prompt/chosen/rejected)"
+    assert data.examples[0].ref_logps is None and data.format == "preferences (prompt/chosen/rejected)"
     assert "missing 'chosen'" in refusal(put(tmp_path, [{**GOOD, "chosen": None}]))
 
 
@@ -264,12 +267,12 @@ def test_system_history_and_tools_are_read_on_every_shape(tmp_path):
             for history in (PAST, [["hi", "hello"]], json.dumps(PAST)):
                 for tools in (TOOLS, json.dumps(TOOLS)):
                     whole = {**row, "system_prompt": "s", "history": history, "tools": tools}
-                    prompt = read(put(tmp_path, [whole]), purpose=purpose).groups[0].prompt
+                    prompt = read(put(tmp_path, [whole]), purpose=purpose).examples[0].prompt
                     assert [m.role for m in prompt.messages] == ["system", "user", "assistant", "user"]
                     assert [m.content for m in prompt.messages] == ["s", "hi", "hello", "p"]
                     assert list(prompt.tools) == TOOLS
     empty = {**GOOD, "system": " ", "history": [], "tools": []}
-    assert read(put(tmp_path, [empty])).groups[0].prompt == "p"
+    assert read(put(tmp_path, [empty])).examples[0].prompt == "p"
 
 
 @pytest.mark.parametrize(
@@ -309,13 +312,13 @@ def test_reference_log_probs_are_read_on_every_shape_or_refused(tmp_path):
     for row in (GOOD, whole, {"conversations": chat, "chosen": "a", "rejected": "b"}):
         for known in (listed, {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2},
                       {"reference_chosen_logps": -1.5, "reference_rejected_logps": -2}):  # fmt: skip
-            assert read(put(tmp_path, [{**row, **known}])).groups[0].ref_logps == (-1.5, -2.0)
+            assert read(put(tmp_path, [{**row, **known}])).examples[0].ref_logps == (-1.5, -2.0)
     two = {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]}
     for row in (rated, two):
-        assert read(put(tmp_path, [{**row, **listed}])).groups[0].ref_logps == (-1.5, -2.0)
+        assert read(put(tmp_path, [{**row, **listed}])).examples[0].ref_logps == (-1.5, -2.0)
     for row in (PAIR, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}):
         assert "log-probs that cannot be used here" in refusal(put(tmp_path, [{**row, **listed}]))
-    assert read(put(tmp_path, [{**GOOD, **listed}]), purpose="texts").groups[0].ref_logps is None
+    assert read(put(tmp_path, [{**GOOD, **listed}]), purpose="texts").examples[0].ref_logps is None
 
 
 @pytest.mark.parametrize(
@@ -379,8 +382,8 @@ def test_an_unknown_row_names_the_nearest_shape_or_the_stage_that_takes_it(tmp_p
 
 
 def test_of_scored_completions_sft_learns_the_best(tmp_path):
-    [group] = read(put(tmp_path, [{**SCORED, "rewards": [0, 2, 1]}]), purpose="texts").groups
-    assert (group.completions, group.rewards, group.tokens) == ((" b",), None, None)
+    [example] = read(put(tmp_path, [{**SCORED, "rewards": [0, 2, 1]}]), purpose="texts").examples
+    assert (example.completions, example.rewards, example.tokens) == ((" b",), None, None)
 
 
 def test_completions_that_begin_with_their_prompt_are_noted(tmp_path):
@@ -393,7 +396,7 @@ def test_without_a_prompt_a_harmless_name_does_not_hide_a_question(tmp_path, nam
     pairs = [{name: f"what is {i} plus two?", "chosen": f"It is {i + 2}", "rejected": f"It is {i}"} for i in range(3)]
     assert f"column '{name}' of texts with an implicit prompt" in refusal(put(tmp_path, pairs))
     constant = [row | {name: "my data set"} for row in pairs]
-    assert len(read(put(tmp_path, constant)).groups) == 3
+    assert len(read(put(tmp_path, constant)).examples) == 3
 
 
 def test_a_verdict_in_another_column_is_not_ignored(tmp_path):
@@ -402,8 +405,8 @@ def test_a_verdict_in_another_column_is_not_ignored(tmp_path):
         rows = [{"prompt": "a", "completion": "b", name: good}, {"prompt": "c", "completion": "d", name: bad}]
         message = refusal(put(tmp_path, rows), purpose="texts")
         assert f"column '{name}' of texts" in message and f"--columns keep={name}" in message
-        assert len(read(put(tmp_path, [row | {name: good} for row in rows]), purpose="texts").groups) == 2
+        assert len(read(put(tmp_path, [row | {name: good} for row in rows]), purpose="texts").examples) == 2
     for name, first, second in (("winner", "chosen", "rejected"), ("better", 0, 1), ("preference", "A", "B")):
         rows = [GOOD | {name: first}, GOOD | {"prompt": "other", name: second}]
         assert f"column '{name}' of preferences" in refusal(put(tmp_path, rows))
-        assert len(read(put(tmp_path, rows), ignore_columns=[name]).groups) == 2
+        assert len(read(put(tmp_path, rows), ignore_columns=[name]).examples) == 2

@@ -28,36 +28,36 @@ def test_reasoning_and_calls_make_a_reply_in_every_place(tmp_path):
         {"prompt": "p", "completions": [good, [bad]], "rewards": [2, 1]},
     ]
     for row in shapes:
-        [group] = read(put(tmp_path, [row])).groups
-        assert [type(text) for text in group.completions] == [Reply, Reply]
-        assert [text.message for text in group.completions] == [good, bad]
+        [example] = read(put(tmp_path, [row])).examples
+        assert [type(text) for text in example.completions] == [Reply, Reply]
+        assert [text.message for text in example.completions] == [good, bad]
     for row in ({"messages": [ASK, good]}, {"prompt": "p", "completion": good}, shapes[0]):
-        [group] = read(put(tmp_path, [row]), purpose="texts").groups
-        assert group.completions[0].message == good
+        [example] = read(put(tmp_path, [row]), purpose="texts").examples
+        assert example.completions[0].message == good
 
 
 def test_answers_that_differ_in_one_key_are_not_identical(tmp_path):
     for key, values in {"reasoning_content": ("a", "b"), "tool_calls": (CALLS, CALLS * 2), "name": ("x", "y")}.items():
         good, bad = (answer("same", **{key: value}) for value in values)
         data = read(put(tmp_path, [{"prompt": "p", "chosen": good, "rejected": bad}]))
-        assert len(data.groups) == 1, key
+        assert len(data.examples) == 1, key
         whole = {"chosen": [ASK, good], "rejected": [ASK, bad]}
-        assert len(read(put(tmp_path, [whole])).groups) == 1, key
+        assert len(read(put(tmp_path, [whole])).examples) == 1, key
 
 
 def test_a_plain_answer_stays_a_plain_text(tmp_path):
     extra = {"id": "x", "timestamp": 3, "model": "m", "weight": 1, "tool_calls": None, "name": "", "reasoning": None}
     row = {"prompt": "p", "chosen": answer("a", **extra), "rejected": answer("b", tool_calls=[])}
-    assert [type(text) for text in read(put(tmp_path, [row])).groups[0].completions] == [str, str]
+    assert [type(text) for text in read(put(tmp_path, [row])).examples[0].completions] == [str, str]
 
 
 def test_every_key_of_the_prompts_messages_is_kept(tmp_path):
     turns = [
         ASK, answer(None, tool_calls=CALLS), {"role": "tool", "content": "3", "tool_call_id": "c1", "name": "add"},
     ]  # fmt: skip
-    [group] = read(put(tmp_path, [{"prompt": turns, "chosen": "a", "rejected": "b"}])).groups
-    assert list(group.prompt.messages) == turns
-    write_jsonl(tmp_path / "out.jsonl", [{"prompt": group.prompt, "completions": list(group.completions)}])
+    [example] = read(put(tmp_path, [{"prompt": turns, "chosen": "a", "rejected": "b"}])).examples
+    assert list(example.prompt.messages) == turns
+    write_jsonl(tmp_path / "out.jsonl", [{"prompt": example.prompt, "completions": list(example.completions)}])
     [(_, row)] = read_jsonl(tmp_path / "out.jsonl")
     assert row["prompt"] == turns
 
@@ -66,10 +66,10 @@ def test_sharegpt_with_calls_and_observations(tmp_path):
     call = {"name": "add", "arguments": {"a": 1}}
     said = [("system", "s"), ("human", "p"), ("function_call", json.dumps(call)), ("observation", "3"), ("gpt", "a")]
     row = {"conversations": [{"from": who, "value": text} for who, text in said], "tools": json.dumps(CALLS)}
-    [group] = read(put(tmp_path, [row]), purpose="texts").groups
-    assert [m.role for m in group.prompt.messages] == ["system", "user", "assistant", "tool"]
-    assert group.prompt.messages[2]["tool_calls"] == [{"type": "function", "function": call}]
-    assert list(group.prompt.tools) == CALLS and group.completions == ("a",)
+    [example] = read(put(tmp_path, [row]), purpose="texts").examples
+    assert [m.role for m in example.prompt.messages] == ["system", "user", "assistant", "tool"]
+    assert example.prompt.messages[2]["tool_calls"] == [{"type": "function", "function": call}]
+    assert list(example.prompt.tools) == CALLS and example.completions == ("a",)
     row["conversations"][2]["value"] = f"add({CANARY})"
     assert "value of a function_call must be JSON" in refusal(put(tmp_path, [row]), purpose="texts")
 
@@ -77,8 +77,8 @@ def test_sharegpt_with_calls_and_observations(tmp_path):
 def test_parts_of_text_are_joined_and_other_parts_are_refused(tmp_path):
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image_url": None}]
     row = {"prompt": [{"role": "user", "content": parts}], "chosen": answer(parts), "rejected": "c"}
-    [group] = read(put(tmp_path, [row])).groups
-    assert group.prompt.messages == (Message("user", "a b"),) and group.completions == ("a b", "c")
+    [example] = read(put(tmp_path, [row])).examples
+    assert example.prompt.messages == (Message("user", "a b"),) and example.completions == ("a b", "c")
     for part in ({"type": "image_url", "image_url": CANARY}, {"type": "image"}, {"text": CANARY}):
         row["prompt"][0]["content"] = [*parts, part]
         assert "prompt[0].content[2] is of type" in refusal(put(tmp_path, [row]))
@@ -94,7 +94,7 @@ def test_the_last_answer_with_a_weight_is_learned(tmp_path):
     first, last = answer("a", weight=1), answer("c", weight=0)
     rows = [{"messages": [ASK, first, ASK, last]}]
     data = read(put(tmp_path, rows), purpose="texts")
-    assert data.groups[0].completions == ("a",) and data.noted == {"later turns dropped": 1}
+    assert data.examples[0].completions == ("a",) and data.noted == {"later turns dropped": 1}
     for flag in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": 0}):
         rows = [{"messages": [ASK, answer("a", **flag)]}, {"messages": [ASK, answer("b")]}]
         data = read(put(tmp_path, rows), purpose="texts")
@@ -103,7 +103,7 @@ def test_the_last_answer_with_a_weight_is_learned(tmp_path):
             put(tmp_path, [{"prompt": "p", "chosen": answer("a", **flag), "rejected": "b"}])
         )
         context = {"prompt": [ASK, answer("x", **flag), ASK], "chosen": "a", "rejected": "b"}
-        assert read(put(tmp_path, [context])).groups[0].prompt.messages[1] == answer("x")
+        assert read(put(tmp_path, [context])).examples[0].prompt.messages[1] == answer("x")
     rows = [{"prompt": "p", "completion": answer("a", weight=0)}, {"prompt": "p", "completion": answer("a")}]
     data = read(put(tmp_path, rows), purpose="texts")
     assert data.skipped == {"no message of the assistant with a weight": 1}
@@ -116,12 +116,12 @@ def test_messages_written_as_json_are_parsed_and_other_brackets_are_text(tmp_pat
     chat = [ASK]
     for text in (json.dumps(chat), json.dumps(chat, indent=1), f"\n {json.dumps([{'from': 'human', 'value': 'p'}])}"):
         row = {"prompt": text, "chosen": json.dumps([answer("a")]), "rejected": "b"}
-        [group] = read(put(tmp_path, [row])).groups
-        assert group.prompt.messages == (ASK,) and group.completions == ("a", "b")
+        [example] = read(put(tmp_path, [row])).examples
+        assert example.prompt.messages == (ASK,) and example.completions == ("a", "b")
     whole = {key: json.dumps([ASK, answer(key)]) for key in ("chosen", "rejected")}
-    assert isinstance(read(put(tmp_path, [whole])).groups[0].prompt, Chat)
+    assert isinstance(read(put(tmp_path, [whole])).examples[0].prompt, Chat)
     for text in ("[1, 2]", '[{"a": 1}]', "[not json", '[{"role": "user", "content": "cut off'):
-        assert read(put(tmp_path, [{"prompt": text, "chosen": "a", "rejected": "b"}])).groups[0].prompt == text
+        assert read(put(tmp_path, [{"prompt": text, "chosen": "a", "rejected": "b"}])).examples[0].prompt == text
     row = {"prompt": f"[{{'role': 'user', 'content': '{CANARY}'}}]", "chosen": "a", "rejected": "b"}
     assert "prompt holds messages as Python writes them" in refusal(put(tmp_path, [row]))
 
@@ -129,14 +129,14 @@ def test_messages_written_as_json_are_parsed_and_other_brackets_are_text(tmp_pat
 def test_keys_that_no_message_should_have_do_no_harm(tmp_path):
     odd = {"self": 1, "from_": 2, "others": 3}
     row = {"prompt": [{**ASK, **odd}], "chosen": "a", "rejected": "b"}
-    assert read(put(tmp_path, [row])).groups[0].prompt.messages[0] == {**ASK, **odd}
+    assert read(put(tmp_path, [row])).examples[0].prompt.messages[0] == {**ASK, **odd}
     both = {"from": "human", "value": "p", "role": "user", "content": "q"}
-    assert read(put(tmp_path, [{**row, "prompt": [both]}])).groups[0].prompt.messages[0] == ASK
+    assert read(put(tmp_path, [{**row, "prompt": [both]}])).examples[0].prompt.messages[0] == ASK
 
 
 def test_a_table_of_calls_has_no_nulls_that_no_call_has(tmp_path):
     other = [{"type": "function", "function": {"name": "cut", "arguments": {"b": 2}}}]
     rows = [{"messages": [ASK, answer(None, tool_calls=calls)]} for calls in (CALLS, other)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "calls.parquet")
-    groups = read(tmp_path / "calls.parquet", purpose="texts").groups
-    assert [group.completions[0].message["tool_calls"] for group in groups] == [CALLS, other]
+    examples = read(tmp_path / "calls.parquet", purpose="texts").examples
+    assert [example.completions[0].message["tool_calls"] for example in examples] == [CALLS, other]

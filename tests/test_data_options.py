@@ -58,7 +58,7 @@ def test_prepare_hands_the_options_on_to_its_source(tmp_path):
     with pytest.raises(DataError, match="column 'thoughts'"):
         prepare.run(prepare.Config(**options))
     made = prepare.run(prepare.Config(**options, ignore_columns="thoughts"))
-    assert read(made / "pairs.jsonl").groups[0].prompt.startswith("p ")
+    assert read(made / "pairs.jsonl").examples[0].prompt.startswith("p ")
 
 
 def test_prepare_has_one_source_and_so_no_data_weights(capsys):

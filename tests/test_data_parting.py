@@ -7,7 +7,7 @@ from data_files import HH, A, H, put, refusal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from exo.data import Dataset, Group, read
+from exo.data import Dataset, Example, read
 from exo.data.formats.transcripts import as_chat
 
 pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
@@ -21,9 +21,9 @@ def split(folder: Path, chosen: str, rejected: str) -> Dataset:
 
 def test_shared_turns_are_the_prompt_and_the_completions_keep_their_space(tmp_path):
     shared = f"{H} one{A} two\n\nin two paragraphs{H} three"
-    group = split(tmp_path, f"{shared}{A} good\n\nend", f"{shared}{A}  bad").groups[0]
-    assert group.prompt == shared + A
-    assert group.completions == (" good\n\nend", "  bad")
+    example = split(tmp_path, f"{shared}{A} good\n\nend", f"{shared}{A}  bad").examples[0]
+    assert example.prompt == shared + A
+    assert example.completions == (" good\n\nend", "  bad")
 
 
 @pytest.mark.parametrize(
@@ -39,26 +39,26 @@ def test_shared_turns_are_the_prompt_and_the_completions_keep_their_space(tmp_pa
 def test_later_turns_are_dropped_and_noted(tmp_path, after_chosen, after_rejected):
     shared = f"{H} one{A}"
     data = split(tmp_path, f"{shared} good{after_chosen}", f"{shared} bad{after_rejected}")
-    assert data.groups[0].completions == (" good", " bad")
+    assert data.examples[0].completions == (" good", " bad")
     assert data.noted == {"later turns dropped": 1}
 
 
 def test_markers_quoted_inside_a_shared_turn_stay_in_the_prompt(tmp_path):
     shared = f"{H} continue this:{H} hey{A} ho{H} and now?"
     data = split(tmp_path, f"{shared}{A} yes", f"{shared}{A} no")
-    assert data.groups[0] == Group(shared + A, (" yes", " no"), None, 1)
+    assert data.examples[0] == Example(shared + A, (" yes", " no"), None, 1)
     assert data.noted == {}
 
 
 def test_only_a_marker_after_a_blank_line_opens_a_turn(tmp_path):
     chosen = " I said Human: hello\nAssistant: and so on"
     data = split(tmp_path, f"{H} q{A}{chosen}", f"{H} q{A} no")
-    assert data.groups[0].completions == (chosen, " no")
+    assert data.examples[0].completions == (chosen, " no")
 
 
 def test_text_before_the_first_turn_belongs_to_the_prompt(tmp_path):
     data = split(tmp_path, f"Be kind.{H} q{A} yes", f"Be kind.{H} q{A} no")
-    assert data.groups[0].prompt == f"Be kind.{H} q{A}"
+    assert data.examples[0].prompt == f"Be kind.{H} q{A}"
 
 
 HUMAN_FIRST = "first difference not in an assistant turn"
@@ -80,7 +80,7 @@ HUMAN_FIRST = "first difference not in an assistant turn"
 def test_dialogues_without_two_answers_to_compare_are_skipped(tmp_path, chosen, rejected, reason):
     data = split(tmp_path, chosen, rejected)
     assert data.skipped == {reason: 1} and data.noted == {}
-    assert [group.line for group in data.groups] == [2]
+    assert [example.line for example in data.examples] == [2]
 
 
 @pytest.mark.parametrize("text", ["just text", "", f"{H} a question alone", "Assistant: no break"])
@@ -102,11 +102,11 @@ def test_prompt_and_completion_always_begin_the_dialogue(tmp_path_factory, share
     }
     folder = tmp_path_factory.mktemp("hh")
     data = read(put(folder, [row, HH]))
-    if len(data.groups) == 2:
-        group = data.groups[0]
-        assert group.prompt.endswith(A)
-        for text, completion in zip(row.values(), group.completions, strict=True):
-            whole = group.prompt + completion
+    if len(data.examples) == 2:
+        example = data.examples[0]
+        assert example.prompt.endswith(A)
+        for text, completion in zip(row.values(), example.completions, strict=True):
+            whole = example.prompt + completion
             assert text.startswith(whole)
             assert text == whole or text[len(whole) :].startswith((H, A))
             assert H not in completion and A not in completion
@@ -140,8 +140,8 @@ def test_conversations_share_their_beginning_and_lose_what_comes_later(tmp_path)
     shared = ("s be kind", "u q", "a r", "u s")
     row = {"chosen": talk(*shared, "a x", "u t", "a u"), "rejected": talk(*shared, "a y")}
     data = read(put(tmp_path, [row]))
-    assert list(data.groups[0].prompt.messages) == talk(*shared)
-    assert data.groups[0].completions == ("x", "y") and data.noted == {"later turns dropped": 1}
+    assert list(data.examples[0].prompt.messages) == talk(*shared)
+    assert data.examples[0].completions == ("x", "y") and data.noted == {"later turns dropped": 1}
 
 
 # Plain texts: what they begin with alike is the prompt.
@@ -163,7 +163,7 @@ def test_conversations_share_their_beginning_and_lose_what_comes_later(tmp_path)
 )
 def test_the_shared_beginning_is_the_prompt_and_no_word_is_cut(tmp_path, chosen, rejected, prompt):
     data = read(put(tmp_path, [{"chosen": chosen, "rejected": rejected}]))
-    assert data.groups == [Group(prompt, (chosen[len(prompt) :], rejected[len(prompt) :]), None, 1)]
+    assert data.examples == [Example(prompt, (chosen[len(prompt) :], rejected[len(prompt) :]), None, 1)]
     assert data.format == "texts with an implicit prompt (chosen/rejected)"
     assert data.noted == ({} if prompt else {"empty prompt": 1})
 
@@ -175,7 +175,7 @@ def test_the_shared_beginning_is_the_prompt_and_no_word_is_cut(tmp_path, chosen,
 def test_texts_that_do_not_part_are_skipped(tmp_path, chosen, rejected, reason):
     rows = [{"chosen": chosen, "rejected": rejected}, {"chosen": "a b", "rejected": "a c"}]
     data = read(put(tmp_path, rows))
-    assert data.skipped == {reason: 1} and data.groups == [Group("a", (" b", " c"), None, 2)]
+    assert data.skipped == {reason: 1} and data.examples == [Example("a", (" b", " c"), None, 2)]
 
 
 def test_dialogues_and_plain_texts_are_not_mixed(tmp_path):
@@ -198,38 +198,38 @@ def test_a_transcript_beside_a_system_prompt_becomes_its_turns(tmp_path):
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "and now?")]
     for name, (row, purpose) in rows.items():
         path = put(tmp_path, [{**row, "system": "be nice"}, row])
-        first, second = read(path, purpose=purpose).groups
+        first, second = read(path, purpose=purpose).examples
         assert [(m.role, m.content) for m in first.prompt.messages] == [("system", "be nice"), *turns], name
         assert [(m.role, m.content) for m in second.prompt.messages] == turns, name
         assert first.completions == second.completions == (("a",) if purpose == "texts" else ("a", "b")), name
-    assert read(put(tmp_path, [rows["preferences"][0]])).groups == [Group(talk, (" a", " b"), None, 1)]
+    assert read(put(tmp_path, [rows["preferences"][0]])).examples == [Example(talk, (" a", " b"), None, 1)]
 
 
 def test_text_before_the_first_marker_becomes_a_system_turn(tmp_path):
     row = {"prompt": f"Be kind.{H} hi{A}", "chosen": " a", "rejected": " b"}
     for beside in ({"system": "Be kind."}, {"history": [["x", "y"]], "prompt": f"{H} hi{A}", "system": "Be kind."}):
-        [group] = read(put(tmp_path, [{**row, **beside}])).groups
-        roles = [m.role for m in group.prompt.messages]
-        assert roles in (["system", "user"], ["system", "user", "assistant", "user"]) and group.completions == (
+        [example] = read(put(tmp_path, [{**row, **beside}])).examples
+        roles = [m.role for m in example.prompt.messages]
+        assert roles in (["system", "user"], ["system", "user", "assistant", "user"]) and example.completions == (
             "a",
             "b",
         )
-        assert group.prompt.messages[0].content == "Be kind." and group.prompt.messages[-1].content == "hi"
+        assert example.prompt.messages[0].content == "Be kind." and example.prompt.messages[-1].content == "hi"
     assert "different system prompts" in refusal(put(tmp_path, [{**row, "system": "Be rude."}]))
-    [alone] = read(put(tmp_path, [{**row, "tools": [{"name": "add"}]}])).groups
+    [alone] = read(put(tmp_path, [{**row, "tools": [{"name": "add"}]}])).examples
     assert [m.role for m in alone.prompt.messages] == ["system", "user"]
 
 
 def test_nectars_prompts_are_transcripts_with_or_without_the_last_marker(tmp_path):
     answers = [{"answer": " a", "rank": 1}, {"answer": "b", "rank": 2}]
     rows = [{"prompt": prompt, "answers": answers} for prompt in (f"Be kind.{H} hi{A} ", f"{H} hi{A} yes{H} ok", "hi")]
-    chats = read(put(tmp_path, rows)).groups
-    assert [[m.role for m in group.prompt.messages] for group in chats] == [
+    chats = read(put(tmp_path, rows)).examples
+    assert [[m.role for m in example.prompt.messages] for example in chats] == [
         ["system", "user"], ["user", "assistant", "user"], ["user"],
     ]  # fmt: skip
     assert chats[0].completions == ("a", "b")
-    [group] = read(put(tmp_path, [{"prompt": f"{H} hi{A}", "answers": answers}])).groups
-    assert group.prompt == "hi" and group.completions == ("a", "b")
+    [example] = read(put(tmp_path, [{"prompt": f"{H} hi{A}", "answers": answers}])).examples
+    assert example.prompt == "hi" and example.completions == ("a", "b")
     assert "ends with a turn of the assistant" in refusal(put(tmp_path, [{**rows[0], "prompt": f"{H} hi{A} yes"}]))
 
 

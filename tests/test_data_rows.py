@@ -10,7 +10,7 @@ from data_files import CANARY, GOOD, put, refusal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from exo.data import DataError, Group, read
+from exo.data import DataError, Example, read
 
 pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
 
@@ -99,7 +99,7 @@ def test_a_malformed_line_is_named_and_costs_only_itself(tmp_path, row, words):
     assert refusal(path).startswith(f"{path}:2: ")
     data = read(path, skip_invalid=True)
     assert data.skipped == {"malformed": 1}
-    assert [group.line for group in data.groups] == [1, 3]
+    assert [example.line for example in data.examples] == [1, 3]
 
 
 @pytest.mark.parametrize(("row", "words"), by_name(CONTAINED))
@@ -111,7 +111,7 @@ def test_a_malformed_element_is_named_and_costs_only_itself(tmp_path, row, words
     assert refusal(path).startswith(f"{path}:2: row 2: ")
     data = read(path, skip_invalid=True)
     assert data.skipped == {"malformed": 1}
-    assert [group.line for group in data.groups] == [1, 3]
+    assert [example.line for example in data.examples] == [1, 3]
 
 
 def test_a_cut_off_last_line_is_named(tmp_path):
@@ -123,13 +123,13 @@ def test_a_cut_off_last_line_is_named(tmp_path):
 def test_an_array_below_the_first_row_is_a_malformed_line(tmp_path):
     path = put(tmp_path, [GOOD, [1], GOOD])
     assert refusal(path) == f"{path}:2: a row must be an object, not an array"
-    assert [group.line for group in read(path, skip_invalid=True).groups] == [1, 3]
+    assert [example.line for example in read(path, skip_invalid=True).examples] == [1, 3]
 
 
 def test_surrogate_pairs_nul_escapes_and_line_separators_are_text(tmp_path):
     row = '{"prompt": "\\ud83d\\ude00 \\u0000 \\\\ud83d", "chosen": "a\u2028b\x85", "rejected": "b"}'
-    group = read(put(tmp_path, f"{row}\n{row}\n")).groups[1]
-    assert group == Group("\U0001f600 \0 \\ud83d", ("a\u2028b\x85", "b"), None, 2)
+    example = read(put(tmp_path, f"{row}\n{row}\n")).examples[1]
+    assert example == Example("\U0001f600 \0 \\ud83d", ("a\u2028b\x85", "b"), None, 2)
 
 
 # Files: containers, ends and accidents.
@@ -154,16 +154,16 @@ def test_containers_are_told_by_content_not_by_name(tmp_path, content, packed):
     content = content % (row, row)
     path = put(tmp_path, gzip.compress(content) if packed else content, "data.txt")
     data = read(path)
-    assert [(g.prompt, g.completions) for g in data.groups] == [("p", (" a", " b"))] * 2
+    assert [(g.prompt, g.completions) for g in data.examples] == [("p", (" a", " b"))] * 2
     assert data.path == str(path) and data.rows == 2
 
 
 def test_the_numbers_of_lines_and_array_rows(tmp_path):
     row = json.dumps(GOOD)
     lines = read(put(tmp_path, f"{row}\n\n{row}\n"))
-    assert [group.line for group in lines.groups] == [1, 3]
+    assert [example.line for example in lines.examples] == [1, 3]
     array = read(put(tmp_path, f"[{row},\n\n{row}]"))
-    assert [group.line for group in array.groups] == [1, 2]
+    assert [example.line for example in array.examples] == [1, 2]
 
 
 json_values = st.recursive(
@@ -180,7 +180,7 @@ def test_an_array_reads_as_the_lines_would(tmp_path_factory, extras, indent, esc
     folder = tmp_path_factory.mktemp("json")
     text = json.dumps(rows, indent=indent, ensure_ascii=escaped)
     lines, array = read(put(folder, rows)), read(put(folder, text, "data.json"))
-    assert lines.groups == array.groups and len(array.groups) == len(rows)
+    assert lines.examples == array.examples and len(array.examples) == len(rows)
 
 
 @settings(max_examples=300, deadline=None)
@@ -197,7 +197,7 @@ def test_no_bytes_bring_out_another_error(tmp_path_factory, pieces):
         except DataError as error:
             assert str(error).startswith(f"{path}:") and len(str(error).splitlines()) == 1
         else:
-            assert data.rows == len(data.groups) + sum(data.skipped.values())
+            assert data.rows == len(data.examples) + sum(data.skipped.values())
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_a_data_set_trains_as_the_table_says(tmp_path, stage):
     for name, row in table().items():
         path, cell = put(tmp_path, ROWS[name]), row[stage]
         if cell == "`--labels`":
-            assert [group.label for group in read(path, purpose="labels").groups] == [0, 1, 0]
+            assert [example.label for example in read(path, purpose="labels").examples] == [0, 1, 0]
             continue
         if cell == "-":
             with pytest.raises(DataError):
@@ -62,28 +62,28 @@ def test_a_data_set_trains_as_the_table_says(tmp_path, stage):
                 read(path, purpose=STAGES[stage])
             assert flags[1].split()[0] in str(caught.value), name
         data = read(path, purpose=STAGES[stage], **options(flags[1] if flags else ""))
-        assert len(data.groups) == 3, name
-        for i, group in enumerate(data.groups):
-            check(name, i, group, data.conversational)
+        assert len(data.examples) == 3, name
+        for i, example in enumerate(data.examples):
+            check(name, i, example, data.conversational)
 
 
-def check(name: str, i: int, group, conversational: bool) -> None:
+def check(name: str, i: int, example, conversational: bool) -> None:
     """The question is in the prompt, and the better answer is known to be the better one."""
     if name == "stanfordnlp/imdb":
-        assert group.completions == (f"{ASK[i]} {GOOD[i]}",) and group.prompt == ""
+        assert example.completions == (f"{ASK[i]} {GOOD[i]}",) and example.prompt == ""
         return
-    assert ASK[i] in group.prompt, name
+    assert ASK[i] in example.prompt, name
     good, bad = [text.strip() for text in (GOOD[i], BAD[i])]
-    texts = [text.strip() for text in group.completions]
+    texts = [text.strip() for text in example.completions]
     if len(texts) == 1:
         assert texts == [good], name
-    elif group.rewards is None:
+    elif example.rewards is None:
         assert texts == [good, bad], name
     else:
         assert set(texts) == {good, bad}, name
-        assert group.rewards[texts.index(good)] > group.rewards[texts.index(bad)], name
-    assert not (conversational and isinstance(group.prompt, Chat))
-    assert "<extra_id" not in group.prompt and ("Human:" not in group.prompt or not conversational), name
+        assert example.rewards[texts.index(good)] > example.rewards[texts.index(bad)], name
+    assert not (conversational and isinstance(example.prompt, Chat))
+    assert "<extra_id" not in example.prompt and ("Human:" not in example.prompt or not conversational), name
 
 
 CONVERSATIONAL = {
@@ -114,31 +114,31 @@ def test_questions_of_chat_data_sets_are_for_the_template_and_plain_prompts_are_
 
 
 def test_a_system_prompt_makes_chats_of_all_rows_also_of_those_without(tmp_path):
-    groups = read(put(tmp_path, ROWS["Intel/orca_dpo_pairs"])).groups
-    assert [len(group.prompt.messages) for group in groups] == [2, 1, 2]
-    assert groups[0].prompt.messages == (
+    examples = read(put(tmp_path, ROWS["Intel/orca_dpo_pairs"])).examples
+    assert [len(example.prompt.messages) for example in examples] == [2, 1, 2]
+    assert examples[0].prompt.messages == (
         {"role": "system", "content": "You are a patient teacher."},
         {"role": "user", "content": ASK[0]},
     )
     without = [{**row, "system": ""} for row in ROWS["Intel/orca_dpo_pairs"]]
     data = read(put(tmp_path, without))
-    assert data.conversational and data.groups[0].prompt == ASK[0]
+    assert data.conversational and data.examples[0].prompt == ASK[0]
 
 
 def test_an_input_follows_its_instruction(tmp_path):
-    groups = read(put(tmp_path, ROWS["tatsu-lab/alpaca"]), purpose="texts").groups
-    assert [group.prompt for group in groups] == [ASK[0], f"{ASK[1]}\nTake it slow.", ASK[2]]
+    examples = read(put(tmp_path, ROWS["tatsu-lab/alpaca"]), purpose="texts").examples
+    assert [example.prompt for example in examples] == [ASK[0], f"{ASK[1]}\nTake it slow.", ASK[2]]
 
 
 def test_a_system_prompt_and_turns_of_the_speakers_marks_become_messages(tmp_path):
-    last = read(put(tmp_path, ROWS["nvidia/HelpSteer2"])).groups[2]
+    last = read(put(tmp_path, ROWS["nvidia/HelpSteer2"])).examples[2]
     assert [(m.role, m.content) for m in last.prompt.messages] == [
         ("user", "Hello there!"), ("assistant", "Hello, how are you?"), ("user", ASK[2]),
     ]  # fmt: skip
     row = ROWS["berkeley-nest/Nectar"][0]
     talk = "\n\nHuman: Hi!\n\nAssistant: Hello!\n\nHuman: And now?\n\nAssistant: "
-    groups = read(put(tmp_path, [row, {**row, "prompt": talk}])).groups
-    assert [len(group.prompt.messages) for group in groups] == [1, 3]
+    examples = read(put(tmp_path, [row, {**row, "prompt": talk}])).examples
+    assert [len(example.prompt.messages) for example in examples] == [1, 3]
 
 
 def test_ties_are_skipped_and_counted(tmp_path):
@@ -150,13 +150,13 @@ def test_ties_are_skipped_and_counted(tmp_path):
     }.items():
         rows = ROWS[name]
         data = read(put(tmp_path, [{**rows[0], **change}, *rows[1:]]))
-        assert data.skipped == {"tie": 1} and len(data.groups) == 2, name
+        assert data.skipped == {"tie": 1} and len(data.examples) == 2, name
 
 
 def test_the_other_vote_of_saferlhf_is_a_flag_away(tmp_path):
     path = put(tmp_path, ROWS["PKU-Alignment/PKU-SafeRLHF"])
     safer = read(path, **options("--columns better_response_id=safer_response_id"))
-    assert safer.groups[0].completions == (BAD[0], GOOD[0])
+    assert safer.examples[0].completions == (BAD[0], GOOD[0])
 
 
 def test_messages_without_their_parent_and_deleted_ones_are_not_lost_in_silence(tmp_path):
@@ -164,9 +164,9 @@ def test_messages_without_their_parent_and_deleted_ones_are_not_lost_in_silence(
     with pytest.raises(DataError, match="parent_id names no message"):
         read(put(tmp_path, rows[1:]))
     gone = [{**row, "deleted": row["message_id"] == "b0"} for row in rows]
-    assert len(read(put(tmp_path, gone)).groups) == 2
-    texts = read(put(tmp_path, gone), purpose="texts").groups
-    assert [group.completions for group in texts] == [(text,) for text in GOOD]
+    assert len(read(put(tmp_path, gone)).examples) == 2
+    texts = read(put(tmp_path, gone), purpose="texts").examples
+    assert [example.completions for example in texts] == [(text,) for text in GOOD]
 
 
 def oasst(name: str, parent: str | None, text: str, rank: int | None = None, **more) -> dict:
@@ -204,16 +204,18 @@ COUNTS = {  # purpose: groups, rows that are used, and why the others are not
 
 @pytest.mark.parametrize("purpose", COUNTS)
 def test_every_message_of_a_tree_is_used_or_skipped_with_a_reason(tmp_path, purpose):
-    groups, used, skipped = COUNTS[purpose]
+    examples, used, skipped = COUNTS[purpose]
     for rows in (nine(), nine()[::-1], nested(nine())):
         data = read(put(tmp_path, rows), purpose=purpose)
-        assert (len(data.groups), data.rows, data.skipped) == (groups, 9, skipped)
+        assert (len(data.examples), data.rows, data.skipped) == (examples, 9, skipped)
         assert data.rows == used + sum(data.skipped.values())
-        together = f" (in {groups} groups)" if used > groups else ""
+        together = f" (in {examples} groups)" if used > examples else ""
         assert f"9 rows = {used} used{together} + {9 - used} skipped" in data.summary()
-        assert len({group.line for group in data.groups}) == groups
+        assert len({example.line for example in data.examples}) == examples
     both = f"{put(tmp_path, nine(), 'a.jsonl')},{put(tmp_path, nested(nine()), 'b.jsonl')}"
-    assert read(both, purpose=purpose).rows == 18 and len(read(both, purpose=purpose, weights=[3, 1]).groups) >= groups
+    assert (
+        read(both, purpose=purpose).rows == 18 and len(read(both, purpose=purpose, weights=[3, 1]).examples) >= examples
+    )
 
 
 def test_a_group_that_is_skipped_takes_its_messages_with_it(tmp_path):
@@ -221,7 +223,7 @@ def test_a_group_that_is_skipped_takes_its_messages_with_it(tmp_path):
     more = [{**row, "message_id": f"x{row['message_id']}", "parent_id": row["parent_id"] and f"x{row['parent_id']}"}
             for row in nine()]  # fmt: skip
     data = read(put(tmp_path, same + more))
-    assert (data.rows, len(data.groups), data.skipped["identical completions"]) == (18, 1, 3)
+    assert (data.rows, len(data.examples), data.skipped["identical completions"]) == (18, 1, 3)
 
 
 def test_messages_that_are_malformed_or_go_in_circles_are_counted(tmp_path):
@@ -231,7 +233,7 @@ def test_messages_that_are_malformed_or_go_in_circles_are_counted(tmp_path):
         {**oasst("a9", "q0", "role"), "role": "x"}, nine()[0],
     ]  # fmt: skip
     data = read(put(tmp_path, rows), skip_invalid=True)
-    assert data.rows == len(rows) == 16 and len(data.groups) == 1
+    assert data.rows == len(rows) == 16 and len(data.examples) == 1
     assert data.skipped["malformed"] == 6 and data.skipped["below a message that is not used"] == 2
     with pytest.raises(DataError, match=":10: parent_id leads back to the message itself"):
         read(put(tmp_path, nine() + rows[12:14]))
@@ -245,9 +247,13 @@ def test_every_response_of_helpsteer_is_used_or_skipped_with_a_reason(tmp_path):
     assert data.skipped == {"single completion": 1, "identical completions": 2} and data.merged == 2
     assert "6 rows = 3 used (in 1 groups) + 3 skipped" in data.summary() and data.account()["merged"] == 2
     data = read(put(tmp_path, rows), purpose="texts")
-    assert data.skipped == {"not the best response": 3} and data.groups[0].completions == ("b",)
+    assert data.skipped == {"not the best response": 3} and data.examples[0].completions == ("b",)
     data = read(put(tmp_path, rows), purpose="prompts")
-    assert data.skipped == {"response to the same prompt": 3} and [g.prompt for g in data.groups] == ["p", "alone", "r"]
+    assert data.skipped == {"response to the same prompt": 3} and [g.prompt for g in data.examples] == [
+        "p",
+        "alone",
+        "r",
+    ]
     bad = {"prompt": "p<extra_id_1>Assistant\nx", "response": "a", "helpfulness": 1, **whole}
     data = read(put(tmp_path, [*rows, bad, {**bad, "response": "b"}]), skip_invalid=True)
     assert data.rows == 8 and data.skipped["malformed"] == 2

@@ -43,17 +43,17 @@ def test_random_graphs_are_split_between_components_and_near_the_number(seed):
     rng = random.Random(seed)
     rows = [Texts(f"p{i}", (f"c{rng.randrange(14)}", f"d{i}")) for i in range(9)]
     found = hold_out(rows, names(rows), 3, seed)
-    groups: list[set[int]] = []
+    examples: list[set[int]] = []
     for i, row in enumerate(rows):  # components by repeated merging
-        joined = [g for g in groups if any(set(rows[j].completions) & set(row.completions) for j in g)]
-        groups = [g for g in groups if g not in joined] + [{i}.union(*joined)]
+        joined = [g for g in examples if any(set(rows[j].completions) & set(row.completions) for j in g)]
+        examples = [g for g in examples if g not in joined] + [{i}.union(*joined)]
     if found.shared:
-        assert min(map(len, groups)) >= 6 or len(groups) == 1
+        assert min(map(len, examples)) >= 6 or len(examples) == 1
         return
-    assert all(group <= found.held_out or not group & found.held_out for group in groups)
+    assert all(example <= found.held_out or not example & found.held_out for example in examples)
     assert 0 < len(found.held_out) < len(rows)
-    smaller = min(map(len, groups))
-    assert abs(len(found.held_out) - 3) <= max(map(len, groups)) - 1 or len(found.held_out) == smaller
+    smaller = min(map(len, examples))
+    assert abs(len(found.held_out) - 3) <= max(map(len, examples)) - 1 or len(found.held_out) == smaller
 
 
 def test_unconnected_prompts_are_held_out_as_before():
@@ -95,12 +95,12 @@ def test_align_and_reward_train_on_no_text_that_they_hold_out(tmp_path):
     tokenizer = models.load_tokenizer(policy)
     dataset = data.read(source)
     settings = align.Config(model=policy, data=source, eval_fraction=0.2)
-    groups = align.tokens(settings, dataset, tokenizer, Counter())
+    examples = align.tokens(settings, dataset, tokenizer, Counter())
     for train, held_out in (
-        align.parted(settings, dataset, groups, [], Counter())[:2],
+        align.parted(settings, dataset, examples, [], Counter())[:2],
         reward.tokens(reward.Config(model=policy, data=source, eval_fraction=0.2), dataset, tokenizer, Counter()),
     ):
-        seen = [{group.prompt + group.completions[0] for group in part} for part in (train, held_out)]
+        seen = [{example.prompt + example.completions[0] for example in part} for part in (train, held_out)]
         assert len(held_out) in range(4, 11) and len(train) + len(held_out) == 36
         assert not seen[0] & seen[1]
 

@@ -16,11 +16,11 @@ import pyarrow.parquet
 import pytest
 from data_files import CANARY, GOOD, SCORED, put, refusal
 
-from exo.data import DataError, Group, read, read_jsonl
+from exo.data import DataError, Example, read, read_jsonl
 
 pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
 
-GOOD_GROUP = Group("p", (" a", " b"), None, 1)
+GOOD_GROUP = Example("p", (" a", " b"), None, 1)
 
 
 def parquet(folder, columns, name="data.parquet"):
@@ -36,8 +36,8 @@ def test_parquet_reads_as_the_lines_would(tmp_path):
     rows = [{**SCORED, "prompt": str(i), "day": datetime.date(2026, 1, 1), "raw": b"\xff"} for i in range(2500)]
     path = parquet(tmp_path, rows, "any.name")
     data = read(path)
-    assert [group.line for group in data.groups] == list(range(1, 2501))
-    assert data.groups[7] == Group("7", (" a", " b", " c"), (1.0, 0.5, -2.0), 8)
+    assert [example.line for example in data.examples] == list(range(1, 2501))
+    assert data.examples[7] == Example("7", (" a", " b", " c"), (1.0, 0.5, -2.0), 8)
     assert data.format == "completions with rewards (prompt/completions/rewards), parquet"
     assert data.rows == 2500
 
@@ -78,7 +78,7 @@ def test_a_malformed_row_of_a_table_is_named(tmp_path, columns, words):
     assert message.startswith(f"{path}:{1 if first_row_too else 2}: ") and words in message
     if not first_row_too:
         data = read(path, skip_invalid=True)
-        assert data.skipped == {"malformed": 1} and [group.line for group in data.groups] == [1]
+        assert data.skipped == {"malformed": 1} and [example.line for example in data.examples] == [1]
 
 
 def test_damaged_parquet_is_refused_in_one_line(tmp_path):
@@ -118,7 +118,7 @@ def test_shards_are_read_by_name_and_counted_through(tmp_path):
     put(tmp_path, f"[{json.dumps({**GOOD, 'prompt': '5'})}]", "c.json")
     put(tmp_path, "not data", ".hidden")
     data = read(tmp_path)
-    assert [(group.prompt, group.line) for group in data.groups] == [(str(i), i) for i in range(1, 6)]
+    assert [(example.prompt, example.line) for example in data.examples] == [(str(i), i) for i in range(1, 6)]
     assert data.format.endswith(", 3 JSON and parquet files") and data.path == str(tmp_path)
 
 
@@ -168,7 +168,7 @@ def test_a_hub_name_says_name_config_and_split(hub, name, call):
         read(name)
     data = read(name, skip_invalid=True)
     assert hub == [call] * 2
-    assert data.groups == [GOOD_GROUP, Group("p", (" a", " b"), None, 3)] and data.skipped == {"malformed": 1}
+    assert data.examples == [GOOD_GROUP, Example("p", (" a", " b"), None, 3)] and data.skipped == {"malformed": 1}
     assert re.search(", from the hub, fingerprint [0-9a-f]+$", data.format)
 
 
@@ -176,7 +176,7 @@ def test_a_path_that_is_here_wins(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     put(tmp_path / "owner", [GOOD], "name")
-    assert read("owner/name").groups == [GOOD_GROUP] and not hub
+    assert read("owner/name").examples == [GOOD_GROUP] and not hub
     for slip in ("owner/nam", "elsewhere/name.jsonl", "./owner/nam", "name", "a/b/c", "/owner/name", "owner/name@"):
         assert "no such file or directory" in refusal(slip)
     assert not hub
@@ -209,7 +209,7 @@ def test_the_real_library_takes_our_call(tmp_path, monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda path, **options: real(str(tmp_path / "repo"), cache_dir=tmp_path, **options)
     )
-    assert read("owner/name").groups[0] == GOOD_GROUP
+    assert read("owner/name").examples[0] == GOOD_GROUP
     assert "Unknown split" in refusal("owner/name@nope")
     assert "'config' not found" in refusal("owner/name:config")
 
@@ -224,8 +224,8 @@ def test_csv_and_tsv_are_read_by_name(tmp_path, delimiter):
     text = CSV.replace("a, ", "a; ").replace(",", delimiter)
     path = put(tmp_path, "\ufeff" + text, "data.csv" if delimiter == "," else "data.tsv")
     data = read(path)
-    assert data.groups == [Group('a; "b"\nc', ("é", "x"), None, 1), Group("p2", ("y", "z"), None, 2)]
-    assert data.groups[0].source == f"{path}:3" and data.unread == ("score",)
+    assert data.examples == [Example('a; "b"\nc', ("é", "x"), None, 1), Example("p2", ("y", "z"), None, 2)]
+    assert data.examples[0].source == f"{path}:3" and data.unread == ("score",)
 
 
 @pytest.mark.parametrize(
@@ -252,24 +252,24 @@ def test_twin_columns_of_a_csv_are_refused_and_an_empty_one_has_no_rows(tmp_path
 
 def test_numbers_and_lists_of_a_csv(tmp_path):
     path = put(tmp_path, "text,label\ngood one,1\nbad one,0\n", "data.csv")
-    assert [group.label for group in read(path, purpose="labels").groups] == [1, 0]
+    assert [example.label for example in read(path, purpose="labels").examples] == [1, 0]
     row = 'p,"[""a"", ""b""]","[1, 2.5]"\n'
     path = put(tmp_path, "prompt,completions,rewards\n" + row, "data.csv")
-    assert read(path).groups == [Group("p", ("a", "b"), (1.0, 2.5), 1)]
+    assert read(path).examples == [Example("p", ("a", "b"), (1.0, 2.5), 1)]
 
 
 def test_compressed_files_are_told_by_their_content(tmp_path):
     lines = (json.dumps(GOOD) + "\n").encode() * 3
     for name, compress in {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}.items():
         packed = compress(lines)
-        assert len(read(put(tmp_path, packed, "a.jsonl.zst")).groups) == 3
+        assert len(read(put(tmp_path, packed, "a.jsonl.zst")).examples) == 3
         assert f"the {name} data is cut off or damaged" in refusal(put(tmp_path, packed[:-9], "a.jsonl"))
     with pyarrow.CompressedOutputStream(str(tmp_path / "b.jsonl.zst"), "zstd") as file:
         file.write(lines)
-    assert len(read(tmp_path / "b.jsonl.zst").groups) == 3
+    assert len(read(tmp_path / "b.jsonl.zst").examples) == 3
     with pyarrow.CompressedOutputStream(str(tmp_path / "c.csv.zst"), "zstd") as file:
         file.write(CSV.encode())
-    assert len(read(tmp_path / "c.csv.zst").groups) == 2
+    assert len(read(tmp_path / "c.csv.zst").examples) == 2
     whole = (tmp_path / "b.jsonl.zst").read_bytes()
     assert "the zstd data is cut off or damaged" in refusal(put(tmp_path, whole[:-6], "d.jsonl.zst"))
     assert "a zip archive; unpack it" in refusal(put(tmp_path, b"PK\x03\x04" + lines, "a.zip"))
@@ -282,19 +282,19 @@ def test_arrow_files_and_streams(tmp_path):
         with make(str(path), table.schema) as writer:
             writer.write_table(table)
         data = read(path)
-        assert data.groups[0] == GOOD_GROUP and data.format.endswith(", arrow") and data.rows == 3
+        assert data.examples[0] == GOOD_GROUP and data.format.endswith(", arrow") and data.rows == 3
         assert "the arrow data is cut off or damaged" in refusal(put(tmp_path, path.read_bytes()[:-60], "cut.arrow"))
 
 
 def test_what_datasets_saved_is_read(tmp_path):
     part = datasets.Dataset.from_list([{**GOOD, "prompt": str(i)} for i in range(4)])
     part.select([3, 1]).save_to_disk(tmp_path / "one")
-    assert [group.prompt for group in read(tmp_path / "one").groups] == ["3", "1"]
+    assert [example.prompt for example in read(tmp_path / "one").examples] == ["3", "1"]
     assert "has no splits" in refusal(f"{tmp_path}/one@test")
     datasets.DatasetDict(train=part, test=part.select([0])).save_to_disk(tmp_path / "two")
     data = read(tmp_path / "two")
-    assert len(data.groups) == 4 and data.format.endswith("save_to_disk, split train out of test, train")
-    assert len(read(f"{tmp_path}/two@test").groups) == 1
+    assert len(data.examples) == 4 and data.format.endswith("save_to_disk, split train out of test, train")
+    assert len(read(f"{tmp_path}/two@test").examples) == 1
     assert "expected one of the splits test, train" in refusal(f"{tmp_path}/two@valid")
     (tmp_path / "one" / "state.json").write_text("{")
     assert "the directory of save_to_disk is damaged" in refusal(tmp_path / "one")
@@ -308,9 +308,9 @@ def test_of_a_directory_with_splits_train_alone_is_read(tmp_path):
         put(tmp_path, [{**GOOD, "prompt": name}], f"{name}.jsonl")
     put(tmp_path, "about it", "README.md")
     data = read(tmp_path)
-    assert [group.prompt[:8] for group in data.groups] == ["train-00"] * 2
+    assert [example.prompt[:8] for example in data.examples] == ["train-00"] * 2
     assert data.format.endswith("2 JSON files of split train, out of test, train, validation")
-    assert [group.prompt for group in read(f"{tmp_path}@validation").groups] == ["validation"]
+    assert [example.prompt for example in read(f"{tmp_path}@validation").examples] == ["validation"]
     assert "found splits" in refusal(f"{tmp_path}@dev")
 
 
@@ -333,10 +333,10 @@ def test_a_directory_of_unclear_splits_is_refused(tmp_path, names, words):
 def test_a_directory_of_one_kind_of_files_is_read_whole(tmp_path, names):
     for name in names:
         put(tmp_path, [GOOD], name)
-    assert len(read(tmp_path).groups) == len(names)
+    assert len(read(tmp_path).examples) == len(names)
 
 
 def test_files_called_training_and_testing_are_splits(tmp_path):
     put(tmp_path, [GOOD], "training.jsonl")
     put(tmp_path, [GOOD | {"prompt": "another"}] * 2, "testing.jsonl")
-    assert len(read(tmp_path).groups) == 1 and len(read(f"{tmp_path}@testing").groups) == 2
+    assert len(read(tmp_path).examples) == 1 and len(read(f"{tmp_path}@testing").examples) == 2

@@ -102,9 +102,9 @@ def test_completions_are_those_of_each_sequence_by_itself(name, monkeypatch, cap
 def test_whether_a_cache_is_used_depends_on_its_logits(monkeypatch):
     """A cache that forgets its order, or its padding, is found out whatever the model is called."""
     model = make("mistral")
-    assert decoding.caches(model, PROMPTS) and decoding.caches(model, [[3]])
-    monkeypatch.setattr(decoding.Cached, "_select", lambda self, rows: None)
-    assert not decoding.caches(model, PROMPTS)
+    assert decoding.supports_cache(model, PROMPTS) and decoding.supports_cache(model, [[3]])
+    monkeypatch.setattr(decoding.CachedDecoder, "_select", lambda self, rows: None)
+    assert not decoding.supports_cache(model, PROMPTS)
 
 
 def test_a_model_that_gives_nan_is_named_with_the_prompt():

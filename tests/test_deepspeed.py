@@ -144,12 +144,12 @@ def test_what_is_not_finite_stops_before_the_update_or_skips_it(what, said, give
     """On one process alone, at one step: both stop, or both skip that update and go on."""
     program = (
         "import os, sys, torch\nfrom exo import align\n"
-        "from exo.training import preference\nforward, calls = preference.PolicyLoss.forward, []\n"
+        "from exo.training import preference\nforward, calls = preference.PreferenceLoss.forward, []\n"
         "def bad(self, batch, n):\n    share = forward(self, batch, n)\n    calls.extend([1] * bool(n))\n"
         "    if len(calls) == 5 and os.environ['RANK'] == '1' and n:\n"
         f"        if {what == 'loss'}: return share._replace(loss=share.loss * float('nan'))\n"
         "        share.loss.register_hook(lambda g: g * float('inf'))\n    return share\n"
-        "preference.PolicyLoss.forward = bad\nsys.exit(align.main(sys.argv[1:]))\n"
+        "preference.PreferenceLoss.forward = bad\nsys.exit(align.main(sys.argv[1:]))\n"
     )
     (tmp_path / "poisoned.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:.")

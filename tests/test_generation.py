@@ -46,8 +46,8 @@ def test_equals_a_naive_loop_with_the_same_streams(small):
     model, tokenizer = small
     drawn = generate.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=6, **SETTINGS)
     finishes = set()
-    for i, group in enumerate(drawn):
-        for j, sample in enumerate(group):
+    for i, example in enumerate(drawn):
+        for j, sample in enumerate(example):
             uniforms = generate._stream(SETTINGS["seed"], i, j, SETTINGS["max_new_tokens"])
             tokens, logprob = naive(model, tokenizer.eos_token_id, PROMPTS[i], uniforms, 0.8)
             assert list(sample.token_ids) == tokens
@@ -68,10 +68,10 @@ def test_a_completion_does_not_depend_on_its_batch(small, batch_size):
 
 def test_logprob_is_what_teacher_forcing_says(small):
     model, tokenizer = small
-    for prompt, group in zip(
+    for prompt, example in zip(
         PROMPTS, generate.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=4, **SETTINGS), strict=True
     ):
-        for sample in group:
+        for sample in example:
             with torch.no_grad():
                 logits = model(torch.tensor([[*prompt, *sample.token_ids]])).logits[0].double() / 0.8
             rows = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
@@ -98,8 +98,8 @@ def test_frequencies_are_the_models(small):
     """One step from one prompt: 4000 draws lie within 5 standard errors of every probability."""
     model, tokenizer = small
     settings = SETTINGS | {"max_new_tokens": 1}
-    (group,) = generate.sample(model, (tokenizer.eos_token_id,), PROMPTS[:1], k=4000, **settings)
-    seen = torch.bincount(torch.tensor([s.token_ids[0] for s in group]), minlength=len(tokenizer)) / 4000
+    (example,) = generate.sample(model, (tokenizer.eos_token_id,), PROMPTS[:1], k=4000, **settings)
+    seen = torch.bincount(torch.tensor([s.token_ids[0] for s in example]), minlength=len(tokenizer)) / 4000
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.8, -1)
     assert ((seen - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()

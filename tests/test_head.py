@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from exo import models
-from exo.models.lm_head import CausalHead
+from exo.models.lm_head import LMHead
 from exo_kernels import fused_exo_loss, fused_linear_exo_loss, linear_token_logps, token_logps
 
 SMALL = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -82,7 +82,7 @@ def skip_unless_known(family):
 def test_log_probs_of_the_model(family):
     skip_unless_known(family)
     model = tiny(family)
-    head = CausalHead(model)
+    head = LMHead(model)
     ids = torch.randint(67, (3, 9))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -99,7 +99,7 @@ def test_log_probs_of_the_model(family):
 def test_gradients_of_the_model(family):
     """Through head, body and (Gemma) the tied embedding."""
     model = tiny(family)
-    head = CausalHead(model)
+    head = LMHead(model)
     ids, ref = torch.randint(67, (4, 9)), torch.zeros(4)
     grads = []
     for linear in (False, True):
@@ -119,7 +119,7 @@ def test_measuring_leaves_no_trace():
     model = tiny("GPT2").train()
     model.transformer.h[0].eval()
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    CausalHead(model)
+    LMHead(model)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert "forward" not in vars(model.lm_head)
@@ -139,11 +139,11 @@ def test_other_logits_are_refused():
             return transformers.modeling_outputs.CausalLMOutput(logits=logits**2)
 
     with pytest.raises(ValueError, match="expected logits softcap"):
-        CausalHead(Squared())
+        LMHead(Squared())
     model = tiny("Llama")
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match="expected a linear layer as its head; got Sequential"):
-        CausalHead(model)
+        LMHead(model)
 
 
 class Normalised(nn.Linear):
@@ -185,7 +185,7 @@ def test_a_head_that_computes_something_else_than_a_linear_layer_is_refused(kind
     model = with_head(kind, dtype=dtype)
     state = torch.get_rng_state()
     with pytest.raises(ValueError, match=f"expected logits softcap.*{kind.__name__}") as caught:
-        CausalHead(model)
+        LMHead(model)
     assert "\n" not in str(caught.value)
     assert torch.equal(torch.get_rng_state(), state) and not model.lm_head.training
 
@@ -198,10 +198,10 @@ def test_a_hook_that_changes_some_logits_is_refused_and_one_that_scales_them_is_
 
     hook = model.lm_head.register_forward_hook(mask)
     with pytest.raises(ValueError, match="expected logits softcap"):
-        CausalHead(model)
+        LMHead(model)
     hook.remove()
     model.lm_head.register_forward_hook(lambda module, given, out: 3 * out)
-    assert CausalHead(model).logit_scale == pytest.approx(3)
+    assert LMHead(model).logit_scale == pytest.approx(3)
 
 
 def test_a_reparametrized_head_gives_the_log_probs_and_gradients_of_the_model():
@@ -209,7 +209,7 @@ def test_a_reparametrized_head_gives_the_log_probs_and_gradients_of_the_model():
     nn.utils.parametrizations.weight_norm(model.lm_head)
     with torch.no_grad():
         model.lm_head.parametrizations.weight.original0.mul_(0.7)
-    head, ids = CausalHead(model), torch.randint(67, (2, 9))
+    head, ids = LMHead(model), torch.randint(67, (2, 9))
     found = []
     for linear in (True, False):
         model.zero_grad()
@@ -224,6 +224,6 @@ def test_a_reparametrized_head_gives_the_log_probs_and_gradients_of_the_model():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_plain_head_in_16_bits_is_taken(dtype):
-    CausalHead(tiny("Gemma2").to(dtype))
+    LMHead(tiny("Gemma2").to(dtype))
     with pytest.raises(ValueError, match="expected logits softcap"):
-        CausalHead(with_head(Normalised, dtype=dtype))
+        LMHead(with_head(Normalised, dtype=dtype))

@@ -11,7 +11,7 @@ from exo.cli import yaml_files
 from exo.cli.errors import ConfigError, RunError
 from exo.cli.parse import parse
 from exo.data import DataError
-from exo.evaluation.judge_prompts import Cache
+from exo.evaluation.judge_prompts import AnswerCache
 from exo.experiments import plan as experiment_plan
 from exo.reporting import results
 from exo.runs import directory as run_directory
@@ -202,7 +202,7 @@ def test_a_finished_run_without_outputs_is_not_whole(tmp_path):
     config = align.Config(model="tiny", data="rows.jsonl", output_dir=str(tmp_path))
     run = {"stage": "align", "command": [], "arguments": dataclasses.asdict(config), "finished": "now", "inputs": {}}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    assert not run_stage.holds(tmp_path, config, "align")
+    assert not run_stage.is_up_to_date(tmp_path, config, "align")
 
 
 def test_foreign_results_are_refused_in_a_line(tmp_path):
@@ -226,4 +226,4 @@ def test_foreign_results_are_refused_in_a_line(tmp_path):
 def test_foreign_lines_of_a_cache_of_verdicts(line, tmp_path):
     (tmp_path / "cache").write_text('{"key": "k", "answer": "A"}\n' + line + "\n")
     with pytest.raises(DataError, match=r"cache:2: not a line of a cache of verdicts"):
-        Cache(tmp_path / "cache")
+        AnswerCache(tmp_path / "cache")

@@ -10,8 +10,8 @@ import pytest
 
 from exo import align, data, inspect, models, reward, sample, sft
 from exo.cli import console
-from exo.data import Group, preview, split, statistics
-from exo.data.text.tokenize import TokenGroup
+from exo.data import Example, preview, split, statistics
+from exo.data.text.tokenize import TokenizedExample
 from exo.runs import record as run_record
 from tests.chat_templates import CHATML
 from tests.data_files import put
@@ -154,10 +154,10 @@ def test_texts_of_a_test_file_that_are_trained_on_are_named(report, tmp_path, mo
     code, out, _ = report("--data", pairs, "--model", model, "--eval_data", put(tmp_path, other, "test.jsonl"))
     assert code == 0
     assert "held-out rows with a prompt of --data: 1 of 4 (line 1 = line 4)\n" in out
-    found = statistics.leaks(data.read(pairs).groups, data.read(tmp_path / "test.jsonl").groups)
+    found = statistics.leaks(data.read(pairs).examples, data.read(tmp_path / "test.jsonl").examples)
     assert found.completions == [("line 2", "line 1"), ("line 3", "line 1")]
     implicit = put(tmp_path, [{"chosen": "red round good good", "rejected": "red big"}], "implicit.jsonl")
-    found = statistics.leaks(data.read(pairs).groups, data.read(implicit).groups)
+    found = statistics.leaks(data.read(pairs).examples, data.read(implicit).examples)
     assert found.completions == [("line 1", "line 1")], "the same text with its prompt cut elsewhere"
     prompts = put(tmp_path, [{"prompt": "blue"}, {"prompt": "big"}, {"prompt": ""}], "prompts.jsonl")
     for stage in ("sft", "reward", "sample"):
@@ -169,7 +169,9 @@ def test_leaks_are_what_align_warns_of_and_what_a_split_keeps_together():
     texts = ["", "red", "red ", " red", "blue", "red blue", "\n"]
     rng = random.Random(0)
     for _ in range(200):
-        rows = [Group(rng.choice(texts), (rng.choice(texts[1:]), rng.choice(texts[1:])), None, i) for i in range(1, 7)]
+        rows = [
+            Example(rng.choice(texts), (rng.choice(texts[1:]), rng.choice(texts[1:])), None, i) for i in range(1, 7)
+        ]
         trained, held_out = rows[:3], rows[3:]
         found = statistics.leaks(trained, held_out)
         as_texts = ([split.Texts(row.prompt, row.completions) for row in part] for part in (trained, held_out))
@@ -392,12 +394,12 @@ def test_options(report, tmp_path, model, capsys):
 
 
 def test_chosen_examples_and_shortened_texts():
-    rows = [TokenGroup((0,) * n, ((1,), (2,)), None, n) for n in (5, 9, 1, 3, 7)]
-    assert [(e.reason, e.group.line) for e in preview.choose(rows, 3)] == [
+    rows = [TokenizedExample((0,) * n, ((1,), (2,)), None, n) for n in (5, 9, 1, 3, 7)]
+    assert [(e.reason, e.example.line) for e in preview.choose(rows, 3)] == [
         ("first row", 5), ("longest", 9),
     ], "the first row is the one of median length too"  # fmt: skip
-    assert [e.group.line for e in preview.choose(rows[1:], 5)] == [9, 1 + 2, 7]
-    assert [e.group.line for e in preview.choose(rows, 1)] == [5]
+    assert [e.example.line for e in preview.choose(rows[1:], 5)] == [9, 1 + 2, 7]
+    assert [e.example.line for e in preview.choose(rows, 1)] == [5]
     assert preview.choose(rows, 0) == preview.choose([], 3) == []
 
 

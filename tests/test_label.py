@@ -336,7 +336,7 @@ def test_majority_and_pooled_views():
     most = evaluation_raters.majority(items, seed=0)
     assert [most[name] for name in ("win", "tie", "lose", "split")] == [1, 1, 1, 1]
     assert most["win_rate"]["mean"] == (1 + 0.5 + 0.5 + 0) / 4
-    pooled = evaluation_raters.pooled(items, seed=0)
+    pooled = evaluation_raters.pool(items, seed=0)
     assert [pooled[name] for name in evaluation_raters.OUTCOMES] == [3, 3, 4]
     assert pooled["win_rate"]["mean"] == pytest.approx((2 / 3 + 1 / 2 + 1 / 3 + 0) / 4)
     assert pooled["win_rate"]["low"] < pooled["win_rate"]["mean"] < pooled["win_rate"]["high"]

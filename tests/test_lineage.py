@@ -86,10 +86,10 @@ def test_a_finished_run_whose_files_were_changed_is_not_taken_for_whole(made, tm
 
 def test_two_at_a_time_in_one_directory_are_refused_and_a_refusal_leaves_nothing(tmp_path):
     directory = tmp_path / "run"
-    with run_directory.locked(str(directory)):
+    with run_directory.lock(str(directory)):
         with (
             pytest.raises(RunError, match="another process is writing there"),
-            run_directory.locked(str(directory)),
+            run_directory.lock(str(directory)),
         ):
             raise AssertionError("both had it")
         assert directory.exists()
@@ -132,31 +132,31 @@ def test_what_is_half_made_is_said_with_the_command_that_goes_on(made, tmp_path)
 
 def test_a_run_holds_until_options_inputs_or_outputs_change(made, tmp_path):
     directory, drawn, scored = made
-    assert run_stage.holds(directory / "samples", drawn, "sample") and run_stage.holds(
+    assert run_stage.is_up_to_date(directory / "samples", drawn, "sample") and run_stage.is_up_to_date(
         directory / "scored", scored, "score"
     )
-    assert not run_stage.holds(directory / "absent", drawn, "sample")
-    assert not run_stage.holds(directory / "samples", drawn, "score")
-    assert not run_stage.holds(directory / "samples", dataclasses.replace(drawn, k=3), "sample")
+    assert not run_stage.is_up_to_date(directory / "absent", drawn, "sample")
+    assert not run_stage.is_up_to_date(directory / "samples", drawn, "score")
+    assert not run_stage.is_up_to_date(directory / "samples", dataclasses.replace(drawn, k=3), "sample")
     elsewhere = dataclasses.replace(drawn, output_dir="x", overwrite_output_dir=False)
-    assert run_stage.holds(directory / "samples", elsewhere, "sample")
+    assert run_stage.is_up_to_date(directory / "samples", elsewhere, "sample")
     copy = tmp_path / "prompts.jsonl"
     copy.write_bytes((directory / "prompts.jsonl").read_bytes())
-    assert run_stage.holds(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample"), (
+    assert run_stage.is_up_to_date(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample"), (
         "a path is no input"
     )
     copy.write_text('{"prompt": "red"}\n')
-    assert not run_stage.holds(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample")
+    assert not run_stage.is_up_to_date(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample")
 
 
 def test_a_run_that_did_not_finish_does_not_hold(made, tmp_path):
     _, drawn, _ = made
     run = sample.run(dataclasses.replace(drawn, output_dir=str(tmp_path / "run")))
     record = json.loads((run / "run.json").read_text())
-    assert run_stage.holds(run, drawn, "sample")
+    assert run_stage.is_up_to_date(run, drawn, "sample")
     for gone in ({"finished"}, {"finished", "outputs"}):
         write_json(run / "run.json", {name: value for name, value in record.items() if name not in gone})
-        assert not run_stage.holds(run, drawn, "sample")
+        assert not run_stage.is_up_to_date(run, drawn, "sample")
 
 
 def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_make_room(made, tmp_path, monkeypatch):
@@ -174,9 +174,9 @@ def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_m
         with pytest.raises(KeyboardInterrupt):
             sample.run(config)
     (run / "samples.jsonl").unlink(missing_ok=True)
-    assert run_directory.is_run(run) and not run_stage.holds(run, config, "sample")
+    assert run_directory.is_run(run) and not run_stage.is_up_to_date(run, config, "sample")
     sample.run(config)
-    assert run_stage.holds(run, config, "sample") and not (run / "more").exists()
+    assert run_stage.is_up_to_date(run, config, "sample") and not (run / "more").exists()
 
 
 def test_damaged_or_missing_outputs_do_not_hold(made):
@@ -184,11 +184,11 @@ def test_damaged_or_missing_outputs_do_not_hold(made):
     file = directory / "samples" / "samples.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    assert not run_stage.holds(directory / "samples", drawn, "sample")
+    assert not run_stage.is_up_to_date(directory / "samples", drawn, "sample")
     file.unlink()
-    assert not run_stage.holds(directory / "samples", drawn, "sample")
+    assert not run_stage.is_up_to_date(directory / "samples", drawn, "sample")
     file.write_bytes(whole)
-    assert run_stage.holds(directory / "samples", drawn, "sample")
+    assert run_stage.is_up_to_date(directory / "samples", drawn, "sample")
 
 
 def test_a_model_is_its_weights_config_and_tokenizer(made, tmp_path):

@@ -8,7 +8,7 @@ from linear_cases import check_linear_loss, make_linear_case
 
 import exo_kernels
 from exo_kernels import dispatch
-from exo_kernels.numerics import Curve
+from exo_kernels.numerics import LogitTransform
 from exo_kernels.schedules import matmul, plan
 
 SCHEDULES = ["deferred", "group", "store", "recompute"]
@@ -118,7 +118,7 @@ def test_targets_outside_the_columns_have_no_logit(impl, device):
     implementation = dispatch.implementation(impl)
     a = implementation.new_buffer((2, 16), torch.float32, torch.device(device)).zero_()[:, :7]
     targets = torch.tensor([-1, 7], device=device)
-    stats, _ = implementation.chunk_logps(a, None, targets, Curve.of(1.0, None, 1.0), False)
+    stats, _ = implementation.chunk_logps(a, None, targets, LogitTransform.of(1.0, None, 1.0), False)
     assert stats[0].isnan().all() and not stats[1].any()
 
 
@@ -154,12 +154,12 @@ def test_labels_are_checked(schedule):
 
 
 def test_oversized_groups_do_not_move_the_others():
-    units = plan.units([2500] + [100] * 11, 1000)
+    units = plan.group_chunks([2500] + [100] * 11, 1000)
     assert [part.stop - part.start for unit in units[1:] for part in unit.parts] == [600, 500]
 
 
 def test_groups_without_rows_are_one_unit():
-    assert len(plan.units([0] * 4000, 1000)) == 1
+    assert len(plan.group_chunks([0] * 4000, 1000)) == 1
 
 
 def test_store_fits_to_the_byte():

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from exo import align, models, reward
-from exo.models.lm_head import CausalHead
+from exo.models.lm_head import LMHead
 from exo_kernels import linear_token_logps, token_logps
 from tests.tasks import WORDS, write_rows
 
@@ -120,7 +120,7 @@ def test_log_probs_of_text_are_those_of_the_wrapper(family, tmp_path, capsys):
     labels = ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
         expected = token_logps(wrapper(input_ids=ids, attention_mask=mask).logits, labels)
-        head = CausalHead(model)
+        head = LMHead(model)
         hidden = head.hidden(input_ids=ids, attention_mask=mask)
         found = linear_token_logps(hidden, head.weight, labels, **head.options)
     assert float(expected.abs().max()) > 1

@@ -11,13 +11,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from exo import models
-from exo.data import DataError, Group
-from exo.data.collate import Packing
+from exo.data import DataError, Example
+from exo.data.collate import Collator
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 
-LAYOUTS = [Packing(0, 300, layout, one_row) for layout in ("padded", "packed", "shared") for one_row in (False, True)]
+LAYOUTS = [Collator(0, 300, layout, one_row) for layout in ("padded", "packed", "shared") for one_row in (False, True)]
 
 
 def words(bos: bool = False):
@@ -31,23 +31,23 @@ def words(bos: bool = False):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def encode(group, max_length=100, max_completion_length=None, truncate="prompt-left", most=None, **options):
+def encode(example, max_length=100, max_completion_length=None, truncate="prompt-left", most=None, **options):
     limits = Limits(max_length, max_completion_length, truncate, most)
-    return tokenize.encode([group], words(), limits, "rows.jsonl", **options)
+    return tokenize.encode([example], words(), limits, "rows.jsonl", **options)
 
 
 def test_completions_end_with_eos_and_prompts_are_kept():
-    (encoded,), counts = encode(Group("a bb", (" ccc", " dddd a"), (1.0, 2.0), 3))
-    assert encoded == TokenGroup((11, 12), ((13, 1), (14, 11, 1)), (1.0, 2.0), 3)
+    (encoded,), counts = encode(Example("a bb", (" ccc", " dddd a"), (1.0, 2.0), 3))
+    assert encoded == TokenizedExample((11, 12), ((13, 1), (14, 11, 1)), (1.0, 2.0), 3)
     assert not counts
 
 
 def test_an_empty_prompt_gets_a_token_to_be_scored_from():
-    (encoded,), _ = encode(Group("", ("a", "bb"), None, 1))
+    (encoded,), _ = encode(Example("", ("a", "bb"), None, 1))
     assert encoded.prompt == (1,)
 
 
-PROMPT = Group("a bb ccc dddd", (" a", " a a a"), None, 1)
+PROMPT = Example("a bb ccc dddd", (" a", " a a a"), None, 1)
 
 
 def test_a_long_completion_is_cut_first_and_the_prompt_keeps_half():
@@ -72,7 +72,7 @@ def test_max_prompt_length_decides_instead(most, prompt, longest):
 
 
 def test_a_run_stops_where_more_than_a_twentieth_of_its_prompts_are_stumps():
-    short, long = (Group(" ".join(["a"] * n), (" a", " bb"), None, 1) for n in (9, 300))
+    short, long = (Example(" ".join(["a"] * n), (" a", " bb"), None, 1) for n in (9, 300))
     limits = Limits(64, None, "prompt-left")
     assert tokenize.encode([*[short] * 19, long], words(), limits, "rows.jsonl")[1].total() == 2
     with pytest.raises(DataError, match="^rows.jsonl: 2 of 20 rows.*--max_length, or set --max_prompt_length$"):
@@ -81,9 +81,9 @@ def test_a_run_stops_where_more_than_a_twentieth_of_its_prompts_are_stumps():
 
 
 def test_bos_stays_and_eos_never_ends_a_prompt():
-    group = Group("a bb ccc dddd", (" a", " a a"), None, 1)
+    example = Example("a bb ccc dddd", (" a", " a a"), None, 1)
     whole, cut = (
-        tokenize.encode([group], words(bos=True), Limits(n, None, "prompt-left"), "", strict=False)[0][0]
+        tokenize.encode([example], words(bos=True), Limits(n, None, "prompt-left"), "", strict=False)[0][0]
         for n in (50, 6)
     )
     assert whole.prompt == (2, 11, 12, 13, 14) and whole.completions[0] == (11, 1)
@@ -93,7 +93,7 @@ def test_bos_stays_and_eos_never_ends_a_prompt():
 def test_a_prompt_is_cut_for_sampling_as_for_training():
     text, tokenizer = "a bb ccc dddd", words(bos=True)
     limits = Limits(50, None, "error", 3)  # the cut is not the limits' doing, so it is no error
-    ((row,), counts) = tokenize.encode([Group(text, (" a",), None, 1)], tokenizer, limits, "")
+    ((row,), counts) = tokenize.encode([Example(text, (" a",), None, 1)], tokenizer, limits, "")
     assert tokenize.sampled_prompts([text], tokenizer, 3)[0] == [[*row.prompt]] == [[2, 13, 14]]
     assert counts == {"rows with the prompt cut on the left to --max_prompt_length": 1}
     ids, counts = tokenize.sampled_prompts([text, "a"], words(), 3)
@@ -103,25 +103,28 @@ def test_a_prompt_is_cut_for_sampling_as_for_training():
 
 
 def test_completions_that_the_cut_makes_alike_are_dropped():
-    rows, counts = encode(Group("a", (" a a a bb", " a a a ccc"), None, 1), max_completion_length=3)
+    rows, counts = encode(Example("a", (" a a a bb", " a a a ccc"), None, 1), max_completion_length=3)
     assert not rows and counts == {"rows dropped: completions identical once cut": 1}
 
 
 @pytest.mark.parametrize(("length", "kept"), [(6, 1), (5, 0)])
 def test_drop_keeps_exactly_what_fits(length, kept):
-    rows, counts = encode(Group("a bb", (" a a a", " a"), None, 1), max_length=length, truncate="drop")
+    rows, counts = encode(Example("a bb", (" a a a", " a"), None, 1), max_length=length, truncate="drop")
     assert len(rows) == kept and counts.total() == 1 - kept
 
 
 def test_error_names_the_line():
     with pytest.raises(DataError, match="^rows.jsonl:7: "):
-        encode(Group("a bb", (" a a a", " a"), None, 7), max_length=5, truncate="error")
+        encode(Example("a bb", (" a a a", " a"), None, 7), max_length=5, truncate="error")
 
 
-@pytest.mark.parametrize("packing", LAYOUTS, ids=lambda packing: f"{packing.layout}-{packing.one_row}")
-def test_what_is_scored_are_the_completions_and_nothing_else(packing):
-    groups = [TokenGroup((5, 6), ((7, 1), (8, 9, 1)), None, 1), TokenGroup((5,), ((0, 1), (7, 1)), None, 2)]
-    batch = packing.collate(groups)
+@pytest.mark.parametrize("collator", LAYOUTS, ids=lambda collator: f"{collator.layout}-{collator.one_row}")
+def test_what_is_scored_are_the_completions_and_nothing_else(collator):
+    examples = [
+        TokenizedExample((5, 6), ((7, 1), (8, 9, 1)), None, 1),
+        TokenizedExample((5,), ((0, 1), (7, 1)), None, 2),
+    ]
+    batch = collator.collate(examples)
     parts = batch.targets.split(batch.offsets.diff().tolist())
     assert [part.tolist() for part in parts] == [
         [7, 1],
@@ -130,18 +133,18 @@ def test_what_is_scored_are_the_completions_and_nothing_else(packing):
         [7, 1],
     ]  # 0 counts
     assert batch.group_size.tolist() == [2, 2] and batch.rewards is None
-    used = {"padded": 15, "packed": 15, "shared": 12}[packing.layout]
+    used = {"padded": 15, "packed": 15, "shared": 12}[collator.layout]
     assert batch.attention_mask.sum() == used
-    assert batch.input_ids.numel() == packing.tokens(groups)
+    assert batch.input_ids.numel() == collator.tokens(examples)
 
 
 def test_rows_of_the_shared_layout():
     """Two groups in rows of the longer one's length, and where each token is made."""
-    groups = [TokenGroup((5,), ((7, 1), (8,)), None, 1), TokenGroup((5, 6), ((2, 1), (3, 4, 1)), None, 2)]
-    groups.append(TokenGroup((9,), ((1,), (2,)), None, 3))
-    batch = Packing(0, 300, "shared").collate(groups)
+    examples = [TokenizedExample((5,), ((7, 1), (8,)), None, 1), TokenizedExample((5, 6), ((2, 1), (3, 4, 1)), None, 2)]
+    examples.append(TokenizedExample((9,), ((1,), (2,)), None, 3))
+    batch = Collator(0, 300, "shared").collate(examples)
     assert batch.input_ids.tolist() == [[5, 6, 2, 1, 3, 4, 1], [5, 7, 1, 8, 9, 1, 2]]
-    unit, part, position_ids = batch.sight
+    unit, part, position_ids = batch.segment_ids
     assert unit.tolist() == [[0] * 7, [0] * 4 + [1] * 3]
     assert part.tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 2, 0, 1, 2]]
     assert position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 2, 1, 0, 1, 1]]
@@ -150,21 +153,21 @@ def test_rows_of_the_shared_layout():
     assert batch.offsets.tolist() == [0, 2, 3, 5, 8, 9, 10]
 
 
-@pytest.mark.parametrize("packing", LAYOUTS, ids=lambda packing: f"{packing.layout}-{packing.one_row}")
-def test_micro_batches_hold_every_group_once_within_the_budget(packing):
+@pytest.mark.parametrize("collator", LAYOUTS, ids=lambda collator: f"{collator.layout}-{collator.one_row}")
+def test_micro_batches_hold_every_group_once_within_the_budget(collator):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 60, (40,), generator=generator).tolist()
-    groups = [TokenGroup((5,) * n, ((7, 1),) * (2 + i % 4), None, i) for i, n in enumerate(lengths)]
-    parts = packing.micro_batches(groups)
+    examples = [TokenizedExample((5,) * n, ((7, 1),) * (2 + i % 4), None, i) for i, n in enumerate(lengths)]
+    parts = collator.micro_batches(examples)
     assert sorted(g.line for part in parts for g in part) == list(range(40))
     for part in parts:
-        size = packing.collate(part).input_ids.numel()
-        assert size == packing.tokens(part) and (size <= 300 or len(part) == 1)
+        size = collator.collate(part).input_ids.numel()
+        assert size == collator.tokens(part) and (size <= 300 or len(part) == 1)
     for part, following in zip(parts, parts[1:], strict=False):
-        assert packing.tokens([*part, following[0]]) > 300, "no part is closed too early"
-    if packing.layout == "padded":
+        assert collator.tokens([*part, following[0]]) > 300, "no part is closed too early"
+    if collator.layout == "padded":
         sizes = [max(g.longest for g in part) * sum(len(g.completions) for g in part) for part in parts]
-        assert sizes == [packing.tokens(part) for part in parts]
+        assert sizes == [collator.tokens(part) for part in parts]
 
 
 def test_prompt_and_completion_meet_at_a_token_boundary():
@@ -172,7 +175,7 @@ def test_prompt_and_completion_meet_at_a_token_boundary():
     texts = ["ab abc abcd " * 20]
     _, tokenizer = models.tiny(texts, hidden_size=32, num_heads=2, num_layers=1)
     (encoded,), _ = tokenize.encode(
-        [Group("ab ab", ("c ab", "cd"), None, 1)], tokenizer, Limits(50, None, "error"), "rows.jsonl"
+        [Example("ab ab", ("c ab", "cd"), None, 1)], tokenizer, Limits(50, None, "error"), "rows.jsonl"
     )
     assert tokenizer.decode(encoded.prompt) == "ab ab"
     assert tokenizer.decode(encoded.completions[0]) == "c ab<eos>"

@@ -292,10 +292,10 @@ def test_one_that_fails_ends_all_and_says_why_once(given, tmp_path):
     began = time.monotonic()
     program = (
         "import os, sys\nfrom exo import align\n"
-        "from exo.training import preference\nforward = preference.PolicyLoss.forward\n"
+        "from exo.training import preference\nforward = preference.PreferenceLoss.forward\n"
         "def bad(self, batch, n):\n    share = forward(self, batch, n)\n"
         "    return share._replace(loss=share.loss * float('nan')) if n and os.environ['RANK'] == '1' else share\n"
-        "preference.PolicyLoss.forward = bad\nsys.exit(align.main(sys.argv[1:]))\n"
+        "preference.PreferenceLoss.forward = bad\nsys.exit(align.main(sys.argv[1:]))\n"
     )
     (tmp_path / "poisoned.py").write_text(program)
     argv = [a for a in interruptions.arguments("align", given, tmp_path / "run") if a != "--dropout"]
@@ -330,11 +330,11 @@ def test_told_to_stop_two_processes_do_not_wait_for_an_evaluation(given, tmp_pat
     """Of half a minute, a second for each of its micro-batches."""
     program = (
         "import sys, time\nfrom exo import align\n"
-        "from exo.training import preference\nforward = preference.PolicyLoss.forward\n"
+        "from exo.training import preference\nforward = preference.PreferenceLoss.forward\n"
         "def slow(self, batch, n):\n"
         "    if n is None:\n        print('evaluating', flush=True)\n        time.sleep(1)\n"
         "    return forward(self, batch, n)\n"
-        "preference.PolicyLoss.forward = slow\nsys.exit(align.main(sys.argv[1:]))\n"
+        "preference.PreferenceLoss.forward = slow\nsys.exit(align.main(sys.argv[1:]))\n"
     )
     (tmp_path / "slow.py").write_text(program)
     argv = [a for a in interruptions.arguments("align", given, tmp_path / "run") if a != "--dropout"]

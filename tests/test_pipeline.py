@@ -201,7 +201,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path, capsys):
 
 
 def test_a_dry_run_knows_what_a_change_takes_with_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_stage, "holds", lambda directory, config, stage: stage != "reward")
+    monkeypatch.setattr(run_stage, "is_up_to_date", lambda directory, config, stage: stage != "reward")
     assert train.main(["--dry_run", "--output_dir", str(tmp_path / "x")]) == 0
     plan = [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
     there = {line.split()[0] for line in plan if line.endswith("already there")}

@@ -67,7 +67,7 @@ def test_explicit_is_taken_or_refused(schedule):
 @pytest.mark.parametrize("counts", [[], [0], [5], [3, 0, 4, 9, 1, 1, 30, 2], [10] * 12, [64, 1, 64, 63]])
 def test_units_hold_whole_groups(counts, most):
     """Every row once and in order; no chunk over its limit; only a group larger than that is cut, and it is alone."""
-    units = plan.units(counts, most)
+    units = plan.group_chunks(counts, most)
     assert [g for unit in units for g in range(unit.groups.start, unit.groups.stop)] == list(range(len(counts)))
     rows = [r for unit in units for part in unit.parts for r in range(part.start, part.stop)]
     assert rows == list(range(sum(counts)))
@@ -80,8 +80,8 @@ def test_units_hold_whole_groups(counts, most):
 def test_chunks_are_even():
     """1100 rows at 1000 a chunk are two of 550: a chunk of 100 rows would keep a GPU half idle."""
     assert [part.stop - part.start for part in plan.even(1100, 1000)] == [550, 550]
-    assert len(plan.units([100] * 11, 1000)) == 2
-    assert [u.parts[0].stop - u.parts[0].start for u in plan.units([100] * 11, 1000)] == [600, 500]
+    assert len(plan.group_chunks([100] * 11, 1000)) == 2
+    assert [u.parts[0].stop - u.parts[0].start for u in plan.group_chunks([100] * 11, 1000)] == [600, 500]
 
 
 def test_chunks_are_sized_by_bytes():

@@ -8,7 +8,7 @@ import torch
 
 from exo import models, ppo
 from exo.cli.options import Training
-from exo.data.collate import Packing
+from exo.data.collate import Collator
 from exo.distributed.accelerator import make_accelerator
 from exo.models import logps
 from exo.rollouts import experience, samples
@@ -139,7 +139,7 @@ def test_a_long_prompt_is_scored_as_far_as_it_was_sampled_after(made):
 
 def test_a_batch_has_each_number_beside_its_token(made):
     found = made[3]
-    batch = experience.collate(found, Packing(0, 8192))
+    batch = experience.collate(found, Collator(0, 8192))
     assert batch.batch.targets.tolist() == [token for rollout in found for token in rollout.completions[0]]
     for name in ("logps", "values", "advantages", "returns"):
         numbers = [x for rollout in found for x in getattr(rollout, name)]
@@ -153,7 +153,7 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
         module.zero_grad()
         square = 0.0
         for part in parts:
-            share = module(experience.collate(part, Packing(0, 8192)), ppo._tokens(found))
+            share = module(experience.collate(part, Collator(0, 8192)), ppo._tokens(found))
             share.loss.backward()
             square += float(share.sums["log_ratios/mean_square"][0])
         assert square < 1e-8
@@ -163,7 +163,7 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
 
 def test_the_loss_is_that_of_the_policy_and_the_weighted_one_of_the_critic_a_token(made):
     settings, _, module, found = made
-    batch = experience.collate(found, Packing(0, 8192))
+    batch = experience.collate(found, Collator(0, 8192))
     with torch.no_grad():
         share = module(batch, 10)
         critic = ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2).sum()
@@ -192,7 +192,7 @@ def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
     _, maker, module, _ = made
     found = [replace(rollout, frozen=True) for rollout in maker.make(PROMPTS, range(6))]
     module.zero_grad()
-    module(experience.collate(found, Packing(0, 8192)), ppo._tokens(found)).loss.backward()
+    module(experience.collate(found, Collator(0, 8192)), ppo._tokens(found)).loss.backward()
     assert all(not p.grad.any() for p in module.model.parameters())
     assert any(p.grad.any() for p in module.critic.parameters())
 
@@ -205,7 +205,7 @@ def test_phases_go_through_their_rollouts_the_asked_number_of_times_and_freeze_t
             calls.append((list(prompts), list(numbers)))
             return [experience.Rollout((1,), ((n,),), None, n) for n in numbers]
 
-    source = experience.Phases(
+    source = experience.RolloutSampler(
         Maker(), ["a", "b", "c"], rollout_size=4, batch_size=2, epochs=2, warmup_steps=3, seed=0
     )  # fmt: skip
     drawn = [next(source) for _ in range(8)]
@@ -270,14 +270,14 @@ def test_the_critics_targets_do_not_drop_out(made):
     settings, maker, module, _ = made
     dropping = ppo.ActorCritic(module.model, module.critic, replace(settings, dropout=True)).train()
     layers = [layer.self_attn for layer in module.critic.body.layers]
-    groups = maker._encode(samples_of(maker))
-    expected = maker.values(groups)
+    examples = maker._encode(samples_of(maker))
+    expected = maker.values(examples)
     for layer in layers:
         layer.attention_dropout = 0.5
     torch.manual_seed(0)
-    found, again = (maker.values(groups) for _ in range(2))
+    found, again = (maker.values(examples) for _ in range(2))
     with torch.no_grad():
-        dropped = module.critic(maker.packing.collate(groups)).tolist()
+        dropped = module.critic(maker.collator.collate(examples)).tolist()
     for layer in layers:
         layer.attention_dropout = 0.0
     assert found == again == expected and dropping.critic.training

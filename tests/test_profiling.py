@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from exo import align
-from exo.training import profiler
-from exo.training import step as training_step
+from exo.training import profiler, step
 from tests.tasks import PROMPTS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +53,7 @@ def test_activations_are_those_kept_without_the_parameters(capsys):
 
 
 def test_a_run_that_fails_leaves_no_profile_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_step, "update", lambda *a: (_ for _ in ()).throw(RuntimeError) if a[4] == 4 else 0.0)
+    monkeypatch.setattr(step, "update", lambda *a: (_ for _ in ()).throw(RuntimeError) if a[4] == 4 else 0.0)
     with pytest.raises(RuntimeError):
         aligned(tmp_path, "run", "--profile", "3")
     assert profiler._now is None

@@ -67,7 +67,7 @@ def test_metrics_say_how_sharp_the_target_is(quickstart):
 
 
 def test_held_out_prompts_are_not_trained_on(quickstart):
-    names = {name: {g.prompt for g in data.read(quickstart / "data" / f"{name}.jsonl", purpose="prompts").groups}
+    names = {name: {g.prompt for g in data.read(quickstart / "data" / f"{name}.jsonl", purpose="prompts").examples}
              for name in ("prompts", "test")}  # fmt: skip
     assert names["prompts"].isdisjoint(names["test"])
 

@@ -10,17 +10,17 @@ import torch
 from accelerate import Accelerator
 
 from exo import align, models
-from exo.data.collate import Packing
+from exo.data.collate import Collator
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.models import logps
 from exo.runs import record as run_record
 from exo.training import preference, reference
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PACKING = Packing(0, 60)
+PACKING = Collator(0, 60)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def model(start):
     return models.load(start)[0]
 
 
-def groups(n=12):
+def examples(n=12):
     draw = torch.Generator().manual_seed(0)
 
     def ids(most):
@@ -43,11 +43,11 @@ def groups(n=12):
             torch.randint(3, 12, (int(torch.randint(1, most, (1,), generator=draw)),), generator=draw).tolist()
         )
 
-    return [TokenGroup(ids(9), tuple(ids(6) for _ in range(2 + i % 3)), None, i) for i in range(n)]
+    return [TokenizedExample(ids(9), tuple(ids(6) for _ in range(2 + i % 3)), None, i) for i in range(n)]
 
 
 def score(model, keep, found=None, temperature=1.0):
-    found = groups() if found is None else found
+    found = examples() if found is None else found
     return [g.ref_logps for g in reference.score(model, found, Accelerator(cpu=True), PACKING, temperature, keep)]
 
 
@@ -55,7 +55,7 @@ def score(model, keep, found=None, temperature=1.0):
 def asked(monkeypatch):
     """The micro-batches that the model was asked for."""
     calls = []
-    scoring = logps.scoring
+    scoring = logps.logps_function
 
     def counting(*args):
         context = scoring(*args)
@@ -71,7 +71,7 @@ def asked(monkeypatch):
 
         return Counting()
 
-    monkeypatch.setattr(logps, "scoring", counting)
+    monkeypatch.setattr(logps, "logps_function", counting)
     return calls
 
 
@@ -115,7 +115,7 @@ def test_a_file_of_another_model_is_never_used(model, tmp_path, capsys):
 def test_whatever_the_numbers_depend_on_makes_another_file(model, tmp_path):
     score(model, tmp_path)
     score(model, tmp_path, temperature=0.5)
-    score(model, tmp_path, groups()[:-1])
+    score(model, tmp_path, examples()[:-1])
     with torch.no_grad():
         model.get_input_embeddings().weight[5, 0] += 1e-6
     score(model, tmp_path)
@@ -127,8 +127,8 @@ def test_whatever_the_numbers_depend_on_makes_another_file(model, tmp_path):
     ["config", "attention", "dtype", "max_tokens", "layout", "versions"],
 )
 def test_numbers_made_in_another_way_are_not_taken(model, tmp_path, monkeypatch, other, asked):
-    accelerator, packing = Accelerator(cpu=True), PACKING
-    reference.score(model, groups(), accelerator, packing, 1.0, tmp_path)
+    accelerator, collator = Accelerator(cpu=True), PACKING
+    reference.score(model, examples(), accelerator, collator, 1.0, tmp_path)
     if other == "config":
         model.config.rms_norm_eps *= 2
     elif other == "attention":
@@ -140,10 +140,10 @@ def test_numbers_made_in_another_way_are_not_taken(model, tmp_path, monkeypatch,
     elif other == "versions":
         monkeypatch.setattr(run_record, "versions", lambda: {"torch": "another"})
     else:
-        packing = packing._replace(**{"max_tokens": {"max_tokens": 61}, "layout": {"layout": "packed"}}[other])
+        collator = collator._replace(**{"max_tokens": {"max_tokens": 61}, "layout": {"layout": "packed"}}[other])
         models.attend(model, "exo_segments" if other == "layout" else "sdpa")
-    reference.score(model, groups(), accelerator, packing, 1.0, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2 and sum(asked[-1]) == len(groups())
+    reference.score(model, examples(), accelerator, collator, 1.0, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 and sum(asked[-1]) == len(examples())
 
 
 def test_no_random_state_moves_and_the_model_stays_in_its_mode(model, tmp_path):
@@ -219,11 +219,11 @@ def test_log_probs_of_the_start_itself_make_rewards_of_zero_where_answers_begin_
     """The reference of the data is of whole completions, and so must the policy's log-probs be."""
     made = [{"prompt": "red green", "chosen": f" good big {w}", "rejected": f" good big {w} bad"} for w in WORDS[:5]]
     model, tokenizer = models.load(start)
-    groups = align.data.read(write_rows(tmp_path / "plain.jsonl", made)).groups
-    encoded, _ = tokenize.encode(groups, tokenizer, Limits(64, None, "error"), "rows")
+    examples = align.data.read(write_rows(tmp_path / "plain.jsonl", made)).examples
+    encoded, _ = tokenize.encode(examples, tokenizer, Limits(64, None, "error"), "rows")
     scored = reference.score(model, encoded, Accelerator(cpu=True), PACKING, 1.0, None)
-    for row, group in zip(made, scored, strict=True):
-        row["ref_chosen_logps"], row["ref_rejected_logps"] = group.ref_logps
+    for row, example in zip(made, scored, strict=True):
+        row["ref_chosen_logps"], row["ref_rejected_logps"] = example.ref_logps
     arguments = ["--model", start, "--data", write_rows(tmp_path / "rows.jsonl", made), "--max_steps", "1"]
     arguments += ["--output_dir", str(tmp_path / "run"), "--device", "cpu", "--eval_fraction", "0"]
     assert align.main(arguments) == 0
@@ -241,32 +241,34 @@ def test_those_of_the_data_are_not_taken_where_tokens_were_cut(start, tmp_path, 
 
 def test_preferences_may_have_them_too(tmp_path):
     row = {"prompt": "red", "chosen": "good", "rejected": "bad", "ref_chosen_logps": -1.5, "ref_rejected_logps": -2}
-    (group,) = align.data.read(write_rows(tmp_path / "rows.jsonl", [row])).groups
-    assert group.ref_logps == (-1.5, -2.0)
+    (example,) = align.data.read(write_rows(tmp_path / "rows.jsonl", [row])).examples
+    assert example.ref_logps == (-1.5, -2.0)
     del row["ref_rejected_logps"]
     with pytest.raises(align.data.DataError, match="2 completions but 1 log-probs of the reference"):
         align.data.read(write_rows(tmp_path / "rows.jsonl", [row]))
 
 
 def test_what_all_completions_begin_with_moves_into_the_prompt():
-    group = TokenGroup((1,), ((2, 3, 4), (2, 3, 5), (2, 3)), (1.0, 2.0, 3.0), 1)
-    assert tokenize.factored(group) == TokenGroup((1, 2), ((3, 4), (3, 5), (3,)), (1.0, 2.0, 3.0), 1)
-    alone = TokenGroup((1,), ((2, 3),), None, 1)
-    assert tokenize.factored(alone) == alone
-    assert Counter(len(a) for a in tokenize.factored(TokenGroup((1,), ((2, 2), (2, 2)), None, 1)).completions) == {1: 2}
+    example = TokenizedExample((1,), ((2, 3, 4), (2, 3, 5), (2, 3)), (1.0, 2.0, 3.0), 1)
+    assert tokenize.factor_prefix(example) == TokenizedExample((1, 2), ((3, 4), (3, 5), (3,)), (1.0, 2.0, 3.0), 1)
+    alone = TokenizedExample((1,), ((2, 3),), None, 1)
+    assert tokenize.factor_prefix(alone) == alone
+    assert Counter(
+        len(a) for a in tokenize.factor_prefix(TokenizedExample((1,), ((2, 2), (2, 2)), None, 1)).completions
+    ) == {1: 2}
 
 
 def test_the_loss_does_not_change_by_it(start):
     model, _ = models.load(start)
-    group = TokenGroup((3, 4), ((5, 6, 7), (5, 6, 8, 9)), (1.0, 0.0), 1)
+    example = TokenizedExample((3, 4), ((5, 6, 7), (5, 6, 8, 9)), (1.0, 0.0), 1)
     losses = []
-    for of in (group, tokenize.factored(group)):
+    for of in (example, tokenize.factor_prefix(example)):
         (scored,) = reference.score(model, [of], Accelerator(cpu=True), PACKING, 1.0, None)
         with torch.no_grad():
             model.lm_head.weight += 0.01 * torch.randn(
                 model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
             )
-        module = preference.PolicyLoss(
+        module = preference.PreferenceLoss(
             model, loss="exo", beta_pi=0.5, beta_r=0.5, label_smoothing=0.0, temperature=1.0
         ).eval()
         module.zero_grad()

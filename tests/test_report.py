@@ -279,8 +279,8 @@ def test_error_bars_are_the_intervals(whole, drawn, tmp_path):
     bars = {
         tuple(round(float(x), 9) for x in segment.flatten())
         for container in drawn["frontier"].containers
-        for group in container.lines[2]
-        for segment in group.get_segments()
+        for example in container.lines[2]
+        for segment in example.get_segments()
     }
     across = (last.kl.low, last.reward.mean, last.kl.high, last.reward.mean)
     up = (last.kl.mean, last.reward.low, last.kl.mean, last.reward.high)
@@ -359,7 +359,7 @@ def test_judges_are_shown_as_they_are(whole, tmp_path):
 
 def test_a_policy_that_is_the_reference_has_ratio_one():
     ref = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = density.curve(ref.tolist(), density.of_policy((ref - 7).tolist(), ref.tolist()))
+    found = density.density_ratio(ref.tolist(), density.policy_weights((ref - 7).tolist(), ref.tolist()))
     assert found.ratio == pytest.approx([1.0] * len(found.ratio))
     assert found.effective == pytest.approx(100)
 
@@ -368,7 +368,7 @@ def test_a_tilted_normal():
     """x = log pi_ref normal, pi / pi_ref = exp(a x): smoothed by h, the ratio is exp((a x - a^2 / 2) / (1 + h^2))."""
     places = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     ref, a = torch.special.ndtri(places), 0.7
-    found = density.curve(ref.tolist(), density.of_policy(((1 + a) * ref).tolist(), ref.tolist()))
+    found = density.density_ratio(ref.tolist(), density.policy_weights(((1 + a) * ref).tolist(), ref.tolist()))
     h = 0.9 * min(1.0, 2 * 0.6744898 / 1.34) * 20_000**-0.2
     assert density.silverman(ref) == pytest.approx(h, rel=1e-3)
     expected = [math.exp((a * x - a * a / 2) / (1 + h * h)) for x in found.log_ref]
@@ -383,12 +383,12 @@ def test_the_bandwidth_goes_by_the_quartiles_where_tails_are_long():
 
 
 def test_the_optimum_follows_rewards_over_beta():
-    assert density.of_optimum([0.0, math.log(3)], 0.5).tolist() == pytest.approx([0.1, 0.9])
+    assert density.optimum_weights([0.0, math.log(3)], 0.5).tolist() == pytest.approx([0.1, 0.9])
 
 
 def test_samples_that_are_all_alike_have_no_curve():
     with pytest.raises(ValueError, match="all are alike"):
-        density.curve([-3.0] * 5, torch.full((5,), 0.2, dtype=torch.float64))
+        density.density_ratio([-3.0] * 5, torch.full((5,), 0.2, dtype=torch.float64))
 
 
 def test_densities_of_a_run(whole, drawn, tmp_path):

@@ -9,8 +9,7 @@ import torch
 from exo import models
 from exo.runs import directory as run_directory
 from exo.runs import record as run_record
-from exo.training import checkpoint, checkpoint_files
-from exo.training import step as training_step
+from exo.training import checkpoint, checkpoint_files, step
 from tests import interruptions
 from tests.interruptions import STAGES, STEPS, made, sampled
 
@@ -46,18 +45,18 @@ def killed_at(monkeypatch, owner, name, when, before=True):
 
 
 PLACES = {
-    "before the first update": lambda patch: killed_at(patch, training_step, "update", lambda *a: a[4] == 1),
+    "before the first update": lambda patch: killed_at(patch, step, "update", lambda *a: a[4] == 1),
     "before a state": lambda patch: killed_at(
-        patch, checkpoint.Keeper, "mark", lambda self, n, c: n == 2, before=False
+        patch, checkpoint.Checkpointer, "mark", lambda self, n, c: n == 2, before=False
     ),
-    "between two states": lambda patch: killed_at(patch, checkpoint.Keeper, "mark", lambda self, n, c: n == 5),
+    "between two states": lambda patch: killed_at(patch, checkpoint.Checkpointer, "mark", lambda self, n, c: n == 5),
     "in the save of a state": lambda patch: killed_at(
         patch, run_directory.os, "rename", lambda a, b: "00000006" in str(b)
     ),
     "after the save of a state": lambda patch: killed_at(
         patch, checkpoint_files, "write", lambda path, *a: "00000004" in str(path), before=False
     ),
-    "in the last line": lambda patch: killed_at(patch, checkpoint.Keeper, "mark", lambda self, n, c: n == STEPS),
+    "in the last line": lambda patch: killed_at(patch, checkpoint.Checkpointer, "mark", lambda self, n, c: n == STEPS),
     "while the model is saved": lambda patch: killed_at(
         patch, models, "save", lambda m, t, p: "staging" in str(p) and "step" not in str(p)
     ),
@@ -94,7 +93,7 @@ def half(given, tmp_path, monkeypatch):
     """A run of SFT that was killed after step 7, and its arguments."""
     argv = interruptions.arguments("sft", given, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, checkpoint.Keeper, "mark", lambda self, n, c: n == 7)
+        killed_at(patch, checkpoint.Checkpointer, "mark", lambda self, n, c: n == 7)
         STAGES["sft"].main(argv)
     return tmp_path / "run", argv
 
@@ -162,7 +161,7 @@ def test_one_that_was_damaged_makes_room_for_one_that_is_whole(half, whole, monk
     run, argv = half
     (run / "resume" / "step-00000006" / "manifest.json").unlink()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, checkpoint.Keeper, "mark", lambda self, n, c: n == 6)
+        killed_at(patch, checkpoint.Checkpointer, "mark", lambda self, n, c: n == 6)
         STAGES["sft"].main([*argv, "--checkpoint_steps", "1"])
     assert sorted(path.name[-1] for path in (run / "resume").iterdir()) == ["4", "5"]
     assert STAGES["sft"].main(argv) == 0
@@ -193,7 +192,7 @@ def test_a_state_in_many_files_is_one(given, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_files, "FILE", 4000)
     argv = interruptions.arguments("sft", given, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, checkpoint.Keeper, "mark", lambda self, n, c: n == 7)
+        killed_at(patch, checkpoint.Checkpointer, "mark", lambda self, n, c: n == 7)
         STAGES["sft"].main(argv)
     assert len(list((tmp_path / "run/resume/step-00000006/tensors").iterdir())) > 10
     assert STAGES["sft"].main(argv) == 0
@@ -218,7 +217,7 @@ def test_a_position_in_other_batches_is_refused_and_the_first_command_still_goes
 def test_a_state_of_another_model_is_refused(half, capsys, monkeypatch):
     run, argv = half
     other = {"weights.other": torch.zeros(3)}
-    monkeypatch.setattr(checkpoint.Keeper, "_weights", lambda self: other)
+    monkeypatch.setattr(checkpoint.Checkpointer, "_weights", lambda self: other)
     assert STAGES["sft"].main(argv) == 1
     assert "of another model" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from exo import data, models, reward
 from exo.cli import console
 from exo.cli.options import Training
-from exo.data.collate import Packing
+from exo.data.collate import Collator
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
 from exo.distributed.accelerator import make_accelerator
@@ -60,8 +60,8 @@ def scorer(directory, max_tokens=8192):
     return scorers.load(scorers.Options(str(directory), None), compute, make_accelerator(compute), 64)
 
 
-def group(prompt, *completions):
-    return data.Group(prompt, tuple(f" {text}" for text in completions), None, 1)
+def example(prompt, *completions):
+    return data.Example(prompt, tuple(f" {text}" for text in completions), None, 1)
 
 
 def test_it_ranks_held_out_pairs(trained):
@@ -73,13 +73,13 @@ def test_it_ranks_held_out_pairs(trained):
 
 def test_held_out_prompts_are_not_trained_on_with_other_completions(policy):
     rows = [
-        data.Group(f"{a} {b}", (c, " bad"), None, 1) for a in WORDS[:4] for b in WORDS[:4] for c in (" good", " red")
+        data.Example(f"{a} {b}", (c, " bad"), None, 1) for a in WORDS[:4] for b in WORDS[:4] for c in (" good", " red")
     ]
     config = reward.Config(model=policy, data="x", eval_fraction=0.25)
     dataset = data.Dataset(rows, "", len(rows), {}, {}, "x")
     train, held_out = reward.tokens(config, dataset, models.load_tokenizer(policy), Counter())
     assert len(train) == 24 and len(held_out) == 8
-    assert {group.prompt for group in train}.isdisjoint({group.prompt for group in held_out})
+    assert {example.prompt for example in train}.isdisjoint({example.prompt for example in held_out})
 
 
 def test_transformers_reads_it_and_gives_the_same_number(trained):
@@ -89,16 +89,16 @@ def test_transformers_reads_it_and_gives_the_same_number(trained):
     ids = [*tokenizer("red round")["input_ids"], *tokenizer("good blue")["input_ids"], tokenizer.eos_token_id]
     with torch.no_grad():
         theirs = float(model(torch.tensor([ids])).logits)
-    assert scorer(trained).score([group("red round", "good blue")])[0][0] == pytest.approx(theirs, abs=1e-6)
+    assert scorer(trained).score([example("red round", "good blue")])[0][0] == pytest.approx(theirs, abs=1e-6)
 
 
 def test_a_reward_does_not_depend_on_its_batch(trained):
-    groups = [group("red", "good"), group("red blue", "bad round square", "good"), group("blue", "green " * 9)]
-    alone = [scorer(trained).score([g])[0] for g in groups]
+    examples = [example("red", "good"), example("red blue", "bad round square", "good"), example("blue", "green " * 9)]
+    alone = [scorer(trained).score([g])[0] for g in examples]
     for max_tokens in (1, 16, 8192):
-        for together, single in zip(scorer(trained, max_tokens).score(groups), alone, strict=True):
+        for together, single in zip(scorer(trained, max_tokens).score(examples), alone, strict=True):
             assert together == pytest.approx(single, abs=1e-5)
-    assert scorer(trained).score(groups[::-1])[::-1] == [pytest.approx(row, abs=1e-5) for row in alone]
+    assert scorer(trained).score(examples[::-1])[::-1] == [pytest.approx(row, abs=1e-5) for row in alone]
 
 
 def test_a_reward_does_not_depend_on_what_else_is_in_its_row(trained):
@@ -108,9 +108,9 @@ def test_a_reward_does_not_depend_on_what_else_is_in_its_row(trained):
     )
     texts = ["good", "bad " * 4, "blue " * 8 + "good", "blue " * 8 + "bad"]
     prompt = "red green blue round square"
-    alone = [short.score([group(prompt, text)])[0][0] for text in texts]
-    assert short.score([group(prompt, *texts)])[0] == pytest.approx(alone, abs=1e-6)
-    assert short.score([group(prompt, *texts[2:])])[0] == pytest.approx(alone[2:], abs=1e-6)
+    alone = [short.score([example(prompt, text)])[0][0] for text in texts]
+    assert short.score([example(prompt, *texts)])[0] == pytest.approx(alone, abs=1e-6)
+    assert short.score([example(prompt, *texts[2:])])[0] == pytest.approx(alone[2:], abs=1e-6)
     assert alone[0] != alone[1] and alone[2] == alone[3]
 
 
@@ -120,9 +120,9 @@ def test_it_reads_the_end_of_sequence_where_there_is_one(trained):
     ids = tuple(tokenizer("good blue")["input_ids"])
     known = tokenize.tokenizer_hash(tokenizer)
     tokens = data.Tokens(known, ((*ids, tokenizer.eos_token_id), ids), (-1.0, -1.0), ("eos", "length"))
-    both = scorer(trained).score([data.Group("red", (" good blue", " good blue"), None, 1, tokens)])[0]
+    both = scorer(trained).score([data.Example("red", (" good blue", " good blue"), None, 1, tokens)])[0]
     assert both[0] != both[1]
-    assert both[0] == pytest.approx(scorer(trained).score([group("red", "good blue")])[0][0], abs=1e-6)
+    assert both[0] == pytest.approx(scorer(trained).score([example("red", "good blue")])[0][0], abs=1e-6)
 
 
 @pytest.mark.parametrize("spare", [True, False], ids=["a padding token is there", "none is there"])
@@ -138,17 +138,17 @@ def test_padding_that_is_the_end_of_sequence_does_not_hide_it(policy, tmp_path, 
     assert own.pad_token_id == classifier.config.pad_token_id != own.eos_token_id
     models.save(classifier, own, tmp_path / "reward")
     tokens = data.Tokens("foreign", ((5,), (5,)), (-1.0, -1.0), ("eos", "length"))
-    both = scorer(tmp_path / "reward").score([data.Group("red", (" good blue", " good blue"), None, 1, tokens)])[0]
+    both = scorer(tmp_path / "reward").score([data.Example("red", (" good blue", " good blue"), None, 1, tokens)])[0]
     assert both[0] != both[1]
 
 
 def test_the_loss_is_bradley_terrys(policy):
     model, tokenizer = models.classifier_from(policy, 1, seed=0)
     limits = Limits(64, None, "error")
-    groups, _ = tokenize.encode(
-        [group("red", "good blue", "bad"), group("blue", "good", "bad red")], tokenizer, limits, "x"
+    examples, _ = tokenize.encode(
+        [example("red", "good blue", "bad"), example("blue", "good", "bad red")], tokenizer, limits, "x"
     )
-    batch = Packing(tokenizer.pad_token_id, 8192).collate(groups)
+    batch = Collator(tokenizer.pad_token_id, 8192).collate(examples)
     module = PairLoss(model)
     with torch.no_grad():
         share = module(batch, 7)
@@ -160,9 +160,9 @@ def test_the_loss_is_bradley_terrys(policy):
 def test_ties_count_one_half_in_training_too(policy):
     model, tokenizer = models.classifier_from(policy, 1, seed=0)
     model.score.weight.data.zero_()
-    groups, _ = tokenize.encode([group("red", "good", "bad")] * 4, tokenizer, Limits(64, None, "error"), "x")
+    examples, _ = tokenize.encode([example("red", "good", "bad")] * 4, tokenizer, Limits(64, None, "error"), "x")
     with torch.no_grad():
-        share = PairLoss(model)(Packing(tokenizer.pad_token_id, 8192).collate(groups), 4)
+        share = PairLoss(model)(Collator(tokenizer.pad_token_id, 8192).collate(examples), 4)
     right, count = share.sums["accuracy"]
     assert float(right) / count == 0.5
 
@@ -201,7 +201,7 @@ def test_labelled_texts_make_a_classifier_whose_log_odds_are_the_reward(policy, 
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
     odds = torch.log_softmax(logits, 0)
-    found = scorer(run).score([group("red", "good blue", "bad blue")])[0]
+    found = scorer(run).score([example("red", "good blue", "bad blue")])[0]
     assert found[0] == pytest.approx(float(odds[1] - odds[0]), abs=1e-5) and found[0] > 0 > found[1]
 
 
@@ -229,7 +229,7 @@ def load(directory, *limits, **options):
 def test_a_completion_that_takes_most_of_the_length_is_scored_with_its_end(trained):
     """As ppo and evaluate sample them: the prompt is cut to what sampling saw, and not the completion."""
     prompt, completion = " ".join(["red", "green"] * 20), "good blue bad " * 17
-    row, seen = group(prompt, completion), group(" ".join(prompt.split()[-12:]), completion)
+    row, seen = example(prompt, completion), example(" ".join(prompt.split()[-12:]), completion)
     assert load(trained, 64, 12).score([row]) == [pytest.approx(load(trained, 512).score([seen])[0], abs=1e-6)]
     assert load(trained, 64).score([row]) != load(trained, 64, 12).score([row])
 
@@ -241,8 +241,8 @@ def test_plain_samples_are_rendered_for_a_reward_model_as_messages_are(trained, 
     models.save(model, tokenizer, tmp_path / "reward")
     ids = (*tokenizer("blue good")["input_ids"], tokenizer.eos_token_id)
     tokens = data.Tokens(tokenize.tokenizer_hash(tokenizer), (ids, ids[:1]), (-1.0, -1.0), ("eos", "length"))
-    plain = data.Group("red", (" good blue", " bad"), None, 1, tokens)
-    chat = data.Group(data.Chat([data.Message("user", "red")]), ("good blue",), None, 1)
+    plain = data.Example("red", (" good blue", " bad"), None, 1, tokens)
+    chat = data.Example(data.Chat([data.Message("user", "red")]), ("good blue",), None, 1)
     rendered, as_it_is = load(tmp_path / "reward", 64, template="always"), load(tmp_path / "reward", 64)
     assert rendered.score([plain])[0][0] == pytest.approx(as_it_is.score([chat])[0][0], abs=1e-6)
     assert as_it_is.score([plain])[0][0] != pytest.approx(rendered.score([plain])[0][0], abs=1e-6)
@@ -256,8 +256,8 @@ def test_rows_that_the_template_refuses_are_found_before_any_is_scored(trained, 
     models.save(model, tokenizer, tmp_path / "reward")
     turn = data.Message("user", "red")
     rows = [
-        data.Group(data.Chat([data.Message("system", "x"), turn]), (" good",), None, 1, source="rows.jsonl:7"),
-        data.Group("red", (" good",), None, 2),
+        data.Example(data.Chat([data.Message("system", "x"), turn]), (" good",), None, 1, source="rows.jsonl:7"),
+        data.Example("red", (" good",), None, 2),
     ]
     scorer = load(tmp_path / "reward", 64)
     assert scorer.refused(rows, "rows.jsonl", True) == ({0}, {tokenize.REFUSED: 1})

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from exo import data, models
 from exo.cli.options import Training
-from exo.data.collate import Packing
-from exo.data.text.tokenize import TokenGroup
+from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed.accelerator import make_accelerator
 from exo.models.reward_head import RewardHead
 from exo.rollouts import scorers
@@ -36,8 +36,8 @@ OTHERS: dict[str, dict[str, Any]] = {  # by the first token, a pooler, a mean of
 }
 PAD = 7
 ROWS = [
-    TokenGroup((3, 4, 5), ((6, 9), (8,), (PAD,), (8, PAD), (PAD, 8, PAD, PAD)), None, 1),
-    TokenGroup((9,), ((10, 11, 12, 13, 14), (2,)), None, 2),
+    TokenizedExample((3, 4, 5), ((6, 9), (8,), (PAD,), (8, PAD), (PAD, 8, PAD, PAD)), None, 1),
+    TokenizedExample((9,), ((10, 11, 12, 13, 14), (2,)), None, 2),
 ]
 
 
@@ -53,10 +53,10 @@ def make(name, outputs=1, **more):
 
 
 @torch.no_grad()
-def alone(model, groups=ROWS):
+def alone(model, examples=ROWS):
     """transformers' own, a row at a time: without a pad id it takes the last token."""
     before, model.config.pad_token_id = getattr(model.config, "pad_token_id", None), None
-    rows = [[*group.prompt, *completion] for group in groups for completion in group.completions]
+    rows = [[*example.prompt, *completion] for example in examples for completion in example.completions]
     found = torch.cat([model(torch.tensor([row])).logits for row in rows])
     model.config.pad_token_id = before
     return found[:, 0] if found.shape[1] == 1 else found[:, 1] - found[:, 0]
@@ -70,7 +70,7 @@ def test_rewards_are_those_of_each_row_alone(name):
         head = RewardHead(model)
         assert (head.head is not None) == (name in DECODERS)
         with torch.no_grad():
-            found = head(Packing(0, 999).collate(ROWS))
+            found = head(Collator(0, 999).collate(ROWS))
         expected = alone(model)
         assert float(expected.std()) > 1e-2 and torch.allclose(found.double(), expected, atol=2e-6)
 
@@ -78,9 +78,9 @@ def test_rewards_are_those_of_each_row_alone(name):
 def test_16_bits_make_no_ties():
     """200 completions that differ; a head in bfloat16 gives many of them one reward, and half a point each."""
     model = make("llama", pad_token_id=23).float()
-    groups = [TokenGroup((3,), tuple((i % 20, 1 + i // 20) for i in range(200)), None, 1)]
+    examples = [TokenizedExample((3,), tuple((i % 20, 1 + i // 20) for i in range(200)), None, 1)]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        batch = Packing(0, 9999).collate(groups)
+        batch = Collator(0, 9999).collate(examples)
         found = RewardHead(model)(batch)
         rounded = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
     assert found.dtype == torch.float32 and len(found.unique()) >= 199 > 180 > len(rounded.unique())
@@ -102,8 +102,8 @@ def test_a_pad_id_in_the_config_alone_moves_no_reward(tmp_path):
     texts = [" good", " bad red", " big small good"]
     ids = tokenizer("red")["input_ids"]
     rows = tuple(tuple(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for text in texts)
-    expected = alone(model.double(), [TokenGroup(tuple(ids), rows, None, 1)])
-    (found,) = scorer.score([data.Group("red", tuple(texts), None, 1)])
+    expected = alone(model.double(), [TokenizedExample(tuple(ids), rows, None, 1)])
+    (found,) = scorer.score([data.Example("red", tuple(texts), None, 1)])
     assert found == pytest.approx(expected.tolist(), abs=1e-5) and max(map(abs, found)) > 1e-2
 
 
@@ -115,6 +115,6 @@ def test_a_reward_that_is_not_finite_names_the_model_and_the_row(tmp_path, monke
     monkeypatch.setattr(models, "load_classifier", lambda name: (model, tokenizer))
     compute, name = Training(device="cpu"), str(tmp_path / "reward")
     scorer = scorers.load(scorers.Options(name, None), compute, make_accelerator(compute), 64)
-    rows = [data.Group("red", (" good",), None, 4), data.Group("red", (" bad",), None, 9)]
+    rows = [data.Example("red", (" good",), None, 4), data.Example("red", (" bad",), None, 9)]
     with pytest.raises(RuntimeError, match=f"--reward_model {name}: expected finite rewards; got others in row 9"):
         scorer.score(rows)

@@ -54,24 +54,24 @@ def test_training_sees_the_tokens_that_were_drawn(drawn):
     """Not those of the text, to which an end of sequence would be added where there was none."""
     model, _, run = drawn
     _, tokenizer = models.load(model)
-    groups = data.read(run / "samples.jsonl", purpose="samples").groups
-    encoded, _ = tokenize.encode(groups, tokenizer, Limits(64, None, "error"), "samples")
-    for group, row in zip(encoded, lines(run / "samples.jsonl"), strict=True):
-        assert [list(ids) for ids in group.completions] == row["token_ids"]
-        assert list(group.prompt) == tokenize.prompt_ids(row["prompt"], tokenizer)
+    examples = data.read(run / "samples.jsonl", purpose="samples").examples
+    encoded, _ = tokenize.encode(examples, tokenizer, Limits(64, None, "error"), "samples")
+    for example, row in zip(encoded, lines(run / "samples.jsonl"), strict=True):
+        assert [list(ids) for ids in example.completions] == row["token_ids"]
+        assert list(example.prompt) == tokenize.prompt_ids(row["prompt"], tokenizer)
 
 
 def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by_a_reward_model(drawn, tmp_path):
     _, _, run = drawn
     other = write_model(tmp_path / "other", words=["a", *"red green blue round square good bad big small".split()])
     _, tokenizer = models.load(other)
-    groups = data.read(run / "samples.jsonl", purpose="samples").groups
+    examples = data.read(run / "samples.jsonl", purpose="samples").examples
     limits = Limits(64, None, "error")
     with pytest.raises(data.DataError, match=r"samples:1: token ids of another tokenizer .* python -m exo.sample"):
-        tokenize.encode(groups, tokenizer, limits, "samples")
-    encoded, _ = tokenize.encode(groups, tokenizer, limits, "samples", foreign="text")
-    for group, source in zip(encoded, groups, strict=True):
-        for ids, text, how in zip(group.completions, source.completions, source.tokens.finish, strict=True):
+        tokenize.encode(examples, tokenizer, limits, "samples")
+    encoded, _ = tokenize.encode(examples, tokenizer, limits, "samples", foreign="text")
+    for example, source in zip(encoded, examples, strict=True):
+        for ids, text, how in zip(example.completions, source.completions, source.tokens.finish, strict=True):
             assert tokenizer.decode(ids, skip_special_tokens=True) == text.strip()
             assert (len(ids) > 0 and ids[-1] == tokenizer.eos_token_id) == (how == "eos")
 
@@ -264,11 +264,11 @@ def test_rows_without_what_is_needed_are_said(tmp_path, capsys, row, said):
 
 
 def test_a_row_of_samples_and_back(tmp_path):
-    group = data.Group(
+    example = data.Example(
         "p", ("a", "b"), (1.0, 2.0), 1, data.Tokens("t", ((1,), (2, 3)), (-1.0, -2.0), ("eos", "length"))
     )
-    drawn = replace(group, tokens=group.tokens._replace(temperature=0.7, max_new_tokens=9, top_p=0.9))
+    drawn = replace(example, tokens=example.tokens._replace(temperature=0.7, max_new_tokens=9, top_p=0.9))
     path = tmp_path / "rows.jsonl"
-    for one in (group, drawn):
-        data.write_jsonl(path, [samples.row(one)])
-        assert data.read(path, purpose="samples").groups == [one]
+    for one in (example, drawn):
+        data.write_jsonl(path, [samples.to_row(one)])
+        assert data.read(path, purpose="samples").examples == [one]

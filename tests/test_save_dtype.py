@@ -84,8 +84,10 @@ def test_adapters_and_what_is_merged_from_them(output, given, tmp_path):
 
 def test_checkpoints_to_resume_from_stay_in_32_bits(given, tmp_path, monkeypatch):
     kept = []
-    clear = run_directory.clear
-    monkeypatch.setattr(run_directory, "clear", lambda run: kept.append(dtypes(run / "resume/step-00000010/tensors")))
+    clear = run_directory.remove_resume_files
+    monkeypatch.setattr(
+        run_directory, "remove_resume_files", lambda run: kept.append(dtypes(run / "resume/step-00000010/tensors"))
+    )
     trained("sft", given, tmp_path / "run", "half")
     monkeypatch.undo()
     clear(tmp_path / "run")

@@ -182,7 +182,7 @@ def test_what_is_not_finite_stops_the_run_with_its_state(kind, given, whole, tmp
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_what_is_not_finite_is_skipped_where_that_was_asked_for(kind, given, tmp_path, monkeypatch, capsys):
     argv = interruptions.arguments("align", given, tmp_path / "run", "--on_nan", "skip")
-    forward = preference.PolicyLoss.forward
+    forward = preference.PreferenceLoss.forward
     calls = []
 
     def poisoned(self, batch, count):
@@ -194,7 +194,7 @@ def test_what_is_not_finite_is_skipped_where_that_was_asked_for(kind, given, tmp
             return share._replace(loss=share.loss * float("nan"))
         return share._replace(loss=share.loss + (next(self.parameters()).sum() * 0).abs().sqrt())
 
-    monkeypatch.setattr(preference.PolicyLoss, "forward", poisoned)
+    monkeypatch.setattr(preference.PreferenceLoss, "forward", poisoned)
     assert STAGES["align"].main(argv) == 0
     assert "1 updates were skipped: their loss or gradient was not finite" in capsys.readouterr().out
     log = [line for line in interruptions.lines(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in line]
@@ -209,6 +209,6 @@ def test_nothing_is_left_to_listen_when_training_is_over(given, tmp_path):
     before = signal.signal(signal.SIGINT, own)
     try:
         assert STAGES["sft"].main(interruptions.arguments("sft", given, tmp_path / "run", "--max_steps", "1")) == 0
-        assert signal.getsignal(signal.SIGINT) is own and signals.asked() == 0
+        assert signal.getsignal(signal.SIGINT) is own and signals.stop_requested() == 0
     finally:
         signal.signal(signal.SIGINT, before)

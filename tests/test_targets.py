@@ -5,53 +5,53 @@ import math
 import pytest
 import torch
 
-from exo.data import Group, Tokens, transforms
+from exo.data import Example, Tokens, transforms
 from exo.evaluation import metrics as evaluation_metrics
 
 
-def group(rewards, texts="abcdefgh"):
+def example(rewards, texts="abcdefgh"):
     tokens = Tokens("t", tuple((i,) for i in range(len(rewards))), tuple(map(float, range(len(rewards)))),
                     ("eos",) * len(rewards))  # fmt: skip
-    return Group("p", tuple(texts[: len(rewards)]), tuple(map(float, rewards)), 3, tokens)
+    return Example("p", tuple(texts[: len(rewards)]), tuple(map(float, rewards)), 3, tokens)
 
 
 def test_best_against_worst_takes_the_first_of_each_and_all_that_belongs_to_it():
-    pairs, counts = transforms.best_against_worst([group([1, 5, 0, 5, 0])])
-    assert pairs == [Group("p", ("b", "c"), None, 3, Tokens("t", ((1,), (2,)), (1.0, 2.0), ("eos", "eos")))]
+    pairs, counts = transforms.to_pairs([example([1, 5, 0, 5, 0])])
+    assert pairs == [Example("p", ("b", "c"), None, 3, Tokens("t", ((1,), (2,)), (1.0, 2.0), ("eos", "eos")))]
     assert not counts
 
 
 def test_rows_without_a_best_are_counted_and_preferences_stay():
-    preference = Group("p", ("x", "y"), None, 1)
-    pairs, counts = transforms.best_against_worst([group([2, 2]), preference])
+    preference = Example("p", ("x", "y"), None, 1)
+    pairs, counts = transforms.to_pairs([example([2, 2]), preference])
     assert pairs == [preference] and counts == {"rows skipped: all rewards equal, so no best and worst": 1}
 
 
 def test_the_first_completions():
-    kept, counts = transforms.first([group([1, 2, 3]), group([1, 2, 3], "aab"), group([1])], 2)
+    kept, counts = transforms.take_first([example([1, 2, 3]), example([1, 2, 3], "aab"), example([1])], 2)
     assert [g.completions for g in kept] == [("a", "b"), ("a",)]
     assert kept[0].tokens.ids == ((0,), (1,)) and kept[0].rewards == (1.0, 2.0)
     assert counts == {"rows skipped: the first 2 completions identical": 1}
 
 
 def test_rewards_on_one_scale():
-    groups = [group([1, 3]), group([10, 10, 16])]
-    by_prompt = transforms.normalise(groups, "prompt")
+    examples = [example([1, 3]), example([10, 10, 16])]
+    by_prompt = transforms.normalize_rewards(examples, "prompt")
     assert by_prompt[0].rewards == (-1.0, 1.0)
     assert by_prompt[1].rewards == pytest.approx((-(0.5**0.5), -(0.5**0.5), 2**0.5))
-    together = [x for g in transforms.normalise(groups, "global") for x in g.rewards]
+    together = [x for g in transforms.normalize_rewards(examples, "global") for x in g.rewards]
     assert sum(together) == pytest.approx(0, abs=1e-12) and sum(x * x for x in together) / 5 == pytest.approx(1)
-    assert transforms.normalise([group([2, 2])], "prompt")[0].rewards == (0.0, 0.0)
-    assert transforms.normalise(groups, "none") == groups
+    assert transforms.normalize_rewards([example([2, 2])], "prompt")[0].rewards == (0.0, 0.0)
+    assert transforms.normalize_rewards(examples, "none") == examples
 
 
 @pytest.mark.parametrize("how", ["prompt", "global"])
 @pytest.mark.parametrize("unit", [5e-324, 1e-300, 1e300, 1.7e308])
 def test_rewards_at_the_ends_of_floats_are_normalised(how, unit):
     """(-1, 0, 1) in any unit: mean 0, standard deviation sqrt(2/3)."""
-    [scaled] = transforms.normalise([group([-unit, 0.0, unit])], how)
+    [scaled] = transforms.normalize_rewards([example([-unit, 0.0, unit])], how)
     assert scaled.rewards == pytest.approx((-(1.5**0.5), 0.0, 1.5**0.5))
-    assert transforms.normalise([group([unit] * 3)], how)[0].rewards == (0.0, 0.0, 0.0)
+    assert transforms.normalize_rewards([example([unit] * 3)], how)[0].rewards == (0.0, 0.0, 0.0)
 
 
 # Estimates.

@@ -3,15 +3,15 @@
 import pytest
 
 from exo.evaluation import metrics as evaluation_metrics
-from exo.evaluation.judge_prompts import TEMPLATES, Cache, Template
+from exo.evaluation.judge_prompts import TEMPLATES, AnswerCache, JudgeTemplate
 
 
 @pytest.fixture
 def template(tmp_path):
-    def make(text: str) -> Template:
+    def make(text: str) -> JudgeTemplate:
         path = tmp_path / "template.txt"
         path.write_text(text, encoding="utf-8")
-        return Template(str(path))
+        return JudgeTemplate(str(path))
 
     return make
 
@@ -19,7 +19,7 @@ def template(tmp_path):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ours_hold_what_they_ask_for(name):
     texts = {"prompt": "<p>", "a": "<first>", "b": "<second>", "reference": "<r>"}
-    ours = Template(name)
+    ours = JudgeTemplate(name)
     filled = ours.fill(**texts)
     assert filled.index("<p>") < filled.index("<first>") < filled.index("<second>")
     assert ("<r>" in filled) == ours.shows_reference == ours.ties == (name == "instruction")
@@ -46,7 +46,7 @@ def test_a_template_without_its_places(template, text, message):
 
 def test_a_template_that_is_not_there():
     with pytest.raises(ValueError, match="--template sumary: expected summary, dialogue, instruction, or a text file"):
-        Template("sumary")
+        JudgeTemplate("sumary")
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,14 @@ def test_the_last_line_that_states_a_choice(template, answer, choice):
 )
 def test_the_last_line_with_the_label_decides(answer, choice):
     """Not one in the reasoning before it, and not a bare letter after it."""
-    ours = Template("summary")
+    ours = JudgeTemplate("summary")
     assert ours.label == "Preferred" and ours.choice(answer) == choice
-    assert [Template(name).label for name in TEMPLATES] == ["Preferred", "More helpful", "Better"]
+    assert [JudgeTemplate(name).label for name in TEMPLATES] == ["Preferred", "More helpful", "Better"]
 
 
 def test_the_same_words_under_another_template_are_another_question():
     keys = [("summary", "u", b"x"), ("dialogue", "u", b"x"), ("summary", "v", b"x"), ("summary", "u", b"y")]
-    assert len({Cache.key(Template(name), url, body) for name, url, body in keys}) == 4
+    assert len({AnswerCache.key(JudgeTemplate(name), url, body) for name, url, body in keys}) == 4
 
 
 def test_bootstrap_covers_as_the_normal_interval_does():

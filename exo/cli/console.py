@@ -24,7 +24,7 @@ def mute() -> None:
     _muted = True
 
 
-def say(text: str = "") -> None:
+def log(text: str = "") -> None:
     if not _muted:
         try:
             print(text if can_print(text) else text.encode("ascii", "backslashreplace").decode(), flush=True)
@@ -39,7 +39,7 @@ def warn(text: str) -> None:
     """Print a warning, once."""
     if text not in _warned:
         _warned.add(text)
-        say(f"warning: {text}")
+        log(f"warning: {text}")
 
 
 def can_print(text: str) -> bool:
@@ -57,13 +57,13 @@ def width() -> int:
 
 
 def headline(text: str) -> None:
-    say(f"\n== {text}  [{duration(time.perf_counter() - _STARTED)}]")
+    log(f"\n== {text}  [{duration(time.perf_counter() - _STARTED)}]")
 
 
 def counts(reasons: Mapping[str, int]) -> None:
     """What became of rows, a reason a line."""
     for reason, count in sorted(reasons.items()):
-        say(f"  {count:,} {reason}")
+        log(f"  {count:,} {reason}")
 
 
 def duration(seconds: float) -> str:
@@ -98,7 +98,7 @@ class Progress:
             rate_now = (self._done - self._before) / spent  # what an earlier run did took none of this time
             left = (self._total - self._done) / rate_now
             rate = f"{rate_now:,.1f}/s" + (f", {duration(left)} left" if not finished else "")
-            say("  " + "  ".join(filter(None, (f"{self._label} {self._done}/{self._total}", shown, rate))))
+            log("  " + "  ".join(filter(None, (f"{self._label} {self._done}/{self._total}", shown, rate))))
 
     def stop(self) -> None:
         """Give the terminal back when the work ends early."""

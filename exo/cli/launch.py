@@ -21,15 +21,15 @@ TICK = 0.05
 PARENT = "EXO_LAUNCHER"  # its process
 
 
-def wanted(processes: int) -> bool:
+def is_launcher(processes: int) -> bool:
     """Whether this process is to begin others; whoever is one of several already is not."""
     return processes > 1 and "RANK" not in os.environ
 
 
-def follow() -> None:
+def exit_with_launcher() -> None:
     """One of several is told to stop where the one that began them is killed."""
     if PARENT in os.environ:
-        signals.end_with(int(os.environ[PARENT]))
+        signals.exit_with_parent(int(os.environ[PARENT]))
 
 
 def run(module: str, arguments: Sequence[str], processes: int) -> int:

@@ -14,37 +14,37 @@ from exo.cli.parse import command_line
 LOST = ("gloo", "NCCL", "Connection reset", "Connection closed")  # in errors of one process that waits for another
 
 
-def last_words(text: str) -> None:
+def print_error(text: str) -> None:
     with contextlib.suppress(OSError):
         print(" ".join(text.splitlines()), file=sys.stderr, flush=True)
 
 
-def guarded(run: Callable[[Any], object], options: Any) -> int:
+def run_command(run: Callable[[Any], object], options: Any) -> int:
     """Run a stage for the command line: one line for what can go wrong, and an exit code."""
-    if launch.wanted(getattr(options, "nproc", 1)):
+    if launch.is_launcher(getattr(options, "nproc", 1)):
         module = run.__module__ if run.__module__ != "__main__" else sys.modules["__main__"].__spec__.name  # type: ignore
         return launch.run(module, command_line(options), options.nproc)
     try:
-        signals.end_in_order()
-        launch.follow()
+        signals.exit_on_signals()
+        launch.exit_with_launcher()
         run(options)
     except KeyboardInterrupt:
-        last_words("interrupted")
+        print_error("interrupted")
         return 130
     except signals.Stopped as stopped:
-        last_words(f"stopped: {stopped}")
+        print_error(f"stopped: {stopped}")
         return 128 + stopped.signum
     except (ValueError, RunError) as error:
-        last_words(f"error: {error}")
+        print_error(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        last_words(f"error: {error.strerror or error}{where}")
+        print_error(f"error: {error.strerror or error}{where}")
         return 1
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError):
             if torch.distributed.is_initialized() and any(word in str(error) for word in LOST):
-                last_words(
+                print_error(
                     f"error: another process of this run has ended, or is not reached: {str(error).splitlines()[0]}"
                 )
                 return 1
@@ -53,6 +53,6 @@ def guarded(run: Callable[[Any], object], options: Any) -> int:
             "Activations: lower --max_tokens_per_batch (of sample --batch_size), or --gradient_checkpointing. "
             "Gradients and Adam, 12 bytes a parameter: --lora_r. A second model: no --reference live."
         )
-        last_words(f"error: {str(error).splitlines()[0]} {advice}")
+        print_error(f"error: {str(error).splitlines()[0]} {advice}")
         return 1
     return 0

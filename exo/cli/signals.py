@@ -34,7 +34,7 @@ class Stopped(Exception):
 
 
 @contextmanager
-def heeded(*, alone: bool) -> Iterator[None]:
+def graceful_shutdown(*, alone: bool) -> Iterator[None]:
     """For the while signals ask; `alone` says that no other process has to agree on where to stop."""
     global _asked, _alone, _heeded
     if threading.current_thread() is not threading.main_thread():
@@ -69,7 +69,7 @@ def handled() -> tuple[int, ...]:
     return (*SIGNALS, HANGUP)
 
 
-def end_in_order() -> None:
+def exit_on_signals() -> None:
     """SIGTERM and SIGHUP unwind, as SIGINT does: unfinished files are removed, and child processes are stopped."""
 
     def end(signum: int, frame: FrameType | None) -> None:
@@ -81,7 +81,7 @@ def end_in_order() -> None:
                 signal.signal(number, end)
 
 
-def end_with(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """Where the process that began this one is killed, this one is told to stop, as by SIGTERM."""
 
     def watch() -> None:
@@ -92,17 +92,17 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def are_heeded() -> bool:
+def is_graceful() -> bool:
     """Whether this is training, where signals wait."""
     return _heeded
 
 
-def asked() -> int:
+def stop_requested() -> int:
     """The signal that asked to stop; 0 for none."""
     return _asked or 0
 
 
-def stop_if_asked() -> None:
+def raise_if_stop_requested() -> None:
     """Called between pieces of work that leave the last step's state as it is. Several processes agree first (loop,
     processes)."""
     if _asked is not None and _alone:

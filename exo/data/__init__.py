@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-from exo.data.dataset import Dataset, Group, write_jsonl
+from exo.data.dataset import Dataset, Example, write_jsonl
 from exo.data.errors import DataError, Malformed, StrPath
 from exo.data.formats.common import Purpose
 from exo.data.formats.messages import Chat, Message, Reply
@@ -23,7 +23,7 @@ from exo.data.reader import read
 from exo.data.sources import files
 
 __all__ = [
-    "Chat", "DataError", "Dataset", "Group", "Message", "Purpose", "Reply", "Tokens", "read", "read_jsonl",
+    "Chat", "DataError", "Dataset", "Example", "Message", "Purpose", "Reply", "Tokens", "read", "read_jsonl",
     "read_rows", "write_jsonl",
 ]  # fmt: skip
 

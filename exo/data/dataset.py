@@ -11,7 +11,7 @@ from exo.data.formats.reading import Tokens
 
 
 @dataclass(frozen=True)
-class Group:
+class Example:
     """One prompt and its completions: those to be compared, samples of a model, the one to imitate, or none."""
 
     prompt: str  # a Chat if it is made of messages
@@ -34,7 +34,7 @@ class Group:
 class Dataset:
     """The usable groups of the data, and what became of every other row."""
 
-    groups: list[Group]
+    examples: list[Example]
     format: str  # in words, to be announced
     rows: int
     skipped: dict[str, int]  # reason -> rows not used
@@ -46,11 +46,11 @@ class Dataset:
     merged: int = 0  # rows beyond the groups: further answers to the prompt of one
 
     def __post_init__(self) -> None:
-        counted = len(self.groups) + self.merged + sum(self.skipped.values())
+        counted = len(self.examples) + self.merged + sum(self.skipped.values())
         assert self.rows + self.repeated == counted, "rows unaccounted for"
 
     def texts(self) -> Iterator[str]:
-        return (text for group in self.groups for text in (group.prompt, *group.completions))
+        return (text for example in self.examples for text in (example.prompt, *example.completions))
 
     def account(self, later: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Return what became of the rows, for run.json; `later` counts what happened to those that were used."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from exo.data.dataset import Dataset, Group
+from exo.data.dataset import Dataset, Example
 from exo.data.errors import DataError, show
 from exo.data.formats.messages import Chat
 from exo.data.formats.transcripts import answers_to, as_chat
@@ -18,23 +18,23 @@ from exo.data.formats.transcripts import answers_to, as_chat
 
 def mixed(datasets: Sequence[Dataset], path: str, weights: Sequence[float] | None, seed: int) -> Dataset:
     """Return the rows of several datasets as one, their lines counted through."""
-    parts = [list(dataset.groups) for dataset in _alike(datasets, path)]
+    parts = [list(dataset.examples) for dataset in _alike(datasets, path)]
     skipped: Counter[str] = Counter()
     noted: Counter[str] = Counter()
     for dataset in datasets:
         skipped.update(dataset.skipped)
         noted.update(dataset.noted)
-    groups: list[Group] = []
+    examples: list[Example] = []
     before = repeated = 0
     sizes = [len(part) for part in parts] if weights is None else _sizes(sum(map(len, parts)), weights)
     for number, (part, size, dataset) in enumerate(zip(parts, sizes, datasets, strict=True)):
         name = show(dataset.path)
         placed = [replace(g, line=before + g.line, source=g.source or f"{name}:{g.line}") for g in part]
-        before += max(dataset.rows, *(group.line for group in part))
+        before += max(dataset.rows, *(example.line for example in part))
         again, rest = divmod(size, len(placed))
-        groups += placed * again
+        examples += placed * again
         kept = sorted(random.Random(f"{seed}/{number}").sample(range(len(placed)), rest))
-        groups += [placed[i] for i in kept]
+        examples += [placed[i] for i in kept]
         repeated += max(0, size - len(placed))
         if size < len(placed):
             skipped[f"{name}: left out as its weight asks"] = len(placed) - size
@@ -43,8 +43,10 @@ def mixed(datasets: Sequence[Dataset], path: str, weights: Sequence[float] | Non
     unread = tuple(dict.fromkeys(name for dataset in datasets for name in dataset.unread))
     rows, merged = (sum(getattr(dataset, name) for dataset in datasets) for name in ("rows", "merged"))
     turns = all(dataset.conversational for dataset in datasets)
-    chat = any(isinstance(group.prompt, Chat) for group in groups)
-    return Dataset(groups, words, rows, dict(skipped), dict(noted), path, turns and not chat, unread, repeated, merged)
+    chat = any(isinstance(example.prompt, Chat) for example in examples)
+    return Dataset(
+        examples, words, rows, dict(skipped), dict(noted), path, turns and not chat, unread, repeated, merged
+    )
 
 
 def _sizes(total: int, weights: Sequence[float]) -> list[int]:
@@ -61,8 +63,8 @@ def _alike(datasets: Sequence[Dataset], path: str) -> Sequence[Dataset]:
     """Return the datasets with prompts of one kind; DataError if they say different things."""
     first = datasets[0]
     for other in datasets[1:]:
-        if (first.groups[0].rewards is None) != (other.groups[0].rewards is None):
-            with_rewards, without = (other, first) if first.groups[0].rewards is None else (first, other)
+        if (first.examples[0].rewards is None) != (other.examples[0].rewards is None):
+            with_rewards, without = (other, first) if first.examples[0].rewards is None else (first, other)
             raise DataError(
                 f"{show(path)}: {show(with_rewards.path)} has rewards and {show(without.path)} preferences; "
                 "train on one kind at a time"
@@ -76,18 +78,18 @@ def _alike(datasets: Sequence[Dataset], path: str) -> Sequence[Dataset]:
         raise DataError(
             f"{show(path)}: {show(texts.path)} has plain texts and {show(others.path)} chats; expected one of the two"
         )
-    return [replace(dataset, groups=as_chats(dataset.groups)) for dataset in datasets]
+    return [replace(dataset, examples=as_chats(dataset.examples)) for dataset in datasets]
 
 
-def as_chats(groups: Sequence[Group]) -> list[Group]:
+def as_chats(examples: Sequence[Example]) -> list[Example]:
     """Return the groups with every prompt that is a text as a chat: one turn of the user, or those of a transcript."""
     return [
-        replace(group, prompt=as_chat(group.prompt), completions=answers_to(group.prompt, group.completions))
-        for group in groups
+        replace(example, prompt=as_chat(example.prompt), completions=answers_to(example.prompt, example.completions))
+        for example in examples
     ]
 
 
 def _kind(dataset: Dataset) -> str:
-    if isinstance(dataset.groups[0].prompt, Chat):
+    if isinstance(dataset.examples[0].prompt, Chat):
         return "chats"
     return "questions" if dataset.conversational else "texts"

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from exo.cli import console
 from exo.data import statistics
 from exo.data.text import subwords
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 
 Color = Literal["auto", "always", "never"]
 PROMPT, COMPLETION = 240, 160  # characters of a text that are shown
@@ -22,11 +22,11 @@ SCORE = "the score is taken at the last of the tokens"
 SCORED, PLAIN = "\x1b[1;32m", "\x1b[0m"  # ANSI: bold green, and back
 
 
-class Example(NamedTuple):
+class Row(NamedTuple):
     """A row, and why it is shown."""
 
     reason: str
-    group: TokenGroup
+    example: TokenizedExample
 
 
 def is_colored(color: Color) -> bool:
@@ -36,54 +36,56 @@ def is_colored(color: Color) -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def length(group: TokenGroup) -> int:
+def length(group: TokenizedExample) -> int:
     """Return the tokens of a row: its prompt and its longest completion."""
     return len(group.prompt) + max(map(len, group.completions), default=0)
 
 
-def choose(groups: Sequence[TokenGroup], count: int) -> list[Example]:
+def choose(examples: Sequence[TokenizedExample], count: int) -> list[Row]:
     """Return the first row and rows at evenly spaced quantiles of length, the last of them the longest.
 
     Of three rows the second has the median length. A row that is chosen twice appears once.
     """
-    by_length = sorted(groups, key=length)
-    examples = [Example("first row", groups[0])] if groups and count else []
-    for i in range(1, count if groups else 0):
+    by_length = sorted(examples, key=length)
+    rows = [Row("first row", examples[0])] if examples and count else []
+    for i in range(1, count if examples else 0):
         share = i / (count - 1)
         reason = "longest" if share == 1 else "median length" if share == 0.5 else f"{share:.0%} of lengths below"
-        examples.append(Example(reason, by_length[round(share * (len(groups) - 1))]))
-    places = [id(example.group) for example in examples]
-    return [example for i, example in enumerate(examples) if places.index(id(example.group)) == i]
+        rows.append(Row(reason, by_length[round(share * (len(examples) - 1))]))
+    places = [id(row.example) for row in rows]
+    return [row for i, row in enumerate(rows) if places.index(id(row.example)) == i]
 
 
-def show(groups: Sequence[TokenGroup], tokenizer: Any, scored: str, *, count: int = 3, color: Color = "auto") -> None:
+def show(
+    examples: Sequence[TokenizedExample], tokenizer: Any, scored: str, *, count: int = 3, color: Color = "auto"
+) -> None:
     """Print examples, with special tokens and the scored part in color, or between [[ and ]] without color.
 
     `scored` says what is done with that part: LOSS, LOSS_OF_DIFFERENCE or SCORE.
     """
     colored = is_colored(color)
-    for example in choose(groups, count):
-        for line in _lines(example, tokenizer, colored):
-            console.say(line)
-    if count and any(group.completions for group in groups):
-        console.say(f"  ({scored} {'in green' if colored else 'between [[ and ]]'})")
+    for row in choose(examples, count):
+        for line in _lines(row, tokenizer, colored):
+            console.log(line)
+    if count and any(example.completions for example in examples):
+        console.log(f"  ({scored} {'in green' if colored else 'between [[ and ]]'})")
 
 
-def _lines(example: Example, tokenizer: Any, colored: bool) -> Iterator[str]:
-    group = example.group
-    yield f"  line {group.line} ({example.reason}, {length(group):,} tokens)"
-    prompt = subwords.decode(list(group.prompt), tokenizer)
+def _lines(row: Row, tokenizer: Any, colored: bool) -> Iterator[str]:
+    example = row.example
+    yield f"  line {example.line} ({row.reason}, {length(example):,} tokens)"
+    prompt = subwords.decode(list(example.prompt), tokenizer)
     yield from _wrapped("prompt", _shortened(prompt, PROMPT), False)
-    for i, ids in enumerate(group.completions):
-        added = subwords.decoded_after(list(group.prompt), list(ids), tokenizer, special=True)
+    for i, ids in enumerate(example.completions):
+        added = subwords.decoded_after(list(example.prompt), list(ids), tokenizer, special=True)
         text = _shortened(added, COMPLETION)
-        yield from _wrapped(_name(group, i), text if colored else f"[[{text}]]", colored)
+        yield from _wrapped(_name(example, i), text if colored else f"[[{text}]]", colored)
 
 
-def _name(group: TokenGroup, i: int) -> str:
-    if group.rewards is not None:
-        return f"{group.rewards[i]:.4g}"
-    if len(group.completions) == 1:
+def _name(example: TokenizedExample, i: int) -> str:
+    if example.rewards is not None:
+        return f"{example.rewards[i]:.4g}"
+    if len(example.completions) == 1:
         return "answer"
     return "rejected" if i else "chosen"
 
@@ -100,7 +102,7 @@ def _wrapped(name: str, text: str, colored: bool) -> Iterator[str]:
         yield f"    {'' if i else name:<10}{f'{SCORED}{part}{PLAIN}' if colored else part}"
 
 
-def length_lines(limits: Mapping[str, int | None], rows: Sequence[TokenGroup], *, labels: bool) -> list[str]:
+def length_lines(limits: Mapping[str, int | None], rows: Sequence[TokenizedExample], *, labels: bool) -> list[str]:
     """Describe the lengths that the stage has limits for."""
     completions = [len(ids) for row in rows for ids in row.completions]
     lengths = {

@@ -11,7 +11,7 @@ from exo.cli.errors import ConfigError
 from exo.cli.paths import split_paths
 from exo.cli.spelling import suggestion
 from exo.data import mixing
-from exo.data.dataset import Dataset, Group, row_account
+from exo.data.dataset import Dataset, Example, row_account
 from exo.data.errors import DataError, Malformed, StrPath, names, show
 from exo.data.formats.columns import REFERENCE, Choice, LeftOver, choice, texts_of
 from exo.data.formats.common import Purpose, Shape, referenced
@@ -94,7 +94,7 @@ class _Reader:
     def read(self) -> Dataset:
         source = files.open_source(self.path)
         self.left_over = LeftOver(self.chosen, self.purpose)
-        groups: list[Group] = []
+        examples: list[Example] = []
         skipped: Counter[str] = Counter()
         noted: Counter[str] = Counter()
         first_malformed = place = ""
@@ -122,15 +122,15 @@ class _Reader:
                     skipped[reason] += count
                     continue
                 merged += count - 1
-                groups.append(_group(reading, number, "" if place == f"{own}{number}" else place))
+                examples.append(_group(reading, number, "" if place == f"{own}{number}" else place))
                 noted.update(_remarks(reading, self.purpose))
-        if self.shape is None or not groups:
+        if self.shape is None or not examples:
             problem = f"no usable row: {row_account(rows, skipped)}" if rows else "the file holds no rows"
             hint = f"; first malformed: {first_malformed}" if first_malformed else ""
             raise DataError(f"{show(self.path)}: {problem}{hint}")
         self.left_over.end(place, self.shape)
         if self.made:
-            groups = mixing.as_chats(groups)
+            examples = mixing.as_chats(examples)
         chat = "chat messages" if self.chat or self.made else ""
         words = ", ".join(
             filter(None, (str(self.shape), chat, self.origin and f"from {self.origin}", source.container))
@@ -138,7 +138,7 @@ class _Reader:
         turns = not chat and (self.shape.chat or bool(self.origin))
         unread = tuple(self.left_over.unread)
         path = os.fspath(self.path)
-        return Dataset(groups, words, rows, dict(skipped), dict(noted), path, turns, unread, merged=merged)
+        return Dataset(examples, words, rows, dict(skipped), dict(noted), path, turns, unread, merged=merged)
 
     def _renamed(self, stream: files.Rows) -> Iterator[tuple[files.Place, dict[str, Any] | Malformed]]:
         wanted = set(self.chosen.renamed.values())
@@ -242,8 +242,8 @@ def _is_kept(value: Any, column: str) -> bool:
     return bool(value)
 
 
-def _group(reading: Reading, number: int, source: str) -> Group:
-    return Group(
+def _group(reading: Reading, number: int, source: str) -> Example:
+    return Example(
         reading.prompt, reading.completions, reading.rewards, number, reading.tokens, reading.label, reading.ref_logps,
         source,
     )  # fmt: skip

@@ -67,11 +67,11 @@ def hold_out(rows: Sequence[Texts], order: Iterable[str], number: int, seed: int
         connected.setdefault(component[name], set()).add(name)
     chosen: set[str] = set()
     for name in names:
-        group = connected[component[name]]
-        size = len(chosen) + len(group)
+        example = connected[component[name]]
+        size = len(chosen) + len(example)
         near = size <= number or size - number < number - len(chosen)
         if name not in chosen and near and size < len(names):
-            chosen |= group
+            chosen |= example
     if not chosen and number:
         chosen = set(names[: min(number, len(names) - 1)])
     held_out = frozenset(i for i, row in enumerate(rows) if row.name in chosen)

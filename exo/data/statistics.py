@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
-from exo.data import Group, split, transforms
-from exo.data.text.tokenize import TokenGroup
+from exo.data import Example, split, transforms
+from exo.data.text.tokenize import TokenizedExample
 
 SHOWN = 10  # rows that a line names
 BAR = 24  # characters of the longest bar
@@ -54,8 +54,8 @@ class Leaks(NamedTuple):
     completions: Places  # held-out rows of which a completion, or it and its prompt as one text, is in the data
 
 
-def place(group: Group) -> str:
-    return group.source or f"line {group.line}"
+def place(example: Example) -> str:
+    return example.source or f"line {example.line}"
 
 
 def percentile(values: Iterable[float], share: float) -> float:
@@ -77,9 +77,9 @@ def histogram(lengths: Sequence[int], most: int = 6) -> list[Bin]:
     return [*bins, Bin((last + 1) * width, rest, counts[last + 1])] if counts[last + 1] else bins
 
 
-def rewards(groups: Iterable[Group]) -> Rewards | None:
+def rewards(examples: Iterable[Example]) -> Rewards | None:
     """Return statistics of the rewards; None without any."""
-    rows = [group.rewards for group in groups if group.rewards]
+    rows = [example.rewards for example in examples if example.rewards]
     if not rows:
         return None
     values = [value for row in rows for value in row]
@@ -88,38 +88,40 @@ def rewards(groups: Iterable[Group]) -> Rewards | None:
     return Rewards(min(values), statistics.median(values), max(values), equal, tied - equal)
 
 
-def repeats(groups: Sequence[Group]) -> Repeats:
+def repeats(examples: Sequence[Example]) -> Repeats:
     first: dict[Hashable, str] = {}
     rows = [
-        (place(group), first[key])
-        for group in groups
-        if first.setdefault(key := _identity(group), place(group)) != place(group)
+        (place(example), first[key])
+        for example in examples
+        if first.setdefault(key := _identity(example), place(example)) != place(example)
     ]
-    prompts = [count for prompt, count in Counter(group.prompt for group in groups).items() if prompt and count > 1]
-    within = sum(len(set(group.completions)) < len(group.completions) for group in groups)
-    return Repeats(rows, len(prompts), sum(prompts), within, _reversed(groups))
+    prompts = [
+        count for prompt, count in Counter(example.prompt for example in examples).items() if prompt and count > 1
+    ]
+    within = sum(len(set(example.completions)) < len(example.completions) for example in examples)
+    return Repeats(rows, len(prompts), sum(prompts), within, _reversed(examples))
 
 
-def _identity(group: Group) -> Hashable:
-    return group.prompt, group.completions, group.rewards, group.label
+def _identity(example: Example) -> Hashable:
+    return example.prompt, example.completions, example.rewards, example.label
 
 
-def _reversed(groups: Sequence[Group]) -> Places:
+def _reversed(examples: Sequence[Example]) -> Places:
     preferred: dict[tuple[str, str, str], str] = {}
     rows = []
-    for group in transforms.best_against_worst(groups)[0]:
-        chosen, rejected = group.completions[:1], group.completions[1:]
-        pairs = [(group.prompt, a, b) for a in chosen for b in rejected]
+    for example in transforms.to_pairs(examples)[0]:
+        chosen, rejected = example.completions[:1], example.completions[1:]
+        pairs = [(example.prompt, a, b) for a in chosen for b in rejected]
         if earlier := [preferred[prompt, b, a] for prompt, a, b in pairs if (prompt, b, a) in preferred]:
-            rows.append((place(group), earlier[0]))
+            rows.append((place(example), earlier[0]))
         for pair in pairs:
-            preferred.setdefault(pair, place(group))
+            preferred.setdefault(pair, place(example))
     return rows
 
 
-def length_bias(groups: Sequence[TokenGroup]) -> Bias | None:
+def length_bias(examples: Sequence[TokenizedExample]) -> Bias | None:
     """Return how long chosen completions are, of rewards the best of a row against its worst; None without pairs."""
-    pairs = [group for group in transforms.best_against_worst(groups)[0] if len(group.completions) > 1]
+    pairs = [example for example in transforms.to_pairs(examples)[0] if len(example.completions) > 1]
     if not pairs:
         return None
     chosen = [len(pair.completions[0]) for pair in pairs]
@@ -129,31 +131,33 @@ def length_bias(groups: Sequence[TokenGroup]) -> Bias | None:
     return Bias(statistics.fmean(chosen), statistics.fmean(rejected), longer, equal, len(pairs))
 
 
-def leaks(groups: Iterable[Group], held_out: Iterable[Group]) -> Leaks:
+def leaks(examples: Iterable[Example], held_out: Iterable[Example]) -> Leaks:
     """Find held-out rows that share a text with the data, as rows that must be held out together do (data.split)."""
     first: dict[Hashable, str] = {}
-    for group in groups:
-        for key in _keys(group):
-            first.setdefault(key, place(group))
+    for example in examples:
+        for key in _keys(example):
+            first.setdefault(key, place(example))
     leaked = Leaks([], [])
-    for group in held_out:
-        same = [key for key in _keys(group) if key in first]
-        prompt = [key for key in same if key == ("name", group.prompt.strip())]
+    for example in held_out:
+        same = [key for key in _keys(example) if key in first]
+        prompt = [key for key in same if key == ("name", example.prompt.strip())]
         if prompt:
-            leaked.prompts.append((place(group), first[prompt[0]]))
+            leaked.prompts.append((place(example), first[prompt[0]]))
         if others := [key for key in same if key not in prompt]:
-            leaked.completions.append((place(group), first[others[0]]))
+            leaked.completions.append((place(example), first[others[0]]))
     return leaked
 
 
-def _keys(group: Group) -> list[Hashable]:
+def _keys(example: Example) -> list[Hashable]:
     """Return what a row may share with others; nothing of a prompt without text to sample from."""
-    return list(split.Texts(group.prompt, group.completions).keys()) if group.prompt or group.completions else []
+    return (
+        list(split.Texts(example.prompt, example.completions).keys()) if example.prompt or example.completions else []
+    )
 
 
-def spelling(groups: Iterable[Group], tokens: Sequence[str]) -> int:
+def spelling(examples: Iterable[Example], tokens: Sequence[str]) -> int:
     """Return how many rows have one of these control tokens in their texts."""
-    return sum(any(token in text for text in (g.prompt, *g.completions) for token in tokens) for g in groups)
+    return sum(any(token in text for text in (g.prompt, *g.completions) for token in tokens) for g in examples)
 
 
 def length_lines(what: str, lengths: Sequence[int], limit_name: str, limit: int | None, block: str) -> list[str]:
@@ -172,15 +176,15 @@ def length_lines(what: str, lengths: Sequence[int], limit_name: str, limit: int 
     return lines
 
 
-def comparison_lines(groups: Sequence[Group], tokens: Sequence[TokenGroup]) -> list[str]:
+def comparison_lines(examples: Sequence[Example], tokens: Sequence[TokenizedExample]) -> list[str]:
     lines = []
-    if sizes := Counter(len(group.completions) for group in groups if group.completions):
+    if sizes := Counter(len(example.completions) for example in examples if example.completions):
         listed = [f"{size} ({count:,} rows)" for size, count in sorted(sizes.items())]
         lines.append(f"completions of a row: {', '.join(listed)}")
-    if scores := rewards(groups):
+    if scores := rewards(examples):
         lines += [
             f"rewards: {scores.low:.4g} to {scores.high:.4g}, median {scores.median:.4g}",
-            f"ties: all rewards equal in {_share(scores.equal, len(groups))}; the best is a tie in "
+            f"ties: all rewards equal in {_share(scores.equal, len(examples))}; the best is a tie in "
             f"{scores.best_tied:,} more",
         ]
     if bias := length_bias(tokens):
@@ -191,8 +195,8 @@ def comparison_lines(groups: Sequence[Group], tokens: Sequence[TokenGroup]) -> l
     return lines
 
 
-def repeat_lines(groups: Sequence[Group]) -> list[str]:
-    found = repeats(groups)
+def repeat_lines(examples: Sequence[Example]) -> list[str]:
+    found = repeats(examples)
     lines = {
         f"rows equal to an earlier one: {len(found.rows):,}{_named(found.rows)}": bool(found.rows),
         f"prompts of several rows: {found.prompts:,}, in {found.prompt_rows:,} rows": bool(found.prompts),
@@ -204,8 +208,8 @@ def repeat_lines(groups: Sequence[Group]) -> list[str]:
     return [line for line, true in lines.items() if true] or ["duplicates: none"]
 
 
-def leak_lines(groups: Sequence[Group], held_out: Sequence[Group]) -> list[str]:
-    found = leaks(groups, held_out)
+def leak_lines(examples: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
+    found = leaks(examples, held_out)
     return [
         f"held-out rows with a {what} of --data: {len(places):,} of {len(held_out):,}{_named(places)}"
         for what, places in (("prompt", found.prompts), ("completion", found.completions))

@@ -10,52 +10,52 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
-from exo.data import Group
-from exo.data.text.tokenize import TokenGroup
+from exo.data import Example
+from exo.data.text.tokenize import TokenizedExample
 
 Norm = Literal["none", "prompt", "global"]
-R = TypeVar("R", Group, TokenGroup)  # as texts, or as tokens
+R = TypeVar("R", Example, TokenizedExample)  # as texts, or as tokens
 
 
-def first(groups: Sequence[R], k: int) -> tuple[list[R], Counter[str]]:
+def take_first(examples: Sequence[R], k: int) -> tuple[list[R], Counter[str]]:
     """The first `k` completions of each row, where that leaves something to compare."""
     counts: Counter[str] = Counter()
     kept = []
-    for group in groups:
-        short = select(group, range(min(k, len(group.completions))))
-        if len(set(short.completions)) == 1 and len(set(group.completions)) > 1:
+    for example in examples:
+        short = select(example, range(min(k, len(example.completions))))
+        if len(set(short.completions)) == 1 and len(set(example.completions)) > 1:
             counts[f"rows skipped: the first {k} completions identical"] += 1
         else:
             kept.append(short)
     return kept, counts
 
 
-def best_against_worst(groups: Sequence[R]) -> tuple[list[R], Counter[str]]:
+def to_pairs(examples: Sequence[R]) -> tuple[list[R], Counter[str]]:
     """Preferences out of rewards: the completion of the highest reward is chosen, that of the lowest rejected."""
     counts: Counter[str] = Counter()
     pairs = []
-    for group in groups:
-        if group.rewards is None:
-            pairs.append(group)
-        elif min(group.rewards) == max(group.rewards):
+    for example in examples:
+        if example.rewards is None:
+            pairs.append(example)
+        elif min(example.rewards) == max(example.rewards):
             counts["rows skipped: all rewards equal, so no best and worst"] += 1
         else:
-            best, worst = (group.rewards.index(extreme(group.rewards)) for extreme in (max, min))
-            pairs.append(replace(select(group, (best, worst)), rewards=None))
+            best, worst = (example.rewards.index(extreme(example.rewards)) for extreme in (max, min))
+            pairs.append(replace(select(example, (best, worst)), rewards=None))
     return pairs, counts
 
 
-def normalise(groups: Sequence[R], how: Norm) -> list[R]:
+def normalize_rewards(examples: Sequence[R], how: Norm) -> list[R]:
     """Rewards less their mean, over their standard deviation: of the row ("prompt"), or of all of them ("global").
 
     Rewards without spread become 0. Preferences stay as they are.
     """
-    if how == "none" or groups[0].rewards is None:
-        return list(groups)
+    if how == "none" or examples[0].rewards is None:
+        return list(examples)
     if how == "prompt":
-        return [replace(group, rewards=_scale(group.rewards or ())(group.rewards or ())) for group in groups]
-    scaled = _scale([reward for group in groups for reward in group.rewards or ()])
-    return [replace(group, rewards=scaled(group.rewards or ())) for group in groups]
+        return [replace(example, rewards=_scale(example.rewards or ())(example.rewards or ())) for example in examples]
+    scaled = _scale([reward for example in examples for reward in example.rewards or ()])
+    return [replace(example, rewards=scaled(example.rewards or ())) for example in examples]
 
 
 def _scale(values: Sequence[float]) -> Callable[[Sequence[float]], tuple[float, ...]]:
@@ -67,14 +67,14 @@ def _scale(values: Sequence[float]) -> Callable[[Sequence[float]], tuple[float, 
     return lambda rewards: tuple((math.ldexp(r, shift) - mean) / spread if spread else 0.0 for r in rewards)
 
 
-def select(group: R, places: Sequence[int]) -> R:
+def select(example: R, places: Sequence[int]) -> R:
     """The row with these of its completions, in this order."""
 
     def of(values: Sequence | None) -> Any:
         return None if values is None else tuple(values[i] for i in places)
 
-    changed: dict[str, Any] = {name: of(getattr(group, name)) for name in ("completions", "rewards", "ref_logps")}
-    if isinstance(group, Group) and group.tokens is not None:
-        tokens = group.tokens
+    changed: dict[str, Any] = {name: of(getattr(example, name)) for name in ("completions", "rewards", "ref_logps")}
+    if isinstance(example, Example) and example.tokens is not None:
+        tokens = example.tokens
         changed["tokens"] = tokens._replace(ids=of(tokens.ids), logprobs=of(tokens.logprobs), finish=of(tokens.finish))
-    return replace(group, **changed)
+    return replace(example, **changed)

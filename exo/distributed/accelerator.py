@@ -30,7 +30,7 @@ def make_accelerator(config: Compute) -> Accelerator:
         # accelerate would drop a tracker that is not installed
         raise ConfigError(f"--report_to {tracker}: not installed; pip install {tracker}")
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-    if fsdp.asked(config):
+    if fsdp.is_requested(config):
         fsdp.refuse(config, mixed)
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     deepspeed.refuse(config, mixed)
@@ -53,9 +53,9 @@ def make_accelerator(config: Compute) -> Accelerator:
     return accelerator
 
 
-def placed(model: Any, config: Compute, accelerator: Accelerator, exact: Sequence[nn.Module] = ()) -> Any:
+def place(model: Any, config: Compute, accelerator: Accelerator, exact: Sequence[nn.Module] = ()) -> Any:
     """The model itself, on this process's device; in shards, where they are asked for (sharding.shard)."""
-    return fsdp.shard(model, accelerator, exact) if fsdp.asked(config) else model.to(accelerator.device)
+    return fsdp.shard(model, accelerator, exact) if fsdp.is_requested(config) else model.to(accelerator.device)
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

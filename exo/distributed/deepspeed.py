@@ -32,24 +32,24 @@ PASSED_ON |= {"reduce_bucket_size", "allgather_bucket_size"}
 IDLE = {"steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"}
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     return os.environ.get(LAUNCHER, "").lower() == "true"
 
 
-def asked() -> bool:
+def is_requested() -> bool:
     """Whether the run is to be ZeRO's; of one process there are no parts."""
-    return launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return is_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def choose_device(cpu: bool) -> None:
     """DeepSpeed chooses its device once, when anything imports it: a GPU if there is one, whatever --device says."""
-    if launched() and cpu:
+    if is_launched() and cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def refuse(config: Any, mixed_precision: str) -> None:
     """ConfigError for what cannot be had; of stages that do not train nothing is asked."""
-    if not launched() or not isinstance(config, Training):
+    if not is_launched() or not isinstance(config, Training):
         return
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("DeepSpeed: asked for by accelerate, and not installed; pip install 'exo-kernels[deepspeed]'")
@@ -156,9 +156,9 @@ def _of_all(part: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
 
 
-def room(optim: Any, group: str, kind: str, shape: tuple[int, ...]) -> Tensor:
+def room(optim: Any, example: str, kind: str, shape: tuple[int, ...]) -> Tensor:
     """For a group's moment that was saved in that shape, to be read into before `fill`."""
-    flat = optim.single_partition_of_fp32_groups[int(group)]
+    flat = optim.single_partition_of_fp32_groups[int(example)]
     own = optim.state[flat][kind] = torch.zeros(flat.shape if shape else (), device=flat.device)
     if not shape:
         return own
@@ -170,8 +170,8 @@ def fill(optim: Any, read: Mapping[str, Tensor]) -> None:
     """Bring the optimizer in line with the module's weights, and with moments that were read whole."""
     optim.refresh_fp32_params()
     for name, tensor in read.items():
-        group, _, kind = name.partition(".")
-        own = optim.state[optim.single_partition_of_fp32_groups[int(group)]][kind]
+        example, _, kind = name.partition(".")
+        own = optim.state[optim.single_partition_of_fp32_groups[int(example)]][kind]
         if tensor.dim() and not isinstance(tensor, DTensor):  # padded at its end alone, for any number of processes
             mine = tensor[torch.distributed.get_rank() * own.numel() :][: own.numel()]
             own[: len(mine)] = mine

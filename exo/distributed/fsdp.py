@@ -28,7 +28,7 @@ T = TypeVar("T")
 LAUNCHER = "ACCELERATE_USE_FSDP"  # what accelerate's launcher says
 
 
-def asked(config: Any) -> bool:
+def is_requested(config: Any) -> bool:
     """Whether the run is to be in shards; of one process there are none."""
     launched = os.environ.get(LAUNCHER, "").lower() == "true"
     return (getattr(config, "fsdp", False) or launched) and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -56,7 +56,7 @@ def shard(model: nn.Module, accelerator: Accelerator, exact: Sequence[nn.Module]
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     layers = {name for child in model.modules() for name in getattr(child, "_no_split_modules", None) or ()}
-    entrance = Entrance(model)
+    entrance = Root(model)
     for child in exact:
         fully_shard(child, mesh=mesh)
     for child in [child for child in model.modules() if type(child).__name__ in layers] + [entrance]:
@@ -67,7 +67,7 @@ def shard(model: nn.Module, accelerator: Accelerator, exact: Sequence[nn.Module]
     return model
 
 
-class Entrance(nn.Module):
+class Root(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -76,7 +76,7 @@ class Entrance(nn.Module):
         return call()
 
 
-def entered(module: nn.Module, call: Callable[[], T]) -> T:
+def run_unsharded_root(module: nn.Module, call: Callable[[], T]) -> T:
     """What the call gives, which runs models in `module`, and reads what is outside the layers of those in shards.
 
     All processes call. Without gradients all is in shards again after it; else after the backward pass.
@@ -93,12 +93,12 @@ def entered(module: nn.Module, call: Callable[[], T]) -> T:
 
 
 @contextmanager
-def held_whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """For the while a model in shards is whole on every device, and each process runs it by itself, without gradients.
     All processes begin and end it."""
     parts = [part for entrance in _entrances(model) for part in _parts(entrance)]
     with torch.no_grad():
-        entered(model, lambda: None)  # before its parts: the first to be used is taken for the outermost
+        run_unsharded_root(model, lambda: None)  # before its parts: the first to be used is taken for the outermost
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -106,7 +106,7 @@ def held_whole(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part in parts:
-            part.set_reshard_after_forward(not isinstance(part, Entrance), recurse=False)
+            part.set_reshard_after_forward(not isinstance(part, Root), recurse=False)
             part.reshard()
 
 
@@ -124,24 +124,24 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def own(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of it; all processes ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(model: Any, main: bool) -> Any:
+def gather_model(model: Any, main: bool) -> Any:
     """A causal LM or classifier of transformers, with its adapter, that is no longer in shards, on the CPU of the main
     process; None on others. One that is not in shards is returned itself. All processes ask."""
     if not is_sharded(model):
         return model
     state = {}
     for name, tensor in model.state_dict().items():
-        found = whole(tensor)
+        found = full_tensor(tensor)
         if main:
             state[name] = found.cpu()
     if not main:

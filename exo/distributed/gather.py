@@ -15,22 +15,22 @@ from torch import Tensor
 
 from exo.cli import signals
 from exo.cli.errors import RunError
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.runs import record as run_record
 from exo.runs.stage import Start
 
 T = TypeVar("T")
-G = TypeVar("G", bound=TokenGroup)
+G = TypeVar("G", bound=TokenizedExample)
 R = TypeVar("R")
 
 
 def template_date(start: Start, accelerator: Accelerator) -> datetime.date:
     """Return the date that chat templates show, that of rank 0: ranks may start on two sides of midnight."""
-    dates = gathered(start.template_date.isoformat(), accelerator)
+    dates = all_gather_json(start.template_date.isoformat(), accelerator)
     return datetime.date.fromisoformat(dates[0])
 
 
-def shared(
+def map_over_ranks(
     items: Sequence[T],
     of: Callable[[T], Any],
     accelerator: Accelerator,
@@ -45,7 +45,7 @@ def shared(
     RunError where processes bring other numbers of items: what they share must be the same for all.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
-    if len(set(gathered(len(items), accelerator))) > 1:
+    if len(set(all_gather_json(len(items), accelerator))) > 1:
         raise RunError(f"rank {rank}: has {len(items)} items to share, and others have more or fewer")
     mine = []
     for first in range(0, len(items), world):
@@ -55,19 +55,19 @@ def shared(
             mine.append(of(items[first + rank]))
         elif together:
             of(items[-1])
-    every = gathered(mine, accelerator)
+    every = all_gather_json(mine, accelerator)
     return [every[i % world][i // world] for i in range(len(items))]
 
 
 def _stop_if_asked(accelerator: Accelerator) -> None:
-    if accelerator.num_processes == 1 or not signals.are_heeded():
-        return signals.stop_if_asked()
-    asked = int(_gather(torch.tensor([signals.asked()], device=accelerator.device), accelerator).max())
+    if accelerator.num_processes == 1 or not signals.is_graceful():
+        return signals.raise_if_stop_requested()
+    asked = int(_gather(torch.tensor([signals.stop_requested()], device=accelerator.device), accelerator).max())
     if asked:
         raise signals.Stopped(asked)
 
 
-def gathered(value: Any, accelerator: Accelerator) -> list[Any]:
+def all_gather_json(value: Any, accelerator: Accelerator) -> list[Any]:
     """The value of every process, in their order."""
     if accelerator.num_processes == 1:
         return [value]
@@ -84,10 +84,10 @@ def _gather(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     return found
 
 
-def check_seen(start: Start, accelerator: Accelerator) -> None:
+def check_shared_directory(start: Start, accelerator: Accelerator) -> None:
     """RunError unless all processes see the directory that the first has made, before any work is done."""
     accelerator.wait_for_everyone()
     record = Path(start.config.output_dir) / run_record.RUN_FILE
     own = record.read_text(encoding="utf-8") if record.exists() else ""
-    if len(set(gathered(own, accelerator))) > 1:
+    if len(set(all_gather_json(own, accelerator))) > 1:
         raise RunError(f"--output_dir {start.config.output_dir}: expected one that all processes see")

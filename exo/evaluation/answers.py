@@ -16,7 +16,7 @@ from exo.cli import console
 from exo.runs import inputs as run_inputs
 
 Key = tuple[str, int]  # a prompt and its occurrence number, from 0
-Answers = dict[Key, data.Group]
+Answers = dict[Key, data.Example]
 
 
 def source(option: str, path: str) -> str:
@@ -42,16 +42,16 @@ def read_references(path: str) -> tuple[Answers, dict[Key, str]]:
         if not isinstance(row.get("category", ""), str):
             raise data.DataError(f"{path}:{number}: category must be a string")
         categories[number] = row.get("category", "")
-    return answers, {key: categories[group.line] for key, group in answers.items() if categories[group.line]}
+    return answers, {key: categories[example.line] for key, example in answers.items() if categories[example.line]}
 
 
 def _keyed(dataset: data.Dataset) -> Answers:
-    console.say(dataset.summary())
+    console.log(dataset.summary())
     seen: Counter[str] = Counter()
     answers: Answers = {}
-    for group in dataset.groups:
-        answers[group.prompt, seen[group.prompt]] = group
-        seen[group.prompt] += 1
+    for example in dataset.examples:
+        answers[example.prompt, seen[example.prompt]] = example
+        seen[example.prompt] += 1
     return answers
 
 
@@ -61,13 +61,13 @@ def shared(systems: Mapping[str, Answers], limit: int | None, seed: int) -> list
     common = [key for key in first if all(key in answers for answers in systems.values())]
     for name, answers in systems.items():
         if left_out := len(answers) - len(common):
-            console.say(
+            console.log(
                 f"  {name}: {left_out:,} of {len(answers):,} prompts left out, which another file does not have"
             )
     if not common:
         raise data.DataError(f"{', '.join(systems)}: no prompt is in all of these files; prompts must be equal to join")
     chosen = set(sorted(common, key=lambda key: random.Random(f"{seed}/prompt/{key}").random())[:limit])
-    console.say(f"{len(chosen):,} of {len(common):,} shared prompts")
+    console.log(f"{len(chosen):,} of {len(common):,} shared prompts")
     return [key for key in common if key in chosen]
 
 

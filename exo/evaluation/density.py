@@ -14,7 +14,7 @@ from torch import Tensor
 LITTLE = 10  # effective samples
 
 
-class Curve(NamedTuple):
+class DensityRatio(NamedTuple):
     log_ref: list[float]  # where the ratio is known
     ratio: list[float]
     effective: float  # sample size of the weights, out of `samples`
@@ -26,17 +26,17 @@ class Curve(NamedTuple):
         return self.effective < LITTLE
 
 
-def of_policy(logps: Sequence[float], ref_logps: Sequence[float]) -> Tensor:
+def policy_weights(logps: Sequence[float], ref_logps: Sequence[float]) -> Tensor:
     """Weights pi / pi_ref, which add up to 1."""
     return (_double(logps) - _double(ref_logps)).softmax(0)
 
 
-def of_optimum(rewards: Sequence[float], beta: float) -> Tensor:
+def optimum_weights(rewards: Sequence[float], beta: float) -> Tensor:
     """Weights of pi_ref exp(r / beta), the policy that the objective seeks (eq. 2 of the paper)."""
     return (_double(rewards) / beta).softmax(0)
 
 
-def curve(ref_logps: Sequence[float], weights: Tensor, points: int = 200) -> Curve:
+def density_ratio(ref_logps: Sequence[float], weights: Tensor, points: int = 200) -> DensityRatio:
     """The density ratio against log pi_ref, over the middle 96% of the reference's samples.
 
     Further out neither density is known. ValueError where all samples are equally probable: nothing to draw against.
@@ -49,7 +49,7 @@ def curve(ref_logps: Sequence[float], weights: Tensor, points: int = 200) -> Cur
     grid = torch.linspace(low, high, points, dtype=torch.float64)
     kernels = torch.exp(-0.5 * ((grid[:, None] - x) / width) ** 2)
     ratio = (kernels @ weights) / kernels.mean(1)
-    return Curve(grid.tolist(), ratio.tolist(), float(1 / (weights**2).sum()), len(x))
+    return DensityRatio(grid.tolist(), ratio.tolist(), float(1 / (weights**2).sum()), len(x))
 
 
 def silverman(x: Tensor) -> float:

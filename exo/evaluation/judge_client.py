@@ -39,11 +39,11 @@ class Answer(NamedTuple):
     cut: bool
 
 
-class Unanswered(Exception):
+class NoAnswer(Exception):
     """No answer after all tries; one line says why."""
 
 
-class _Passing(Exception):
+class _Transient(Exception):
     """What went wrong with one try, and how long the server wants to be left alone."""
 
     def __init__(self, reason: str, after: float = 0.0) -> None:
@@ -95,7 +95,7 @@ def key_from(variable: str, default: str) -> str:
     return key
 
 
-class Chat:
+class JudgeClient:
     """A model behind an endpoint. Threads may share it."""
 
     def __init__(
@@ -127,12 +127,12 @@ class Chat:
         for attempt in range(self._retries + 1):
             try:
                 return self._try(body)
-            except _Passing as error:
+            except _Transient as error:
                 reason, after = str(error), error.after
             wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.5)
             if attempt == self._retries or self._stopped.wait(max(wait, after)):
                 break
-        raise Unanswered(reason)
+        raise NoAnswer(reason)
 
     def stop(self) -> None:
         """Let the threads that wait for another try give up."""
@@ -145,7 +145,7 @@ class Chat:
             if status not in (400, 422) or not self._refuses(text, sent):
                 break
         if status == 429 or status >= 500:
-            raise _Passing(f"HTTP {status}{self._said(text)}", _seconds(after))
+            raise _Transient(f"HTTP {status}{self._said(text)}", _seconds(after))
         if status != 200:
             raise RunError(f"--endpoint {self.url}: HTTP {status}{self._said(text)}; {_advice(status)}")
         answer = _answer(text)
@@ -183,7 +183,7 @@ class Chat:
                 text = response.read(_LARGEST).decode("utf-8", errors="replace")
                 return response.status, text, response.headers.get("Retry-After", "")
         except (OSError, http.client.HTTPException) as error:
-            raise _Passing(self._clean(str(getattr(error, "reason", "") or error) or type(error).__name__)) from None
+            raise _Transient(self._clean(str(getattr(error, "reason", "") or error) or type(error).__name__)) from None
 
     def _said(self, text: str) -> str:
         """What the server gave as the reason, on one line."""
@@ -209,7 +209,7 @@ def _answer(text: str) -> Answer:
     if content is None:
         return Answer("", cut)  # a refusal, or thoughts that took all the tokens
     if not isinstance(content, str):
-        raise _Passing("HTTP 200, but the body is no chat completion")
+        raise _Transient("HTTP 200, but the body is no chat completion")
     return Answer(content.encode("utf-8", errors="replace").decode("utf-8"), cut)  # JSON may hold half a character
 
 

@@ -27,7 +27,7 @@ _MARKUP = re.compile(r"[*_`#\"'“”‘’<>\[\]()]")
 _LINE_START = b'{"key": "'
 
 
-class Template:
+class JudgeTemplate:
     """A question to a judge, with places for the texts."""
 
     def __init__(self, name: str) -> None:
@@ -76,7 +76,7 @@ class Template:
         return None
 
 
-class Cache:
+class AnswerCache:
     """Answers by the hash of what was asked, a line each. A line is one write: a crash can only cut the last."""
 
     def __init__(self, path: Path) -> None:
@@ -106,7 +106,7 @@ class Cache:
         return len(rest)
 
     @staticmethod
-    def key(template: Template, url: str, body: bytes) -> str:
+    def key(template: JudgeTemplate, url: str, body: bytes) -> str:
         """Two servers may call different models by one name."""
         return hashlib.sha256(f"{template.sha256}{url}\n".encode() + body).hexdigest()
 

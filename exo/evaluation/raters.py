@@ -20,7 +20,7 @@ VERDICTS = {"1": "1", "1.0": "1", "1,0": "1", "2": "2", "2.0": "2", "2,0": "2", 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-class Filled(NamedTuple):
+class Sheet(NamedTuple):
     """What a rater wrote, by item."""
 
     verdicts: dict[str, str]  # "1", "2" or "tie"
@@ -40,12 +40,12 @@ def defused(text: str) -> str:
     return "'" + text if text.startswith(_FORMULA) else text
 
 
-def read(path: Path, items: Iterable[str]) -> Filled:
+def read(path: Path, items: Iterable[str]) -> Sheet:
     """A sheet that came back. Its items must be among `items`, each at most once; what is missing was not judged."""
     known = set(items)
     header, rows = _table(path)
     item, verdict = header.index("item"), header.index("verdict")
-    filled, seen = Filled({}, {}), set()
+    filled, seen = Sheet({}, {}), set()
     for number, row in rows:
         if not any(cell.strip() for cell in row):
             continue
@@ -84,7 +84,7 @@ OUTCOMES = ("win", "tie", "lose")
 _POINTS = {"win": 1.0, "tie": 0.5, "lose": 0.0, "split": 0.5}
 
 
-def pooled(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
+def pool(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
     """Every judgement counts. An item's share of the win rate is the mean over its raters."""
     counts = Counter(outcome for item in items for outcome in item)
     shares = [sum(_POINTS[outcome] for outcome in item) / len(item) for item in items]

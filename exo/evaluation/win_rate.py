@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from exo.evaluation import metrics as evaluation_metrics
-from exo.evaluation.judge_prompts import Template
+from exo.evaluation.judge_prompts import JudgeTemplate
 
 ORDERS = ("ab", "ba")  # whose answer the judge sees first
 
@@ -23,7 +23,7 @@ class Pair(NamedTuple):
     category: str
     texts: dict[str, str]  # by their places in the template
 
-    def question(self, template: Template, order: str) -> str:
+    def question(self, template: JudgeTemplate, order: str) -> str:
         shown = {"a": self.texts[order[0]], "b": self.texts[order[1]]}
         return template.fill(**(self.texts | shown))
 

@@ -17,14 +17,14 @@ DATA_DECIDE = ("sft", "reward", "align", "sample")  # how many tokens, where no 
 
 def tell(recipe: Recipe, steps: list[Step], directory: Path, again: set[str]) -> None:
     """Print the plan, a step a line: what is there already, and what the others will take."""
-    console.say(f"{recipe.title}: {len(steps)} steps below {directory}")
+    console.log(f"{recipe.title}: {len(steps)} steps below {directory}")
     parameters = _parameters(recipe)
     total = 0.0
     anew: set[str] = set()
     for i, step in enumerate(steps, 1):
         # what a step reads is made again with it; and the report reads everything
         there = step.name not in again and step.stage != "report" and not anew & set(step.needs)
-        if there and run_stage.holds(directory / step.name, step.config, step.stage):
+        if there and run_stage.is_up_to_date(directory / step.name, step.config, step.stage):
             cost = "already there"
         else:
             anew.add(step.name)
@@ -36,9 +36,9 @@ def tell(recipe: Recipe, steps: list[Step], directory: Path, again: set[str]) ->
             parts += [f"{work:.1e} operations"] * bool(work)
             parts += ["as much as the data have"] * (not parts and step.stage in DATA_DECIDE)
             cost = ", ".join(parts)
-        console.say(f"[{i}/{len(steps)}] {step.name:40s} {cost}".rstrip())
+        console.log(f"[{i}/{len(steps)}] {step.name:40s} {cost}".rstrip())
     if parameters:
-        console.say(f"{parameters / 1e6:,.0f}M parameters; {total:.1e} operations for the tokens named above")
+        console.log(f"{parameters / 1e6:,.0f}M parameters; {total:.1e} operations for the tokens named above")
 
 
 def _parameters(recipe: Recipe) -> int | None:
@@ -48,7 +48,7 @@ def _parameters(recipe: Recipe) -> int | None:
     try:
         return models.parameters_of(recipe.model)
     except ValueError as error:
-        console.say(f"operations unknown: {error}")
+        console.log(f"operations unknown: {error}")
         return None
 
 

@@ -20,7 +20,7 @@ FIT = 1e-5  # relative
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off for the while; each module gets its own mode back, since they may differ."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -31,7 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class CausalHead:
+class LMHead:
     """Where a causal LM's logits come from: softcap(logit_scale * (hidden weight^T + bias)).
 
         head = CausalHead(model)
@@ -98,9 +98,9 @@ class CausalHead:
         """Scale and softcap, from what the model makes of chosen numbers in the place of its head's."""
         device = self.head.weight.device
         probe = torch.tensor([SMALL, LARGE, 1.0, -3.0, 20.0, -50.0, 0.0], dtype=torch.float32, device=device)
-        with evaluating(self.model), self._instead(lambda hidden: probe.expand(*hidden.shape[:-1], -1)):
+        with eval_mode(self.model), self._instead(lambda hidden: probe.expand(*hidden.shape[:-1], -1)):
             two = torch.zeros(1, 2, dtype=torch.long, device=device)
-            made = fsdp.entered(self.model, partial(self.model, input_ids=two)).logits[0, -1].float()
+            made = fsdp.run_unsharded_root(self.model, partial(self.model, input_ids=two)).logits[0, -1].float()
         scale, top = made[0].item() / SMALL, made[1].item()
         softcap = None if abs(top - scale * LARGE) <= FIT * abs(top) else top
         if softcap is not None and abs(scale - 1) < 1e-6:
@@ -135,9 +135,9 @@ class CausalHead:
             return made, plain
 
         devices = [device] if device.type == "cuda" else []
-        with evaluating(self.model), torch.random.fork_rng(devices=devices):
+        with eval_mode(self.model), torch.random.fork_rng(devices=devices):
             self.head.train()
-            made, plain = fsdp.entered(self.model, logits)
+            made, plain = fsdp.run_unsharded_root(self.model, logits)
         expected = self.logit_scale * plain.double()
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)

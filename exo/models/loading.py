@@ -277,7 +277,7 @@ def _refuse_unused(name: str, model: PreTrainedModel, keys: set[str], head_is_ne
             f"that it has no place for: {min(odd)}{' ...' * (len(odd) > 1)}"
         )
     if heads:
-        console.say(f"  {name}: {len(heads)} weights of a head that is not used: {min(heads)}")
+        console.log(f"  {name}: {len(heads)} weights of a head that is not used: {min(heads)}")
 
 
 def _refuse_not_finite(name: str, model: PreTrainedModel) -> None:

@@ -13,21 +13,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from exo.cli.errors import RunError
-from exo.data import Group
-from exo.data.collate import Batch, Packing, of_completions
+from exo.data import Example
+from exo.data.collate import Batch, Collator, split_completions
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp
-from exo.distributed.gather import G, R, shared
+from exo.distributed.gather import G, R, map_over_ranks
 from exo.models.attention import masks
-from exo.models.lm_head import CausalHead, evaluating
+from exo.models.lm_head import LMHead, eval_mode
 from exo_kernels import linear_token_logps
 
 Tokens = list[list[Tensor]]  # a row a prompt, a tensor (tokens,) in float64 a completion
 
 
-class Models(NamedTuple):
+class ScoringModels(NamedTuple):
     """Policy and reference, and how both read completions: after as much of a prompt as was sampled after."""
 
     policy: Any
@@ -38,26 +38,26 @@ class Models(NamedTuple):
     limits: Limits
     temperature: float
 
-    def logps(self, groups: Sequence[Group], path: str = "samples") -> tuple[Tokens, Tokens]:
+    def logps(self, examples: Sequence[Example], path: str = "samples") -> tuple[Tokens, Tokens]:
         """Log-probs of each token under the policy and under the reference. `path` is named in errors."""
-        encoded, _ = tokenize.encode(groups, self.tokenizer, self.limits, path)
-        packing = Packing(self.tokenizer.pad_token_id, self.max_tokens)
+        encoded, _ = tokenize.encode(examples, self.tokenizer, self.limits, path)
+        collator = Collator(self.tokenizer.pad_token_id, self.max_tokens)
         ours, theirs = (
-            shared_token_logps(model, encoded, self.accelerator, packing, self.temperature)
+            shared_token_logps(model, encoded, self.accelerator, collator, self.temperature)
             for model in (self.policy, self.reference)
         )
         return ours, theirs
 
-    def log_ratios(self, groups: Sequence[Group]) -> Tokens:
+    def log_ratios(self, examples: Sequence[Example]) -> Tokens:
         """log pi - log ref of each token."""
-        return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(*self.logps(groups), strict=True)]
+        return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(*self.logps(examples), strict=True)]
 
-    def density(self, groups: Sequence[Group], path: str) -> list[dict[str, Any]]:
+    def density(self, examples: Sequence[Example], path: str) -> list[dict[str, Any]]:
         """A row for each prompt of the reference's samples: log-probs of its completions under both, and rewards."""
-        ours, theirs = ([[float(row.sum()) for row in rows] for rows in of] for of in self.logps(groups, path))
+        ours, theirs = ([[float(row.sum()) for row in rows] for rows in of] for of in self.logps(examples, path))
         return [
-            {"prompt": group.prompt, "logps": logps, "ref_logps": ref_logps, "rewards": group.rewards}
-            for group, logps, ref_logps in zip(groups, ours, theirs, strict=True)
+            {"prompt": example.prompt, "logps": logps, "ref_logps": ref_logps, "rewards": example.rewards}
+            for example, logps, ref_logps in zip(examples, ours, theirs, strict=True)
         ]
 
 
@@ -66,63 +66,75 @@ TOKEN_NOISE = {"no": 1e-5, "fp16": 2e-3, "bf16": 1.5e-2}
 
 
 @contextmanager
-def scoring(
-    model: nn.Module, accelerator: Accelerator, packing: Packing, temperature: float
-) -> Iterator[Callable[[Sequence[TokenGroup]], list[list[Tensor]]]]:
+def logps_function(
+    model: nn.Module, accelerator: Accelerator, collator: Collator, temperature: float
+) -> Iterator[Callable[[Sequence[TokenizedExample]], list[list[Tensor]]]]:
     """A function of a micro-batch: for each group the log-probs of each completion's tokens, fp64, (its tokens,).
 
     The model is left as it was; no random state moves.
     """
-    head = CausalHead(model)
+    head = LMHead(model)
 
     @torch.no_grad()
-    def of(part: Sequence[TokenGroup]) -> list[list[Tensor]]:
-        batch = packing.collate(part).to(accelerator.device)
+    def of(part: Sequence[TokenizedExample]) -> list[list[Tensor]]:
+        batch = collator.collate(part).to(accelerator.device)
         with accelerator.autocast():
-            scores = fsdp.entered(model, partial(_logps, head, batch, temperature))
-        found = list(of_completions(part, scores.double().cpu()))
-        for group, rows in zip(part, found, strict=True):
+            scores = fsdp.run_unsharded_root(model, partial(_logps, head, batch, temperature))
+        found = list(split_completions(part, scores.double().cpu()))
+        for example, rows in zip(part, found, strict=True):
             if not all(bool(row.isfinite().all()) for row in rows):
                 name = getattr(model, "name_or_path", "") or type(model).__name__
-                raise RunError(f"model {name}: expected finite log-probs; got others in row {group.line}")
+                raise RunError(f"model {name}: expected finite log-probs; got others in row {example.line}")
         return found
 
-    with evaluating(model):
+    with eval_mode(model):
         yield of
 
 
-def _logps(head: CausalHead, batch: Batch, temperature: float) -> Tensor:  # (n,)
-    rows = masks.rows(head, batch)
-    return linear_token_logps(rows, head.weight, temperature=temperature, **masks.scored(batch), **head.options)
+def _logps(head: LMHead, batch: Batch, temperature: float) -> Tensor:  # (n,)
+    rows = masks.completion_hidden(head, batch)
+    return linear_token_logps(rows, head.weight, temperature=temperature, **masks.loss_inputs(batch), **head.options)
 
 
 def token_logps(
-    model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing, temperature: float
+    model: nn.Module,
+    examples: Sequence[TokenizedExample],
+    accelerator: Accelerator,
+    collator: Collator,
+    temperature: float,
 ) -> list[list[Tensor]]:
     """What `scoring` gives, for each group in their order; all of it by this process."""
-    with scoring(model, accelerator, packing, temperature) as of:
-        return packing.each(groups, of)
+    with logps_function(model, accelerator, collator, temperature) as of:
+        return collator.each(examples, of)
 
 
 def shared_token_logps(
-    model: nn.Module, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing, temperature: float
+    model: nn.Module,
+    examples: Sequence[TokenizedExample],
+    accelerator: Accelerator,
+    collator: Collator,
+    temperature: float,
 ) -> list[list[Tensor]]:
     """The same, each micro-batch by one of the processes."""
-    with scoring(model, accelerator, packing, temperature) as of:
+    with logps_function(model, accelerator, collator, temperature) as of:
 
-        def listed(part: Sequence[TokenGroup]) -> list[list[list[float]]]:
+        def listed(part: Sequence[TokenizedExample]) -> list[list[list[float]]]:
             return [[row.tolist() for row in rows] for rows in of(part)]
 
-        found = each(groups, listed, packing, accelerator, together=fsdp.is_sharded(model))
+        found = map_micro_batches(examples, listed, collator, accelerator, together=fsdp.is_sharded(model))
     return [[torch.tensor(row, dtype=torch.float64) for row in rows] for rows in found]
 
 
-def each(
-    groups: Sequence[G], of: Callable[[list[G]], Sequence[R]], packing: Packing, accelerator: Accelerator, **how: bool
+def map_micro_batches(
+    examples: Sequence[G],
+    of: Callable[[list[G]], Sequence[R]],
+    collator: Collator,
+    accelerator: Accelerator,
+    **how: bool,
 ) -> list[R]:
     """What `of` gives for each group, in JSON, asked a micro-batch at a time; in the order of the groups."""
-    parts = packing.micro_batches(groups)
+    parts = collator.micro_batches(examples)
     found: dict[int, R] = {}
-    for part, rows in zip(parts, shared(parts, of, accelerator, **how), strict=True):
+    for part, rows in zip(parts, map_over_ranks(parts, of, accelerator, **how), strict=True):
         found |= zip(map(id, part), rows, strict=True)
-    return [found[id(group)] for group in groups]
+    return [found[id(example)] for example in examples]

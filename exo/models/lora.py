@@ -31,12 +31,12 @@ def load(
 ) -> tuple[Any, Any]:
     """The model that a stage begins with, and its tokenizer."""
     if not options.load_in_4bit:
-        read = partial(models.load, mapped=fsdp.asked(options))
+        read = partial(models.load, mapped=fsdp.is_requested(options))
         return models.load_or_tiny(name, texts, seed=options.seed, read=read)
     return models.load(name, four_bits=compute_dtype(accelerator))
 
 
-def add(model: Any, options: AdapterOptions, name: str) -> Any:
+def apply(model: Any, options: AdapterOptions, name: str) -> Any:
     """The model of that name with LoRA beside its layers, all else frozen; itself where the rank is 0."""
     if not options.lora_r:
         return model
@@ -65,7 +65,7 @@ def add(model: Any, options: AdapterOptions, name: str) -> Any:
         found.peft_config["default"].base_model_name_or_path = str(Path(name).resolve())
     trained = sum(p.numel() for p in found.parameters() if p.requires_grad)
     share = 100 * trained / models.parameter_count(found)
-    console.say(f"LoRA of rank {options.lora_r}: {trained / 1e6:,.2f}M parameters are trained, {share:.2f}%")
+    console.log(f"LoRA of rank {options.lora_r}: {trained / 1e6:,.2f}M parameters are trained, {share:.2f}%")
     return found
 
 
@@ -82,13 +82,13 @@ def _looking_fp32(model: nn.Module) -> Iterator[None]:
             parameter.data = own
 
 
-def is_one(model: Any) -> bool:
+def has_adapter(model: Any) -> bool:
     return hasattr(model, "disable_adapter")
 
 
-def switched_off(model: nn.Module) -> AbstractContextManager[Any]:
+def disabled(model: nn.Module) -> AbstractContextManager[Any]:
     """The model without its adapter, for the while."""
-    return model.disable_adapter() if is_one(model) else nullcontext()  # type: ignore[operator]
+    return model.disable_adapter() if has_adapter(model) else nullcontext()  # type: ignore[operator]
 
 
 def check(options: AdapterOptions, model: str) -> None:
@@ -110,7 +110,7 @@ def check(options: AdapterOptions, model: str) -> None:
         )
 
 
-def finished(model: Any, options: Any, accelerator: Accelerator) -> Any:
+def merged(model: Any, options: Any, accelerator: Accelerator) -> Any:
     """What is to be saved: the adapter, or a copy of the model that has it merged. All processes ask; of a model in
     shards the first alone has it.
 
@@ -118,10 +118,10 @@ def finished(model: Any, options: Any, accelerator: Accelerator) -> Any:
     rounded to them do not.
     """
     if options.load_in_4bit and options.lora_output == "adapter":
-        console.say("  the adapter was trained beside weights in 4 bits; beside others it does not compute the same")
+        console.log("  the adapter was trained beside weights in 4 bits; beside others it does not compute the same")
     own = fsdp.is_sharded(model)
-    model = fsdp.gathered(model, accelerator.is_main_process)
-    if not is_one(model) or options.lora_output == "adapter" or not accelerator.is_main_process:
+    model = fsdp.gather_model(model, accelerator.is_main_process)
+    if not has_adapter(model) or options.lora_output == "adapter" or not accelerator.is_main_process:
         return model
     alone = model if own else copy.deepcopy(model)  # what was gathered is nobody else's
     if options.load_in_4bit:

@@ -65,7 +65,7 @@ def text_part(name: str, config: PreTrainedConfig, read: Callable[[Any], PreTrai
         model.name_or_path = model.config._name_or_path = name  # where an adapter will look for it
         if compared:
             _compare(wrapper, model)
-    console.say(
+    console.log(
         f"  {name}: {type(wrapper).__name__} is multimodal; its text part alone is used and saved, as {kind.__name__}"
     )
     return model

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from exo.data.collate import Batch
 from exo.distributed import fsdp
-from exo.models.lm_head import evaluating
+from exo.models.lm_head import eval_mode
 
 NAMES = ("score", "classifier")  # of the head, in transformers' classifiers
 FIT, ROUGH_FIT = 1e-4, 3e-2  # relative, with weights in fp32 and in 16 bits
@@ -65,8 +65,8 @@ class RewardHead:
         def call() -> tuple[Tensor, Tensor, torch.dtype]:
             return self._own(ids, mask), self._last(head, ids, mask), head.weight.dtype
 
-        with evaluating(self.model):
-            own, last, dtype = fsdp.entered(self.model, call)
+        with eval_mode(self.model):
+            own, last, dtype = fsdp.run_unsharded_root(self.model, call)
         fit = FIT if dtype in (torch.float32, torch.float64) else ROUGH_FIT
         return own.shape == last.shape and torch.allclose(own, last, fit, fit)
 

@@ -20,7 +20,7 @@ from exo.data.text import chat_template
 from exo.models import files, weights
 from exo.models.quiet import bars_only_on_a_terminal
 from exo.models.stop_tokens import stop_ids
-from exo.runs.atomic import staged
+from exo.runs.atomic import atomic_directory
 
 NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -104,7 +104,7 @@ def save_checkpoint(
     """`save` into checkpoints/`name` of a run: complete, or not at all."""
     target = run / "checkpoints" / name
     target.parent.mkdir(exist_ok=True)
-    with staged(target) as staging:
+    with atomic_directory(target) as staging:
         save(model, tokenizer, staging, dtypes)
 
 

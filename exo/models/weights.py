@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exo.cli.errors import RunError
 from exo.distributed import gather
-from exo.distributed.fsdp import own
+from exo.distributed.fsdp import local_tensor
 
 MOVED = "moved"  # a counter of the training loop: 1 once a weight has changed
 
@@ -21,7 +21,7 @@ def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
     Reads each tensor once and allocates nothing of its size. Of a sharded tensor this rank's shard is checked.
     """
     for name, tensor in named:
-        tensor = own(tensor).detach()
+        tensor = local_tensor(tensor).detach()
         if tensor.is_floating_point() and tensor.numel():
             if not all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
                 return name
@@ -30,7 +30,7 @@ def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
 
 def refuse_not_finite(named: Iterable[tuple[str, Tensor]], what: str, accelerator: Accelerator) -> None:
     """Raise RunError on all ranks if a tensor of any rank is not finite; `what` completes the sentence."""
-    name = next(filter(None, gather.gathered(not_finite(named), accelerator)), "")
+    name = next(filter(None, gather.all_gather_json(not_finite(named), accelerator)), "")
     if name:
         raise RunError(f"the weights are not finite ({name}), so {what}; lower --learning_rate")
 
@@ -60,11 +60,11 @@ class Movement:
         """Set the counter if a weight has changed on any rank; costs nothing once it is set."""
         if not counters.setdefault(MOVED, 0.0):
             changed = self.digests != self._digests()
-            counters[MOVED] = float(any(gather.gathered(changed, self.accelerator)))
+            counters[MOVED] = float(any(gather.all_gather_json(changed, self.accelerator)))
 
     def _digests(self) -> list[int]:
         """Compute an exact checksum of each tensor's bits."""
-        return [_checksum(own(parameter).detach()) for parameter in self.trained]
+        return [_checksum(local_tensor(parameter).detach()) for parameter in self.trained]
 
 
 def _checksum(tensor: Tensor) -> int:

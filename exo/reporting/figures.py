@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exo.evaluation.density import Curve
+from exo.evaluation.density import DensityRatio
 from exo.reporting import results
 from exo.reporting.results import Checkpoint, Estimate, Results, Setting
 from exo.runs import plots
@@ -55,13 +55,13 @@ def _finish(figure: plt.Figure, path: Path) -> Path:
 def frontier(found: Results, value: Value, ylabel: str, path: Path, series: Sequence[str] = ()) -> Path:
     """Every checkpoint by its KL; a thin line is a run, a thick one the upper envelope of a method, or of `series`."""
     figure, axis = _panel("KL to the reference (nats)", ylabel)
-    groups = {name: [t for t in found.evaluated if t.series == name] for name in series}
-    groups = groups or {t.method: [u for u in found.evaluated if u.method == t.method] for t in found.evaluated}
+    examples = {name: [t for t in found.evaluated if t.series == name] for name in series}
+    examples = examples or {t.method: [u for u in found.evaluated if u.method == t.method] for t in found.evaluated}
     start = found.start.last if found.start else None
-    for i, (name, trials) in enumerate(groups.items()):
+    for i, (name, trials) in enumerate(examples.items()):
         style = STYLES[trials[0].method]
         dashes = SIZES[i % len(SIZES)] if series else style.linestyle
-        look: dict[str, Any] = {"color": _shade(i, len(groups)) if series else style.color, "marker": style.marker}
+        look: dict[str, Any] = {"color": _shade(i, len(examples)) if series else style.color, "marker": style.marker}
         points = [checkpoint for trial in trials for checkpoint in trial.checkpoints]
         for trial in trials:
             _points(axis, trial.checkpoints, value, look, alpha=0.25)
@@ -164,7 +164,7 @@ def sweep(rows: Mapping[str, Sequence[tuple[float, Estimate]]], option: str, pat
     return _finish(figure, path)
 
 
-def density(curves: Mapping[str, tuple[str, Curve]], path: Path) -> Path:
+def density(curves: Mapping[str, tuple[str, DensityRatio]], path: Path) -> Path:
     """Density ratios for one prompt; `curves`: label -> (method, or "" for the optimal policy)."""
     figure, axis = _panel("log probability under the reference (nats)", "density over the reference's")
     axis.axhline(1, color=plots.GREY, linewidth=0.8, linestyle=":")

@@ -321,13 +321,13 @@ def densities(found: Results, directory: Path) -> str:
     )
 
 
-def _curves(trials: Sequence[Trial], rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, density.Curve]]:
+def _curves(trials: Sequence[Trial], rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, density.DensityRatio]]:
     curves = {}
     for trial, row in zip(trials, rows, strict=True):
         beta = trial.arguments["beta_pi"] * trial.arguments["beta_r"]
         if trial.arguments["reward_norm"] == "none":  # else the optimum is that of other rewards
-            best = density.of_optimum(row["rewards"], beta)
-            curves[f"optimal, beta {beta:g}"] = "", density.curve(row["ref_logps"], best)
-        mine = density.of_policy(row["logps"], row["ref_logps"])
-        curves[trial.series] = trial.method, density.curve(row["ref_logps"], mine)
+            best = density.optimum_weights(row["rewards"], beta)
+            curves[f"optimal, beta {beta:g}"] = "", density.density_ratio(row["ref_logps"], best)
+        mine = density.policy_weights(row["logps"], row["ref_logps"])
+        curves[trial.series] = trial.method, density.density_ratio(row["ref_logps"], mine)
     return curves

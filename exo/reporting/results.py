@@ -80,8 +80,8 @@ class Trial:
     def setting(self) -> str:
         return ", ".join(f"{name} {value:g}" for name, value in self.varied.items())
 
-    def samples(self, checkpoint: Checkpoint) -> list[data.Group]:
-        return data.read(self.folder / "samples" / f"{checkpoint.name}.jsonl", purpose="samples").groups
+    def samples(self, checkpoint: Checkpoint) -> list[data.Example]:
+        return data.read(self.folder / "samples" / f"{checkpoint.name}.jsonl", purpose="samples").examples
 
 
 @dataclass(frozen=True)
@@ -273,8 +273,8 @@ def _value(checkpoint: Checkpoint, name: str) -> Estimate | None:
 
 def _mean_rewards(trial: Trial) -> list[tuple[str, float]]:
     """(prompt, mean reward of its samples) at the last checkpoint."""
-    groups = trial.samples(trial.last)
-    return [(group.prompt, statistics.fmean(group.rewards or ())) for group in groups]
+    examples = trial.samples(trial.last)
+    return [(example.prompt, statistics.fmean(example.rewards or ())) for example in examples]
 
 
 def over_seeds(values: Sequence[Estimate | None]) -> Estimate | None:

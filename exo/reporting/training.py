@@ -133,14 +133,14 @@ def samples(found: Results, seed: int) -> str:
     if not found.start:
         return ""
     columns = [("SFT", found.start), *((s.first.series, s.first) for s in found.best_of_method)]
-    groups = [(name, trial.samples(trial.last)) for name, trial in columns]
-    count = len(groups[0][1])
+    examples = [(name, trial.samples(trial.last)) for name, trial in columns]
+    count = len(examples[0][1])
     places = sorted(random.Random(seed).sample(range(count), min(SHOWN, count)))
     body = []
     for place in places:
         body.append(html.heading(f"Prompt {place + 1}"))
-        shown = [("prompt", groups[0][1][place].prompt)]
-        for name, rows in groups:
+        shown = [("prompt", examples[0][1][place].prompt)]
+        for name, rows in examples:
             row = rows[place]
             reward = f", reward {row.rewards[0]:+.2f}" if row.rewards else ""
             shown.append((name + reward, row.completions[0]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exo import data
-from exo.data import Group
+from exo.data import Example
 from exo.rollouts import samples
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
@@ -16,18 +16,18 @@ from exo.runs import record as run_record
 Settings = dict[str, Any]  # k, temperature, top_p and max_new_tokens of what is evaluated; None where unknown
 
 
-def settings_of(groups: Sequence[Group], path: str) -> Settings:
+def settings_of(examples: Sequence[Example], path: str) -> Settings:
     """How a file's completions were drawn, by its rows or else by the record of its run."""
     run = run_record.record(Path(path)) or run_record.record(Path(path).parent) or {}
     asked = run.get("arguments", {}) if run.get("stage") == "sample" else {}
     found: Settings = {}
     for name in samples.Settings._fields:
-        values = {getattr(group.tokens, name, None) for group in groups}
+        values = {getattr(example.tokens, name, None) for example in examples}
         if len(values) > 1:
             raise ValueError(f"--samples {path}: expected one {name} for all rows; got {sorted(map(str, values))}")
         (value,) = values
         found[name] = asked.get(name) if value is None else value
-    sizes = {len(group.completions) for group in groups}
+    sizes = {len(example.completions) for example in examples}
     return {"k": sizes.pop() if len(sizes) == 1 else None} | found
 
 
@@ -68,7 +68,7 @@ def read(
             f"--baseline {name}: expected an evaluation like this one; it has {'; '.join(different)}; evaluate the "
             "reference again with the options of this run"
         )
-    groups = data.read(path.parent / "samples" / f"{last}.jsonl", purpose="samples").groups
-    if [group.prompt for group in groups] != list(prompts):
+    examples = data.read(path.parent / "samples" / f"{last}.jsonl", purpose="samples").examples
+    if [example.prompt for example in examples] != list(prompts):
         raise ValueError(f"--baseline {name}: expected an evaluation on the same prompts; got others")
-    return [group.rewards or () for group in groups]
+    return [example.rewards or () for example in examples]

@@ -27,7 +27,7 @@ class Decoder(Protocol):
         """Append one token to each row in `kept` and drop the other rows."""
 
 
-class Cached:
+class CachedDecoder:
     """The model with its cache. Prompts are padded on the left."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], owners: Sequence[int]) -> None:
@@ -71,7 +71,7 @@ class Cached:
         self.logits = self.logits[rows]
 
 
-class Uncached:
+class UncachedDecoder:
     """The model without a cache: every step runs the whole sequences again, padded on the right."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], owners: Sequence[int]) -> None:
@@ -94,7 +94,7 @@ class Uncached:
 
 
 @torch.no_grad()
-def caches(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
+def supports_cache(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
     """Whether sampling may use the model's cache: on pieces of the longest prompt it must give the same logits.
 
     Two pieces are tried, since a mixture of experts may route a token otherwise that lies on a border.
@@ -115,9 +115,9 @@ def _agree(model: nn.Module, ids: Sequence[int]) -> bool:
     """
     prompts, tokens = [ids, ids[-1:]], torch.tensor([ids[0], ids[-1], ids[0]])
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    expected = _path(Uncached(model, prompts, [1, 0, 1]), tokens)
+    expected = _path(UncachedDecoder(model, prompts, [1, 0, 1]), tokens)
     with suppress(Exception):
-        logits = _path(Cached(model, prompts, [1, 0, 1]), tokens)
+        logits = _path(CachedDecoder(model, prompts, [1, 0, 1]), tokens)
         return bool((logits - expected).abs().max() <= (FIT if exact else ROUGH_FIT) * expected.std())
     return False
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from exo.data import Group
-from exo.data.collate import Batch, Packing
+from exo.data import Example
+from exo.data.collate import Batch, Collator
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
 from exo.models import logps as model_logps
 from exo.rollouts import samples, scorers
@@ -28,7 +28,7 @@ SCORED_AT_ONCE = 64  # rollouts; a process's share of them is a number of these
 
 
 @dataclass(frozen=True)
-class Rollout(TokenGroup):
+class Rollout(TokenizedExample):
     """One prompt, one completion of n tokens; one number a token."""
 
     logps: tuple[float, ...] = ()  # of the policy that drew it
@@ -63,7 +63,7 @@ class RolloutBatch(NamedTuple):
         return RolloutBatch(*moved)
 
 
-def collate(rollouts: Sequence[Rollout], packing: Packing) -> RolloutBatch:
+def collate(rollouts: Sequence[Rollout], collator: Collator) -> RolloutBatch:
     def of_tokens(name: str) -> Tensor:  # (n,)
         return torch.tensor([value for rollout in rollouts for value in getattr(rollout, name)])
 
@@ -71,23 +71,23 @@ def collate(rollouts: Sequence[Rollout], packing: Packing) -> RolloutBatch:
     scores, kls, cuts = (
         torch.tensor([float(getattr(rollout, name)) for rollout in rollouts]) for name in ("score", "kl", "cut")
     )
-    batch = packing.collate(rollouts)
+    batch = collator.collate(rollouts)
     return RolloutBatch(batch, logps, values, advantages, returns, scores, kls, cuts, rollouts[0].frozen)
 
 
-class Maker(NamedTuple):
+class ExperienceCollector(NamedTuple):
     """What rollouts are made of. `values(part)` gives the critic's value of the state before each token of each row."""
 
     model: Any
     reference: Any
     tokenizer: Any
     scorer: Scorer
-    values: Callable[[Sequence[TokenGroup]], list[list[float]]]
+    values: Callable[[Sequence[TokenizedExample]], list[list[float]]]
     accelerator: Any
     settings: samples.Settings
     max_prompt_length: int
     seed: int
-    packing: Packing
+    collator: Collator
     kl_coef: float
     gamma: float
     lam: float
@@ -95,21 +95,23 @@ class Maker(NamedTuple):
 
     def make(self, prompts: Sequence[str], numbers: Sequence[int]) -> list[Rollout]:
         """One completion of each prompt."""
-        with self.accelerator.autocast(), fsdp.held_whole(self.model):
+        with self.accelerator.autocast(), fsdp.unsharded(self.model):
             drawn = samples.draw(
                 self.model, self.tokenizer, prompts, self.settings, numbers=numbers, k=1, run=self._run,
                 max_prompt_length=self.max_prompt_length, seed=self.seed,
             )  # fmt: skip
         samples.warn_of_cut(samples.describe(drawn)["unfinished"])
-        score = partial(scorers.score_part, self.scorer)
-        parts = scorers.in_parts(drawn, SCORED_AT_ONCE)
-        found, remarks = scorers.together(gather.shared(parts, score, self.accelerator))
+        score = partial(scorers.score_chunk, self.scorer)
+        parts = scorers.chunked(drawn, SCORED_AT_ONCE)
+        found, remarks = scorers.merge(gather.map_over_ranks(parts, score, self.accelerator))
         self.remarks.update(remarks)
         scores = [row[0] for row in found]
-        groups = self._encode(drawn)
-        now, before = self._logps(self.model, groups), self._logps(self.reference, groups)
+        examples = self._encode(drawn)
+        now, before = self._logps(self.model, examples), self._logps(self.reference, examples)
         together = fsdp.is_sharded(self.model)
-        listed = model_logps.each(groups, self.values, self.packing, self.accelerator, together=together)
+        listed = model_logps.map_micro_batches(
+            examples, self.values, self.collator, self.accelerator, together=together
+        )
         values = [torch.tensor(row, dtype=torch.float64) for row in listed]
         earned = [-self.kl_coef * (a - b) for a, b in zip(now, before, strict=True)]
         for row, one in zip(earned, scores, strict=True):
@@ -120,32 +122,32 @@ class Maker(NamedTuple):
         mean, spread = everything.mean(), everything.std(correction=0).clamp(min=1e-8)
         return [
             Rollout(
-                group.prompt, group.completions, None, group.line, None, tuple(now[i].tolist()),
+                example.prompt, example.completions, None, example.line, None, tuple(now[i].tolist()),
                 tuple(values[i].tolist()), tuple(((advantages[i] - mean) / spread).tolist()),
                 tuple(returns[i].tolist()), scores[i], float((now[i] - before[i]).sum()), _is_cut(drawn[i]),
             )
-            for i, group in enumerate(groups)
+            for i, example in enumerate(examples)
         ]  # fmt: skip
 
     def _run(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-        listed = gather.shared(jobs, lambda job: samples.listed(job()), self.accelerator)
-        return list(map(samples.unlisted, listed))
+        listed = gather.map_over_ranks(jobs, lambda job: samples.to_json(job()), self.accelerator)
+        return list(map(samples.from_json, listed))
 
-    def _encode(self, drawn: Sequence[Group]) -> list[TokenGroup]:
+    def _encode(self, drawn: Sequence[Example]) -> list[TokenizedExample]:
         most = self.max_prompt_length
         limits = Limits(most + self.settings.max_new_tokens, None, "prompt-left", most)
-        groups, _ = tokenize.encode(drawn, self.tokenizer, limits, "rollouts")
-        return groups
+        examples, _ = tokenize.encode(drawn, self.tokenizer, limits, "rollouts")
+        return examples
 
-    def _logps(self, model: Any, groups: Sequence[TokenGroup]) -> list[Tensor]:
+    def _logps(self, model: Any, examples: Sequence[TokenizedExample]) -> list[Tensor]:
         found = model_logps.shared_token_logps(
-            model, groups, self.accelerator, self.packing, temperature=self.settings.temperature
+            model, examples, self.accelerator, self.collator, temperature=self.settings.temperature
         )
         return [row for (row,) in found]
 
 
-def _is_cut(group: Group) -> bool:
-    return group.tokens is not None and group.tokens.finish == ("length",)
+def _is_cut(example: Example) -> bool:
+    return example.tokens is not None and example.tokens.finish == ("length",)
 
 
 def gae(
@@ -164,7 +166,7 @@ def gae(
     return rewards.new_tensor(found[::-1])
 
 
-class Phases:
+class RolloutSampler:
     """Batches without end: a phase of `rollout_size` new rollouts, gone through `epochs` times, and again.
 
     The actor is frozen in those of the first `warmup_steps` batches. A prompt that comes round again gets new
@@ -173,7 +175,7 @@ class Phases:
 
     def __init__(
         self,
-        maker: Maker,
+        maker: ExperienceCollector,
         prompts: Sequence[str],
         *,
         rollout_size: int,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from exo.cli import console, signals
 from exo.cli.errors import RunError
-from exo.models.lm_head import evaluating
+from exo.models.lm_head import eval_mode
 from exo.rollouts import decoding
 
 
@@ -71,7 +71,7 @@ def sample(
     rules = _Rules(frozenset(stop_ids), tuple(absent_ids), temperature, top_p)
 
     def draw(batch: list[tuple[int, int]]) -> list[Sample]:
-        signals.stop_if_asked()
+        signals.raise_if_stop_requested()
         uniforms = torch.stack([_stream(seed, numbers[i], j, max_new_tokens) for i, j in batch])
         drawn = _draw(decoder, model, rules, prompts, batch, uniforms)
         for (i, _), one in zip(batch, drawn, strict=True):
@@ -83,7 +83,7 @@ def sample(
         return drawn
 
     jobs = [partial(draw, batch) for batch in batches]
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         decoder = _decoder(model, prompts)
         found = [job() for job in jobs] if run is None else run(jobs)
     drawn = {row: one for batch, some in zip(batches, found, strict=True) for row, one in zip(batch, some, strict=True)}
@@ -100,13 +100,13 @@ class _Rules(NamedTuple):
 
 
 def _decoder(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Callable[..., decoding.Decoder]:
-    if not prompts or decoding.caches(model, prompts):
-        return decoding.Cached
+    if not prompts or decoding.supports_cache(model, prompts):
+        return decoding.CachedDecoder
     console.warn(
         f"{type(model).__name__}: sampling without a key-value cache, because this model has none that keeps its "
         "logits; every token runs its whole sequence again"
     )
-    return decoding.Uncached
+    return decoding.UncachedDecoder
 
 
 def _draw(
@@ -129,7 +129,7 @@ def _draw(
     absent = torch.tensor(rules.absent_ids, dtype=torch.long, device=device)
     decoder = decoder_type(model, prompts, [i for i, _ in batch])
     for step in range(steps):
-        signals.stop_if_asked()
+        signals.raise_if_stop_requested()
         logprobs = torch.log_softmax(decoder.logits.float() / rules.temperature, -1)  # (alive, V)
         allowed = logprobs.index_fill(1, absent, -torch.inf) if len(absent) else logprobs
         choice = _inverse_cdf(_nucleus(allowed, rules.top_p), uniforms[alive, step])

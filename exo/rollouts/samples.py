@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from exo import models
 from exo.cli import console
-from exo.data import Group, Tokens
+from exo.data import Example, Tokens
 from exo.data.text import subwords, tokenize
 from exo.rollouts import generate
 from exo.rollouts.generate import Sample
@@ -24,7 +24,7 @@ class Settings(NamedTuple):
     top_p: float = 1.0
 
 
-def group(
+def to_example(
     prompt: str,
     prompt_ids: list[int],
     drawn: Sequence[Sample],
@@ -32,25 +32,25 @@ def group(
     tokenizer_hash: str,
     line: int,
     settings: Settings,
-) -> Group:
+) -> Example:
     """Return a prompt with its samples; their texts are without special tokens and the token that ends them."""
     texts = tuple(
         subwords.decoded_after(prompt_ids, list(s.token_ids[: len(s.token_ids) - (s.finish == "eos")]), tokenizer)
         for s in drawn
     )
     ids, logprobs, finish = zip(*((s.token_ids, s.logprob, s.finish) for s in drawn), strict=True)
-    return Group(prompt, texts, None, line, Tokens(tokenizer_hash, ids, logprobs, finish, **settings._asdict()))
+    return Example(prompt, texts, None, line, Tokens(tokenizer_hash, ids, logprobs, finish, **settings._asdict()))
 
 
-def row(group: Group) -> dict[str, Any]:
+def to_row(example: Example) -> dict[str, Any]:
     """A line of a file of samples, or of scored samples where the group has rewards."""
-    found: dict[str, Any] = {"prompt": group.prompt, "completions": list(group.completions)}
-    if group.rewards is not None:
-        found["rewards"] = list(group.rewards)
-    if group.tokens is not None:
-        found |= {"tokenizer": group.tokens.tokenizer, "token_ids": [list(ids) for ids in group.tokens.ids]}
-        found |= {"logprobs": list(group.tokens.logprobs), "finish": list(group.tokens.finish)}
-        known = {name: getattr(group.tokens, name) for name in Settings._fields}
+    found: dict[str, Any] = {"prompt": example.prompt, "completions": list(example.completions)}
+    if example.rewards is not None:
+        found["rewards"] = list(example.rewards)
+    if example.tokens is not None:
+        found |= {"tokenizer": example.tokens.tokenizer, "token_ids": [list(ids) for ids in example.tokens.ids]}
+        found |= {"logprobs": list(example.tokens.logprobs), "finish": list(example.tokens.finish)}
+        known = {name: getattr(example.tokens, name) for name in Settings._fields}
         found |= {name: value for name, value in known.items() if value is not None}
     return found
 
@@ -65,7 +65,7 @@ def draw(
     max_prompt_length: int,
     numbers: Sequence[int] | None = None,
     **options: Any,
-) -> list[Group]:
+) -> list[Example]:
     """`generation.sample` from texts to rows of data; a prompt over its limit loses its left. Quiet without a label."""
     ids, counts = tokenize.sampled_prompts(prompts, tokenizer, max_prompt_length)
     if label:
@@ -76,36 +76,36 @@ def draw(
         model, models.stop_ids(model, tokenizer), ids, absent_ids=models.absent_ids(model, tokenizer),
         numbers=numbers, progress=progress.advance, **settings._asdict(), **options,
     )  # fmt: skip
-    return groups(prompts, ids, drawn, tokenizer, settings, numbers)
+    return to_examples(prompts, ids, drawn, tokenizer, settings, numbers)
 
 
-def listed(drawn: Sequence[Sample]) -> list[Any]:
+def to_json(drawn: Sequence[Sample]) -> list[Any]:
     """As JSON has them."""
     return [[list(sample.token_ids), sample.logprob, sample.finish] for sample in drawn]
 
 
-def unlisted(rows: Sequence[Any]) -> list[Sample]:
+def from_json(rows: Sequence[Any]) -> list[Sample]:
     return [Sample(tuple(ids), logprob, finish) for ids, logprob, finish in rows]
 
 
-def groups(
+def to_examples(
     prompts: Sequence[str],
     prompt_ids: Sequence[list[int]],
     drawn: Sequence[Sequence[Sample]],
     tokenizer: Any,
     settings: Settings,
     numbers: Sequence[int] | None = None,
-) -> list[Group]:
+) -> list[Example]:
     """Return a group for each prompt; its line is its number, counted from 1."""
     known = tokenize.tokenizer_hash(tokenizer)
     places = range(len(prompts)) if numbers is None else numbers
     rows = zip(prompts, prompt_ids, drawn, places, strict=True)
-    return [group(prompt, ids, some, tokenizer, known, place + 1, settings) for prompt, ids, some, place in rows]
+    return [to_example(prompt, ids, some, tokenizer, known, place + 1, settings) for prompt, ids, some, place in rows]
 
 
-def describe(groups: Sequence[Group]) -> dict[str, float]:
+def describe(examples: Sequence[Example]) -> dict[str, float]:
     """How long the completions are, and which share of them did not end."""
-    tokens = [group.tokens for group in groups if group.tokens is not None]
+    tokens = [example.tokens for example in examples if example.tokens is not None]
     lengths = [len(ids) for row in tokens for ids in row.ids]
     unfinished = sum(finish == "length" for row in tokens for finish in row.finish)
     return {
@@ -115,11 +115,11 @@ def describe(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def say_cut(groups: Sequence[Group]) -> None:
+def log_cut(examples: Sequence[Example]) -> None:
     """Print the share of completions that were cut for their length, and warn if it is large."""
-    if any(group.tokens is not None for group in groups):
-        share = describe(groups)["unfinished"]
-        console.say(f"  {100 * share:.1f}% of the completions were cut for their length")
+    if any(example.tokens is not None for example in examples):
+        share = describe(examples)["unfinished"]
+        console.log(f"  {100 * share:.1f}% of the completions were cut for their length")
         warn_of_cut(share)
 
 
@@ -131,9 +131,9 @@ def warn_of_cut(share: float) -> None:
         )
 
 
-def check_temperature(option: str, path: str, groups: Sequence[Group], temperature: float) -> None:
+def check_temperature(option: str, path: str, examples: Sequence[Example], temperature: float) -> None:
     """ValueError if samples were drawn at another temperature; warn if they do not say, or were drawn with top-p."""
-    sampled = [group.tokens for group in groups if group.tokens is not None]
+    sampled = [example.tokens for example in examples if example.tokens is not None]
     known = {tokens.temperature for tokens in sampled}
     for other in sorted(value for value in known if value is not None and value != temperature):
         raise ValueError(

@@ -19,11 +19,11 @@ from exo import models
 from exo.cli.errors import RunError
 from exo.cli.fields import option, require
 from exo.cli.options import Scoring
-from exo.data import Group, transforms
-from exo.data.collate import Packing
+from exo.data import Example, transforms
+from exo.data.collate import Collator
 from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.models.reward_head import RewardHead
 from exo.runs import inputs as run_inputs
 
@@ -38,9 +38,9 @@ class Scorer(NamedTuple):
     """`score(groups)`; `name` is for people, and `counts` says what was scored in part, of all calls together."""
 
     name: str
-    score: Callable[[Sequence[Group]], Scores]
+    score: Callable[[Sequence[Example]], Scores]
     counts: Counter[str]
-    refused: Callable[[Sequence[Group], str, bool], Refused]  # encoding.refused
+    refused: Callable[[Sequence[Example], str, bool], Refused]  # encoding.refused
 
 
 class Options(NamedTuple):
@@ -86,46 +86,46 @@ def load(
     render.configure(tokenizer, template, arguments, date)
     limits = Limits(max_length, None, "prompt-left", max_prompt_length)
     counts: Counter[str] = Counter()
-    packing = Packing(tokenizer.pad_token_id, compute.max_tokens_per_batch)
+    collator = Collator(tokenizer.pad_token_id, compute.max_tokens_per_batch)
 
-    def rendered(groups: Sequence[Group]) -> Sequence[Group]:
-        return groups if template in ("auto", "none") else [render.render(group) for group in groups]
+    def rendered(examples: Sequence[Example]) -> Sequence[Example]:
+        return examples if template in ("auto", "none") else [render.render(example) for example in examples]
 
-    def refused(groups: Sequence[Group], path: str, skip_invalid: bool) -> Refused:
-        return tokenize.refused(rendered(groups), tokenizer, path, skip_invalid=skip_invalid)
+    def refused(examples: Sequence[Example], path: str, skip_invalid: bool) -> Refused:
+        return tokenize.refused(rendered(examples), tokenizer, path, skip_invalid=skip_invalid)
 
-    def score(groups: Sequence[Group]) -> Scores:
+    def score(examples: Sequence[Example]) -> Scores:
         # each alone: together they would be cut as the longest of them needs, and dropped where that makes them alike
-        rows = rendered(groups)
-        alone = [transforms.select(group, (i,)) for group in rows for i in range(len(group.completions))]
+        rows = rendered(examples)
+        alone = [transforms.select(example, (i,)) for example in rows for i in range(len(example.completions))]
         encoded, cut = tokenize.encode(alone, tokenizer, limits, "samples", foreign="text", strict=False)
         for reason, count in cut.items():
             counts[reason.replace("rows", "completions scored")] += count
         models.check_fits(model, encoded)
-        values = iter(value for (value,) in _classify(head, encoded, accelerator, packing))
-        scores = [tuple(next(values) for _ in group.completions) for group in groups]
-        _check_finite(name, groups, scores)
+        values = iter(value for (value,) in _classify(head, encoded, accelerator, collator))
+        scores = [tuple(next(values) for _ in example.completions) for example in examples]
+        _check_finite(name, examples, scores)
         return scores
 
     return Scorer(name, score, counts, refused)
 
 
-def _refuses_nothing(groups: Sequence[Group], path: str, skip_invalid: bool) -> Refused:
+def _refuses_nothing(examples: Sequence[Example], path: str, skip_invalid: bool) -> Refused:
     return frozenset(), Counter()
 
 
-def in_parts(groups: Sequence[Group], rows: int = AT_ONCE) -> list[Sequence[Group]]:
+def chunked(examples: Sequence[Example], rows: int = AT_ONCE) -> list[Sequence[Example]]:
     """As they are scored together, whatever the number of processes."""
-    return [groups[first : first + rows] for first in range(0, len(groups), rows)]
+    return [examples[first : first + rows] for first in range(0, len(examples), rows)]
 
 
-def score_part(scorer: Scorer, groups: Sequence[Group]) -> tuple[Scores, dict[str, int]]:
+def score_chunk(scorer: Scorer, examples: Sequence[Example]) -> tuple[Scores, dict[str, int]]:
     """And what the scorer remarked of these rows."""
     scorer.counts.clear()
-    return scorer.score(groups), dict(scorer.counts)
+    return scorer.score(examples), dict(scorer.counts)
 
 
-def together(found: Iterable[Sequence[Any]]) -> tuple[Scores, Counter[str]]:
+def merge(found: Iterable[Sequence[Any]]) -> tuple[Scores, Counter[str]]:
     """The scores of all parts, and all that was remarked."""
     scores: Scores = []
     counts: Counter[str] = Counter()
@@ -135,46 +135,48 @@ def together(found: Iterable[Sequence[Any]]) -> tuple[Scores, Counter[str]]:
     return scores, counts
 
 
-def _of_function(name: str) -> Callable[[Sequence[Group]], Scores]:
+def _of_function(name: str) -> Callable[[Sequence[Example]], Scores]:
     module, _, function = name.partition(":")
     try:
         oracle = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"--oracle {name}: expected module:function that can be imported; {error}") from None
 
-    def score(groups: Sequence[Group]) -> Scores:
-        return [tuple(number(group, text) for text in group.completions) for group in groups]
+    def score(examples: Sequence[Example]) -> Scores:
+        return [tuple(number(example, text) for text in example.completions) for example in examples]
 
-    def number(group: Group, text: str) -> float:
+    def number(example: Example, text: str) -> float:
         found = None
         try:
-            found = oracle(group.prompt, text)
+            found = oracle(example.prompt, text)
             value = float(found)
         except Exception as error:  # someone else's code
             what = f"{type(error).__name__}: {error}" if found is None else type(found).__name__
-            raise ValueError(f"--oracle {name}: line {group.line}: expected a number; got {what}") from error
+            raise ValueError(f"--oracle {name}: line {example.line}: expected a number; got {what}") from error
         if not math.isfinite(value):
-            raise ValueError(f"--oracle {name}: line {group.line}: expected a finite number; got {value}")
+            raise ValueError(f"--oracle {name}: line {example.line}: expected a finite number; got {value}")
         return value
 
     return score
 
 
 @torch.no_grad()
-def _classify(head: RewardHead, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing) -> Scores:
-    def of(part: Sequence[TokenGroup]) -> Scores:
-        batch = packing.collate(part).to(accelerator.device)
+def _classify(
+    head: RewardHead, examples: Sequence[TokenizedExample], accelerator: Accelerator, collator: Collator
+) -> Scores:
+    def of(part: Sequence[TokenizedExample]) -> Scores:
+        batch = collator.collate(part).to(accelerator.device)
         with accelerator.autocast():
             rewards = head(batch)
         return [tuple(values.tolist()) for values in rewards.double().cpu().split(batch.group_size.tolist())]
 
-    return packing.each(groups, of)
+    return collator.each(examples, of)
 
 
-def _check_finite(name: str, groups: Sequence[Group], scores: Scores) -> None:
-    for group, row in zip(groups, scores, strict=True):
+def _check_finite(name: str, examples: Sequence[Example], scores: Scores) -> None:
+    for example, row in zip(examples, scores, strict=True):
         if not all(map(math.isfinite, row)):
-            raise RunError(f"--reward_model {name}: expected finite rewards; got others in row {group.line}")
+            raise RunError(f"--reward_model {name}: expected finite rewards; got others in row {example.line}")
 
 
 def describe(rewards: Scores) -> dict[str, Any]:

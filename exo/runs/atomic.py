@@ -12,7 +12,7 @@ STAGING = ".staging"  # how names of what is half made begin
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """A directory to fill; on leaving it takes the place of `target`, on an error it vanishes.
 
     A new `target` appears in one rename; an old one is moved aside just before, and removed after.
@@ -26,38 +26,38 @@ def staged(target: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        flush_all(staging)
+        fsync_all(staging)
         if target.exists():
             os.rename(target, previous)
         os.rename(staging, target)
-        flush(target.parent)
+        fsync(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
-def staged_into(directory: Path) -> Iterator[Path]:
+def atomic_files(directory: Path) -> Iterator[Path]:
     """Like `staged`, for files that join others in `directory`: each is moved into place once all are complete."""
     staging = directory / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         yield staging
-        flush_all(staging)
+        fsync_all(staging)
         for entry in sorted(staging.iterdir()):
             os.replace(entry, directory / entry.name)
-        flush(directory)
+        fsync(directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def flush_all(directory: Path) -> None:
+def fsync_all(directory: Path) -> None:
     for entry in (*directory.rglob("*"), directory):
-        flush(entry)
+        fsync(entry)
 
 
-def flush(entry: Path) -> None:
+def fsync(entry: Path) -> None:
     """A file's contents, or a directory's names, to the disk itself."""
     handle = os.open(entry, os.O_RDONLY)
     try:
@@ -67,18 +67,18 @@ def flush(entry: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    with staged_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def staged_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A path to write to; it becomes `path` once complete. The extension stays, for writers that look at it."""
     temporary = path.with_name(f"{STAGING}-{path.name}")
     try:
         yield temporary
-        flush(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-        flush(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

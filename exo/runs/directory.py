@@ -18,7 +18,7 @@ from exo.runs.record import PIECES, RUN_FILE, STATES, read_run
 LOCK = ".lock"
 
 
-def check_apart(directory: str, inputs: Iterable[str]) -> None:
+def check_inputs(directory: str, inputs: Iterable[str]) -> None:
     """RunError where what a run reads is in its own directory, which may be emptied."""
     for name in inputs:
         if Path(name).exists() and Path(name).resolve().is_relative_to(Path(directory).resolve()):
@@ -65,7 +65,7 @@ def _empty(run: Path) -> None:
 
 
 @contextmanager
-def locked(directory: str) -> Iterator[None]:
+def lock(directory: str) -> Iterator[None]:
     """RunError where another process writes to the run. A process that dies, however it does, locks nothing.
 
     Of several processes of one run the first locks for all.
@@ -103,7 +103,7 @@ def is_run(directory: Path, stage: str | None = None) -> bool:
     return record is not None and stage in (None, record["stage"])
 
 
-def clear(run: Path) -> None:
+def remove_resume_files(run: Path) -> None:
     """Remove what a run goes on from, once it has ended and does not."""
     shutil.rmtree(run / STATES, ignore_errors=True)
     (run / PIECES).unlink(missing_ok=True)

@@ -40,7 +40,7 @@ class Metrics:
         self._file.close()
 
 
-class Pieces:
+class JsonlCache:
     """Work in pieces, kept as they are done: a line of JSON a piece. What a kill cut off is done again.
 
     All processes read what is known; one of them writes.

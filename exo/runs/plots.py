@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, and none is looked for
 import matplotlib.pyplot as plt  # noqa: E402
 
-from exo.runs.atomic import staged_file  # noqa: E402
+from exo.runs.atomic import atomic_file  # noqa: E402
 
 TRAINING = Path("plots/training.png")  # in the directory of a run
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
@@ -57,7 +57,7 @@ def tidy(axis: plt.Axes) -> None:
 def save(figure: plt.Figure, path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     figure.tight_layout()
-    with staged_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return path

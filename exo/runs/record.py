@@ -73,10 +73,10 @@ PACKAGES = ("exo-kernels", "torch", "triton", "transformers", "tokenizers", "acc
 
 def write_run(directory: Path, config: Any, stage: str, **facts: Any) -> None:
     """run.json: what was asked for, by which versions; and the facts a stage adds (when, hashes, results)."""
-    write_json(directory / RUN_FILE, asked_for(config, stage) | facts)
+    write_json(directory / RUN_FILE, describe_request(config, stage) | facts)
 
 
-def asked_for(config: Any, stage: str) -> dict[str, Any]:
+def describe_request(config: Any, stage: str) -> dict[str, Any]:
     return {
         "stage": stage,
         "command": ["python", "-m", f"exo.{stage}", *as_flags(config)],

@@ -24,7 +24,7 @@ class Start(NamedTuple):
 
     config: Any
     stage: str
-    goes_on: bool  # an earlier run of the same did not finish
+    resumes: bool  # an earlier run of the same did not finish
     facts: dict[str, Any]  # of its record
 
     @property
@@ -46,11 +46,11 @@ def stage(name: str) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Pat
             processes = int(os.environ.get("WORLD_SIZE", "1"))
             if processes > 1 and not hasattr(config, "nproc"):
                 raise RunError(f"{name}: is done by one process; got {processes} (WORLD_SIZE)")
-            with run_directory.locked(directory):
+            with run_directory.lock(directory):
                 start = _start(config, name)
                 if start is None:
-                    run_directory.clear(Path(directory))  # it may have been killed just then
-                    console.say(f"{directory}: this run has finished; --overwrite_output_dir makes it again")
+                    run_directory.remove_resume_files(Path(directory))  # it may have been killed just then
+                    console.log(f"{directory}: this run has finished; --overwrite_output_dir makes it again")
                     return Path(directory)
                 return run(config, start)
 
@@ -62,7 +62,7 @@ def stage(name: str) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Pat
 def _start(config: Any, stage: str) -> Start | None:
     """None where it has been done."""
     directory, paths = Path(config.output_dir), inputs(config, stage)
-    run_directory.check_apart(
+    run_directory.check_inputs(
         config.output_dir, [_directory(str(p)) for path in paths.values() for p in split_paths(path)]
     )
     if paths.get("oracle", "").startswith("."):
@@ -85,7 +85,7 @@ def _start(config: Any, stage: str) -> Start | None:
             f"{'; '.join(different)}; {allow}--overwrite_output_dir begins anew"
         )
     if different:
-        console.say(f"going on with changes: {'; '.join(different)}")
+        console.log(f"going on with changes: {'; '.join(different)}")
     if finished and not outputs_intact(directory, before.get("outputs")):
         raise RunError(
             f"--output_dir {directory}: holds an earlier run whose files are not what it made; --overwrite_output_dir "
@@ -116,7 +116,7 @@ def _differences(before: Mapping[str, Any], config: Any, hashes: Mapping[str, st
     return found + [f"another {name}" for name in other]
 
 
-def goes_on(directory: Path, config: Any, stage: str) -> bool:
+def is_resumable(directory: Path, config: Any, stage: str) -> bool:
     """Whether an unfinished run with these options and the same inputs is there."""
     run = record(directory)
     if run is None or run["stage"] != stage or "finished" in run:
@@ -131,13 +131,13 @@ def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
     Call it once everything that can be checked has been, in one process: only now may an earlier run make room.
     """
     config, directory, known = start.config, Path(start.config.output_dir), dict(start.facts)
-    if start.goes_on and keep:
+    if start.resumes and keep:
         before = record(directory) or {}
         again = [*before.get("again", []), known.pop("started")]
-        asked = run_record.asked_for(config, start.stage) | known  # until it is seen that it can go on
+        asked = run_record.describe_request(config, start.stage) | known  # until it is seen that it can go on
         run_record.update_run(directory, again=again, asked=asked, **facts)
         return directory
-    run_directory.prepare(config.output_dir, overwrite=config.overwrite_output_dir or start.goes_on)
+    run_directory.prepare(config.output_dir, overwrite=config.overwrite_output_dir or start.resumes)
     run_record.write_run(directory, config, start.stage, **known, **facts)
     return directory
 
@@ -149,7 +149,7 @@ def finish(directory: Path, **facts: Any) -> None:
     run_record.update_run(directory, **facts, outputs=made, finished=run_record.now())
 
 
-def holds(directory: Path, config: Any, stage: str) -> bool:
+def is_up_to_date(directory: Path, config: Any, stage: str) -> bool:
     """Whether the directory has a finished run of that stage with these options, the same inputs and whole outputs."""
     run = record(directory)
     if run is None or run["stage"] != stage or "finished" not in run:

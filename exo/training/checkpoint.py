@@ -36,24 +36,24 @@ class Stateful(Protocol):
 Tensors = dict[str, Tensor]
 
 
-class Random(NamedTuple):
+class RandomState(NamedTuple):
     torch: Tensor
     cuda: Tensor | None
     numpy: Any
     python: Any
 
 
-class Position(NamedTuple):
+class TrainState(NamedTuple):
     """Where a run stood after a step. Until the next update weights and optimizer belong to it too."""
 
     step: int
     metrics: int  # bytes of the log
-    random: Random  # of this process
+    random: RandomState  # of this process
     counters: dict[str, float]
     parts: dict[str, dict[str, Any]]
 
 
-class Keeper:
+class Checkpointer:
     """Saves the state of one run, and brings it back."""
 
     def __init__(
@@ -73,10 +73,10 @@ class Keeper:
         self.optim: torch.optim.Optimizer = getattr(optim, "optimizer", optim)
         self.metrics, self.parts, self.allow_changes = metrics, parts, allow_changes
         self.sharded = fsdp.is_sharded(module)
-        self.position: Position | None = None
+        self.position: TrainState | None = None
         self.last: Path | None = None  # the state that was written or gone on from last
 
-    def restore(self) -> Position | None:
+    def restore(self) -> TrainState | None:
         """Bring back the newest whole state; None where there is none, and the log is emptied then."""
         path = checkpoint_files.newest(self.directory, self.accelerator)
         if path is None:
@@ -111,7 +111,7 @@ class Keeper:
                 "not this state's; --overwrite_output_dir begins anew"
             )
         self._cut(facts["metrics"])
-        console.say(f"going on after step {facts['step']:,}, from {path}")
+        console.log(f"going on after step {facts['step']:,}, from {path}")
         self.last = path
         return self.mark(facts["step"], facts["counters"])
 
@@ -119,11 +119,11 @@ class Keeper:
         if self.accelerator.is_main_process:
             self.metrics.cut(size)
 
-    def mark(self, step: int, counters: Mapping[str, float]) -> Position:
+    def mark(self, step: int, counters: Mapping[str, float]) -> TrainState:
         """This is where the run stands, after an update; cheap, because it is said after each."""
         parts = {name: part.state() for name, part in self.parts.items()}
         drawn = _random(self.accelerator.device)
-        self.position = Position(step, self.metrics.size(), drawn, dict(counters), parts)
+        self.position = TrainState(step, self.metrics.size(), drawn, dict(counters), parts)
         return self.position
 
     def save(self) -> Path | None:
@@ -150,7 +150,7 @@ class Keeper:
         facts |= {"scaler": None if scaler is None else scaler.state_dict()}
         try:
             checkpoint_files.write(path, self._weights() | self._moments() | gathered, facts, self.accelerator)
-        except checkpoint_files.NotWritten as error:
+        except checkpoint_files.CheckpointNotWritten as error:
             raise RunError(
                 f"step {position.step}: its state could not be written to {self.directory}: {error}"
             ) from error
@@ -219,13 +219,13 @@ def _place(kind: checkpoint_files.Kind, parameter: Tensor) -> Tensor:
     return torch.zeros(kind.shape, dtype=kind.dtype, device=parameter.device)
 
 
-def _random(device: torch.device) -> Random:
+def _random(device: torch.device) -> RandomState:
     """Of torch, on the CPU and this process's GPU, of numpy and of Python, as each of them gives it."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return Random(torch.get_rng_state(), cuda, numpy.random.get_state(), random.getstate())
+    return RandomState(torch.get_rng_state(), cuda, numpy.random.get_state(), random.getstate())
 
 
-def _as_tensors(state: Random) -> Tensors:
+def _as_tensors(state: RandomState) -> Tensors:
     """Whole numbers below 2^53 are exact in doubles."""
     _, keys, *rest = state.numpy
     version, numbers, gauss = state.python

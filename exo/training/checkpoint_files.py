@@ -26,8 +26,8 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 
 from exo.cli import console
 from exo.distributed import gather
-from exo.distributed.fsdp import own
-from exo.runs.atomic import flush, flush_all
+from exo.distributed.fsdp import local_tensor
+from exo.runs.atomic import fsync, fsync_all
 
 KEPT = 2
 VERSION = 2
@@ -36,7 +36,7 @@ FILE = 2 << 30  # bytes of a file at most, if no tensor is larger: each is in me
 Tensors = Mapping[str, Tensor]
 
 
-class NotWritten(Exception):
+class CheckpointNotWritten(Exception):
     """A state was not written, and why; one line."""
 
 
@@ -64,15 +64,15 @@ def write(path: Path, tensors: Tensors, facts: Mapping[str, Any], accelerator: A
         listed = _listed(staging, accelerator)
         if main:
             (staging / MANIFEST).write_bytes(_encoded(listed))
-            flush_all(staging)
+            fsync_all(staging)
             if path.exists():  # damaged, or the run would have gone on from it
                 _remove(path)
             os.rename(staging, path)
-            flush(path.parent)
+            fsync(path.parent)
     except (OSError, CheckpointException) as error:
         if main:
             shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
-        raise NotWritten(_cause(error)) from error
+        raise CheckpointNotWritten(_cause(error)) from error
     if main:
         with contextlib.suppress(OSError):  # the state is there; what is left over is removed at the next one
             _make_room(path)
@@ -82,7 +82,7 @@ def write(path: Path, tensors: Tensors, facts: Mapping[str, Any], accelerator: A
 def _write_tensors(directory: Path, tensors: Tensors) -> None:
     numbers, number, size = {}, 1, 0
     for name, tensor in tensors.items():
-        part = own(tensor)
+        part = local_tensor(tensor)
         if size and size + part.nbytes > FILE:
             number, size = number + 1, 0
         numbers[name], size = number, size + part.nbytes
@@ -138,20 +138,20 @@ def newest(directory: Path, accelerator: Accelerator | None = None) -> Path | No
     """The newest state that is whole; one that is damaged is named, and passed over. All processes look together."""
     names = [path.name for path in _states(directory)]
     if accelerator is not None:
-        names = gather.gathered(names, accelerator)[0]
+        names = gather.all_gather_json(names, accelerator)[0]
     for name in reversed(names):
-        wrong = damage(directory / name, accelerator)
+        wrong = find_damage(directory / name, accelerator)
         if not wrong:
             return directory / name
-        console.say(f"  {directory / name} is damaged and not used: {wrong}")
+        console.log(f"  {directory / name} is damaged and not used: {wrong}")
     return None
 
 
-def damage(path: Path, accelerator: Accelerator | None = None) -> str:
+def find_damage(path: Path, accelerator: Accelerator | None = None) -> str:
     """What is wrong with a state, or "". Of several processes each reads a share of the files."""
     listed, wrong_with_it = _manifest(path)
     if accelerator is not None:  # one says for all
-        listed, wrong_with_it = gather.gathered([listed, wrong_with_it], accelerator)[0]
+        listed, wrong_with_it = gather.all_gather_json([listed, wrong_with_it], accelerator)[0]
     if wrong_with_it:
         return wrong_with_it
 
@@ -192,7 +192,7 @@ def _listed(state: Path, accelerator: Accelerator | None = None) -> dict[str, tu
 
 def _shared(names: Sequence[str], of: Callable[[str], Any], accelerator: Accelerator | None) -> list[Any]:
     """What each process does of a save or a restore, which no signal cuts short."""
-    return list(map(of, names)) if accelerator is None else gather.shared(names, of, accelerator, heeding=False)
+    return list(map(of, names)) if accelerator is None else gather.map_over_ranks(names, of, accelerator, heeding=False)
 
 
 def _encoded(listed: Mapping[str, Any]) -> bytes:

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from exo import data
 from exo.cli import console
 from exo.data import split
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.models import logps
 
 
-def warn_of_trained_texts(dataset: data.Dataset, held_out: data.Dataset) -> None:
+def warn_of_leaks(dataset: data.Dataset, held_out: data.Dataset) -> None:
     """Warn if held-out rows of a file of their own share texts with rows that are trained on."""
-    trained, others = ([split.Texts(g.prompt, g.completions) for g in rows.groups] for rows in (dataset, held_out))
+    trained, others = ([split.Texts(g.prompt, g.completions) for g in rows.examples] for rows in (dataset, held_out))
     if count := split.shared(trained, others):
         console.warn(
             f"{held_out.path}: {count:,} of {len(others):,} held-out rows share a prompt or a completion with --data, "
@@ -23,7 +23,7 @@ def warn_of_trained_texts(dataset: data.Dataset, held_out: data.Dataset) -> None
         )
 
 
-def warn_of_another_sampler(rows: Sequence[data.Group], scored: Sequence[TokenGroup]) -> None:
+def warn_of_other_sampler(rows: Sequence[data.Example], scored: Sequence[TokenizedExample]) -> None:
     """Warn if another policy than the reference drew the completions, by the log-probs that it drew them with.
 
     Only whole completions are compared: what all completions of a row begin with counts as their prompt.
@@ -31,10 +31,10 @@ def warn_of_another_sampler(rows: Sequence[data.Group], scored: Sequence[TokenGr
     drawn = {row.line: row.tokens for row in rows if row.tokens is not None and (row.tokens.top_p or 1) >= 1}
     squares = [
         (logprob - score) ** 2 / len(ids)
-        for group in scored
-        if group.line in drawn and group.completions == drawn[group.line].ids
+        for example in scored
+        if example.line in drawn and example.completions == drawn[example.line].ids
         for ids, logprob, score in zip(
-            group.completions, drawn[group.line].logprobs, group.ref_logps or (), strict=True
+            example.completions, drawn[example.line].logprobs, example.ref_logps or (), strict=True
         )
     ]
     noise = logps.TOKEN_NOISE["bf16"]  # sampling may have been in bfloat16, whatever this run is in

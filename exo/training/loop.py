@@ -19,7 +19,7 @@ from torch import nn
 from exo.cli import console, signals
 from exo.cli.errors import RunError
 from exo.cli.options import Training
-from exo.data.collate import Packing
+from exo.data.collate import Collator
 from exo.distributed import deepspeed, fsdp
 from exo.distributed.accelerator import compute_dtype
 from exo.models import weights
@@ -28,19 +28,19 @@ from exo.runs.jsonl import Metrics
 from exo.training import checkpoint
 from exo.training import profiler as training_profiler
 from exo.training.optimizer import _spare, optimizer
-from exo.training.sampler import Source
-from exo.training.step import COUNTERS, NotFinite, Step
+from exo.training.sampler import BatchSource
+from exo.training.step import COUNTERS, NonFiniteError, TrainStep
 
 
 def train(
     module: nn.Module,
-    source: Source,
+    source: BatchSource,
     steps: int,
     config: Training,
     accelerator: Accelerator,
     metrics: Metrics,
     *,
-    packing: Packing,
+    collator: Collator,
     denominator: Callable[[Sequence[Any]], int],
     shown: Mapping[str, str],
     collate: Callable[[Sequence[Any]], Any] | None = None,
@@ -65,13 +65,13 @@ def train(
     _spare(module, config)
     if fsdp.is_sharded(module):
         optim = accelerator.prepare(optimizer(module, config, rates))
-    elif deepspeed.asked():
+    elif deepspeed.is_requested():
         module, optim = deepspeed.prepare(module, optimizer(module, config, rates), config, accelerator)
     else:
         module, optim = accelerator.prepare(module, optimizer(module, config, rates))
     if accelerator.num_processes > 1:
         set_seed(config.seed + accelerator.process_index)  # each drops out units of its own
-    keeper = checkpoint.Keeper(
+    keeper = checkpoint.Checkpointer(
         Path(config.output_dir), module, optim, accelerator, metrics, {"data": source} | dict(parts or {}),
         allow_changes=config.allow_changes,
     )  # fmt: skip
@@ -86,11 +86,11 @@ def train(
     profiler = training_profiler.Profiler(
         config.profile, Path(config.output_dir), accelerator, compute_dtype(accelerator), module
     )
-    taking = Step(
-        module, optim, config, accelerator, denominator, collate or packing.collate, packing, steps, before_update
+    taking = TrainStep(
+        module, optim, config, accelerator, denominator, collate or collator.collate, collator, steps, before_update
     )
     try:
-        with signals.heeded(alone=accelerator.num_processes == 1):
+        with signals.graceful_shutdown(alone=accelerator.num_processes == 1):
             if done and after is not None:
                 after(done, done == steps)
             for step in range(done + 1, steps + 1):
@@ -114,7 +114,7 @@ def train(
                     keeper.save()
                 if after is not None:
                     after(step, step == steps)
-    except NotFinite as error:
+    except NonFiniteError as error:
         if error.of_all:  # nothing has been updated since the last step
             _save(keeper)
         raise RunError(f"{error}{keeper.kept()}") from error
@@ -138,7 +138,7 @@ def _exports(config: Training, step: int) -> bool:
     )
 
 
-def _save(keeper: checkpoint.Keeper) -> Path | None:
+def _save(keeper: checkpoint.Checkpointer) -> Path | None:
     """Save the last word of a run that ends early; an error names the checkpoint before it."""
     try:
         return keeper.save()
@@ -154,6 +154,6 @@ def _where(state: Path | None, steps: int) -> str:
 
 def _conclude(config: Training, counters: Mapping[str, float], steps: int) -> None:
     share = 100 * counters["clipped"] / steps
-    console.say(f"  the gradient's norm was clipped to {config.max_grad_norm:g} in {share:.0f}% of the steps")
+    console.log(f"  the gradient's norm was clipped to {config.max_grad_norm:g} in {share:.0f}% of the steps")
     if counters["not_finite"]:
-        console.say(f"  {counters['not_finite']:,.0f} updates were skipped: their loss or gradient was not finite")
+        console.log(f"  {counters['not_finite']:,.0f} updates were skipped: their loss or gradient was not finite")

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from exo.data.collate import Batch
 from exo.models.attention import masks
-from exo.models.lm_head import CausalHead
+from exo.models.lm_head import LMHead
 from exo.models.reward_head import RewardHead
-from exo.training.step import Share
+from exo.training.step import LossOutput
 from exo_kernels import linear_token_logps
 
 
@@ -31,7 +31,7 @@ class PairLoss(nn.Module):
             return margins
         right = (0.5 + 0.5 * margins.detach().sign().double()).sum()  # a tie counts one half
         loss = -nn.functional.logsigmoid(margins).sum() / count
-        return Share(loss, {"accuracy": (right, len(margins)), "margin": (margins.detach().sum(), len(margins))})
+        return LossOutput(loss, {"accuracy": (right, len(margins)), "margin": (margins.detach().sum(), len(margins))})
 
 
 class LabelLoss(PairLoss):
@@ -48,10 +48,10 @@ class NextToken(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.head = CausalHead(model)
+        self.head = LMHead(model)
 
-    def forward(self, batch: Batch, num_tokens: int) -> Share:
-        rows = masks.rows(self.head, batch)
-        logps = linear_token_logps(rows, self.head.weight, **masks.scored(batch), **self.head.options)
+    def forward(self, batch: Batch, num_tokens: int) -> LossOutput:
+        rows = masks.completion_hidden(self.head, batch)
+        logps = linear_token_logps(rows, self.head.weight, **masks.loss_inputs(batch), **self.head.options)
         total = -logps.double().sum()
-        return Share(total / num_tokens, {"nats_per_token": (total.detach(), len(logps))})
+        return LossOutput(total / num_tokens, {"nats_per_token": (total.detach(), len(logps))})

@@ -15,7 +15,7 @@ def _sums(metrics: dict[str, list[float]]) -> dict[str, tuple[float, int]]:
     return {name: (sum(values), len(values)) for name, values in metrics.items()}
 
 
-def group_metrics(stats: LossStats, batch: Batch, beta_pi: float) -> dict[str, list[float]]:
+def preference_metrics(stats: LossStats, batch: Batch, beta_pi: float) -> dict[str, list[float]]:
     """Metrics by their usual names, one value a group; a group that prefers nothing has none of most."""
     found: dict[str, list[float]] = {name: [] for name in METRICS}
     sizes = batch.group_size.tolist()
@@ -35,7 +35,7 @@ def group_metrics(stats: LossStats, batch: Batch, beta_pi: float) -> dict[str, l
         found["rewards/chosen"].append(float(implicit[i][best]))
         found["rewards/rejected"].append(float(implicit[i][worst]))
         found["rewards/margins"].append(float(implicit[i][best] - implicit[i][worst]))
-        found["rewards/accuracies"].append(agreement(implicit[i], target))
+        found["rewards/accuracies"].append(ranking_accuracy(implicit[i], target))
         # so badly ranked that EXO's gradient has all but vanished (0.3 of what it was at the start, and falling)
         found["rewards/stuck"].append(float(implicit[i][best] - implicit[i][worst] < STUCK))
         found["logps/chosen"].append(float(logps[i][best]))
@@ -43,7 +43,7 @@ def group_metrics(stats: LossStats, batch: Batch, beta_pi: float) -> dict[str, l
     return found
 
 
-def agreement(scores: Tensor, target: Tensor) -> float:
+def ranking_accuracy(scores: Tensor, target: Tensor) -> float:
     """Share of the pairs that `target` ranks which `scores` rank alike; ties in the scores count one half."""
     ranked = target[:, None] > target[None, :]
     difference = scores[:, None] - scores[None, :]

@@ -16,15 +16,15 @@ def optimizer(module: nn.Module, config: Training, rates: Mapping[nn.Module, flo
 
     `rates` gives parts of the module a peak learning rate of their own.
     """
-    groups = []
+    examples = []
     for part, peak in (rates or {module: config.learning_rate}).items():
         parameters = [p for p in part.parameters() if p.requires_grad]
-        groups += [
+        examples += [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay, "peak": peak},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "peak": peak},
         ]
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+    return torch.optim.AdamW(examples, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
 
 def _spare(module: nn.Module, config: Training) -> None:

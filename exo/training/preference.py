@@ -15,16 +15,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from exo.cli.errors import RunError
-from exo.data.collate import Batch, Packing
-from exo.data.text.tokenize import TokenGroup
+from exo.data.collate import Batch, Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
 from exo.evaluation import metrics as evaluation_metrics
 from exo.models import lora
 from exo.models.attention import masks
-from exo.models.lm_head import CausalHead, evaluating
+from exo.models.lm_head import LMHead, eval_mode
 from exo.models.logps import TOKEN_NOISE
-from exo.training.metrics import MEAN_SQUARE, METRICS, _sums, group_metrics
-from exo.training.step import Share
+from exo.training.metrics import MEAN_SQUARE, METRICS, _sums, preference_metrics
+from exo.training.step import LossOutput
 from exo_kernels import (
     LossStats,
     fused_linear_dpo_loss,
@@ -38,7 +38,7 @@ LOSSES = {"exo": fused_linear_exo_loss, "dpo": fused_linear_dpo_loss}
 METRICS += ["logps/chosen", "logps/rejected", "target/entropy", "target/ess", MEAN_SQUARE]
 
 
-class PolicyLoss(nn.Module):
+class PreferenceLoss(nn.Module):
     """A causal LM whose forward is the alignment loss of a batch."""
 
     def __init__(
@@ -56,16 +56,16 @@ class PolicyLoss(nn.Module):
         the batches hold its log-probs."""
         super().__init__()
         self.model = model
-        self.head = CausalHead(model)
+        self.head = LMHead(model)
         below = reference is not None and reference.get_output_embeddings() is self.head.head  # type: ignore[operator]
         self.reference = None if reference is None or below else reference.requires_grad_(False)
-        self.reference_head = self.head if below else None if reference is None else CausalHead(reference)
+        self.reference_head = self.head if below else None if reference is None else LMHead(reference)
         self.loss: Literal["exo", "dpo"] = loss
         self.betas: dict[str, float] = {"beta_pi": beta_pi, "beta_r": beta_r}
         self.label_smoothing = label_smoothing
         self.temperature = temperature
 
-    def train(self, mode: bool = True) -> "PolicyLoss":
+    def train(self, mode: bool = True) -> "PreferenceLoss":
         """The reference never drops anything out."""
         super().train(mode)
         if self.reference is not None:
@@ -78,10 +78,10 @@ class PolicyLoss(nn.Module):
 
     def losses(self, batch: Batch, **reduction: Any) -> tuple[Tensor, LossStats]:
         return LOSSES[self.loss](
-            masks.rows(self.head, batch),
+            masks.completion_hidden(self.head, batch),
             self.head.weight,
             **self._reference(batch),
-            **masks.scored(batch),
+            **masks.loss_inputs(batch),
             **self.head.options,
             group_size=batch.group_size,
             rewards=batch.rewards,
@@ -96,9 +96,9 @@ class PolicyLoss(nn.Module):
             return {"ref_logps": batch.known_ref_logps()}
         head = self.reference_head
         below = head is self.head  # then it is the policy's own modules, in the policy's mode
-        with torch.no_grad(), lora.switched_off(self.model) if below else nullcontext():
-            with evaluating(self.model) if below else nullcontext():
-                rows = masks.rows(head, batch)
+        with torch.no_grad(), lora.disabled(self.model) if below else nullcontext():
+            with eval_mode(self.model) if below else nullcontext():
+                rows = masks.completion_hidden(head, batch)
         if head is self.head:
             return {"ref_hidden": rows}
         return {"ref_hidden": rows, "ref_weight": head.weight, "ref_bias": head.options["bias"]}
@@ -108,59 +108,59 @@ class PolicyLoss(nn.Module):
         if num_groups is None:
             return self.losses(batch, reduction="sum")
         loss, stats = self.losses(batch, num_groups=num_groups)
-        return Share(loss, _sums(group_metrics(stats, batch, self.betas["beta_pi"])))
+        return LossOutput(loss, _sums(preference_metrics(stats, batch, self.betas["beta_pi"])))
 
-    def expected_first_loss(self, groups: Sequence[TokenGroup], mixed_precision: str) -> tuple[float, float]:
+    def expected_first_loss(self, examples: Sequence[TokenizedExample], mixed_precision: str) -> tuple[float, float]:
         """(mean loss where policy equals reference, what rounding alone may add to it: six sigma, to second order)."""
         noise = TOKEN_NOISE[mixed_precision] / self.temperature
         losses, variance, bend = [], 0.0, 0.0
-        for group in groups:
-            k = len(group.completions)
+        for example in examples:
+            k = len(example.completions)
             start = torch.zeros(k, dtype=torch.float64, requires_grad=True)
-            rewards = None if group.rewards is None else torch.tensor(group.rewards, dtype=torch.float64)
+            rewards = None if example.rewards is None else torch.tensor(example.rewards, dtype=torch.float64)
             loss = preference_loss(
                 start, torch.zeros(k, dtype=torch.float64), objective=self.loss, group_size=k, rewards=rewards,
                 **self.objective,
             )  # fmt: skip
             (slope,) = torch.autograd.grad(loss, start)
-            tokens = torch.tensor([len(completion) for completion in group.completions], dtype=torch.float64)
+            tokens = torch.tensor([len(completion) for completion in example.completions], dtype=torch.float64)
             losses.append(float(loss.detach()))
             variance += float((slope**2 * tokens).sum()) * noise**2
             bend += (6 * self.betas["beta_pi"] * noise) ** 2 * float(tokens.max()) / 2
         n = len(losses)
         return sum(losses) / n, 1e-6 + 6 * math.sqrt(variance) / n + bend / n
 
-    def most_mean_square(self, groups: Sequence[TokenGroup], mixed_precision: str) -> float:
+    def max_rounding_error(self, examples: Sequence[TokenizedExample], mixed_precision: str) -> float:
         """The most that rounding alone can make of the mean squared log-ratio where policy equals reference."""
         noise = TOKEN_NOISE[mixed_precision] / self.temperature
-        return (6 * noise) ** 2 * max(len(completion) for group in groups for completion in group.completions)
+        return (6 * noise) ** 2 * max(len(completion) for example in examples for completion in example.completions)
 
 
 @torch.no_grad()
 def evaluate(
-    module: PolicyLoss, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing
+    module: PreferenceLoss, examples: Sequence[TokenizedExample], accelerator: Accelerator, collator: Collator
 ) -> dict[str, float]:
     """Mean loss and metrics on held-out groups, and the 95% interval of the accuracy."""
 
-    def of(part: Sequence[TokenGroup]) -> tuple[float, dict[str, list[float]]]:
-        batch = packing.collate(part).to(accelerator.device)
+    def of(part: Sequence[TokenizedExample]) -> tuple[float, dict[str, list[float]]]:
+        batch = collator.collate(part).to(accelerator.device)
         with accelerator.autocast():
-            share, stats = fsdp.entered(module, partial(module, batch, None))
+            share, stats = fsdp.run_unsharded_root(module, partial(module, batch, None))
         if not math.isfinite(float(share)):
-            lines = ", ".join(str(group.line) for group in part[:10])
+            lines = ", ".join(str(example.line) for example in part[:10])
             raise RunError(f"evaluation: the loss is {float(share)}; held-out rows at lines {lines}")
-        return float(share), group_metrics(stats, batch, module.betas["beta_pi"])
+        return float(share), preference_metrics(stats, batch, module.betas["beta_pi"])
 
-    with evaluating(module):
-        parts = packing.micro_batches(groups)
-        found = gather.shared(parts, of, accelerator, together=fsdp.is_sharded(module))
+    with eval_mode(module):
+        parts = collator.micro_batches(examples)
+        found = gather.map_over_ranks(parts, of, accelerator, together=fsdp.is_sharded(module))
     loss = 0.0
     values: dict[str, list[float]] = {}
     for share, metrics in found:
         loss += share
         for name, some in metrics.items():
             values.setdefault(name, []).extend(some)
-    result = {"eval_loss": loss / len(groups)}
+    result = {"eval_loss": loss / len(examples)}
     result |= {f"eval_{name}": sum(some) / len(some) for name, some in values.items() if some}
     if accuracies := values.get("rewards/accuracies"):
         low, high = evaluation_metrics.accuracy_interval(accuracies)

@@ -136,7 +136,7 @@ def activations(module: nn.Module, tokens: int) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield
-    console.say(f"  activations: {sum(kept.values()) / 2**20:,.0f} MiB for a micro-batch of {tokens:,} tokens")
+    console.log(f"  activations: {sum(kept.values()) / 2**20:,.0f} MiB for a micro-batch of {tokens:,} tokens")
 
 
 class Profiler:
@@ -193,22 +193,22 @@ class Profiler:
             self._unwatch()
             self.trace.stop()
         elif self.steps and self.trace is None:
-            console.say(f"  nothing was profiled: that begins with step {FROM + 1}")
+            console.log(f"  nothing was profiled: that begins with step {FROM + 1}")
 
     def _unwatch(self) -> None:
         for handle in self.handles:
             handle.remove()
 
     def _tell(self, found: _Profile, seconds: float, steps: int, place: Path) -> None:
-        console.say(f"  where a step's time goes ({steps} steps, {seconds / steps:.3g} s each):")
+        console.log(f"  where a step's time goes ({steps} steps, {seconds / steps:.3g} s each):")
         for name, spent in sorted(found.seconds.items(), key=lambda item: -item[1]):
-            console.say(f"    {name:16s} {100 * spent / seconds:5.1f}%  {spent / steps:8.4f} s")
+            console.log(f"    {name:16s} {100 * spent / seconds:5.1f}%  {spent / steps:8.4f} s")
         rate, peak = (found.operations + found.per_row * found.rows) / seconds, _matmul_rate(self.device, self.dtype)
-        console.say(
+        console.log(
             f"    {self.tokens / seconds:,.0f} tokens/s; {rate / 1e12:.3g} Tflop/s, {100 * rate / peak:.0f}% of a "
             f"matrix product's {peak / 1e12:.3g} (6 a trained parameter and token, 4 a frozen one; no attention)"
         )
-        console.say(f"    trace: {place / 'trace.json'}")
+        console.log(f"    trace: {place / 'trace.json'}")
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

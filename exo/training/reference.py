@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from exo.cli import console
-from exo.data.collate import Packing
-from exo.data.text.tokenize import TokenGroup
+from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
 from exo.models import logps
 from exo.runs import record as run_record
@@ -30,14 +30,14 @@ Mode = Literal["auto", "cache", "live", "none"]
 Sums = tuple[float, ...]  # of one group: fp64, one a completion
 
 
-def mode(asked: Mode, groups: Sequence[TokenGroup]) -> Literal["cache", "live", "none", "data"]:
+def mode(asked: Mode, examples: Sequence[TokenizedExample]) -> Literal["cache", "live", "none", "data"]:
     """What is done, said where the data have log-probs of their own."""
-    having = sum(group.ref_logps is not None for group in groups)
-    if asked == "auto" and having == len(groups):
-        console.say("the reference's log-probs are those of the data")
+    having = sum(example.ref_logps is not None for example in examples)
+    if asked == "auto" and having == len(examples):
+        console.log("the reference's log-probs are those of the data")
         return "data"
     if having:
-        console.say(f"  {having:,} of {len(groups):,} rows have a reference's log-probs, which are not used")
+        console.log(f"  {having:,} of {len(examples):,} rows have a reference's log-probs, which are not used")
     return "cache" if asked == "auto" else asked
 
 
@@ -48,57 +48,57 @@ def directory() -> Path:
 
 def score(
     model: nn.Module,
-    groups: Sequence[TokenGroup],
+    examples: Sequence[TokenizedExample],
     accelerator: Accelerator,
-    packing: Packing,
+    collator: Collator,
     temperature: float,
     keep: Path | None,
-) -> list[TokenGroup]:
+) -> list[TokenizedExample]:
     """The groups with this model's log-probs as their reference; kept in the directory `keep`, and taken from there.
 
     What an adapter adds to the model must be switched off.
     """
     kept = None
     if keep:
-        identity = _identity(model, groups, accelerator, packing, temperature)
+        identity = _identity(model, examples, accelerator, collator, temperature)
         with accelerator.main_process_first():  # it mends what is damaged, before others read it
-            kept = Kept(keep, identity, groups, writes=accelerator.is_main_process)
+            kept = LogprobCache(keep, identity, examples, writes=accelerator.is_main_process)
     if kept:
-        console.say(
-            f"  {len(kept.known):,} of {len(groups):,} prompts are known from {kept.path}, which may be deleted"
+        console.log(
+            f"  {len(kept.known):,} of {len(examples):,} prompts are known from {kept.path}, which may be deleted"
         )
-    progress = console.Progress("prompts", len(groups), every=max(1, len(groups) // 5))
-    with logps.scoring(model, accelerator, packing, temperature) as of:
+    progress = console.Progress("prompts", len(examples), every=max(1, len(examples) // 5))
+    with logps.logps_function(model, accelerator, collator, temperature) as of:
 
-        def sums(part: Sequence[TokenGroup]) -> list[Sums]:
+        def sums(part: Sequence[TokenizedExample]) -> list[Sums]:
             return [tuple(float(row.sum()) for row in rows) for rows in of(part)]
 
         scored: dict[int, Sums] = {}
         world, together = accelerator.num_processes, fsdp.is_sharded(model)
         # a micro-batch is made whole or not at all, so that an interruption changes no bit; and by all processes where
         # one does not know it, which may have read the file before another run added to it, or a file of its own
-        parts = packing.micro_batches(groups)
+        parts = collator.micro_batches(examples)
         known = [kept.of(part) if kept else None for part in parts]
         own = [i for i, sums_of in enumerate(known) if sums_of is None]
-        missing = sorted({i for some in gather.gathered(own, accelerator) for i in some})
+        missing = sorted({i for some in gather.all_gather_json(own, accelerator) for i in some})
         for i in sorted({*range(len(parts))} - {*missing}):
             scored |= zip(map(id, parts[i]), known[i] or (), strict=True)
             progress.advance(len(parts[i]))
         unknown = [parts[i] for i in missing]
         for first in range(0, len(unknown), world):
             now = unknown[first : first + world]
-            for part, found in zip(now, gather.shared(now, sums, accelerator, together=together), strict=True):
+            for part, found in zip(now, gather.map_over_ranks(now, sums, accelerator, together=together), strict=True):
                 if kept:
                     kept.add(part, found)
                 scored |= zip(map(id, part), map(tuple, found), strict=True)
                 progress.advance(len(part))
     if kept:
         kept.close()
-    return [replace(group, ref_logps=scored[id(group)]) for group in groups]
+    return [replace(example, ref_logps=scored[id(example)]) for example in examples]
 
 
 def _identity(
-    model: Any, groups: Sequence[TokenGroup], accelerator: Accelerator, packing: Packing, temperature: float
+    model: Any, examples: Sequence[TokenizedExample], accelerator: Accelerator, collator: Collator, temperature: float
 ) -> dict[str, Any]:
     """All that the numbers depend on."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
@@ -106,13 +106,13 @@ def _identity(
         "weights": _digest_of_weights(model, accelerator),
         "config": _sha(json.dumps(config, sort_keys=True, default=str)),
         "attention": model.config._attn_implementation,
-        "rows": _sha("".join(map(_row, groups))),
+        "rows": _sha("".join(map(_row, examples))),
         "temperature": temperature,
         "dtype": accelerator.mixed_precision,
         # then a model in shards has norms and embeddings in 16 bits too
         "sharded": fsdp.is_sharded(model) and accelerator.mixed_precision != "no",
         "device": accelerator.device.type,
-        "packing": [packing.max_tokens, packing.layout, packing.one_row],
+        "packing": [collator.max_tokens, collator.layout, collator.one_row],
         "versions": run_record.versions(),
     }
 
@@ -121,8 +121,8 @@ def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _row(group: TokenGroup) -> str:
-    return _sha(json.dumps([group.prompt, group.completions]))
+def _row(example: TokenizedExample) -> str:
+    return _sha(json.dumps([example.prompt, example.completions]))
 
 
 def _digest_of_weights(model: nn.Module, accelerator: Accelerator) -> str:
@@ -130,31 +130,33 @@ def _digest_of_weights(model: nn.Module, accelerator: Accelerator) -> str:
     whole = hashlib.sha256()
     own = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
     for name, tensor in sorted(own.items()):
-        tensor = fsdp.whole(tensor.detach())
+        tensor = fsdp.full_tensor(tensor.detach())
         if accelerator.is_main_process:
             whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             whole.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    digest: str = gather.gathered(whole.hexdigest()[:24], accelerator)[0]
+    digest: str = gather.all_gather_json(whole.hexdigest()[:24], accelerator)[0]
     return digest
 
 
-class Kept:
+class LogprobCache:
     """A file of log-probs, a group a line, each with a hash of its row; only ever added to, a line a write."""
 
-    def __init__(self, where: Path, identity: dict[str, Any], groups: Sequence[TokenGroup], *, writes: bool) -> None:
+    def __init__(
+        self, where: Path, identity: dict[str, Any], examples: Sequence[TokenizedExample], *, writes: bool
+    ) -> None:
         where.mkdir(parents=True, exist_ok=True)
         self.path = where / f"{_sha(json.dumps(identity, sort_keys=True))}.jsonl"
-        self._rows = {id(group): (i, _row(group)) for i, group in enumerate(groups)}
+        self._rows = {id(example): (i, _row(example)) for i, example in enumerate(examples)}
         self.known: dict[int, Sums] = {}
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
         head = json.dumps({"of": identity}, sort_keys=True).encode()
         if lines[0] not in (b"", head):
-            console.say(f"  {self.path} is not of this model and these rows: made again")
+            console.log(f"  {self.path} is not of this model and these rows: made again")
             self.path.unlink(missing_ok=True)
             lines = [b""]
-        bad = sum(not self._take(line, groups) for line in lines[1:] if line)
+        bad = sum(not self._take(line, examples) for line in lines[1:] if line)
         if bad:
-            console.say(f"  {bad:,} lines of {self.path} are damaged: made again")
+            console.log(f"  {bad:,} lines of {self.path} are damaged: made again")
         self._file = open(self.path, "ab", buffering=0) if writes else None
         if self._file is None:
             return
@@ -163,26 +165,26 @@ class Kept:
         elif lines[-1]:
             self._file.write(b"\n")  # what a crash cut stays a line of its own
 
-    def _take(self, line: bytes, groups: Sequence[TokenGroup]) -> bool:
+    def _take(self, line: bytes, examples: Sequence[TokenizedExample]) -> bool:
         """Whether a line holds what it should; its numbers are known from then on."""
         try:
             row = json.loads(line)
             place, sums = row["row"], tuple(row["logps"])
-            group = groups[place]
-            sound = row["sha"] == _line_hash(_row(group), sums) and len(sums) == len(group.completions)
+            example = examples[place]
+            sound = row["sha"] == _line_hash(_row(example), sums) and len(sums) == len(example.completions)
         except (ValueError, LookupError, TypeError):
             return False
         if sound:
             self.known[place] = sums
         return sound
 
-    def of(self, part: Sequence[TokenGroup]) -> list[Sums] | None:
+    def of(self, part: Sequence[TokenizedExample]) -> list[Sums] | None:
         """Of every group of a micro-batch, or nothing."""
-        places = [self._rows[id(group)][0] for group in part]
+        places = [self._rows[id(example)][0] for example in part]
         return [self.known[place] for place in places] if all(place in self.known for place in places) else None
 
-    def add(self, part: Sequence[TokenGroup], found: Sequence[Sums]) -> None:
-        rows = [self._rows[id(group)] for group in part]
+    def add(self, part: Sequence[TokenizedExample], found: Sequence[Sums]) -> None:
+        rows = [self._rows[id(example)] for example in part]
         lines = (
             json.dumps({"row": place, "logps": sums, "sha": _line_hash(name, sums)})
             for (place, name), sums in zip(rows, found, strict=True)

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 
 from exo import models
 from exo.cli.errors import RunError
-from exo.distributed.gather import check_seen
+from exo.distributed.gather import check_shared_directory
 from exo.runs import directory as run_directory
 from exo.runs import plots
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
-from exo.runs.atomic import staged_into
+from exo.runs.atomic import atomic_files
 from exo.runs.jsonl import Metrics
 from exo.runs.stage import Start
 from exo.training import checkpoint_files
@@ -28,7 +28,7 @@ def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Me
     make room."""
     if accelerator.is_main_process:
         run_stage.begin(start, keep=True, rows=rows)
-    check_seen(start, accelerator)
+    check_shared_directory(start, accelerator)
     accelerator.init_trackers("exo")
     return Metrics(Path(start.config.output_dir) / "metrics.jsonl")
 
@@ -47,7 +47,7 @@ def end(
     accelerator.end_training()
     if accelerator.is_main_process:
         try:
-            with staged_into(directory) as staging:
+            with atomic_files(directory) as staging:
                 models.save(model, tokenizer, staging, dtypes=dtypes)
         except (OSError, RunError) as error:
             state = checkpoint_files.newest(directory / run_record.STATES)
@@ -55,5 +55,5 @@ def end(
             raise RunError(f"{error}{kept}") from error
         plots.training_curves(directory)
         run_stage.finish(directory, **({} if result is None else {"result": result}))
-        run_directory.clear(directory)
+        run_directory.remove_resume_files(directory)
     return directory

@@ -10,34 +10,34 @@ import torch
 
 from exo.cli.errors import RunError
 from exo.cli.options import DataTraining
-from exo.data.text.tokenize import TokenGroup
+from exo.data.text.tokenize import TokenizedExample
 from exo.training.checkpoint import Stateful
 
-G = TypeVar("G", bound=TokenGroup)
+G = TypeVar("G", bound=TokenizedExample)
 
 
-class Source(Stateful, Protocol):
+class BatchSource(Stateful, Protocol):
     """Global batches, one after another, that can go on in the middle."""
 
     def __next__(self) -> list[Any]: ...
 
 
-def epoch_steps(config: DataTraining, n_groups: int) -> int:
+def steps_per_epoch(config: DataTraining, n_examples: int) -> int:
     """Batches of an epoch. A last one of less than half the size joins the one before: its mean would be all noise."""
-    return max(1, int(n_groups / config.batch_size + 0.5))
+    return max(1, int(n_examples / config.batch_size + 0.5))
 
 
-def total_steps(config: DataTraining, n_groups: int) -> int:
+def total_steps(config: DataTraining, n_examples: int) -> int:
     if config.max_steps > 0:
         return config.max_steps
-    return max(1, round(config.num_train_epochs * epoch_steps(config, n_groups)))
+    return max(1, round(config.num_train_epochs * steps_per_epoch(config, n_examples)))
 
 
-class Batches(Generic[G]):
+class BatchSampler(Generic[G]):
     """Global batches, each epoch in an order of its own. The generator is private: nothing else moves it."""
 
-    def __init__(self, groups: Sequence[G], config: DataTraining, steps: int) -> None:
-        self.groups, self.config, self.steps = groups, config, steps
+    def __init__(self, examples: Sequence[G], config: DataTraining, steps: int) -> None:
+        self.examples, self.config, self.steps = examples, config, steps
         self.done = 0
         self.order: list[int] = []
         self.epoch = -1
@@ -48,17 +48,17 @@ class Batches(Generic[G]):
     def __next__(self) -> list[G]:
         if self.done == self.steps:
             raise StopIteration
-        size, each = self.config.batch_size, epoch_steps(self.config, len(self.groups))
+        size, each = self.config.batch_size, steps_per_epoch(self.config, len(self.examples))
         epoch, i = divmod(self.done, each)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-            self.order = torch.randperm(len(self.groups), generator=generator).tolist()
+            self.order = torch.randperm(len(self.examples), generator=generator).tolist()
             self.epoch = epoch
         self.done += 1
-        return [self.groups[k] for k in self.order[i * size : len(self.order) if i == each - 1 else (i + 1) * size]]
+        return [self.examples[k] for k in self.order[i * size : len(self.order) if i == each - 1 else (i + 1) * size]]
 
     def state(self) -> dict[str, int]:
-        return {"done": self.done, "batch_size": self.config.batch_size, "rows": len(self.groups)}
+        return {"done": self.done, "batch_size": self.config.batch_size, "rows": len(self.examples)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for name, value in self.state().items():

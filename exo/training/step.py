@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from exo.cli import signals
 from exo.cli.errors import RunError
 from exo.cli.options import Training
-from exo.data.collate import Packing
-from exo.data.text.tokenize import TokenGroup
+from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import deepspeed, fsdp
 from exo.training import profiler
 from exo.training.optimizer import learning_rate_share
@@ -28,20 +28,20 @@ COUNTERS = ("lost", "not_finite", "clipped")  # of updates; lost: to float16's o
 MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
 
 
-class NotFinite(RunError):
+class NonFiniteError(RunError):
     """A loss or gradient, before the update that it would have made; of all processes, or of one of several alone."""
 
     of_all = True
 
 
-class Share(NamedTuple):
+class LossOutput(NamedTuple):
     """What one forward pass gives: its part of the step's mean loss, and sums with the counts to divide them by."""
 
     loss: Tensor
     sums: Mapping[str, tuple[Tensor | float, Tensor | float]]
 
 
-class Step(NamedTuple):
+class TrainStep(NamedTuple):
     """What every step has in common."""
 
     module: nn.Module
@@ -50,7 +50,7 @@ class Step(NamedTuple):
     accelerator: Accelerator
     denominator: Callable[[Sequence[Any]], int]
     collate: Callable[[Sequence[Any]], Any]
-    packing: Packing
+    collator: Collator
     steps: int
     before_update: Callable[[int, Any], None] | None = None
 
@@ -69,9 +69,9 @@ class Step(NamedTuple):
         for group in self.optim.param_groups:
             group["lr"] = group["peak"] * share
         with profiler.section("data"):
-            parts, idle = self._parts(batch)
+            parts, n_padding = self._parts(batch)
         loss, sums, tokens = accumulate(
-            self.module, parts, self.denominator(batch), accelerator, self.collate, step, config, told, idle
+            self.module, parts, self.denominator(batch), accelerator, self.collate, step, config, told, n_padding
         )
         with profiler.section("waiting"):
             loss, sums, tokens, asked = _across_processes(accelerator, loss, sums, tokens)
@@ -99,37 +99,37 @@ class Step(NamedTuple):
         """This process's micro-batches, and how many at the end are there for company alone: processes that gather
         a model's shards, or add up gradients, wait for each other."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        own = self.packing.micro_batches(batch[rank::world])
+        own = self.collator.micro_batches(batch[rank::world])
         if world == 1:
             return own, 0
         most = max(1, len(own))
         if fsdp.is_sharded(self.module) or deepspeed.stage(self.optim) == 2:
-            most = max(len(self.packing.micro_batches(batch[i::world])) for i in range(world))
+            most = max(len(self.collator.micro_batches(batch[i::world])) for i in range(world))
         return own + [[batch[0]]] * (most - len(own)), most - len(own)
 
 
 def accumulate(
     module: nn.Module,
-    parts: Sequence[Sequence[TokenGroup]],
+    parts: Sequence[Sequence[TokenizedExample]],
     count: int,
     accelerator: Accelerator,
     collate: Callable[[Any], Any],
     step: int,
     config: Training,
     told: bool = True,
-    idle: int = 0,
+    n_padding: int = 0,
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
     """Forward and backward over one process's part of a step; what is kept between them is said unless it was. The last
     `idle` of the parts count nothing."""
     sharded, engine = fsdp.is_sharded(module), deepspeed.is_engine(module)
     loss, tokens, sums = 0.0, 0.0, dict[str, tuple[float, float]]()
     for i, part in enumerate(parts):
-        signals.stop_if_asked()
+        signals.raise_if_stop_requested()
         with profiler.section("data"):
             batch = collate(part).to(accelerator.device)
         profiler.count_rows(len(batch.rows))
         size = sum(len(g.prompt) + len(ids) for g in part for ids in g.completions)
-        counts, last = i < len(parts) - idle, i == len(parts) - 1
+        counts, last = i < len(parts) - n_padding, i == len(parts) - 1
         # gradients of a model in shards are added up at once: whole ones would need the memory that shards save
         with nullcontext() if sharded or engine or last else accelerator.no_sync(module):
             with (
@@ -137,7 +137,7 @@ def accumulate(
                 nullcontext() if told or i or sharded else activations(module, size),
             ):
                 with accelerator.autocast():
-                    share = fsdp.entered(module, partial(module, batch, count))
+                    share = fsdp.run_unsharded_root(module, partial(module, batch, count))
             value = float(share.loss.detach())
             if not math.isfinite(value) and config.on_nan == "stop":
                 raise _not_finite(step, f"the loss is {value}", part, accelerator)
@@ -154,10 +154,12 @@ def accumulate(
     return loss, sums, tokens
 
 
-def _not_finite(step: int, what: str, rows: Sequence[TokenGroup], accelerator: Accelerator | None = None) -> NotFinite:
-    lines = ", ".join(str(group.line) for group in rows[:10]) + ", ..." * (len(rows) > 10)
+def _not_finite(
+    step: int, what: str, rows: Sequence[TokenizedExample], accelerator: Accelerator | None = None
+) -> NonFiniteError:
+    lines = ", ".join(str(example.line) for example in rows[:10]) + ", ..." * (len(rows) > 10)
     where = f", rank {accelerator.process_index}" if accelerator and accelerator.num_processes > 1 else ""
-    error = NotFinite(f"step {step}{where}: {what}; stopped before the update; rows at lines {lines}")
+    error = NonFiniteError(f"step {step}{where}: {what}; stopped before the update; rows at lines {lines}")
     error.of_all = not where
     return error
 
@@ -167,9 +169,9 @@ def _across_processes(
 ) -> tuple[float, dict[str, tuple[float, float]], float, int]:
     """Sums over all processes; and the signal that asked any of them to stop, so that all do at the same step."""
     if accelerator.num_processes == 1:
-        return loss, sums, tokens, signals.asked()
+        return loss, sums, tokens, signals.stop_requested()
     names, world = sorted(sums), accelerator.num_processes
-    asked = [float(signals.asked()) if i == accelerator.process_index else 0.0 for i in range(world)]
+    asked = [float(signals.stop_requested()) if i == accelerator.process_index else 0.0 for i in range(world)]
     own = [loss, tokens, *asked, *(x for name in names for x in sums[name])]
     flat = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
     loss, tokens, *rest = accelerator.reduce(flat, "sum").tolist()
@@ -183,7 +185,7 @@ def update(
     config: Training,
     accelerator: Accelerator,
     step: int,
-    batch: Sequence[TokenGroup],
+    batch: Sequence[TokenizedExample],
     loss: float,
 ) -> float:
     """Clip, check, step. What is not finite stops the run, or this update; but fp16's loss scaling handles it there."""
@@ -191,7 +193,7 @@ def update(
     if engine:  # which checks before it steps, too
         norm = deepspeed.update(module, math.isfinite(loss))
     else:
-        norm = float(fsdp.whole(accelerator.clip_grad_norm_(module.parameters(), limit)))
+        norm = float(fsdp.full_tensor(accelerator.clip_grad_norm_(module.parameters(), limit)))
     finite = math.isfinite(norm) and math.isfinite(loss)
     if not finite and accelerator.scaler is None and config.on_nan == "stop":
         raise _not_finite(step, "the gradient of all processes together is not finite", batch)

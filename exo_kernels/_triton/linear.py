@@ -22,7 +22,7 @@ from exo_kernels._triton.token_logps import (
     _rebase,
     _warp_size,
 )
-from exo_kernels.numerics import Curve
+from exo_kernels.numerics import LogitTransform
 
 # Sizes change from call to call and tell the compiler nothing. And on AMD, triton would address tensors below 2 GiB in
 # a way that makes it forget the alignment of their rows, and load element by element.
@@ -160,7 +160,7 @@ def chunk_logps(
     a: Tensor,  # (M, V) accumulators, rows padded to whole accesses
     bias: Tensor | None,  # (V,), padded likewise
     targets: Tensor,  # (M,) int64
-    curve: Curve,
+    curve: LogitTransform,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # (3, M), (M,) or (0,)
     """Of every row the logit of its target (NaN where that is none), the top logit, log sum exp above it; entropy.
@@ -188,7 +188,7 @@ def chunk_gradient(
     a: Tensor,  # (M, V) accumulators
     bias: Tensor | None,
     targets: Tensor,  # (M,) int64
-    curve: Curve,
+    curve: LogitTransform,
     stats: Tensor,  # (3, M)
     entropies: Tensor | None,  # (M,)
     g: Tensor | None,  # (M,)
@@ -209,7 +209,7 @@ def chunk_gradient(
 
 
 def chunk_logps_and_gradient(
-    out: Tensor, a: Tensor, bias: Tensor | None, targets: Tensor, curve: Curve
+    out: Tensor, a: Tensor, bias: Tensor | None, targets: Tensor, curve: LogitTransform
 ) -> Tensor:  # (3, M)
     """Both, one after the other: the stats come back, `out` is filled."""
     stats, _ = chunk_logps(a, bias, targets, curve, False)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exo_kernels import groups, reference, validation, value_checks
-from exo_kernels.api import options as loss_options
+from exo_kernels.api import options
 from exo_kernels.api.inputs import Head, Inputs, prepare
-from exo_kernels.api.options import Knobs, Reduction
+from exo_kernels.api.options import LossOptions, Reduction
 from exo_kernels.dispatch import Impl
 from exo_kernels.ops import hidden as hidden_ops
 from exo_kernels.ops.logits import checked_groups, sum_sequences
@@ -89,7 +89,7 @@ def linear_token_logps(
     rows = prepare(hidden, weight, labels, head, sequences=False)
     if rows.impl == "reference":
         return reference.linear_token_logps(
-            hidden, weight, labels, return_entropy=return_entropy, **head.of_the_oracle()
+            hidden, weight, labels, return_entropy=return_entropy, **head.reference_options()
         )
     logps, entropies, _ = _token_logps(rows, head, return_entropy)
     logps = logps.view(labels.shape)
@@ -124,7 +124,7 @@ def linear_sequence_logps(
     )  # fmt: skip
     rows = prepare(hidden, weight, labels, head, sequences=True)
     if rows.impl == "reference":
-        return reference.linear_sequence_logps(hidden, weight, labels, **head.of_the_oracle())
+        return reference.linear_sequence_logps(hidden, weight, labels, **head.reference_options())
     logps, _, _ = _token_logps(rows, head, False)
     return sum_sequences(logps.flatten(), rows.seq_offsets)
 
@@ -184,7 +184,7 @@ def fused_linear_exo_loss(
     Raises:
         ValueError: as `fused_exo_loss`; or a weight that is sharded or empty.
     """
-    knobs = Knobs("exo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
+    knobs = LossOptions("exo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     head = Head(
         bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index, memory_budget, schedule,
         process_group, impl,
@@ -226,7 +226,7 @@ def fused_linear_dpo_loss(
 
     Everything else is as in `fused_linear_exo_loss`, but that `label_smoothing` may be 0 and is.
     """
-    knobs = Knobs("dpo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
+    knobs = LossOptions("dpo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     head = Head(
         bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index, memory_budget, schedule,
         process_group, impl,
@@ -235,7 +235,7 @@ def fused_linear_dpo_loss(
 
 
 def _fused_loss(
-    knobs: Knobs,
+    knobs: LossOptions,
     head: Head,
     hidden: Tensor,
     weight: Tensor,
@@ -256,10 +256,17 @@ def _fused_loss(
         validation.tensor("ref_logps", ref_logps, validation.SUMS, shapes, hidden.device)
     knobs.check(n, hidden.device)
     if rows.impl == "reference":
-        answer = loss_options.check_and_run_oracle(
-            knobs, f"fused_linear_{knobs.objective}_loss", (hidden, weight, labels, ref_logps), rows.targets,
-            rows.seq_offsets, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias, **head.of_the_oracle(),
-        )  # fmt: skip
+        answer = options.run_reference(
+            knobs,
+            f"fused_linear_{knobs.objective}_loss",
+            (hidden, weight, labels, ref_logps),
+            rows.targets,
+            rows.seq_offsets,
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            **head.reference_options(),
+        )
         return answer if return_stats else answer[0]
     if ref_hidden is not None and not shared:
         with torch.no_grad():
@@ -280,15 +287,15 @@ def _prepare_reference(
 
 
 def _by_schedule(
-    knobs: Knobs, head: Head, rows: Inputs, ref_logps: Tensor | None, per_token_ref: bool
-) -> tuple[Tensor, loss_options.LossStats]:
+    knobs: LossOptions, head: Head, rows: Inputs, ref_logps: Tensor | None, per_token_ref: bool
+) -> tuple[Tensor, options.LossStats]:
     whole_loss = knobs.reduction != "none"
     sizes, needs = rows.sizes(), rows.needs(whole_loss=whole_loss)
     schedule, _ = plan.choose(head.schedule, needs, sizes, rows.budget)
     if schedule != "group":
         logps, _, scored_ref = _token_logps(rows, head, False, whole_loss)
         ref = scored_ref if ref_logps is None else ref_logps
-        return loss_options.group_loss(
+        return options.group_loss(
             knobs, logps, rows.targets, ref, rows.seq_offsets, head.ignore_index, rows.impl, per_token_ref
         )
     n = rows.seq_offsets.numel() - 1

@@ -33,7 +33,7 @@ class Head(NamedTuple):
         softcap = None if self.softcap is None else float(self.softcap)
         return float(self.logit_scale), softcap, float(self.temperature)
 
-    def of_the_oracle(self) -> dict[str, Any]:
+    def reference_options(self) -> dict[str, Any]:
         names = ("bias", "logit_scale", "softcap", "temperature", "cu_seqlens", "shift", "ignore_index")
         return {name: getattr(self, name) for name in names}
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from exo_kernels import dispatch, groups, objectives, reference, validation, value_checks
-from exo_kernels.api import options as loss_options
-from exo_kernels.api.options import Knobs, Reduction
+from exo_kernels.api import options
+from exo_kernels.api.options import LossOptions, Reduction
 from exo_kernels.dispatch import Impl
 from exo_kernels.ops import logits as logits_ops
 
@@ -156,13 +156,13 @@ def preference_loss(
     validation.choice("objective", objective, tuple(objectives.OBJECTIVES))
     if label_smoothing is None:
         label_smoothing = objectives.LABEL_SMOOTHING.get(objective, 0.0)
-    knobs = Knobs(objective, group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
+    knobs = LossOptions(objective, group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     knobs.check(n, policy_logps.device)
     # a sequence is one row that scores, so the sums over rows are the values themselves
     seq_offsets = torch.arange(n + 1, device=policy_logps.device)
     targets = torch.zeros(n, dtype=torch.long, device=policy_logps.device)
     impl = dispatch.resolve("auto", policy_logps.device)
-    return loss_options.group_loss(knobs, policy_logps, targets, ref_logps, seq_offsets, -100, impl, False)[0]
+    return options.group_loss(knobs, policy_logps, targets, ref_logps, seq_offsets, -100, impl, False)[0]
 
 
 def fused_exo_loss(
@@ -221,7 +221,7 @@ def fused_exo_loss(
     Warns:
         UserWarning: where values are checked, a sequence without labels in a group whose others have some.
     """
-    knobs = Knobs("exo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
+    knobs = LossOptions("exo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     return _fused_loss(
         knobs, logits, labels, ref_logps, temperature, cu_seqlens, shift, ignore_index, inplace_backward, impl,
         return_stats,
@@ -253,7 +253,7 @@ def fused_dpo_loss(
 
     Everything else is as in `fused_exo_loss`, but that `label_smoothing` may be 0 and is.
     """
-    knobs = Knobs("dpo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
+    knobs = LossOptions("dpo", group_size, rewards, beta_pi, beta_r, label_smoothing, reduction, num_groups, compat)
     return _fused_loss(
         knobs, logits, labels, ref_logps, temperature, cu_seqlens, shift, ignore_index, inplace_backward, impl,
         return_stats,
@@ -261,7 +261,7 @@ def fused_dpo_loss(
 
 
 def _fused_loss(
-    knobs: Knobs,
+    knobs: LossOptions,
     logits: Tensor,
     labels: Tensor,
     ref_logps: Tensor,
@@ -283,7 +283,7 @@ def _fused_loss(
     validation.tensor("ref_logps", ref_logps, validation.SUMS, shapes, logits.device)
     knobs.check(n, logits.device)
     if rows.impl == "reference":
-        answer = loss_options.check_and_run_oracle(
+        answer = options.run_reference(
             knobs, f"fused_{knobs.objective}_loss", (logits, labels, ref_logps), rows.targets, rows.seq_offsets,
             temperature=temperature, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index,
         )  # fmt: skip
@@ -292,7 +292,7 @@ def _fused_loss(
         rows.logits, rows.targets, float(temperature), ignore_index, False, inplace_backward, rows.impl
     )
     per_token_ref = tuple(ref_logps.shape) != (n,)
-    loss, stats = loss_options.group_loss(
+    loss, stats = options.group_loss(
         knobs, logps, rows.targets, ref_logps, rows.seq_offsets, ignore_index, rows.impl, per_token_ref
     )
     return (loss, stats) if return_stats else loss

@@ -15,7 +15,7 @@ from exo_kernels.ops import logits as logits_ops
 Reduction = Literal["mean", "sum", "none"]
 
 
-class Knobs(NamedTuple):
+class LossOptions(NamedTuple):
     """What turns log-ratios into a loss: the arguments that the losses share."""
 
     objective: str
@@ -56,7 +56,7 @@ class Knobs(NamedTuple):
 
 
 def group_loss(
-    knobs: Knobs,
+    knobs: LossOptions,
     logps: Tensor,  # one log-prob a row, any shape
     targets: Tensor,  # like logps
     ref_logps: Tensor,  # (N,) sums, or one a row
@@ -81,8 +81,8 @@ def group_loss(
     return (losses.sum() / knobs.denominator(losses.numel())).to(losses.dtype), stats
 
 
-def check_and_run_oracle(
-    knobs: Knobs,
+def run_reference(
+    knobs: LossOptions,
     name: str,
     tensors: tuple[Tensor | None, ...],
     targets: Tensor,

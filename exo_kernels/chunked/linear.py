@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from exo_kernels.chunked import tiles
-from exo_kernels.numerics import Curve
+from exo_kernels.numerics import LogitTransform
 
 
-def _logits_(x: Tensor, bias: Tensor | None, curve: Curve) -> Tensor | None:
+def _logits_(x: Tensor, bias: Tensor | None, curve: LogitTransform) -> Tensor | None:
     """Turn a tile of a into logits, in place; returns cap' where that is not 1."""
     slope = None
     if bias is not None:
@@ -50,7 +50,7 @@ def chunk_logps(
     a: Tensor,  # (M, V) accumulators
     bias: Tensor | None,  # (V,), may be padded
     targets: Tensor,  # (M,) int64
-    curve: Curve,
+    curve: LogitTransform,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # (3, M), (M,) or (0,)
     """Of every row the logit of its target (NaN where that is none), the top logit, log sum exp above it; entropy.
@@ -72,7 +72,7 @@ def chunk_logps_and_gradient(
     a: Tensor,  # (M, V) accumulators
     bias: Tensor | None,
     targets: Tensor,  # (M,) int64
-    curve: Curve,
+    curve: LogitTransform,
 ) -> Tensor:  # (3, M)
     """The stats of `chunk_logps`, and in `out` the gradient of the negative log-probs, up to a factor a row."""
     stats, entropies = _allocate(a, False)
@@ -92,7 +92,7 @@ def chunk_gradient(
     a: Tensor,  # (M, V) accumulators
     bias: Tensor | None,
     targets: Tensor,  # (M,) int64
-    curve: Curve,
+    curve: LogitTransform,
     stats: Tensor,  # (3, M)
     entropies: Tensor | None,  # (M,)
     g: Tensor | None,  # (M,)

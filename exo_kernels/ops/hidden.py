@@ -12,22 +12,29 @@ import torch
 from torch import Tensor
 
 from exo_kernels import dispatch, validation, value_checks
-from exo_kernels.numerics import Curve, accumulator
+from exo_kernels.numerics import LogitTransform, accumulator
 from exo_kernels.ops import logits as logits_ops
 from exo_kernels.schedules import matmul, passes, plan
+from exo_kernels.schedules.chunks import HeadCall
 from exo_kernels.schedules.vocab_parallel import Shard
 
 Parts = Sequence[int]  # start, vocabulary and largest part of a Shard
 
 
 def _call(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ref_hidden: Tensor | None, curve: Curve,
-    parts: Parts, group: str, chunk_rows: int, impl: str,
-) -> passes.Call:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ref_hidden: Tensor | None,
+    curve: LogitTransform,
+    parts: Parts,
+    group: str,
+    chunk_rows: int,
+    impl: str,
+) -> HeadCall:
     shard = Shard(parts[0], parts[1], parts[2], group)
-    return passes.Call(
-        dispatch.implementation(impl), hidden, weight, bias, targets, ref_hidden, curve, shard, chunk_rows
-    )
+    return HeadCall(dispatch.implementation(impl), hidden, weight, bias, targets, ref_hidden, curve, shard, chunk_rows)
 
 
 @contextlib.contextmanager
@@ -58,7 +65,7 @@ def linear_token_logps(
     """Log-probs (N, T), entropies (N, T) or (0,), the reference's log-probs likewise; then what backward wants."""
     if validation.check_values(hidden.device):
         value_checks.label_values(targets, parts[1], ignore_index)
-    curve = Curve.of(logit_scale, softcap, temperature)
+    curve = LogitTransform.of(logit_scale, softcap, temperature)
     call = _call(hidden, weight, bias, targets, ref_hidden, curve, parts, group, chunk_rows, impl)
     with _as_given(hidden.device):
         logps, entropies, ref_logps, stats, kept = passes.forward(call, schedule, ignore_index, entropy)
@@ -81,7 +88,7 @@ def _(hidden, weight, bias, targets, ref_hidden, logit_scale, softcap, temperatu
         kept = new(rows, matmul.padded(weight.shape[0]), dtype=matmul.gradient_dtype(hidden.dtype, hidden.device))
     return (
         new(*shape), new(*(shape if entropy else (0,))), new(*(shape if ref_hidden is not None else (0,))),
-        new(3, *(shape if schedule != plan.SCORE else (0, 0))), kept,
+        new(3, *(shape if schedule != plan.NO_GRAD else (0, 0))), kept,
     )  # fmt: skip
 
 
@@ -111,7 +118,7 @@ def linear_token_logps_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, each (0,) unless needed."""
-    curve = Curve.of(logit_scale, softcap, temperature)
+    curve = LogitTransform.of(logit_scale, softcap, temperature)
     call = _call(hidden, weight, bias, targets, None, curve, parts, group, chunk_rows, impl)
     scores = passes.Scores(logps, entropies, logps.new_empty(0), stats, kept)
     needs = (needs_hidden, needs_weight, needs_bias)
@@ -219,7 +226,7 @@ def linear_group_loss(
     seq_offsets, group_offsets = logits_ops.checked_groups(
         seq_offsets, group_offsets, rewards, ref_logps, targets, per_token_ref, ignore_index
     )
-    curve = Curve.of(logit_scale, softcap, temperature)
+    curve = LogitTransform.of(logit_scale, softcap, temperature)
     call = _call(hidden, weight, bias, targets, ref_hidden, curve, parts, group, chunk_rows, impl)
     options = (objective, beta_pi, beta_r, (log_chosen, log_others), ignore_index)
     function = dispatch.group_implementation(objective, impl).group_loss

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from exo_kernels.numerics import Curve, accumulator
+from exo_kernels.numerics import LogitTransform, accumulator
 from exo_kernels.schedules import matmul, vocab_parallel
 from exo_kernels.schedules.vocab_parallel import Shard
 
 Rows = tuple[Tensor, Tensor]  # index into (N, T)
 
 
-class Call(NamedTuple):
+class HeadCall(NamedTuple):
     """What every schedule works on."""
 
     implementation: ModuleType
@@ -25,7 +25,7 @@ class Call(NamedTuple):
     bias: Tensor | None  # (V,)
     targets: Tensor  # (N, T) int64, in the whole vocabulary
     ref_hidden: Tensor | None  # (N, T, D), to be scored by the same head
-    curve: Curve
+    curve: LogitTransform
     shard: Shard
     chunk_rows: int
 
@@ -57,7 +57,7 @@ class Chunk(NamedTuple):
 class Workspace:
     """The chunk: its logits, and its gradients where they have another dtype."""
 
-    def __init__(self, call: Call, rows: int) -> None:
+    def __init__(self, call: HeadCall, rows: int) -> None:
         self.call = call
         vocab = len(call.weight)
         self.dtype = matmul.gradient_dtype(call.hidden.dtype, call.hidden.device)
@@ -95,7 +95,7 @@ class Workspace:
         if self.call.ref_hidden is not None:
             ref_logps[rows] = self.score(a, self.call.ref_hidden[rows], targets).logps
 
-    def again(self, chunk: "Chunk") -> "Chunk":
+    def recompute(self, chunk: "Chunk") -> "Chunk":
         """Make its logits once more, and d of them."""
         hidden, targets, a = self.logits(chunk.rows)
         d = self.place_of_gradient(a)
@@ -109,9 +109,11 @@ class Workspace:
         call = self.call
         local = targets - call.shard.start
         stats, entropies = call.implementation.chunk_logps(a, self.bias, local, call.curve, entropy)
-        lost = self._lost(stats, hidden, local)
-        stats, lost, entropies = vocab_parallel.combine(stats, lost, entropies, targets, a.shape[1], call.shard)
-        return Score(stats, _log_probs(stats, lost), entropies)
+        rounding_error = self._rounding_error(stats, hidden, local)
+        stats, rounding_error, entropies = vocab_parallel.combine(
+            stats, rounding_error, entropies, targets, a.shape[1], call.shard
+        )
+        return Score(stats, _log_probs(stats, rounding_error), entropies)
 
     def score_and_gradient(self, out: Tensor, a: Tensor, hidden: Tensor, targets: Tensor) -> "Score":
         """`out` becomes d."""
@@ -119,12 +121,12 @@ class Workspace:
         local = targets - call.shard.start
         if not call.shard.parallel:
             stats = call.implementation.chunk_logps_and_gradient(out, a, self.bias, local, call.curve)
-            return Score(stats, _log_probs(stats, self._lost(stats, hidden, local)), stats[:0, 0])
+            return Score(stats, _log_probs(stats, self._rounding_error(stats, hidden, local)), stats[:0, 0])
         score = self.score(a, hidden, targets)
         self.gradient(out, a, targets, score.stats)
         return score
 
-    def _lost(self, stats: Tensor, hidden: Tensor, local: Tensor) -> Tensor:  # (M,) float64
+    def _rounding_error(self, stats: Tensor, hidden: Tensor, local: Tensor) -> Tensor:  # (M,) float64
         """What the matmul's rounding took from the target's logit; 0 where it is none of these columns."""
         call = self.call
         if call.acc == torch.float64:
@@ -133,8 +135,8 @@ class Workspace:
         if call.bias is not None:
             x = x + call.bias.double()[local.clamp(0, len(call.bias) - 1)]
         exact = call.curve.outer * (torch.tanh(call.curve.inner * x) if call.curve.capped else x)
-        lost = exact - stats[0]
-        return torch.where(lost.isfinite(), lost, 0.0)
+        rounding_error = exact - stats[0]
+        return torch.where(rounding_error.isfinite(), rounding_error, 0.0)
 
     def gradient(self, out: Tensor, a: Tensor, targets: Tensor, stats: Tensor, *weights: Tensor) -> None:
         """`out` becomes d; or, given entropies, g and h, the gradient of - g log p - h H."""
@@ -144,16 +146,16 @@ class Workspace:
         call.implementation.chunk_gradient(out, a, self.bias, local, call.curve, stats, entropies, g, h)
 
 
-def _log_probs(stats: Tensor, lost: Tensor) -> Tensor:  # (3, M), (M,) -> (M,)
+def _log_probs(stats: Tensor, rounding_error: Tensor) -> Tensor:  # (3, M), (M,) -> (M,)
     """log p of the targets, had their logits not been rounded: the logit moves by that, and the sum by p of it."""
     logps = stats[0] - stats[1] - stats[2]
-    return (logps - torch.expm1(logps.double()) * lost).to(logps.dtype)
+    return (logps - torch.expm1(logps.double()) * rounding_error).to(logps.dtype)
 
 
 class Gradients:
     """The sums over chunks that become the gradients of hidden, weight and bias, each where it is needed."""
 
-    def __init__(self, call: Call, hidden: bool, weight: bool, bias: bool, scale: Tensor | None = None) -> None:
+    def __init__(self, call: HeadCall, hidden: bool, weight: bool, bias: bool, scale: Tensor | None = None) -> None:
         self.call = call
         self.scale = scale  # () of the coefficients, where fp16 could not hold their products
         device, vocab = call.hidden.device, len(call.weight)

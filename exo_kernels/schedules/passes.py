@@ -18,7 +18,7 @@ from torch import Tensor
 
 from exo_kernels import groups
 from exo_kernels.schedules import matmul, plan, vocab_parallel
-from exo_kernels.schedules.chunks import Call, Gradients, Rows, Workspace
+from exo_kernels.schedules.chunks import Gradients, HeadCall, Rows, Workspace
 
 
 def _indices(mask: Tensor) -> Rows:
@@ -43,7 +43,7 @@ class Scores(NamedTuple):
     kept: Tensor  # deferred: (N, T, D), dH of unit coefficients; store: (n, V padded), d of the rows with loss; or (0,)
 
 
-def forward(call: Call, schedule: str, ignore_index: int, entropy: bool) -> Scores:
+def forward(call: HeadCall, schedule: str, ignore_index: int, entropy: bool) -> Scores:
     """Log-probs by any schedule but `group`; `score` leaves nothing for a backward pass."""
     shape = call.targets.shape
     rows = _indices(call.targets != ignore_index)
@@ -52,7 +52,7 @@ def forward(call: Call, schedule: str, ignore_index: int, entropy: bool) -> Scor
         call.zeros(*shape),
         call.zeros(*(shape if entropy else (0,))),
         call.zeros(*(shape if call.ref_hidden is not None else (0,))),
-        call.zeros(3, *(shape if schedule != plan.SCORE else (0, 0))),
+        call.zeros(3, *(shape if schedule != plan.NO_GRAD else (0, 0))),
         _new_kept(call, schedule, n),
     )
     if not n:
@@ -85,7 +85,7 @@ def forward(call: Call, schedule: str, ignore_index: int, entropy: bool) -> Scor
     return result
 
 
-def _new_kept(call: Call, schedule: str, n: int) -> Tensor:
+def _new_kept(call: HeadCall, schedule: str, n: int) -> Tensor:
     if schedule == "deferred":
         dtype = call.acc if call.shard.parallel else call.hidden.dtype
         return torch.zeros(call.hidden.shape, dtype=dtype, device=call.hidden.device)
@@ -96,7 +96,7 @@ def _new_kept(call: Call, schedule: str, n: int) -> Tensor:
 
 
 def backward(
-    call: Call,
+    call: HeadCall,
     schedule: str,
     scores: Scores,
     grad_logps: Tensor,  # (N, T)
@@ -135,7 +135,7 @@ def multiply_deferred(
 
 
 def _backward_store(
-    call: Call, scores: Scores, grad_logps: Tensor, rows: Rows, needs: tuple[bool, bool, bool]
+    call: HeadCall, scores: Scores, grad_logps: Tensor, rows: Rows, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = Gradients(call, *needs)
     for part in plan.even(len(rows[0]), call.chunk_rows):
@@ -147,7 +147,7 @@ def _backward_store(
 
 
 def _backward_recompute(
-    call: Call,
+    call: HeadCall,
     scores: Scores,
     grad_logps: Tensor,
     grad_entropies: Tensor | None,
@@ -202,7 +202,7 @@ class GroupLoss(NamedTuple):
 
 
 def group_pass(
-    call: Call,
+    call: HeadCall,
     loss: GroupLoss,
     denominator: Tensor,  # ()
     ignore_index: int,
@@ -214,7 +214,7 @@ def group_pass(
     seen = torch.nn.functional.pad(scored.flatten().cumsum(0), (1, 0))
     starts = loss.seq_offsets[loss.group_offsets]
     first_seq, first_row, first_kept = torch.stack([loss.group_offsets, starts, seen[starts]]).tolist()  # (G+1,) each
-    units = plan.units([b - a for a, b in zip(first_kept, first_kept[1:], strict=False)], call.chunk_rows)
+    units = plan.group_chunks([b - a for a, b in zip(first_kept, first_kept[1:], strict=False)], call.chunk_rows)
 
     logps = call.zeros(*call.targets.shape)
     ref_logps = call.zeros(*(call.targets.shape if call.ref_hidden is not None else (0,)))
@@ -233,7 +233,7 @@ def group_pass(
         coefficients = (slopes / denominator * -call.curve.factor).to(call.acc)
         for chunk in chunks:
             if not fits:  # too large a group: its logits once more, now that its slopes are known
-                chunk = work.again(chunk)
+                chunk = work.recompute(chunk)
             at = chunk.rows[0] * call.targets.shape[1] + chunk.rows[1] - r.start
             sums.add(chunk.rows, chunk.d, chunk.hidden, coefficients[at], logps[chunk.rows])
     return [torch.cat(columns) for columns in zip(*results, strict=True)], sums.finish()

@@ -15,7 +15,7 @@ from exo_kernels.numerics import accumulator
 from exo_kernels.schedules import matmul
 
 SCHEDULES = ("auto", "deferred", "group", "store", "recompute")
-SCORE = "score"  # no schedule at all: nothing needs a gradient
+NO_GRAD = "score"  # no schedule at all: nothing needs a gradient
 MOST_ROWS = 8192  # of a chunk: beyond, the matmuls gain nothing
 MOST_BYTES = 2**63 - 1  # what int64 holds
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -110,7 +110,7 @@ def choose(schedule: str, needs: Needs, sizes: Sizes, budget: int) -> tuple[str,
     """The schedule and the reason. An explicit one is taken or refused."""
     validation.choice("schedule", schedule, SCHEDULES)
     if not needs.any:
-        return SCORE, "nothing needs gradients"
+        return NO_GRAD, "nothing needs gradients"
     if schedule != "auto":
         _refuse(schedule, needs)
         return schedule, "asked for"
@@ -143,17 +143,17 @@ def even(n: int, most: int) -> Iterator[slice]:
         yield slice(i * n // count, (i + 1) * n // count)
 
 
-class Unit(NamedTuple):
+class GroupChunk(NamedTuple):
     """Whole groups that the schedule `group` takes at a time."""
 
     groups: slice
     parts: list[slice]  # of the rows with loss: one chunk, or several for a group that is too large for one
 
 
-def units(
+def group_chunks(
     counts: Sequence[int],  # (G,) rows with loss of every group
     most: int,
-) -> list[Unit]:
+) -> list[GroupChunk]:
     """Fill chunks of at most `most` rows evenly with whole groups; a larger group is a unit by itself."""
     fitting = sum(c for c in counts if c <= most)
     target = max(1, -(-fitting // max(1, -(-fitting // most))))
@@ -167,7 +167,7 @@ def units(
     found, first = [], 0
     for a, b in zip(bounds, [*bounds[1:], len(counts)], strict=True):
         n = sum(counts[a:b])
-        found.append(Unit(slice(a, b), [slice(first + p.start, first + p.stop) for p in even(n, most)]))
+        found.append(GroupChunk(slice(a, b), [slice(first + p.start, first + p.stop) for p in even(n, most)]))
         first += n
     return found
 
@@ -183,15 +183,15 @@ def explain(
     n, most = sum(counts), sizes.chunk_rows(budget)
     over = [c for c in counts if c > most] if schedule == "group" else []
     if schedule == "group":
-        chunks = [part.stop - part.start for unit in units(counts, most) for part in unit.parts]
+        chunks = [part.stop - part.start for unit in group_chunks(counts, most) for part in unit.parts]
     else:
         chunks = [s.stop - s.start for s in even(n, most)]
     unit = 2 * n * sizes.hidden * sizes.vocab  # one matmul
     head_needed = needs.weight or needs.bias
     products = 1 + needs.hidden + needs.weight + sizes.stacked
-    again = 2 * sum(over) * sizes.hidden * sizes.vocab
+    recompute = 2 * sum(over) * sizes.hidden * sizes.vocab
     if schedule == "recompute" or (schedule == "deferred" and head_needed):
-        again = unit
+        recompute = unit
     extra = max(chunks, default=0) * sizes.row_bytes + sizes.fixed_bytes
     if schedule == "store":
         extra += n * sizes.stored_row_bytes
@@ -199,5 +199,5 @@ def explain(
         extra = max(extra, sizes.rows * sizes.hidden * sizes.dtype.itemsize)
     return Plan(
         schedule, reason, sizes.rows, n, most, len(chunks), len(over),
-        products * unit + again, products * unit, extra if n else 0,
+        products * unit + recompute, products * unit, extra if n else 0,
     )  # fmt: skip

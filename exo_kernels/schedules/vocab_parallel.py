@@ -56,7 +56,7 @@ def sum_(x: Tensor, shard: Shard) -> None:
 
 def combine(
     stats: Tensor,  # (3, M) of this rank's columns: target's logit, top (-inf where there is nothing), log sum above it
-    lost: Tensor,  # (M,) what rounding took from the target's logit
+    rounding_error: Tensor,  # (M,) what rounding took from the target's logit
     entropies: Tensor,  # (M,) of this rank's columns, or (0,)
     targets: Tensor,  # (M,) in the whole vocabulary
     vocab: int,  # columns of this rank
@@ -65,7 +65,7 @@ def combine(
     """The same of all columns. A row of nothing but -inf has top 0; a label outside the vocabulary stays NaN."""
     target, top, log_total = stats
     if not shard.parallel:
-        return torch.stack([target, top.masked_fill(top == -torch.inf, 0.0), log_total]), lost, entropies
+        return torch.stack([target, top.masked_fill(top == -torch.inf, 0.0), log_total]), rounding_error, entropies
     everywhere = top.clone()
     dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=_GROUPS[shard.group])
     everywhere = everywhere.masked_fill(everywhere == -torch.inf, 0.0)
@@ -75,7 +75,7 @@ def combine(
     sums = torch.zeros(4 if entropies.numel() else 3, len(targets), dtype=stats.dtype, device=stats.device)
     sums[0] = share
     sums[1] = target.masked_fill(foreign, 0.0)
-    sums[2] = lost.masked_fill(foreign, 0.0)
+    sums[2] = rounding_error.masked_fill(foreign, 0.0)
     if entropies.numel():
         sums[3] = torch.where(share > 0, share * (entropies - log_share), 0.0)
     sum_(sums, shard)

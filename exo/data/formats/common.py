@@ -18,8 +18,8 @@ from exo.data.formats.split_prompt import (
     conversations,
     dialogues,
     implicit,
+    is_complete,
     is_implicit,
-    is_whole,
     last_turn,
     opening,
     with_prompt,
@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
 
 def _preference(row: Row) -> Reading:
-    if is_whole(row["chosen"]) and is_whole(row["rejected"]):
+    if is_complete(row["chosen"]) and is_complete(row["rejected"]):
         return with_prompt(row["prompt"], conversations(row))
     return answered(row["prompt"], {key: row[key] for key in ("chosen", "rejected")})
 
@@ -144,7 +144,7 @@ def answered(prompt: Any, answers: Mapping[str, Any]) -> Reading:
 def _answer(key: str, row: Row) -> Reading:
     if is_chat(row[key]) and not any(message.learned for message in conversation(key, row[key])):
         return Reading(skip="no message of the assistant with a weight")
-    if is_whole(row[key]):
+    if is_complete(row[key]):
         return with_prompt(row["prompt"], last_turn(key, row))
     return answered(row["prompt"], {key: row[key]})
 

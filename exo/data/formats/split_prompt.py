@@ -15,7 +15,7 @@ from exo.data.formats.transcripts import split_turns
 Row = dict[str, Any]
 
 
-def is_whole(value: Any) -> bool:
+def is_complete(value: Any) -> bool:
     """Return whether a column holds a conversation from its beginning, and not an answer alone."""
     if not (isinstance(value, list) and is_chat(value) and isinstance(value[0], dict)):
         return False
@@ -75,7 +75,7 @@ def dialogues(row: Row) -> Reading:
     return Reading(f"{prompt}\n\nAssistant:", (good, bad), later_turns=later)
 
 
-class _Parted(NamedTuple):
+class _Split(NamedTuple):
     shared: Sequence[tuple[str, Any]] = ()
     good: Any = ""
     bad: Any = ""
@@ -83,17 +83,17 @@ class _Parted(NamedTuple):
     skip: str = ""
 
 
-def _part(chosen: Sequence[tuple[str, Any]], rejected: Sequence[tuple[str, Any]], speaker: str) -> _Parted:
+def _part(chosen: Sequence[tuple[str, Any]], rejected: Sequence[tuple[str, Any]], speaker: str) -> _Split:
     """Return two conversations of (role, text or message) where they part, if they part in the speaker's turn."""
     parted = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     at = next(parted, None)
     if at is None:
         same = len(chosen) == len(rejected)
-        return _Parted(skip="identical dialogues" if same else "one dialogue continues the other")
+        return _Split(skip="identical dialogues" if same else "one dialogue continues the other")
     (role, good), (other_role, bad) = chosen[at], rejected[at]
     if not role == other_role == speaker:
-        return _Parted(skip="first difference not in an assistant turn")
-    return _Parted(chosen[:at], good, bad, max(len(chosen), len(rejected)) > at + 1)
+        return _Split(skip="first difference not in an assistant turn")
+    return _Split(chosen[:at], good, bad, max(len(chosen), len(rejected)) > at + 1)
 
 
 def _turns(key: str, row: Row) -> list[tuple[str, str]]:

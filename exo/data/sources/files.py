@@ -106,11 +106,11 @@ def _file(path: Path, shown: str) -> Source:
 
 def _delimited(path: Path, shown: str, delimiter: str) -> Rows:
     with open(path, "rb") as file:
-        stream, packing = _unpacked(file)
+        stream, collator = _unpacked(file)
         try:
             yield from tables.from_delimited(stream, shown, delimiter)
         except _DAMAGED as error:
-            raise _damaged(f"{shown}", packing, error) from None
+            raise _damaged(f"{shown}", collator, error) from None
 
 
 def _directory(directory: Path, split: str | None) -> Source:
@@ -180,7 +180,7 @@ def _pieces(file: io.BufferedReader, shown: str) -> Iterator[tuple[Place, bytes]
     Lines end at \\n alone: `str.splitlines` would also cut at U+2028, which JSON strings may hold.
     Blank lines are no rows.
     """
-    stream, packing = _unpacked(file)
+    stream, collator = _unpacked(file)
     line, started = 0, False
     try:
         for line, raw in enumerate(stream, 1):
@@ -193,7 +193,7 @@ def _pieces(file: io.BufferedReader, shown: str) -> Iterator[tuple[Place, bytes]
                 started = True
                 yield (line, f"{shown}:{line}"), raw
     except _DAMAGED as error:
-        raise _damaged(f"{shown}:{line + 1}", packing, error) from None
+        raise _damaged(f"{shown}:{line + 1}", collator, error) from None
 
 
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)
@@ -208,9 +208,9 @@ def _unpacked(file: io.BufferedReader) -> tuple[Any, str]:
     return file, ""
 
 
-def _damaged(place: str, packing: str, error: Exception) -> Exception:
+def _damaged(place: str, collator: str, error: Exception) -> Exception:
     """Return what to raise for a stream that cannot be read on."""
-    return DataError(f"{place}: the {packing} data is cut off or damaged") if packing else error
+    return DataError(f"{place}: the {collator} data is cut off or damaged") if collator else error
 
 
 def _elements(body: bytes, line: int, shown: str) -> Iterator[tuple[Place, bytes]]:

@@ -17,13 +17,13 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
-class TooLong(Exception):
+class TimeLimitExceeded(Exception):
     """The code did not end in the time it was given."""
 
 
 @contextlib.contextmanager
-def bounded(seconds: float, extra_bytes: int) -> Iterator[None]:
-    """Raise `TooLong` after `seconds`, and MemoryError for more than `extra_bytes` of new memory.
+def run_bounded(seconds: float, extra_bytes: int) -> Iterator[None]:
+    """Raise `TimeLimitExceeded` after `seconds`, and MemoryError for more than `extra_bytes` of new memory.
 
     The time limit needs the main thread and the memory limit needs Linux; elsewhere that limit is left out.
     """
@@ -38,7 +38,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         return
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        raise TooLong(f"still running after {seconds:g} seconds")
+        raise TimeLimitExceeded(f"still running after {seconds:g} seconds")
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from exo.data import Chat, DataError, Message, Reply
-from exo.data.text.bounded import bounded
+from exo.data.text.bounded import run_bounded
 from exo.data.text.subwords import LEFT, RIGHT
 
 SECONDS, MOST_BYTES = 10.0, 2**28  # one rendering may take
@@ -167,7 +167,7 @@ class Renderer:
         if settings.date and "strftime_now" in template:
             template = _strftime(template, settings.date) + template
         try:
-            with bounded(SECONDS, MOST_BYTES):
+            with run_bounded(SECONDS, MOST_BYTES):
                 rendered = self.tokenizer.apply_chat_template(
                     messages, tools=tools or None, chat_template=template, add_generation_prompt=opened,
                     tokenize=False, **settings.arguments,

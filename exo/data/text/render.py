@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from exo.cli import console
 from exo.cli.options import ChatOptions
-from exo.data import Chat, DataError, Dataset, Group
+from exo.data import Chat, DataError, Dataset, Example
 from exo.data.formats import transcripts
 from exo.data.text.chat_template import Settings, has_template, stop_id
 from exo.data.text.chat_template import source as chat_source
@@ -91,10 +91,10 @@ def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Li
     the plain prompt stay as they are, or are refused under "always"; `sampled="render"`, for a reward model, renders
     them.
     """
-    groups = [group for group in dataset.groups if not isinstance(group.prompt, Chat) and group.prompt]
-    if template == "none" or not groups or dataset.groups[0].label is not None:
+    examples = [example for example in dataset.examples if not isinstance(example.prompt, Chat) and example.prompt]
+    if template == "none" or not examples or dataset.examples[0].label is not None:
         return dataset
-    drawn = sampled == "keep" and any(group.tokens is not None for group in groups)
+    drawn = sampled == "keep" and any(example.tokens is not None for example in examples)
     if template != "auto":
         if drawn:
             raise DataError(
@@ -102,9 +102,9 @@ def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Li
             )
     elif drawn or not dataset.conversational:
         if has_template(tokenizer) and not drawn:
-            first = groups[0]
+            first = examples[0]
             answer = first.completions[0][:40] if first.completions else ""
-            console.say(
+            console.log(
                 "  the tokenizer has a chat template, but these prompts are plain texts, which are used as they are: "
                 f"{first.prompt[-60:]!r}{f' + {answer!r}' if answer else ''}\n  --chat_template always renders them as "
                 "a user's turn; none hides this line"
@@ -115,28 +115,28 @@ def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Li
             f"{dataset.path}: {dataset.format.split(' (')[0]} are chats, and the tokenizer has no chat template; set "
             "--chat_template chatml, plain or a file, or none to use the texts as they are"
         )
-    return dataclasses.replace(dataset, groups=[render(group) for group in dataset.groups])
+    return dataclasses.replace(dataset, examples=[render(example) for example in dataset.examples])
 
 
-def render(group: Group) -> Group:
+def render(example: Example) -> Example:
     """Return a row with its plain prompt as chat messages; token ids that were sampled from it are of another text."""
-    chat = as_chat(group)
-    if chat.prompt is group.prompt or chat.tokens is None:
+    chat = as_chat(example)
+    if chat.prompt is example.prompt or chat.tokens is None:
         return chat
     return dataclasses.replace(chat, tokens=chat.tokens._replace(tokenizer=""))
 
 
-def as_chat(group: Group) -> Group:
+def as_chat(example: Example) -> Example:
     """Return a row with its plain prompt as messages: one user turn, or the turns of an Anthropic HH transcript."""
-    if isinstance(group.prompt, Chat) or not group.prompt:
-        return group
-    completions = transcripts.answers_to(group.prompt, group.completions)
-    return dataclasses.replace(group, prompt=transcripts.as_chat(group.prompt), completions=completions)
+    if isinstance(example.prompt, Chat) or not example.prompt:
+        return example
+    completions = transcripts.answers_to(example.prompt, example.completions)
+    return dataclasses.replace(example, prompt=transcripts.as_chat(example.prompt), completions=completions)
 
 
 def describe(option: str, dataset: Dataset, tokenizer: Any) -> str:
     """Return a line on the chat template and on the end of a completion."""
-    if not any(isinstance(group.prompt, Chat) for group in dataset.groups):
+    if not any(isinstance(example.prompt, Chat) for example in dataset.examples):
         return f"chat template: not used, texts are read as they are; a completion ends with {tokenizer.eos_token!r}"
     if not has_template(tokenizer):
         return "chat template: none, and the data have chat messages"

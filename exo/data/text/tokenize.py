@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from exo.data import Chat, DataError, Dataset, Group
+from exo.data import Chat, DataError, Dataset, Example
 from exo.data.text import chat_template, subwords
 from exo.data.text.limits import STUMP, Limits, fit, is_stump, last_of
 from exo.data.text.subwords import BoundaryError
@@ -26,7 +26,7 @@ MOST_MUTILATED = 0.05  # share of the rows
 
 
 @dataclass(frozen=True)
-class TokenGroup:
+class TokenizedExample:
     """One prompt and its completions as tokens; `line` is where it stood in its file."""
 
     prompt: tuple[int, ...]
@@ -40,18 +40,18 @@ class TokenGroup:
         return len(self.prompt) + max(map(len, self.completions))
 
 
-def factored(group: TokenGroup) -> TokenGroup:
+def factor_prefix(example: TokenizedExample) -> TokenizedExample:
     """Move the tokens that all completions begin with to the prompt; each completion keeps at least one.
 
     No loss of theirs changes, nor its gradient, because what all completions share cancels. Sums of log-probs do
     change, so a group whose reference log-probs are known stays as it is: they are of whole completions.
     """
-    answers = group.completions
+    answers = example.completions
     most = min(map(len, answers)) - 1
     same = next((i for i in range(most) if len({answer[i] for answer in answers}) > 1), max(0, most))
-    if len(answers) < 2 or not same or group.ref_logps is not None:
-        return group
-    return replace(group, prompt=group.prompt + answers[0][:same], completions=tuple(a[same:] for a in answers))
+    if len(answers) < 2 or not same or example.ref_logps is not None:
+        return example
+    return replace(example, prompt=example.prompt + answers[0][:same], completions=tuple(a[same:] for a in answers))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -68,7 +68,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def encode(
-    groups: Iterable[Group],
+    examples: Iterable[Example],
     tokenizer: Any,
     limits: Limits,
     path: str,
@@ -76,7 +76,7 @@ def encode(
     foreign: Literal["refuse", "text"] = "refuse",
     skip_invalid: bool = False,
     strict: bool = True,
-) -> tuple[list[TokenGroup], Counter[str]]:
+) -> tuple[list[TokenizedExample], Counter[str]]:
     """Return the groups as tokens within the limits, and counts by reason of rows that were cut, skipped or noted.
 
     Sampled completions keep the tokens that they were sampled as. `foreign` says what to do with samples of another
@@ -89,17 +89,17 @@ def encode(
     encoded = []
     rows = 0
     stumps = f"rows that keep fewer than {STUMP} tokens or a quarter of their prompt"
-    for group in groups:
+    for example in examples:
         rows += 1
-        place = group.place(path)
+        place = example.place(path)
         try:
-            prompt, completions = encoder.encode(group, check=rows <= CHECKED)
+            prompt, completions = encoder.encode(example, check=rows <= CHECKED)
         except (DataError, BoundaryError) as error:
             if not skip_invalid:
                 raise DataError(f"{place}: {error}") from None
             counts[REFUSED] += 1
             continue
-        if group.tokens is None and len(completions) > 1 and all(ids == completions[0] for ids in completions):
+        if example.tokens is None and len(completions) > 1 and all(ids == completions[0] for ids in completions):
             counts["rows dropped: completions identical as tokens"] += 1
             continue
         fitted = fit(prompt, completions, _bos_of(prompt, tokenizer), limits, place, counts)
@@ -107,11 +107,11 @@ def encode(
             continue
         if limits.max_prompt_length is None and is_stump(len(fitted[0]), len(prompt)):
             counts[stumps] += 1
-        known = group.ref_logps
+        known = example.ref_logps
         if known is not None and fitted != (tuple(prompt), tuple(map(tuple, completions))):
             counts["rows cut, so that their log-probs of a reference are of other tokens and not used"] += 1
             known = None
-        encoded.append(TokenGroup(*fitted, group.rewards, group.line, known))
+        encoded.append(TokenizedExample(*fitted, example.rewards, example.line, known))
     if strict and counts[stumps] > MOST_MUTILATED * rows:
         raise DataError(
             f"{path}: {counts[stumps]:,} of {rows:,} rows, more than {MOST_MUTILATED:.0%}, keep fewer than {STUMP} "
@@ -127,7 +127,7 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
 
 
 def refused(
-    groups: Sequence[Group], tokenizer: Any, path: str, *, skip_invalid: bool
+    examples: Sequence[Example], tokenizer: Any, path: str, *, skip_invalid: bool
 ) -> tuple[frozenset[int], Counter[str]]:
     """Return the places of rows that the tokenizer or its chat template refuses, and their count.
 
@@ -136,23 +136,23 @@ def refused(
     counts: Counter[str] = Counter()
     encoder = _Encoder(tokenizer, "text", Counter())
     places = set()
-    for i, group in enumerate(groups):
+    for i, example in enumerate(examples):
         try:
-            encoder.encode(group, check=i < CHECKED)
+            encoder.encode(example, check=i < CHECKED)
         except (DataError, BoundaryError) as error:
             if not skip_invalid:
-                raise DataError(f"{group.place(path)}: {error}") from None
+                raise DataError(f"{example.place(path)}: {error}") from None
             places.add(i)
     if places:
         counts[REFUSED] = len(places)
     return frozenset(places), counts
 
 
-def usable_prompts(dataset: Dataset, tokenizer: Any, *, skip_invalid: bool) -> tuple[list[Group], Counter[str]]:
+def usable_prompts(dataset: Dataset, tokenizer: Any, *, skip_invalid: bool) -> tuple[list[Example], Counter[str]]:
     """Return the rows whose prompts can be rendered, and the count of the others; see `refused`."""
-    prompts = [replace(group, completions=(), tokens=None) for group in dataset.groups]
+    prompts = [replace(example, completions=(), tokens=None) for example in dataset.examples]
     places, counts = refused(prompts, tokenizer, dataset.path, skip_invalid=skip_invalid)
-    usable = [group for i, group in enumerate(dataset.groups) if i not in places]
+    usable = [example for i, example in enumerate(dataset.examples) if i not in places]
     if not usable:
         raise DataError(f"{dataset.path}: no prompt is left")
     return usable, counts
@@ -224,17 +224,17 @@ class _Encoder:
         self.special, self.ends = special_ids(tokenizer)
         self.last: tuple[str | None, _Prompt] = None, _Prompt("", [], [])  # rows that follow each other may share one
 
-    def encode(self, group: Group, *, check: bool) -> tuple[list[int], list[list[int]]]:
+    def encode(self, example: Example, *, check: bool) -> tuple[list[int], list[list[int]]]:
         """Return the tokens of a prompt and of its completions, each with its end."""
-        if self.last[0] is not group.prompt:
-            self.last = group.prompt, _prompt(group.prompt, self.tokenizer, self.renderer)
+        if self.last[0] is not example.prompt:
+            self.last = example.prompt, _prompt(example.prompt, self.tokenizer, self.renderer)
         prompt = self.last[1]
-        plain = not isinstance(group.prompt, Chat)
+        plain = not isinstance(example.prompt, Chat)
         if plain and self.special & {*prompt.ids}:
             self.counts["prompts with special tokens in their text, which are read as such"] += 1
-        tokens = group.tokens
+        tokens = example.tokens
         if tokens is None:
-            completions = [self._ended(group.prompt, prompt, answer, check) for answer in group.completions]
+            completions = [self._ended(example.prompt, prompt, answer, check) for answer in example.completions]
         elif self.foreign == "refuse":
             if tokens.tokenizer != tokenizer_hash(self.tokenizer):
                 raise DataError(
@@ -243,7 +243,7 @@ class _Encoder:
                 )
             completions = [list(ids) for ids in tokens.ids]
         else:
-            completions = [self._sampled(group, prompt, i) for i in range(len(group.completions))]
+            completions = [self._sampled(example, prompt, i) for i in range(len(example.completions))]
         return prompt.start + prompt.ids, completions
 
     def _ended(self, prompt: str, rendered: _Prompt, answer: str, check: bool) -> list[int]:
@@ -271,14 +271,14 @@ class _Encoder:
     def _end_texts(self) -> tuple[str, ...]:
         return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends)))
 
-    def _sampled(self, group: Group, prompt: _Prompt, i: int) -> list[int]:
+    def _sampled(self, example: Example, prompt: _Prompt, i: int) -> list[int]:
         """Return a sampled completion for a reward model, with the end that its training gives a completion."""
-        tokens, text = group.tokens, group.completions[i]
+        tokens, text = example.tokens, example.completions[i]
         assert tokens is not None
         finished, end = tokens.finish[i] == "eos", self.tokenizer.eos_token_id
-        if isinstance(group.prompt, Chat):
+        if isinstance(example.prompt, Chat):
             end = end if self.renderer.end_id is None else self.renderer.end_id
-            text = self.renderer.answer(group.prompt, prompt.text, text).text
+            text = self.renderer.answer(example.prompt, prompt.text, text).text
         if tokens.tokenizer == tokenizer_hash(self.tokenizer):
             ids = list(tokens.ids[i][: len(tokens.ids[i]) - finished])
         else:

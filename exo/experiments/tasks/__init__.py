@@ -15,12 +15,12 @@ from collections.abc import Callable
 from exo.experiments.tasks.preferences import preferences
 from exo.experiments.tasks.quickstart import quickstart
 from exo.experiments.tasks.reviews import imdb, polarity
-from exo.experiments.tasks.source import Files, Wanted
+from exo.experiments.tasks.source import Files, TaskRequest
 from exo.experiments.tasks.tldr import tldr
 
-__all__ = ["BY_TOKENS", "MODEL_MAKERS", "TASKS", "Files", "Wanted"]
+__all__ = ["BY_TOKENS", "MODEL_MAKERS", "TASKS", "Files", "TaskRequest"]
 
-TASKS: dict[str, Callable[[Wanted], Files]] = {
+TASKS: dict[str, Callable[[TaskRequest], Files]] = {
     "quickstart": quickstart,
     "polarity": polarity,
     "imdb": imdb,

@@ -8,19 +8,29 @@ preferences are sampled for. Of scored completions the best of a row is chosen, 
 from pathlib import Path
 
 from exo.cli import console
-from exo.data import DataError, Group, transforms
+from exo.data import DataError, Example, transforms
 from exo.data.split import Texts
-from exo.experiments.tasks.source import Files, Wanted, drawn, hold_out, lines, named, parts, read, unseen
+from exo.experiments.tasks.source import (
+    Files,
+    TaskRequest,
+    drop_seen,
+    files_named,
+    hold_out,
+    lines,
+    read,
+    source_parts,
+    subsample,
+)
 
 
-def preferences(wanted: Wanted) -> Files:
-    found = parts(wanted.source)
-    train, test = (drawn(_pairs(paths, wanted), wanted) for paths in found)
+def preferences(wanted: TaskRequest) -> Files:
+    found = source_parts(wanted.source)
+    train, test = (subsample(_pairs(paths, wanted), wanted) for paths in found)
     if not train:
         raise DataError(f"{wanted.source}: expected a row with a best and a worst completion; found none")
     if not found.test:
         train, test = hold_out(train, _texts, wanted.seed)
-    test = unseen(test, set(map(_prompt, train)), _prompt)
+    test = drop_seen(test, set(map(_prompt, train)), _prompt)
     held_out = set(map(_prompt, test))
     prompts = [prompt for prompt in _prompts(wanted, train) if prompt not in held_out]
     if not prompts:
@@ -35,29 +45,29 @@ def preferences(wanted: Wanted) -> Files:
     }
 
 
-def _pairs(paths: list[str], wanted: Wanted) -> list[Group]:
-    groups = [group for dataset in read(paths, "comparisons", wanted) for group in dataset.groups]
-    pairs, counts = transforms.best_against_worst(groups)
+def _pairs(paths: list[str], wanted: TaskRequest) -> list[Example]:
+    examples = [example for dataset in read(paths, "comparisons", wanted) for example in dataset.examples]
+    pairs, counts = transforms.to_pairs(examples)
     console.counts(counts)
     return pairs
 
 
-def _prompts(wanted: Wanted, train: list[Group]) -> list[str]:
+def _prompts(wanted: TaskRequest, train: list[Example]) -> list[str]:
     place = Path(wanted.source)
-    own = named(place, "prompts") if place.is_dir() else []
+    own = files_named(place, "prompts") if place.is_dir() else []
     if not own:
         return list(dict.fromkeys(map(_prompt, train)))
-    groups = [group for dataset in read(own, "prompts", wanted) for group in dataset.groups]
-    return list(dict.fromkeys(map(_prompt, drawn(groups, wanted))))
+    examples = [example for dataset in read(own, "prompts", wanted) for example in dataset.examples]
+    return list(dict.fromkeys(map(_prompt, subsample(examples, wanted))))
 
 
-def _prompt(group: Group) -> str:
-    return group.prompt
+def _prompt(example: Example) -> str:
+    return example.prompt
 
 
-def _texts(group: Group) -> Texts:
-    return Texts(group.prompt, group.completions)
+def _texts(example: Example) -> Texts:
+    return Texts(example.prompt, example.completions)
 
 
-def _chosen(group: Group) -> tuple[str, str]:
-    return group.prompt, group.completions[0]
+def _chosen(example: Example) -> tuple[str, str]:
+    return example.prompt, example.completions[0]

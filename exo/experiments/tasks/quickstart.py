@@ -4,10 +4,10 @@ from pathlib import Path
 
 from exo import models
 from exo.experiments.quickstart import corpus, prompts, vocabulary
-from exo.experiments.tasks.source import Files, Wanted, lines
+from exo.experiments.tasks.source import Files, TaskRequest, lines
 
 
-def quickstart(wanted: Wanted) -> Files:
+def quickstart(wanted: TaskRequest) -> Files:
     def base(directory: Path) -> int:
         model, tokenizer = models.word_level(vocabulary(), seed=wanted.seed)
         models.save(model, tokenizer, directory)

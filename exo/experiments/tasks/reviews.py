@@ -18,7 +18,7 @@ from exo.cli import console
 from exo.cli.fields import require
 from exo.data import DataError
 from exo.data.split import Texts
-from exo.experiments.tasks.source import Files, Wanted, drawn, hold_out, lines, parts, read, unseen
+from exo.experiments.tasks.source import Files, TaskRequest, drop_seen, hold_out, lines, read, source_parts, subsample
 
 PREFIX_TOKENS, PREFIX_WORDS = 10, 4
 # Of polarity's model: what two CPU cores fine-tune in minutes, and 10,000 sentences can fill.
@@ -36,29 +36,31 @@ class Review(NamedTuple):
         return self.prompt + self.rest
 
 
-def imdb(wanted: Wanted) -> Files:
+def imdb(wanted: TaskRequest) -> Files:
     cut = _first_tokens(wanted.tokenizer)
     place = Path(wanted.source)
     if (place / "train" / "pos").is_dir():
         train, test = (_unpacked(place / part) for part in ("train", "test"))
     else:
-        found = parts(wanted.source)
+        found = source_parts(wanted.source)
         if place.is_dir() and not found.test:
             raise DataError(
                 f"{wanted.source}: expected train/pos, train/neg, test/pos and test/neg with .txt files, as in "
                 "aclImdb, or train.* and test.* with rows of text and label"
             )
         train, test = (
-            [(g.completions[0], g.label or 0) for dataset in read(paths, "labels", wanted) for g in dataset.groups]
+            [(g.completions[0], g.label or 0) for dataset in read(paths, "labels", wanted) for g in dataset.examples]
             for paths in found
         )
-    cleaned, others = (_cut(((_clean(t), label) for t, label in drawn(part, wanted)), cut) for part in (train, test))
+    cleaned, others = (
+        _cut(((_clean(t), label) for t, label in subsample(part, wanted)), cut) for part in (train, test)
+    )
     if not others:
         cleaned, others = hold_out(cleaned, _texts, wanted.seed)
     return _files(cleaned, others)
 
 
-def polarity(wanted: Wanted) -> Files:
+def polarity(wanted: TaskRequest) -> Files:
     place = Path(wanted.source)
     files = {name: place / f"rt_polarity.{name}" for name in ("pos", "neg")}
     if not all(file.is_file() for file in files.values()):
@@ -69,8 +71,8 @@ def polarity(wanted: Wanted) -> Files:
         for line in _text(file, "cp1252").splitlines()
     ]
     distinct = dict.fromkeys(sentences)
-    console.say(f"  {len(sentences):,} sentences, {len(sentences) - len(distinct):,} of them once more")
-    train, test = hold_out(_cut(drawn(distinct, wanted), _first_words), _texts, wanted.seed)
+    console.log(f"  {len(sentences):,} sentences, {len(sentences) - len(distinct):,} of them once more")
+    train, test = hold_out(_cut(subsample(distinct, wanted), _first_words), _texts, wanted.seed)
 
     def base(directory: Path) -> int:
         model, tokenizer = models.tiny([review.text for review in train], seed=wanted.seed, **SMALL)
@@ -92,7 +94,7 @@ def _files(train: Sequence[Review], test: Sequence[Review]) -> Files:
     return {
         "sft.jsonl": lines({"prompt": r.prompt, "completion": r.rest} for r in train),
         "prompts.jsonl": lines({"prompt": r.prompt} for r in train),
-        "test.jsonl": lines({"prompt": r.prompt} for r in unseen(test, set(map(_prompt, train)), _prompt)),
+        "test.jsonl": lines({"prompt": r.prompt} for r in drop_seen(test, set(map(_prompt, train)), _prompt)),
         "labelled.jsonl": lines({"text": r.text, "label": r.label} for r in train),
     }
 
@@ -102,7 +104,7 @@ def _cut(texts: Iterable[tuple[str, int]], cut: Callable[[str], int]) -> list[Re
     found = [Review(text[: cut(text)], text[cut(text) :], label) for text, label in texts]
     kept = [review for review in found if review.rest.strip()]
     if short := len(found) - len(kept):
-        console.say(f"  {short:,} texts left out: no longer than a prompt")
+        console.log(f"  {short:,} texts left out: no longer than a prompt")
     return kept
 
 

@@ -19,7 +19,7 @@ Files = dict[str, Callable[[Path], int]]
 HELD_OUT, AT_MOST = 0.1, 1000  # prompts held out of a source that has no test part
 
 
-class Wanted(NamedTuple):
+class TaskRequest(NamedTuple):
     """What is asked of a task."""
 
     source: str
@@ -40,17 +40,17 @@ def lines(rows: Iterable[Mapping[str, object]]) -> Callable[[Path], int]:
     return partial(data.write_jsonl, rows=rows)
 
 
-def parts(source: str) -> Parts:
+def source_parts(source: str) -> Parts:
     """Of a directory, the files that are named for a part; of a hub name, its splits; a file has one part."""
     place = Path(source)
-    if place.is_dir() and (train := named(place, "train")):
-        return Parts(train, named(place, "test") or named(place, "valid"))
+    if place.is_dir() and (train := files_named(place, "train")):
+        return Parts(train, files_named(place, "test") or files_named(place, "valid"))
     if not place.exists() and (hub := hub_name(source)) and "@" not in source:
         return Parts([f"{source}@{hub.split}"], [f"{source}@test"])
     return Parts([source], [])
 
 
-def named(directory: Path, beginning: str) -> list[str]:
+def files_named(directory: Path, beginning: str) -> list[str]:
     """The data files of a directory whose names begin so: train.jsonl, or train-00000-of-00002.parquet."""
     found = (
         f for f in directory.iterdir() if f.name.startswith(beginning) and f.suffix in DATA_SUFFIXES and f.is_file()
@@ -58,15 +58,15 @@ def named(directory: Path, beginning: str) -> list[str]:
     return sorted(map(str, found))
 
 
-def read(paths: Sequence[str], purpose: Purpose, wanted: Wanted) -> list[Dataset]:
+def read(paths: Sequence[str], purpose: Purpose, wanted: TaskRequest) -> list[Dataset]:
     """Each with its account of the rows printed."""
     found = [data.read(path, purpose=purpose, **wanted.reading) for path in paths]
     for dataset in found:
-        console.say(dataset.summary())
+        console.log(dataset.summary())
     return found
 
 
-def drawn(items: Iterable[T], wanted: Wanted) -> list[T]:
+def subsample(items: Iterable[T], wanted: TaskRequest) -> list[T]:
     """In an order of chance, since files are sorted by label or date; no more than are wanted."""
     shuffled = list(items)
     random.Random(wanted.seed).shuffle(shuffled)
@@ -88,17 +88,17 @@ def hold_out(items: Sequence[T], texts: Callable[[T], Texts], seed: int) -> tupl
     return train, held_out
 
 
-def unseen(test: Iterable[T], trained: Collection[Hashable], prompt: Callable[[T], Hashable]) -> list[T]:
+def drop_seen(test: Iterable[T], trained: Collection[Hashable], prompt: Callable[[T], Hashable]) -> list[T]:
     """Held-out rows, the first of each prompt, but for prompts that are trained on."""
     found: dict[Hashable, T] = {}
     rows = list(test)
     for item in rows:
         found.setdefault(prompt(item), item)
     if more := len(rows) - len(found):
-        console.say(f"  {more:,} held-out rows left out: their prompt is another row's as well")
+        console.log(f"  {more:,} held-out rows left out: their prompt is another row's as well")
     kept = [item for key, item in found.items() if key not in trained]
     if lost := len(found) - len(kept):
-        console.say(f"  {lost:,} held-out prompts left out: they are trained on as well")
+        console.log(f"  {lost:,} held-out prompts left out: they are trained on as well")
     if not kept:
         raise data.DataError("the source has no held-out prompt that is not trained on as well")
     return kept

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from exo.cli import console
 from exo.data import DataError, read_rows
-from exo.experiments.tasks.source import Files, Wanted, drawn, lines, named, unseen
+from exo.experiments.tasks.source import Files, TaskRequest, drop_seen, files_named, lines, subsample
 
 HUB = "openai/summarize_from_feedback"
 COMPARISONS, TEXTS = f"{HUB}:comparisons@train+validation", "UCL-DARK/openai-tldr-filtered@train"
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     rejected: str
 
 
-def tldr(wanted: Wanted) -> Files:
+def tldr(wanted: TaskRequest) -> Files:
     comparisons, texts = _sources(wanted.source)
     counts: Counter[str] = Counter()
     found: dict[bool, list[Pair]] = {True: [], False: []}  # by whether it is trained on
@@ -35,10 +35,12 @@ def tldr(wanted: Wanted) -> Files:
             found[row["split"] == "train"].append(pair)
     imitated = [_text(place, row) for place, row in chain.from_iterable(map(read_rows, texts))]
     console.counts(counts)
-    train, test, imitated = drawn(found[True], wanted), drawn(found[False], wanted), drawn(imitated, wanted)
+    train, test, imitated = subsample(found[True], wanted), subsample(found[False], wanted), subsample(imitated, wanted)
     if not (train and test):
         raise DataError(f"{wanted.source}: expected comparisons of the splits train and valid; one of them has none")
-    test = unseen(test, {pair.prompt for pair in train} | {prompt for prompt, _ in imitated}, lambda pair: pair.prompt)
+    test = drop_seen(
+        test, {pair.prompt for pair in train} | {prompt for prompt, _ in imitated}, lambda pair: pair.prompt
+    )
     return {
         "sft.jsonl": lines({"prompt": p, "completion": c} for p, c in imitated),
         "prompts.jsonl": lines({"prompt": p} for p in dict.fromkeys(pair.prompt for pair in train)),
@@ -63,7 +65,7 @@ def _sources(source: str) -> tuple[list[str], list[str]]:
 def _inside(place: Path, name: str) -> list[str]:
     if (place / name).is_dir():
         return [str(place / name)]
-    return named(place, name) if place.is_dir() else []
+    return files_named(place, name) if place.is_dir() else []
 
 
 def _prompt(post: dict[str, Any]) -> str:

@@ -13,54 +13,56 @@ from accelerate import Accelerator
 
 from exo import models
 from exo.cli import console
-from exo.data.collate import Packing
-from exo.data.text.tokenize import TokenGroup
+from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import gather
 from exo.models import logps as model_logps
 from exo.models.attention import masks
 
-Share = Literal["auto", "on", "off"]
+SharePrompt = Literal["auto", "on", "off"]
 WORTH = 0.9  # of the padded tokens; with 0.90 to 0.94 of them a dense mask took 1.05 to 1.27 times as long
 DENSE = "a dense mask"  # under the attention that the model came with
 SAMPLE = 256  # groups that the saving is estimated on
 TRIED = 3  # groups that the model is tried on, the longest among them
 
 
-def choose(
+def choose_layout(
     seeing: Sequence[Any],
-    groups: Sequence[TokenGroup],
+    examples: Sequence[TokenizedExample],
     accelerator: Accelerator,
-    padded: Packing,
-    share: Share,
+    padded: Collator,
+    share: SharePrompt,
     temperature: float,
     dropout: bool = False,
-) -> Packing:
+) -> Collator:
     """The layout for these groups, said aloud; the models that are to see them attend accordingly."""
     own = [model.config._attn_implementation for model in seeing]
     flex = accelerator.device.type == "cuda" and not dropout
     other = padded._replace(layout="packed" if share == "off" else "shared")
-    before, after = (_size(groups, packing)[0] for packing in (padded, other._replace(one_row=True)))
+    before, after = (_batch_size(examples, collator)[0] for collator in (padded, other._replace(one_row=True)))
     if (share == "off" and not flex) or (share == "auto" and after > WORTH * before):
         return padded
-    reason = next(filter(None, (masks.refusal(model.config) for model in seeing)), "")
-    for implementation in () if reason else _candidates(groups, padded, other, share, flex):
+    reason = next(filter(None, (masks.unsupported_reason(model.config) for model in seeing)), "")
+    for implementation in () if reason else _candidates(examples, padded, other, share, flex):
         tried = other._replace(one_row=implementation != DENSE)
-        reasons = [_differs(model, groups, accelerator, padded, tried, implementation, temperature) for model in seeing]
+        reasons = [
+            _mismatch(model, examples, accelerator, padded, tried, implementation, temperature) for model in seeing
+        ]
         # what one process cannot have none takes, or they would wait for each other's micro-batches
-        reason = next(filter(None, gather.gathered(next(filter(None, reasons), ""), accelerator)), "")
+        reason = next(filter(None, gather.all_gather_json(next(filter(None, reasons), ""), accelerator)), "")
         if not reason:
             what = "a prompt stands once for all its completions" if share != "off" else "rows are packed"
-            console.say(f"{what} ({implementation}): {before / after:.2f} times fewer tokens than padded")
+            console.log(f"{what} ({implementation}): {before / after:.2f} times fewer tokens than padded")
             return tried
         for model, before_it in zip(seeing, own, strict=True):
             models.attend(model, before_it)
-        console.say(f"  {implementation} cannot be had: {reason}")
-    console.say(f"rows are padded, one a completion: {reason}")
+        console.log(f"  {implementation} cannot be had: {reason}")
+    console.log(f"rows are padded, one a completion: {reason}")
     return padded
 
 
 def _candidates(
-    groups: Sequence[TokenGroup], padded: Packing, other: Packing, share: Share, flex: bool
+    examples: Sequence[TokenizedExample], padded: Collator, other: Collator, share: SharePrompt, flex: bool
 ) -> Iterator[str]:
     """Implementations of attention, the best first."""
     if flex and share == "off" and importlib.util.find_spec("flash_attn"):
@@ -69,26 +71,26 @@ def _candidates(
         yield masks.FLEX
     yield masks.SEGMENTS
     # a dense mask costs all pairs of tokens of a row, and a row holds several texts
-    if share != "auto" or _size(groups, other)[1] <= _size(groups, padded)[1]:
+    if share != "auto" or _batch_size(examples, other)[1] <= _batch_size(examples, padded)[1]:
         yield DENSE
 
 
-def _size(groups: Sequence[TokenGroup], packing: Packing) -> tuple[int, int]:
+def _batch_size(examples: Sequence[TokenizedExample], collator: Collator) -> tuple[int, int]:
     """(tokens, pairs of them that share a row) of the input."""
     shapes = []
-    for part in packing.micro_batches(groups[:SAMPLE]):
-        rows, width = packing.rows(part)
+    for part in collator.micro_batches(examples[:SAMPLE]):
+        rows, width = collator.rows(part)
         shapes.append((len(rows) * width, len(rows) * width**2))
     tokens, pairs = zip(*shapes, strict=True)
     return sum(tokens), sum(pairs)
 
 
-def _differs(
+def _mismatch(
     model: Any,
-    groups: Sequence[TokenGroup],
+    examples: Sequence[TokenizedExample],
     accelerator: Accelerator,
-    padded: Packing,
-    other: Packing,
+    padded: Collator,
+    other: Collator,
     implementation: str,
     temperature: float,
 ) -> str:
@@ -96,7 +98,7 @@ def _differs(
 
     The model attends by the implementation from then on.
     """
-    tried = sorted(groups, key=lambda group: -group.longest)
+    tried = sorted(examples, key=lambda example: -example.longest)
     tried = [tried[0], *tried[len(tried) // 2 :][: TRIED - 1]]
     found = [model_logps.token_logps(model, tried, accelerator, padded, temperature)]
     try:
@@ -108,7 +110,7 @@ def _differs(
     except Exception as error:  # whatever a model makes of a mask that it does not know
         what = str(error).splitlines()[0] if str(error) else ""
         return f"{type(model).__name__} cannot have several texts in a row ({type(error).__name__}: {what})"
-    pairs = zip(*([row for group in logps for row in group] for logps in found), strict=True)
+    pairs = zip(*([row for example in logps for row in example] for logps in found), strict=True)
     off = max(float((a - b).abs().max()) for a, b in pairs)
     most = 6 * model_logps.TOKEN_NOISE[accelerator.mixed_precision] / temperature
     if off <= most:

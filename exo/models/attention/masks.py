@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from exo.data.collate import Batch, Sight
-from exo.models.lm_head import CausalHead
+from exo.data.collate import Batch, SegmentIds
+from exo.models.lm_head import LMHead
 
 FLEX = "exo_flex"  # the name of our FlexAttention among transformers' implementations
 FLASH = "flash_attention_2"  # takes lengths for a mask: for one row of texts that share nothing. Never tried on a GPU
@@ -22,7 +22,7 @@ SEGMENTS = "exo_segments"  # that of exo.models.attention.shared_prompt
 KINDS = ("full_attention", "sliding_attention")
 
 
-def refusal(config: Any) -> str:
+def unsupported_reason(config: Any) -> str:
     """Why a model cannot have several texts in a row, or ""."""
     kinds = set(getattr(config, "layer_types", None) or KINDS[:1])
     return f"it has layers of the kind {min(kinds - set(KINDS))}" if kinds - set(KINDS) else ""
@@ -30,23 +30,23 @@ def refusal(config: Any) -> str:
 
 def inputs(batch: Batch, config: Any) -> dict[str, Any]:
     """Arguments of the forward of a model with this config."""
-    if batch.sight is None:
+    if batch.segment_ids is None:
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     if config._attn_implementation == FLASH:
-        return _for_flash(batch.input_ids, batch.sight)
+        return _for_flash(batch.input_ids, batch.segment_ids)
     if config._attn_implementation == SEGMENTS:
-        found = Segments.of(batch)
-        return {"input_ids": batch.input_ids, "position_ids": batch.sight.position_ids, "use_cache": False,
+        found = SharedPromptIndex.of(batch)
+        return {"input_ids": batch.input_ids, "position_ids": batch.segment_ids.position_ids, "use_cache": False,
                 "exo_segments": found}  # fmt: skip
-    masks = {kind: _mask(batch.sight, window, config) for kind, window in _windows(config).items()}
+    masks = {kind: _mask(batch.segment_ids, window, config) for kind, window in _windows(config).items()}
     mask = masks if len(masks) > 1 else next(iter(masks.values()))
     return {
-        "input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.sight.position_ids,
+        "input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.segment_ids.position_ids,
         "use_cache": False,
     }  # fmt: skip
 
 
-class Segments(NamedTuple):
+class SharedPromptIndex(NamedTuple):
     """Where the U prompts and the N completions of a batch stand among its flattened tokens.
 
     Of one that is shorter than the longest, the places beyond its end are its last.
@@ -61,7 +61,7 @@ class Segments(NamedTuple):
     masks: dict[Any, Tensor | None]  # made when first asked for, once a batch
 
     @classmethod
-    def of(cls, batch: Batch) -> "Segments":
+    def of(cls, batch: Batch) -> "SharedPromptIndex":
         device = batch.input_ids.device
         prompts, prompt_sizes, own, sizes, unit = [], [], [], [], []
         for i, span in enumerate(batch.spans):
@@ -91,7 +91,9 @@ class Segments(NamedTuple):
     def prompt_mask(self, window: int | None) -> Tensor | None:  # (P, P); None: causal
         if window is None or window >= self.prompts.shape[1]:
             return None
-        return self._once(("prompt", window), lambda window: band(self.prompts.shape[1], window, self.prompts.device))
+        return self._once(
+            ("prompt", window), lambda window: causal_band(self.prompts.shape[1], window, self.prompts.device)
+        )
 
     def own_mask(self, window: int | None) -> Tensor:  # (N, 1, R, P + R)
         found = self._once(("own", window), self._own)
@@ -115,29 +117,29 @@ class Segments(NamedTuple):
         return torch.cat([seen, own], 2)[:, None]
 
 
-def band(length: int, window: int | None, device: torch.device) -> Tensor:  # (T, T)
+def causal_band(length: int, window: int | None, device: torch.device) -> Tensor:  # (T, T)
     """Causal attention that looks back so far."""
     at = torch.arange(length, device=device)
     ago = at[:, None] - at
     return (ago >= 0) & (ago < (length if window is None else window))
 
 
-def _for_flash(input_ids: Tensor, sight: Sight) -> dict[str, Any]:
+def _for_flash(input_ids: Tensor, segment_ids: SegmentIds) -> dict[str, Any]:
     """Where the texts of one row begin and end; a window is told to the kernel by the model."""
-    begins = (sight.unit[0].diff(prepend=sight.unit[0, :1] - 1) != 0).nonzero()[:, 0]
+    begins = (segment_ids.segment[0].diff(prepend=segment_ids.segment[0, :1] - 1) != 0).nonzero()[:, 0]
     ends = torch.cat([begins, begins.new_tensor([input_ids.shape[1]])]).int()
     longest = int(ends.diff().max())
     lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    return {"input_ids": input_ids, "position_ids": sight.position_ids, "use_cache": False, **lengths}
+    return {"input_ids": input_ids, "position_ids": segment_ids.position_ids, "use_cache": False, **lengths}
 
 
-def rows(head: CausalHead, batch: Batch) -> Tensor:  # (n, D)
+def completion_hidden(head: LMHead, batch: Batch) -> Tensor:  # (n, D)
     """Hidden states of the rows that make the completions' tokens."""
     hidden = head.hidden(**inputs(batch, head.model.config))
     return hidden.flatten(0, 1)[batch.rows]
 
 
-def scored(batch: Batch) -> dict[str, Any]:
+def loss_inputs(batch: Batch) -> dict[str, Any]:
     """Arguments of the functions on hidden states that say what these rows are."""
     return {"labels": batch.targets, "cu_seqlens": batch.offsets, "shift": False}
 
@@ -151,35 +153,36 @@ def _windows(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
-def _sees(query: Sight, key: Sight, window: int | None) -> Tensor:
+def _sees(query: SegmentIds, key: SegmentIds, window: int | None) -> Tensor:
     """Whether tokens see others that do not come after them in their row."""
-    seen = (key.unit == query.unit) & ((key.part == 0) | (key.part == query.part))
+    seen = (key.segment == query.segment) & ((key.completion == 0) | (key.completion == query.completion))
     return seen if window is None else seen & (query.position_ids - key.position_ids < window)
 
 
-def _mask(sight: Sight, window: int | None, config: Any) -> Any:
-    return _blocks(sight, window) if config._attn_implementation == FLEX else _dense(sight, window, config)
+def _mask(segment_ids: SegmentIds, window: int | None, config: Any) -> Any:
+    return _blocks(segment_ids, window) if config._attn_implementation == FLEX else _dense(segment_ids, window, config)
 
 
-def _dense(sight: Sight, window: int | None, config: Any) -> Tensor:  # (B, 1, T, T)
-    length = sight.unit.shape[1]
-    query, key = (Sight(*(tensor.unsqueeze(dim) for tensor in sight)) for dim in (2, 1))
-    seen = (_sees(query, key, window) & torch.ones(length, length, dtype=torch.bool, device=sight.unit.device).tril())[
-        :, None
-    ]
+def _dense(segment_ids: SegmentIds, window: int | None, config: Any) -> Tensor:  # (B, 1, T, T)
+    length = segment_ids.segment.shape[1]
+    query, key = (SegmentIds(*(tensor.unsqueeze(dim) for tensor in segment_ids)) for dim in (2, 1))
+    seen = (
+        _sees(query, key, window)
+        & torch.ones(length, length, dtype=torch.bool, device=segment_ids.segment.device).tril()
+    )[:, None]
     if config._attn_implementation != "eager":
         return seen
     # eager attention adds its mask to the scores; every token sees itself at least, so no row is -inf throughout
     return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
 
 
-def _blocks(sight: Sight, window: int | None) -> Any:
+def _blocks(segment_ids: SegmentIds, window: int | None) -> Any:
     def sees(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        at, other = (Sight(*(tensor[b, index] for tensor in sight)) for index in (query, key))
+        at, other = (SegmentIds(*(tensor[b, index] for tensor in segment_ids)) for index in (query, key))
         return _sees(at, other, window) & (key <= query)
 
-    n, length = sight.unit.shape
-    return block_mask(sees, n, length, length, sight.unit.device)
+    n, length = segment_ids.segment.shape
+    return block_mask(sees, n, length, length, segment_ids.segment.device)
 
 
 def block_mask(sees: Callable[..., Tensor], n: int, queries: int, keys: int, device: Any) -> Any:

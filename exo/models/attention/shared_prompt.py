@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from exo.models.attention.masks import Segments, band
+from exo.models.attention.masks import SharedPromptIndex, causal_band
 
 
 def attend(
@@ -23,13 +23,13 @@ def attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    exo_segments: Segments | None = None,
+    exo_segments: SharedPromptIndex | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:  # (B, T, H, d)
     if softcap is not None:
         raise ValueError("a softcap in its attention")
     if exo_segments is None:  # rows of one text; a model that does not hand arguments on to its attention shows here
-        mask = None if sliding_window is None else band(query.shape[2], sliding_window, query.device)
+        mask = None if sliding_window is None else causal_band(query.shape[2], sliding_window, query.device)
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         out = scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
@@ -38,7 +38,7 @@ def attend(
 
     def parted(x: Tensor) -> tuple[Tensor, Tensor]:  # (U, H, P, d), (N, H, R, d)
         x = x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] < heads else x
-        of_prompts, of_own = _Part.apply(x.transpose(1, 2).reshape(n * length, heads, width), s)
+        of_prompts, of_own = _Split.apply(x.transpose(1, 2).reshape(n * length, heads, width), s)
         return (
             of_prompts.view(*s.prompts.shape, heads, width).transpose(1, 2),
             of_own.view(*s.own.shape, heads, width).transpose(1, 2),
@@ -53,12 +53,12 @@ def attend(
     return out.view(n, length, heads, width), None
 
 
-class _Part(torch.autograd.Function):
+class _Split(torch.autograd.Function):
     """Rows of tokens to rows of prompts and of completions, which are all different: so the gradient is picked too, and
     nothing is added up one row after another."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Segments) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, s: SharedPromptIndex) -> tuple[Tensor, Tensor]:
         ctx.s = s
         return x.index_select(0, s.prompts.flatten()), x.index_select(0, s.own.flatten())
 
@@ -72,7 +72,7 @@ class _Join(torch.autograd.Function):
     """And back. What stands beyond an end came from nowhere and goes nowhere."""
 
     @staticmethod
-    def forward(ctx: Any, of_prompts: Tensor, of_own: Tensor, s: Segments) -> Tensor:
+    def forward(ctx: Any, of_prompts: Tensor, of_own: Tensor, s: SharedPromptIndex) -> Tensor:
         ctx.s = s
         return _picked(of_prompts, of_own, s)
 
@@ -84,6 +84,6 @@ class _Join(torch.autograd.Function):
         return of_prompts, of_own, None
 
 
-def _picked(of_prompts: Tensor, of_own: Tensor, s: Segments) -> Tensor:
+def _picked(of_prompts: Tensor, of_own: Tensor, s: SharedPromptIndex) -> Tensor:
     """For each token its row; zeros where there is none, in padding."""
     return torch.cat([of_prompts, of_own, of_own.new_zeros(1, *of_own.shape[1:])]).index_select(0, s.inverse)
