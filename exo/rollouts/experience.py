@@ -122,7 +122,7 @@ class ExperienceCollector(NamedTuple):
         mean, spread = everything.mean(), everything.std(correction=0).clamp(min=1e-8)
         return [
             Rollout(
-                example.prompt, example.completions, None, example.line, None, tuple(now[i].tolist()),
+                example.prompt, example.completions, None, example.line, None, None, tuple(now[i].tolist()),
                 tuple(values[i].tolist()), tuple(((advantages[i] - mean) / spread).tolist()),
                 tuple(returns[i].tolist()), scores[i], float((now[i] - before[i]).sum()), _is_cut(drawn[i]),
             )
