@@ -160,7 +160,7 @@ def test_numbers_that_yaml_takes_for_texts(tmp_path):
 )
 def test_mistakes_in_a_recipe(tmp_path, change, said):
     values = yaml.safe_load((experiment_plan.RECIPES / "quickstart.yaml").read_text())
-    values = experiment_recipe._merged(values, change) if "sweep" not in change else values | change
+    values = experiment_recipe.merge(values, change) if "sweep" not in change else values | change
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError) as error:
