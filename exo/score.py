@@ -12,9 +12,8 @@ from pathlib import Path
 from exo import data
 from exo.cli import console
 from exo.cli.fields import at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import ChatOptions, DataOptions, Scoring
-from exo.cli.parse import parse
 from exo.data import Example
 from exo.distributed import gather
 from exo.distributed.accelerator import make_accelerator
@@ -85,10 +84,7 @@ def run(config: Config, start: Start) -> Path:
     return shards.end(pieces, "scored.jsonl", rows, accelerator, result)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.score", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())
