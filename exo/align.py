@@ -105,7 +105,7 @@ def run(config: Config, start: Start) -> Path:
     dataset = read(config)
     held_out = read(config, "eval_data") if config.eval_data else None
     if held_out is not None:
-        checks.warn_of_leaks(dataset, held_out)
+        split.warn_of_leaks(dataset, held_out)
     accelerator = make_accelerator(config)
     set_seed(config.seed)
 
@@ -234,16 +234,11 @@ def parted(
 
 def _held_out_lines(config: Config, dataset: data.Dataset, rows: list[TokenizedExample]) -> frozenset[int]:
     """Choose the share of the rows that eval_fraction holds out; warn if they share texts with the others."""
-    if config.eval_data is not None or not config.eval_fraction:
+    if config.eval_data is not None:
         return frozenset()
-    by_line = {example.line: split.Texts(example.prompt, example.completions) for example in dataset.examples}
-    texts = [by_line[example.line] for example in rows]
-    names = sorted({text.name for text in texts})
-    number = min(len(names) - 1, max(1, round(config.eval_fraction * len(names))))
-    parts = split.hold_out(texts, names, number, config.seed)
-    if parts.shared:
-        console.warn(parts.warning(config.data))
-    return frozenset(rows[i].line for i in parts.held_out)
+    by_line = {example.line: example for example in dataset.examples}
+    examples = [by_line[row.line] for row in rows]
+    return frozenset(rows[i].line for i in split.hold_out(examples, config.eval_fraction, config.seed, config.data))
 
 
 def _compared(config: Config, rows: list[TokenizedExample], counts: Counter[str]) -> list[TokenizedExample]:
