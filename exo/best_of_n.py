@@ -7,16 +7,14 @@ policy whose KL to the sampled one is at most log N - (N - 1)/N nats, and exactl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exo.cli import console
 from exo.cli.fields import at_least, named, option
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import DataOptions
-from exo.cli.parse import parse
 from exo.runs.stage import Start, stage
 
 if TYPE_CHECKING:
@@ -72,9 +70,7 @@ def _best(example: data.Example, n: int, path: str) -> data.Example:
     return transforms.select(example, [max(block, key=lambda i: rewards[i]) for block in blocks])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.best_of_n", description=__doc__)
-    return run_command(run, options)
+main = command(Config, run)
 
 
 if __name__ == "__main__":

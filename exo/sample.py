@@ -8,7 +8,6 @@ streams. Completed batches are cached, and a killed run draws only the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from exo.cli import console
 from exo.cli.fields import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import ChatOptions, Compute, DataOptions
-from exo.cli.parse import parse
 from exo.runs.stage import Start, stage
 
 if TYPE_CHECKING:
@@ -109,9 +107,7 @@ def chosen(config: Config, total: int) -> list[int]:
     return [epoch * total + i for epoch in range(config.epochs) for i in places]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.sample", description=__doc__)
-    return run_command(run, options)
+main = command(Config, run)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ hold. Scores are cached as they are computed, and a killed run computes only the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exo.cli import console
 from exo.cli.fields import at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Scoring
-from exo.cli.parse import parse
 from exo.runs.stage import Start, stage
 
 
@@ -78,9 +76,7 @@ def run(config: Config, start: Start) -> Path:
     return shards.end(cache, "scored.jsonl", rows, accelerator, result)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.score", description=__doc__)
-    return run_command(run, options)
+main = command(Config, run)
 
 
 if __name__ == "__main__":

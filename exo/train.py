@@ -132,15 +132,17 @@ def _number(name: str, text: str, kind: type) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    from exo import align
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
         print(__doc__)
-    # --data is for alignment; a recipe says where its data are with --source
-    own = {field.name for field in dataclasses.fields(align.Config)} - {"output_dir", "seed"}
-    if "recipe" not in (asked := given(arguments)) and asked & own:
+    # Without --recipe, an option of alignment, such as --data, means alignment; a recipe's data are its --source.
+    alignment = {field.name for field in dataclasses.fields(align.Config)} - {"output_dir", "seed"}
+    options = given(arguments)
+    if "recipe" not in options and options & alignment:
         return align.main(arguments)
-    options = parse(Config, arguments, prog="python -m exo.train", description=None)
-    return run_command(run, options)
+    return run_command(run, parse(Config, arguments, prog="python -m exo.train", description=None))
 
 
 if __name__ == "__main__":

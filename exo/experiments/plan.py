@@ -1,8 +1,8 @@
 """Turn a recipe into the steps of a run: each with its stage, its options, its directory and the steps it needs.
 
 The plan is the paper's experiment: fine-tune, sample, score, train the reward model, align by every method, evaluate,
-report. Preferences come with the data or, if the recipe has an oracle, from the oracle's scores. The reward model learns
-from them and is the reward of exo-rw, dpo-rw, PPO and Best-of-N.
+report. Preferences come with the data or, if the recipe has an oracle, from the oracle's scores. A reward model learns
+from them; exo-rw, dpo-rw, PPO and Best-of-N use its rewards.
 """
 
 import dataclasses
@@ -158,7 +158,7 @@ class _Planner:
     def _evaluate_options(self) -> dict[str, Any]:
         values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(_config_of("evaluate"))}
         values |= {name: value for name, value in self.recipe.common.items() if name in values}
-        return values | self.recipe.stages.get("evaluate", {})
+        return values | dict(self.recipe.stages.get("evaluate", {}))
 
     def _sampling(self) -> dict[str, Any]:
         """Return the options with which sample draws as evaluate does."""

@@ -63,11 +63,18 @@ def begin(config: Any, recipe: Recipe, steps: list[Step], directory: Path) -> No
     """
     if not run_directory.is_run(directory, "train"):
         run_directory.prepare(str(directory), overwrite=False)
-    run_record.write_run(directory, config, "train", started=run_record.now(), recipe=dataclasses.asdict(recipe), plan=[
-        {"name": step.name, "stage": step.stage, "needs": step.needs, "options": dataclasses.asdict(step.config)}
-        | step.facts
-        for step in steps
-    ])
+    run_record.write_run(
+        directory,
+        config,
+        "train",
+        started=run_record.now(),
+        recipe=dataclasses.asdict(recipe),
+        plan=[
+            {"name": step.name, "stage": step.stage, "needs": step.needs, "options": dataclasses.asdict(step.config)}
+            | step.facts
+            for step in steps
+        ],
+    )
 
 
 class Runner(NamedTuple):
