@@ -310,7 +310,8 @@ def test_the_actors_first_update_is_adams_first(policy, tmp_path):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     run = ppo.run(
         config(
-            policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=22, critic_warmup_steps=20, export_steps=1,
+            policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=22, critic_warmup_steps=20,
+            export_steps=1,
             rollout_size=16, batch_size=16, learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0,
         )
     )  # fmt: skip
