@@ -6,7 +6,7 @@ directory is the model directory. Left out: objectives other than the kernels'.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,8 @@ from exo import data, models
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import AdapterOptions, DataOptions
-from exo.cli.parse import parse
 from exo.data import preview, split, transforms
 from exo.data.collate import Collator
 from exo.data.text import render, tokenize
@@ -112,7 +111,7 @@ def run(config: Config, start: Start) -> Path:
     dataset = read(config)
     held_out = read(config, "eval_data") if config.eval_data else None
     if held_out is not None:
-        checks.warn_of_leaks(dataset, held_out)
+        split.warn_of_leaks(dataset, held_out)
     accelerator = make_accelerator(config)
     set_seed(config.seed)
 
@@ -241,16 +240,11 @@ def parted(
 
 def _held_out_lines(config: Config, dataset: data.Dataset, rows: list[TokenizedExample]) -> frozenset[int]:
     """Choose the share of the rows that eval_fraction holds out; warn if they share texts with the others."""
-    if config.eval_data is not None or not config.eval_fraction:
+    if config.eval_data is not None:
         return frozenset()
-    by_line = {example.line: split.Texts(example.prompt, example.completions) for example in dataset.examples}
-    texts = [by_line[example.line] for example in rows]
-    names = sorted({text.name for text in texts})
-    number = min(len(names) - 1, max(1, round(config.eval_fraction * len(names))))
-    parts = split.hold_out(texts, names, number, config.seed)
-    if parts.shared:
-        console.warn(parts.warning(config.data))
-    return frozenset(rows[i].line for i in parts.held_out)
+    by_line = {example.line: example for example in dataset.examples}
+    examples = [by_line[row.line] for row in rows]
+    return frozenset(rows[i].line for i in split.hold_out(examples, config.eval_fraction, config.seed, config.data))
 
 
 def _compared(config: Config, rows: list[TokenizedExample], counts: Counter[str]) -> list[TokenizedExample]:
@@ -440,10 +434,7 @@ def _conclude(directory: Path, watch: _Watch) -> None:
     console.log(f"picture: {directory / plots.TRAINING}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.align", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

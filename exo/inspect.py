@@ -24,7 +24,7 @@ from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, option
 from exo.cli.main import run_command
 from exo.cli.parse import parse
-from exo.data import Chat, DataError, Dataset, Example, preview, statistics
+from exo.data import Chat, DataError, Dataset, Example, preview, split, statistics
 from exo.data.preview import Color
 from exo.data.text import chat_template, render, tokenize
 from exo.data.text.limits import Limits
@@ -33,7 +33,7 @@ from exo.models import lora
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
-from exo.training import checks, sampler
+from exo.training import sampler
 
 UNLIMITED = Limits(sys.maxsize, None, "error")
 
@@ -94,7 +94,7 @@ def _report(options: Any) -> str:
     preview.show(rows, tokenizer, scored, count=options.examples, color=options.color)
     console.headline("Lengths in tokens, before the limits")
     limits = {name: getattr(options, name) for name in vars(options) if name.endswith("_length")}
-    lengths = preview.length_lines(limits, uncut, labels=getattr(options, "labels", False))
+    lengths = preview.length_lines(limits, uncut)
     _say(lengths or ["no row can be tokenized"])
     if plan.counts:
         console.log("what is cut, dropped or noted:")
@@ -142,7 +142,7 @@ def _read(name: str, options: Any) -> tuple[Dataset, Dataset | None]:
             return dataset, sample.read(options, "eval_data")
         raise error
     if name == "align":
-        checks.warn_of_leaks(dataset, held_out)
+        split.warn_of_leaks(dataset, held_out)
     return dataset, held_out
 
 
@@ -224,8 +224,6 @@ def _uncut(name: str, dataset: Dataset, tokenizer: Any) -> list[TokenizedExample
         with contextlib.suppress(DataError):
             return _prompts(examples, tokenizer, sys.maxsize, Counter())
         return []
-    if examples[0].label is not None:
-        examples = reward.texts_as_prompts(examples)
     foreign: Any = "text" if name == "reward" else "refuse"
     return tokenize.encode(examples, tokenizer, UNLIMITED, dataset.path, foreign=foreign, skip_invalid=True)[0]
 

@@ -23,9 +23,8 @@ from exo import data, models
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import MODEL, NOT_NEGATIVE, POSITIVE, SHARE, at_least, named, option, require
-from exo.cli.main import run_command
-from exo.cli.options import ChatOptions, DataOptions, Training
-from exo.cli.parse import parse
+from exo.cli.main import command
+from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Training
 from exo.data.collate import Batch, Collator, split_completions
 from exo.data.text import render, tokenize
 from exo.data.text.tokenize import TokenizedExample
@@ -50,12 +49,10 @@ ACTOR_GROUPS = 2  # of the optimizer's parameters, its first: matrices and vecto
 
 
 @dataclass(frozen=True)
-class Config(Training, DataOptions, ChatOptions):
+class Config(Training, DataOptions, ChatOptions, ScorerOptions):
     output_dir: str = option("runs/ppo", "directory of the run")
     model: str = option("", "directory or hub name of a causal LM, the start and the reference", MODEL)
     data: str = option("", "prompts: any data file that has them", named("a file of prompts"))
-    reward_model: str | None = scorers.REWARD_MODEL
-    oracle: str | None = scorers.ORACLE
     max_steps: int = option(200, "optimizer steps, those of the critic alone among them", at_least(1))
     batch_size: int = option(64, "completions per optimizer step, over all processes", at_least(1))
     rollout_size: int = option(128, "completions sampled at a time", at_least(1))
@@ -78,7 +75,6 @@ class Config(Training, DataOptions, ChatOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scorers.check(scorers.Options(self.reward_model, self.oracle))
         still = not (self.critic_warmup_steps and self.weight_decay)
         require(still, "weight_decay", "0 where --critic_warmup_steps freezes the actor: it decays", self.weight_decay)
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
@@ -181,12 +177,12 @@ def run(config: Config, start: Start) -> Path:
     model, tokenizer = models.load(name, mapped=fsdp.is_requested(config))
     dtypes = models.dtypes_of(config.save_dtype, name)
     (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
-    options = scorers.Options(config.reward_model, config.oracle)
     usable, dropped = tokenize.usable_prompts(dataset, tokenizer, skip_invalid=config.skip_invalid)
     console.counts(dropped)
     scorer = scorers.load(
-        options, config, accelerator, config.max_length, config.max_length - config.max_new_tokens,
-        template=render.of_another_model(config.chat_template), date=gather.template_date(start, accelerator),
+        config.reward_model, config.oracle, accelerator, max_length=config.max_length,
+        max_prompt_length=config.max_length - config.max_new_tokens, max_tokens_per_batch=config.max_tokens_per_batch,
+        chat_template=render.of_another_model(config.chat_template), date=gather.template_date(start, accelerator),
     )  # fmt: skip
     critic, reference = Critic(model), copy.deepcopy(model).eval().requires_grad_(False)
     for one, exact in ((model, []), (critic, [critic.value]), (reference, [])):
@@ -277,10 +273,7 @@ def _check_ratio(config: Config, accelerator: Accelerator, loss: float, values: 
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.ppo", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

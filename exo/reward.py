@@ -21,9 +21,8 @@ from torch import nn
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, PART, POSITIVE, at_least, named, option
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import DataOptions, DataTraining
-from exo.cli.parse import parse
 from exo.data import split, transforms
 from exo.data.collate import Collator
 from exo.data.text import render, tokenize
@@ -96,11 +95,6 @@ def read(config: Config, option: str = "data") -> data.Dataset:
     return data.read(path, purpose="labels" if config.labels else "comparisons", **config.reading_of(option))
 
 
-def texts_as_prompts(examples: Sequence[data.Example]) -> list[data.Example]:
-    """Return labelled texts as they are scored: prompt, empty completion, end of sequence; the label as a reward."""
-    return [data.Example(g.completions[0], ("",), (float(g.label or 0),), g.line, source=g.source) for g in examples]
-
-
 def tokens(
     config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]
 ) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
@@ -115,18 +109,13 @@ def tokens(
     if config.labels:
         if len({example.label for example in rows}) == 1:
             raise data.DataError(f"{config.data}: expected texts of both labels; all have {rows[0].label}")
-        rows = texts_as_prompts(rows)
     else:
         rows, skipped = transforms.to_pairs(rows)
         counts.update(skipped)
-    texts = [split.Texts(example.prompt, example.completions) for example in rows]
-    names = sorted({text.name for text in texts})
-    chosen = split.hold_out(texts, names, round(config.eval_fraction * len(names)), config.seed)
-    if chosen.shared:
-        console.warn(chosen.warning(config.data))
+    chosen = split.hold_out(rows, config.eval_fraction, config.seed, config.data, at_least=0)
     encoded = []
     for is_held_out in (False, True):
-        part = [example for i, example in enumerate(rows) if (i in chosen.held_out) == is_held_out]
+        part = [example for i, example in enumerate(rows) if (i in chosen) == is_held_out]
         examples, cut = tokenize.encode(
             part, tokenizer, Limits(**config.limits()), dataset.path, foreign="text", skip_invalid=config.skip_invalid
         )
@@ -165,10 +154,7 @@ def _evaluate(
     return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": high}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.reward", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -18,21 +18,18 @@ from accelerate import Accelerator
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import ChatOptions, Compute, DataOptions
-from exo.cli.parse import parse
 from exo.data import Example
 from exo.data.text import render, tokenize
 from exo.distributed import gather
 from exo.distributed.accelerator import make_accelerator
 from exo.rollouts import generate, samples, shards
-from exo.rollouts.generate import Sample
+from exo.rollouts.generate import Job, Sample
 from exo.runs import inputs as run_inputs
-from exo.runs.jsonl import JsonlCache
 from exo.runs.stage import Start, stage
 
 AT_ONCE = 8192  # completions that vLLM is asked for together, and so what a kill may cost
-Job = Callable[[], list[Sample]]
 Run = Callable[[Sequence[Job]], list[list[Sample]]]  # of generation.sample
 Draw = Callable[[Run], list[Example]]
 Prompts = Callable[[Any], tuple[list[int], list[str]]]  # places and prompts, given a tokenizer and its chat template
@@ -75,7 +72,7 @@ def run(config: Config, start: Start) -> Path:
 
     draw = {"torch": _torch, "vllm": _vllm}[config.engine](config, model, prompts, accelerator)
     pieces = shards.begin(start, accelerator, dataset.account(dropped))
-    examples = draw(partial(_run, pieces, accelerator))
+    examples = draw(partial(shards.sample_shared, accelerator=accelerator, cache=pieces))
     result = samples.describe(examples)
     console.log(f"  mean {result['mean_tokens']:.1f} tokens")
     samples.log_cut(examples)
@@ -93,16 +90,6 @@ def chosen(config: Config, total: int) -> list[int]:
     require(config.first < total, "first", f"less than the {total} prompts of --data", config.first)
     places = range(config.first, total if config.prompts is None else min(total, config.first + config.prompts))
     return [epoch * total + i for epoch in range(config.epochs) for i in places]
-
-
-def _run(pieces: JsonlCache, accelerator: Accelerator, jobs: Sequence[Job]) -> list[list[Sample]]:
-    """What the jobs draw, each by one process, and kept."""
-    listed = [partial(_listed, job) for job in jobs]
-    return [samples.from_json(rows) for rows in shards.map_cached(listed, pieces, accelerator)]
-
-
-def _listed(job: Job) -> list[Any]:
-    return samples.to_json(job())
 
 
 def _torch(config: Config, name: str, prompts_of: Prompts, accelerator: Accelerator) -> Draw:
@@ -171,10 +158,7 @@ def _from_vllm(completion: Any, stop_ids: Sequence[int]) -> Sample:
     return Sample(ids, logprob, "eos" if ids[-1] in stop_ids else "length")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.sample", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

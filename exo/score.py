@@ -4,18 +4,14 @@ python -m exo.score --data FILE --reward_model DIR, or --oracle module:function.
 goes on to the next stage. Scores are kept as they are made, and a run that was killed makes the others.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from exo import data
 from exo.cli import console
 from exo.cli.fields import at_least, named, option, require
-from exo.cli.main import run_command
-from exo.cli.options import ChatOptions, DataOptions, Scoring
-from exo.cli.parse import parse
-from exo.data import Example
+from exo.cli.main import command
+from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Scoring
 from exo.distributed import gather
 from exo.distributed.accelerator import make_accelerator
 from exo.rollouts import samples, scorers, shards
@@ -24,11 +20,9 @@ from exo.runs.stage import Start, stage
 
 
 @dataclass(frozen=True)
-class Config(Scoring, DataOptions, ChatOptions):
+class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
     output_dir: str = option("runs/scored", "directory of the run")
     data: str = option("", "samples: prompts with completions", named("a file of samples"))
-    reward_model: str | None = scorers.REWARD_MODEL
-    oracle: str | None = scorers.ORACLE
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     max_prompt_length: int | None = option(
         None,
@@ -38,7 +32,6 @@ class Config(Scoring, DataOptions, ChatOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scorers.check(scorers.Options(self.reward_model, self.oracle))
         rendered = self.chat_template not in ("auto", "none") or self.template_kwargs is not None
         require(
             not (self.oracle and rendered), "chat_template", "auto with --oracle, which reads plain texts", rendered
@@ -53,11 +46,12 @@ def run(config: Config, start: Start) -> Path:
     console.log(dataset.summary())
     if had := sum(example.rewards is not None for example in dataset.examples):
         console.log(f"  {had:,} rows have rewards, which others replace")
-    options = scorers.Options(config.reward_model, config.oracle)
     accelerator = make_accelerator(config)
     scorer = scorers.load(
-        options, config, accelerator, config.max_length, config.max_prompt_length, template=config.chat_template,
-        arguments=config.template_kwargs, date=gather.template_date(start, accelerator),
+        config.reward_model, config.oracle, accelerator, max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length, max_tokens_per_batch=config.max_tokens_per_batch,
+        chat_template=config.chat_template, template_kwargs=config.template_kwargs,
+        date=gather.template_date(start, accelerator),
     )  # fmt: skip
     console.log(f"scored by {scorer.name}")
     refused, dropped = scorer.refused(dataset.examples, dataset.path, config.skip_invalid)
@@ -67,14 +61,7 @@ def run(config: Config, start: Start) -> Path:
         raise data.DataError(f"{dataset.path}: no row is left to score")
     pieces = shards.begin(start, accelerator, dataset.account(dropped))
     progress = console.Progress("rows", len(examples), every=max(1, len(examples) // 4))
-
-    def scored(part: Sequence[Example]) -> tuple[scorers.Scores, dict[str, int]]:
-        found = scorers.score_chunk(scorer, part)
-        progress.advance(len(part))
-        return found
-
-    jobs = [partial(scored, part) for part in scorers.chunked(examples)]
-    scores, counts = scorers.merge(shards.map_cached(jobs, pieces, accelerator))
+    scores, counts = shards.score_shared(scorer, examples, accelerator, cache=pieces, progress=progress.advance)
     result = scorers.describe(scores)
     console.log(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")
     for name in ("rows of one completion", "rows whose rewards are all equal"):
@@ -85,10 +72,7 @@ def run(config: Config, start: Start) -> Path:
     return shards.end(pieces, "scored.jsonl", rows, accelerator, result)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.score", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

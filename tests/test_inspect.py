@@ -174,8 +174,7 @@ def test_leaks_are_what_align_warns_of_and_what_a_split_keeps_together():
         ]
         trained, held_out = rows[:3], rows[3:]
         found = statistics.leaks(trained, held_out)
-        as_texts = ([split.Texts(row.prompt, row.completions) for row in part] for part in (trained, held_out))
-        assert len({row for row, _ in found.prompts + found.completions}) == split.shared(*as_texts), rows
+        assert len({row for row, _ in found.prompts + found.completions}) == split.count_shared(trained, held_out), rows
         prompts = {other.prompt.strip() for other in trained if other.prompt}
         same_prompt = [row.prompt and row.prompt.strip() in prompts for row in held_out]
         assert {row for row, _ in found.prompts} >= {f"line {i}" for i, same in enumerate(same_prompt, 4) if same}
@@ -273,8 +272,14 @@ def test_warnings_of_the_stage_are_printed(report, tmp_path, model, monkeypatch)
     connected = [{"prompt": word, "chosen": " good", "rejected": " bad"} for word in ("red", "green", "blue", "big")]
     pairs = put(tmp_path, connected)
     for options, warning in (
-        (["--stage", "reward", "--eval_fraction", 0.5], "2 of 2 held-out rows of"),
-        (["--stage", "align", "--eval_fraction", 0.5], "2 of 2 held-out rows of"),
+        (
+            ["--stage", "reward", "--eval_fraction", 0.5],
+            "2 of 2 held-out rows share a completion with rows that are trained on",
+        ),
+        (
+            ["--stage", "align", "--eval_fraction", 0.5],
+            "2 of 2 held-out rows share a completion with rows that are trained on",
+        ),
         (["--stage", "align", "--eval_data", pairs], "4 of 4 held-out rows share a prompt or a completion with --data"),
     ):
         monkeypatch.setattr(console, "_warned", set())

@@ -86,7 +86,7 @@ def made(policy):
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     module = ppo.ActorCritic(model, ppo.Critic(model), settings)
     module.critic.value.weight.data.normal_(generator=torch.Generator().manual_seed(2))
-    scorer = scorers.load(scorers.Options(None, "tests.tasks:reward"), settings, accelerator, 16)
+    scorer = scorers.load(None, "tests.tasks:reward", accelerator, max_length=16)
     maker = ppo._maker(settings, module, reference, tokenizer, scorer, accelerator)
     return settings, maker, module, maker.make(PROMPTS, range(6))
 

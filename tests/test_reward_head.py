@@ -98,7 +98,7 @@ def test_a_pad_id_in_the_config_alone_moves_no_reward(tmp_path):
     models.save(model, tokenizer, tmp_path / "reward")
     assert models.load_tokenizer(str(tmp_path / "reward")).pad_token_id == tokenizer.eos_token_id
     compute = Training(device="cpu")
-    scorer = scorers.load(scorers.Options(str(tmp_path / "reward"), None), compute, make_accelerator(compute), 64)
+    scorer = scorers.load(str(tmp_path / "reward"), None, make_accelerator(compute), max_length=64)
     texts = [" good", " bad red", " big small good"]
     ids = tokenizer("red")["input_ids"]
     rows = tuple(tuple(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for text in texts)
@@ -114,7 +114,7 @@ def test_a_reward_that_is_not_finite_names_the_model_and_the_row(tmp_path, monke
     model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("bad")] = torch.nan
     monkeypatch.setattr(models, "load_classifier", lambda name: (model, tokenizer))
     compute, name = Training(device="cpu"), str(tmp_path / "reward")
-    scorer = scorers.load(scorers.Options(name, None), compute, make_accelerator(compute), 64)
+    scorer = scorers.load(name, None, make_accelerator(compute), max_length=64)
     rows = [data.Example("red", (" good",), None, 4), data.Example("red", (" bad",), None, 9)]
     with pytest.raises(RuntimeError, match=f"--reward_model {name}: expected finite rewards; got others in row 9"):
         scorer.score(rows)

@@ -133,6 +133,23 @@ class Scoring(Compute):
 
 
 @dataclass(frozen=True)
+class ScorerOptions(Stage):
+    """Options of the stages that score completions: which scorer. One of the two is set."""
+
+    reward_model: str | None = option(
+        None, "sequence classifier that scores: its one output, or the log-odds of class 1 of its two"
+    )
+    oracle: str | None = option(
+        None, "Python function that scores, as module:function, from (prompt, completion) to a number"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("reward_model", "oracle") if getattr(self, name)]
+        require(len(given) == 1, "reward_model", "this or --oracle, and not both", " and ".join(given) or "neither")
+
+
+@dataclass(frozen=True)
 class Training(Scoring):
     """What every stage that trains has in common."""
 

@@ -48,6 +48,7 @@ class Batch(NamedTuple):
     group_size: Tensor  # (G,) int64
     rewards: Tensor | None  # (N,) float64
     ref_logps: Tensor | None  # (N,) float64
+    label: Tensor | None  # (G,) int64, the class of a text
 
     def known_ref_logps(self) -> Tensor:  # (N,)
         if self.ref_logps is None:
@@ -196,6 +197,7 @@ class Collator(NamedTuple):
             torch.tensor([len(example.completions) for example in examples]),
             _column(examples, "rewards"),
             _column(examples, "ref_logps"),
+            _labels(examples),
         )
 
 
@@ -204,6 +206,11 @@ def _column(examples: Sequence[TokenizedExample], name: str) -> Tensor | None:
     if any(value is None for value in values):
         return None
     return torch.tensor([x for value in values for x in value], dtype=torch.float64)
+
+
+def _labels(examples: Sequence[TokenizedExample]) -> Tensor | None:
+    labels = [example.label for example in examples if example.label is not None]
+    return torch.tensor(labels) if len(labels) == len(examples) else None
 
 
 def split_completions(

@@ -83,6 +83,8 @@ def _lines(row: Row, tokenizer: Any, colored: bool) -> Iterator[str]:
 
 
 def _name(example: TokenizedExample, i: int) -> str:
+    if example.label is not None:
+        return str(example.label)
     if example.rewards is not None:
         return f"{example.rewards[i]:.4g}"
     if len(example.completions) == 1:
@@ -102,7 +104,7 @@ def _wrapped(name: str, text: str, colored: bool) -> Iterator[str]:
         yield f"    {'' if i else name:<10}{f'{SCORED}{part}{PLAIN}' if colored else part}"
 
 
-def length_lines(limits: Mapping[str, int | None], rows: Sequence[TokenizedExample], *, labels: bool) -> list[str]:
+def length_lines(limits: Mapping[str, int | None], rows: Sequence[TokenizedExample]) -> list[str]:
     """Describe the lengths that the stage has limits for."""
     completions = [len(ids) for row in rows for ids in row.completions]
     lengths = {
@@ -110,7 +112,7 @@ def length_lines(limits: Mapping[str, int | None], rows: Sequence[TokenizedExamp
         "max_completion_length": ("completion, its end included", completions),
         "max_length": ("prompt and longest completion", [length(row) for row in rows if row.completions]),
     }
-    if labels:  # a text is a prompt with an empty completion
+    if rows and rows[0].label is not None:
         lengths = {"max_length": ("text, its end included", lengths["max_length"][1])}
     block = "█" if console.can_print("█") else "#"
     return [

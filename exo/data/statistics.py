@@ -150,9 +150,7 @@ def leaks(examples: Iterable[Example], held_out: Iterable[Example]) -> Leaks:
 
 def _keys(example: Example) -> list[Hashable]:
     """Return what a row may share with others; nothing of a prompt without text to sample from."""
-    return (
-        list(split.Texts(example.prompt, example.completions).keys()) if example.prompt or example.completions else []
-    )
+    return list(split.keys(example)) if example.prompt or example.completions else []
 
 
 def spelling(examples: Iterable[Example], tokens: Sequence[str]) -> int:

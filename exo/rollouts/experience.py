@@ -19,9 +19,9 @@ from exo.data.collate import Batch, Collator
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
 from exo.data.text.tokenize import TokenizedExample
-from exo.distributed import fsdp, gather
+from exo.distributed import fsdp
 from exo.models import logps as model_logps
-from exo.rollouts import samples, scorers
+from exo.rollouts import samples, shards
 from exo.rollouts.scorers import Scorer
 
 SCORED_AT_ONCE = 64  # rollouts; a process's share of them is a number of these
@@ -97,15 +97,14 @@ class ExperienceCollector(NamedTuple):
         """One completion of each prompt."""
         with self.accelerator.autocast(), fsdp.unsharded(self.model):
             drawn = samples.draw(
-                self.model, self.tokenizer, prompts, self.settings, numbers=numbers, k=1, run=self._run,
+                self.model, self.tokenizer, prompts, self.settings, numbers=numbers, k=1,
+                run=partial(shards.sample_shared, accelerator=self.accelerator),
                 max_prompt_length=self.max_prompt_length, seed=self.seed,
             )  # fmt: skip
         samples.warn_of_cut(samples.describe(drawn)["unfinished"])
-        score = partial(scorers.score_chunk, self.scorer)
-        parts = scorers.chunked(drawn, SCORED_AT_ONCE)
-        found, remarks = scorers.merge(gather.map_over_ranks(parts, score, self.accelerator))
-        self.remarks.update(remarks)
-        scores = [row[0] for row in found]
+        rewards, counts = shards.score_shared(self.scorer, drawn, self.accelerator, chunk_size=SCORED_AT_ONCE)
+        self.remarks.update(counts)
+        scores = [score for (score,) in rewards]
         examples = self._encode(drawn)
         now, before = self._logps(self.model, examples), self._logps(self.reference, examples)
         together = fsdp.is_sharded(self.model)
@@ -122,16 +121,12 @@ class ExperienceCollector(NamedTuple):
         mean, spread = everything.mean(), everything.std(correction=0).clamp(min=1e-8)
         return [
             Rollout(
-                example.prompt, example.completions, None, example.line, None, tuple(now[i].tolist()),
+                example.prompt, example.completions, None, example.line, None, None, tuple(now[i].tolist()),
                 tuple(values[i].tolist()), tuple(((advantages[i] - mean) / spread).tolist()),
                 tuple(returns[i].tolist()), scores[i], float((now[i] - before[i]).sum()), _is_cut(drawn[i]),
             )
             for i, example in enumerate(examples)
         ]  # fmt: skip
-
-    def _run(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-        listed = gather.map_over_ranks(jobs, lambda job: samples.to_json(job()), self.accelerator)
-        return list(map(samples.from_json, listed))
 
     def _encode(self, drawn: Sequence[Example]) -> list[TokenizedExample]:
         most = self.max_prompt_length

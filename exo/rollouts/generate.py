@@ -35,6 +35,9 @@ class Sample:
     finish: Literal["eos", "length"]
 
 
+Job = Callable[[], list[Sample]]  # draws one batch
+
+
 def sample(
     model: nn.Module,
     stop_ids: Sequence[int],
@@ -49,7 +52,7 @@ def sample(
     numbers: Sequence[int] | None = None,
     batch_size: int = 512,
     progress: Callable[[int], object] | None = None,
-    run: Callable[[Sequence[Callable[[], list[Sample]]]], list[list[Sample]]] | None = None,
+    run: Callable[[Sequence[Job]], list[list[Sample]]] | None = None,
 ) -> list[list[Sample]]:
     """Draw `k` completions of each prompt; those of prompt i are in row i.
 

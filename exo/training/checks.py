@@ -8,19 +8,8 @@ from collections.abc import Sequence
 
 from exo import data
 from exo.cli import console
-from exo.data import split
 from exo.data.text.tokenize import TokenizedExample
 from exo.models import logps
-
-
-def warn_of_leaks(dataset: data.Dataset, held_out: data.Dataset) -> None:
-    """Warn if held-out rows of a file of their own share texts with rows that are trained on."""
-    trained, others = ([split.Texts(g.prompt, g.completions) for g in rows.examples] for rows in (dataset, held_out))
-    if count := split.shared(trained, others):
-        console.warn(
-            f"{held_out.path}: {count:,} of {len(others):,} held-out rows share a prompt or a completion with --data, "
-            "so their accuracy may be too high"
-        )
 
 
 def warn_of_other_sampler(rows: Sequence[data.Example], scored: Sequence[TokenizedExample]) -> None:

@@ -38,8 +38,8 @@ class LabelLoss(PairLoss):
     """The same for a classifier: the cross-entropy of two classes is that of the log-odds, signed by the label."""
 
     def margins(self, batch: Batch) -> Tensor:  # (G,)
-        assert batch.rewards is not None
-        return self.rewards(batch) * (2 * batch.rewards.float() - 1)
+        assert batch.label is not None
+        return self.rewards(batch) * (2 * batch.label.float() - 1)
 
 
 class NextToken(nn.Module):

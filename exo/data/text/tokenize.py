@@ -34,6 +34,7 @@ class TokenizedExample:
     rewards: tuple[float, ...] | None
     line: int
     ref_logps: tuple[float, ...] | None = None  # fp64 sums, once they are known
+    label: int | None = None  # of a text: `prompt` has its tokens, and the one completion the end of sequence
 
     @property
     def longest(self) -> int:
@@ -111,7 +112,7 @@ def encode(
         if known is not None and fitted != (tuple(prompt), tuple(map(tuple, completions))):
             counts["rows cut, so that their log-probs of a reference are of other tokens and not used"] += 1
             known = None
-        encoded.append(TokenizedExample(*fitted, example.rewards, example.line, known))
+        encoded.append(TokenizedExample(*fitted, example.rewards, example.line, known, example.label))
     if strict and counts[stumps] > MOST_MUTILATED * rows:
         raise DataError(
             f"{path}: {counts[stumps]:,} of {rows:,} rows, more than {MOST_MUTILATED:.0%}, keep fewer than {STUMP} "
@@ -225,7 +226,12 @@ class _Encoder:
         self.last: tuple[str | None, _Prompt] = None, _Prompt("", [], [])  # rows that follow each other may share one
 
     def encode(self, example: Example, *, check: bool) -> tuple[list[int], list[list[int]]]:
-        """Return the tokens of a prompt and of its completions, each with its end."""
+        """Return the tokens of a prompt and of its completions, each with its end.
+
+        A text with a label becomes the prompt, because a limit cuts it on the left; its completion is the end alone.
+        """
+        if example.label is not None:
+            example = replace(example, prompt=example.completions[0], completions=("",), label=None)
         if self.last[0] is not example.prompt:
             self.last = example.prompt, _prompt(example.prompt, self.tokenizer, self.renderer)
         prompt = self.last[1]

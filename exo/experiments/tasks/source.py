@@ -76,15 +76,10 @@ def subsample(items: Iterable[T], wanted: TaskRequest) -> list[T]:
 def hold_out(items: Sequence[T], texts: Callable[[T], Texts], seed: int) -> tuple[list[T], list[T]]:
     """(to train on, held out): none of the texts held out is trained on."""
     rows = list(map(texts, items))
-    names = dict.fromkeys(row.name for row in rows)
-    if len(names) < 2:
+    if len(set(map(split.row_name, rows))) < 2:
         raise data.DataError("the source: expected two prompts at least, one to train on and one to hold out")
-    found = split.hold_out(rows, names, min(AT_MOST, max(1, round(HELD_OUT * len(names)))), seed)
-    if found.shared:
-        console.warn(found.warning("the source"))
-    train, held_out = (
-        [item for i, item in enumerate(items) if (i in found.held_out) == held] for held in (False, True)
-    )
+    chosen = split.hold_out(rows, HELD_OUT, seed, "the source", at_most=AT_MOST, sort=False)
+    train, held_out = ([item for i, item in enumerate(items) if (i in chosen) == held] for held in (False, True))
     return train, held_out
 
 
