@@ -59,7 +59,7 @@ def run(config: Config, start: Start) -> Path:
     console.log(dataset.summary())
     model = run_inputs.source("model", config.model, "sft", "align", "ppo")
     chosen(config, len(dataset.examples))
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator())
     dropped: Counter[str] = Counter()
 
     def prompts(tokenizer: Any) -> tuple[list[int], list[str]]:

@@ -46,7 +46,7 @@ def run(config: Config, start: Start) -> Path:
     console.log(dataset.summary())
     if had := sum(example.rewards is not None for example in dataset.examples):
         console.log(f"  {had:,} rows have rewards, which others replace")
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator())
     scorer = scorers.load(
         config.reward_model, config.oracle, accelerator, max_length=config.max_length,
         max_prompt_length=config.max_prompt_length, max_tokens_per_batch=config.max_tokens_per_batch,
