@@ -225,7 +225,7 @@ def run(config: Config, start: Start) -> Path:
     )
     settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
     loop.train(task, settings, accelerator, metrics)
-    console.counts(maker.remarks)
+    console.counts(maker.counts)
     finished = fsdp.gather_model(model, accelerator.is_main_process)
     return training_run.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 
