@@ -150,7 +150,7 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
         patch.setattr(os, "fsync", full)
         assert STAGES["sft"].main(argv) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: step 6: its state could not be written") and "No space left on device" in said
+    assert said.startswith("error: step 6: the checkpoint could not be written") and "No space left on device" in said
     assert "the last checkpoint is" in said and "step-4" in said
     assert STAGES["sft"].main(argv) == 0
     assert made(tmp_path / "run") == whole("sft")
