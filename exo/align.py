@@ -119,9 +119,12 @@ def run(config: Config, start: Start) -> Path:
     for part in filter(None, (dataset, held_out)):
         console.log(part.summary())
     console.headline("Model")
-    lora.check(config, config.model)
+    adapter = lora.LoraSettings(**config.lora())
+    lora.check(adapter, config.model)
     start_model = run_inputs.source("model", config.model, "sft", "align", "ppo")
-    model, tokenizer = lora.load(config, start_model, dataset.texts, accelerator)
+    model, tokenizer = lora.load(
+        start_model, dataset.texts, adapter, accelerator, seed=config.seed, sharded=fsdp.is_requested(config.fsdp)
+    )
     dtypes = models.dtypes_of(config.save_dtype, start_model)
     dataset, *rest = render.apply(
         config, tokenizer, gather.template_date(start, accelerator), *filter(None, (dataset, held_out))
@@ -142,7 +145,7 @@ def run(config: Config, start: Start) -> Path:
     console.headline("Reference log-probs")
     if mode == "live" and not config.lora_r:
         other_model = other_model or copy.deepcopy(model)
-    trained = lora.apply(model, config, start_model)
+    trained = lora.apply(model, adapter, start_model)
     seeing = [model] if other_model is None else [model, other_model]
     for one in seeing:
         place(one, accelerator, config.fsdp)
@@ -188,7 +191,7 @@ def run(config: Config, start: Start) -> Path:
     )
     settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
     loop.train(task, settings, accelerator, metrics)
-    finished = lora.merged(trained, config, accelerator)
+    finished = lora.merged(trained, adapter, accelerator)
     directory = training_run.end(metrics, finished, tokenizer, accelerator, watch.last, dtypes)
     _conclude(directory, watch)
     return directory
@@ -417,7 +420,7 @@ class _Watch:
             self._save("best")
 
     def _save(self, name: str) -> None:
-        finished = lora.merged(self.model, self.config, self.accelerator)
+        finished = lora.merged(self.model, lora.LoraSettings(**self.config.lora()), self.accelerator)
         if self.accelerator.is_main_process:
             models.export_model(finished, self.tokenizer, self.directory, name, self.dtypes)
 

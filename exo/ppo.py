@@ -31,8 +31,8 @@ from exo.distributed import fsdp, gather
 from exo.distributed.accelerator import Training as DistributedTraining
 from exo.distributed.accelerator import make_accelerator, place, set_seed
 from exo.models import logps as model_logps
-from exo.models.attention import masks
 from exo.models.lm_head import LMHead, eval_mode
+from exo.models.logps import completion_hidden
 from exo.rollouts import experience, samples, scorers
 from exo.rollouts.experience import Rollout, RolloutBatch
 from exo.runs import inputs as run_inputs
@@ -117,8 +117,8 @@ class ActorCritic(nn.Module):
     def forward(self, rollout: RolloutBatch, num_tokens: int) -> LossOutput:
         batch, config = rollout.batch, self.config
         logps = linear_token_logps(
-            masks.completion_hidden(self.head, batch), self.head.weight, temperature=config.temperature,
-            **masks.loss_inputs(batch), **self.head.options,
+            completion_hidden(self.head, batch), self.head.weight, temperature=config.temperature,
+            **batch.loss_inputs(), **self.head.options,
         )  # fmt: skip
         change = logps.float() - rollout.logps
         actor, clipped = policy_loss(change, rollout.advantages, config.clip_range)

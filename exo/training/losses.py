@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from exo.data.collate import Batch
-from exo.models.attention import masks
 from exo.models.lm_head import LMHead
+from exo.models.logps import completion_hidden
 from exo.models.reward_head import RewardHead
 from exo.training.step import LossOutput
 from exo_kernels import linear_token_logps
@@ -51,7 +51,7 @@ class NextToken(nn.Module):
         self.head = LMHead(model)
 
     def forward(self, batch: Batch, num_tokens: int) -> LossOutput:
-        rows = masks.completion_hidden(self.head, batch)
-        logps = linear_token_logps(rows, self.head.weight, **masks.loss_inputs(batch), **self.head.options)
+        rows = completion_hidden(self.head, batch)
+        logps = linear_token_logps(rows, self.head.weight, **batch.loss_inputs(), **self.head.options)
         total = -logps.double().sum()
         return LossOutput(total / num_tokens, {"nats_per_token": (total.detach(), len(logps))})
