@@ -24,7 +24,7 @@ from exo.runs import directory as run_directory
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
 
-RunStage = Callable[[str, Any], object]  # runs a stage, given its name and its options
+Execute = Callable[[str, Any], object]  # runs a stage, given its name and its options
 
 
 def up_to(steps: list[Step], name: str | None) -> list[Step]:
@@ -82,7 +82,7 @@ class Runner(NamedTuple):
 
     directory: Path
     rerun: Collection[str]  # names of the steps that run even if they are up to date
-    run_stage: RunStage  # with several jobs it is pickled
+    execute: Execute  # pickled if there are several jobs
     threads: int | None = None  # of torch, unless OMP_NUM_THREADS is set
 
     def run(self, steps: list[Step], jobs: int) -> None:
@@ -109,7 +109,7 @@ class Runner(NamedTuple):
                 console.log(f"[{i}/{len(steps)}] {step.name}: already there")
             else:
                 console.headline(f"{i}/{len(steps)} {step.name}")
-                run_step(step, step.name in self.rerun, self.run_stage)
+                run_step(step, step.name in self.rerun, self.execute)
             yield not is_done
 
     def _in_parallel(self, steps: list[Step], jobs: int) -> Iterator[bool]:
@@ -130,7 +130,7 @@ class Runner(NamedTuple):
                         yield False
                     elif len(running) < jobs:
                         waiting.remove(step)
-                        running[pool.submit(_timed, step, step.name in self.rerun, self.run_stage)] = step
+                        running[pool.submit(_timed, step, step.name in self.rerun, self.execute)] = step
                 for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                     step = running.pop(future)
                     try:
@@ -174,18 +174,18 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _timed(step: Step, rerun: bool, run_stage: RunStage) -> float:
+def _timed(step: Step, rerun: bool, execute: Execute) -> float:
     """Run a step and return its seconds."""
     start = time.perf_counter()
-    run_step(step, rerun, run_stage)
+    run_step(step, rerun, execute)
     return time.perf_counter() - start
 
 
-def run_step(step: Step, rerun: bool, run: RunStage) -> None:
-    """Run a step, in processes of its own if it has several; resume an unfinished run of it unless `rerun`."""
+def run_step(step: Step, rerun: bool, execute: Execute) -> None:
+    """Run a step, in several processes if its options say so; resume an unfinished run of it unless `rerun`."""
     resumes = not rerun and run_stage.is_resumable(Path(step.config.output_dir), step.config, step.stage)
     config = dataclasses.replace(step.config, overwrite_output_dir=not resumes)
     if not launch.is_launcher(getattr(config, "nproc", 1)):
-        run(step.stage, config)
+        execute(step.stage, config)
     elif launch.run(f"exo.{step.stage}", command_line(config), config.nproc):
         raise RunError(f"{step.name}: failed; the message above says why")
