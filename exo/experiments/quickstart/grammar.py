@@ -103,16 +103,7 @@ def corpus(n: int, seed: int) -> list[tuple[str, str]]:
 
 def vocabulary() -> list[str]:
     """Return all words and punctuation marks of reviews, sorted."""
-    phrases = [
-        *_all_prompts(),
-        *COPULAS,
-        *ADVERBS,
-        *GOOD,
-        *BAD,
-        *PRAISE,
-        *BLAME,
-        "the not and but , .",
-    ]
+    phrases = [*_all_prompts(), *COPULAS, *ADVERBS, *GOOD, *BAD, *PRAISE, *BLAME, "the not and but , ."]
     for domain in DOMAINS:
         phrases += [*domain.aspects, *domain.adjectives, *domain.asides]
     return sorted({word for phrase in phrases for word in phrase.split()})
