@@ -24,7 +24,7 @@ from exo.runs import directory as run_directory
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
 
-Execute = Callable[[str, Any], object]  # runs a stage, given its name and its options
+RunStage = Callable[[str, Any], object]  # runs a stage, given its name and its options
 
 
 def up_to(steps: list[Step], name: str | None) -> list[Step]:
@@ -82,7 +82,7 @@ class Runner(NamedTuple):
 
     directory: Path
     rerun: Collection[str]  # names of the steps that run even if they are up to date
-    execute: Execute  # pickled if there are several jobs
+    execute: RunStage  # pickled if there are several jobs
     threads: int | None = None  # of torch, unless OMP_NUM_THREADS is set
 
     def run(self, steps: list[Step], jobs: int) -> None:
@@ -174,18 +174,18 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _timed(step: Step, rerun: bool, execute: Execute) -> float:
+def _timed(step: Step, rerun: bool, execute: RunStage) -> float:
     """Run a step and return its seconds."""
     start = time.perf_counter()
     run_step(step, rerun, execute)
     return time.perf_counter() - start
 
 
-def run_step(step: Step, rerun: bool, execute: Execute) -> None:
-    """Run a step, in several processes if its options say so; resume an unfinished run of it unless `rerun`."""
+def run_step(step: Step, rerun: bool, run: RunStage) -> None:
+    """Run a step, in processes of its own if it has several; resume an unfinished run of it unless `rerun`."""
     resumes = not rerun and run_stage.is_resumable(Path(step.config.output_dir), step.config, step.stage)
     config = dataclasses.replace(step.config, overwrite_output_dir=not resumes)
     if not launch.is_launcher(getattr(config, "nproc", 1)):
-        execute(step.stage, config)
+        run(step.stage, config)
     elif launch.run(f"exo.{step.stage}", command_line(config), config.nproc):
         raise RunError(f"{step.name}: failed; the message above says why")
