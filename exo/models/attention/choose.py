@@ -6,12 +6,13 @@ printed with its reason.
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from exo.cli import console
+from exo.cli.options import SharePrompt
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import gather
@@ -19,7 +20,6 @@ from exo.models import logps as model_logps
 from exo.models.attention import flash, masks
 from exo.models.attention.flex import attend
 
-SharePrompt = Literal["auto", "on", "off"]
 WORTH = 0.9  # share of the padded tokens; with 0.90 to 0.94, a dense mask took 1.05 to 1.27 times as long
 DENSE = "a dense mask"  # with the model's own attention implementation
 SAMPLE = 256  # examples on which the saving is estimated
