@@ -1,8 +1,8 @@
 """The LM head of a causal LM: hidden states without logits, for losses that take the head's weight.
 
-Names do not tell what a model does with its head's output: two families use `logits_scaling` with opposite meanings. So the
-scale and the softcap are measured once on a few numbers, and the head's forward is compared with what the losses compute.
-Heads that compute anything else are refused.
+Names do not tell what a model does with its head's output: two families use `logits_scaling` with opposite meanings. So
+the scale and the softcap are measured once on a few numbers, and the head's forward is compared with what the losses
+compute. Heads that compute anything else are refused.
 """
 
 from collections.abc import Callable, Iterator

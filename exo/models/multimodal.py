@@ -1,7 +1,7 @@
 """The text part of a multimodal checkpoint, as a causal LM of its own.
 
-A wrapper around a language model (Gemma 3 and 4, Qwen 3.5, Llama 4, Mistral 3, LLaVA ...) is loaded and its
-text part extracted. The part must compute the wrapper's logits on text before it is used. Images, audio and video are not
+A wrapper around a language model (Gemma 3 and 4, Qwen 3.5, Llama 4, Mistral 3, LLaVA ...) is loaded and its text part
+extracted. The part must compute the wrapper's logits on text before it is used. Images, audio and video are not
 supported, and the wrapper is not saved again.
 """
 
