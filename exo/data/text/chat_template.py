@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from exo.data import Chat, DataError, Message, Reply
-from exo.data.text.bounded import run_bounded
+from exo.data.text.resource_limits import run_bounded
 from exo.data.text.subwords import LEFT, RIGHT
 
 SECONDS, MOST_BYTES = 10.0, 2**28  # one rendering may take

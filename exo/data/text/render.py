@@ -12,7 +12,6 @@ from typing import Any, Literal
 from exo.cli import console
 from exo.cli.options import ChatOptions
 from exo.data import Chat, DataError, Dataset, Example
-from exo.data.formats import transcripts
 from exo.data.text.chat_template import Settings, has_template, stop_id
 from exo.data.text.chat_template import source as chat_source
 
@@ -130,8 +129,7 @@ def as_chat(example: Example) -> Example:
     """Return a row with its plain prompt as messages: one user turn, or the turns of an Anthropic HH transcript."""
     if isinstance(example.prompt, Chat) or not example.prompt:
         return example
-    completions = transcripts.answers_to(example.prompt, example.completions)
-    return dataclasses.replace(example, prompt=transcripts.as_chat(example.prompt), completions=completions)
+    return example.as_chat()
 
 
 def describe(option: str, dataset: Dataset, tokenizer: Any) -> str:
