@@ -6,7 +6,7 @@ directory is the model directory. Left out: objectives other than the kernels'.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,8 @@ from exo import data, models
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, PART, POSITIVE, at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import AdapterOptions, DataOptions
-from exo.cli.parse import parse
 from exo.data import preview, split, transforms
 from exo.data.collate import Collator
 from exo.data.text import render, tokenize
@@ -429,10 +428,7 @@ def _conclude(directory: Path, watch: _Watch) -> None:
     console.log(f"picture: {directory / plots.TRAINING}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.align", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -5,16 +5,14 @@ is at most log N - (N - 1)/N nats from the one that was sampled: exactly that wh
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from exo import data
 from exo.cli import console
 from exo.cli.fields import at_least, named, option
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import DataOptions
-from exo.cli.parse import parse
 from exo.data import transforms
 from exo.rollouts import samples
 from exo.runs import inputs as run_inputs
@@ -63,10 +61,7 @@ def _best(example: data.Example, n: int, path: str) -> data.Example:
     return transforms.select(example, [max(block, key=lambda i: rewards[i]) for block in blocks])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.best_of_n", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -18,9 +18,8 @@ from accelerate import Accelerator
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, TOP_P, at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Scoring
-from exo.cli.parse import parse
 from exo.data import Example
 from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
@@ -299,10 +298,7 @@ def _line(entry: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.evaluate", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

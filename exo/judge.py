@@ -17,9 +17,8 @@ from exo import data
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, POSITIVE, at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import Stage
-from exo.cli.parse import parse
 from exo.evaluation import answers as evaluation_answers
 from exo.evaluation import judge_client, win_rate
 from exo.evaluation.judge_client import JudgeClient, NoAnswer
@@ -223,10 +222,7 @@ def _show(result: dict[str, Any], directory: Path) -> None:
     console.log(f"{directory / 'judge.json'}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.judge", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

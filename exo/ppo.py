@@ -23,9 +23,8 @@ from exo import data, models
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import MODEL, NOT_NEGATIVE, POSITIVE, SHARE, at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Training
-from exo.cli.parse import parse
 from exo.data.collate import Batch, Collator, split_completions
 from exo.data.text import render, tokenize
 from exo.data.text.tokenize import TokenizedExample
@@ -272,10 +271,7 @@ def _check_ratio(config: Config, accelerator: Accelerator, loss: float, values: 
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.ppo", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

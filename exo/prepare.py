@@ -4,15 +4,13 @@ python -m exo.prepare --task NAME [--source FILE_DIR_OR_HUB]. exo.experiments.ta
 tokens, which depend on the model.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from exo.cli import console
 from exo.cli.fields import at_least, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import SourceOptions
-from exo.cli.parse import parse
 from exo.experiments import tasks
 from exo.runs import stage as run_stage
 from exo.runs.atomic import atomic_directory, atomic_file
@@ -52,10 +50,7 @@ def run(config: Config, start: Start) -> Path:
     return directory
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.prepare", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

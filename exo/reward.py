@@ -21,9 +21,8 @@ from torch import nn
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, PART, POSITIVE, at_least, named, option
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import DataOptions, DataTraining
-from exo.cli.parse import parse
 from exo.data import split, transforms
 from exo.data.collate import Collator
 from exo.data.text import render, tokenize
@@ -155,10 +154,7 @@ def _evaluate(
     return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": high}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.reward", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

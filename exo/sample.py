@@ -18,9 +18,8 @@ from accelerate import Accelerator
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import ChatOptions, Compute, DataOptions
-from exo.cli.parse import parse
 from exo.data import Example
 from exo.data.text import render, tokenize
 from exo.distributed import gather
@@ -159,10 +158,7 @@ def _from_vllm(completion: Any, stop_ids: Sequence[int]) -> Sample:
     return Sample(ids, logprob, "eos" if ids[-1] in stop_ids else "length")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.sample", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -4,16 +4,14 @@ python -m exo.score --data FILE --reward_model DIR, or --oracle module:function.
 goes on to the next stage. Scores are kept as they are made, and a run that was killed makes the others.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exo import data
 from exo.cli import console
 from exo.cli.fields import at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Scoring
-from exo.cli.parse import parse
 from exo.distributed import gather
 from exo.distributed.accelerator import make_accelerator
 from exo.rollouts import samples, scorers, shards
@@ -74,10 +72,7 @@ def run(config: Config, start: Start) -> Path:
     return shards.end(pieces, "scored.jsonl", rows, accelerator, result)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.score", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -15,9 +15,8 @@ from accelerate.utils import set_seed
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, named, option
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import AdapterOptions, DataOptions
-from exo.cli.parse import parse
 from exo.data import preview
 from exo.data.collate import Collator
 from exo.data.text import render, tokenize
@@ -113,10 +112,7 @@ def _scored_tokens(examples: Sequence[TokenizedExample]) -> int:
     return sum(len(completion) for example in examples for completion in example.completions)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.sft", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())
