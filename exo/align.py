@@ -118,7 +118,11 @@ def run(config: Config, start: Start) -> Path:
     model, tokenizer = lora.load(config, start_model, dataset.texts, accelerator)
     dtypes = models.dtypes_of(config.save_dtype, start_model)
     dataset, *rest = render.apply(
-        config, tokenizer, gather.template_date(start, accelerator), *filter(None, (dataset, held_out))
+        tokenizer,
+        config.chat_template,
+        config.template_kwargs,
+        gather.template_date(start, accelerator),
+        *filter(None, (dataset, held_out)),
     )
     counts: Counter[str] = Counter()
     try:

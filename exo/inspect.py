@@ -168,7 +168,9 @@ def _render(
     inputs = run_inputs.inputs(options, name).values()
     date = datetime.date.fromisoformat(run_stage.template_date(previous, inputs))
     others = [held_out] if held_out and name == "align" else []
-    rendered, *others = render.apply(options, tokenizer, date, dataset, *others, sampled=sampled)
+    rendered, *others = render.apply(
+        tokenizer, options.chat_template, options.template_kwargs, date, dataset, *others, sampled=sampled
+    )
     return rendered, others[0] if others else None
 
 

@@ -65,7 +65,14 @@ def run(config: Config, start: Start) -> Path:
     name = run_inputs.source("model", config.model, "sft")
     model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset, sampled="render")
+    (dataset,) = render.apply(
+        tokenizer,
+        config.chat_template,
+        config.template_kwargs,
+        gather.template_date(start, accelerator),
+        dataset,
+        sampled="render",
+    )
     counts: Counter[str] = Counter()
     try:
         examples, held_out = tokens(config, dataset, tokenizer, counts)

@@ -63,7 +63,9 @@ def run(config: Config, start: Start) -> Path:
     dropped: Counter[str] = Counter()
 
     def prompts(tokenizer: Any) -> tuple[list[int], list[str]]:
-        (rendered,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
+        (rendered,) = render.apply(
+            tokenizer, config.chat_template, config.template_kwargs, gather.template_date(start, accelerator), dataset
+        )
         usable, more = tokenize.usable_prompts(rendered, tokenizer, skip_invalid=config.skip_invalid)
         dropped.update(more)
         numbers = chosen(config, len(usable))

@@ -43,7 +43,7 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def source(tokenizer: Any) -> str:
+def template_source(tokenizer: Any) -> str:
     """Return the source of a tokenizer's chat templates, "" if it has none."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return "\n".join(template.values()) if isinstance(template, dict) else str(template)
@@ -130,7 +130,7 @@ class Renderer:
             written = self._probe(user, assistant, user)
         except DataError:
             written = ""
-        template = source(self.tokenizer)
+        template = template_source(self.tokenizer)
         tokens = {t.content for t in added if t.special or t.content in written}
         read = {token for token in tokens if _reads(template, token)}
         read |= {token.replace("</", "<") for token in read}
