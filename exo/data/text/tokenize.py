@@ -38,7 +38,7 @@ class TokenizedExample:
 
     @property
     def longest(self) -> int:
-        return len(self.prompt) + max(map(len, self.completions))
+        return len(self.prompt) + max(map(len, self.completions), default=0)
 
 
 def factor_prefix(example: TokenizedExample) -> TokenizedExample:
