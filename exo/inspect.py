@@ -225,11 +225,10 @@ def _tokenize_uncut(options: Any, dataset: Dataset, tokenizer: Any) -> list[Toke
         with contextlib.suppress(DataError):
             return _tokenize_prompts(dataset.examples, tokenizer, sys.maxsize, Counter())
         return []
-    samples: Any = "text" if options.stage == "reward" else "refuse"
-    return tokenize.encode(
-        dataset.examples, tokenizer, Limits(sys.maxsize, None, "error"), dataset.path, foreign=samples,
-        skip_invalid=True,
-    )[0]  # fmt: skip
+    limits, is_reward = Limits(sys.maxsize, None, "error"), options.stage == "reward"
+    return tokenize.encode(dataset.examples, tokenizer, limits, dataset.path, retokenize=is_reward, skip_invalid=True)[
+        0
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -124,7 +124,7 @@ def tokens(
     for is_held_out in (False, True):
         part = [example for i, example in enumerate(rows) if (i in chosen) == is_held_out]
         examples, cut = tokenize.encode(
-            part, tokenizer, Limits(**config.limits()), dataset.path, foreign="text", skip_invalid=config.skip_invalid
+            part, tokenizer, Limits(**config.limits()), dataset.path, retokenize=True, skip_invalid=config.skip_invalid
         )
         counts.update(cut)
         encoded.append(examples)

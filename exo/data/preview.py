@@ -100,12 +100,10 @@ def _wrapped(name: str, text: str, colored: bool) -> Iterator[str]:
 def length_lines(limits: Mapping[str, int | None], rows: Sequence[TokenizedExample]) -> list[str]:
     """Describe the lengths that the stage has limits for; `limits` are its options by name."""
     totals = [row.longest for row in rows if row.completions]
+    completions = [len(ids) for row in rows for ids in row.completions]
     lengths = {
         "max_prompt_length": ("prompt", [len(row.prompt) for row in rows]),
-        "max_completion_length": (
-            "completion, its end included",
-            [len(ids) for row in rows for ids in row.completions],
-        ),
+        "max_completion_length": ("completion, its end included", completions),
         "max_length": ("prompt and longest completion", totals),
     }
     if rows and rows[0].label is not None:
