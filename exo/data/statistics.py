@@ -23,32 +23,6 @@ class Bin(NamedTuple):
     rows: int
 
 
-class RewardStatistics(NamedTuple):
-    low: float
-    median: float
-    high: float
-    equal: int  # rows whose rewards are all equal
-    best_tied: int  # other rows that have the highest reward several times
-
-
-class Duplicates(NamedTuple):
-    rows: Places  # equal to an earlier row
-    prompts: int  # prompts of several rows
-    prompt_rows: int  # rows that have one of them
-    within: int  # rows with a completion repeated
-    reversed: Places  # rows that prefer what an earlier row rejects, given the same prompt
-
-
-class LengthBias(NamedTuple):
-    """Tokens of chosen completions against those of rejected ones."""
-
-    chosen: float  # mean over the rows
-    rejected: float  # mean over the rows of the mean of a row
-    longer: int  # rows whose chosen completion is longer
-    equal: int
-    rows: int
-
-
 class Leaks(NamedTuple):
     prompts: Places  # held-out rows whose prompt is in the data
     completions: Places  # held-out rows with a completion, alone or after its prompt, that is in the data
@@ -73,58 +47,8 @@ def histogram(lengths: Sequence[int], most: int = 6) -> list[Bin]:
     return [*bins, Bin((last + 1) * width, max(lengths), counts[last + 1])] if counts[last + 1] else bins
 
 
-def reward_statistics(examples: Iterable[Example]) -> RewardStatistics | None:
-    """Return statistics of the rewards; None without any."""
-    rows = [example.rewards for example in examples if example.rewards]
-    if not rows:
-        return None
-    values = [value for row in rows for value in row]
-    equal = sum(min(row) == max(row) for row in rows)
-    tied = sum(row.count(max(row)) > 1 for row in rows)
-    return RewardStatistics(min(values), statistics.median(values), max(values), equal, tied - equal)
-
-
-def find_duplicates(examples: Sequence[Example]) -> Duplicates:
-    """Find rows, prompts and completions that occur several times, and rows that contradict an earlier one."""
-    first: dict[Hashable, str] = {}
-    rows = []
-    for example in examples:
-        content = (example.prompt, example.completions, example.rewards, example.label)
-        if (earlier := first.setdefault(content, _place(example))) != _place(example):
-            rows.append((_place(example), earlier))
-    counts = Counter(example.prompt for example in examples if example.prompt)
-    repeated = [count for count in counts.values() if count > 1]
-    within = sum(len(set(example.completions)) < len(example.completions) for example in examples)
-    return Duplicates(rows, len(repeated), sum(repeated), within, _find_reversed(examples))
-
-
 def _place(example: Example) -> str:
     return example.source or f"line {example.line}"
-
-
-def _find_reversed(examples: Sequence[Example]) -> Places:
-    preferred: dict[tuple[str, str, str], str] = {}
-    rows = []
-    for example in transforms.to_pairs(examples)[0]:
-        chosen, rejected = example.completions[:1], example.completions[1:]
-        pairs = [(example.prompt, a, b) for a in chosen for b in rejected]
-        if earlier := [preferred[prompt, b, a] for prompt, a, b in pairs if (prompt, b, a) in preferred]:
-            rows.append((_place(example), earlier[0]))
-        for pair in pairs:
-            preferred.setdefault(pair, _place(example))
-    return rows
-
-
-def length_bias(examples: Sequence[TokenizedExample]) -> LengthBias | None:
-    """Compare the lengths of chosen and rejected completions, or of the best and the worst; None without pairs."""
-    pairs = [example for example in transforms.to_pairs(examples)[0] if len(example.completions) > 1]
-    if not pairs:
-        return None
-    chosen = [len(pair.completions[0]) for pair in pairs]
-    rejected = [statistics.fmean(map(len, pair.completions[1:])) for pair in pairs]
-    longer = sum(a > b for a, b in zip(chosen, rejected, strict=True))
-    equal = sum(a == b for a, b in zip(chosen, rejected, strict=True))
-    return LengthBias(statistics.fmean(chosen), statistics.fmean(rejected), longer, equal, len(pairs))
 
 
 def find_leaks(examples: Iterable[Example], held_out: Iterable[Example]) -> Leaks:
@@ -171,33 +95,56 @@ def length_lines(title: str, lengths: Sequence[int], limit_name: str, limit: int
 
 
 def comparison_lines(examples: Sequence[Example], tokens: Sequence[TokenizedExample]) -> list[str]:
-    """Describe the number of completions, the rewards and the length bias."""
+    """Describe the number of completions, the rewards, and the lengths of chosen and rejected completions."""
     lines = []
     if sizes := Counter(len(example.completions) for example in examples if example.completions):
         listed = [f"{size} ({count:,} rows)" for size, count in sorted(sizes.items())]
         lines.append(f"completions of a row: {', '.join(listed)}")
-    if rewards := reward_statistics(examples):
+    if rows := [example.rewards for example in examples if example.rewards]:
+        rewards = [reward for row in rows for reward in row]
+        equal = sum(min(row) == max(row) for row in rows)
+        tied = sum(row.count(max(row)) > 1 for row in rows)
         lines += [
-            f"rewards: {rewards.low:.4g} to {rewards.high:.4g}, median {rewards.median:.4g}",
-            f"ties: all rewards equal in {_share(rewards.equal, len(examples))}; the best is a tie in "
-            f"{rewards.best_tied:,} more",
+            f"rewards: {min(rewards):.4g} to {max(rewards):.4g}, median {statistics.median(rewards):.4g}",
+            f"ties: all rewards equal in {_share(equal, len(examples))}; the best is a tie in {tied - equal:,} more",
         ]
-    if bias := length_bias(tokens):
+    if pairs := [pair.completions for pair in transforms.to_pairs(tokens)[0] if len(pair.completions) > 1]:
+        chosen = [len(completions[0]) for completions in pairs]
+        rejected = [statistics.fmean(map(len, completions[1:])) for completions in pairs]
+        longer = sum(a > b for a, b in zip(chosen, rejected, strict=True))
+        equal = sum(a == b for a, b in zip(chosen, rejected, strict=True))
+        means = statistics.fmean(chosen), statistics.fmean(rejected)
         lines += [
-            f"tokens: chosen {bias.chosen:,.1f}, rejected {bias.rejected:,.1f} on average",
-            f"the chosen is longer in {_share(bias.longer, bias.rows)}, as long in {bias.equal:,}",
+            f"tokens: chosen {means[0]:,.1f}, rejected {means[1]:,.1f} on average",
+            f"the chosen is longer in {_share(longer, len(pairs))}, as long in {equal:,}",
         ]
     return lines
 
 
 def duplicate_lines(examples: Sequence[Example]) -> list[str]:
-    """Describe the duplicates, or say that there are none."""
-    rows, prompts, prompt_rows, within, reversed_rows = find_duplicates(examples)
+    """Describe rows, prompts and completions that occur several times, and rows that contradict an earlier one."""
+    equal: Places = []
+    contradicting: Places = []
+    first: dict[Hashable, str] = {}
+    preferred: dict[tuple[str, str, str], str] = {}
+    for example in examples:
+        content = (example.prompt, example.completions, example.rewards, example.label)
+        if (earlier := first.setdefault(content, _place(example))) != _place(example):
+            equal.append((_place(example), earlier))
+    for example in transforms.to_pairs(examples)[0]:
+        pairs = [(example.prompt, a, b) for a in example.completions[:1] for b in example.completions[1:]]
+        if opposites := [preferred[prompt, b, a] for prompt, a, b in pairs if (prompt, b, a) in preferred]:
+            contradicting.append((_place(example), opposites[0]))
+        for pair in pairs:
+            preferred.setdefault(pair, _place(example))
+    prompts = Counter(example.prompt for example in examples if example.prompt)
+    repeated = [count for count in prompts.values() if count > 1]
+    within = sum(len(set(example.completions)) < len(example.completions) for example in examples)
     lines = {
-        f"rows equal to an earlier one: {len(rows):,}{_list(rows)}": rows,
-        f"prompts of several rows: {prompts:,}, in {prompt_rows:,} rows": prompts,
+        f"rows equal to an earlier one: {len(equal):,}{_list(equal)}": equal,
+        f"prompts of several rows: {len(repeated):,}, in {sum(repeated):,} rows": repeated,
         f"rows with a completion repeated: {within:,}": within,
-        f"rows that prefer what an earlier one rejects: {len(reversed_rows):,}{_list(reversed_rows)}": reversed_rows,
+        f"rows that prefer what an earlier one rejects: {len(contradicting):,}{_list(contradicting)}": contradicting,
     }
     return [line for line, count in lines.items() if count] or ["duplicates: none"]
 

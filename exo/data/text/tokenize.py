@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -92,20 +92,15 @@ def encode(
     encoded = []
     rows = 0
     stumps = f"rows that keep fewer than {STUMP} tokens or a quarter of their prompt"
-    for example in examples:
+    for example, row in encoder.rows(examples, path, skip_invalid):
         rows += 1
-        place = example.place(path)
-        try:
-            prompt, completions = encoder.encode(example, check=rows <= CHECKED)
-        except (DataError, BoundaryError) as error:
-            if not skip_invalid:
-                raise DataError(f"{place}: {error}") from None
-            counts[REFUSED] += 1
+        if row is None:
             continue
+        prompt, completions = row
         if example.tokens is None and len(completions) > 1 and all(ids == completions[0] for ids in completions):
             counts["rows dropped: completions identical as tokens"] += 1
             continue
-        fitted = fit(prompt, completions, _bos_of(prompt, tokenizer), limits, place, counts)
+        fitted = fit(prompt, completions, _bos_of(prompt, tokenizer), limits, example.place(path), counts)
         if fitted is None:
             continue
         if limits.max_prompt_length is None and is_stump(len(fitted[0]), len(prompt)):
@@ -136,19 +131,9 @@ def refused(
 
     DataError names the first of them, unless `skip_invalid`. For stages that must know their rows before they start.
     """
-    counts: Counter[str] = Counter()
-    encoder = _Encoder(tokenizer, True, Counter())
-    indices = set()
-    for i, example in enumerate(examples):
-        try:
-            encoder.encode(example, check=i < CHECKED)
-        except (DataError, BoundaryError) as error:
-            if not skip_invalid:
-                raise DataError(f"{example.place(path)}: {error}") from None
-            indices.add(i)
-    if indices:
-        counts[REFUSED] = len(indices)
-    return frozenset(indices), counts
+    rows = _Encoder(tokenizer, True, Counter()).rows(examples, path, skip_invalid)
+    indices = frozenset(i for i, (_, row) in enumerate(rows) if row is None)
+    return indices, Counter({REFUSED: len(indices)} if indices else {})
 
 
 def usable_prompts(dataset: Dataset, tokenizer: Any, *, skip_invalid: bool) -> tuple[list[Example], Counter[str]]:
@@ -226,6 +211,19 @@ class _Encoder:
         self.renderer = chat_template.Renderer(tokenizer)
         self.special, self.ends = special_ids(tokenizer)
         self.last: tuple[str | None, _Prompt] = None, _Prompt("", [], [])  # rows that follow each other may share one
+
+    def rows(
+        self, examples: Iterable[Example], path: str, skip_invalid: bool
+    ) -> Iterator[tuple[Example, tuple[list[int], list[list[int]]] | None]]:
+        """Yield each example with its tokens; DataError, or None and a count, for one that is refused."""
+        for i, example in enumerate(examples):
+            try:
+                yield example, self.encode(example, check=i < CHECKED)
+            except (DataError, BoundaryError) as error:
+                if not skip_invalid:
+                    raise DataError(f"{example.place(path)}: {error}") from None
+                self.counts[REFUSED] += 1
+                yield example, None
 
     def encode(self, example: Example, *, check: bool) -> tuple[list[int], list[list[int]]]:
         """Return the tokens of a prompt and of its completions, each with its end.
