@@ -16,7 +16,7 @@ class DataError(ValueError):
 
 
 class Malformed(Exception):
-    """Raised for a row, where its place in the file is not known."""
+    """Raised for a row by code that does not have its place in the file."""
 
 
 def string(name: str, value: Any) -> str:

@@ -25,7 +25,7 @@ class Limits:
 def fit(
     prompt: list[int],
     completions: list[list[int]],
-    start: int,  # tokens at the beginning that are kept
+    start: int,  # tokens at the beginning that stay
     limits: Limits,
     place: str,
     counts: Counter[str],

@@ -33,7 +33,7 @@ class TokenizedExample:
     completions: tuple[tuple[int, ...], ...]
     rewards: tuple[float, ...] | None
     line: int
-    ref_logps: tuple[float, ...] | None = None  # fp64 sums, once they are known
+    ref_logps: tuple[float, ...] | None = None  # fp64 sums; None before the reference scores them
     label: int | None = None  # of a text: `prompt` has its tokens, and the one completion the end of sequence
 
     @property
