@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from exo import data, models
 from exo.cli import console
@@ -28,7 +27,7 @@ from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
-from exo.distributed.accelerator import make_accelerator, place
+from exo.distributed.accelerator import Training, make_accelerator, place, set_seed
 from exo.models import lora
 from exo.models.attention import choose
 from exo.rollouts import samples
@@ -40,6 +39,7 @@ from exo.runs.stage import Start, stage
 from exo.training import checks, loop, preference, reference, sampler
 from exo.training import metrics as training_metrics
 from exo.training import run as training_run
+from exo.training.optimizer import OptimizerSettings
 from exo.training.reference import Mode
 
 HEAD_BUDGET = 2**29  # the default memory_budget of the losses on hidden states
@@ -86,8 +86,14 @@ class Config(AdapterOptions, DataOptions):
     temperature: float = option(1.0, "divides the logits; the one that completions were sampled at", POSITIVE)
     eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none", PART)
     eval_data: str | None = option(None, "a held-out file, instead of eval_fraction")
-    save_steps: int = option(0, "steps between checkpoints; 0 means none", NOT_NEGATIVE)
-    eval_steps: int = option(0, "steps between evaluations, keeping the best; 0 means at the end only", NOT_NEGATIVE)
+    export_steps: int = option(
+        0, "save a loadable model every N steps, in output_dir/models/step-N (0: only at the end)", NOT_NEGATIVE
+    )
+    eval_steps: int = option(
+        0,
+        "evaluate every N steps and keep the best model in output_dir/models/best (0: evaluate at the end only)",
+        NOT_NEGATIVE,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +112,7 @@ def run(config: Config, start: Start) -> Path:
     held_out = read(config, "eval_data") if config.eval_data else None
     if held_out is not None:
         split.warn_of_leaks(dataset, held_out)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator(), training=Training(**config.parallel()))
     set_seed(config.seed)
 
     console.headline("Data")
@@ -132,7 +138,7 @@ def run(config: Config, start: Start) -> Path:
         train_examples, _, held_out_lines = parted(config, dataset, examples, others, counts)
     finally:
         console.counts(counts)
-    read_model = partial(models.load, mapped=fsdp.is_requested(config))
+    read_model = partial(models.load, mapped=fsdp.is_requested(config.fsdp))
     mode, other_model = reference_model(config, examples + others, tokenizer, read_model)
     _describe(config, model, tokenizer, train_examples, accelerator)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
@@ -143,7 +149,7 @@ def run(config: Config, start: Start) -> Path:
     trained = lora.apply(model, config, start_model)
     seeing = [model] if other_model is None else [model, other_model]
     for one in seeing:
-        place(one, config, accelerator)
+        place(one, accelerator, config.fsdp)
     collator = choose.choose_layout(
         seeing,
         examples,
@@ -170,13 +176,22 @@ def run(config: Config, start: Start) -> Path:
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature, reference=live,
     ).train(config.dropout)  # fmt: skip
     watch = _Watch(config, module, tokenizer, eval_examples, accelerator, metrics, collator, dtypes)
-    steps = sampler.total_steps(config, len(train_examples))
-    loop.train(
-        module, sampler.BatchSampler(train_examples, config, steps), steps, config, accelerator, metrics,
-        collator=collator, denominator=len, shown=SHOWN,
-        steps_an_epoch=sampler.steps_per_epoch(config, len(train_examples)),
-        first=_first_loss_check(config, mode, module, train_examples, accelerator), after=watch, parts={"watch": watch},
-    )  # fmt: skip
+    steps = sampler.total_steps(**config.steps(len(train_examples)))
+    task = loop.Task(
+        module,
+        sampler.BatchSampler(train_examples, steps, config.batch_size, config.seed),
+        steps,
+        collator,
+        denominator=len,
+        shown=SHOWN,
+        steps_per_epoch=sampler.steps_per_epoch(len(train_examples), config.batch_size),
+        first=_first_loss_check(config, mode, module, train_examples, accelerator),
+        after=watch,
+        after_every=(config.eval_steps, config.export_steps),
+        parts={"watch": watch},
+    )
+    settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
+    loop.train(task, settings, accelerator, metrics)
     finished = lora.merged(trained, config, accelerator)
     directory = training_run.end(metrics, finished, tokenizer, accelerator, watch.last, dtypes)
     _conclude(directory, watch)
@@ -263,7 +278,7 @@ def _describe(
     """What will be trained on what, before any time is spent on it."""
     kind = "preferences" if examples[0].rewards is None else "rewards"
     parameters = models.parameter_count(model)
-    steps = sampler.total_steps(config, len(examples))
+    steps = sampler.total_steps(**config.steps(len(examples)))
     sizes = sorted({len(example.completions) for example in examples})
     lengths = sorted(example.longest for example in examples)
     console.log(
@@ -291,7 +306,7 @@ def _memory(config: Config, model: Any, examples: list[TokenizedExample], accele
     trained = 0 if config.lora_r else 12
     weights = sum(parameter.numel() * (1 if parameter.dtype == torch.uint8 else 4) for parameter in model.parameters())
     whole = weights + (trained + beside) * models.parameter_count(model)
-    share = accelerator.num_processes if fsdp.is_requested(config) else 1
+    share = accelerator.num_processes if fsdp.is_requested(config.fsdp) else 1
     return whole // share + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
 
 
@@ -341,7 +356,7 @@ def _first_loss_check(
     accelerator: Accelerator,
 ) -> Any:
     """A function that compares the first loss with what theory says where policy equals reference."""
-    first = next(sampler.BatchSampler(examples, config, 1))
+    first = next(sampler.BatchSampler(examples, 1, config.batch_size, config.seed))
     expected, tolerance = module.expected_first_loss(first, accelerator.mixed_precision)
     most = module.max_rounding_error(first, accelerator.mixed_precision)
 
@@ -386,7 +401,7 @@ class _Watch:
         config = self.config
         if self.examples and (last or (config.eval_steps and step % config.eval_steps == 0)):
             self._evaluate(step)
-        if config.save_steps and step % config.save_steps == 0:
+        if config.export_steps and step % config.export_steps == 0:
             self._save(f"step-{step}")
 
     def state(self) -> dict[str, float | None]:
@@ -408,7 +423,7 @@ class _Watch:
     def _save(self, name: str) -> None:
         finished = lora.merged(self.model, self.config, self.accelerator)
         if self.accelerator.is_main_process:
-            models.save_checkpoint(finished, self.tokenizer, self.directory, name, self.dtypes)
+            models.export_model(finished, self.tokenizer, self.directory, name, self.dtypes)
 
 
 def _summary(result: dict[str, float], n: int) -> str:
@@ -428,7 +443,7 @@ def _conclude(directory: Path, watch: _Watch) -> None:
         console.log(f"held-out: {_summary(watch.last, len(watch.examples))}")
     console.log(f"model: {directory}  (AutoModelForCausalLM.from_pretrained({str(directory)!r}))")
     if watch.best < float("inf"):
-        console.log(f"best checkpoint by held-out loss: {directory / 'checkpoints' / 'best'}")
+        console.log(f"best model by held-out loss: {directory / 'models' / 'best'}")
     console.log(f"picture: {directory / plots.TRAINING}")
 
 

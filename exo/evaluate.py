@@ -25,9 +25,10 @@ from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
 from exo.distributed import gather
 from exo.distributed.accelerator import make_accelerator
+from exo.evaluation import baseline
 from exo.evaluation import metrics as evaluation_metrics
 from exo.models.logps import ScoringModels
-from exo.rollouts import baseline, samples, scorers, shards
+from exo.rollouts import samples, scorers, shards
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
@@ -76,7 +77,7 @@ class Checkpoint(NamedTuple):
 def run(config: Config, start: Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
     dataset = _read(config)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator())
     if config.model:
         reference, known = models.load(run_inputs.source("reference", config.reference or "", "sft", "align", "ppo"))
         (dataset,) = render.apply(
@@ -197,7 +198,7 @@ def checkpoints(model: str) -> list[Checkpoint]:
     log = directory / "metrics.jsonl"
     steps = [row["step"] for _, row in data.read_jsonl(log)] if log.exists() else []
     last = max(steps, default=None)
-    found = [Checkpoint(path.name, int(path.name[5:]), str(path)) for path in directory.glob("checkpoints/step-*")]
+    found = [Checkpoint(path.name, int(path.name[5:]), str(path)) for path in directory.glob("models/step-*")]
     before = sorted((c for c in found if c.step != last), key=lambda c: c.step or 0)
     return [*before, Checkpoint("final", last, model)]
 

@@ -180,7 +180,7 @@ def _plan_run(options: Any, stage: Any, dataset: Dataset, held_out: Dataset | No
         rows = _training_rows(options, stage, dataset, held_out, tokenizer, model, counts)
     except ValueError as error:
         return Plan([], counts, "", error)
-    steps = sampler.total_steps(options, len(rows))
+    steps = sampler.total_steps(**options.steps(len(rows)))
     return Plan(rows, counts, f"{len(rows):,} rows, {steps:,} steps of {options.batch_size}", None)
 
 

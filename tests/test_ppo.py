@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from exo import models, ppo
-from exo.cli.options import Training
 from exo.data.collate import Collator
 from exo.distributed.accelerator import make_accelerator
 from exo.models import logps
@@ -79,7 +78,7 @@ def made(policy):
     from exo.rollouts import scorers
 
     settings = config(policy)
-    accelerator = make_accelerator(Training(device="cpu"))
+    accelerator = make_accelerator(device="cpu")
     model, tokenizer = models.load(policy)
     reference = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -88,7 +87,7 @@ def made(policy):
     module.critic.value.weight.data.normal_(generator=torch.Generator().manual_seed(2))
     scorer = scorers.load(None, "tests.tasks:reward", accelerator, max_length=16)
     maker = ppo._maker(settings, module, reference, tokenizer, scorer, accelerator)
-    return settings, maker, module, maker.make(PROMPTS, range(6))
+    return settings, maker, module, maker.collect(PROMPTS, range(6))
 
 
 @torch.no_grad()
@@ -132,7 +131,7 @@ def test_returns_are_made_of_the_penalty_on_every_token_and_the_score_on_the_las
 
 def test_a_long_prompt_is_scored_as_far_as_it_was_sampled_after(made):
     _, maker, _, _ = made
-    found = maker.make(["red green blue round square " * 4] * 8, range(8))
+    found = maker.collect(["red green blue round square " * 4] * 8, range(8))
     assert {len(rollout.prompt) for rollout in found} == {10}
     assert any(len(rollout.completions[0]) < 6 for rollout in found), "some must leave room for more of the prompt"
 
@@ -190,7 +189,7 @@ def test_actor_and_critic_have_learning_rates_of_their_own(policy, tmp_path):
 
 def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
     _, maker, module, _ = made
-    found = [replace(rollout, frozen=True) for rollout in maker.make(PROMPTS, range(6))]
+    found = [replace(rollout, frozen=True) for rollout in maker.collect(PROMPTS, range(6))]
     module.zero_grad()
     module(experience.collate(found, Collator(0, 8192)), ppo._tokens(found)).loss.backward()
     assert all(not p.grad.any() for p in module.model.parameters())
@@ -201,7 +200,7 @@ def test_phases_go_through_their_rollouts_the_asked_number_of_times_and_freeze_t
     calls = []
 
     class Maker:
-        def make(self, prompts, numbers):
+        def collect(self, prompts, numbers):
             calls.append((list(prompts), list(numbers)))
             return [experience.Rollout((1,), ((n,),), None, n) for n in numbers]
 
@@ -220,12 +219,12 @@ def test_a_run_raises_its_score_and_keeps_the_actor_while_the_critic_warms_up(po
     run = ppo.run(
         config(
             policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=40, critic_warmup_steps=4, kl_coef=0.02,
-            rollout_size=32, batch_size=32, ppo_epochs=2, learning_rate=5e-3, critic_learning_rate=5e-3, save_steps=4,
+            rollout_size=32, batch_size=32, ppo_epochs=2, learning_rate=5e-3, critic_learning_rate=5e-3, export_steps=4,
         )
     )  # fmt: skip
     metrics = lines(run / "metrics.jsonl")
     assert metrics[-1]["score"] > metrics[0]["score"] + 1
-    start, warm, end = (models.load(path)[0].state_dict() for path in (policy, run / "checkpoints" / "step-4", run))
+    start, warm, end = (models.load(path)[0].state_dict() for path in (policy, run / "models" / "step-4", run))
     assert all(torch.equal(start[name], warm[name]) for name in start)
     assert any(not torch.equal(start[name], end[name]) for name in start)
     assert lines(run / "metrics.jsonl")[3]["kl"] == pytest.approx(0, abs=1e-5)
@@ -261,7 +260,7 @@ def test_options_out_of_range(policy, capsys, option, value, said):
 def test_no_global_random_state_moves(made):
     _, maker, _, _ = made
     before = torch.random.get_rng_state()
-    maker.make(PROMPTS[:2], range(2))
+    maker.collect(PROMPTS[:2], range(2))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -310,12 +309,13 @@ def test_the_actors_first_update_is_adams_first(policy, tmp_path):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     run = ppo.run(
         config(
-            policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=22, critic_warmup_steps=20, save_steps=1,
+            policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=22, critic_warmup_steps=20,
+            export_steps=1,
             rollout_size=16, batch_size=16, learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0,
         )
     )  # fmt: skip
     before, first = (
-        models.load(run / "checkpoints" / name)[0].model.layers[0].self_attn.q_proj.weight.detach()
+        models.load(run / "models" / name)[0].model.layers[0].self_attn.q_proj.weight.detach()
         for name in ("step-20", "step-21")
     )
     change = (first - before).abs()
