@@ -18,9 +18,8 @@ ALIASES = {
 }
 CHAT_NAMES = ("instruction", "question", "query", "problem", "user_prompt", "input")  # columns of user turns
 _INPUTS = ("input", "context")  # columns appended to an instruction or a question
-REFERENCE = (
-    *("ref_logps", "ref_chosen_logps", "ref_rejected_logps"),
-    *("reference_chosen_logps", "reference_rejected_logps"),
+REFERENCE = tuple(
+    "ref_logps ref_chosen_logps ref_rejected_logps reference_chosen_logps reference_rejected_logps".split()
 )
 REPLACED = " (replaced)"
 

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,26 +158,20 @@ def _number(name: str, value: str) -> Any:
         return None
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    try:
-        return int(value)
-    except ValueError:
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    for convert in (int, float):
+        with suppress(ValueError):
+            return convert(value)
+    return value
 
 
 def _rows(batches: Iterable[Any], shown: str) -> Rows:
     number = 0
     for batch in batches:
-        tools = any("tool" in name or "tool_calls" in str(kind) for name, kind in _schema(batch))
+        columns = zip(batch.schema.names, batch.schema.types, strict=True)
+        tools = any("tool" in name or "tool_calls" in str(type) for name, type in columns)
         for row in _unpacked(batch):
             number += 1
             yield (number, f"{shown}:{number}"), _without_nulls(row) if tools else row
-
-
-def _schema(batch: Any) -> Iterator[tuple[str, Any]]:
-    return zip(batch.schema.names, batch.schema.types, strict=True)
 
 
 def _without_nulls(value: Any) -> Any:
