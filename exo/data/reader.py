@@ -97,6 +97,7 @@ class _Reader:
         self.has_samples = self.purpose in ("comparisons", "samples")
 
     def read(self) -> Dataset:
+        """Read all rows; DataError at the first that is malformed, unless `skip_invalid`."""
         source = files.open_source(self.path)
         examples: list[Example] = []
         skipped: Counter[str] = Counter()

@@ -21,6 +21,8 @@ COMPARED: tuple[Purpose, ...] = ("comparisons", "texts", "prompts")  # of format
 
 
 class RowFormat(NamedTuple):
+    """A format of rows, the purposes that its rows serve, and how to read them."""
+
     name: str
     keys: tuple[str, ...]  # the columns it needs, by the names of ALIASES
     parse: Callable[[Row], ParsedRow]

@@ -53,6 +53,8 @@ _STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 
 
 class Source(NamedTuple):
+    """The stream of rows of a path, and what holds them."""
+
     rows: Rows  # to be closed
     container: str  # in words; "" for a JSON file
 

@@ -82,6 +82,7 @@ def from_disk(directory: Path, split: str | None) -> tuple[Rows, str]:
 
 
 def from_parquet(path: Path, shown: str) -> Rows:
+    """Yield the rows of a parquet file."""
     parquet = _imported("pyarrow.parquet", shown, "parquet")
     with _arrow_errors(shown, "parquet"), parquet.ParquetFile(path) as file:
         _refuse_duplicates(shown, file.schema_arrow.names)

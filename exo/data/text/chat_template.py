@@ -40,6 +40,7 @@ class Settings(NamedTuple):
 
 
 def has_template(tokenizer: Any) -> bool:
+    """Return whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
