@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from exo import align, models, sft
 from exo.cli.options import AdapterOptions
 from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed.accelerator import make_accelerator
 from exo.models import lora as model_lora
 from exo.training import preference
@@ -282,7 +283,7 @@ def test_checkpointing_changes_no_gradient_keeps_less_and_outlives_an_evaluation
         ).train(False)  # fmt: skip
         _save_memory(module, Settings(OptimizerSettings(), "", gradient_checkpointing=checkpointed))
         collator = Collator(0, 8192)
-        example = align.TokenizedExample((3, 4, 5) * 20, ((6, 7, 8), (9, 3)), (1.0, 0.0), 1, (-7.0, -4.0))
+        example = TokenizedExample((3, 4, 5) * 20, ((6, 7, 8), (9, 3)), (1.0, 0.0), 1, (-7.0, -4.0))
         preference.evaluate(module, [example], make_accelerator(device="cpu"), collator)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):

@@ -13,6 +13,10 @@ from typing import Any, Literal
 
 from exo.cli.fields import NOT_NEGATIVE, PART, POSITIVE, SHARE, Range, at_least, check_size, option, require
 
+Norm = Literal["none", "prompt", "global"]  # of rewards
+SharePrompt = Literal["auto", "on", "off"]
+ReferenceMode = Literal["auto", "cache", "live", "none"]
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -21,13 +21,6 @@ class HasTexts(Protocol):
     def completions(self) -> Sequence[str]: ...
 
 
-class Texts(NamedTuple):
-    """The texts of a row that is no Example."""
-
-    prompt: str
-    completions: Sequence[str]
-
-
 class Split(NamedTuple):
     held_out: frozenset[int]  # indices of rows
     num_shared: int  # held-out rows that share a text with a row to train on

@@ -6,20 +6,20 @@ user is told. Left out: what the layouts are (packing), and masks (attention).
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from exo import models
 from exo.cli import console
+from exo.cli.options import SharePrompt
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import gather
 from exo.models import logps as model_logps
 from exo.models.attention import masks
 
-SharePrompt = Literal["auto", "on", "off"]
 WORTH = 0.9  # of the padded tokens; with 0.90 to 0.94 of them a dense mask took 1.05 to 1.27 times as long
 DENSE = "a dense mask"  # under the attention that the model came with
 SAMPLE = 256  # groups that the saving is estimated on
