@@ -141,7 +141,7 @@ def _load_model(options: Any, dataset: Dataset) -> tuple[Any, Any]:
 
     is_policy = options.stage in ("align", "sft")
     if is_policy:
-        lora.check(options, options.model)
+        lora.check(lora.LoraSettings(**options.lora()), options.model)
     name = inputs.source("model", options.model, *MODEL_FROM[options.stage])
     if is_policy and not options.load_in_4bit:
         return models.load_or_tiny(name, dataset.texts, seed=options.seed, read=models.load_without_weights)
