@@ -208,7 +208,7 @@ def test_a_directory_that_only_one_process_sees_is_refused_at_the_start(given, t
         for rank in range(2)
     ]  # fmt: skip
     for rank in ranks:
-        assert "expected one that all processes see" in rank.communicate(timeout=120)[1] and rank.returncode == 1
+        assert "expected a directory that all ranks see" in rank.communicate(timeout=120)[1] and rank.returncode == 1
 
 
 @slow

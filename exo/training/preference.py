@@ -21,7 +21,7 @@ from exo.models.attention import masks
 from exo.models.lm_head import LMHead, eval_mode
 from exo.models.logps import TOKEN_NOISE
 from exo.training.metrics import MEAN_SQUARE, METRICS, _sums, preference_metrics
-from exo.training.step import LossOutput, map_micro_batches
+from exo.training.step import LossOutput, evaluate_batches
 from exo_kernels import (
     LossStats,
     fused_linear_dpo_loss,
@@ -152,7 +152,7 @@ def evaluate(
         return float(total), preference_metrics(stats, batch, module.betas["beta_pi"])
 
     with eval_mode(module):
-        results = map_micro_batches(module, examples, accelerator, collator, reduce)
+        results = evaluate_batches(module, examples, accelerator, collator, reduce)
     values: dict[str, list[float]] = {}
     for _, metrics in results:
         for name, some in metrics.items():

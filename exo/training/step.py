@@ -225,7 +225,7 @@ def forward(
         return fsdp.run_unsharded_root(module, partial(module, batch, *arguments))
 
 
-def map_micro_batches(
+def evaluate_batches(
     module: nn.Module,
     examples: Sequence[TokenizedExample],
     accelerator: Accelerator,
