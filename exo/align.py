@@ -117,9 +117,12 @@ def run(config: Config, start: Start) -> Path:
     for part in datasets:
         console.log(part.summary())
     console.headline("Model")
-    lora.check(config, config.model)
+    adapter = lora.LoraSettings(**config.lora())
+    lora.check(adapter, config.model)
     start_model = run_inputs.source("model", config.model, "sft", "align", "ppo")
-    model, tokenizer = lora.load(config, start_model, dataset.texts, accelerator)
+    model, tokenizer = lora.load(
+        start_model, dataset.texts, adapter, accelerator, seed=config.seed, sharded=fsdp.is_requested(config.fsdp)
+    )
     dtypes = models.dtypes_of(config.save_dtype, start_model)
     dataset, *others = render.apply(config, tokenizer, gather.template_date(start, accelerator), *datasets)
     counts: Counter[str] = Counter()
@@ -147,7 +150,7 @@ def run(config: Config, start: Start) -> Path:
     console.headline("Reference log-probs")
     if mode == "live" and not config.lora_r:
         other_model = other_model or copy.deepcopy(model)
-    policy = lora.apply(model, config, start_model)
+    policy = lora.apply(model, adapter, start_model)
     scoring_models = [model] if other_model is None else [model, other_model]
     for scoring_model in scoring_models:
         place(scoring_model, accelerator, config.fsdp)
@@ -173,7 +176,7 @@ def run(config: Config, start: Start) -> Path:
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature,
         reference=(other_model or model) if mode == "live" else None,
     ).train(config.dropout)  # fmt: skip
-    finish = partial(lora.merged, policy, config, accelerator)
+    finish = partial(lora.merged, policy, adapter, accelerator)
     export = partial(
         evaluator.export, directory=Path(config.output_dir), finish=finish, tokenizer=tokenizer, dtypes=dtypes,
         is_main=accelerator.is_main_process,

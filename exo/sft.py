@@ -39,7 +39,7 @@ def run(config: Config, start: Start) -> Path:
     from exo.data.collate import Collator
     from exo.data.text import render
     from exo.distributed import accelerator as distributed
-    from exo.distributed import gather
+    from exo.distributed import fsdp, gather
     from exo.models import lora
     from exo.models.attention import choose
     from exo.runs import inputs as run_inputs
@@ -55,9 +55,12 @@ def run(config: Config, start: Start) -> Path:
     )
     distributed.set_seed(config.seed)
     console.log(dataset.summary())
-    lora.check(config, config.model)
+    adapter = lora.LoraSettings(**config.lora())
+    lora.check(adapter, config.model)
     name = run_inputs.source("model", config.model, "sft")
-    model, tokenizer = lora.load(config, name, dataset.texts, accelerator)
+    model, tokenizer = lora.load(
+        name, dataset.texts, adapter, accelerator, seed=config.seed, sharded=fsdp.is_requested(config.fsdp)
+    )
     dtypes = models.dtypes_of(config.save_dtype, name)
     (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
     counts: Counter[str] = Counter()
@@ -73,7 +76,7 @@ def run(config: Config, start: Start) -> Path:
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
     preview.show(examples, tokenizer, preview.LOSS)
-    adapted = lora.apply(model, config, name)
+    adapted = lora.apply(model, adapter, name)
     collator = choose.choose_layout(
         [distributed.place(model, accelerator, config.fsdp)], examples, accelerator,
         Collator(tokenizer.pad_token_id, config.max_tokens_per_batch), "off", 1.0, config.dropout,
@@ -92,7 +95,7 @@ def run(config: Config, start: Start) -> Path:
     )
     settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
     loop.train(task, settings, accelerator, metrics)
-    finished = lora.merged(module.model, config, accelerator)
+    finished = lora.merged(module.model, adapter, accelerator)
     return training_run.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 
 

@@ -312,3 +312,8 @@ class AdapterOptions(DataTraining):
 
     def parallel(self) -> dict[str, Any]:
         return super().parallel() | {"load_in_4bit": self.load_in_4bit}
+
+    def lora(self) -> dict[str, Any]:
+        """Return the fields of exo.models.lora.LoraSettings."""
+        names = ("r", "alpha", "dropout", "targets", "output")
+        return {name: getattr(self, f"lora_{name}") for name in names} | {"load_in_4bit": self.load_in_4bit}

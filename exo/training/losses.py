@@ -11,8 +11,8 @@ from exo.cli import console
 from exo.data.collate import Batch, Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.evaluation.metrics import accuracy_interval
-from exo.models.attention import masks
 from exo.models.lm_head import LMHead
+from exo.models.logps import completion_hidden
 from exo.models.reward_head import RewardHead
 from exo.training.step import LossOutput, evaluate_batches
 from exo_kernels import linear_token_logps
@@ -76,7 +76,7 @@ class NextToken(nn.Module):
         self.head = LMHead(model)
 
     def forward(self, batch: Batch, num_tokens: int) -> LossOutput:
-        rows = masks.completion_hidden(self.head, batch)
-        logps = linear_token_logps(rows, self.head.weight, **masks.loss_inputs(batch), **self.head.options)
+        rows = completion_hidden(self.head, batch)
+        logps = linear_token_logps(rows, self.head.weight, **batch.loss_inputs(), **self.head.options)
         total = -logps.double().sum()
         return LossOutput(total / num_tokens, {"nats_per_token": (total.detach(), len(logps))})

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from exo.cli.errors import RunError
 from exo.data.collate import Batch, Collator, split_completions
 from exo.data.text.tokenize import TokenizedExample
-from exo.models.attention import masks
 from exo.models.lm_head import LMHead, eval_mode
-from exo.models.logps import TOKEN_NOISE
+from exo.models.logps import TOKEN_NOISE, completion_hidden
 from exo.training.metrics import MEAN_SQUARE
 from exo.training.step import LossOutput, forward
 from exo_kernels import linear_token_logps
@@ -60,8 +59,8 @@ class ActorCritic(nn.Module):
         """Return the share of a batch, an exo.rollouts.experience.RolloutBatch, in the mean over so many tokens."""
         batch = rollout.batch
         logps = linear_token_logps(
-            masks.completion_hidden(self.head, batch), self.head.weight, temperature=self.temperature,
-            **masks.loss_inputs(batch), **self.head.options,
+            completion_hidden(self.head, batch), self.head.weight, temperature=self.temperature,
+            **batch.loss_inputs(), **self.head.options,
         )  # fmt: skip
         change = logps.float() - rollout.logps  # (N,)
         actor, clipped = policy_loss(change, rollout.advantages, self.clip_range)

@@ -17,9 +17,8 @@ from exo.data.collate import Batch, Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.evaluation import metrics as evaluation_metrics
 from exo.models import lora
-from exo.models.attention import masks
 from exo.models.lm_head import LMHead, eval_mode
-from exo.models.logps import TOKEN_NOISE
+from exo.models.logps import TOKEN_NOISE, completion_hidden
 from exo.training.metrics import MEAN_SQUARE, METRICS, _sums, preference_metrics
 from exo.training.step import LossOutput, evaluate_batches
 from exo_kernels import (
@@ -77,10 +76,10 @@ class PreferenceLoss(nn.Module):
 
     def losses(self, batch: Batch, **reduction: Any) -> tuple[Tensor, LossStats]:
         return LOSSES[self.loss](
-            masks.completion_hidden(self.head, batch),
+            completion_hidden(self.head, batch),
             self.head.weight,
             **self._reference(batch),
-            **masks.loss_inputs(batch),
+            **batch.loss_inputs(),
             **self.head.options,
             group_size=batch.group_size,
             rewards=batch.rewards,
@@ -97,7 +96,7 @@ class PreferenceLoss(nn.Module):
         below = head is self.head  # the reference shares the policy's modules and their mode
         with torch.no_grad(), lora.disabled(self.model) if below else nullcontext():
             with eval_mode(self.model) if below else nullcontext():
-                rows = masks.completion_hidden(head, batch)
+                rows = completion_hidden(head, batch)
         if head is self.head:
             return {"ref_hidden": rows}
         return {"ref_hidden": rows, "ref_weight": head.weight, "ref_bias": head.options["bias"]}
