@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     step = training_step.TrainStep(wrapped, optim, settings, accelerator, len, collator.collate, collator, 8)
     counters = dict.fromkeys(training_step.COUNTERS, 0.0)
     rows = examples(sizes, far=1000.3 if dtype == "bf16" else 0.0)
-    losses = [step(i, rows, counters, told=True, first=None)[0]["loss"] for i in range(1, 9)]
+    losses = [step(i, rows, counters, quiet=True, first=None)[0]["loss"] for i in range(1, 9)]
     whole = {name: fsdp.full_tensor(p).detach().clone() for name, p in module.named_parameters()}
     if accelerator.is_main_process:
         save_file(whole | {"losses": torch.tensor(losses, dtype=torch.float64)}, file)

@@ -90,6 +90,24 @@ def forked(server, stage, given, out, *more, processes=2):
     return code, log.read_text()
 
 
+def largest_difference(one, two):
+    """The largest one between two runs' weights, without the biases of GPT-2's keys.
+
+    Such a bias adds one number to all scores of a query, which softmax ignores: its gradient is rounding alone, and
+    Adam divides that by its own size. So it moves by up to the learning rate a step, in a direction of chance.
+    """
+    steps, rate = interruptions.STEPS, 3e-3
+    largest = 0.0
+    for name in one:
+        difference = (one[name] - two[name]).abs()
+        if name.endswith("attn.c_attn.bias"):
+            queries, keys, values = difference.chunk(3)
+            assert float(keys.max()) <= 2 * steps * rate
+            difference = torch.cat([queries, values])
+        largest = max(largest, float(difference.max()))
+    return largest
+
+
 @pytest.mark.parametrize(
     ("stage", "how"),
     [pytest.param(s, h, marks=slow)
@@ -101,7 +119,7 @@ def test_a_stage_in_two_processes_makes_what_one_makes(stage, how, given, tmp_pa
         assert code == 0, said
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+    assert largest_difference(one, two) < 2e-5
     logs = [lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1])
     for mine, theirs in zip(*logs, strict=True):
@@ -140,7 +158,7 @@ def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, gi
     file = "adapter_model.safetensors" if "--lora_output=adapter" in options else "model.safetensors"
     one, two = (load_file(tmp_path / name / "run" / file) for name in ("one", "two"))
     assert one.keys() == two.keys() and {t.dtype for t in two.values()} == {torch.float32}
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+    assert largest_difference(one, two) < 2e-6
 
 
 @slow
@@ -190,7 +208,7 @@ def test_a_directory_that_only_one_process_sees_is_refused_at_the_start(given, t
         for rank in range(2)
     ]  # fmt: skip
     for rank in ranks:
-        assert "expected one that all processes see" in rank.communicate(timeout=120)[1] and rank.returncode == 1
+        assert "expected a directory that all ranks see" in rank.communicate(timeout=120)[1] and rank.returncode == 1
 
 
 @slow

@@ -102,7 +102,7 @@ def test_a_damaged_line_is_made_again_and_said(model, tmp_path, asked, capsys):
     row["logps"][0] += 1e-9
     file.write_text("\n".join([*content[:3], json.dumps(row), *content[4:]]) + "\n")
     assert score(model, tmp_path) == made and sum(asked[-1]) >= 1
-    assert f"1 lines of {file} are damaged: made again" in capsys.readouterr().out
+    assert f"1 lines of {file} are damaged and computed again" in capsys.readouterr().out
 
 
 def test_a_file_of_another_model_is_never_used(model, tmp_path, capsys):
@@ -110,7 +110,7 @@ def test_a_file_of_another_model_is_never_used(model, tmp_path, capsys):
     (file,) = tmp_path.iterdir()
     content = file.read_text().splitlines()
     file.write_text("\n".join([content[0].replace("weights", "wights"), *content[1:]]) + "\n")
-    assert score(model, tmp_path) == made and "is not of this model and these rows" in capsys.readouterr().out
+    assert score(model, tmp_path) == made and "belongs to another model or other rows" in capsys.readouterr().out
 
 
 def test_whatever_the_numbers_depend_on_makes_another_file(model, tmp_path):
@@ -180,7 +180,7 @@ def test_a_sweep_makes_them_once_and_trains_as_without(start, tmp_path, capsys):
     for i, options in enumerate((["--beta_pi", "0.1"], ["--loss", "dpo"], ["--seed", "3"], ["--max_completions", "2"])):
         capsys.readouterr()
         run(start, tmp_path, f"sweep{i}", *keep, *options)
-        assert "24 of 24 prompts are known" in capsys.readouterr().out
+        assert "24 of 24 prompts are cached" in capsys.readouterr().out
     again = run(start, tmp_path, "again", *keep)
     cold = run(start, tmp_path, "cold", "--reference_cache", str(tmp_path / "other"))
     weights = [(directory / "model.safetensors").read_bytes() for directory in (first, again, cold)]
@@ -210,7 +210,7 @@ def test_none_is_the_uniform_reference(start, tmp_path):
 
 def test_those_of_the_data_are_taken_and_said(start, tmp_path, capsys):
     metrics = lines(run(start, tmp_path, "data", with_reference=True) / "metrics.jsonl")[0]
-    assert "the reference's log-probs are those of the data" in capsys.readouterr().out
+    assert "the reference's log-probs come from the data" in capsys.readouterr().out
     assert metrics["rewards/chosen"] != pytest.approx(0, abs=0.1)
     run(start, tmp_path, "not", "--reference", "cache", with_reference=True)
     assert "24 of 24 rows have a reference's log-probs, which are not used" in capsys.readouterr().out

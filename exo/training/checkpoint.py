@@ -194,6 +194,11 @@ class Checkpointer:
         return {f"weights.{name}": tensor.detach() for name, tensor in tensors.items()}
 
     def _moments(self) -> Tensors:
+        """Return the optimizer's tensors by parameter.
+
+        torch's get_state_dict adds 12 scalars a parameter, which safetensors cannot hold, and set_state_dict takes no
+        tensors without them.
+        """
         if self.stage:
             return {f"optimizer.{name}": tensor for name, tensor in deepspeed.moments(self.zero).items()}
         return {
@@ -220,7 +225,7 @@ class Checkpointer:
                 continue
             name, _, moment = key.removeprefix("optimizer.").rpartition(".")
             if self.stage:
-                into[key] = parts[f"{name}.{moment}"] = deepspeed.room(self.zero, name, moment, kind.shape)
+                into[key] = parts[f"{name}.{moment}"] = deepspeed.empty_moment(self.zero, name, moment, kind.shape)
             else:
                 into[key] = self.optim.state[parameters[name]][moment] = _empty_moment(kind, parameters[name])
         random_states = {

@@ -161,7 +161,7 @@ def _steps(
             for step in range(done + 1, steps + 1):
                 profiler.step(step - done)
                 quiet = step > done + 1 or settings.compile
-                line, signum = train_step(step, next(task.source), counters, told=quiet, first=task.first)
+                line, signum = train_step(step, next(task.source), counters, quiet=quiet, first=task.first)
                 if task.steps_per_epoch:
                     line = {"step": step, "epoch": step / task.steps_per_epoch} | line
                 if accelerator.is_main_process:

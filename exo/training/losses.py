@@ -14,7 +14,7 @@ from exo.evaluation.metrics import accuracy_interval
 from exo.models.lm_head import LMHead
 from exo.models.logps import completion_hidden
 from exo.models.reward_head import RewardHead
-from exo.training.step import LossOutput, map_micro_batches
+from exo.training.step import LossOutput, evaluate_batches
 from exo_kernels import linear_token_logps
 
 
@@ -55,7 +55,7 @@ def evaluate(
     if not examples:
         return {}
     module.eval()
-    results = map_micro_batches(module, examples, accelerator, collator, lambda margins, part: margins.tolist())
+    results = evaluate_batches(module, examples, accelerator, collator, lambda margins, part: margins.tolist())
     margins = [margin for batch in results for margin in batch]
     right = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
     low, high = accuracy_interval(right)

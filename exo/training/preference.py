@@ -20,7 +20,7 @@ from exo.models import lora
 from exo.models.lm_head import LMHead, eval_mode
 from exo.models.logps import TOKEN_NOISE, completion_hidden
 from exo.training.metrics import MEAN_SQUARE, METRICS, _sums, preference_metrics
-from exo.training.step import LossOutput, map_micro_batches
+from exo.training.step import LossOutput, evaluate_batches
 from exo_kernels import (
     LossStats,
     fused_linear_dpo_loss,
@@ -151,7 +151,7 @@ def evaluate(
         return float(total), preference_metrics(stats, batch, module.betas["beta_pi"])
 
     with eval_mode(module):
-        results = map_micro_batches(module, examples, accelerator, collator, reduce)
+        results = evaluate_batches(module, examples, accelerator, collator, reduce)
     values: dict[str, list[float]] = {}
     for _, metrics in results:
         for name, some in metrics.items():

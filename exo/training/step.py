@@ -1,7 +1,4 @@
-"""One training step: forward and backward over micro-batches, sums over processes, the update.
-
-Left out: the steps' order, and what stands between them (loop).
-"""
+"""One training step: forward and backward over micro-batches, sums over ranks, the update."""
 
 import math
 import time
@@ -24,25 +21,25 @@ from exo.training.optimizer import OptimizerSettings, learning_rate_share
 from exo.training.profiler import activations
 
 R = TypeVar("R")
-COUNTERS = ("lost", "not_finite", "clipped")  # of updates; lost: to float16's overflow, in a row
-MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
+COUNTERS = ("lost", "not_finite", "clipped")  # numbers of updates; lost: those that overflowed float16, in a row
+MOST_SKIPPED = 20  # updates that may overflow float16 in a row; the loss scale is then below 1
 
 
 class NonFiniteError(RunError):
-    """A loss or gradient, before the update that it would have made; of all processes, or of one of several alone."""
+    """Raised for a non-finite loss or gradient, before the optimizer step."""
 
-    of_all = True
+    of_all = True  # all ranks raise it at the same step
 
 
 class LossOutput(NamedTuple):
-    """What one forward pass gives: its part of the step's mean loss, and sums with the counts to divide them by."""
+    """The output of a forward pass: its share of the step's mean loss, and (sum, count) of each metric."""
 
     loss: Tensor
     sums: Mapping[str, tuple[Tensor | float, Tensor | float]]
 
 
 class TrainStep(NamedTuple):
-    """What every step has in common."""
+    """Takes one optimizer step; the fields are the same for all steps."""
 
     module: nn.Module
     optim: Any
@@ -61,10 +58,10 @@ class TrainStep(NamedTuple):
         batch: list[Any],
         counters: dict[str, float],
         *,
-        told: bool,
+        quiet: bool,
         first: Callable[[float, Mapping[str, float]], None] | None,
     ) -> tuple[dict[str, float], int]:
-        """From a global batch to the update; (a line of metrics, the signal that asked some process to stop)."""
+        """Update on a global batch; return a line of metrics, and the signal that a rank received, or 0."""
         settings, accelerator, began = self.settings, self.accelerator, time.perf_counter()
         share = learning_rate_share(settings, self.steps, step - 1)
         for group in self.optim.param_groups:
@@ -79,7 +76,7 @@ class TrainStep(NamedTuple):
             self.collate,
             step,
             self.stop_on_nan,
-            told,
+            quiet,
             n_padding,
         )
         with profiler.section("waiting"):
@@ -107,16 +104,18 @@ class TrainStep(NamedTuple):
         return line | ({} if finite or lost else {"skipped": 1.0}), asked
 
     def _parts(self, batch: list[Any]) -> tuple[list[list[Any]], int]:
-        """This process's micro-batches, and how many at the end are there for company alone: processes that gather
-        a model's shards, or add up gradients, wait for each other."""
+        """Return this rank's micro-batches, and how many at the end are padding.
+
+        Ranks that gather shards or reduce gradients wait for each other, so all have as many.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        own = self.collator.micro_batches(batch[rank::world])
+        local = self.collator.micro_batches(batch[rank::world])
         if world == 1:
-            return own, 0
-        most = max(1, len(own))
+            return local, 0
+        most = max(1, len(local))
         if fsdp.is_sharded(self.module) or deepspeed.stage(self.optim) == 2:
             most = max(len(self.collator.micro_batches(batch[i::world])) for i in range(world))
-        return own + [[batch[0]]] * (most - len(own)), most - len(own)
+        return local + [[batch[0]]] * (most - len(local)), most - len(local)
 
 
 def accumulate(
@@ -127,11 +126,13 @@ def accumulate(
     collate: Callable[[Any], Any],
     step: int,
     stop_on_nan: bool = True,
-    told: bool = True,
+    quiet: bool = True,
     n_padding: int = 0,
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
-    """Forward and backward over one process's part of a step; what is kept between them is said unless it was. The last
-    `idle` of the parts count nothing."""
+    """Run forward and backward passes over this rank's micro-batches; return the sums of loss, metrics and tokens.
+
+    The last `n_padding` parts count nothing. Unless `quiet`, the memory of the first part's activations is logged.
+    """
     sharded, engine = fsdp.is_sharded(module), deepspeed.is_engine(module)
     loss, tokens, sums = 0.0, 0.0, dict[str, tuple[float, float]]()
     for i, part in enumerate(parts):
@@ -141,24 +142,24 @@ def accumulate(
         profiler.count_rows(len(batch.rows))
         size = sum(len(g.prompt) + len(ids) for g in part for ids in g.completions)
         counts, last = i < len(parts) - n_padding, i == len(parts) - 1
-        # gradients of a model in shards are added up at once: whole ones would need the memory that shards save
+        # a sharded model reduces gradients at once: unsharded ones would need the memory that sharding saves
         with nullcontext() if sharded or engine or last else accelerator.no_sync(module):
             with (
                 profiler.section("head and loss"),
-                nullcontext() if told or i or sharded else activations(module, size),
+                nullcontext() if quiet or i or sharded else activations(module, size),
             ):
                 with accelerator.autocast():
                     share = fsdp.run_unsharded_root(module, partial(module, batch, count))
             value = float(share.loss.detach())
             if not math.isfinite(value) and stop_on_nan:
                 raise _not_finite(step, f"the loss is {value}", part, accelerator)
-            # processes are averaged by the wrapper, but the denominator already counts them all
-            with profiler.section("head and loss"):  # and from its border on the body
+            # the wrapper averages over ranks, but the denominator already counts them all
+            with profiler.section("head and loss"):  # the profiler's hook switches to the body
                 scaled = share.loss * (accelerator.num_processes * counts)
                 deepspeed.backward(module, scaled, last) if engine else accelerator.backward(scaled)
-        for name, (total, n) in share.sums.items():  # the same names in every process, or they could not be added up
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + float(total), before[1] + float(n)) if counts else before
+        for name, (total, n) in share.sums.items():  # all ranks have the same names
+            total_sum, count_sum = sums.get(name, (0.0, 0.0))
+            sums[name] = (total_sum + float(total), count_sum + float(n)) if counts else (total_sum, count_sum)
         if counts:
             loss += value
             tokens += size
@@ -178,16 +179,16 @@ def _not_finite(
 def _across_processes(
     accelerator: Accelerator, loss: float, sums: dict[str, tuple[float, float]], tokens: float
 ) -> tuple[float, dict[str, tuple[float, float]], float, int]:
-    """Sums over all processes; and the signal that asked any of them to stop, so that all do at the same step."""
+    """Return the sums over all ranks, and the signal that any of them received, so that all stop at the same step."""
     if accelerator.num_processes == 1:
         return loss, sums, tokens, signals.stop_requested()
     names, world = sorted(sums), accelerator.num_processes
-    asked = [float(signals.stop_requested()) if i == accelerator.process_index else 0.0 for i in range(world)]
-    own = [loss, tokens, *asked, *(x for name in names for x in sums[name])]
-    flat = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
+    received = [float(signals.stop_requested()) if i == accelerator.process_index else 0.0 for i in range(world)]
+    local = [loss, tokens, *received, *(x for name in names for x in sums[name])]
+    flat = torch.tensor(local, dtype=torch.float64, device=accelerator.device)
     loss, tokens, *rest = accelerator.reduce(flat, "sum").tolist()
-    asked, rest = rest[:world], rest[world:]
-    return loss, {name: (rest[2 * i], rest[2 * i + 1]) for i, name in enumerate(names)}, tokens, int(max(asked))
+    received, rest = rest[:world], rest[world:]
+    return loss, {name: (rest[2 * i], rest[2 * i + 1]) for i, name in enumerate(names)}, tokens, int(max(received))
 
 
 def update(
@@ -200,9 +201,12 @@ def update(
     loss: float,
     stop_on_nan: bool = True,
 ) -> float:
-    """Clip, check, step. What is not finite stops the run, or this update; but fp16's loss scaling handles it there."""
+    """Clip, check and step; return the gradient norm. A non-finite one raises NonFiniteError or skips the update.
+
+    Under fp16 the loss scaler skips the update.
+    """
     limit, engine = max_grad_norm or math.inf, deepspeed.is_engine(module)
-    if engine:  # which checks before it steps, too
+    if engine:  # DeepSpeed checks before its step, too
         norm = deepspeed.update(module, math.isfinite(loss))
     else:
         norm = float(fsdp.full_tensor(accelerator.clip_grad_norm_(module.parameters(), limit)))
@@ -225,7 +229,7 @@ def forward(
         return fsdp.run_unsharded_root(module, partial(module, batch, *arguments))
 
 
-def map_micro_batches(
+def evaluate_batches(
     module: nn.Module,
     examples: Sequence[TokenizedExample],
     accelerator: Accelerator,
