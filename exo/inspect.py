@@ -22,7 +22,7 @@ from exo import align, models, reward, sample, sft
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, option
-from exo.cli.main import run_command
+from exo.cli.main import prepare_process, run_command
 from exo.cli.parse import parse
 from exo.data import Chat, DataError, Dataset, Example, preview, split, statistics
 from exo.data.preview import Color
@@ -243,4 +243,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process(__name__)
     raise SystemExit(main())

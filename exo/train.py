@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 from exo import align
-from exo.cli import console, launch, signals, streams, yaml_files
+from exo.cli import console, signals, streams, yaml_files
 from exo.cli.errors import ConfigError, RunError
 from exo.cli.fields import SHOWN, option, require, shortened
-from exo.cli.main import print_error, run_command
+from exo.cli.main import needs_ranks, prepare_process, print_error, run_command, run_ranks
 from exo.cli.parse import command_line, given, parse
 from exo.experiments import costs, plan
 from exo.experiments.plan import Step
@@ -267,9 +267,9 @@ def _stage(step: Step, anew: bool) -> None:
     """Run it; go on with it where it did not finish."""
     resumes = not anew and run_stage.is_resumable(Path(step.config.output_dir), step.config, step.stage)
     config = dataclasses.replace(step.config, overwrite_output_dir=not resumes)
-    if launch.is_launcher(getattr(config, "nproc", 1)):
-        if launch.run(f"exo.{step.stage}", command_line(config), config.nproc):
-            raise RunError(f"{step.name}: failed, as said above")
+    if needs_ranks(config):
+        if run_ranks(f"exo.{step.stage}", command_line(config), config.nproc):
+            raise RunError(f"{step.name}: failed; see the error above")
         return
     importlib.import_module(f"exo.{step.stage}").run(config)
 
@@ -287,4 +287,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process(__name__)
     raise SystemExit(main())

@@ -90,7 +90,7 @@ def train(
         module, optim, config, accelerator, denominator, collate or collator.collate, collator, steps, before_update
     )
     try:
-        with signals.graceful_shutdown(alone=accelerator.num_processes == 1):
+        with signals.graceful_shutdown():
             if done and after is not None:
                 after(done, done == steps)
             for step in range(done + 1, steps + 1):
@@ -122,7 +122,8 @@ def train(
         what = error if isinstance(error, RunError) else f"{error.strerror}: {error.filename}"
         raise RunError(f"{what}{keeper.kept()}") from error
     except signals.Stopped as stopped:
-        raise signals.Stopped(stopped.signum, _where(_save(keeper), steps)) from None
+        with signals.graceful_shutdown():  # several ranks get the same signal at different times
+            raise signals.Stopped(stopped.signum, _where(_save(keeper), steps)) from None
     finally:
         progress.stop()
         profiler.close()
