@@ -25,9 +25,10 @@ from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
 from exo.distributed import gather
 from exo.distributed.accelerator import make_accelerator
+from exo.evaluation import baseline
 from exo.evaluation import metrics as evaluation_metrics
 from exo.models.logps import ScoringModels
-from exo.rollouts import baseline, samples, scorers, shards
+from exo.rollouts import samples, scorers, shards
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage

@@ -213,7 +213,7 @@ def run(config: Config, start: Start) -> Path:
         rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
         first=partial(_check_ratio, config, accelerator), after=after, before_update=partial(_rest, config),
     )  # fmt: skip
-    console.counts(maker.remarks)
+    console.counts(maker.counts)
     finished = fsdp.gather_model(model, accelerator.is_main_process)
     return training_run.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 

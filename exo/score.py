@@ -1,21 +1,18 @@
-"""Scoring: a reward for every completion of a file of samples, by a reward model, a classifier or a function.
+"""Score every completion of a file of samples with a reward model, a classifier or a Python function.
 
-python -m exo.score --data FILE --reward_model DIR, or --oracle module:function. What the rows hold beside their rewards
-goes on to the next stage. Scores are kept as they are made, and a run that was killed makes the others.
+python -m exo.score --data FILE --reward_model DIR, or --oracle module:function. The rows keep everything else that they
+hold. Scores are cached as they are computed, and a killed run computes only the others.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exo import data
 from exo.cli import console
 from exo.cli.fields import at_least, named, option, require
 from exo.cli.main import command
 from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Scoring
-from exo.distributed import gather
-from exo.distributed.accelerator import make_accelerator
-from exo.rollouts import samples, scorers, shards
-from exo.runs import inputs as run_inputs
 from exo.runs.stage import Start, stage
 
 
@@ -26,7 +23,8 @@ class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     max_prompt_length: int | None = option(
         None,
-        "tokens of a prompt, its last; none keeps half of max_length at least and cuts the completion first",
+        "keep the last tokens of a prompt, at most this many; none cuts the completion first, and leaves the prompt at "
+        "least half of max_length",
         at_least(1),
     )
 
@@ -41,11 +39,17 @@ class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
 @stage("score")
 def run(config: Config, start: Start) -> Path:
     """Score and return the run directory, which has scored.jsonl."""
+    from exo import data
+    from exo.distributed import gather
+    from exo.distributed.accelerator import make_accelerator
+    from exo.rollouts import samples, scorers, shards
+    from exo.runs import inputs as run_inputs
+
     path = run_inputs.source("data", config.data, "sample", "best_of_n", "score")
     dataset = data.read(path, purpose="samples", **config.reading(), **config.mixing())
     console.log(dataset.summary())
-    if had := sum(example.rewards is not None for example in dataset.examples):
-        console.log(f"  {had:,} rows have rewards, which others replace")
+    if num_scored := sum(example.rewards is not None for example in dataset.examples):
+        console.log(f"  {num_scored:,} rows have rewards, which are replaced")
     accelerator = make_accelerator(config)
     scorer = scorers.load(
         config.reward_model, config.oracle, accelerator, max_length=config.max_length,
@@ -59,9 +63,9 @@ def run(config: Config, start: Start) -> Path:
     examples = [example for i, example in enumerate(dataset.examples) if i not in refused]
     if not examples:
         raise data.DataError(f"{dataset.path}: no row is left to score")
-    pieces = shards.begin(start, accelerator, dataset.account(dropped))
+    cache = shards.begin(start, accelerator, dataset.account(dropped))
     progress = console.Progress("rows", len(examples), every=max(1, len(examples) // 4))
-    scores, counts = shards.score_shared(scorer, examples, accelerator, cache=pieces, progress=progress.advance)
+    scores, counts = shards.score_shared(scorer, examples, accelerator, cache=cache, progress=progress.advance)
     result = scorers.describe(scores)
     console.log(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")
     for name in ("rows of one completion", "rows whose rewards are all equal"):
@@ -69,10 +73,11 @@ def run(config: Config, start: Start) -> Path:
             console.log(f"  {result[name]:,} {name}: nothing to compare")
     console.counts(counts)
     rows = (samples.to_row(replace(example, rewards=values)) for example, values in zip(examples, scores, strict=True))
-    return shards.end(pieces, "scored.jsonl", rows, accelerator, result)
+    return shards.end(cache, "scored.jsonl", rows, accelerator, result)
 
 
 main = command(Config, run)
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -88,7 +88,7 @@ def made(policy):
     module.critic.value.weight.data.normal_(generator=torch.Generator().manual_seed(2))
     scorer = scorers.load(None, "tests.tasks:reward", accelerator, max_length=16)
     maker = ppo._maker(settings, module, reference, tokenizer, scorer, accelerator)
-    return settings, maker, module, maker.make(PROMPTS, range(6))
+    return settings, maker, module, maker.collect(PROMPTS, range(6))
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def test_returns_are_made_of_the_penalty_on_every_token_and_the_score_on_the_las
 
 def test_a_long_prompt_is_scored_as_far_as_it_was_sampled_after(made):
     _, maker, _, _ = made
-    found = maker.make(["red green blue round square " * 4] * 8, range(8))
+    found = maker.collect(["red green blue round square " * 4] * 8, range(8))
     assert {len(rollout.prompt) for rollout in found} == {10}
     assert any(len(rollout.completions[0]) < 6 for rollout in found), "some must leave room for more of the prompt"
 
@@ -190,7 +190,7 @@ def test_actor_and_critic_have_learning_rates_of_their_own(policy, tmp_path):
 
 def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
     _, maker, module, _ = made
-    found = [replace(rollout, frozen=True) for rollout in maker.make(PROMPTS, range(6))]
+    found = [replace(rollout, frozen=True) for rollout in maker.collect(PROMPTS, range(6))]
     module.zero_grad()
     module(experience.collate(found, Collator(0, 8192)), ppo._tokens(found)).loss.backward()
     assert all(not p.grad.any() for p in module.model.parameters())
@@ -201,7 +201,7 @@ def test_phases_go_through_their_rollouts_the_asked_number_of_times_and_freeze_t
     calls = []
 
     class Maker:
-        def make(self, prompts, numbers):
+        def collect(self, prompts, numbers):
             calls.append((list(prompts), list(numbers)))
             return [experience.Rollout((1,), ((n,),), None, n) for n in numbers]
 
@@ -261,7 +261,7 @@ def test_options_out_of_range(policy, capsys, option, value, said):
 def test_no_global_random_state_moves(made):
     _, maker, _, _ = made
     before = torch.random.get_rng_state()
-    maker.make(PROMPTS[:2], range(2))
+    maker.collect(PROMPTS[:2], range(2))
     assert torch.equal(before, torch.random.get_rng_state())
 
 

@@ -124,6 +124,6 @@ def test_numbers_as_yaml_has_them(tmp_path):
 
 def test_what_all_stages_share_can_be_set(tmp_path, capsys):
     options = train.Config(recipe="quickstart", set="common.temperature=0.7 sft.max_steps=3")
-    recipe = train._recipe(options)
+    recipe = train.load_recipe(options)
     assert recipe.common["temperature"] == 0.7 and recipe.common["device"] == "cpu"
     assert recipe.stages["sft"]["max_steps"] == 3

@@ -235,7 +235,7 @@ def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path, 
          "logprobs": [-1.0, -3.0], "finish": ["eos", "eos"]}
     ]  # fmt: skip
     assert json.loads((run / "run.json").read_text())["result"]["kl_bound"] == math.log(3) - 2 / 3
-    assert "  0.0% of the completions were cut for their length" in capsys.readouterr().out
+    assert "  0.0% of the completions were cut for length" in capsys.readouterr().out
 
 
 def test_the_bound_is_the_kl_where_all_completions_differ():
