@@ -35,7 +35,7 @@ from exo.rollouts import samples
 from exo.runs import inputs as run_inputs
 from exo.runs import plots
 from exo.runs import record as run_record
-from exo.runs.jsonl import Metrics
+from exo.runs.jsonl import JsonlLog
 from exo.runs.stage import Start, stage
 from exo.training import checks, loop, preference, reference, sampler
 from exo.training import metrics as training_metrics
@@ -367,7 +367,7 @@ class _Watch:
         tokenizer: Any,
         examples: list[TokenizedExample],
         accelerator: Accelerator,
-        metrics: Metrics,
+        metrics: JsonlLog,
         collator: Collator,
         dtypes: models.Dtypes,
     ) -> None:

@@ -24,7 +24,7 @@ from exo.distributed import deepspeed, fsdp
 from exo.distributed.accelerator import compute_dtype
 from exo.models import weights
 from exo.runs import record as run_record
-from exo.runs.jsonl import Metrics
+from exo.runs.jsonl import JsonlLog
 from exo.training import checkpoint
 from exo.training import profiler as training_profiler
 from exo.training.optimizer import _spare, optimizer
@@ -38,7 +38,7 @@ def train(
     steps: int,
     config: Training,
     accelerator: Accelerator,
-    metrics: Metrics,
+    metrics: JsonlLog,
     *,
     collator: Collator,
     denominator: Callable[[Sequence[Any]], int],

@@ -24,9 +24,10 @@ from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
 from exo.models import logps
 from exo.runs import record as run_record
-from exo.runs.jsonl import append
+from exo.runs.jsonl import JsonlCache
 
 Mode = Literal["auto", "cache", "live", "none"]
+IDENTITY = "identity"  # the key of the entry that says what the log-probs depend on
 Sums = tuple[float, ...]  # of one group: fp64, one a completion
 
 
@@ -58,15 +59,14 @@ def score(
 
     What an adapter adds to the model must be switched off.
     """
-    kept = None
+    cache = None
     if keep:
         identity = _identity(model, examples, accelerator, collator, temperature)
-        with accelerator.main_process_first():  # it mends what is damaged, before others read it
-            kept = LogprobCache(keep, identity, examples, writes=accelerator.is_main_process)
-    if kept:
-        console.log(
-            f"  {len(kept.known):,} of {len(examples):,} prompts are known from {kept.path}, which may be deleted"
-        )
+        with accelerator.main_process_first():  # it removes what is damaged before others read it
+            cache = _open_cache(keep, identity, writes=accelerator.is_main_process)
+        known = len(cache.entries.keys() - {IDENTITY})
+        console.log(f"  {known:,} of {len(examples):,} prompts are known from {cache.path}, which may be deleted")
+    places = {id(example): place for place, example in enumerate(examples)}
     progress = console.Progress("prompts", len(examples), every=max(1, len(examples) // 5))
     with logps.logps_function(model, accelerator, collator, temperature) as of:
 
@@ -78,22 +78,23 @@ def score(
         # a micro-batch is made whole or not at all, so that an interruption changes no bit; and by all processes where
         # one does not know it, which may have read the file before another run added to it, or a file of its own
         parts = collator.micro_batches(examples)
-        known = [kept.of(part) if kept else None for part in parts]
-        own = [i for i, sums_of in enumerate(known) if sums_of is None]
-        missing = sorted({i for some in gather.all_gather_json(own, accelerator) for i in some})
+        entries = cache.entries if cache else {}
+        local = [i for i, part in enumerate(parts) if any(places[id(example)] not in entries for example in part)]
+        missing = sorted({i for some in gather.all_gather_json(local, accelerator) for i in some})
         for i in sorted({*range(len(parts))} - {*missing}):
-            scored |= zip(map(id, parts[i]), known[i] or (), strict=True)
+            scored |= {id(example): tuple(entries[places[id(example)]]) for example in parts[i]}
             progress.advance(len(parts[i]))
         unknown = [parts[i] for i in missing]
         for first in range(0, len(unknown), world):
             now = unknown[first : first + world]
             for part, found in zip(now, gather.map_over_ranks(now, sums, accelerator, together=together), strict=True):
-                if kept:
-                    kept.add(part, found)
-                scored |= zip(map(id, part), map(tuple, found), strict=True)
+                for example, row in zip(part, found, strict=True):
+                    scored[id(example)] = tuple(row)
+                    if cache:
+                        cache.put(places[id(example)], row)
                 progress.advance(len(part))
-    if kept:
-        kept.close()
+    if cache:
+        cache.close()
     return [replace(example, ref_logps=scored[id(example)]) for example in examples]
 
 
@@ -138,65 +139,17 @@ def _digest_of_weights(model: nn.Module, accelerator: Accelerator) -> str:
     return digest
 
 
-class LogprobCache:
-    """A file of log-probs, a group a line, each with a hash of its row; only ever added to, a line a write."""
-
-    def __init__(
-        self, where: Path, identity: dict[str, Any], examples: Sequence[TokenizedExample], *, writes: bool
-    ) -> None:
-        where.mkdir(parents=True, exist_ok=True)
-        self.path = where / f"{_sha(json.dumps(identity, sort_keys=True))}.jsonl"
-        self._rows = {id(example): (i, _row(example)) for i, example in enumerate(examples)}
-        self.known: dict[int, Sums] = {}
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        head = json.dumps({"of": identity}, sort_keys=True).encode()
-        if lines[0] not in (b"", head):
-            console.log(f"  {self.path} is not of this model and these rows: made again")
-            self.path.unlink(missing_ok=True)
-            lines = [b""]
-        bad = sum(not self._take(line, examples) for line in lines[1:] if line)
-        if bad:
-            console.log(f"  {bad:,} lines of {self.path} are damaged: made again")
-        self._file = open(self.path, "ab", buffering=0) if writes else None
-        if self._file is None:
-            return
-        if not lines[0]:
-            self._file.write(head + b"\n")
-        elif lines[-1]:
-            self._file.write(b"\n")  # what a crash cut stays a line of its own
-
-    def _take(self, line: bytes, examples: Sequence[TokenizedExample]) -> bool:
-        """Whether a line holds what it should; its numbers are known from then on."""
-        try:
-            row = json.loads(line)
-            place, sums = row["row"], tuple(row["logps"])
-            example = examples[place]
-            sound = row["sha"] == _line_hash(_row(example), sums) and len(sums) == len(example.completions)
-        except (ValueError, LookupError, TypeError):
-            return False
-        if sound:
-            self.known[place] = sums
-        return sound
-
-    def of(self, part: Sequence[TokenizedExample]) -> list[Sums] | None:
-        """Of every group of a micro-batch, or nothing."""
-        places = [self._rows[id(example)][0] for example in part]
-        return [self.known[place] for place in places] if all(place in self.known for place in places) else None
-
-    def add(self, part: Sequence[TokenizedExample], found: Sequence[Sums]) -> None:
-        rows = [self._rows[id(example)] for example in part]
-        lines = (
-            json.dumps({"row": place, "logps": sums, "sha": _line_hash(name, sums)})
-            for (place, name), sums in zip(rows, found, strict=True)
-        )
-        if self._file:
-            append(self._file, "".join(f"{line}\n" for line in lines))
-
-    def close(self) -> None:
-        if self._file:
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-
-def _line_hash(row: str, sums: Sums) -> str:
-    return _sha(f"{row} {json.dumps(sums)}")[:8]
+def _open_cache(directory: Path, identity: dict[str, Any], *, writes: bool) -> JsonlCache:
+    """Open the file of log-probs of that identity: an entry for each example, and one for the identity itself."""
+    name = json.dumps(identity, sort_keys=True)
+    path = directory / f"{_sha(name)}.jsonl"
+    cache = JsonlCache(path, writes=writes)
+    if cache.entries and json.dumps(cache.entries.get(IDENTITY), sort_keys=True) != name:
+        console.log(f"  {path} is not of this model and these rows: made again")
+        cache.close()
+        path.unlink(missing_ok=True)
+        cache = JsonlCache(path, writes=writes)
+    elif cache.damaged:
+        console.log(f"  {len(cache.damaged):,} lines of {path} are damaged: made again")
+    cache.put(IDENTITY, identity)
+    return cache
