@@ -86,8 +86,14 @@ class Config(AdapterOptions, DataOptions):
     temperature: float = option(1.0, "divides the logits; the one that completions were sampled at", POSITIVE)
     eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none", PART)
     eval_data: str | None = option(None, "a held-out file, instead of eval_fraction")
-    save_steps: int = option(0, "steps between checkpoints; 0 means none", NOT_NEGATIVE)
-    eval_steps: int = option(0, "steps between evaluations, keeping the best; 0 means at the end only", NOT_NEGATIVE)
+    export_steps: int = option(
+        0, "save a loadable model every N steps, in output_dir/models/step-N (0: only at the end)", NOT_NEGATIVE
+    )
+    eval_steps: int = option(
+        0,
+        "evaluate every N steps and keep the best model in output_dir/models/best (0: evaluate at the end only)",
+        NOT_NEGATIVE,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -382,7 +388,7 @@ class _Watch:
         config = self.config
         if self.examples and (last or (config.eval_steps and step % config.eval_steps == 0)):
             self._evaluate(step)
-        if config.save_steps and step % config.save_steps == 0:
+        if config.export_steps and step % config.export_steps == 0:
             self._save(f"step-{step}")
 
     def state(self) -> dict[str, float | None]:
@@ -404,7 +410,7 @@ class _Watch:
     def _save(self, name: str) -> None:
         finished = lora.merged(self.model, self.config, self.accelerator)
         if self.accelerator.is_main_process:
-            models.save_checkpoint(finished, self.tokenizer, self.directory, name, self.dtypes)
+            models.export_model(finished, self.tokenizer, self.directory, name, self.dtypes)
 
 
 def _summary(result: dict[str, float], n: int) -> str:
@@ -424,7 +430,7 @@ def _conclude(directory: Path, watch: _Watch) -> None:
         console.log(f"held-out: {_summary(watch.last, len(watch.examples))}")
     console.log(f"model: {directory}  (AutoModelForCausalLM.from_pretrained({str(directory)!r}))")
     if watch.best < float("inf"):
-        console.log(f"best checkpoint by held-out loss: {directory / 'checkpoints' / 'best'}")
+        console.log(f"best model by held-out loss: {directory / 'models' / 'best'}")
     console.log(f"picture: {directory / plots.TRAINING}")
 
 

@@ -196,7 +196,7 @@ def checkpoints(model: str) -> list[Checkpoint]:
     log = directory / "metrics.jsonl"
     steps = [row["step"] for _, row in data.read_jsonl(log)] if log.exists() else []
     last = max(steps, default=None)
-    found = [Checkpoint(path.name, int(path.name[5:]), str(path)) for path in directory.glob("checkpoints/step-*")]
+    found = [Checkpoint(path.name, int(path.name[5:]), str(path)) for path in directory.glob("models/step-*")]
     before = sorted((c for c in found if c.step != last), key=lambda c: c.step or 0)
     return [*before, Checkpoint("final", last, model)]
 

@@ -69,7 +69,9 @@ class Config(Training, DataOptions, ChatOptions, ScorerOptions):
         0.2, "how far a value may go in one update, in units of the reward, once the actor learns", POSITIVE
     )
     value_coef: float = option(0.5, "weight of the critic's loss", NOT_NEGATIVE)
-    save_steps: int = option(0, "steps between checkpoints; 0 means none", NOT_NEGATIVE)
+    export_steps: int = option(
+        0, "save a loadable model every N steps, in output_dir/models/step-N (0: only at the end)", NOT_NEGATIVE
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,10 +203,10 @@ def run(config: Config, start: Start) -> Path:
     )  # fmt: skip
 
     def after(step: int, last: bool) -> None:
-        if config.save_steps and step % config.save_steps == 0:
+        if config.export_steps and step % config.export_steps == 0:
             finished = fsdp.gather_model(model, accelerator.is_main_process)
             if accelerator.is_main_process:
-                models.save_checkpoint(finished, tokenizer, Path(config.output_dir), f"step-{step}", dtypes)
+                models.export_model(finished, tokenizer, Path(config.output_dir), f"step-{step}", dtypes)
 
     loop.train(
         module, source, config.max_steps, config, accelerator, metrics,

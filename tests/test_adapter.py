@@ -82,8 +82,8 @@ def test_switched_off_it_is_the_model_that_was_to_the_last_bit(start):
 @pytest.mark.parametrize("output", ["merged", "adapter"])
 def test_what_a_run_leaves_is_the_model_that_was_trained(start, tmp_path, output):
     """The metrics' held-out loss is that of what is loaded again."""
-    run = aligned(start, tmp_path, output, "--lora_output", output, "--save_steps", "3")
-    assert models.is_adapter(str(run)) == models.is_adapter(str(run / "checkpoints/step-3")) == (output == "adapter")
+    run = aligned(start, tmp_path, output, "--lora_output", output, "--export_steps", "3")
+    assert models.is_adapter(str(run)) == models.is_adapter(str(run / "models/step-3")) == (output == "adapter")
     again, tokenizer = models.load(str(run))
     first = models.load(start)[0]
     assert (logits(again) - logits(first)).abs().max() > 0.01

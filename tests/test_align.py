@@ -53,7 +53,7 @@ def run(tmp_path_factory):
     """One run that several tests look at."""
     tmp_path = tmp_path_factory.mktemp("align")
     data = write(tmp_path / "rows.jsonl", rows(40, ragged=True))
-    assert align.main(options(tmp_path, data, "--eval_steps", "2", "--save_steps", "3")) == 0
+    assert align.main(options(tmp_path, data, "--eval_steps", "2", "--export_steps", "3")) == 0
     return tmp_path / "run"
 
 
@@ -62,7 +62,7 @@ def test_the_run_directory_is_a_model_directory(run):
     tokenizer = AutoTokenizer.from_pretrained(run)
     assert model(**tokenizer("Describe thing", return_tensors="pt")).logits.isfinite().all()
     for checkpoint in ("best", "step-3"):
-        AutoModelForCausalLM.from_pretrained(run / "checkpoints" / checkpoint)
+        AutoModelForCausalLM.from_pretrained(run / "models" / checkpoint)
 
 
 def test_the_record_says_what_was_done(run):
@@ -163,7 +163,7 @@ def test_a_foreign_reference_is_not_held_to_the_first_loss(tmp_path, run, capsys
     data = write(tmp_path / "rows.jsonl", rows(20))
     argv = options(tmp_path, data, "--max_steps", "1")
     argv[1] = str(run)
-    assert align.main([*argv, "--ref_model", str(run / "checkpoints" / "step-3")]) == 0
+    assert align.main([*argv, "--ref_model", str(run / "models" / "step-3")]) == 0
     assert "not comparable: foreign reference" in capsys.readouterr().out
 
 

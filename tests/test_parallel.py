@@ -154,7 +154,7 @@ def test_ranks_agree_on_weights_that_did_not_move_or_are_not_finite(how, given, 
         code, log = forked(server, "sft", given, run, how, "--learning_rate", rate, "--on_nan", "skip")
         assert code == 1 and said in log and "another process" not in log and "Traceback" not in log, log
         assert not (run / "model.safetensors").exists()
-        assert bool(list(run.glob("resume/step-*"))) == (rate == "1e-60"), "no poisoned checkpoint"
+        assert bool(list(run.glob("checkpoints/step-*"))) == (rate == "1e-60"), "no poisoned checkpoint"
 
 
 @slow
@@ -242,7 +242,7 @@ def killed(server, given, out, how):
     """An alignment in two processes that were killed after a state was saved, well before the end."""
     argv = [a for a in interruptions.arguments("align", given, out, how) if a != "--dropout"]
     first = server.begin("align", argv, out.with_name("killed.log"), ranks=2)
-    while not list(out.glob("resume/step-*4")):
+    while not list(out.glob("checkpoints/step-*4")):
         time.sleep(0.005)
     for pid in subprocess.check_output(["pgrep", "-P", str(first)]).split():
         os.kill(int(pid), signal.SIGKILL)
@@ -319,7 +319,7 @@ def test_one_that_fails_ends_all_and_says_why_once(given, tmp_path):
 @slow
 def test_told_to_stop_two_processes_stop_at_one_step(given, tmp_path):
     argv = [a for a in interruptions.arguments("align", given, tmp_path / "run") if a != "--dropout"]
-    command = [sys.executable, "-m", "exo.align", *argv, "--nproc=2", "--max_steps=4000", "--checkpoint_steps=0"]
+    command = [sys.executable, "-m", "exo.align", *argv, "--nproc=2", "--max_steps=4000", "--save_steps=0"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
     log = tmp_path / "run" / "metrics.jsonl"
     while child.poll() is None and not (log.exists() and log.stat().st_size > 2000):
@@ -328,7 +328,7 @@ def test_told_to_stop_two_processes_stop_at_one_step(given, tmp_path):
     child.send_signal(signal.SIGTERM)
     error = child.communicate()[1]
     assert child.returncode == 143 and time.monotonic() - began < 10, error
-    assert "stopped: after step" in error and list((tmp_path / "run").glob("resume/step-*"))
+    assert "stopped: after step" in error and list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 @slow
@@ -359,13 +359,13 @@ def test_told_to_stop_two_processes_do_not_wait_for_an_evaluation(given, tmp_pat
     child.send_signal(signal.SIGTERM)
     error = child.communicate()[1]
     assert child.returncode == 143 and time.monotonic() - began < 10, error
-    assert "stopped: after step 3 of 10" in error and list((tmp_path / "run").glob("resume/step-00000003"))
+    assert "stopped: after step 3 of 10" in error and list((tmp_path / "run").glob("checkpoints/step-3"))
 
 
 @slow
 def test_processes_whose_launcher_is_killed_stop_with_their_state(given, tmp_path):
     argv = [a for a in interruptions.arguments("sft", given, tmp_path / "run") if a != "--dropout"]
-    command = [sys.executable, "-m", "exo.sft", *argv, "--nproc=2", "--max_steps=4000", "--checkpoint_steps=0"]
+    command = [sys.executable, "-m", "exo.sft", *argv, "--nproc=2", "--max_steps=4000", "--save_steps=0"]
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "run" / "metrics.jsonl"
     while launcher.poll() is None and not (log.exists() and log.stat().st_size > 2000):
@@ -377,7 +377,7 @@ def test_processes_whose_launcher_is_killed_stop_with_their_state(given, tmp_pat
     while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers) and time.monotonic() < until:
         time.sleep(0.05)
     assert len(workers) == 2 and not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers)
-    assert list((tmp_path / "run").glob("resume/step-*"))
+    assert list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 def test_a_signal_while_ranks_start_ends_all_of_them(given, tmp_path):

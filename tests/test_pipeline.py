@@ -70,7 +70,7 @@ def test_what_evaluates_is_never_trained_on(tmp_path):
 
 def test_methods_are_treated_alike(tmp_path):
     steps = planned(tmp_path)
-    fair = ("learning_rate", "batch_size", "max_steps", "beta_pi", "beta_r", "temperature", "save_steps", "model")
+    fair = ("learning_rate", "batch_size", "max_steps", "beta_pi", "beta_r", "temperature", "export_steps", "model")
     aligned = [step.config for step in steps.values() if step.stage == "align"]
     assert len(aligned) == 4
     for name in fair:

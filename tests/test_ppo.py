@@ -220,12 +220,12 @@ def test_a_run_raises_its_score_and_keeps_the_actor_while_the_critic_warms_up(po
     run = ppo.run(
         config(
             policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=40, critic_warmup_steps=4, kl_coef=0.02,
-            rollout_size=32, batch_size=32, ppo_epochs=2, learning_rate=5e-3, critic_learning_rate=5e-3, save_steps=4,
+            rollout_size=32, batch_size=32, ppo_epochs=2, learning_rate=5e-3, critic_learning_rate=5e-3, export_steps=4,
         )
     )  # fmt: skip
     metrics = lines(run / "metrics.jsonl")
     assert metrics[-1]["score"] > metrics[0]["score"] + 1
-    start, warm, end = (models.load(path)[0].state_dict() for path in (policy, run / "checkpoints" / "step-4", run))
+    start, warm, end = (models.load(path)[0].state_dict() for path in (policy, run / "models" / "step-4", run))
     assert all(torch.equal(start[name], warm[name]) for name in start)
     assert any(not torch.equal(start[name], end[name]) for name in start)
     assert lines(run / "metrics.jsonl")[3]["kl"] == pytest.approx(0, abs=1e-5)
@@ -310,12 +310,13 @@ def test_the_actors_first_update_is_adams_first(policy, tmp_path):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     run = ppo.run(
         config(
-            policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=22, critic_warmup_steps=20, save_steps=1,
+            policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=22, critic_warmup_steps=20,
+            export_steps=1,
             rollout_size=16, batch_size=16, learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0,
         )
     )  # fmt: skip
     before, first = (
-        models.load(run / "checkpoints" / name)[0].model.layers[0].self_attn.q_proj.weight.detach()
+        models.load(run / "models" / name)[0].model.layers[0].self_attn.q_proj.weight.detach()
         for name in ("step-20", "step-21")
     )
     change = (first - before).abs()

@@ -97,6 +97,10 @@ def test_a_slip_is_one_line(arguments, expected, tmp_path, capsys):
     [
         ({"stagse": {}}, "unknown key 'stagse'; did you mean stages?"),
         ({"stages": {"sft": {"learning_rat": 1}}}, "sft: unknown option 'learning_rat'; did you mean learning_rate?"),
+        (
+            {"stages": {"sft": {"checkpoint_steps": 1}}},
+            "unknown option 'checkpoint_steps'; it is called save_steps since",
+        ),
         ({"stages": {"slign": {"beta_pi": 1}}}, "unknown section 'slign'; did you mean align?"),
         ({"common": {"temprature": 1}}, "common: unknown option 'temprature'; did you mean temperature?"),
         ({"stages": {"sft": {"learning_rate": "fast"}}}, "sft: --learning_rate: invalid float value: 'fast'"),

@@ -87,7 +87,7 @@ def test_a_signal_in_a_save_does_not_cost_it(given, whole, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_files, "_write_tensors", signalled)
         assert STAGES["sft"].main(argv) == 143
-    assert written == [".step-00000002.staging", ".step-00000004.staging"]
+    assert written == [".step-2.staging", ".step-4.staging"]
     assert STAGES["sft"].main(argv) == 0
     assert made(tmp_path / "run") == whole("sft")
 
@@ -95,7 +95,7 @@ def test_a_signal_in_a_save_does_not_cost_it(given, whole, tmp_path, monkeypatch
 def test_a_listener_that_is_gone_costs_nothing(given, whole, tmp_path):
     """Ctrl-C ends the reader of a pipe too."""
     argv = interruptions.arguments("sft", given, tmp_path / "run", "--logging_steps", "1")
-    command = [sys.executable, "-m", "exo.sft", *argv, "--max_steps", "4000", "--checkpoint_steps", "0"]
+    command = [sys.executable, "-m", "exo.sft", *argv, "--max_steps", "4000", "--save_steps", "0"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for line in child.stdout:
         if b"step 20/" in line:
@@ -103,7 +103,7 @@ def test_a_listener_that_is_gone_costs_nothing(given, whole, tmp_path):
     child.stdout.close()
     child.send_signal(signal.SIGINT)
     assert child.wait(30) == 130
-    assert checkpoint_files.newest(tmp_path / "run" / "resume") is not None
+    assert checkpoint_files.newest(tmp_path / "run" / "checkpoints") is not None
 
 
 @pytest.mark.parametrize("stage", ["sft", "align"])
@@ -142,7 +142,7 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
     fsync = os.fsync
 
     def full(handle):
-        if "step-00000006" in (name := os.readlink(f"/proc/self/fd/{handle}")) and name.endswith(".safetensors"):
+        if "step-6" in (name := os.readlink(f"/proc/self/fd/{handle}")) and name.endswith(".safetensors"):
             raise OSError(28, "No space left on device")
         fsync(handle)
 
@@ -151,7 +151,7 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
         assert STAGES["sft"].main(argv) == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: step 6: its state could not be written") and "No space left on device" in said
-    assert "the last whole state is" in said and "step-00000004" in said
+    assert "the last whole state is" in said and "step-4" in said
     assert STAGES["sft"].main(argv) == 0
     assert made(tmp_path / "run") == whole("sft")
 
@@ -159,7 +159,7 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_with_its_state(kind, given, whole, tmp_path, monkeypatch, capsys):
     """That of the step before it, from which the same command goes on, here to a loss that is finite."""
-    argv = interruptions.arguments("align", given, tmp_path / "run", "--checkpoint_steps", "0")
+    argv = interruptions.arguments("align", given, tmp_path / "run", "--save_steps", "0")
     update = training_step.update
 
     def poisoned(module, optim, config, accelerator, step, batch, loss):
@@ -174,7 +174,7 @@ def test_what_is_not_finite_stops_the_run_with_its_state(kind, given, whole, tmp
         assert STAGES["align"].main(argv) == 1
     said = capsys.readouterr().err
     assert "error: step 6" in said and "stopped before the update" in said
-    assert f"the last whole state is {tmp_path / 'run' / 'resume' / 'step-00000005'}" in said
+    assert f"the last whole state is {tmp_path / 'run' / 'checkpoints' / 'step-5'}" in said
     assert STAGES["align"].main(argv) == 0
     assert made(tmp_path / "run") == whole("align")
 

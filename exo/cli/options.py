@@ -8,6 +8,7 @@ options.
 import dataclasses
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from exo.cli.fields import NOT_NEGATIVE, PART, POSITIVE, SHARE, Range, at_least, check_size, option, require
@@ -169,10 +170,18 @@ class Training(Scoring):
     profile: int = option(0, "steps to profile: a trace in output_dir/profile, and where their time goes", NOT_NEGATIVE)
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step", at_least(1))
-    checkpoint_steps: int = option(
-        100, "steps between states that a killed run goes on from; 0 saves one only when told to stop", NOT_NEGATIVE
+    save_steps: int = option(
+        100,
+        "save a resumable checkpoint every N steps, in output_dir/checkpoints/step-N (0: only on SIGTERM or Ctrl-C)",
+        NOT_NEGATIVE,
     )
-    allow_changes: bool = option(False, "go on with an unfinished run though options, inputs or processes are others")
+    save_total_limit: int = option(2, "keep the newest N resumable checkpoints", at_least(1))
+    resume_from_checkpoint: str | None = option(
+        None,
+        "resume from this checkpoint directory; true: from the newest one, and fail if there is none; none: from the "
+        "newest one if there is any",
+    )
+    allow_changes: bool = option(False, "resume even if options, inputs or the world size changed")
     on_nan: Literal["stop", "skip"] = option(
         "stop", "a loss or gradient that is not finite ends the run before the update, or skips the update"
     )
@@ -180,6 +189,16 @@ class Training(Scoring):
         "auto", "dtype of the saved models; auto is that of --model's weights. Resumable checkpoints stay in fp32"
     )
     report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checkpoint, output = self.resume_from_checkpoint, Path(self.output_dir)
+        if checkpoint is None:
+            return
+        newest = checkpoint.lower() == "true"
+        require(newest or Path(checkpoint).is_dir(), "resume_from_checkpoint", "true or a directory", checkpoint)
+        removed = self.overwrite_output_dir and (newest or Path(checkpoint).resolve().is_relative_to(output.resolve()))
+        require(not removed, "resume_from_checkpoint", "no --overwrite_output_dir, which removes it", checkpoint)
 
 
 @dataclass(frozen=True)

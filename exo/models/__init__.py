@@ -16,7 +16,7 @@ try:
         parameter_count,
     )
     from exo.models.meta import load_without_weights, parameters_of
-    from exo.models.saving import Dtypes, dtypes_of, save, save_checkpoint
+    from exo.models.saving import Dtypes, dtypes_of, export_model, save
     from exo.models.stop_tokens import absent_ids, stop_ids
     from exo.models.supported import refuse_unsupported
     from exo.models.tiny_models import PAD, tiny, word_level
@@ -28,6 +28,6 @@ except ModuleNotFoundError as error:
 __all__ = [
     "PAD", "Dtypes", "absent_ids", "attend", "check_fits", "classifier_from", "classifier_without_weights",
     "dtypes_of", "in_full", "is_adapter", "load", "load_classifier", "load_or_tiny", "load_tokenizer",
-    "load_without_weights", "parameter_count", "parameters_of", "refuse_unsupported", "save", "save_checkpoint",
+    "load_without_weights", "parameter_count", "parameters_of", "refuse_unsupported", "save", "export_model",
     "stop_ids", "tiny", "word_level",
 ]  # fmt: skip

@@ -98,11 +98,11 @@ def _name_end_of_turn(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     config.eos_token_id = list(stop_ids(model, tokenizer))
 
 
-def save_checkpoint(
+def export_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path, name: str, dtypes: Dtypes | None = None
 ) -> None:
-    """`save` into checkpoints/`name` of a run: complete, or not at all."""
-    target = run / "checkpoints" / name
+    """Save a loadable model atomically in the subdirectory models/`name` of a run."""
+    target = run / "models" / name
     target.parent.mkdir(exist_ok=True)
     with atomic_directory(target) as staging:
         save(model, tokenizer, staging, dtypes)

@@ -66,24 +66,24 @@ class Checkpointer:
         parts: Mapping[str, Stateful],
         *,
         allow_changes: bool,
+        limit: int = 2,
+        resume_from: str | None = None,
     ) -> None:
+        """`resume_from` is a checkpoint's directory, "true" for the newest, which must exist, or None."""
         self.directory = run / run_record.STATES
         self.module, self.accelerator = accelerator.unwrap_model(module), accelerator
         self.zero, self.stage = optim, deepspeed.stage(optim)
         self.optim: torch.optim.Optimizer = getattr(optim, "optimizer", optim)
         self.metrics, self.parts, self.allow_changes = metrics, parts, allow_changes
+        self.limit, self.resume_from = limit, resume_from
         self.sharded = fsdp.is_sharded(module)
         self.position: TrainState | None = None
         self.last: Path | None = None  # the state that was written or gone on from last
 
     def restore(self) -> TrainState | None:
         """Bring back the newest whole state; None where there is none, and the log is emptied then."""
-        path = checkpoint_files.newest(self.directory, self.accelerator)
+        path = self._find()
         if path is None:
-            if any(self.directory.glob("step-*")):  # what made them so may pass; to begin anew is for the user to say
-                raise RunError(
-                    f"{self.directory}: none of its states is whole; --overwrite_output_dir begins the run anew"
-                )
             self._cut(0)
             return None
         facts = json.loads((path / checkpoint_files.FACTS).read_text(encoding="utf-8"))
@@ -105,15 +105,30 @@ class Checkpointer:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         for name, part in self.parts.items():
             part.restore(facts["parts"][name])
-        if self.accelerator.is_main_process and self.metrics.size() < facts["metrics"]:
+        of_this_run = path.resolve().parent == self.directory.resolve()
+        if of_this_run and self.accelerator.is_main_process and self.metrics.size() < facts["metrics"]:
             raise RunError(
                 f"{path}: expected {facts['metrics']:,} bytes of {self.metrics.path}; it has fewer, and so is "
                 "not this state's; --overwrite_output_dir begins anew"
             )
-        self._cut(facts["metrics"])
+        self._cut(facts["metrics"] if of_this_run else 0)  # the log of another run stays there
         console.log(f"going on after step {facts['step']:,}, from {path}")
         self.last = path
         return self.mark(facts["step"], facts["counters"])
+
+    def _find(self) -> Path | None:
+        """Return the checkpoint to resume from, or None; RunError if it is damaged, or is asked for and not there."""
+        if self.resume_from is not None and self.resume_from.lower() != "true":
+            named = Path(self.resume_from)
+            if damage := checkpoint_files.find_damage(named, self.accelerator):
+                raise RunError(f"--resume_from_checkpoint {named}: the checkpoint is damaged: {damage}")
+            return named
+        path = checkpoint_files.newest(self.directory, self.accelerator)
+        if path is None and any(self.directory.glob("step-*")):  # may be transient; let the user decide to start over
+            raise RunError(f"{self.directory}: none of its states is whole; --overwrite_output_dir begins the run anew")
+        if path is None and self.resume_from is not None:
+            raise RunError(f"--resume_from_checkpoint {self.resume_from}: {self.directory} has no checkpoint")
+        return path
 
     def _cut(self, size: int) -> None:
         if self.accelerator.is_main_process:
@@ -134,7 +149,7 @@ class Checkpointer:
         position = self.position
         if position is None:
             return None
-        path = self.directory / f"step-{position.step:08d}"
+        path = self.directory / f"step-{position.step}"
         if path == self.last:
             return path
         kept = {name.partition(".")[2]: tensor for name, tensor in self._weights().items()}
@@ -149,7 +164,9 @@ class Checkpointer:
         facts |= {"sharded": self.sharded, "zero": self.stage}
         facts |= {"scaler": None if scaler is None else scaler.state_dict()}
         try:
-            checkpoint_files.write(path, self._weights() | self._moments() | gathered, facts, self.accelerator)
+            checkpoint_files.write(
+                path, self._weights() | self._moments() | gathered, facts, self.accelerator, self.limit
+            )
         except checkpoint_files.CheckpointNotWritten as error:
             raise RunError(
                 f"step {position.step}: its state could not be written to {self.directory}: {error}"

@@ -29,7 +29,6 @@ from exo.distributed import gather
 from exo.distributed.fsdp import local_tensor
 from exo.runs.atomic import fsync, fsync_all
 
-KEPT = 2
 VERSION = 2
 FACTS, MANIFEST, TENSORS = "state.json", "manifest.json", "tensors"
 FILE = 2 << 30  # bytes of a file at most, if no tensor is larger: each is in memory once more while it is written
@@ -45,8 +44,8 @@ class Kind(NamedTuple):
     dtype: torch.dtype
 
 
-def write(path: Path, tensors: Tensors, facts: Mapping[str, Any], accelerator: Accelerator) -> None:
-    """A state, of all processes' tensors; those before the last but one make room, once it is there."""
+def write(path: Path, tensors: Tensors, facts: Mapping[str, Any], accelerator: Accelerator, limit: int = 2) -> None:
+    """Write a checkpoint of all ranks' tensors, then remove all but the newest `limit`."""
     staging = path.with_name(f".{path.name}.staging")
     main = accelerator.is_main_process
     try:
@@ -75,7 +74,7 @@ def write(path: Path, tensors: Tensors, facts: Mapping[str, Any], accelerator: A
         raise CheckpointNotWritten(_cause(error)) from error
     if main:
         with contextlib.suppress(OSError):  # the state is there; what is left over is removed at the next one
-            _make_room(path)
+            _remove_old(path, limit)
     accelerator.wait_for_everyone()
 
 
@@ -119,11 +118,11 @@ def _cause(error: OSError | CheckpointException) -> str:
     return error.strerror or str(error)
 
 
-def _make_room(state: Path) -> None:
-    """For those that are kept: the newest of them is the one just written; a later one was damaged, or passed over."""
+def _remove_old(state: Path, limit: int) -> None:
+    """Keep the checkpoint just written and those before it; a later one was damaged, or not resumed from."""
     states = _states(state.parent)
     here = states.index(state)
-    for other in states[here + 1 :] + states[: max(0, here + 1 - KEPT)]:
+    for other in states[here + 1 :] + states[: max(0, here + 1 - limit)]:
         _remove(other)
 
 
@@ -208,5 +207,10 @@ def _sha256(file: Path) -> str:
 
 
 def _states(directory: Path) -> list[Path]:
-    """By step. What is hidden is half made, or half gone."""
-    return sorted(directory.glob("step-*")) if directory.is_dir() else []
+    """Return the checkpoints by step; hidden ones are incomplete."""
+    return sorted((path for path in directory.glob("step-*") if path.name[5:].isdecimal()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's name holds."""
+    return int(checkpoint.name.removeprefix("step-"))

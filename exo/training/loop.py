@@ -25,7 +25,7 @@ from exo.distributed.accelerator import compute_dtype
 from exo.models import weights
 from exo.runs import record as run_record
 from exo.runs.jsonl import JsonlLog
-from exo.training import checkpoint
+from exo.training import checkpoint, checkpoint_files
 from exo.training import profiler as training_profiler
 from exo.training.optimizer import _spare, optimizer
 from exo.training.sampler import BatchSource
@@ -73,7 +73,7 @@ def train(
         set_seed(config.seed + accelerator.process_index)  # each drops out units of its own
     keeper = checkpoint.Checkpointer(
         Path(config.output_dir), module, optim, accelerator, metrics, {"data": source} | dict(parts or {}),
-        allow_changes=config.allow_changes,
+        allow_changes=config.allow_changes, limit=config.save_total_limit, resume_from=config.resume_from_checkpoint,
     )  # fmt: skip
     before = keeper.restore()
     if accelerator.is_main_process:
@@ -110,7 +110,7 @@ def train(
                 keeper.mark(step, counters)
                 if asked:
                     raise signals.Stopped(asked)
-                if config.checkpoint_steps and (step % config.checkpoint_steps == 0 or keeper.last and step == steps):
+                if config.save_steps and (step % config.save_steps == 0 or keeper.last and step == steps):
                     keeper.save()
                 if after is not None:
                     after(step, step == steps)
@@ -135,7 +135,7 @@ def train(
 def _exports(config: Training, step: int) -> bool:
     """Return whether a stage may evaluate or export the model after this step."""
     return any(
-        every and step % every == 0 for every in (getattr(config, "save_steps", 0), getattr(config, "eval_steps", 0))
+        every and step % every == 0 for every in (getattr(config, "export_steps", 0), getattr(config, "eval_steps", 0))
     )
 
 
@@ -150,7 +150,7 @@ def _save(keeper: checkpoint.Checkpointer) -> Path | None:
 def _where(state: Path | None, steps: int) -> str:
     if state is None:
         return "before the first step; the same command begins again"
-    return f"after step {int(state.name.partition('-')[2]):,} of {steps:,}, kept in {state}; the same command goes on"
+    return f"after step {checkpoint_files.step_of(state):,} of {steps:,}, kept in {state}; the same command goes on"
 
 
 def _conclude(config: Training, counters: Mapping[str, float], steps: int) -> None:

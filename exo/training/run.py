@@ -26,6 +26,9 @@ from exo.training import checkpoint_files
 def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> JsonlLog:
     """Make the run directory, or go on in it; once all that could be checked has been, for only now may an earlier run
     make room."""
+    resume_from = start.config.resume_from_checkpoint
+    if resume_from is not None and resume_from.lower() == "true" and not start.resumes:
+        raise RunError(f"--resume_from_checkpoint {resume_from}: {start.config.output_dir} has no checkpoint")
     if accelerator.is_main_process:
         run_stage.begin(start, keep=True, rows=rows)
     check_shared_directory(start, accelerator)
