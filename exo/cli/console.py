@@ -8,9 +8,10 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from rich import progress as rich_progress
-from rich.table import Column
+if TYPE_CHECKING:
+    from rich import progress as rich_progress
 
 _STARTED = time.perf_counter()
 
@@ -106,8 +107,11 @@ class Progress:
             self._bar.stop()
 
 
-def _bar() -> rich_progress.Progress:
+def _bar() -> "rich_progress.Progress":
     """Fits 80 columns with three or four values; on less, it is the values that give way."""
+    from rich import progress as rich_progress
+    from rich.table import Column
+
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=4)),
         rich_progress.BarColumn(bar_width=8, table_column=Column(min_width=8)),

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from exo.cli import console, yaml_files
+from exo.cli import console, help
 from exo.cli.errors import ConfigError
 from exo.cli.fields import SHOWN, require, shortened
 from exo.cli.spelling import suggestion
@@ -37,8 +37,21 @@ T = TypeVar("T")
 def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str | None) -> T:
     """Build `cls` from flags; `--config FILE.yaml` supplies what the flags leave out. Exits with 2 on errors."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(cls, prog=prog, description=description)
-    parser.add_argument("--config", metavar="FILE.yaml", help="options by name; flags override them")
+    every = {"--help-all", "--help_all"}
+    show_all = bool(every & {*arguments}) or len(fields(typing.cast(Any, cls))) <= help.ALL
+    arguments = ["--help" if argument in every else argument for argument in arguments]
+    parser = _parser(
+        cls,
+        show_all=show_all,
+        prog=prog,
+        description=description,
+        usage="%(prog)s [--option VALUE ...]",
+        epilog=None if show_all else "These are the options to know first; --help-all shows all of them, in groups.",
+        add_help=False,
+    )
+    parser.add("--config", metavar="FILE.yaml", help="options by name; flags override them")
+    parser.add("-h", "--help", action="help", help="show the options to know first")
+    parser.add("--help-all", action="help", help="show all options, in groups")
     try:
         file, flags = _split_config(arguments)
         values = vars(parser.parse_args([*_checked(file, cls), *flags]))
@@ -85,6 +98,8 @@ def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def _read(file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
+    from exo.cli import yaml_files  # a third of the time that --help takes
+
     try:
         options = yaml_files.read(Path(file), typed=False)
     except ValueError as error:
@@ -114,10 +129,13 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
 
 
-def _parser(cls: type, **settings: Any) -> "_Parser":
+def _parser(cls: type, *, show_all: bool = False, **settings: Any) -> "_Parser":
     parser = _Parser(allow_abbrev=False, **settings)
+    parser.show_all = show_all
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    order = [*help.GROUP_OF] if show_all else help.FIRST
+    names = {name: place for place, name in enumerate(order)}
+    for field in sorted(dataclasses.fields(cls), key=lambda field: names.get(field.name, -1)):
         _add(parser, field, hints[field.name])
     return parser
 
@@ -128,7 +146,18 @@ def _recipe_parser(cls: type) -> "_Parser":
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that takes dashes for underscores and suggests the nearest flag."""
+    """argparse that takes dashes for underscores, suggests the nearest flag and shows options in groups."""
+
+    show_all = True
+
+    def add(self, *flags: str, **settings: Any) -> None:
+        """Add an option to its group of `--help-all`, or to the one list of `--help`."""
+        name = flags[-1].lstrip("-")
+        if not self.show_all and name not in help.FIRST and name in help.GROUP_OF:
+            settings["help"] = argparse.SUPPRESS
+        title = help.GROUP_OF.get(name, help.OTHER) if self.show_all else "Options"
+        groups = {group.title: group for group in self._action_groups}
+        (groups.get(title) or self.add_argument_group(title)).add_argument(*flags, **settings)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = [_underscored(a) for a in args]
@@ -150,10 +179,10 @@ def _underscored(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _add(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
+def _add(parser: "_Parser", field: Any, hint: Any) -> None:
     required = field.default is dataclasses.MISSING
     text = field.metadata.get("help", "")
-    if not required and field.default is not None:
+    if not required and field.default not in (None, ""):
         text += f" (default: {field.default})"
     settings: dict[str, Any] = {"help": text.replace("%", "%%"), "required": required}
     if not required:
@@ -167,7 +196,7 @@ def _add(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
     else:
         settings |= {"type": _or_none(base) if optional else base, "metavar": base.__name__.upper()}
     # `from` is no name for a field of Python's: it is written from_
-    parser.add_argument(f"--{field.name.rstrip('_')}", dest=field.name, **settings)
+    parser.add(f"--{field.name.rstrip('_')}", dest=field.name, **settings)
 
 
 def _boolean(text: str) -> bool:
