@@ -75,7 +75,7 @@ class Config(Stage):
         return self.cache or str(Path(self.output_dir).parent / "judge-cache.jsonl")
 
 
-@stage("judge")
+@stage("judge", reads=("a", "b", "references", "template"), makes="judge.json")
 def run(config: Config, start: Start) -> Path:
     """Judge and return the run directory."""
     template = JudgeTemplate(config.template)

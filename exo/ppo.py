@@ -165,7 +165,7 @@ def value_loss(
     return 0.5 * torch.maximum((values - returns).square(), (held - returns).square())
 
 
-@stage("ppo")
+@stage("ppo", reads=("model", "data", "reward_model", "oracle"), makes=".")
 def run(config: Config, start: Start) -> Path:
     """Train and return the run directory, which is the model directory."""
     path = run_inputs.source("data", config.data, "prepare", prepared="prompts.jsonl")

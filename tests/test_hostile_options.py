@@ -203,7 +203,7 @@ def test_a_finished_run_without_outputs_is_not_whole(tmp_path):
     config = align.Config(model="tiny", data="rows.jsonl", output_dir=str(tmp_path))
     run = {"stage": "align", "command": [], "arguments": dataclasses.asdict(config), "finished": "now", "inputs": {}}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    assert not run_stage.is_up_to_date(tmp_path, config, "align")
+    assert run_stage.status(tmp_path, config, "align")[0] != "done"
 
 
 def test_foreign_results_are_refused_in_a_line(tmp_path):

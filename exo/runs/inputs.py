@@ -15,9 +15,8 @@ from exo.cli.errors import RunError
 from exo.cli.paths import DATA_SUFFIXES, split_paths
 from exo.runs.record import (
     _IMMATERIAL,
-    INPUTS,
-    OUTPUTS,
     OWN_FILES,
+    STAGES,
     command,
     digest,
     is_temporary,
@@ -50,7 +49,7 @@ def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
         if "finished" not in run:
             raise RunError(f"--{option} {path}: its run did not finish; this goes on with it: {command(run)}")
         if place.is_dir():
-            product = prepared if run["stage"] == "prepare" else OUTPUTS[run["stage"]]
+            product = prepared if run["stage"] == "prepare" else run["makes"]
             place = place / product
             if not place.exists():
                 raise ValueError(f"--{option} {path}: expected {product} in it, which this task does not make")
@@ -75,8 +74,8 @@ def _directory(path: str) -> str:
 
 
 def inputs(config: Any, stage: str) -> dict[str, str]:
-    """Return the options of a stage that name what it reads: those of INPUTS, and a chat template that is a file."""
-    inputs = {name: getattr(config, name) for name in INPUTS[stage] if getattr(config, name)}
+    """Return the options that name what a stage reads: those that it declares, and a chat template that is a file."""
+    inputs = {name: getattr(config, name) for name in STAGES[stage].reads if getattr(config, name)}
     template = getattr(config, "chat_template", None)
     return inputs | ({"chat_template": template} if template and Path(template).is_file() else {})
 
@@ -94,7 +93,7 @@ def fingerprint(path: str) -> str:
     if not place.is_dir():
         return path
     run = record(place)
-    product = place / OUTPUTS.get(run["stage"], ".") if run is not None else place
+    product = place / run["makes"] if run is not None else place
     if product.is_file():
         return digest(product)
     files = sorted(

@@ -13,12 +13,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from exo.cli.parse import as_flags
 from exo.runs.atomic import write_json
 
 RUN_FILE = "run.json"
+
+
+class StageFiles(NamedTuple):
+    reads: tuple[str, ...]  # the options that name what the stage reads
+    makes: str  # the file that its directory stands for; "." if it is the directory itself
+
+
+STAGES: dict[str, StageFiles] = {}  # of the stage modules that are imported: runs/stage.stage fills it
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
@@ -66,6 +74,8 @@ _RECORDED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("command", "again"), _are_texts),
     **dict.fromkeys(("arguments", "asked", "versions", "rows", "recipe"), _is_mapping),
     **dict.fromkeys(("inputs", "outputs"), _are_hashes),
+    "reads": _are_texts,
+    "makes": lambda value: _is_text(value) and _are_hashes({value: ""}),
 }
 STATES, PIECES = "checkpoints", "pieces.jsonl"  # what an unfinished run goes on from
 PACKAGES = ("exo-kernels", "torch", "triton", "transformers", "tokenizers", "accelerate", "safetensors")
@@ -77,7 +87,8 @@ def write_run(directory: Path, config: Any, stage: str, **facts: Any) -> None:
 
 
 def describe_request(config: Any, stage: str) -> dict[str, Any]:
-    return {
+    files = STAGES.get(stage)
+    return (files._asdict() if files else {}) | {
         "stage": stage,
         "command": ["python", "-m", f"exo.{stage}", *as_flags(config)],
         "arguments": asdict(config),
@@ -111,37 +122,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-# The options of each stage that name what it reads.
-INPUTS: dict[str, tuple[str, ...]] = {
-    "prepare": ("source", "tokenizer"),
-    "sft": ("model", "data"),
-    "sample": ("model", "data"),
-    "score": ("data", "reward_model", "oracle"),
-    "reward": ("model", "data"),
-    "align": ("model", "ref_model", "data", "eval_data"),
-    "ppo": ("model", "data", "reward_model", "oracle"),
-    "best_of_n": ("data",),
-    "evaluate": ("model", "samples", "reference", "data", "baseline", "density", "reward_model", "oracle"),
-    "judge": ("a", "b", "references", "template"),
-    "label": ("references", "key"),
-    "report": ("run",),
-}
-# What it makes; "." is a directory that is read as one.
-OUTPUTS = {
-    "prepare": ".",  # several files; who reads one says which
-    "sft": ".",
-    "sample": "samples.jsonl",
-    "score": "scored.jsonl",
-    "reward": ".",
-    "align": ".",
-    "ppo": ".",
-    "best_of_n": "samples.jsonl",
-    "evaluate": "evaluation.json",
-    "judge": "judge.json",
-    "label": "label.json",
-    "report": "report.html",
-    "train": "run.json",  # the plan; the steps have records of their own
-}
 # Where a run's results go and what it prints change nothing of what it makes.
 OWN_FILES = (RUN_FILE, "metrics.jsonl")
 _PASSING = ("profile", STATES, PIECES)
@@ -149,9 +129,13 @@ _IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to
 
 
 def record(directory: Path) -> dict[str, Any] | None:
-    """The run.json of a directory that a stage of ours made; None without one."""
+    """Return the run.json of a directory that a stage made, with its `reads` and `makes`; None without one."""
     run = read_run(directory)
-    return run if run is not None and run["stage"] in OUTPUTS else None
+    if run is None:
+        return None
+    files = STAGES.get(run["stage"])
+    run = (files._asdict() if files else {}) | run
+    return run if "makes" in run else None
 
 
 def command(run: Mapping[str, Any]) -> str:
@@ -162,7 +146,7 @@ def command(run: Mapping[str, Any]) -> str:
 
 def changed(run: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Options whose values are not those that a run had; what it read is compared by content, not by name."""
-    skipped = {*_IMMATERIAL, *INPUTS.get(run["stage"], ())}
+    skipped = {*_IMMATERIAL, *run.get("reads", ())}
     before = run["arguments"]
     names = dict.fromkeys([*before, *wanted])
     return [name for name in names if name not in skipped and before.get(name) != wanted.get(name)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from exo.cli import console
 from exo.cli.errors import RunError
@@ -16,6 +16,7 @@ from exo.runs import record as run_record
 from exo.runs.inputs import _directory, fingerprint, inputs
 from exo.runs.record import changed, digest, output_files, outputs_intact, record
 
+OLD_STATES = "resume"  # where versions before 0.2 saved checkpoints
 C = TypeVar("C")
 
 
@@ -33,11 +34,20 @@ class Start(NamedTuple):
         return datetime.date.fromisoformat(self.facts["template_date"])
 
 
-def stage(name: str) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Path]]:
-    """A stage's run from its config: alone in its directory, and not where the same has been done already.
+def stage(
+    name: str, *, reads: tuple[str, ...], makes: str
+) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Path]]:
+    """Make a function of (config, start) a stage: it holds the lock of its directory and skips what is done.
 
-    RunError where the output directory cannot be used; before any work is done, and any process waits for another.
+    Args:
+        name: the stage, which is also its module.
+        reads: the options that name files, models or runs that the stage reads.
+        makes: the file in `output_dir` that a later stage reads; "." if it reads the directory itself.
+
+    Raises:
+        RunError: if the output directory cannot be used; before any work, and before a rank waits for another.
     """
+    run_record.STAGES[name] = run_record.StageFiles(reads, makes)
 
     def of(run: Callable[[C, Start], Path]) -> Callable[[C], Path]:
         @wraps(run)
@@ -67,31 +77,54 @@ def _start(config: Any, stage: str) -> Start | None:
     )
     if paths.get("oracle", "").startswith("."):
         raise ValueError(f"--oracle {paths['oracle']}: expected a module's full name, as in package.module:function")
-    hashes = {name: fingerprint(path) for name, path in paths.items()}
-    before = None if config.overwrite_output_dir else record(directory)
-    facts = {"started": run_record.now(), "inputs": hashes, "template_date": template_date(before, paths.values())}
-    if before is None or before["stage"] != stage:
+    previous = None if config.overwrite_output_dir else record(directory)
+    facts = {
+        "started": run_record.now(),
+        "inputs": {name: fingerprint(path) for name, path in paths.items()},
+        "template_date": template_date(previous, paths.values()),
+    }
+    state, changes = ("new", []) if previous is None else status(directory, config, stage)
+    if state == "new":
         run_directory.check(config.output_dir, overwrite=config.overwrite_output_dir)
         return Start(config, stage, False, facts)
-    different = _differences(before, config, hashes)
-    finished = "finished" in before
-    if different and not finished and not _left_anything(directory):
-        # it failed before it began, and is now asked for as it should be
-        return Start(replace(config, overwrite_output_dir=True), stage, False, facts)
-    if different and (finished or not getattr(config, "allow_changes", False)):
-        allow = "" if finished or not hasattr(config, "allow_changes") else "--allow_changes goes on nevertheless, "
+    assert previous is not None
+    if "finished" not in previous and (directory / OLD_STATES).is_dir():
         raise RunError(
-            f"--output_dir {directory}: holds an earlier run{'' if finished else ', unfinished'}, with "
-            f"{'; '.join(different)}; {allow}--overwrite_output_dir begins anew"
+            f"--output_dir {directory}: an unfinished run of an older version; finish it with that version or pass "
+            "--overwrite_output_dir"
         )
-    if different:
-        console.log(f"going on with changes: {'; '.join(different)}")
-    if finished and not outputs_intact(directory, before.get("outputs")):
+    if state == "changed" and "finished" not in previous:
+        if not _left_anything(directory):  # it failed before it began
+            return Start(replace(config, overwrite_output_dir=True), stage, False, facts)
+        if getattr(config, "allow_changes", False):
+            console.log(f"going on with changes: {'; '.join(changes)}")
+            state = "resume"
+    if state == "changed":
+        unfinished = "" if "finished" in previous else ", unfinished"
+        allow = "--allow_changes goes on nevertheless, " if unfinished and hasattr(config, "allow_changes") else ""
         raise RunError(
-            f"--output_dir {directory}: holds an earlier run whose files are not what it made; --overwrite_output_dir "
-            "makes them again"
+            f"--output_dir {directory}: holds an earlier run{unfinished}, with {'; '.join(changes)}; "
+            f"{allow}--overwrite_output_dir begins anew"
         )
-    return None if finished else Start(config, stage, True, facts)
+    return None if state == "done" else Start(config, stage, True, facts)
+
+
+def status(directory: Path, config: Any, stage: str) -> tuple[Literal["new", "resume", "done", "changed"], list[str]]:
+    """Compare the run in a directory with a request: return its state, and what differs if that is "changed".
+
+    The inputs are compared by content. A finished run whose files were changed since is "changed" too.
+    """
+    run = record(directory)
+    if run is None or run["stage"] != stage:
+        return "new", []
+    wanted = asdict(config)
+    hashes = {name: fingerprint(path) for name, path in inputs(config, stage).items()}
+    recorded = run.get("inputs", {})
+    changes = [f"{name} {run['arguments'].get(name)!r}, now {wanted.get(name)!r}" for name in changed(run, wanted)]
+    changes += [f"another {name}" for name in recorded | hashes if recorded.get(name) != hashes.get(name)]
+    if not changes and "finished" in run and not outputs_intact(directory, run.get("outputs")):
+        changes.append("files that are not what it made")
+    return "changed" if changes else "done" if "finished" in run else "resume", changes
 
 
 def template_date(before: Mapping[str, Any] | None, inputs: Iterable[str]) -> str:
@@ -106,23 +139,6 @@ def _left_anything(directory: Path) -> bool:
     """Whether a run that did not finish left more than its record."""
     own = (run_record.RUN_FILE, run_directory.LOCK)
     return any(file.is_file() and file.name not in own and file.stat().st_size for file in directory.rglob("*"))
-
-
-def _differences(before: Mapping[str, Any], config: Any, hashes: Mapping[str, str]) -> list[str]:
-    """From the run that is there, each as it was and as it would be."""
-    was, now = before["arguments"], asdict(config)
-    found = [f"{name} {was.get(name)!r}, now {now.get(name)!r}" for name in changed(before, now)]
-    other = [name for name in hashes if before.get("inputs", {}).get(name) != hashes[name]]
-    return found + [f"another {name}" for name in other]
-
-
-def is_resumable(directory: Path, config: Any, stage: str) -> bool:
-    """Whether an unfinished run with these options and the same inputs is there."""
-    run = record(directory)
-    if run is None or run["stage"] != stage or "finished" in run:
-        return False
-    hashes = {name: fingerprint(path) for name, path in inputs(config, stage).items()}
-    return not _differences(run, config, hashes)
 
 
 def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
@@ -147,13 +163,3 @@ def finish(directory: Path, **facts: Any) -> None:
     run_record.confirm(directory)
     made = {str(file.relative_to(directory)): digest(file) for file in output_files(directory)}
     run_record.update_run(directory, **facts, outputs=made, finished=run_record.now())
-
-
-def is_up_to_date(directory: Path, config: Any, stage: str) -> bool:
-    """Whether the directory has a finished run of that stage with these options, the same inputs and whole outputs."""
-    run = record(directory)
-    if run is None or run["stage"] != stage or "finished" not in run:
-        return False
-    paths = inputs(config, stage)
-    same_inputs = run.get("inputs") == {name: fingerprint(path) for name, path in paths.items()}
-    return not changed(run, asdict(config)) and same_inputs and outputs_intact(directory, run.get("outputs"))
