@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from exo import data, models
 from exo.cli import console
@@ -28,7 +27,7 @@ from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
-from exo.distributed.accelerator import make_accelerator, place
+from exo.distributed.accelerator import Training, make_accelerator, place, set_seed
 from exo.models import lora
 from exo.models.attention import choose
 from exo.rollouts import samples
@@ -40,6 +39,7 @@ from exo.runs.stage import Start, stage
 from exo.training import checks, loop, preference, reference, sampler
 from exo.training import metrics as training_metrics
 from exo.training import run as training_run
+from exo.training.optimizer import OptimizerSettings
 from exo.training.reference import Mode
 
 HEAD_BUDGET = 2**29  # the default memory_budget of the losses on hidden states
@@ -112,7 +112,7 @@ def run(config: Config, start: Start) -> Path:
     held_out = read(config, "eval_data") if config.eval_data else None
     if held_out is not None:
         split.warn_of_leaks(dataset, held_out)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator(), training=Training(**config.parallel()))
     set_seed(config.seed)
 
     console.headline("Data")
@@ -134,7 +134,7 @@ def run(config: Config, start: Start) -> Path:
         train_examples, _, held_out_lines = parted(config, dataset, examples, others, counts)
     finally:
         console.counts(counts)
-    read_model = partial(models.load, mapped=fsdp.is_requested(config))
+    read_model = partial(models.load, mapped=fsdp.is_requested(config.fsdp))
     mode, other_model = reference_model(config, examples + others, tokenizer, read_model)
     _describe(config, model, tokenizer, train_examples, accelerator)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
@@ -145,7 +145,7 @@ def run(config: Config, start: Start) -> Path:
     trained = lora.apply(model, config, start_model)
     seeing = [model] if other_model is None else [model, other_model]
     for one in seeing:
-        place(one, config, accelerator)
+        place(one, accelerator, config.fsdp)
     collator = choose.choose_layout(
         seeing,
         examples,
@@ -172,13 +172,22 @@ def run(config: Config, start: Start) -> Path:
         label_smoothing=config.label_smoothing or 0.0, temperature=config.temperature, reference=live,
     ).train(config.dropout)  # fmt: skip
     watch = _Watch(config, module, tokenizer, eval_examples, accelerator, metrics, collator, dtypes)
-    steps = sampler.total_steps(config, len(train_examples))
-    loop.train(
-        module, sampler.BatchSampler(train_examples, config, steps), steps, config, accelerator, metrics,
-        collator=collator, denominator=len, shown=SHOWN,
-        steps_an_epoch=sampler.steps_per_epoch(config, len(train_examples)),
-        first=_first_loss_check(config, mode, module, train_examples, accelerator), after=watch, parts={"watch": watch},
-    )  # fmt: skip
+    steps = sampler.total_steps(**config.steps(len(train_examples)))
+    task = loop.Task(
+        module,
+        sampler.BatchSampler(train_examples, steps, config.batch_size, config.seed),
+        steps,
+        collator,
+        denominator=len,
+        shown=SHOWN,
+        steps_per_epoch=sampler.steps_per_epoch(len(train_examples), config.batch_size),
+        first=_first_loss_check(config, mode, module, train_examples, accelerator),
+        after=watch,
+        after_every=(config.eval_steps, config.export_steps),
+        parts={"watch": watch},
+    )
+    settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
+    loop.train(task, settings, accelerator, metrics)
     finished = lora.merged(trained, config, accelerator)
     directory = training_run.end(metrics, finished, tokenizer, accelerator, watch.last, dtypes)
     _conclude(directory, watch)
@@ -265,7 +274,7 @@ def _describe(
     """What will be trained on what, before any time is spent on it."""
     kind = "preferences" if examples[0].rewards is None else "rewards"
     parameters = models.parameter_count(model)
-    steps = sampler.total_steps(config, len(examples))
+    steps = sampler.total_steps(**config.steps(len(examples)))
     sizes = sorted({len(example.completions) for example in examples})
     lengths = sorted(example.longest for example in examples)
     console.log(
@@ -293,7 +302,7 @@ def _memory(config: Config, model: Any, examples: list[TokenizedExample], accele
     trained = 0 if config.lora_r else 12
     weights = sum(parameter.numel() * (1 if parameter.dtype == torch.uint8 else 4) for parameter in model.parameters())
     whole = weights + (trained + beside) * models.parameter_count(model)
-    share = accelerator.num_processes if fsdp.is_requested(config) else 1
+    share = accelerator.num_processes if fsdp.is_requested(config.fsdp) else 1
     return whole // share + min(HEAD_BUDGET, 2 * 4 * tokens * vocabulary)
 
 
@@ -343,7 +352,7 @@ def _first_loss_check(
     accelerator: Accelerator,
 ) -> Any:
     """A function that compares the first loss with what theory says where policy equals reference."""
-    first = next(sampler.BatchSampler(examples, config, 1))
+    first = next(sampler.BatchSampler(examples, 1, config.batch_size, config.seed))
     expected, tolerance = module.expected_first_loss(first, accelerator.mixed_precision)
     most = module.max_rounding_error(first, accelerator.mixed_precision)
 

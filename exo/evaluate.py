@@ -81,7 +81,7 @@ class Checkpoint(NamedTuple):
 def run(config: Config, start: Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
     dataset = _read(config)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator())
     if config.model:
         reference, known = models.load(run_inputs.source("reference", config.reference or "", "sft", "align", "ppo"))
         (dataset,) = render.apply(config, known, gather.template_date(start, accelerator), dataset)

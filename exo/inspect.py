@@ -181,7 +181,7 @@ def _plan(name: str, options: Any, dataset: Dataset, held_out: Dataset | None, t
         return Plan([], counts, "", error)
     if name == "sample":
         return Plan(rows, counts, f"{len(rows):,} prompts x {options.k} completions", None)
-    each = f"{sampler.total_steps(options, len(rows)):,} steps of {options.batch_size}"
+    each = f"{sampler.total_steps(**options.steps(len(rows))):,} steps of {options.batch_size}"
     return Plan(rows, counts, f"{len(rows):,} rows, {each}", None)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from exo import data, models
@@ -29,7 +28,8 @@ from exo.data.collate import Batch, Collator, split_completions
 from exo.data.text import render, tokenize
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
-from exo.distributed.accelerator import make_accelerator, place
+from exo.distributed.accelerator import Training as DistributedTraining
+from exo.distributed.accelerator import make_accelerator, place, set_seed
 from exo.models import logps as model_logps
 from exo.models.attention import masks
 from exo.models.lm_head import LMHead, eval_mode
@@ -40,6 +40,7 @@ from exo.runs.stage import Start, stage
 from exo.training import loop
 from exo.training import metrics as training_metrics
 from exo.training import run as training_run
+from exo.training.optimizer import OptimizerSettings
 from exo.training.step import LossOutput
 from exo_kernels import linear_token_logps
 
@@ -170,11 +171,11 @@ def run(config: Config, start: Start) -> Path:
     """Train and return the run directory, which is the model directory."""
     path = run_inputs.source("data", config.data, "prepare", prepared="prompts.jsonl")
     dataset = data.read(path, purpose="prompts", **config.reading(), **config.mixing())
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator(), training=DistributedTraining(**config.parallel()))
     set_seed(config.seed)
     console.log(dataset.summary())
     name = run_inputs.source("model", config.model, "sft", "align", "ppo")
-    model, tokenizer = models.load(name, mapped=fsdp.is_requested(config))
+    model, tokenizer = models.load(name, mapped=fsdp.is_requested(config.fsdp))
     dtypes = models.dtypes_of(config.save_dtype, name)
     (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
     usable, dropped = tokenize.usable_prompts(dataset, tokenizer, skip_invalid=config.skip_invalid)
@@ -186,7 +187,7 @@ def run(config: Config, start: Start) -> Path:
     )  # fmt: skip
     critic, reference = Critic(model), copy.deepcopy(model).eval().requires_grad_(False)
     for one, exact in ((model, []), (critic, [critic.value]), (reference, [])):
-        place(one, config, accelerator, exact)
+        place(one, accelerator, config.fsdp, exact)
     module = ActorCritic(model, critic, config).train(config.dropout)
     maker = _maker(config, module, reference, tokenizer, scorer, accelerator)
     prompts = [example.prompt for example in usable]
@@ -208,13 +209,22 @@ def run(config: Config, start: Start) -> Path:
             if accelerator.is_main_process:
                 models.export_model(finished, tokenizer, Path(config.output_dir), f"step-{step}", dtypes)
 
-    loop.train(
-        module, source, config.max_steps, config, accelerator, metrics,
-        collator=maker.collator, collate=partial(experience.collate, collator=maker.collator), denominator=_tokens,
+    task = loop.Task(
+        module,
+        source,
+        config.max_steps,
+        maker.collator,
+        denominator=_tokens,
         shown=SHOWN,
+        collate=partial(experience.collate, collator=maker.collator),
         rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
-        first=partial(_check_ratio, config, accelerator), after=after, before_update=partial(_rest, config),
-    )  # fmt: skip
+        first=partial(_check_ratio, config, accelerator),
+        before_update=partial(_rest, config),
+        after=after,
+        after_every=(config.export_steps,),
+    )
+    settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
+    loop.train(task, settings, accelerator, metrics)
     console.counts(maker.counts)
     finished = fsdp.gather_model(model, accelerator.is_main_process)
     return training_run.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import nn
 
 from exo import data, models
@@ -29,13 +28,14 @@ from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
-from exo.distributed.accelerator import make_accelerator, place
+from exo.distributed.accelerator import Training, make_accelerator, place, set_seed
 from exo.evaluation import metrics as evaluation_metrics
 from exo.runs import inputs as run_inputs
 from exo.runs.stage import Start, stage
 from exo.training import loop, sampler
 from exo.training import run as training_run
 from exo.training.losses import LabelLoss, PairLoss
+from exo.training.optimizer import OptimizerSettings
 
 SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
 
@@ -59,7 +59,7 @@ class Config(DataTraining, DataOptions):
 def run(config: Config, start: Start) -> Path:
     """Train and return the run directory, which is the model directory."""
     dataset = read(config)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator(), training=Training(**config.parallel()))
     set_seed(config.seed)
     console.log(dataset.summary())
     name = run_inputs.source("model", config.model, "sft")
@@ -73,14 +73,21 @@ def run(config: Config, start: Start) -> Path:
         console.counts(counts)
     models.check_fits(model, examples + held_out)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
-    steps = sampler.total_steps(config, len(examples))
+    steps = sampler.total_steps(**config.steps(len(examples)))
     console.log(f"{len(examples):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
-    module = (LabelLoss if config.labels else PairLoss)(place(model, config, accelerator)).train(config.dropout)
+    module = (LabelLoss if config.labels else PairLoss)(place(model, accelerator, config.fsdp)).train(config.dropout)
     collator = Collator(tokenizer.pad_token_id, config.max_tokens_per_batch)
-    loop.train(
-        module, sampler.BatchSampler(examples, config, steps), steps, config, accelerator, metrics, collator=collator,
-        denominator=len, steps_an_epoch=sampler.steps_per_epoch(config, len(examples)), shown=SHOWN,
-    )  # fmt: skip
+    task = loop.Task(
+        module,
+        sampler.BatchSampler(examples, steps, config.batch_size, config.seed),
+        steps,
+        collator,
+        denominator=len,
+        shown=SHOWN,
+        steps_per_epoch=sampler.steps_per_epoch(len(examples), config.batch_size),
+    )
+    settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
+    loop.train(task, settings, accelerator, metrics)
     result = _evaluate(module, held_out, accelerator, collator)
     if result and accelerator.is_main_process:
         metrics.write(step=steps, **result)

@@ -54,7 +54,7 @@ def run(config: Config, start: Start) -> Path:
     console.log(dataset.summary())
     name = run_inputs.source("model", config.model, "sft", "align", "ppo")
     chosen(config, len(dataset.examples))  # fail before the model is loaded
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator())
     if config.engine == "torch":
         model, tokenizer = models.load(name)
         model.to(accelerator.device)

@@ -50,7 +50,7 @@ def run(config: Config, start: Start) -> Path:
     console.log(dataset.summary())
     if num_scored := sum(example.rewards is not None for example in dataset.examples):
         console.log(f"  {num_scored:,} rows have rewards, which are replaced")
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator())
     scorer = scorers.load(
         config.reward_model, config.oracle, accelerator, max_length=config.max_length,
         max_prompt_length=config.max_prompt_length, max_tokens_per_batch=config.max_tokens_per_batch,

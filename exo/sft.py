@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import set_seed
-
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, named, option
@@ -23,7 +21,7 @@ from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import gather
-from exo.distributed.accelerator import make_accelerator, place
+from exo.distributed.accelerator import Training, make_accelerator, place, set_seed
 from exo.models import lora
 from exo.models.attention import choose
 from exo.runs import inputs as run_inputs
@@ -32,6 +30,7 @@ from exo.runs.stage import Start, stage
 from exo.training import loop, sampler
 from exo.training import run as training_run
 from exo.training.losses import NextToken
+from exo.training.optimizer import OptimizerSettings
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Config(AdapterOptions, DataOptions):
 def run(config: Config, start: Start) -> Path:
     """Fine-tune and return the run directory, which is the model directory."""
     dataset = read(config)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator(), training=Training(**config.parallel()))
     set_seed(config.seed)
     console.log(dataset.summary())
     lora.check(config, config.model)
@@ -61,7 +60,7 @@ def run(config: Config, start: Start) -> Path:
         console.counts(counts)
     models.check_fits(model, examples)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
-    steps = sampler.total_steps(config, len(examples))
+    steps = sampler.total_steps(**config.steps(len(examples)))
     console.log(
         f"{len(examples):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
@@ -69,24 +68,23 @@ def run(config: Config, start: Start) -> Path:
     preview.show(examples, tokenizer, preview.LOSS)
     adapted = lora.apply(model, config, name)
     collator = choose.choose_layout(
-        [place(model, config, accelerator)], examples, accelerator,
+        [place(model, accelerator, config.fsdp)], examples, accelerator,
         Collator(tokenizer.pad_token_id, config.max_tokens_per_batch), "off", 1.0, config.dropout,
     )  # fmt: skip
     if accelerator.is_main_process:
         run_record.update_run(Path(config.output_dir), layout=collator.layout)
     module = NextToken(adapted).train(config.dropout)
-    loop.train(
+    task = loop.Task(
         module,
-        sampler.BatchSampler(examples, config, steps),
+        sampler.BatchSampler(examples, steps, config.batch_size, config.seed),
         steps,
-        config,
-        accelerator,
-        metrics,
-        collator=collator,
+        collator,
         denominator=_scored_tokens,
-        steps_an_epoch=sampler.steps_per_epoch(config, len(examples)),
         shown={"loss": "loss", "tokens_per_second": "tok/s"},
+        steps_per_epoch=sampler.steps_per_epoch(len(examples), config.batch_size),
     )
+    settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
+    loop.train(task, settings, accelerator, metrics)
     finished = lora.merged(module.model, config, accelerator)
     return training_run.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 

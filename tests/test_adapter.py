@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from exo import align, models, sft
-from exo.cli.options import AdapterOptions, DataTraining
+from exo.cli.options import AdapterOptions
 from exo.data.collate import Collator
 from exo.distributed.accelerator import make_accelerator
 from exo.models import lora as model_lora
 from exo.training import preference
-from exo.training.optimizer import _spare
+from exo.training.loop import Settings, _save_memory
+from exo.training.optimizer import OptimizerSettings
 from exo_kernels.schedules import plan
 from tests import interruptions
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
@@ -279,10 +280,10 @@ def test_checkpointing_changes_no_gradient_keeps_less_and_outlives_an_evaluation
             model_lora.apply(model, AdapterOptions(lora_r=lora), "x"), loss="exo", beta_pi=0.5, beta_r=0.5,
             label_smoothing=0.0, temperature=1.0,
         ).train(False)  # fmt: skip
-        _spare(module, DataTraining(gradient_checkpointing=checkpointed))
+        _save_memory(module, Settings(OptimizerSettings(), "", gradient_checkpointing=checkpointed))
         collator = Collator(0, 8192)
         example = align.TokenizedExample((3, 4, 5) * 20, ((6, 7, 8), (9, 3)), (1.0, 0.0), 1, (-7.0, -4.0))
-        preference.evaluate(module, [example], make_accelerator(DataTraining(device="cpu")), collator)
+        preference.evaluate(module, [example], make_accelerator(device="cpu"), collator)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
             share = module(collator.collate([example]), 1)

@@ -114,7 +114,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_end(zero, given, tmp_pa
     assert not [f for f in (tmp_path / "run" / "checkpoints").rglob("*.*") if f.suffix not in (".safetensors", ".json")]
     code, said = run("align", given, tmp_path / "run", "--fsdp=false")
     assert code == 0, said
-    assert "going on after step" in said
+    assert "resuming after step" in said
     assert made(tmp_path / "run") == made(tmp_path / "whole")
 
 
@@ -127,12 +127,12 @@ def test_a_state_goes_on_in_other_processes_but_with_deepspeed_alone(given, tmp_
     server.close()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     code, said = run("align", given, tmp_path / "run", "--allow_changes")
-    assert code == 1 and "goes on with DeepSpeed only" in said and "Traceback" not in said
+    assert code == 1 and "resume with DeepSpeed" in said and "Traceback" not in said
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     code, said = run("align", given, tmp_path / "run", processes=3)
-    assert code == 1 and "of a run with 2 processes, with ZeRO 2; this one has 3" in said
+    assert code == 1 and "by a run with 2 processes, with ZeRO 2; this one has 3" in said
     code, said = run("align", given, tmp_path / "run", "--allow_changes", processes=3)
-    assert code == 0 and "going on after step" in said, said
+    assert code == 0 and "resuming after step" in said, said
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 2e-5
 

@@ -255,7 +255,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_end(how, given, tmp_pat
     killed(server, given, tmp_path / "run", how)
     code, said = forked(server, "align", given, tmp_path / "run", how)
     assert code == 0, said
-    assert "going on after step" in said
+    assert "resuming after step" in said
     assert made(tmp_path / "run") == made(tmp_path / "whole")
 
 
@@ -279,9 +279,9 @@ def test_a_state_of_two_processes_goes_on_in_others(before, after, processes, gi
     """In other shards, or in none, if that is allowed; to the end that one process comes to."""
     killed(server, given, tmp_path / "run", before)
     code, said = forked(server, "align", given, tmp_path / "run", after, processes=processes)
-    assert code == 1 and "of a run with 2 processes" in said and "with --allow_changes it goes on" in said
+    assert code == 1 and "saved by a run with 2 processes" in said and "pass --allow_changes to resume" in said
     code, said = forked(server, "align", given, tmp_path / "run", after, "--allow_changes", processes=processes)
-    assert code == 0 and "going on after step" in said, said
+    assert code == 0 and "resuming after step" in said, said
     found = load_file(tmp_path / "run" / "model.safetensors")
     assert found.keys() == in_one.keys()
     assert max(float((found[name] - in_one[name]).abs().max()) for name in found) < 2e-5

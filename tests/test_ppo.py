@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from exo import models, ppo
-from exo.cli.options import Training
 from exo.data.collate import Collator
 from exo.distributed.accelerator import make_accelerator
 from exo.models import logps
@@ -79,7 +78,7 @@ def made(policy):
     from exo.rollouts import scorers
 
     settings = config(policy)
-    accelerator = make_accelerator(Training(device="cpu"))
+    accelerator = make_accelerator(device="cpu")
     model, tokenizer = models.load(policy)
     reference = copy.deepcopy(model)
     for parameter in model.parameters():

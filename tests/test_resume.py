@@ -73,7 +73,7 @@ def test_a_killed_run_goes_on_to_the_same_end(stage, place, given, whole, tmp_pa
         PLACES[place](patch)
         STAGES[stage].main(argv)
     assert STAGES[stage].main(argv) == 0
-    went_on = "going on after step" in capsys.readouterr().out
+    went_on = "resuming after step" in capsys.readouterr().out
     assert went_on == (place not in ("before the first update", "before a state"))
     assert made(tmp_path / "run") == whole(stage)
     assert not (tmp_path / "run" / run_record.STATES).exists()
@@ -113,7 +113,7 @@ def test_changed_options_are_shown_and_refused_unless_allowed(half, whole, capsy
 def test_fewer_steps_than_were_taken_are_refused(half, capsys):
     run, argv = half
     assert STAGES["sft"].main([*argv, "--allow_changes", "--max_steps", "3"]) == 1
-    assert "holds the state of step 6; expected --max_steps 6 at least" in capsys.readouterr().err
+    assert "holds the checkpoint of step 6; expected --max_steps 6 or more" in capsys.readouterr().err
 
 
 def test_more_steps_than_were_asked_for_may_be_added(half, capsys):
@@ -152,7 +152,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(half, whole, damage
         file.unlink()
     assert STAGES["sft"].main(argv) == 0
     said = capsys.readouterr().out
-    assert f"step-6 is damaged and not used: {damage}" in said and "going on after step 4" in said
+    assert f"step-6 is damaged and not used: {damage}" in said and "resuming after step 4" in said
     assert made(run) == whole("sft")
 
 
@@ -179,8 +179,8 @@ def test_where_no_state_is_whole_the_user_is_asked(half, whole, capsys, monkeypa
         file.write_text(text.replace('"version": 2', '"version": 1') if "version" in how else text[1:])
     assert STAGES["sft"].main(argv) == 1
     said = capsys.readouterr()
-    assert "none of its states is whole; --overwrite_output_dir begins the run anew" in said.err
-    assert ("it is of another version of exo (1, and this one reads 2)" in said.out) == ("version" in how)
+    assert "no checkpoint is intact; pass --overwrite_output_dir to start over" in said.err
+    assert ("another version of exo wrote it (1; this one reads 2)" in said.out) == ("version" in how)
     for file, content in zip(manifests, before, strict=True):
         file.write_bytes(content)
     assert STAGES["sft"].main(argv) == 0
@@ -203,7 +203,7 @@ def test_a_log_that_is_not_the_states_is_seen(half, capsys):
     run, argv = half
     (run / "metrics.jsonl").write_text("")
     assert STAGES["sft"].main(argv) == 1
-    assert "it has fewer, and so is not this state's" in capsys.readouterr().err
+    assert "the log is not this checkpoint's" in capsys.readouterr().err
 
 
 def test_a_position_in_other_batches_is_refused_and_the_first_command_still_goes_on(half, whole, capsys):
@@ -219,7 +219,7 @@ def test_a_state_of_another_model_is_refused(half, capsys, monkeypatch):
     other = {"weights.other": torch.zeros(3)}
     monkeypatch.setattr(checkpoint.Checkpointer, "_weights", lambda self: other)
     assert STAGES["sft"].main(argv) == 1
-    assert "of another model" in capsys.readouterr().err
+    assert "saved from another model" in capsys.readouterr().err
 
 
 def test_a_state_of_another_number_of_processes_is_refused(half, capsys):
@@ -228,23 +228,23 @@ def test_a_state_of_another_number_of_processes_is_refused(half, capsys):
     facts = json.loads((state / "state.json").read_text())
     (state / "state.json").write_text(json.dumps(facts | {"processes": 2}))
     (state / "manifest.json").unlink()
-    (state / "manifest.json").write_bytes(checkpoint_files._encoded(checkpoint_files._listed(state)))
+    (state / "manifest.json").write_bytes(checkpoint_files._encode_manifest(checkpoint_files._digests(state)))
     assert STAGES["sft"].main(argv) == 1
-    expected = "of a run with 2 processes; this one has 1 process; with --allow_changes"
+    expected = "saved by a run with 2 processes; this one has 1 process; pass --allow_changes"
     assert expected in capsys.readouterr().err
 
 
 def test_the_checkpoint_to_resume_from_may_be_named(half, whole, capsys):
     run, argv = half
     assert STAGES["sft"].main([*argv, f"--resume_from_checkpoint={run / 'checkpoints' / 'step-4'}"]) == 0
-    assert "going on after step 4" in capsys.readouterr().out
+    assert "resuming after step 4" in capsys.readouterr().out
     assert made(run) == whole("sft")
 
 
 def test_the_newest_checkpoint_may_be_demanded(half, whole, capsys):
     run, argv = half
     assert STAGES["sft"].main([*argv, "--resume_from_checkpoint", "true"]) == 0
-    assert "going on after step 6" in capsys.readouterr().out
+    assert "resuming after step 6" in capsys.readouterr().out
     assert made(run) == whole("sft")
 
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from exo import data, models, reward
 from exo.cli import console
-from exo.cli.options import Training
 from exo.data.collate import Collator
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
@@ -56,8 +55,8 @@ def trained(policy, tmp_path_factory):
 
 
 def scorer(directory, max_tokens=8192):
-    compute = Training(device="cpu", max_tokens_per_batch=max_tokens)
-    return scorers.load(str(directory), None, make_accelerator(compute), max_length=64, max_tokens_per_batch=max_tokens)
+    accelerator = make_accelerator(device="cpu")
+    return scorers.load(str(directory), None, accelerator, max_length=64, max_tokens_per_batch=max_tokens)
 
 
 def example(prompt, *completions):
@@ -221,7 +220,7 @@ def test_a_process_that_is_not_the_first_writes_nothing(policy, tmp_path, monkey
 
 def load(directory, max_length, max_prompt_length=None, **options):
     options |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    return scorers.load(str(directory), None, make_accelerator(Training(device="cpu")), **options)
+    return scorers.load(str(directory), None, make_accelerator(device="cpu"), **options)
 
 
 def test_a_completion_that_takes_most_of_the_length_is_scored_with_its_end(trained):

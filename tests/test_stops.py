@@ -50,10 +50,10 @@ def test_a_run_that_is_told_to_stop_loses_no_step(stage, number, given, whole, t
         assert STAGES[stage].main(argv) == 128 + number
     said = capfd.readouterr().err.strip().splitlines()
     assert said[0].startswith("Stopping after this step") and said[-1].startswith(
-        "stopped: after step 5 of 10, kept in"
+        "stopped: after step 5 of 10, saved in"
     )
     assert STAGES[stage].main(argv) == 0
-    assert "going on after step 5" in capfd.readouterr().out
+    assert "resuming after step 5" in capfd.readouterr().out
     assert made(tmp_path / "run") == whole(stage)
 
 
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_when_the_model_is_written_names_the_state(
         patch.setattr(PreTrainedModel, "save_pretrained", full)
         assert STAGES[stage].main(argv) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ") and "No space left" in said and "the last whole state is" in said
+    assert said.startswith("error: ") and "No space left" in said and "the last checkpoint is" in said
     assert STAGES[stage].main(argv) == 0
     assert made(tmp_path / "run") == whole(stage)
 
@@ -150,8 +150,8 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
         patch.setattr(os, "fsync", full)
         assert STAGES["sft"].main(argv) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: step 6: its state could not be written") and "No space left on device" in said
-    assert "the last whole state is" in said and "step-4" in said
+    assert said.startswith("error: step 6: the checkpoint could not be written") and "No space left on device" in said
+    assert "the last checkpoint is" in said and "step-4" in said
     assert STAGES["sft"].main(argv) == 0
     assert made(tmp_path / "run") == whole("sft")
 
@@ -162,19 +162,19 @@ def test_what_is_not_finite_stops_the_run_with_its_state(kind, given, whole, tmp
     argv = interruptions.arguments("align", given, tmp_path / "run", "--save_steps", "0")
     update = training_step.update
 
-    def poisoned(module, optim, config, accelerator, step, batch, loss):
+    def poisoned(module, optim, norm, accelerator, step, batch, *rest):
         if step == 6 and kind == "loss":
             raise training_step._not_finite(step, "the loss is nan", batch)
         if step == 6:
             next(p for p in module.parameters() if p.grad is not None).grad.fill_(float("nan"))
-        return update(module, optim, config, accelerator, step, batch, loss)
+        return update(module, optim, norm, accelerator, step, batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(training_step, "update", poisoned)
         assert STAGES["align"].main(argv) == 1
     said = capsys.readouterr().err
     assert "error: step 6" in said and "stopped before the update" in said
-    assert f"the last whole state is {tmp_path / 'run' / 'checkpoints' / 'step-5'}" in said
+    assert f"the last checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-5'}" in said
     assert STAGES["align"].main(argv) == 0
     assert made(tmp_path / "run") == whole("align")
 

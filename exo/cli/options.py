@@ -42,6 +42,10 @@ class Compute(Stage):
         1, "processes on this machine, a GPU each; torchrun and accelerate launch work too", at_least(1)
     )
 
+    def accelerator(self) -> dict[str, Any]:
+        """Return the arguments of exo.distributed.accelerator.make_accelerator."""
+        return {"dtype": self.dtype, "device": self.device, "output_dir": self.output_dir}
+
 
 def _list(text: str | None) -> list[str]:
     """Return the items of an option with commas, without the blanks around them."""
@@ -200,6 +204,43 @@ class Training(Scoring):
         removed = self.overwrite_output_dir and (newest or Path(checkpoint).resolve().is_relative_to(output.resolve()))
         require(not removed, "resume_from_checkpoint", "no --overwrite_output_dir, which removes it", checkpoint)
 
+    def optimizer(self) -> dict[str, Any]:
+        """Return the fields of exo.training.optimizer.OptimizerSettings."""
+        names = (
+            "learning_rate",
+            "lr_scheduler_type",
+            "warmup_steps",
+            "warmup_ratio",
+            "weight_decay",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
+            "max_grad_norm",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def loop(self) -> dict[str, Any]:
+        """Return the fields of exo.training.loop.Settings but the optimizer's."""
+        names = (
+            "output_dir",
+            "seed",
+            "dropout",
+            "gradient_checkpointing",
+            "compile",
+            "profile",
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+            "resume_from_checkpoint",
+            "allow_changes",
+            "on_nan",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def parallel(self) -> dict[str, Any]:
+        """Return the fields of exo.distributed.accelerator.Training."""
+        return {"fsdp": self.fsdp, "compile": self.compile, "max_grad_norm": self.max_grad_norm}
+
 
 @dataclass(frozen=True)
 class DataTraining(Training, ChatOptions):
@@ -222,6 +263,15 @@ class DataTraining(Training, ChatOptions):
         "prompt-left",
         "rows over the limits: cut (the completion's end first, then the prompt's beginning), skip, or stop",
     )
+
+    def steps(self, n_examples: int) -> dict[str, Any]:
+        """Return the arguments of exo.training.sampler.total_steps."""
+        return {
+            "n_examples": n_examples,
+            "batch_size": self.batch_size,
+            "epochs": self.num_train_epochs,
+            "max_steps": self.max_steps,
+        }
 
     def limits(self) -> dict[str, Any]:
         """Return the fields of exo.data.text.limits.Limits."""
@@ -255,3 +305,6 @@ class AdapterOptions(DataTraining):
                 require(value == field.default, field.name, "--lora_r too, without which there is no adapter", value)
         heard = self.dropout or not self.lora_dropout
         require(heard, "lora_dropout", "0, or --dropout too, without which nothing is dropped out", self.lora_dropout)
+
+    def parallel(self) -> dict[str, Any]:
+        return super().parallel() | {"load_in_4bit": self.load_in_4bit}

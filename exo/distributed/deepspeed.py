@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from exo.cli.errors import ConfigError
-from exo.cli.options import Training
 
 LAUNCHER = "ACCELERATE_USE_DEEPSPEED"  # what accelerate's launcher says
 BUCKET = 50_000_000  # numbers that are reduced or gathered at a time: 0.2 GB of fp32, where DeepSpeed would take 2
@@ -47,21 +46,21 @@ def choose_device(cpu: bool) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-def refuse(config: Any, mixed_precision: str) -> None:
-    """ConfigError for what cannot be had; of stages that do not train nothing is asked."""
-    if not is_launched() or not isinstance(config, Training):
+def refuse(mixed_precision: str, *, fsdp: bool, compile: bool, load_in_4bit: bool, max_grad_norm: float) -> None:
+    """Raise ConfigError for options of a training stage that do not go together with DeepSpeed, if it is requested."""
+    if not is_launched():
         return
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("DeepSpeed: asked for by accelerate, and not installed; pip install 'exo-kernels[deepspeed]'")
     if mixed_precision == "fp16":
         raise ConfigError("DeepSpeed: expected --dtype bfloat16 or float32; got float16")
-    for name in ("fsdp", "compile", "load_in_4bit"):
-        if getattr(config, name, False):
+    for name, is_set in (("fsdp", fsdp), ("compile", compile), ("load_in_4bit", load_in_4bit)):
+        if is_set:
             raise ConfigError(f"DeepSpeed: does not go together with --{name}")
-    settings(config, mixed_precision)
+    settings(max_grad_norm, mixed_precision)
 
 
-def settings(config: Training, mixed_precision: str) -> dict[str, Any]:
+def settings(max_grad_norm: float, mixed_precision: str) -> dict[str, Any]:
     """For DeepSpeed, from what accelerate's plugin found in the environment or in the file that it names."""
     from accelerate.utils import DeepSpeedPlugin
 
@@ -76,14 +75,14 @@ def settings(config: Training, mixed_precision: str) -> dict[str, Any]:
         raise ConfigError(f"DeepSpeed: expected ZeRO stage 1 or 2; got {stage}, {instead.get(stage, 'unknown')}")
     ours = {
         "train_batch_size": (), "train_micro_batch_size_per_gpu": (), "gradient_accumulation_steps": (1,),
-        "gradient_clipping": (config.max_grad_norm,), "fp16": (), "bf16": (),
+        "gradient_clipping": (max_grad_norm,), "fp16": (), "bf16": (),
     }  # fmt: skip
     for name, value in given.items():
         said = value.get("enabled") if isinstance(value, Mapping) else value
         if name not in ours and name not in IDLE:
             raise ConfigError(f"DeepSpeed: its setting {name} is not for this version")
         if name in ours and said not in (*AUTO, *ours[name]) and said is not False:
-            hint = f" (--max_grad_norm is {config.max_grad_norm:g})" if name == "gradient_clipping" else ""
+            hint = f" (--max_grad_norm is {max_grad_norm:g})" if name == "gradient_clipping" else ""
             raise ConfigError(f"DeepSpeed: its setting {name}: expected auto, as our options say it{hint}; got {said}")
     for name, value in zero.items():
         off = value in (*AUTO, False) or isinstance(value, Mapping) and value.get("device") in (None, "none")
@@ -94,7 +93,7 @@ def settings(config: Training, mixed_precision: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # it would divide by them; the denominator is ours
-        "gradient_clipping": config.max_grad_norm,
+        "gradient_clipping": max_grad_norm,
         "zero_optimization": parts,
         "zero_allow_untested_optimizer": True,
         # accelerate's autocast around it would be switched off by it, so it makes its own, of the same kind
@@ -103,7 +102,7 @@ def settings(config: Training, mixed_precision: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prepare(module: nn.Module, optim: torch.optim.Optimizer, config: Training, accelerator: Accelerator) -> Any:
+def prepare(module: nn.Module, optim: torch.optim.Optimizer, max_grad_norm: float, accelerator: Accelerator) -> Any:
     """(DeepSpeed's engine around the module, its optimizer around ours)."""
     import deepspeed
 
@@ -112,7 +111,9 @@ def prepare(module: nn.Module, optim: torch.optim.Optimizer, config: Training, a
     # torch's warning, of the name by which DeepSpeed gathers
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     engine, wrapped, _, _ = deepspeed.initialize(
-        model=module.to(accelerator.device), optimizer=optim, config=settings(config, accelerator.mixed_precision)
+        model=module.to(accelerator.device),
+        optimizer=optim,
+        config=settings(max_grad_norm, accelerator.mixed_precision),
     )
     return engine, wrapped
 

@@ -28,18 +28,18 @@ T = TypeVar("T")
 LAUNCHER = "ACCELERATE_USE_FSDP"  # what accelerate's launcher says
 
 
-def is_requested(config: Any) -> bool:
-    """Whether the run is to be in shards; of one process there are none."""
+def is_requested(option: bool) -> bool:
+    """Return whether the model is to be sharded, by --fsdp or the launcher; never on a single rank."""
     launched = os.environ.get(LAUNCHER, "").lower() == "true"
-    return (getattr(config, "fsdp", False) or launched) and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return (option or launched) and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def refuse(config: Any, mixed_precision: str) -> None:
-    """ConfigError for what does not go together with shards."""
+def refuse(mixed_precision: str, compile: bool, load_in_4bit: bool) -> None:
+    """Raise ConfigError for options that do not go together with FSDP."""
     if mixed_precision == "fp16":
         raise ConfigError("--fsdp: expected --dtype bfloat16 or float32; got float16")
-    for name in ("load_in_4bit", "compile"):
-        if getattr(config, name, False):
+    for name, is_set in (("load_in_4bit", load_in_4bit), ("compile", compile)):
+        if is_set:
             raise ConfigError(f"--fsdp: does not go together with --{name}")
 
 

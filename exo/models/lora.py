@@ -31,7 +31,7 @@ def load(
 ) -> tuple[Any, Any]:
     """The model that a stage begins with, and its tokenizer."""
     if not options.load_in_4bit:
-        read = partial(models.load, mapped=fsdp.is_requested(options))
+        read = partial(models.load, mapped=fsdp.is_requested(options.fsdp))
         return models.load_or_tiny(name, texts, seed=options.seed, read=read)
     return models.load(name, four_bits=compute_dtype(accelerator))
 

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from exo.cli import signals
 from exo.cli.errors import RunError
-from exo.cli.options import Training
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import deepspeed, fsdp
 from exo.training import profiler
-from exo.training.optimizer import learning_rate_share
+from exo.training.optimizer import OptimizerSettings, learning_rate_share
 from exo.training.profiler import activations
 
 COUNTERS = ("lost", "not_finite", "clipped")  # of updates; lost: to float16's overflow, in a row
@@ -46,13 +45,14 @@ class TrainStep(NamedTuple):
 
     module: nn.Module
     optim: Any
-    config: Training
+    settings: OptimizerSettings
     accelerator: Accelerator
     denominator: Callable[[Sequence[Any]], int]
     collate: Callable[[Sequence[Any]], Any]
     collator: Collator
     steps: int
     before_update: Callable[[int, Any], None] | None = None
+    stop_on_nan: bool = True
 
     def __call__(
         self,
@@ -64,14 +64,22 @@ class TrainStep(NamedTuple):
         first: Callable[[float, Mapping[str, float]], None] | None,
     ) -> tuple[dict[str, float], int]:
         """From a global batch to the update; (a line of metrics, the signal that asked some process to stop)."""
-        config, accelerator, began = self.config, self.accelerator, time.perf_counter()
-        share = learning_rate_share(config, self.steps, step - 1)
+        settings, accelerator, began = self.settings, self.accelerator, time.perf_counter()
+        share = learning_rate_share(settings, self.steps, step - 1)
         for group in self.optim.param_groups:
             group["lr"] = group["peak"] * share
         with profiler.section("data"):
             parts, n_padding = self._parts(batch)
         loss, sums, tokens = accumulate(
-            self.module, parts, self.denominator(batch), accelerator, self.collate, step, config, told, n_padding
+            self.module,
+            parts,
+            self.denominator(batch),
+            accelerator,
+            self.collate,
+            step,
+            self.stop_on_nan,
+            told,
+            n_padding,
         )
         with profiler.section("waiting"):
             loss, sums, tokens, asked = _across_processes(accelerator, loss, sums, tokens)
@@ -81,17 +89,19 @@ class TrainStep(NamedTuple):
         if self.before_update is not None:
             self.before_update(step, self.optim)
         with profiler.section("optimizer"):
-            norm = update(self.module, self.optim, config, accelerator, step, batch, loss)
+            norm = update(
+                self.module, self.optim, settings.max_grad_norm, accelerator, step, batch, loss, self.stop_on_nan
+            )
         finite = math.isfinite(loss) and math.isfinite(norm)
         lost = accelerator.optimizer_step_was_skipped
         counters["lost"] = counters["lost"] + 1 if lost else 0
         if counters["lost"] == MOST_SKIPPED:
             raise RunError(f"step {step}: {MOST_SKIPPED} updates in a row overflowed float16; use bfloat16")
         counters["not_finite"] += not finite and not lost
-        clipped = float(0 < config.max_grad_norm < norm)
+        clipped = float(0 < settings.max_grad_norm < norm)
         counters["clipped"] += clipped
         line = {"step": step, "loss": loss} | values
-        line |= {"learning_rate": config.learning_rate * share, "grad_norm": norm, "tokens": tokens}
+        line |= {"learning_rate": settings.learning_rate * share, "grad_norm": norm, "tokens": tokens}
         line |= {"clipped": clipped, "tokens_per_second": tokens / (time.perf_counter() - began)}
         return line | ({} if finite or lost else {"skipped": 1.0}), asked
 
@@ -115,7 +125,7 @@ def accumulate(
     accelerator: Accelerator,
     collate: Callable[[Any], Any],
     step: int,
-    config: Training,
+    stop_on_nan: bool = True,
     told: bool = True,
     n_padding: int = 0,
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
@@ -139,7 +149,7 @@ def accumulate(
                 with accelerator.autocast():
                     share = fsdp.run_unsharded_root(module, partial(module, batch, count))
             value = float(share.loss.detach())
-            if not math.isfinite(value) and config.on_nan == "stop":
+            if not math.isfinite(value) and stop_on_nan:
                 raise _not_finite(step, f"the loss is {value}", part, accelerator)
             # processes are averaged by the wrapper, but the denominator already counts them all
             with profiler.section("head and loss"):  # and from its border on the body
@@ -182,20 +192,21 @@ def _across_processes(
 def update(
     module: nn.Module,
     optim: Any,
-    config: Training,
+    max_grad_norm: float,
     accelerator: Accelerator,
     step: int,
     batch: Sequence[TokenizedExample],
     loss: float,
+    stop_on_nan: bool = True,
 ) -> float:
     """Clip, check, step. What is not finite stops the run, or this update; but fp16's loss scaling handles it there."""
-    limit, engine = config.max_grad_norm or math.inf, deepspeed.is_engine(module)
+    limit, engine = max_grad_norm or math.inf, deepspeed.is_engine(module)
     if engine:  # which checks before it steps, too
         norm = deepspeed.update(module, math.isfinite(loss))
     else:
         norm = float(fsdp.full_tensor(accelerator.clip_grad_norm_(module.parameters(), limit)))
     finite = math.isfinite(norm) and math.isfinite(loss)
-    if not finite and accelerator.scaler is None and config.on_nan == "stop":
+    if not finite and accelerator.scaler is None and stop_on_nan:
         raise _not_finite(step, "the gradient of all processes together is not finite", batch)
     if not engine and (finite or accelerator.scaler is not None):
         optim.step()
