@@ -72,7 +72,7 @@ def test_a_directory_of_another_run_is_refused_before_any_work_with_what_differs
         (sample, made[1], {"data": other}, "another data"),
         (score, made[2], {"max_length": 9}, "max_length 1024, now 9"),
     ):
-        with pytest.raises(RunError, match=f"holds an earlier run, with {said}; --overwrite_output_dir"):
+        with pytest.raises(RunError, match=f"holds an earlier run, with {said}; pass --overwrite_output_dir"):
             stage.run(replace(asked, overwrite_output_dir=False, **changes))
 
 
@@ -88,7 +88,7 @@ def test_a_finished_run_whose_files_were_changed_is_not_taken_for_whole(made, tm
     config = replace(made[1], output_dir=str(tmp_path / "run"), overwrite_output_dir=False)
     file = sample.run(config) / "samples.jsonl"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(RunError, match="files that are not what it made; --overwrite_output_dir"):
+    with pytest.raises(RunError, match="files that are not what it made; pass --overwrite_output_dir"):
         sample.run(config)
 
 
@@ -134,7 +134,7 @@ def test_what_is_half_made_is_said_with_the_command_that_goes_on(made, tmp_path)
     del record["finished"]
     write_json(tmp_path / "run.json", record)
     for path in (tmp_path, tmp_path / "samples.jsonl"):
-        with pytest.raises(RunError, match=r"goes on with it: python -m exo.sample --.*$"):
+        with pytest.raises(RunError, match=r"resume it: python -m exo.sample --.*$"):
             run_inputs.source("data", str(path), "sample")
 
 

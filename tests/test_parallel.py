@@ -414,7 +414,7 @@ def test_a_stage_for_one_process_refuses_several(given, tmp_path, monkeypatch, c
     monkeypatch.setenv("WORLD_SIZE", "2")
     argv = ["--systems", f"one={given},two={given}", "--matchups", "one:two", "--output_dir", str(tmp_path / "out")]
     assert label.main(argv) == 1
-    assert capsys.readouterr().err == "error: label: is done by one process; got 2 (WORLD_SIZE)\n"
+    assert capsys.readouterr().err == "error: label: runs in one process; got 2 (WORLD_SIZE)\n"
     assert not (tmp_path / "out").exists()
 
 

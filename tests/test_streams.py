@@ -37,7 +37,7 @@ def place(tmp_path_factory) -> Path:
 STREAMS = {
     "closed": (">&-", ""),
     "all-closed": ("<&- >&- 2>&-", ""),
-    "full": (">/dev/full", "warning: standard output: No space left on device; the run goes on without it\n"),
+    "full": (">/dev/full", "warning: standard output: No space left on device; the run continues without it\n"),
     "both-full": (">/dev/full 2>&1", ""),
     "broken-pipe": ("| true", ""),
     "both-broken": ("2>&1 | true", ""),

@@ -19,15 +19,15 @@ from exo.cli.spelling import suggestion
 
 
 def as_flags(config: Any) -> list[str]:
-    """What is not as it is by default, and where it goes."""
+    """Return flags for the options that differ from their defaults, and for output_dir."""
     values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
     given = {name: value for name, (value, default) in values.items() if value != default or name == "output_dir"}
-    given.pop("overwrite_output_dir", None)  # for whoever runs it again to say
+    given.pop("overwrite_output_dir", None)  # only the user decides that, each time
     return [f"--{name.rstrip('_')}={'none' if value is None else value}" for name, value in given.items()]
 
 
 def command_line(config: Any) -> list[str]:
-    """The flags that make this config."""
+    """Return the flags that give this config."""
     return [*as_flags(config), *["--overwrite_output_dir"] * getattr(config, "overwrite_output_dir", False)]
 
 
@@ -65,19 +65,19 @@ def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: s
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """`cls` from values of a YAML file, each as its flag would take it: to YAML 1e-3 is a text."""
-    known: Any = cls
+    """Build `cls` from values of a YAML file, converted as flags are: to YAML, 1e-3 is a text."""
+    config_type: Any = cls
     try:
-        return cls(**vars(_recipe_parser(known).parse_args(_flags(values))))
+        return cls(**vars(_recipe_parser(config_type).parse_args(_flags(values))))
     except argparse.ArgumentError as error:
         raise ConfigError(shortened(str(error).removeprefix("argument "), 4 * SHOWN)) from None
 
 
 def given(arguments: Sequence[str]) -> set[str]:
-    """Names of the options that are on a command line, or in the file that it names."""
+    """Return the names of the options on a command line and in its --config file."""
     try:
         in_file = _read(_split_config(arguments)[0])
-    except ConfigError:  # whoever parses them says what is wrong
+    except ConfigError:  # `parse` reports it
         in_file = {}
     flags = [argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
     return {name.replace("-", "_") for name in [*flags, *in_file]}
@@ -87,10 +87,10 @@ def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     head = _Parser(add_help=False, allow_abbrev=False, exit_on_error=False)
     head.add_argument("--config", action="append")
     try:
-        known, rest = head.parse_known_args(arguments)
+        options, rest = head.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from None
-    files = known.config or [None]
+    files = options.config or [None]
     require(len(files) == 1, "config", "one file", ", ".join(map(str, files)))
     return files[0], rest
 
@@ -110,7 +110,7 @@ def _read(file: str | None) -> dict[str, Any]:
 
 
 def _checked(file: str | None, cls: type) -> list[str]:
-    """The file's options as flags, so that both go through the same parser."""
+    """Return the options of the file as flags, so that both go through the same parser."""
     options = _read(file)
     known = {field.name.rstrip("_") for field in dataclasses.fields(cls)}
     names = [key.replace("-", "_") for key in options]
@@ -195,7 +195,7 @@ def _add(parser: "_Parser", field: Any, hint: Any) -> None:
         settings |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     else:
         settings |= {"type": _or_none(base) if optional else base, "metavar": base.__name__.upper()}
-    # `from` is no name for a field of Python's: it is written from_
+    # a field cannot be called `from`: it is written from_
     parser.add(f"--{field.name.rstrip('_')}", dest=field.name, **settings)
 
 

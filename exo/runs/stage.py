@@ -21,16 +21,16 @@ C = TypeVar("C")
 
 
 class Start(NamedTuple):
-    """A run that has been asked for: when, and what its inputs were then."""
+    """A requested run: when, and with which inputs."""
 
     config: Any
     stage: str
-    resumes: bool  # an earlier run of the same did not finish
-    facts: dict[str, Any]  # of its record
+    resumes: bool  # an unfinished run with these options is there
+    facts: dict[str, Any]  # for run.json
 
     @property
     def template_date(self) -> datetime.date:
-        """The date that chat templates show: a resumed run, and what is made from its files, keep it."""
+        """The date in chat templates, which a resumed run and the runs that read its files keep."""
         return datetime.date.fromisoformat(self.facts["template_date"])
 
 
@@ -51,26 +51,26 @@ def stage(
 
     def of(run: Callable[[C, Start], Path]) -> Callable[[C], Path]:
         @wraps(run)
-        def whole(config: C) -> Path:
+        def locked(config: C) -> Path:
             directory = config.output_dir  # type: ignore[attr-defined]
             processes = int(os.environ.get("WORLD_SIZE", "1"))
             if processes > 1 and not hasattr(config, "nproc"):
-                raise RunError(f"{name}: is done by one process; got {processes} (WORLD_SIZE)")
+                raise RunError(f"{name}: runs in one process; got {processes} (WORLD_SIZE)")
             with run_directory.lock(directory):
                 start = _start(config, name)
                 if start is None:
                     run_directory.remove_resume_files(Path(directory))  # it may have been killed just then
-                    console.log(f"{directory}: this run has finished; --overwrite_output_dir makes it again")
+                    console.log(f"{directory}: this run has finished; pass --overwrite_output_dir to run it again")
                     return Path(directory)
                 return run(config, start)
 
-        return whole
+        return locked
 
     return of
 
 
 def _start(config: Any, stage: str) -> Start | None:
-    """None where it has been done."""
+    """Return the run to do, or None if it has been done."""
     directory, paths = Path(config.output_dir), inputs(config, stage)
     run_directory.check_inputs(
         config.output_dir, [_directory(str(p)) for path in paths.values() for p in split_paths(path)]
@@ -97,14 +97,15 @@ def _start(config: Any, stage: str) -> Start | None:
         if not _left_anything(directory):  # it failed before it began
             return Start(replace(config, overwrite_output_dir=True), stage, False, facts)
         if getattr(config, "allow_changes", False):
-            console.log(f"going on with changes: {'; '.join(changes)}")
+            console.log(f"resuming with changes: {'; '.join(changes)}")
             state = "resume"
     if state == "changed":
         unfinished = "" if "finished" in previous else ", unfinished"
-        allow = "--allow_changes goes on nevertheless, " if unfinished and hasattr(config, "allow_changes") else ""
+        resumable = unfinished and hasattr(config, "allow_changes")
+        allow = "pass --allow_changes to resume nevertheless, or " if resumable else ""
         raise RunError(
             f"--output_dir {directory}: holds an earlier run{unfinished}, with {'; '.join(changes)}; "
-            f"{allow}--overwrite_output_dir begins anew"
+            f"{allow}pass --overwrite_output_dir to start again"
         )
     return None if state == "done" else Start(config, stage, True, facts)
 
@@ -117,10 +118,12 @@ def status(directory: Path, config: Any, stage: str) -> tuple[Literal["new", "re
     run = record(directory)
     if run is None or run["stage"] != stage:
         return "new", []
-    wanted = asdict(config)
+    requested = asdict(config)
     hashes = {name: fingerprint(path) for name, path in inputs(config, stage).items()}
     recorded = run.get("inputs", {})
-    changes = [f"{name} {run['arguments'].get(name)!r}, now {wanted.get(name)!r}" for name in changed(run, wanted)]
+    changes = [
+        f"{name} {run['arguments'].get(name)!r}, now {requested.get(name)!r}" for name in changed(run, requested)
+    ]
     changes += [f"another {name}" for name in recorded | hashes if recorded.get(name) != hashes.get(name)]
     if not changes and "finished" in run and not outputs_intact(directory, run.get("outputs")):
         changes.append("files that are not what it made")
@@ -136,21 +139,21 @@ def template_date(before: Mapping[str, Any] | None, inputs: Iterable[str]) -> st
 
 
 def _left_anything(directory: Path) -> bool:
-    """Whether a run that did not finish left more than its record."""
-    own = (run_record.RUN_FILE, run_directory.LOCK)
-    return any(file.is_file() and file.name not in own and file.stat().st_size for file in directory.rglob("*"))
+    """Return whether an unfinished run left more than its record."""
+    ignored = (run_record.RUN_FILE, run_directory.LOCK)
+    return any(file.is_file() and file.name not in ignored and file.stat().st_size for file in directory.rglob("*"))
 
 
 def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
-    """Make the run directory and its record; `keep` what an unfinished run of the same made, to go on with it.
+    """Create the run directory and its record; with `keep`, keep the files of an unfinished run, to resume it.
 
-    Call it once everything that can be checked has been, in one process: only now may an earlier run make room.
+    Call it in one process after every check: it may remove an earlier run.
     """
     config, directory, known = start.config, Path(start.config.output_dir), dict(start.facts)
     if start.resumes and keep:
         before = record(directory) or {}
         again = [*before.get("again", []), known.pop("started")]
-        asked = run_record.describe_request(config, start.stage) | known  # until it is seen that it can go on
+        asked = run_record.describe_request(config, start.stage) | known  # until nothing has refused to resume
         run_record.update_run(directory, again=again, asked=asked, **facts)
         return directory
     run_directory.prepare(config.output_dir, overwrite=config.overwrite_output_dir or start.resumes)
@@ -159,7 +162,7 @@ def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
 
 
 def finish(directory: Path, **facts: Any) -> None:
-    """The run is complete, and this is what it made."""
+    """Record that the run is complete, and the hashes of its files."""
     run_record.confirm(directory)
     made = {str(file.relative_to(directory)): digest(file) for file in output_files(directory)}
     run_record.update_run(directory, **facts, outputs=made, finished=run_record.now())
