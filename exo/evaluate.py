@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
-
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, TOP_P, at_least, named, option, require
@@ -24,7 +22,7 @@ from exo.data import Example
 from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
 from exo.distributed import gather
-from exo.distributed.accelerator import make_accelerator
+from exo.distributed.accelerator import Accelerator, make_accelerator
 from exo.evaluation import baseline
 from exo.evaluation import metrics as evaluation_metrics
 from exo.models.logps import ScoringModels

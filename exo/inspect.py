@@ -150,7 +150,7 @@ def _load(name: str, options: Any, texts: Callable[[], Any]) -> tuple[Any, Any]:
     """Return --model on the meta device and its tokenizer."""
     trains_policy = name in ("align", "sft")
     if trains_policy:
-        lora.check(options, options.model)
+        lora.check(lora.LoraSettings(**options.lora()), options.model)
     model = run_inputs.source("model", options.model, *STAGES[name].model_from)
     if trains_policy and not options.load_in_4bit:
         return models.load_or_tiny(model, texts, seed=options.seed, read=models.load_without_weights)

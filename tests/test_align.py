@@ -158,12 +158,12 @@ def test_more_positions_than_the_model_has_is_one_line(tmp_path, capsys):
     assert "--max_length: expected at most the 8 positions" in capsys.readouterr().err
 
 
-def test_a_foreign_reference_is_not_held_to_the_first_loss(tmp_path, run, capsys):
+def test_another_reference_is_not_held_to_the_first_loss(tmp_path, run, capsys):
     data = write(tmp_path / "rows.jsonl", rows(20))
     argv = options(tmp_path, data, "--max_steps", "1")
     argv[1] = str(run)
     assert align.main([*argv, "--ref_model", str(run / "models" / "step-3")]) == 0
-    assert "not comparable: foreign reference" in capsys.readouterr().out
+    assert "not comparable: another reference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

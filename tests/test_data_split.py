@@ -7,7 +7,9 @@ import pytest
 
 from exo import align, data, models, reward
 from exo.cli import console
+from exo.data import split
 from exo.data.split import Texts, hold_out, row_name, split_connected
+from exo.training import examples as training_examples
 from tests.tasks import WORDS, write_model, write_rows
 
 THINGS = "cat dog cow hen fox owl bee ant elk emu".split()
@@ -132,9 +134,10 @@ def test_align_and_reward_train_on_no_text_that_they_hold_out(tmp_path):
 def test_align_chooses_what_it_holds_out_once(tmp_path, monkeypatch):
     """Before the reference scores the rows; the choice takes seconds for 100,000 rows."""
     calls, parts = [], []
-    choose, part = align.split.hold_out, align.parted
-    monkeypatch.setattr(align.split, "hold_out", lambda *args: calls.append(args) or choose(*args))
-    monkeypatch.setattr(align, "parted", lambda *args: parts.append(part(*args)) or parts[-1])
+    for module, name in ((split, "hold_out"), (align, "parted"), (training_examples, "apply")):
+        function = getattr(module, name)
+        results = calls if name == "hold_out" else parts
+        monkeypatch.setattr(module, name, lambda *args, f=function, r=results: r.append(f(*args)) or r[-1])
     rows = [{"prompt": f"red {word}", "chosen": f" good {word}", "rejected": " bad"} for word in WORDS]
     arguments = ["--model", write_model(tmp_path / "policy"), "--data", write_rows(tmp_path / "rows.jsonl", rows)]
     arguments += ["--max_steps", "1", "--device", "cpu", "--eval_fraction", "0.3"]

@@ -229,7 +229,7 @@ def test_a_recipe_is_driven_by_one_process(tmp_path, capsys, monkeypatch):
     assert "--recipe: expected one process" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def _die(step, rerun, run_stage):
+def _die(step, rerun, execute):
     os._exit(9)
 
 

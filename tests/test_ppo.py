@@ -11,6 +11,7 @@ from exo.data.collate import Collator
 from exo.distributed.accelerator import make_accelerator
 from exo.models import logps
 from exo.rollouts import experience, samples
+from exo.training import ppo as training_ppo
 from tests.tasks import PROMPTS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +35,7 @@ def test_with_lambda_and_gamma_one_advantage_and_value_make_what_is_still_to_be_
 def test_the_policy_loss_is_clipped_only_where_that_makes_it_worse():
     change = torch.tensor([0.0, 0.5, 0.5, -0.5, -0.5])
     advantages = torch.tensor([2.0, 1.0, -1.0, 1.0, -1.0])
-    loss, clipped = ppo.policy_loss(change, advantages, 0.2)
+    loss, clipped = training_ppo.policy_loss(change, advantages, 0.2)
     up, down = math.exp(0.5), math.exp(-0.5)
     assert loss.tolist() == pytest.approx([-2.0, -1.2, up, -down, 0.8])
     assert clipped.tolist() == [0, 1, 0, 0, 1]
@@ -42,7 +43,7 @@ def test_the_policy_loss_is_clipped_only_where_that_makes_it_worse():
 
 def test_the_policy_loss_has_no_gradient_where_it_is_clipped_and_the_policy_gradient_at_the_start():
     change = torch.tensor([0.0, 0.5, -0.5], requires_grad=True)
-    ppo.policy_loss(change, torch.tensor([3.0, 1.0, -1.0]), 0.2)[0].sum().backward()
+    training_ppo.policy_loss(change, torch.tensor([3.0, 1.0, -1.0]), 0.2)[0].sum().backward()
     assert change.grad.tolist() == pytest.approx([-3.0, 0.0, 0.0])
 
 
@@ -52,7 +53,7 @@ def test_the_value_loss_takes_the_larger_error():
         torch.tensor([0.0, 0.0, 0.0, 2.0]),
         torch.tensor([2.0, 0.0, 1.0, 2.9]),
     )
-    loss = ppo.value_loss(values, before, returns, 0.2)
+    loss = training_ppo.value_loss(values, before, returns, 0.2)
     assert loss.tolist() == pytest.approx([0.5 * 1.8**2, 0.5 * 1.0, 0.5 * 0.9**2, 0.5 * 0.7**2])
 
 
@@ -83,10 +84,10 @@ def made(policy):
     reference = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    module = ppo.ActorCritic(model, ppo.Critic(model), settings)
+    module = ppo.actor_critic(settings, model, training_ppo.Critic(model))
     module.critic.value.weight.data.normal_(generator=torch.Generator().manual_seed(2))
     scorer = scorers.load(None, "tests.tasks:reward", accelerator, max_length=16)
-    maker = ppo._maker(settings, module, reference, tokenizer, scorer, accelerator)
+    maker = ppo.experience_collector(settings, module, reference, tokenizer, scorer, accelerator)
     return settings, maker, module, maker.collect(PROMPTS, range(6))
 
 
@@ -152,7 +153,7 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
         module.zero_grad()
         square = 0.0
         for part in parts:
-            share = module(experience.collate(part, Collator(0, 8192)), ppo._tokens(found))
+            share = module(experience.collate(part, Collator(0, 8192)), training_ppo.count_tokens(found))
             share.loss.backward()
             square += float(share.sums["log_ratios/mean_square"][0])
         assert square < 1e-8
@@ -165,7 +166,7 @@ def test_the_loss_is_that_of_the_policy_and_the_weighted_one_of_the_critic_a_tok
     batch = experience.collate(found, Collator(0, 8192))
     with torch.no_grad():
         share = module(batch, 10)
-        critic = ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2).sum()
+        critic = training_ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2).sum()
     assert settings.value_coef == 0.5 and critic > 0.1
     expected = (0.5 * float(critic) - float(batch.advantages.sum())) / 10  # the ratio is 1
     assert float(share.loss) == pytest.approx(expected, abs=1e-4)
@@ -191,7 +192,7 @@ def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
     _, maker, module, _ = made
     found = [replace(rollout, frozen=True) for rollout in maker.collect(PROMPTS, range(6))]
     module.zero_grad()
-    module(experience.collate(found, Collator(0, 8192)), ppo._tokens(found)).loss.backward()
+    module(experience.collate(found, Collator(0, 8192)), training_ppo.count_tokens(found)).loss.backward()
     assert all(not p.grad.any() for p in module.model.parameters())
     assert any(p.grad.any() for p in module.critic.parameters())
 
@@ -267,7 +268,7 @@ def test_no_global_random_state_moves(made):
 def test_the_critics_targets_do_not_drop_out(made):
     """Rollouts were made with half of the attention gone: values of 9.3 and 7.5 for the same state."""
     settings, maker, module, _ = made
-    dropping = ppo.ActorCritic(module.model, module.critic, replace(settings, dropout=True)).train()
+    dropping = ppo.actor_critic(replace(settings, dropout=True), module.model, module.critic).train()
     layers = [layer.self_attn for layer in module.critic.body.layers]
     examples = maker._encode(samples_of(maker))
     expected = maker.values(examples)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from exo import align, models
+from exo import data as exo_data
 from exo.data.collate import Collator
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
@@ -219,7 +220,7 @@ def test_log_probs_of_the_start_itself_make_rewards_of_zero_where_answers_begin_
     """The reference of the data is of whole completions, and so must the policy's log-probs be."""
     made = [{"prompt": "red green", "chosen": f" good big {w}", "rejected": f" good big {w} bad"} for w in WORDS[:5]]
     model, tokenizer = models.load(start)
-    examples = align.data.read(write_rows(tmp_path / "plain.jsonl", made)).examples
+    examples = exo_data.read(write_rows(tmp_path / "plain.jsonl", made)).examples
     encoded, _ = tokenize.encode(examples, tokenizer, Limits(64, None, "error"), "rows")
     scored = reference.score(model, encoded, Accelerator(cpu=True), PACKING, 1.0, None)
     for row, example in zip(made, scored, strict=True):
@@ -241,11 +242,11 @@ def test_those_of_the_data_are_not_taken_where_tokens_were_cut(start, tmp_path, 
 
 def test_preferences_may_have_them_too(tmp_path):
     row = {"prompt": "red", "chosen": "good", "rejected": "bad", "ref_chosen_logps": -1.5, "ref_rejected_logps": -2}
-    (example,) = align.data.read(write_rows(tmp_path / "rows.jsonl", [row])).examples
+    (example,) = exo_data.read(write_rows(tmp_path / "rows.jsonl", [row])).examples
     assert example.ref_logps == (-1.5, -2.0)
     del row["ref_rejected_logps"]
-    with pytest.raises(align.data.DataError, match="2 completions but 1 log-probs of the reference"):
-        align.data.read(write_rows(tmp_path / "rows.jsonl", [row]))
+    with pytest.raises(exo_data.DataError, match="2 completions but 1 log-probs of the reference"):
+        exo_data.read(write_rows(tmp_path / "rows.jsonl", [row]))
 
 
 def test_what_all_completions_begin_with_moves_into_the_prompt():

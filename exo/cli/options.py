@@ -12,6 +12,10 @@ from typing import Any, Literal
 
 from exo.cli.fields import NOT_NEGATIVE, PART, POSITIVE, SHARE, Range, at_least, check_size, option, require
 
+Norm = Literal["none", "prompt", "global"]  # of rewards
+SharePrompt = Literal["auto", "on", "off"]
+ReferenceMode = Literal["auto", "cache", "live", "none"]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -285,3 +289,8 @@ class AdapterOptions(DataTraining):
 
     def parallel(self) -> dict[str, Any]:
         return super().parallel() | {"load_in_4bit": self.load_in_4bit}
+
+    def lora(self) -> dict[str, Any]:
+        """Return the fields of exo.models.lora.LoraSettings."""
+        names = ("r", "alpha", "dropout", "targets", "output")
+        return {name: getattr(self, f"lora_{name}") for name in names} | {"load_in_4bit": self.load_in_4bit}

@@ -50,6 +50,10 @@ class Batch(NamedTuple):
     ref_logps: Tensor | None  # (N,) float64
     label: Tensor | None  # (G,) int64, the class of a text
 
+    def loss_inputs(self) -> dict[str, Any]:
+        """Return the arguments of the losses on hidden states that describe the rows."""
+        return {"labels": self.targets, "cu_seqlens": self.offsets, "shift": False}
+
     def known_ref_logps(self) -> Tensor:  # (N,)
         if self.ref_logps is None:
             raise ValueError("ref_logps: expected groups scored by the reference; got none")

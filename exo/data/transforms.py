@@ -8,12 +8,12 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from exo.cli.options import Norm
 from exo.data import Example
 from exo.data.text.tokenize import TokenizedExample
 
-Norm = Literal["none", "prompt", "global"]
 R = TypeVar("R", Example, TokenizedExample)  # as texts, or as tokens
 
 

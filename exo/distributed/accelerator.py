@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import accelerate
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator as Accelerator  # the type, for packages that must not import accelerate
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 

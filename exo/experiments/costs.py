@@ -20,7 +20,11 @@ DATA_DECIDE = ("sft", "reward", "align", "sample")  # stages whose tokens may de
 def print_plan(recipe: Recipe, steps: list[Step], directory: Path, rerun: Collection[str]) -> None:
     """Print a line per step: already there, or its cost. `rerun` has the names of the steps to run in any case."""
     console.log(f"{recipe.title}: {len(steps)} steps below {directory}")
-    parameters = _parameters(recipe)
+    parameters = 0  # unknown if a step makes the model
+    try:
+        parameters = models.parameters_of(recipe.model) if recipe.model else 0
+    except ValueError as error:
+        console.log(f"operations unknown: {error}")
     total = 0.0
     to_run: set[str] = set()
     for i, step in enumerate(steps, 1):
@@ -31,11 +35,11 @@ def print_plan(recipe: Recipe, steps: list[Step], directory: Path, rerun: Collec
         else:
             to_run.add(step.name)
             trained, drawn = _tokens(step.stage, step.config)
-            work = (6 * trained + 2 * drawn) * (parameters or 0)
-            total += work
+            operations = (6 * trained + 2 * drawn) * parameters
+            total += operations
             parts = [f"trains on at most {trained:,} tokens"] * bool(trained)
             parts += [f"draws at most {drawn:,} tokens"] * bool(drawn)
-            parts += [f"{work:.1e} operations"] * bool(work)
+            parts += [f"{operations:.1e} operations"] * bool(operations)
             parts += ["depends on the size of the data"] * (not parts and step.stage in DATA_DECIDE)
             cost = ", ".join(parts)
         console.log(f"[{i}/{len(steps)}] {step.name:40s} {cost}".rstrip())
@@ -43,25 +47,17 @@ def print_plan(recipe: Recipe, steps: list[Step], directory: Path, rerun: Collec
         console.log(f"{parameters / 1e6:,.0f}M parameters; {total:.1e} operations for the tokens above")
 
 
-def _parameters(recipe: Recipe) -> int | None:
-    """Return the parameters of the recipe's model; None if a step makes it, or if its config cannot be loaded."""
-    try:
-        return models.parameters_of(recipe.model) if recipe.model is not None else None
-    except ValueError as error:
-        console.log(f"operations unknown: {error}")
-        return None
-
-
 def _tokens(stage: str, config: Any) -> tuple[int, int]:
-    """Return the tokens that a step trains on and draws; 0 if they depend on the data."""
-    if stage in ("sft", "align", "reward"):
-        completions = {"sft": 1, "reward": 2, "align": getattr(config, "max_completions", None) or 2}[stage]
-        return config.batch_size * max(config.max_steps, 0) * completions * config.max_length, 0
-    if stage == "ppo":  # actor and critic
-        rows = config.batch_size * config.max_steps
-        return 2 * rows * config.max_length, rows // config.ppo_epochs * config.max_new_tokens
-    if stage == "sample":
-        return 0, (config.prompts or 0) * config.epochs * config.k * config.max_new_tokens
-    if stage == "evaluate" and config.model:  # one model; the number of models that the run leaves is not known here
-        return 0, config.prompts * config.k * config.max_new_tokens
+    """Return the tokens that a step trains on and draws, at most; 0 if that depends on the data."""
+    match stage:
+        case "sft" | "reward" | "align":
+            completions = {"sft": 1, "reward": 2}.get(stage) or config.max_completions or 2
+            return config.batch_size * max(config.max_steps, 0) * completions * config.max_length, 0
+        case "ppo":  # actor and critic
+            rows = config.batch_size * config.max_steps
+            return 2 * rows * config.max_length, rows // config.ppo_epochs * config.max_new_tokens
+        case "sample":
+            return 0, (config.prompts or 0) * config.epochs * config.k * config.max_new_tokens
+        case "evaluate" if config.model:  # one model, though the run may have several
+            return 0, config.prompts * config.k * config.max_new_tokens
     return 0, 0

@@ -83,7 +83,7 @@ class Runner(NamedTuple):
 
     directory: Path
     rerun: Collection[str]  # names of the steps that run even if they are up to date
-    run_stage: RunStage  # with several jobs it is pickled
+    execute: RunStage  # pickled if there are several jobs
     threads: int | None = None  # of torch, unless OMP_NUM_THREADS is set
 
     def run(self, steps: list[Step], jobs: int) -> None:
@@ -110,7 +110,7 @@ class Runner(NamedTuple):
                 console.log(f"[{i}/{len(steps)}] {step.name}: already there")
             else:
                 console.headline(f"{i}/{len(steps)} {step.name}")
-                run_step(step, step.name in self.rerun, self.run_stage)
+                run_step(step, step.name in self.rerun, self.execute)
             yield not is_done
 
     def _in_parallel(self, steps: list[Step], jobs: int) -> Iterator[bool]:
@@ -131,7 +131,7 @@ class Runner(NamedTuple):
                         yield False
                     elif len(running) < jobs:
                         waiting.remove(step)
-                        running[pool.submit(_timed, step, step.name in self.rerun, self.run_stage)] = step
+                        running[pool.submit(_timed, step, step.name in self.rerun, self.execute)] = step
                 for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                     step = running.pop(future)
                     try:
@@ -175,10 +175,10 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _timed(step: Step, rerun: bool, run_stage: RunStage) -> float:
+def _timed(step: Step, rerun: bool, execute: RunStage) -> float:
     """Run a step and return its seconds."""
     start = time.perf_counter()
-    run_step(step, rerun, run_stage)
+    run_step(step, rerun, execute)
     return time.perf_counter() - start
 
 

@@ -79,31 +79,17 @@ def to_examples(
     settings: Settings,
     numbers: Sequence[int] | None = None,
 ) -> list[Example]:
-    """Return an example per prompt; its line is the number of the prompt, counted from 1."""
+    """Return an example per prompt, whose line is the prompt's number from 1. The texts have no special tokens."""
     tokenizer_hash = tokenize.tokenizer_hash(tokenizer)
     numbers = range(len(prompts)) if numbers is None else numbers
-    return [
-        _to_example(prompt, ids, row, tokenizer, tokenizer_hash, number + 1, settings)
-        for prompt, ids, row, number in zip(prompts, prompt_ids, drawn, numbers, strict=True)
-    ]
-
-
-def _to_example(
-    prompt: str,
-    prompt_ids: list[int],
-    drawn: Sequence[Sample],
-    tokenizer: Any,
-    tokenizer_hash: str,
-    line: int,
-    settings: Settings,
-) -> Example:
-    """Return the example of a prompt and its samples. The texts have no special tokens."""
-    texts = tuple(
-        subwords.decoded_after(prompt_ids, list(s.token_ids[: len(s.token_ids) - (s.finish == "eos")]), tokenizer)
-        for s in drawn
-    )
-    ids, logprobs, finish = zip(*((s.token_ids, s.logprob, s.finish) for s in drawn), strict=True)
-    return Example(prompt, texts, None, line, Tokens(tokenizer_hash, ids, logprobs, finish, **settings._asdict()))
+    examples = []
+    for prompt, context, row, number in zip(prompts, prompt_ids, drawn, numbers, strict=True):
+        ids, logprobs, finish = zip(*((s.token_ids, s.logprob, s.finish) for s in row), strict=True)
+        text_ids = [list(s.token_ids[:-1] if s.finish == "eos" else s.token_ids) for s in row]
+        texts = tuple(subwords.decoded_after(context, of_text, tokenizer) for of_text in text_ids)
+        tokens = Tokens(tokenizer_hash, ids, logprobs, finish, **settings._asdict())
+        examples.append(Example(prompt, texts, None, number + 1, tokens))
+    return examples
 
 
 def describe(examples: Sequence[Example]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import datetime
 import importlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ class Scorer(NamedTuple):
 
     name: str  # for people
     score: Callable[[Sequence[Example]], Scores]
-    counts: Counter[str]  # completions that were scored in part, by reason, over all calls
+    counts: Counter[str]  # completions that were scored in part, by reason; calls of score add to it
     refused: Callable[[Sequence[Example], str, bool], Refused]  # tokenize.refused with the scorer's tokenizer
 
 
@@ -58,7 +58,7 @@ def load(
     cannot be imported.
     """
     if oracle is not None:
-        return Scorer(oracle, _oracle(oracle), Counter(), _refuses_nothing)
+        return Scorer(oracle, _oracle(oracle), Counter(), lambda *arguments: (frozenset(), Counter()))
     assert reward_model is not None
     name = run_inputs.source("reward_model", reward_model, "reward")
     model, tokenizer = models.load_classifier(name)
@@ -92,26 +92,6 @@ def load(
         return scores
 
     return Scorer(name, score, counts, refused)
-
-
-def _refuses_nothing(examples: Sequence[Example], path: str, skip_invalid: bool) -> Refused:
-    return frozenset(), Counter()
-
-
-def score_chunk(scorer: Scorer, examples: Sequence[Example]) -> tuple[Scores, dict[str, int]]:
-    """Return the scores of the examples, and the scorer's counts for these examples alone."""
-    scorer.counts.clear()
-    return scorer.score(examples), dict(scorer.counts)
-
-
-def merge(chunks: Iterable[Sequence[Any]]) -> tuple[Scores, Counter[str]]:
-    """Join what `score_chunk` returned for each chunk, also if it went through JSON."""
-    scores: Scores = []
-    counts: Counter[str] = Counter()
-    for chunk_scores, chunk_counts in chunks:
-        scores += map(tuple, chunk_scores)
-        counts.update(chunk_counts)
-    return scores, counts
 
 
 def _oracle(name: str) -> Callable[[Sequence[Example]], Scores]:

@@ -46,13 +46,16 @@ def score_shared(
     """
 
     def score(chunk: Sequence[Example]) -> tuple[Scores, dict[str, int]]:
-        result = scorers.score_chunk(scorer, chunk)
+        scorer.counts.clear()
+        scores = scorer.score(chunk)
         if progress is not None:
             progress(len(chunk))
-        return result
+        return scores, dict(scorer.counts)
 
     chunks = [examples[start : start + chunk_size] for start in range(0, len(examples), chunk_size)]
-    return scorers.merge(_map_cached([partial(score, chunk) for chunk in chunks], accelerator, cache))
+    results = _map_cached([partial(score, chunk) for chunk in chunks], accelerator, cache)
+    scores = [tuple(row) for chunk_scores, _ in results for row in chunk_scores]  # JSON has no tuples
+    return scores, sum((Counter(chunk_counts) for _, chunk_counts in results), Counter())
 
 
 def _map_cached(jobs: Sequence[Callable[[], Any]], accelerator: Accelerator, cache: JsonlCache | None) -> list[Any]:

@@ -9,7 +9,7 @@ same numbers. No random state moves.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,21 +18,23 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from exo import models
 from exo.cli import console
+from exo.cli.options import ReferenceMode
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
 from exo.models import logps
+from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
 from exo.runs.jsonl import JsonlCache
 
-Mode = Literal["auto", "cache", "live", "none"]
-IDENTITY = "identity"  # the key of the entry that says what the log-probs depend on
+IDENTITY = "identity"  # the key of the entry with everything that the log-probs depend on
 Sums = tuple[float, ...]  # of one group: fp64, one a completion
 
 
-def mode(asked: Mode, examples: Sequence[TokenizedExample]) -> Literal["cache", "live", "none", "data"]:
-    """What is done, said where the data have log-probs of their own."""
+def mode(asked: ReferenceMode, examples: Sequence[TokenizedExample]) -> Literal["cache", "live", "none", "data"]:
+    """Return how the reference is used; print it if the data have its log-probs."""
     having = sum(example.ref_logps is not None for example in examples)
     if asked == "auto" and having == len(examples):
         console.log("the reference's log-probs are those of the data")
@@ -42,8 +44,31 @@ def mode(asked: Mode, examples: Sequence[TokenizedExample]) -> Literal["cache", 
     return "cache" if asked == "auto" else asked
 
 
+def load(
+    asked: ReferenceMode,
+    name: str | None,
+    examples: Sequence[TokenizedExample],
+    tokenizer: Any,
+    read: Callable[[str], tuple[Any, Any]],
+) -> tuple[Literal["cache", "live", "none", "data"], Any]:
+    """Return how the reference is used, and its model: None if it is the policy's start.
+
+    `read` returns the model and the tokenizer of a name. ValueError if the model does not fit.
+    """
+    chosen = mode(asked, examples)
+    if name is None:
+        return chosen, None
+    if chosen in ("none", "data"):
+        raise ValueError(f"--ref_model: expected --reference cache or live; --reference {chosen} uses no model")
+    model, other = read(run_inputs.source("ref_model", name, "sft", "align", "ppo"))
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
+    models.check_fits(model, examples)
+    return chosen, model
+
+
 def directory() -> Path:
-    """Where log-probs are kept if nobody says otherwise."""
+    """Return the default directory of the cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exo" / "reference"
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +18,12 @@ from exo.cli import signals
 from exo.cli.errors import RunError
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
-from exo.distributed import deepspeed, fsdp
+from exo.distributed import deepspeed, fsdp, gather
 from exo.training import profiler
 from exo.training.optimizer import OptimizerSettings, learning_rate_share
 from exo.training.profiler import activations
 
+R = TypeVar("R")
 COUNTERS = ("lost", "not_finite", "clipped")  # of updates; lost: to float16's overflow, in a row
 MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
 
@@ -212,3 +213,29 @@ def update(
         optim.step()
     optim.zero_grad(set_to_none=True)
     return norm
+
+
+@torch.no_grad()
+def forward(
+    module: nn.Module, part: Sequence[TokenizedExample], accelerator: Accelerator, collator: Collator, *arguments: Any
+) -> Any:
+    """Return what the module's forward returns for a micro-batch, without gradients; all ranks call if sharded."""
+    batch = collator.collate(part).to(accelerator.device)
+    with accelerator.autocast():
+        return fsdp.run_unsharded_root(module, partial(module, batch, *arguments))
+
+
+def map_micro_batches(
+    module: nn.Module,
+    examples: Sequence[TokenizedExample],
+    accelerator: Accelerator,
+    collator: Collator,
+    reduce: Callable[[Any, Sequence[TokenizedExample]], R],
+) -> list[R]:
+    """Evaluate a module on micro-batches that the ranks share; return reduce(output, examples) of each, as JSON."""
+
+    def evaluate(part: Sequence[TokenizedExample]) -> R:
+        return reduce(forward(module, part, accelerator, collator, None), part)
+
+    parts = collator.micro_batches(examples)
+    return gather.map_over_ranks(parts, evaluate, accelerator, together=fsdp.is_sharded(module))

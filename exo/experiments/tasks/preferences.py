@@ -9,27 +9,18 @@ from pathlib import Path
 
 from exo.cli import console
 from exo.data import DataError, Example, transforms
-from exo.experiments.tasks.source import (
-    Files,
-    TaskRequest,
-    drop_seen,
-    files_named,
-    hold_out,
-    lines,
-    read,
-    source_parts,
-    subsample,
-)
+from exo.experiments.tasks import source
+from exo.experiments.tasks.source import Files, TaskRequest, lines
 
 
 def preferences(request: TaskRequest) -> Files:
-    parts = source_parts(request.source)
-    train, test = (subsample(_pairs(paths, request), request) for paths in parts)
+    parts = source.source_parts(request.source)
+    train, test = (source.subsample(_pairs(paths, request), request) for paths in parts)
     if not train:
         raise DataError(f"{request.source}: expected a row with a best and a worst completion; found none")
     if not parts.test:
-        train, test = hold_out(train, request.seed)
-    test = drop_seen(test, {pair.prompt for pair in train}, lambda pair: pair.prompt)
+        train, test = source.hold_out(train, request.seed)
+    test = source.drop_seen(test, {pair.prompt for pair in train}, lambda pair: pair.prompt)
     test_prompts = {pair.prompt for pair in test}
     prompts = [prompt for prompt in _prompts(request, train) if prompt not in test_prompts]
     if not prompts:
@@ -46,7 +37,7 @@ def preferences(request: TaskRequest) -> Files:
 
 
 def _pairs(paths: list[str], request: TaskRequest) -> list[Example]:
-    examples = [example for dataset in read(paths, "comparisons", request) for example in dataset.examples]
+    examples = [example for dataset in source.read(paths, "comparisons", request) for example in dataset.examples]
     pairs, counts = transforms.to_pairs(examples)
     console.counts(counts)
     return pairs
@@ -56,7 +47,7 @@ def _prompts(request: TaskRequest, train: list[Example]) -> list[str]:
     """Return the prompts to sample for: of prompts.*, or else of the preferences."""
     directory = Path(request.source)
     examples = train
-    if paths := files_named(directory, "prompts") if directory.is_dir() else []:
-        datasets = read(paths, "prompts", request)
-        examples = subsample((example for dataset in datasets for example in dataset.examples), request)
+    if paths := source.files_named(directory, "prompts") if directory.is_dir() else []:
+        datasets = source.read(paths, "prompts", request)
+        examples = source.subsample((example for dataset in datasets for example in dataset.examples), request)
     return list(dict.fromkeys(example.prompt for example in examples))

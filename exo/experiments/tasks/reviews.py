@@ -17,17 +17,8 @@ from exo import models
 from exo.cli import console
 from exo.cli.fields import require
 from exo.data import DataError
-from exo.experiments.tasks.source import (
-    Files,
-    TaskRequest,
-    drop_seen,
-    hold_out,
-    lines,
-    model_files,
-    read,
-    source_parts,
-    subsample,
-)
+from exo.experiments.tasks import source
+from exo.experiments.tasks.source import Files, TaskRequest, lines
 
 PREFIX_TOKENS, PREFIX_WORDS = 10, 4
 # The model of polarity: two CPU cores fine-tune it in minutes, and 10,000 sentences are enough data for it.
@@ -51,7 +42,7 @@ def imdb(request: TaskRequest) -> Files:
     if (directory / "train" / "pos").is_dir():
         texts = [_unpacked(directory / part) for part in ("train", "test")]
     else:
-        parts = source_parts(request.source)
+        parts = source.source_parts(request.source)
         if directory.is_dir() and not parts.test:
             raise DataError(
                 f"{request.source}: expected train/pos, train/neg, test/pos and test/neg with .txt files, as in "
@@ -60,16 +51,16 @@ def imdb(request: TaskRequest) -> Files:
         texts = [
             [
                 (row.completions[0], row.label or 0)
-                for dataset in read(paths, "labels", request)
+                for dataset in source.read(paths, "labels", request)
                 for row in dataset.examples
             ]
             for paths in parts
         ]
     train, test = (
-        _reviews(((_clean(text), label) for text, label in subsample(part, request)), prefix) for part in texts
+        _reviews(((_clean(text), label) for text, label in source.subsample(part, request)), prefix) for part in texts
     )
     if not test:
-        train, test = hold_out(train, request.seed)
+        train, test = source.hold_out(train, request.seed)
     return _files(train, test)
 
 
@@ -84,17 +75,17 @@ def polarity(request: TaskRequest) -> Files:
     ]
     distinct = dict.fromkeys(sentences)
     console.log(f"  {len(sentences):,} sentences, {len(sentences) - len(distinct):,} of them repeated")
-    train, test = hold_out(_reviews(subsample(distinct, request), _first_words), request.seed)
+    train, test = source.hold_out(_reviews(source.subsample(distinct, request), _first_words), request.seed)
 
     def base(directory: Path) -> int:
         texts = [review.prompt + review.rest for review in train]
-        return model_files(*models.tiny(texts, seed=request.seed, **SMALL), directory)
+        return source.model_files(*models.tiny(texts, seed=request.seed, **SMALL), directory)
 
     return _files(train, test) | {"base": base}
 
 
 def _files(train: Sequence[Review], test: Sequence[Review]) -> Files:
-    unseen = drop_seen(test, {review.prompt for review in train}, lambda review: review.prompt)
+    unseen = source.drop_seen(test, {review.prompt for review in train}, lambda review: review.prompt)
     return {
         "sft.jsonl": lines({"prompt": r.prompt, "completion": r.rest} for r in train),
         "prompts.jsonl": lines({"prompt": r.prompt} for r in train),
