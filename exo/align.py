@@ -85,7 +85,7 @@ class Config(AdapterOptions, DataOptions):
         require(0 <= eps < 1 and not (eps == 0 and self.loss == "exo"), "label_smoothing", expected, eps)
 
 
-@stage("align")
+@stage("align", reads=("model", "ref_model", "data", "eval_data"), makes=".")
 def run(config: Config, start: Start) -> Path:
     """Align and return the run directory."""
     import copy

@@ -33,7 +33,7 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-@stage("best_of_n")
+@stage("best_of_n", reads=("data",), makes="samples.jsonl")
 def run(config: Config, start: Start) -> Path:
     """Choose the best completions and return the run directory, which has samples.jsonl."""
     from exo import data

@@ -71,7 +71,11 @@ class Checkpoint(NamedTuple):
     path: str
 
 
-@stage("evaluate")
+@stage(
+    "evaluate",
+    reads=("model", "samples", "reference", "data", "baseline", "density", "reward_model", "oracle"),
+    makes="evaluation.json",
+)
 def run(config: Config, start: Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
     dataset = _read(config)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, option
-from exo.cli.main import run_command
+from exo.cli.main import prepare_process, run_command
 from exo.cli.parse import parse
 
 if TYPE_CHECKING:
@@ -247,4 +247,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process(__name__)
     raise SystemExit(main())

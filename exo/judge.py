@@ -75,7 +75,7 @@ class Config(Stage):
         return self.cache or str(Path(self.output_dir).parent / "judge-cache.jsonl")
 
 
-@stage("judge")
+@stage("judge", reads=("a", "b", "references", "template"), makes="judge.json")
 def run(config: Config, start: Start) -> Path:
     """Judge and return the run directory."""
     template = JudgeTemplate(config.template)
@@ -175,7 +175,7 @@ def _judge_all(
 def _judge(template: JudgeTemplate, chat: JudgeClient, cache: AnswerCache, question: str, retries: int) -> Judgement:
     body = chat.body(question)
     key = cache.key(template, chat.url, body)
-    if (known := cache.get(key)) is not None:
+    if (known := cache.entries.get(key)) is not None:
         return Judgement(known, template.choice(known), cached=True)
     try:
         answer = chat.ask(body)

@@ -72,7 +72,7 @@ class Config(Stage):
         return [(first, second) for first, second in entries]
 
 
-@stage("label")
+@stage("label", reads=("references", "key"), makes="label.json")
 def run(config: Config, start: Start) -> Path:
     """Make the sheets, or count them, and return the run directory."""
     return _export(config, start) if config.mode == "export" else _import(config, start)

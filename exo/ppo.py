@@ -67,7 +67,7 @@ class Config(Training, DataOptions, ChatOptions, ScorerOptions):
         require(whole, "rollout_size", f"a multiple of --batch_size {self.batch_size}", self.rollout_size)
 
 
-@stage("ppo")
+@stage("ppo", reads=("model", "data", "reward_model", "oracle"), makes=".")
 def run(config: Config, start: Start) -> Path:
     """Train and return the run directory, which is the model directory."""
     import copy

@@ -34,7 +34,7 @@ class Config(SourceOptions):
         require((self.task == "quickstart") == (self.source is None), "source", expected, self.source)
 
 
-@stage("prepare")
+@stage("prepare", reads=("source", "tokenizer"), makes=".")
 def run(config: Config, start: Start) -> Path:
     """Write the task's files and return the run directory."""
     from exo.experiments.tasks.source import TaskRequest

@@ -25,7 +25,7 @@ class Config(Stage):
     run: str = option("", "directory of a recipe's run", named("the directory of a recipe's run"))
 
 
-@stage("report")
+@stage("report", reads=("run",), makes="report.html")
 def run(config: Config, start: Start) -> Path:
     """Write report.html and return its directory."""
     found = results.read(Path(config.run))

@@ -41,7 +41,7 @@ class Config(DataTraining, DataOptions):
     eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none", PART)
 
 
-@stage("reward")
+@stage("reward", reads=("model", "data"), makes=".")
 def run(config: Config, start: Start) -> Path:
     """Train and return the run directory, which is the model directory."""
     from exo import models

@@ -40,7 +40,7 @@ class Config(Compute, DataOptions, ChatOptions):
     engine: Literal["torch", "vllm"] = option("torch", "library that samples")
 
 
-@stage("sample")
+@stage("sample", reads=("model", "data"), makes="samples.jsonl")
 def run(config: Config, start: Start) -> Path:
     """Sample and return the run directory, which has samples.jsonl."""
     from exo import models

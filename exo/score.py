@@ -36,7 +36,7 @@ class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
         )
 
 
-@stage("score")
+@stage("score", reads=("data", "reward_model", "oracle"), makes="scored.jsonl")
 def run(config: Config, start: Start) -> Path:
     """Score and return the run directory, which has scored.jsonl."""
     from exo import data

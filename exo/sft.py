@@ -31,7 +31,7 @@ class Config(AdapterOptions, DataOptions):
     data: str = option("", "prompts with a completion, or preferences", named("a file of prompts with completions"))
 
 
-@stage("sft")
+@stage("sft", reads=("model", "data"), makes=".")
 def run(config: Config, start: Start) -> Path:
     """Fine-tune and return the run directory, which is the model directory."""
     from exo import models

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from exo.cli import yaml_files
 from exo.cli.errors import ConfigError
 from exo.cli.fields import SHOWN, option, require, shortened
-from exo.cli.main import run_command
+from exo.cli.main import prepare_process, run_command
 from exo.cli.parse import given, parse
 from exo.experiments.recipe import METHODS, SHIPPED
 
@@ -146,4 +146,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_process(__name__)
     raise SystemExit(main())

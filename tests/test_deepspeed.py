@@ -14,7 +14,7 @@ from itertools import product
 import pytest
 from safetensors.torch import load_file
 
-from exo.cli import launch
+from exo.cli.main import run_ranks
 from tests import interruptions
 from tests.fork_server import Server
 from tests.interruptions import STAGES, lines, made
@@ -51,7 +51,7 @@ def test_eight_steps_of_two_processes_are_those_of_one(how, sizes, tokens, tmp_p
     found = []
     for name, processes, kind, most in (("one", 1, "ddp", 4096), ("two", 2, how, tokens)):
         arguments = [f"{kind}-fp32", str(tmp_path / name), json.dumps(sizes), str(most)]
-        assert launch.run("tests.parallel_worker", arguments, processes) == 0
+        assert run_ranks("tests.parallel_worker", arguments, processes) == 0
         found.append(load_file(tmp_path / name))
     one, two = found
     assert one.keys() == two.keys()
@@ -156,7 +156,7 @@ def test_what_is_not_finite_stops_before_the_update_or_skips_it(what, said, give
     for on_nan, code in (("stop", 1), ("skip", 0)):
         argv = interruptions.arguments("align", given, tmp_path / on_nan, f"--on_nan={on_nan}")
         argv.remove("--dropout")
-        assert launch.run("poisoned", argv, 2) == code
+        assert run_ranks("poisoned", argv, 2) == code
         error = capfd.readouterr().err
         assert (said in error and "stopped before the update" in error) == (on_nan == "stop"), error
     log = [line for line in lines(tmp_path / "skip" / "metrics.jsonl") if "loss" in line or "skipped" in line]

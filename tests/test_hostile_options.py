@@ -18,6 +18,7 @@ from exo.runs import directory as run_directory
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
+from exo.runs.jsonl import JsonlCache
 
 STAGES = "prepare sft sample score reward align ppo best_of_n evaluate judge label report train".split()
 FAST = ("prepare", "sample", "align", "judge", "report", "train")  # the others have the same options
@@ -202,7 +203,7 @@ def test_a_finished_run_without_outputs_is_not_whole(tmp_path):
     config = align.Config(model="tiny", data="rows.jsonl", output_dir=str(tmp_path))
     run = {"stage": "align", "command": [], "arguments": dataclasses.asdict(config), "finished": "now", "inputs": {}}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    assert not run_stage.is_up_to_date(tmp_path, config, "align")
+    assert run_stage.status(tmp_path, config, "align")[0] != "done"
 
 
 def test_foreign_results_are_refused_in_a_line(tmp_path):
@@ -224,6 +225,8 @@ def test_foreign_results_are_refused_in_a_line(tmp_path):
     ['{"key": [], "answer": "A"}', '{"key": "k", "answer": 5}', '{"key": {}, "answer": null}', "[" * 100_000, "5"],
 )
 def test_foreign_lines_of_a_cache_of_verdicts(line, tmp_path):
-    (tmp_path / "cache").write_text('{"key": "k", "answer": "A"}\n' + line + "\n")
+    JsonlCache(tmp_path / "cache").put("k", "A")
+    with open(tmp_path / "cache", "a") as file:
+        file.write(line + "\n")
     with pytest.raises(DataError, match=r"cache:2: not a line of a cache of verdicts"):
         AnswerCache(tmp_path / "cache")

@@ -1,8 +1,10 @@
 """What a stage finds as its input, what it says when that is missing, half made or of another kind, and what holds."""
 
 import dataclasses
+import importlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,13 @@ from exo.runs import stage as run_stage
 from exo.runs.atomic import write_json
 from tests.tasks import PROMPTS, write_model, write_rows
 
+FILES = {"reads": ["source"], "makes": "."}  # as the stage's decorator declares them
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def is_done(directory, config, stage) -> bool:
+    return run_stage.status(directory, config, stage)[0] == "done"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def test_a_directory_stands_for_what_its_stage_made(made):
 
 def test_a_prepared_directory_stands_for_the_file_that_a_stage_wants(tmp_path):
     (tmp_path / "test.jsonl").write_text("{}")
-    write_json(tmp_path / "run.json", {"stage": "prepare", "command": [], "arguments": {}, "finished": "now"})
+    write_json(tmp_path / "run.json", {"stage": "prepare", "command": [], "arguments": {}, "finished": "now"} | FILES)
     found = run_inputs.source("data", str(tmp_path), "prepare", prepared="test.jsonl")
     assert found == str(tmp_path / "test.jsonl")
     with pytest.raises(ValueError, match="expected sft.jsonl in it, which this task does not make"):
@@ -64,7 +72,7 @@ def test_a_directory_of_another_run_is_refused_before_any_work_with_what_differs
         (sample, made[1], {"data": other}, "another data"),
         (score, made[2], {"max_length": 9}, "max_length 1024, now 9"),
     ):
-        with pytest.raises(RunError, match=f"holds an earlier run, with {said}; --overwrite_output_dir"):
+        with pytest.raises(RunError, match=f"holds an earlier run, with {said}; pass --overwrite_output_dir"):
             stage.run(replace(asked, overwrite_output_dir=False, **changes))
 
 
@@ -80,7 +88,7 @@ def test_a_finished_run_whose_files_were_changed_is_not_taken_for_whole(made, tm
     config = replace(made[1], output_dir=str(tmp_path / "run"), overwrite_output_dir=False)
     file = sample.run(config) / "samples.jsonl"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(RunError, match="files are not what it made; --overwrite_output_dir"):
+    with pytest.raises(RunError, match="files that are not what it made; pass --overwrite_output_dir"):
         sample.run(config)
 
 
@@ -126,37 +134,33 @@ def test_what_is_half_made_is_said_with_the_command_that_goes_on(made, tmp_path)
     del record["finished"]
     write_json(tmp_path / "run.json", record)
     for path in (tmp_path, tmp_path / "samples.jsonl"):
-        with pytest.raises(RunError, match=r"goes on with it: python -m exo.sample --.*$"):
+        with pytest.raises(RunError, match=r"resume it: python -m exo.sample --.*$"):
             run_inputs.source("data", str(path), "sample")
 
 
 def test_a_run_holds_until_options_inputs_or_outputs_change(made, tmp_path):
     directory, drawn, scored = made
-    assert run_stage.is_up_to_date(directory / "samples", drawn, "sample") and run_stage.is_up_to_date(
-        directory / "scored", scored, "score"
-    )
-    assert not run_stage.is_up_to_date(directory / "absent", drawn, "sample")
-    assert not run_stage.is_up_to_date(directory / "samples", drawn, "score")
-    assert not run_stage.is_up_to_date(directory / "samples", dataclasses.replace(drawn, k=3), "sample")
+    assert is_done(directory / "samples", drawn, "sample") and is_done(directory / "scored", scored, "score")
+    assert not is_done(directory / "absent", drawn, "sample")
+    assert not is_done(directory / "samples", drawn, "score")
+    assert not is_done(directory / "samples", dataclasses.replace(drawn, k=3), "sample")
     elsewhere = dataclasses.replace(drawn, output_dir="x", overwrite_output_dir=False)
-    assert run_stage.is_up_to_date(directory / "samples", elsewhere, "sample")
+    assert is_done(directory / "samples", elsewhere, "sample")
     copy = tmp_path / "prompts.jsonl"
     copy.write_bytes((directory / "prompts.jsonl").read_bytes())
-    assert run_stage.is_up_to_date(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample"), (
-        "a path is no input"
-    )
+    assert is_done(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample"), "a path is no input"
     copy.write_text('{"prompt": "red"}\n')
-    assert not run_stage.is_up_to_date(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample")
+    assert not is_done(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample")
 
 
 def test_a_run_that_did_not_finish_does_not_hold(made, tmp_path):
     _, drawn, _ = made
     run = sample.run(dataclasses.replace(drawn, output_dir=str(tmp_path / "run")))
     record = json.loads((run / "run.json").read_text())
-    assert run_stage.is_up_to_date(run, drawn, "sample")
+    assert is_done(run, drawn, "sample")
     for gone in ({"finished"}, {"finished", "outputs"}):
         write_json(run / "run.json", {name: value for name, value in record.items() if name not in gone})
-        assert not run_stage.is_up_to_date(run, drawn, "sample")
+        assert not is_done(run, drawn, "sample")
 
 
 def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_make_room(made, tmp_path, monkeypatch):
@@ -174,9 +178,9 @@ def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_m
         with pytest.raises(KeyboardInterrupt):
             sample.run(config)
     (run / "samples.jsonl").unlink(missing_ok=True)
-    assert run_directory.is_run(run) and not run_stage.is_up_to_date(run, config, "sample")
+    assert run_directory.is_run(run) and not is_done(run, config, "sample")
     sample.run(config)
-    assert run_stage.is_up_to_date(run, config, "sample") and not (run / "more").exists()
+    assert is_done(run, config, "sample") and not (run / "more").exists()
 
 
 def test_damaged_or_missing_outputs_do_not_hold(made):
@@ -184,11 +188,11 @@ def test_damaged_or_missing_outputs_do_not_hold(made):
     file = directory / "samples" / "samples.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    assert not run_stage.is_up_to_date(directory / "samples", drawn, "sample")
+    assert not is_done(directory / "samples", drawn, "sample")
     file.unlink()
-    assert not run_stage.is_up_to_date(directory / "samples", drawn, "sample")
+    assert not is_done(directory / "samples", drawn, "sample")
     file.write_bytes(whole)
-    assert run_stage.is_up_to_date(directory / "samples", drawn, "sample")
+    assert is_done(directory / "samples", drawn, "sample")
 
 
 def test_a_model_is_its_weights_config_and_tokenizer(made, tmp_path):
@@ -199,5 +203,21 @@ def test_a_model_is_its_weights_config_and_tokenizer(made, tmp_path):
     assert run_inputs.fingerprint("owner/name") == "owner/name"
 
 
+def test_an_unfinished_run_of_an_older_version_is_refused(made, tmp_path):
+    """Its checkpoints are in another layout."""
+    config = replace(made[1], output_dir=str(tmp_path / "run"), overwrite_output_dir=False)
+    record = {"stage": "sample", "command": [], "arguments": dataclasses.asdict(config), "inputs": {}}
+    (tmp_path / "run" / "resume" / "step-2").mkdir(parents=True)
+    write_json(tmp_path / "run" / "run.json", record)
+    with pytest.raises(RunError, match="an unfinished run of an older version; finish it with that version or pass"):
+        sample.run(config)
+    sample.run(replace(config, overwrite_output_dir=True))
+    assert not (tmp_path / "run" / "resume").exists()
+
+
 def test_every_stage_is_known():
-    assert set(run_record.INPUTS) == set(run_record.OUTPUTS) - {"train"}
+    """A stage is what its decorator says; importing its module is enough."""
+    stages = {path.stem for path in (ROOT / "exo").glob("*.py")} - {"__init__", "train", "inspect"}
+    for name in stages:
+        importlib.import_module(f"exo.{name}")
+    assert set(run_record.STAGES) == stages

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from exo import label, models
-from exo.cli import launch
+from exo.cli.main import run_ranks
 from tests import interruptions
 from tests.fork_server import Server
 from tests.interruptions import STAGES, lines, made
@@ -244,7 +244,7 @@ def test_sampling_scoring_and_evaluation_in_two_processes_are_those_of_one(given
         for stage, argv in commands.items():
             argv += ["--output_dir", str(out / stage)]
             if (stage, n) == ("score", 2):  # by the launcher itself
-                assert launch.run(f"exo.{stage}", argv, n) == 0
+                assert run_ranks(f"exo.{stage}", argv, n) == 0
             else:
                 assert server.run(f"exo.{stage}", argv, tmp_path / "log", ranks=n) == 0
     for file in (
@@ -317,11 +317,17 @@ def test_one_that_fails_ends_all_and_says_why_once(given, tmp_path):
     )
     (tmp_path / "poisoned.py").write_text(program)
     argv = [a for a in interruptions.arguments("align", given, tmp_path / "run") if a != "--dropout"]
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from exo.cli.main import run_ranks; "
+        "sys.exit(run_ranks('poisoned', sys.argv[1:], 2))"
+    )
     child = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from exo.cli import launch; "
-         "sys.exit(launch.run('poisoned', sys.argv[1:], 2))", *argv],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": f"{tmp_path}:."},
-    )  # fmt: skip
+        [sys.executable, "-c", program, *argv],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:."},
+    )
     assert child.returncode == 1 and time.monotonic() - began < 60
     errors = [line for line in child.stderr.splitlines() if line.startswith("error: ")]
     assert "step 1, rank 1: the loss is nan; stopped before the update; rows at lines" in errors[0]
@@ -360,7 +366,7 @@ def test_told_to_stop_two_processes_do_not_wait_for_an_evaluation(given, tmp_pat
     command = [
         sys.executable,
         "-c",
-        "import sys; from exo.cli import launch; sys.exit(launch.run('slow', sys.argv[1:], 2))",
+        "import sys; from exo.cli.main import run_ranks; sys.exit(run_ranks('slow', sys.argv[1:], 2))",
     ]
     child = subprocess.Popen(
         [*command, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
@@ -392,17 +398,17 @@ def test_processes_whose_launcher_is_killed_stop_with_their_state(given, tmp_pat
     assert list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
-def test_a_signal_before_all_have_begun_ends_those_that_have(monkeypatch):
-    begun, popen = [], subprocess.Popen
-
-    def first_then_a_signal(command, **options):
-        begun.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **options))
-        os.kill(os.getpid(), signal.SIGTERM)
-        return begun[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", first_then_a_signal)
-    assert launch.run("exo.sft", [], 2) == 143
-    assert [child.wait(10) for child in begun] == [-9]
+def test_a_signal_while_ranks_start_ends_all_of_them(given, tmp_path):
+    argv = interruptions.arguments("sft", given, tmp_path / "run")
+    launcher = subprocess.Popen([sys.executable, "-m", "exo.sft", *argv, "--nproc=2"], stderr=subprocess.DEVNULL)
+    while not (ranks := subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True).stdout.split()):
+        time.sleep(0.001)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(30) == 143
+    until = time.monotonic() + 20
+    while (alive := [pid for pid in ranks if Path(f"/proc/{int(pid)}").exists()]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive
 
 
 @pytest.mark.parametrize(
@@ -426,7 +432,7 @@ def test_a_stage_for_one_process_refuses_several(given, tmp_path, monkeypatch, c
     monkeypatch.setenv("WORLD_SIZE", "2")
     argv = ["--systems", f"one={given},two={given}", "--matchups", "one:two", "--output_dir", str(tmp_path / "out")]
     assert label.main(argv) == 1
-    assert capsys.readouterr().err == "error: label: is done by one process; got 2 (WORLD_SIZE)\n"
+    assert capsys.readouterr().err == "error: label: runs in one process; got 2 (WORLD_SIZE)\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -25,7 +25,7 @@ def test_every_step_comes_after_what_it_needs_and_reads_only_that(tmp_path, full
     before = set()
     for step in steps:
         assert set(step.needs) <= before, step.name
-        read = {getattr(step.config, name) for name in run_record.INPUTS[step.stage] if name != "oracle"} - {None}
+        read = {getattr(step.config, name) for name in run_record.STAGES[step.stage].reads if name != "oracle"} - {None}
         for path in read - {str(tmp_path)}:
             owners = {
                 need for need in step.needs if path == str(tmp_path / need) or path.startswith(f"{tmp_path / need}/")
@@ -202,7 +202,9 @@ def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path, capsys):
 
 
 def test_a_dry_run_knows_what_a_change_takes_with_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_stage, "is_up_to_date", lambda directory, config, stage: stage != "reward")
+    monkeypatch.setattr(
+        run_stage, "status", lambda directory, config, stage: ("new" if stage == "reward" else "done", [])
+    )
     assert train.main(["--dry_run", "--output_dir", str(tmp_path / "x")]) == 0
     plan = [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
     there = {line.split()[0] for line in plan if line.endswith("already there")}

@@ -99,7 +99,7 @@ def test_a_damaged_line_is_made_again_and_said(model, tmp_path, asked, capsys):
     (file,) = tmp_path.iterdir()
     content = file.read_text().splitlines()
     row = json.loads(content[3])
-    row["logps"][0] += 1e-9
+    row["value"][0] += 1e-9
     file.write_text("\n".join([*content[:3], json.dumps(row), *content[4:]]) + "\n")
     assert score(model, tmp_path) == made and sum(asked[-1]) >= 1
     assert f"1 lines of {file} are damaged and computed again" in capsys.readouterr().out

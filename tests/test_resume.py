@@ -103,9 +103,9 @@ def test_changed_options_are_shown_and_refused_unless_allowed(half, whole, capsy
     changed = [*argv, "--learning_rate", "1e-3"]
     assert STAGES["sft"].main(changed) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    assert "unfinished, with learning_rate 0.003, now 0.001; --allow_changes goes on" in said
+    assert "unfinished, with learning_rate 0.003, now 0.001; pass --allow_changes to resume" in said
     assert STAGES["sft"].main([*changed, "--allow_changes"]) == 0
-    assert "going on with changes: learning_rate 0.003, now 0.001" in capsys.readouterr().out
+    assert "resuming with changes: learning_rate 0.003, now 0.001" in capsys.readouterr().out
     assert made(run) != whole("sft")
     assert json.loads((run / "run.json").read_text())["arguments"]["learning_rate"] == 1e-3
 

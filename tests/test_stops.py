@@ -49,7 +49,7 @@ def test_a_run_that_is_told_to_stop_loses_no_step(stage, number, given, whole, t
         patch.setattr(training_step, "accumulate", told)
         assert STAGES[stage].main(argv) == 128 + number
     said = capfd.readouterr().err.strip().splitlines()
-    assert said[0].startswith("stopping at the next step") and said[-1].startswith(
+    assert said[0].startswith("Stopping after this step") and said[-1].startswith(
         "stopped: after step 5 of 10, saved in"
     )
     assert STAGES[stage].main(argv) == 0

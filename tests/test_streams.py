@@ -37,7 +37,7 @@ def place(tmp_path_factory) -> Path:
 STREAMS = {
     "closed": (">&-", ""),
     "all-closed": ("<&- >&- 2>&-", ""),
-    "full": (">/dev/full", "warning: standard output: No space left on device; the run goes on without it\n"),
+    "full": (">/dev/full", "warning: standard output: No space left on device; the run continues without it\n"),
     "both-full": (">/dev/full 2>&1", ""),
     "broken-pipe": ("| true", ""),
     "both-broken": ("2>&1 | true", ""),
@@ -121,7 +121,7 @@ def test_a_hangup_stops_a_run_unless_nohup_ignores_it(ignored, code, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_training_stops_at_the_next_step_on_every_such_signal(number, capfd):
     """A first one asks, and the run saves its state; under nohup SIGHUP asks nothing."""
-    with signals.graceful_shutdown(alone=True):
+    with signals.graceful_shutdown():
         os.kill(os.getpid(), number)
         assert signals.stop_requested() == number
         with pytest.raises(signals.Stopped) as stopped:
@@ -129,7 +129,7 @@ def test_training_stops_at_the_next_step_on_every_such_signal(number, capfd):
     assert stopped.value.signum == number
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with signals.graceful_shutdown(alone=True):
+        with signals.graceful_shutdown():
             os.kill(os.getpid(), signal.SIGHUP)
             assert not signals.stop_requested()
     finally:

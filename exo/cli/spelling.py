@@ -1,4 +1,4 @@
-"""Suggestions for names that are not known."""
+"""Suggest the nearest name for an unknown one."""
 
 import difflib
 from collections.abc import Iterable

@@ -5,13 +5,11 @@ choice "tie", in double quotes. Left out: everything about the network.
 """
 
 import hashlib
-import json
-import os
 import re
-import threading
 from pathlib import Path
 
 from exo.data import DataError
+from exo.runs.jsonl import JsonlCache, read_cache
 
 FOLDER = Path(__file__).parent / "templates"
 TEMPLATES = ("summary", "dialogue", "instruction")
@@ -24,7 +22,6 @@ _CHOICE = re.compile(
 )
 _ASKED = re.compile(r'^([^\W\d][\w ]{0,40}):[^\n]*"A"[^\n]*"B"', re.MULTILINE)  # the line that a template asks for
 _MARKUP = re.compile(r"[*_`#\"'“”‘’<>\[\]()]")
-_LINE_START = b'{"key": "'
 
 
 class JudgeTemplate:
@@ -76,50 +73,15 @@ class JudgeTemplate:
         return None
 
 
-class AnswerCache:
-    """Answers by the hash of what was asked, a line each. A line is one write: a crash can only cut the last."""
+class AnswerCache(JsonlCache):
+    """Answers by the hash of the question. DataError if the file is not such a cache; it is left as it is."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._answers: dict[str, str] = {}
-        half = self._load(path) if path.exists() else 0
-        self._file = open(path, "ab", buffering=0)
-        if half:
-            self._file.truncate(path.stat().st_size - half)
-
-    def _load(self, path: Path) -> int:
-        """Take in every whole line; return the length of a half one at the end. What is no cache is left as it is."""
-        content = path.read_bytes()
-        *lines, rest = content.split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                key, answer = row["key"], row["answer"]
-            except (ValueError, LookupError, TypeError, RecursionError):
-                key = answer = None
-            if not isinstance(key, str) or not isinstance(answer, str):
-                raise DataError(f"{path}:{number}: not a line of a cache of verdicts; choose another --cache")
-            self._answers[key] = answer
-        if not (rest.startswith(_LINE_START) or _LINE_START.startswith(rest)):
-            raise DataError(f"{path}:{len(lines) + 1}: not a line of a cache of verdicts; choose another --cache")
-        return len(rest)
+        if damaged := read_cache(path)[1]:
+            raise DataError(f"{path}:{damaged[0]}: not a line of a cache of verdicts; choose another --cache")
+        super().__init__(path)
 
     @staticmethod
     def key(template: JudgeTemplate, url: str, body: bytes) -> str:
         """Two servers may call different models by one name."""
         return hashlib.sha256(f"{template.sha256}{url}\n".encode() + body).hexdigest()
-
-    def get(self, key: str) -> str | None:
-        return self._answers.get(key)
-
-    def put(self, key: str, answer: str) -> None:
-        line = json.dumps({"key": key, "answer": answer}).encode() + b"\n"
-        assert line.startswith(_LINE_START)
-        with self._lock:
-            self._answers[key] = answer
-            self._file.write(line)
-
-    def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()

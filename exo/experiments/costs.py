@@ -30,7 +30,7 @@ def print_plan(recipe: Recipe, steps: list[Step], directory: Path, rerun: Collec
     for i, step in enumerate(steps, 1):
         # A step whose input changes runs again, and so does the report, which reads everything.
         keeps = step.name not in rerun and step.stage != "report" and not to_run & set(step.needs)
-        if keeps and run_stage.is_up_to_date(directory / step.name, step.config, step.stage):
+        if keeps and run_stage.status(directory / step.name, step.config, step.stage)[0] == "done":
             cost = "already there"
         else:
             to_run.add(step.name)

@@ -22,6 +22,7 @@ from exo.runs import record as run_record
 
 __all__ = ["METHODS", "RECIPES", "SHIPPED", "Recipe", "Step", "load", "plan"]
 
+STAGES = ("prepare", "sft", "sample", "score", "reward", "align", "ppo", "best_of_n", "evaluate", "report")
 SECTIONS = {"prepare", "sft", "classifier", "sample", "density", "bon", "score", "reward", "align", "align.pref"}
 SECTIONS |= {"align.rw", "ppo", "best_of_n", "evaluate", "report"}
 # Options that the plan sets, in all sections or in one: a recipe's value would have no effect.
@@ -199,7 +200,7 @@ class _Planner:
             config = build(_config_of(stage), values)
         except ConfigError as error:
             raise ConfigError(f"recipe: {name}: {error}") from None
-        inputs = [Path(value) for option in run_record.INPUTS[stage] if (value := getattr(config, option))]
+        inputs = [Path(value) for option in run_record.STAGES[stage].reads if (value := getattr(config, option))]
         needs = tuple(n for n in self.names if any(path.is_relative_to(self.directory / n) for path in inputs))
         self.names.append(name)
         return Step(name, stage, config, needs, {})
@@ -229,7 +230,7 @@ def _check_sections(recipe: Recipe) -> None:
             raise ConfigError(f"recipe: {section}: {min(planned)} is for the plan to set")
         if shared := {"dtype", "device"} & options.keys():
             raise ConfigError(f"recipe: {section}: {min(shared)} belongs under common; steps share a process")
-    known = {name for stage in run_record.INPUTS if stage not in ("judge", "label") for name in _options(stage)}
+    known = {name for stage in STAGES for name in _options(stage)}
     for where, names in (("common", recipe.common), ("sweep", recipe.sweep)):
         for name in names:
             if name in PLANNED or where == "sweep" and name in NOT_SWEPT:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from exo.cli import console, launch, signals, streams
+from exo.cli import console, signals, streams
 from exo.cli.errors import RunError
 from exo.cli.fields import require
-from exo.cli.main import print_error
+from exo.cli.main import needs_ranks, print_error, run_ranks
 from exo.cli.parse import command_line
 from exo.experiments.plan import Recipe, Step
 from exo.runs import directory as run_directory
@@ -67,6 +67,7 @@ def begin(config: Any, recipe: Recipe, steps: list[Step], directory: Path) -> No
         directory,
         config,
         "train",
+        makes="run.json",  # the plan; the steps have records of their own
         started=run_record.now(),
         recipe=dataclasses.asdict(recipe),
         plan=[
@@ -99,7 +100,7 @@ class Runner(NamedTuple):
         return (
             step.name not in self.rerun
             and step.stage != "report"  # it reads all other steps and is fast
-            and run_stage.is_up_to_date(self.directory / step.name, step.config, step.stage)
+            and run_stage.status(self.directory / step.name, step.config, step.stage)[0] == "done"
         )
 
     def _in_order(self, steps: list[Step]) -> Iterator[bool]:
@@ -183,9 +184,9 @@ def _timed(step: Step, rerun: bool, execute: RunStage) -> float:
 
 def run_step(step: Step, rerun: bool, run: RunStage) -> None:
     """Run a step, in processes of its own if it has several; resume an unfinished run of it unless `rerun`."""
-    resumes = not rerun and run_stage.is_resumable(Path(step.config.output_dir), step.config, step.stage)
+    resumes = not rerun and run_stage.status(Path(step.config.output_dir), step.config, step.stage)[0] == "resume"
     config = dataclasses.replace(step.config, overwrite_output_dir=not resumes)
-    if not launch.is_launcher(getattr(config, "nproc", 1)):
+    if not needs_ranks(config):
         run(step.stage, config)
-    elif launch.run(f"exo.{step.stage}", command_line(config), config.nproc):
+    elif run_ranks(f"exo.{step.stage}", command_line(config), config.nproc):
         raise RunError(f"{step.name}: failed; the message above says why")

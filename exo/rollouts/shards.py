@@ -68,11 +68,11 @@ def _map_cached(jobs: Sequence[Callable[[], Any]], accelerator: Accelerator, cac
         numbers = range(first, min(first + world, len(jobs)))
 
         def result(number: int) -> Any:
-            return cache.known[number] if number in cache.known else jobs[number]()
+            return cache.entries[number] if number in cache.entries else jobs[number]()
 
         values = map_over_ranks(numbers, result, accelerator)
         for number, value in zip(numbers, values, strict=True):
-            cache.keep(number, value)
+            cache.put(number, value)
         results += values
     return results
 

@@ -19,7 +19,7 @@ from exo.cli.errors import RunError
 from exo.distributed import deepspeed, fsdp
 from exo.models import weights
 from exo.runs import record as run_record
-from exo.runs.jsonl import Metrics
+from exo.runs.jsonl import JsonlLog
 from exo.training import checkpoint_files
 
 
@@ -62,7 +62,7 @@ class Checkpointer:
         module: nn.Module,
         optim: Any,
         accelerator: Accelerator,
-        metrics: Metrics,
+        metrics: JsonlLog,
         parts: Mapping[str, Stateful],
         *,
         allow_changes: bool,

@@ -11,7 +11,7 @@ from exo.cli import console
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.runs import plots
-from exo.runs.jsonl import Metrics
+from exo.runs.jsonl import JsonlLog
 from exo.training import preference, summary
 
 
@@ -24,7 +24,7 @@ class Evaluator:
         examples: Sequence[TokenizedExample],  # held out; may be empty
         collator: Collator,
         accelerator: Accelerator,
-        metrics: Metrics,
+        metrics: JsonlLog,
         *,
         eval_steps: int,  # 0: at the end only
         export_steps: int,  # 0: never

@@ -21,7 +21,7 @@ from exo.distributed import deepspeed, fsdp
 from exo.distributed.accelerator import compute_dtype, set_seed
 from exo.models import weights
 from exo.runs import record as run_record
-from exo.runs.jsonl import Metrics
+from exo.runs.jsonl import JsonlLog
 from exo.training import checkpoint, checkpoint_files
 from exo.training.optimizer import OptimizerSettings, checkpoint_layers, optimizer
 from exo.training.profiler import Profiler
@@ -69,7 +69,7 @@ class Task(NamedTuple):
     parts: Mapping[str, checkpoint.Stateful] | None = None  # more state for the checkpoints
 
 
-def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: Metrics) -> nn.Module:
+def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: JsonlLog) -> nn.Module:
     """Train the task's module; return it as accelerate wrapped it.
 
     RunError if nothing can be trained, and at the end if no weight has changed or one is not finite.
@@ -107,7 +107,8 @@ def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: Met
         message = error if isinstance(error, RunError) else f"{error.strerror}: {error.filename}"
         raise RunError(f"{message}{checkpointer.hint()}") from error
     except signals.Stopped as stopped:
-        raise signals.Stopped(stopped.signum, _where(_save(checkpointer), task.steps)) from None
+        with signals.graceful_shutdown():  # ranks get the same signal at different times
+            raise signals.Stopped(stopped.signum, _where(_save(checkpointer), task.steps)) from None
     weights.check_moved(counters, task.steps)
     _conclude(settings.optimizer.max_grad_norm, counters, task.steps)
     return module
@@ -146,7 +147,7 @@ def _steps(
     counters: dict[str, float],
     checkpointer: checkpoint.Checkpointer,
     movement: weights.Movement,
-    metrics: Metrics,
+    metrics: JsonlLog,
 ) -> None:
     """Take the steps after `done`: log, check the weights, save checkpoints."""
     accelerator, steps, after = train_step.accelerator, task.steps, task.after
@@ -155,7 +156,7 @@ def _steps(
         settings.profile, Path(settings.output_dir), accelerator, compute_dtype(accelerator), train_step.module
     )
     try:
-        with signals.graceful_shutdown(alone=accelerator.num_processes == 1):
+        with signals.graceful_shutdown():
             if done and after is not None:
                 after(done, done == steps)
             for step in range(done + 1, steps + 1):

@@ -27,8 +27,9 @@ from exo.distributed import fsdp, gather
 from exo.models import logps
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
-from exo.runs.jsonl import append
+from exo.runs.jsonl import JsonlCache
 
+IDENTITY = "identity"  # the key of the entry with everything that the log-probs depend on
 Sums = tuple[float, ...]  # log-probs of an example's completions, in fp64
 
 
@@ -87,11 +88,10 @@ def score(
     if cache_directory:
         identity = _identity(model, examples, accelerator, collator, temperature)
         with accelerator.main_process_first():  # it repairs the file before others read it
-            cache = LogprobCache(cache_directory, identity, examples, writes=accelerator.is_main_process)
-    if cache:
-        console.log(
-            f"  {len(cache.rows):,} of {len(examples):,} prompts are cached in {cache.path}, which may be deleted"
-        )
+            cache = _open_cache(cache_directory, identity, writes=accelerator.is_main_process)
+        number = len(cache.entries.keys() - {IDENTITY})
+        console.log(f"  {number:,} of {len(examples):,} prompts are cached in {cache.path}, which may be deleted")
+    places = {id(example): place for place, example in enumerate(examples)}
     progress = console.Progress("prompts", len(examples), every=max(1, len(examples) // 5))
     with logps.logps_function(model, accelerator, collator, temperature) as of:
 
@@ -103,19 +103,20 @@ def score(
         # a micro-batch is computed as a unit, so that an interruption changes no bit; and by all ranks if one lacks it,
         # because a rank may have read the file before another run added to it, or its own file
         parts = collator.micro_batches(examples)
-        cached = [cache.of(part) if cache else None for part in parts]
-        local_missing = [i for i, part_sums in enumerate(cached) if part_sums is None]
-        missing = sorted({i for some in gather.all_gather_json(local_missing, accelerator) for i in some})
+        cached = cache.entries if cache else {}
+        incomplete = [i for i, part in enumerate(parts) if any(places[id(example)] not in cached for example in part)]
+        missing = sorted({i for some in gather.all_gather_json(incomplete, accelerator) for i in some})
         for i in sorted({*range(len(parts))} - {*missing}):
-            scored |= zip(map(id, parts[i]), cached[i] or (), strict=True)
+            scored |= {id(example): tuple(cached[places[id(example)]]) for example in parts[i]}
             progress.advance(len(parts[i]))
         for first in range(0, len(missing), world):
             batch = [parts[i] for i in missing[first : first + world]]
             results = gather.map_over_ranks(batch, sums, accelerator, together=together)
             for part, part_sums in zip(batch, results, strict=True):
-                if cache:
-                    cache.add(part, part_sums)
-                scored |= zip(map(id, part), map(tuple, part_sums), strict=True)
+                for example, row in zip(part, part_sums, strict=True):
+                    scored[id(example)] = tuple(row)
+                    if cache:
+                        cache.put(places[id(example)], row)
                 progress.advance(len(part))
     if cache:
         cache.close()
@@ -163,66 +164,17 @@ def _digest_of_weights(model: nn.Module, accelerator: Accelerator) -> str:
     return digest
 
 
-class LogprobCache:
-    """An append-only file of log-probs: an example a line, with a hash of its tokens and numbers."""
-
-    def __init__(
-        self, where: Path, identity: dict[str, Any], examples: Sequence[TokenizedExample], *, writes: bool
-    ) -> None:
-        where.mkdir(parents=True, exist_ok=True)
-        self.path = where / f"{_sha(json.dumps(identity, sort_keys=True))}.jsonl"
-        self._rows = {id(example): (i, _row(example)) for i, example in enumerate(examples)}
-        self.rows: dict[int, Sums] = {}  # by place of the example
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        head = json.dumps({"of": identity}, sort_keys=True).encode()
-        if lines[0] not in (b"", head):
-            console.log(f"  {self.path} belongs to another model or other rows; it is computed again")
-            self.path.unlink(missing_ok=True)
-            lines = [b""]
-        bad = sum(not self._take(line, examples) for line in lines[1:] if line)
-        if bad:
-            console.log(f"  {bad:,} lines of {self.path} are damaged and computed again")
-        self._file = open(self.path, "ab", buffering=0) if writes else None
-        if self._file is None:
-            return
-        if not lines[0]:
-            self._file.write(head + b"\n")
-        elif lines[-1]:
-            self._file.write(b"\n")  # a line that a crash cut off stays a separate line
-
-    def _take(self, line: bytes, examples: Sequence[TokenizedExample]) -> bool:
-        """Take a line's numbers, and return whether it is intact."""
-        try:
-            row = json.loads(line)
-            place, sums = row["row"], tuple(row["logps"])
-            example = examples[place]
-            intact = row["sha"] == _line_hash(_row(example), sums) and len(sums) == len(example.completions)
-        except (ValueError, LookupError, TypeError):
-            return False
-        if intact:
-            self.rows[place] = sums
-        return intact
-
-    def of(self, part: Sequence[TokenizedExample]) -> list[Sums] | None:
-        """Return the numbers of a micro-batch; None if one is missing."""
-        places = [self._rows[id(example)][0] for example in part]
-        return [self.rows[place] for place in places] if all(place in self.rows for place in places) else None
-
-    def add(self, part: Sequence[TokenizedExample], sums: Sequence[Sums]) -> None:
-        """Append a micro-batch."""
-        rows = [self._rows[id(example)] for example in part]
-        lines = (
-            json.dumps({"row": place, "logps": row_sums, "sha": _line_hash(name, row_sums)})
-            for (place, name), row_sums in zip(rows, sums, strict=True)
-        )
-        if self._file:
-            append(self._file, "".join(f"{line}\n" for line in lines))
-
-    def close(self) -> None:
-        if self._file:
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-
-def _line_hash(row: str, sums: Sums) -> str:
-    return _sha(f"{row} {json.dumps(sums)}")[:8]
+def _open_cache(directory: Path, identity: dict[str, Any], *, writes: bool) -> JsonlCache:
+    """Open the cache of that identity: an entry for each example, and one for the identity itself."""
+    name = json.dumps(identity, sort_keys=True)
+    path = directory / f"{_sha(name)}.jsonl"
+    cache = JsonlCache(path, writes=writes)
+    if cache.entries and json.dumps(cache.entries.get(IDENTITY), sort_keys=True) != name:
+        console.log(f"  {path} belongs to another model or other rows; it is computed again")
+        cache.close()
+        path.unlink(missing_ok=True)
+        cache = JsonlCache(path, writes=writes)
+    elif cache.damaged:
+        console.log(f"  {len(cache.damaged):,} lines of {path} are damaged and computed again")
+    cache.put(IDENTITY, identity)
+    return cache

@@ -14,12 +14,12 @@ from exo.runs import plots
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
 from exo.runs.atomic import atomic_files
-from exo.runs.jsonl import Metrics
+from exo.runs.jsonl import JsonlLog
 from exo.runs.stage import Start
 from exo.training import checkpoint_files
 
 
-def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Metrics:
+def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> JsonlLog:
     """Make the run directory, or resume in it, and return its metrics log.
 
     Call it after all checks: this removes an earlier run if --overwrite_output_dir says so.
@@ -31,11 +31,11 @@ def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Me
         run_stage.begin(start, keep=True, rows=rows)
     check_shared_directory(start, accelerator)
     accelerator.init_trackers("exo")
-    return Metrics(Path(start.config.output_dir) / "metrics.jsonl")
+    return JsonlLog(Path(start.config.output_dir) / "metrics.jsonl")
 
 
 def end(
-    metrics: Metrics,
+    metrics: JsonlLog,
     model: Any,
     tokenizer: Any,
     accelerator: Accelerator,
