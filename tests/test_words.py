@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WORDS = [
-    "heeded", "anew", "held to", "said", "gone on from", "goes on from", "cannot be had", "made anew", "bears", "mends?",
-    "mended", "parted", "of one's own", "whoever", "is whole", "are whole", "state that is whole",
+    "heeded", "anew", "held to", "said", "gone on from", "goes on from", "cannot be had", "made anew", "bears",
+    "mends?", "mended", "parted", "of one's own", "whoever", "is whole", "are whole", "state that is whole",
 ]  # fmt: skip
 PATTERN = re.compile(rf"\b({'|'.join(WORDS)})\b", re.IGNORECASE)
 # Functions whose text a person reads, and the pages.
