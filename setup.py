@@ -46,6 +46,7 @@ setup(
         "lora": [*TRAIN, *LORA],
         "qlora": [*TRAIN, *QLORA],
         "bench": BENCH,
+        "docs": [*TRAIN, "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "test": TEST,
         "deepspeed": [*TRAIN, "deepspeed>=0.19"],
         "flash": ["flash-attn>=2.7"],
