@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 TRAIN = [
     "accelerate>=1.12",
     "datasets>=4.0",
+    "jinja2>=3.1",
     "matplotlib>=3.9",
     "pyyaml>=6.0",
     "rich>=13.0",
@@ -14,11 +15,13 @@ TRAIN = [
 ]
 LORA = ["peft>=0.18"]
 QLORA = [*LORA, "bitsandbytes>=0.49"]
+JUDGE = ["openai>=2.0"]
 BENCH = ["matplotlib>=3.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
 TEST = [
     *TRAIN,
     *BENCH,
     *QLORA,
+    *JUDGE,
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest-xdist>=3.6",  # make test uses both cores
@@ -37,7 +40,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["exo", "exo.*", "exo_kernels", "exo_kernels.*"]),
     package_data={
-        "exo": ["py.typed", "evaluation/templates/*.txt", "presets/*.yaml", "experiments/recipes/*.yaml"],
+        "exo": [
+            "py.typed",
+            "evaluation/templates/*.txt",
+            "presets/*.yaml",
+            "experiments/recipes/*.yaml",
+            "reporting/*.j2",
+        ],
         "exo_kernels": ["py.typed"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
@@ -45,6 +54,7 @@ setup(
         "train": TRAIN,
         "lora": [*TRAIN, *LORA],
         "qlora": [*TRAIN, *QLORA],
+        "judge": [*TRAIN, *JUDGE],
         "bench": BENCH,
         "test": TEST,
         "deepspeed": [*TRAIN, "deepspeed>=0.19"],
