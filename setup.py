@@ -5,7 +5,6 @@ from setuptools import find_packages, setup
 TRAIN = [
     "accelerate>=1.12",
     "datasets>=4.0",
-    "jinja2>=3.1",
     "matplotlib>=3.9",
     "pyyaml>=6.0",
     "rich>=13.0",
@@ -44,7 +43,7 @@ setup(
             "py.typed",
             "evaluation/templates/*.txt",
             "presets/*.yaml",
-            "experiments/recipes/*.yaml",
+            "experiments/recipes/*.yaml"],
             "reporting/*.j2",
         ],
         "exo_kernels": ["py.typed"],

@@ -6,7 +6,7 @@ import sys
 
 from exo.cli import streams
 
-_NEEDED = ("accelerate", "jinja2", "matplotlib", "rich", "safetensors", "tokenizers", "transformers", "yaml")
+_NEEDED = ("accelerate", "matplotlib", "rich", "safetensors", "tokenizers", "transformers", "yaml")
 
 if sys.argv[0] == "-m":
     streams.prepare()

@@ -7,31 +7,26 @@ the picture of the density ratio. Left out: judges that are no function (judge, 
 """
 
 import datetime
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
-
 from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, TOP_P, at_least, named, option, require
-from exo.cli.main import run_command
-from exo.cli.options import ChatOptions, DataOptions, Scoring
-from exo.cli.parse import parse
+from exo.cli.main import command
+from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Scoring
 from exo.data import Example
 from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
 from exo.distributed import gather
-from exo.distributed.accelerator import make_accelerator
+from exo.distributed.accelerator import Accelerator, make_accelerator
+from exo.evaluation import baseline
 from exo.evaluation import metrics as evaluation_metrics
 from exo.models.logps import ScoringModels
-from exo.rollouts import baseline, samples, scorers
-from exo.rollouts.generate import Sample
-from exo.rollouts.scorers import Scores
+from exo.rollouts import samples, scorers, shards
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
@@ -40,7 +35,7 @@ from exo.runs.stage import Start, stage
 
 
 @dataclass(frozen=True)
-class Config(Scoring, DataOptions, ChatOptions):
+class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
     output_dir: str = option("runs/evaluation", "directory of the run")
     model: str | None = option(None, "run whose checkpoints are evaluated, or a causal LM")
     samples: str | None = option(None, "completions to evaluate instead of a model's")
@@ -49,8 +44,6 @@ class Config(Scoring, DataOptions, ChatOptions):
     chosen: bool = option(False, "also compare with the chosen completions, which the data then must have")
     baseline: str | None = option(None, "an evaluation of the reference, to compare with")
     density: str | None = option(None, "scored samples of the reference, many a prompt, for the density ratio")
-    reward_model: str | None = scorers.REWARD_MODEL
-    oracle: str | None = scorers.ORACLE
     prompts: int = option(512, "use at most so many prompts", at_least(2))
     k: int = option(4, "completions a prompt", at_least(1))
     temperature: float = option(1.0, "divides the logits, of policy and reference", POSITIVE)
@@ -69,7 +62,6 @@ class Config(Scoring, DataOptions, ChatOptions):
             not (self.density and self.samples), "density", "none with --samples, which have no model", self.density
         )
         require(bool(self.reference or self.samples), "reference", MODEL.expected, self.reference)
-        scorers.check(scorers.Options(self.reward_model, self.oracle))
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
 
 
@@ -83,10 +75,12 @@ class Checkpoint(NamedTuple):
 def run(config: Config, start: Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
     dataset = _read(config)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(**config.accelerator())
     if config.model:
         reference, known = models.load(run_inputs.source("reference", config.reference or "", "sft", "align", "ppo"))
-        (dataset,) = render.apply(config, known, gather.template_date(start, accelerator), dataset)
+        (dataset,) = render.apply(
+            known, config.chat_template, config.template_kwargs, gather.template_date(start, accelerator), dataset
+        )
         usable, dropped = tokenize.usable_prompts(dataset, known, skip_invalid=config.skip_invalid)
         console.counts(dropped)
     else:
@@ -98,13 +92,13 @@ def run(config: Config, start: Start) -> Path:
     settings = baseline.settings_of(given, config.samples) if config.samples else _settings(config)
     before = _baseline(config, prompts, settings, start)
     dense = _density(config) if config.density else None
-    options = scorers.Options(config.reward_model, config.oracle)
     scorer = scorers.load(
-        options, config, accelerator, config.max_length, config.max_length - config.max_new_tokens,
-        template=render.of_another_model(config.chat_template) if config.model else config.chat_template,
-        arguments=None if config.model else config.template_kwargs, date=gather.template_date(start, accelerator),
+        config.reward_model, config.oracle, accelerator, max_length=config.max_length,
+        max_prompt_length=config.max_length - config.max_new_tokens, max_tokens_per_batch=config.max_tokens_per_batch,
+        chat_template=render.of_another_model(config.chat_template) if config.model else config.chat_template,
+        template_kwargs=None if config.model else config.template_kwargs, date=gather.template_date(start, accelerator),
     )  # fmt: skip
-    chosen_scores, remarks = _score(scorer, chosen, accelerator)
+    chosen_scores, remarks = shards.score_shared(scorer, chosen, accelerator)
     if config.model:
         reference.to(accelerator.device)
         console.counts(tokenize.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
@@ -120,7 +114,7 @@ def run(config: Config, start: Start) -> Path:
     console.log(f"{len(prompts):,} prompts x {shown} completions, scored by {scorer.name}")
     entries = []
     for checkpoint, examples, pair in drawn:
-        scores, more = _score(scorer, examples, accelerator)
+        scores, more = shards.score_shared(scorer, examples, accelerator)
         remarks += more
         entry = {"name": checkpoint.name, "step": checkpoint.step} | evaluation_metrics.of_rewards(
             scores, before, chosen_scores or None
@@ -202,7 +196,7 @@ def checkpoints(model: str) -> list[Checkpoint]:
     log = directory / "metrics.jsonl"
     steps = [row["step"] for _, row in data.read_jsonl(log)] if log.exists() else []
     last = max(steps, default=None)
-    found = [Checkpoint(path.name, int(path.name[5:]), str(path)) for path in directory.glob("checkpoints/step-*")]
+    found = [Checkpoint(path.name, int(path.name[5:]), str(path)) for path in directory.glob("models/step-*")]
     before = sorted((c for c in found if c.step != last), key=lambda c: c.step or 0)
     return [*before, Checkpoint("final", last, model)]
 
@@ -257,21 +251,8 @@ def _draw(
         return samples.draw(
             model, tokenizer, prompts, _sampling(config)._replace(top_p=top_p), k=config.k,
             max_prompt_length=config.max_length - config.max_new_tokens, seed=config.seed,
-            batch_size=config.batch_size, run=partial(_run, accelerator),
+            batch_size=config.batch_size, run=partial(shards.sample_shared, accelerator=accelerator),
         )  # fmt: skip
-
-
-def _run(accelerator: Accelerator, jobs: Sequence[Callable[[], list[Sample]]]) -> list[list[Sample]]:
-    found = gather.map_over_ranks(jobs, lambda job: samples.to_json(job()), accelerator)
-    return [samples.from_json(rows) for rows in found]
-
-
-def _score(
-    scorer: scorers.Scorer, examples: Sequence[Example], accelerator: Accelerator
-) -> tuple[Scores, Counter[str]]:
-    return scorers.merge(
-        gather.map_over_ranks(scorers.chunked(examples), partial(scorers.score_chunk, scorer), accelerator)
-    )
 
 
 def _given(config: Config, prompts: Sequence[str]) -> list[Example]:
@@ -280,7 +261,7 @@ def _given(config: Config, prompts: Sequence[str]) -> list[Example]:
     path = run_inputs.source("samples", config.samples, "sample", "score", "best_of_n")
     examples = data.read(path, purpose="samples", columns_required=False, **config.reading()).examples[: len(prompts)]
     if isinstance(examples[0].prompt, data.Chat):  # sampled with --chat_template always
-        prompts = [render.as_chat(Example(prompt, (), None, 0)).prompt for prompt in prompts]
+        prompts = [render.render(Example(prompt, (), None, 0)).prompt for prompt in prompts]
     if [example.prompt for example in examples] != list(prompts):
         raise ValueError(f"--samples {path}: expected the prompts of --data, in their order; got others")
     return examples
@@ -318,10 +299,7 @@ def _line(entry: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.evaluate", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

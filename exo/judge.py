@@ -8,7 +8,6 @@ so that paid answers survive a crash, --overwrite_output_dir and a change of --l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, POSITIVE, at_least, named, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import Stage
-from exo.cli.parse import parse
 from exo.runs.stage import Start, stage
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -159,10 +157,7 @@ def _log(result: dict[str, Any], directory: Path) -> None:
     console.log(f"{directory / 'judge.json'}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.judge", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -19,9 +19,8 @@ from typing import Any, Literal
 from exo import data
 from exo.cli import console
 from exo.cli.fields import at_least, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import Stage
-from exo.cli.parse import parse
 from exo.evaluation import answers as evaluation_answers
 from exo.evaluation import judge_prompts
 from exo.evaluation import raters as evaluation_raters
@@ -261,10 +260,7 @@ def _agreement(found: Mapping[str, Any]) -> str:
     return f"{found['items']:,} items; pairs of raters agree {found['agreement']:.1%}, Fleiss' kappa {kappa}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.label", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from exo.cli import console
 from exo.cli.fields import named, option
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import Stage
-from exo.cli.parse import parse
 from exo.reporting import html, outcomes, results
 from exo.reporting import training as training_section
 from exo.runs import stage as run_stage
@@ -54,10 +53,7 @@ def _tell(header: Sequence[str], rows: Sequence[Sequence[str]], failed: Sequence
         console.log(f"FAILED {line}, not more than {results.FAILED_BELOW:g} standard errors above the SFT start")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.report", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

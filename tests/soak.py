@@ -155,7 +155,7 @@ class Soak:
 
     def steps(self, done: int) -> tuple[int, int, dict]:
         """Memory and open files after a tenth of the run, and at the end of its training."""
-        argv = [*self._new("sft"), f"--max_steps={GOALS['steps']}", "--checkpoint_steps=50"]
+        argv = [*self._new("sft"), f"--max_steps={GOALS['steps']}", "--save_steps=50"]
         pid = self.server.begin("sft", argv, self.log)
         log, seen = self.directory / "run" / "metrics.jsonl", []
         while (code := self.server.poll()) is None:

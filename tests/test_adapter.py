@@ -11,18 +11,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from exo import align, models, sft
-from exo.cli.options import AdapterOptions, DataTraining
 from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
 from exo.distributed.accelerator import make_accelerator
 from exo.models import lora as model_lora
 from exo.training import preference
-from exo.training.optimizer import _spare
+from exo.training.loop import Settings, _save_memory
+from exo.training.optimizer import OptimizerSettings
 from exo_kernels.schedules import plan
 from tests import interruptions
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def lora_settings(rank: int) -> model_lora.LoraSettings:
+    return model_lora.LoraSettings(rank, 16, 0.0, "all-linear", "merged", False)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def test_the_reference_is_the_model_below_the_adapter(start, tmp_path):
 def test_switched_off_it_is_the_model_that_was_to_the_last_bit(start):
     model, _ = models.load(start)
     before = logits(model)
-    adapted = model_lora.apply(model, AdapterOptions(lora_r=4), start)
+    adapted = model_lora.apply(model, lora_settings(4), start)
     assert torch.equal(logits(adapted), before), "it begins as nothing"
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -82,8 +87,8 @@ def test_switched_off_it_is_the_model_that_was_to_the_last_bit(start):
 @pytest.mark.parametrize("output", ["merged", "adapter"])
 def test_what_a_run_leaves_is_the_model_that_was_trained(start, tmp_path, output):
     """The metrics' held-out loss is that of what is loaded again."""
-    run = aligned(start, tmp_path, output, "--lora_output", output, "--save_steps", "3")
-    assert models.is_adapter(str(run)) == models.is_adapter(str(run / "checkpoints/step-3")) == (output == "adapter")
+    run = aligned(start, tmp_path, output, "--lora_output", output, "--export_steps", "3")
+    assert models.is_adapter(str(run)) == models.is_adapter(str(run / "models/step-3")) == (output == "adapter")
     again, tokenizer = models.load(str(run))
     first = models.load(start)[0]
     assert (logits(again) - logits(first)).abs().max() > 0.01
@@ -114,7 +119,7 @@ def test_a_policy_that_comes_with_an_adapter_begins_and_is_referred_to_with_it(s
         "4",
     ]
     assert align.main([*arguments, "--lora_output", "adapter", "--output_dir", str(tmp_path / "x")]) == 2
-    assert "--lora_output adapter: expected a --model that stands alone" in capsys.readouterr().err
+    assert "--lora_output adapter: expected a --model with weights of its own on disk" in capsys.readouterr().err
 
 
 def test_a_frozen_head_takes_the_schedule_for_it(start, tmp_path, monkeypatch):
@@ -233,7 +238,7 @@ def test_weights_that_are_quantised_already_are_refused(start, tmp_path):
         (["--load_in_4bit"], "--load_in_4bit: expected --lora_r too"),
         (
             ["--load_in_4bit", "--lora_r", "4", "--model", "tiny"],
-            "--load_in_4bit: expected a --model whose weights are",
+            "--load_in_4bit: expected a --model with weights of its own",
         ),
     ],
 )
@@ -276,13 +281,13 @@ def test_checkpointing_changes_no_gradient_keeps_less_and_outlives_an_evaluation
         torch.manual_seed(0)
         model, _ = models.load(start)
         module = preference.PreferenceLoss(
-            model_lora.apply(model, AdapterOptions(lora_r=lora), "x"), loss="exo", beta_pi=0.5, beta_r=0.5,
+            model_lora.apply(model, lora_settings(lora), "x"), loss="exo", beta_pi=0.5, beta_r=0.5,
             label_smoothing=0.0, temperature=1.0,
         ).train(False)  # fmt: skip
-        _spare(module, DataTraining(gradient_checkpointing=checkpointed))
+        _save_memory(module, Settings(OptimizerSettings(), "", gradient_checkpointing=checkpointed))
         collator = Collator(0, 8192)
-        example = align.TokenizedExample((3, 4, 5) * 20, ((6, 7, 8), (9, 3)), (1.0, 0.0), 1, (-7.0, -4.0))
-        preference.evaluate(module, [example], make_accelerator(DataTraining(device="cpu")), collator)
+        example = TokenizedExample((3, 4, 5) * 20, ((6, 7, 8), (9, 3)), (1.0, 0.0), 1, (-7.0, -4.0))
+        preference.evaluate(module, [example], make_accelerator(device="cpu"), collator)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
             share = module(collator.collate([example]), 1)

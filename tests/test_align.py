@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exo import align, models
 from exo import data as exo_data
-from exo.cli.options import DataTraining, Training
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed.accelerator import make_accelerator
@@ -23,7 +22,7 @@ from exo.runs.atomic import atomic_directory
 from exo.training import metrics as training_metrics
 from exo.training import preference, reference, sampler
 from exo.training import step as training_step
-from exo.training.optimizer import learning_rate_share
+from exo.training.optimizer import OptimizerSettings, learning_rate_share
 
 WORDS = "red green blue round square small large heavy light".split()
 
@@ -53,7 +52,7 @@ def run(tmp_path_factory):
     """One run that several tests look at."""
     tmp_path = tmp_path_factory.mktemp("align")
     data = write(tmp_path / "rows.jsonl", rows(40, ragged=True))
-    assert align.main(options(tmp_path, data, "--eval_steps", "2", "--save_steps", "3")) == 0
+    assert align.main(options(tmp_path, data, "--eval_steps", "2", "--export_steps", "3")) == 0
     return tmp_path / "run"
 
 
@@ -62,7 +61,7 @@ def test_the_run_directory_is_a_model_directory(run):
     tokenizer = AutoTokenizer.from_pretrained(run)
     assert model(**tokenizer("Describe thing", return_tensors="pt")).logits.isfinite().all()
     for checkpoint in ("best", "step-3"):
-        AutoModelForCausalLM.from_pretrained(run / "checkpoints" / checkpoint)
+        AutoModelForCausalLM.from_pretrained(run / "models" / checkpoint)
 
 
 def test_the_record_says_what_was_done(run):
@@ -159,12 +158,12 @@ def test_more_positions_than_the_model_has_is_one_line(tmp_path, capsys):
     assert "--max_length: expected at most the 8 positions" in capsys.readouterr().err
 
 
-def test_a_foreign_reference_is_not_held_to_the_first_loss(tmp_path, run, capsys):
+def test_another_reference_is_not_held_to_the_first_loss(tmp_path, run, capsys):
     data = write(tmp_path / "rows.jsonl", rows(20))
     argv = options(tmp_path, data, "--max_steps", "1")
     argv[1] = str(run)
-    assert align.main([*argv, "--ref_model", str(run / "checkpoints" / "step-3")]) == 0
-    assert "not comparable: foreign reference" in capsys.readouterr().out
+    assert align.main([*argv, "--ref_model", str(run / "models" / "step-3")]) == 0
+    assert "not comparable: another reference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -248,12 +247,10 @@ def test_micro_batches_never_change_the_gradient():
     gradients = []
     for max_tokens in (10**6, 300, 1):
         module, pad_id = _module(seed=0)
-        accelerator = make_accelerator(Training(device="cpu"))
+        accelerator = make_accelerator(device="cpu")
         collator = Collator(pad_id, max_tokens)
         parts = collator.micro_batches(_groups())
-        loss, _, _ = training_step.accumulate(
-            module, parts, len(_groups()), accelerator, collator.collate, 1, DataTraining()
-        )
+        loss, _, _ = training_step.accumulate(module, parts, len(_groups()), accelerator, collator.collate, 1)
         gradients.append((loss, [p.grad.clone() for p in module.parameters()]))
     assert len(parts) == 8
     for loss, gradient in gradients[1:]:
@@ -265,8 +262,7 @@ def test_micro_batches_never_change_the_gradient():
 def test_batches_visit_every_prompt_once_an_epoch_and_leave_the_random_state_alone():
     examples = _groups()
     state = torch.get_rng_state()
-    config = DataTraining(batch_size=3, seed=5)
-    epochs = list(sampler.BatchSampler(examples, config, steps=6))
+    epochs = list(sampler.BatchSampler(examples, steps=6, batch_size=3, seed=5))
     assert torch.equal(state, torch.get_rng_state())
     for epoch in (epochs[:3], epochs[3:]):
         assert sorted(g.line for batch in epoch for g in batch) == list(range(8))
@@ -278,8 +274,8 @@ def test_batches_visit_every_prompt_once_an_epoch_and_leave_the_random_state_alo
     [("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]), ("constant", [0.5, 1, 1, 1, 1, 1])],
 )
 def test_learning_rate(kind, shares):
-    config = Training(lr_scheduler_type=kind, warmup_steps=2)
-    assert [learning_rate_share(config, 6, step) for step in range(6)] == shares
+    settings = OptimizerSettings(lr_scheduler_type=kind, warmup_steps=2)
+    assert [learning_rate_share(settings, 6, step) for step in range(6)] == shares
 
 
 def test_accuracy_counts_ties_as_one_half():
@@ -291,9 +287,8 @@ def test_accuracy_counts_ties_as_one_half():
 
 @pytest.mark.parametrize(("size", "sizes"), [(7, [8, 8]), (6, [8, 8]), (5, [5, 3, 5, 3]), (9, [8, 8]), (99, [8, 8])])
 def test_a_small_last_batch_joins_the_one_before(size, sizes):
-    config = DataTraining(batch_size=size, num_train_epochs=2)
-    steps = sampler.total_steps(config, 8)
-    assert [len(b) for b in sampler.BatchSampler(_groups(), config, steps)] == sizes
+    steps = sampler.total_steps(8, size, epochs=2)
+    assert [len(b) for b in sampler.BatchSampler(_groups(), steps, size, seed=0)] == sizes
 
 
 @pytest.mark.parametrize(("values", "interval"), [([1.0, 1.0], (0.342, 1.0)), ([1.0, 0.0] * 50, (0.404, 0.596))])

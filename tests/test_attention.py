@@ -9,8 +9,9 @@ from exo import models
 from exo.data.collate import Collator, split_completions
 from exo.data.text.tokenize import TokenizedExample
 from exo.models import logps as model_logps
-from exo.models.attention import masks
+from exo.models.attention import flash, masks
 from exo.models.lm_head import LMHead
+from exo.models.logps import completion_hidden
 from exo_kernels import linear_token_logps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,9 +62,7 @@ def scored(model, found, collator):
 
     def of(part):
         batch = collator.collate(part)
-        logps = linear_token_logps(
-            masks.completion_hidden(head, batch), head.weight, **masks.loss_inputs(batch), **head.options
-        )
+        logps = linear_token_logps(completion_hidden(head, batch), head.weight, **batch.loss_inputs(), **head.options)
         (logps * torch.sin(3.0 * batch.targets)).sum().backward()
         return [torch.cat(rows).detach() for rows in split_completions(part, logps)]
 
@@ -107,7 +106,7 @@ def test_flash_attention_is_told_where_the_texts_of_a_row_begin():
     found = examples()[:2]
     batch = Collator(0, 60, "packed", True).collate(found)
     config = tiny("llama", "eager").config
-    config._attn_implementation = masks.FLASH
+    config._attn_implementation = flash.FLASH
     told = masks.inputs(batch, config)
     lengths = [len(example.prompt) + len(answer) for example in found for answer in example.completions]
     assert told["cu_seq_lens_q"].diff().tolist() == lengths and told["max_length_k"] == max(lengths)

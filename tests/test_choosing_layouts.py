@@ -46,14 +46,17 @@ def test_sharing_is_taken_where_it_saves(capsys):
     assert choose(model, examples()) == PADDED._replace(layout="shared", one_row=True)
     assert model.config._attn_implementation == masks.SEGMENTS
     said = capsys.readouterr().out
-    assert "a prompt stands once for all its completions (exo_segments): 2.88 times fewer tokens than padded" in said
+    assert (
+        "each prompt is encoded once for all its completions (exo_segments): 2.88 times fewer tokens than padded"
+        in said
+    )
 
 
 def test_it_is_not_where_it_does_not_or_nobody_wants_it(capsys):
     assert choose(tiny("llama"), examples(prompt=1, answer=30)) == PADDED
     assert choose(tiny("llama"), examples(), "off") == PADDED
     assert choose(tiny("llama"), examples(prompt=1, answer=30), "on").layout == "shared"
-    assert capsys.readouterr().out.count("a prompt stands once") == 1
+    assert capsys.readouterr().out.count("each prompt is encoded once") == 1
 
 
 def test_a_model_that_hands_no_arguments_on_to_its_attention_gets_a_dense_mask(capsys):
@@ -61,7 +64,7 @@ def test_a_model_that_hands_no_arguments_on_to_its_attention_gets_a_dense_mask(c
     assert choose(model, examples()) == PADDED._replace(layout="shared")
     assert model.config._attn_implementation == "sdpa"
     said = capsys.readouterr().out
-    assert "exo_segments cannot be had" in said and "(a dense mask): 2.88 times" in said
+    assert "exo_segments attention is not available" in said and "(a dense mask): 2.88 times" in said
     assert choose(model, examples(prompt=8, answer=30, k=8)) == PADDED, "all pairs of tokens would cost more"
 
 
@@ -79,9 +82,9 @@ def test_every_model_that_sees_the_rows_is_tried(capsys):
 @pytest.mark.parametrize(
     "family, options, said",
     [
-        ("bloom", {}, "rows are padded, one a completion: "),  # positions are in its attention, and it has no others
+        ("bloom", {}, "rows are padded, one per completion: "),  # positions are in its attention, and it has no others
         ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 4, "num_layers": 2}, "differ by"),
-        ("recurrent_gemma", {"block_types": ["recurrent", "attention"]}, "rows are padded, one a completion: "),
+        ("recurrent_gemma", {"block_types": ["recurrent", "attention"]}, "rows are padded, one per completion: "),
         ("qwen3_next", {"num_hidden_layers": 4}, "layers of the kind linear_attention"),
     ],
 )
@@ -118,6 +121,6 @@ def test_a_run_shares_and_is_the_run_that_does_not(tmp_path, capsys):
         record = json.loads((tmp_path / share / "run.json").read_text())
         assert (record["layout"], record["reference"]) == ("shared" if share == "on" else "padded", "cache")
         weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / share).state_dict())
-    assert "a prompt stands once" in capsys.readouterr().out
+    assert "each prompt is encoded once" in capsys.readouterr().out
     for name, value in weights[0].items():
         assert torch.allclose(value, weights[1][name], atol=2e-5), name

@@ -42,6 +42,7 @@ def test_label_smoothing_default_follows_the_loss(loss, eps):
     ("argv", "message"),
     [
         (["--learning_rat", "1"], "did you mean learning_rate?"),
+        (["--checkpoint-steps", "5"], "unknown option --checkpoint_steps; it is called save_steps since 0.2"),
         (["--learning_rate", "-1"], "--learning_rate: expected a finite number > 0; got -1.0"),
         (["--beta_pi", "nan"], "--beta_pi: expected a finite number > 0; got nan"),
         (["--loss", "ipo"], "invalid choice: 'ipo'"),
@@ -65,6 +66,7 @@ def test_errors_are_one_line_and_exit_2(argv, message, capsys):
     ("text", "message"),
     [
         ("betapi: 1", "unknown option 'betapi'; did you mean beta_pi?"),
+        ("checkpoint_steps: 5", "unknown option 'checkpoint_steps'; it is called save_steps since 0.2"),
         ("- 1", "expected a mapping"),
         ("beta_pi: [1]", "beta_pi: expected one value"),
         ("!!python/object/apply:os.getcwd []", "expected no tag; got tag:yaml.org,2002:python/object/apply:os.getcwd"),
@@ -79,6 +81,15 @@ def test_bad_files_are_one_line(text, message, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert stop.value.code == 2
     assert message in printed and len(printed.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("given", ["in a flag", "in a file", "not"])
+def test_a_note_says_that_save_steps_has_changed_its_meaning(given, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("save_steps: 5")
+    options = {"in a flag": ["--save_steps=5"], "in a file": ["--config", str(tmp_path / "run.yaml")], "not": []}
+    config(*options[given])
+    note = "--save_steps saves resumable checkpoints since 0.2; --export_steps writes loadable models"
+    assert (note in capsys.readouterr().out) == (given != "not")
 
 
 def test_required_options_are_asked_for(capsys):

@@ -88,7 +88,7 @@ def test_a_stage_makes_what_ddp_makes(stage, zero, more, given, tmp_path, monkey
 def test_the_preset_asks_for_it(given, tmp_path, monkeypatch):
     """Through accelerate's own launcher; seen by what a state says of itself."""
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
-    argv = interruptions.arguments("sft", given, tmp_path / "run", "--max_steps", "4000", "--checkpoint_steps", "0")
+    argv = interruptions.arguments("sft", given, tmp_path / "run", "--max_steps", "4000", "--save_steps", "0")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "exo/presets/zero2.yaml"]
     command += ["--num_processes", "2", "--main_process_port", "0", "-m", "exo.sft", *argv]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
@@ -97,7 +97,7 @@ def test_the_preset_asks_for_it(given, tmp_path, monkeypatch):
         time.sleep(0.05)
     child.terminate()  # the launcher passes it on, and the run keeps its state
     child.wait(60)
-    (state,) = tmp_path.glob("run/resume/step-*/state.json")
+    (state,) = tmp_path.glob("run/checkpoints/step-*/state.json")
     facts = json.loads(state.read_text())
     assert facts["processes"] == 2 and facts["zero"] == 2
 
@@ -111,10 +111,10 @@ def test_two_processes_that_are_killed_go_on_to_the_same_end(zero, given, tmp_pa
     server = Server()  # now that the environment is as it is to be
     killed(server, given, tmp_path / "run", "--fsdp=false")
     server.close()
-    assert not [f for f in (tmp_path / "run" / "resume").rglob("*.*") if f.suffix not in (".safetensors", ".json")]
+    assert not [f for f in (tmp_path / "run" / "checkpoints").rglob("*.*") if f.suffix not in (".safetensors", ".json")]
     code, said = run("align", given, tmp_path / "run", "--fsdp=false")
     assert code == 0, said
-    assert "going on after step" in said
+    assert "resuming after step" in said
     assert made(tmp_path / "run") == made(tmp_path / "whole")
 
 
@@ -127,12 +127,12 @@ def test_a_state_goes_on_in_other_processes_but_with_deepspeed_alone(given, tmp_
     server.close()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     code, said = run("align", given, tmp_path / "run", "--allow_changes")
-    assert code == 1 and "goes on with DeepSpeed only" in said and "Traceback" not in said
+    assert code == 1 and "resume with DeepSpeed" in said and "Traceback" not in said
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     code, said = run("align", given, tmp_path / "run", processes=3)
-    assert code == 1 and "of a run with 2 processes, with ZeRO 2; this one has 3" in said
+    assert code == 1 and "by a run with 2 processes, with ZeRO 2; this one has 3" in said
     code, said = run("align", given, tmp_path / "run", "--allow_changes", processes=3)
-    assert code == 0 and "going on after step" in said, said
+    assert code == 0 and "resuming after step" in said, said
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 2e-5
 

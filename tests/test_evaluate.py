@@ -28,9 +28,9 @@ def run(tmp_path_factory):
     reference = write_model(directory / "reference", scale=2.0)
     policy = directory / "policy"
     write_model(policy, scale=2.0)
-    write_model(policy / "checkpoints" / "step-2", scale=2.0)  # the same as the reference
-    write_model(policy / "checkpoints" / "step-4", scale=2.2, seed=0)
-    model, tokenizer = models.load(policy / "checkpoints" / "step-4")
+    write_model(policy / "models" / "step-2", scale=2.0)  # the same as the reference
+    write_model(policy / "models" / "step-4", scale=2.2, seed=0)
+    model, tokenizer = models.load(policy / "models" / "step-4")
     models.save(model, tokenizer, policy)
     data.write_jsonl(policy / "metrics.jsonl", [{"step": i, "loss": 0.0} for i in range(1, 5)])
     rows = [{"prompt": prompt, "chosen": "good good", "rejected": "bad"} for prompt in PROMPTS]

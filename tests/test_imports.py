@@ -47,6 +47,7 @@ LAYERS = (
 EDGES = 110  # imports between the packages and commands of exo
 # Who may import a library that others should not have to know.
 KNOW = {
+    "accelerate": {"distributed", "models", "training"},
     "transformers": {"models"},
 }
 

@@ -90,6 +90,24 @@ def forked(server, stage, given, out, *more, processes=2):
     return code, log.read_text()
 
 
+def largest_difference(one, two):
+    """The largest one between two runs' weights, without the biases of GPT-2's keys.
+
+    Such a bias adds one number to all scores of a query, which softmax ignores: its gradient is rounding alone, and
+    Adam divides that by its own size. So it moves by up to the learning rate a step, in a direction of chance.
+    """
+    steps, rate = interruptions.STEPS, 3e-3
+    largest = 0.0
+    for name in one:
+        difference = (one[name] - two[name]).abs()
+        if name.endswith("attn.c_attn.bias"):
+            queries, keys, values = difference.chunk(3)
+            assert float(keys.max()) <= 2 * steps * rate
+            difference = torch.cat([queries, values])
+        largest = max(largest, float(difference.max()))
+    return largest
+
+
 @pytest.mark.parametrize(
     ("stage", "how"),
     [pytest.param(s, h, marks=slow)
@@ -101,7 +119,7 @@ def test_a_stage_in_two_processes_makes_what_one_makes(stage, how, given, tmp_pa
         assert code == 0, said
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+    assert largest_difference(one, two) < 2e-5
     logs = [lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1])
     for mine, theirs in zip(*logs, strict=True):
@@ -140,7 +158,7 @@ def test_a_model_in_shards_from_16_bits_makes_what_a_whole_one_makes(options, gi
     file = "adapter_model.safetensors" if "--lora_output=adapter" in options else "model.safetensors"
     one, two = (load_file(tmp_path / name / "run" / file) for name in ("one", "two"))
     assert one.keys() == two.keys() and {t.dtype for t in two.values()} == {torch.float32}
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-5
+    assert largest_difference(one, two) < 2e-6
 
 
 @slow
@@ -154,7 +172,7 @@ def test_ranks_agree_on_weights_that_did_not_move_or_are_not_finite(how, given, 
         code, log = forked(server, "sft", given, run, how, "--learning_rate", rate, "--on_nan", "skip")
         assert code == 1 and said in log and "another process" not in log and "Traceback" not in log, log
         assert not (run / "model.safetensors").exists()
-        assert bool(list(run.glob("resume/step-*"))) == (rate == "1e-60"), "no poisoned checkpoint"
+        assert bool(list(run.glob("checkpoints/step-*"))) == (rate == "1e-60"), "no poisoned checkpoint"
 
 
 @slow
@@ -190,7 +208,7 @@ def test_a_directory_that_only_one_process_sees_is_refused_at_the_start(given, t
         for rank in range(2)
     ]  # fmt: skip
     for rank in ranks:
-        assert "expected one that all processes see" in rank.communicate(timeout=120)[1] and rank.returncode == 1
+        assert "expected a directory that all ranks see" in rank.communicate(timeout=120)[1] and rank.returncode == 1
 
 
 @slow
@@ -242,7 +260,7 @@ def killed(server, given, out, how):
     """An alignment in two processes that were killed after a state was saved, well before the end."""
     argv = [a for a in interruptions.arguments("align", given, out, how) if a != "--dropout"]
     first = server.begin("align", argv, out.with_name("killed.log"), ranks=2)
-    while not list(out.glob("resume/step-*4")):
+    while not list(out.glob("checkpoints/step-*4")):
         time.sleep(0.005)
     for pid in subprocess.check_output(["pgrep", "-P", str(first)]).split():
         os.kill(int(pid), signal.SIGKILL)
@@ -255,7 +273,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_end(how, given, tmp_pat
     killed(server, given, tmp_path / "run", how)
     code, said = forked(server, "align", given, tmp_path / "run", how)
     assert code == 0, said
-    assert "going on after step" in said
+    assert "resuming after step" in said
     assert made(tmp_path / "run") == made(tmp_path / "whole")
 
 
@@ -279,9 +297,9 @@ def test_a_state_of_two_processes_goes_on_in_others(before, after, processes, gi
     """In other shards, or in none, if that is allowed; to the end that one process comes to."""
     killed(server, given, tmp_path / "run", before)
     code, said = forked(server, "align", given, tmp_path / "run", after, processes=processes)
-    assert code == 1 and "of a run with 2 processes" in said and "with --allow_changes it goes on" in said
+    assert code == 1 and "saved by a run with 2 processes" in said and "pass --allow_changes to resume" in said
     code, said = forked(server, "align", given, tmp_path / "run", after, "--allow_changes", processes=processes)
-    assert code == 0 and "going on after step" in said, said
+    assert code == 0 and "resuming after step" in said, said
     found = load_file(tmp_path / "run" / "model.safetensors")
     assert found.keys() == in_one.keys()
     assert max(float((found[name] - in_one[name]).abs().max()) for name in found) < 2e-5
@@ -313,7 +331,7 @@ def test_one_that_fails_ends_all_and_says_why_once(given, tmp_path):
 @slow
 def test_told_to_stop_two_processes_stop_at_one_step(given, tmp_path):
     argv = [a for a in interruptions.arguments("align", given, tmp_path / "run") if a != "--dropout"]
-    command = [sys.executable, "-m", "exo.align", *argv, "--nproc=2", "--max_steps=4000", "--checkpoint_steps=0"]
+    command = [sys.executable, "-m", "exo.align", *argv, "--nproc=2", "--max_steps=4000", "--save_steps=0"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
     log = tmp_path / "run" / "metrics.jsonl"
     while child.poll() is None and not (log.exists() and log.stat().st_size > 2000):
@@ -322,7 +340,7 @@ def test_told_to_stop_two_processes_stop_at_one_step(given, tmp_path):
     child.send_signal(signal.SIGTERM)
     error = child.communicate()[1]
     assert child.returncode == 143 and time.monotonic() - began < 10, error
-    assert "stopped: after step" in error and list((tmp_path / "run").glob("resume/step-*"))
+    assert "stopped: after step" in error and list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 @slow
@@ -353,13 +371,13 @@ def test_told_to_stop_two_processes_do_not_wait_for_an_evaluation(given, tmp_pat
     child.send_signal(signal.SIGTERM)
     error = child.communicate()[1]
     assert child.returncode == 143 and time.monotonic() - began < 10, error
-    assert "stopped: after step 3 of 10" in error and list((tmp_path / "run").glob("resume/step-00000003"))
+    assert "stopped: after step 3 of 10" in error and list((tmp_path / "run").glob("checkpoints/step-3"))
 
 
 @slow
 def test_processes_whose_launcher_is_killed_stop_with_their_state(given, tmp_path):
     argv = [a for a in interruptions.arguments("sft", given, tmp_path / "run") if a != "--dropout"]
-    command = [sys.executable, "-m", "exo.sft", *argv, "--nproc=2", "--max_steps=4000", "--checkpoint_steps=0"]
+    command = [sys.executable, "-m", "exo.sft", *argv, "--nproc=2", "--max_steps=4000", "--save_steps=0"]
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "run" / "metrics.jsonl"
     while launcher.poll() is None and not (log.exists() and log.stat().st_size > 2000):
@@ -371,7 +389,7 @@ def test_processes_whose_launcher_is_killed_stop_with_their_state(given, tmp_pat
     while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers) and time.monotonic() < until:
         time.sleep(0.05)
     assert len(workers) == 2 and not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers)
-    assert list((tmp_path / "run").glob("resume/step-*"))
+    assert list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 def test_a_signal_before_all_have_begun_ends_those_that_have(monkeypatch):

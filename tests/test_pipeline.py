@@ -9,6 +9,7 @@ from exo import train
 from exo.cli.errors import ConfigError
 from exo.experiments import plan as experiment_plan
 from exo.experiments import recipe as experiment_recipe
+from exo.experiments import run as experiment_run
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
 
@@ -69,7 +70,7 @@ def test_what_evaluates_is_never_trained_on(tmp_path):
 
 def test_methods_are_treated_alike(tmp_path):
     steps = planned(tmp_path)
-    fair = ("learning_rate", "batch_size", "max_steps", "beta_pi", "beta_r", "temperature", "save_steps", "model")
+    fair = ("learning_rate", "batch_size", "max_steps", "beta_pi", "beta_r", "temperature", "export_steps", "model")
     aligned = [step.config for step in steps.values() if step.stage == "align"]
     assert len(aligned) == 4
     for name in fair:
@@ -160,7 +161,7 @@ def test_numbers_that_yaml_takes_for_texts(tmp_path):
 )
 def test_mistakes_in_a_recipe(tmp_path, change, said):
     values = yaml.safe_load((experiment_plan.RECIPES / "quickstart.yaml").read_text())
-    values = experiment_recipe._merged(values, change) if "sweep" not in change else values | change
+    values = experiment_recipe.merge(values, change) if "sweep" not in change else values | change
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError) as error:
@@ -188,10 +189,10 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, arguments, said):
 
 def test_from_takes_all_that_follows_with_it(tmp_path):
     steps = list(planned(tmp_path).values())
-    again = train._from(steps, "reward")
+    again = experiment_run.from_on(steps, "reward")
     assert {"reward", "scored", "exo-rw/k4-seed0", "evaluation/ppo/seed0", "report"} <= again
     assert not {"sft", "labelled", "exo-pref/seed0", "evaluation/sft"} & again
-    assert [step.name for step in train._until(steps, "samples")][-1] == "samples"
+    assert [step.name for step in experiment_run.up_to(steps, "samples")][-1] == "samples"
 
 
 def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path, capsys):
@@ -226,11 +227,11 @@ def test_a_recipe_is_driven_by_one_process(tmp_path, capsys, monkeypatch):
     assert "--recipe: expected one process" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def _die(step, anew):
+def _die(step, rerun, execute):
     os._exit(9)
 
 
 def test_a_step_whose_process_dies_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "_timed", _die)
+    monkeypatch.setattr(experiment_run, "_timed", _die)
     assert train.main(["--output_dir", str(tmp_path / "x"), "--jobs", "2", "--to", "data"]) == 1
     assert "error: data: the process of one of them was killed" in capsys.readouterr().err

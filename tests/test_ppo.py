@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from exo import models, ppo
-from exo.cli.options import Training
 from exo.data.collate import Collator
 from exo.distributed.accelerator import make_accelerator
 from exo.models import logps
 from exo.rollouts import experience, samples
+from exo.training import ppo as training_ppo
 from tests.tasks import PROMPTS, lines, reward, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +35,7 @@ def test_with_lambda_and_gamma_one_advantage_and_value_make_what_is_still_to_be_
 def test_the_policy_loss_is_clipped_only_where_that_makes_it_worse():
     change = torch.tensor([0.0, 0.5, 0.5, -0.5, -0.5])
     advantages = torch.tensor([2.0, 1.0, -1.0, 1.0, -1.0])
-    loss, clipped = ppo.policy_loss(change, advantages, 0.2)
+    loss, clipped = training_ppo.policy_loss(change, advantages, 0.2)
     up, down = math.exp(0.5), math.exp(-0.5)
     assert loss.tolist() == pytest.approx([-2.0, -1.2, up, -down, 0.8])
     assert clipped.tolist() == [0, 1, 0, 0, 1]
@@ -43,7 +43,7 @@ def test_the_policy_loss_is_clipped_only_where_that_makes_it_worse():
 
 def test_the_policy_loss_has_no_gradient_where_it_is_clipped_and_the_policy_gradient_at_the_start():
     change = torch.tensor([0.0, 0.5, -0.5], requires_grad=True)
-    ppo.policy_loss(change, torch.tensor([3.0, 1.0, -1.0]), 0.2)[0].sum().backward()
+    training_ppo.policy_loss(change, torch.tensor([3.0, 1.0, -1.0]), 0.2)[0].sum().backward()
     assert change.grad.tolist() == pytest.approx([-3.0, 0.0, 0.0])
 
 
@@ -53,7 +53,7 @@ def test_the_value_loss_takes_the_larger_error():
         torch.tensor([0.0, 0.0, 0.0, 2.0]),
         torch.tensor([2.0, 0.0, 1.0, 2.9]),
     )
-    loss = ppo.value_loss(values, before, returns, 0.2)
+    loss = training_ppo.value_loss(values, before, returns, 0.2)
     assert loss.tolist() == pytest.approx([0.5 * 1.8**2, 0.5 * 1.0, 0.5 * 0.9**2, 0.5 * 0.7**2])
 
 
@@ -79,16 +79,16 @@ def made(policy):
     from exo.rollouts import scorers
 
     settings = config(policy)
-    accelerator = make_accelerator(Training(device="cpu"))
+    accelerator = make_accelerator(device="cpu")
     model, tokenizer = models.load(policy)
     reference = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    module = ppo.ActorCritic(model, ppo.Critic(model), settings)
+    module = ppo.actor_critic(settings, model, training_ppo.Critic(model))
     module.critic.value.weight.data.normal_(generator=torch.Generator().manual_seed(2))
-    scorer = scorers.load(scorers.Options(None, "tests.tasks:reward"), settings, accelerator, 16)
-    maker = ppo._maker(settings, module, reference, tokenizer, scorer, accelerator)
-    return settings, maker, module, maker.make(PROMPTS, range(6))
+    scorer = scorers.load(None, "tests.tasks:reward", accelerator, max_length=16)
+    maker = ppo.experience_collector(settings, module, reference, tokenizer, scorer, accelerator)
+    return settings, maker, module, maker.collect(PROMPTS, range(6))
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def test_returns_are_made_of_the_penalty_on_every_token_and_the_score_on_the_las
 
 def test_a_long_prompt_is_scored_as_far_as_it_was_sampled_after(made):
     _, maker, _, _ = made
-    found = maker.make(["red green blue round square " * 4] * 8, range(8))
+    found = maker.collect(["red green blue round square " * 4] * 8, range(8))
     assert {len(rollout.prompt) for rollout in found} == {10}
     assert any(len(rollout.completions[0]) < 6 for rollout in found), "some must leave room for more of the prompt"
 
@@ -153,7 +153,7 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
         module.zero_grad()
         square = 0.0
         for part in parts:
-            share = module(experience.collate(part, Collator(0, 8192)), ppo._tokens(found))
+            share = module(experience.collate(part, Collator(0, 8192)), training_ppo.count_tokens(found))
             share.loss.backward()
             square += float(share.sums["log_ratios/mean_square"][0])
         assert square < 1e-8
@@ -166,7 +166,7 @@ def test_the_loss_is_that_of_the_policy_and_the_weighted_one_of_the_critic_a_tok
     batch = experience.collate(found, Collator(0, 8192))
     with torch.no_grad():
         share = module(batch, 10)
-        critic = ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2).sum()
+        critic = training_ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2).sum()
     assert settings.value_coef == 0.5 and critic > 0.1
     expected = (0.5 * float(critic) - float(batch.advantages.sum())) / 10  # the ratio is 1
     assert float(share.loss) == pytest.approx(expected, abs=1e-4)
@@ -190,9 +190,9 @@ def test_actor_and_critic_have_learning_rates_of_their_own(policy, tmp_path):
 
 def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
     _, maker, module, _ = made
-    found = [replace(rollout, frozen=True) for rollout in maker.make(PROMPTS, range(6))]
+    found = [replace(rollout, frozen=True) for rollout in maker.collect(PROMPTS, range(6))]
     module.zero_grad()
-    module(experience.collate(found, Collator(0, 8192)), ppo._tokens(found)).loss.backward()
+    module(experience.collate(found, Collator(0, 8192)), training_ppo.count_tokens(found)).loss.backward()
     assert all(not p.grad.any() for p in module.model.parameters())
     assert any(p.grad.any() for p in module.critic.parameters())
 
@@ -201,7 +201,7 @@ def test_phases_go_through_their_rollouts_the_asked_number_of_times_and_freeze_t
     calls = []
 
     class Maker:
-        def make(self, prompts, numbers):
+        def collect(self, prompts, numbers):
             calls.append((list(prompts), list(numbers)))
             return [experience.Rollout((1,), ((n,),), None, n) for n in numbers]
 
@@ -220,12 +220,12 @@ def test_a_run_raises_its_score_and_keeps_the_actor_while_the_critic_warms_up(po
     run = ppo.run(
         config(
             policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=40, critic_warmup_steps=4, kl_coef=0.02,
-            rollout_size=32, batch_size=32, ppo_epochs=2, learning_rate=5e-3, critic_learning_rate=5e-3, save_steps=4,
+            rollout_size=32, batch_size=32, ppo_epochs=2, learning_rate=5e-3, critic_learning_rate=5e-3, export_steps=4,
         )
     )  # fmt: skip
     metrics = lines(run / "metrics.jsonl")
     assert metrics[-1]["score"] > metrics[0]["score"] + 1
-    start, warm, end = (models.load(path)[0].state_dict() for path in (policy, run / "checkpoints" / "step-4", run))
+    start, warm, end = (models.load(path)[0].state_dict() for path in (policy, run / "models" / "step-4", run))
     assert all(torch.equal(start[name], warm[name]) for name in start)
     assert any(not torch.equal(start[name], end[name]) for name in start)
     assert lines(run / "metrics.jsonl")[3]["kl"] == pytest.approx(0, abs=1e-5)
@@ -261,14 +261,14 @@ def test_options_out_of_range(policy, capsys, option, value, said):
 def test_no_global_random_state_moves(made):
     _, maker, _, _ = made
     before = torch.random.get_rng_state()
-    maker.make(PROMPTS[:2], range(2))
+    maker.collect(PROMPTS[:2], range(2))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_the_critics_targets_do_not_drop_out(made):
     """Rollouts were made with half of the attention gone: values of 9.3 and 7.5 for the same state."""
     settings, maker, module, _ = made
-    dropping = ppo.ActorCritic(module.model, module.critic, replace(settings, dropout=True)).train()
+    dropping = ppo.actor_critic(replace(settings, dropout=True), module.model, module.critic).train()
     layers = [layer.self_attn for layer in module.critic.body.layers]
     examples = maker._encode(samples_of(maker))
     expected = maker.values(examples)
@@ -310,12 +310,13 @@ def test_the_actors_first_update_is_adams_first(policy, tmp_path):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     run = ppo.run(
         config(
-            policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=22, critic_warmup_steps=20, save_steps=1,
+            policy, data=prompts, output_dir=str(tmp_path / "run"), max_steps=22, critic_warmup_steps=20,
+            export_steps=1,
             rollout_size=16, batch_size=16, learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0,
         )
     )  # fmt: skip
     before, first = (
-        models.load(run / "checkpoints" / name)[0].model.layers[0].self_attn.q_proj.weight.detach()
+        models.load(run / "models" / name)[0].model.layers[0].self_attn.q_proj.weight.detach()
         for name in ("step-20", "step-21")
     )
     change = (first - before).abs()

@@ -10,8 +10,8 @@ from exo.runs import stage as run_stage
 from tests.tasks import lines
 
 SHORT = (
-    "sft.max_steps=150 sample.epochs=4 reward.max_steps=40 align.max_steps=48 align.save_steps=0 "
-    "align.rw.save_steps=24 align.learning_rate=3e-4 ppo.max_steps=6 ppo.critic_warmup_steps=2 ppo.save_steps=0 "
+    "sft.max_steps=150 sample.epochs=4 reward.max_steps=40 align.max_steps=48 align.export_steps=0 "
+    "align.rw.export_steps=24 align.learning_rate=3e-4 ppo.max_steps=6 ppo.critic_warmup_steps=2 ppo.export_steps=0 "
     "evaluate.prompts=64 density.prompts=1 density.k=16 best_of_n.n=8"
 )
 

@@ -97,6 +97,10 @@ def test_a_slip_is_one_line(arguments, expected, tmp_path, capsys):
     [
         ({"stagse": {}}, "unknown key 'stagse'; did you mean stages?"),
         ({"stages": {"sft": {"learning_rat": 1}}}, "sft: unknown option 'learning_rat'; did you mean learning_rate?"),
+        (
+            {"stages": {"sft": {"checkpoint_steps": 1}}},
+            "unknown option 'checkpoint_steps'; it is called save_steps since",
+        ),
         ({"stages": {"slign": {"beta_pi": 1}}}, "unknown section 'slign'; did you mean align?"),
         ({"common": {"temprature": 1}}, "common: unknown option 'temprature'; did you mean temperature?"),
         ({"stages": {"sft": {"learning_rate": "fast"}}}, "sft: --learning_rate: invalid float value: 'fast'"),
@@ -124,6 +128,6 @@ def test_numbers_as_yaml_has_them(tmp_path):
 
 def test_what_all_stages_share_can_be_set(tmp_path, capsys):
     options = train.Config(recipe="quickstart", set="common.temperature=0.7 sft.max_steps=3")
-    recipe = train._recipe(options)
+    recipe = train.load_recipe(options)
     assert recipe.common["temperature"] == 0.7 and recipe.common["device"] == "cpu"
     assert recipe.stages["sft"]["max_steps"] == 3

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from exo import align, models
+from exo import data as exo_data
 from exo.data.collate import Collator
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
@@ -101,7 +102,7 @@ def test_a_damaged_line_is_made_again_and_said(model, tmp_path, asked, capsys):
     row["logps"][0] += 1e-9
     file.write_text("\n".join([*content[:3], json.dumps(row), *content[4:]]) + "\n")
     assert score(model, tmp_path) == made and sum(asked[-1]) >= 1
-    assert f"1 lines of {file} are damaged: made again" in capsys.readouterr().out
+    assert f"1 lines of {file} are damaged and computed again" in capsys.readouterr().out
 
 
 def test_a_file_of_another_model_is_never_used(model, tmp_path, capsys):
@@ -109,7 +110,7 @@ def test_a_file_of_another_model_is_never_used(model, tmp_path, capsys):
     (file,) = tmp_path.iterdir()
     content = file.read_text().splitlines()
     file.write_text("\n".join([content[0].replace("weights", "wights"), *content[1:]]) + "\n")
-    assert score(model, tmp_path) == made and "is not of this model and these rows" in capsys.readouterr().out
+    assert score(model, tmp_path) == made and "belongs to another model or other rows" in capsys.readouterr().out
 
 
 def test_whatever_the_numbers_depend_on_makes_another_file(model, tmp_path):
@@ -179,7 +180,7 @@ def test_a_sweep_makes_them_once_and_trains_as_without(start, tmp_path, capsys):
     for i, options in enumerate((["--beta_pi", "0.1"], ["--loss", "dpo"], ["--seed", "3"], ["--max_completions", "2"])):
         capsys.readouterr()
         run(start, tmp_path, f"sweep{i}", *keep, *options)
-        assert "24 of 24 prompts are known" in capsys.readouterr().out
+        assert "24 of 24 prompts are cached" in capsys.readouterr().out
     again = run(start, tmp_path, "again", *keep)
     cold = run(start, tmp_path, "cold", "--reference_cache", str(tmp_path / "other"))
     weights = [(directory / "model.safetensors").read_bytes() for directory in (first, again, cold)]
@@ -209,7 +210,7 @@ def test_none_is_the_uniform_reference(start, tmp_path):
 
 def test_those_of_the_data_are_taken_and_said(start, tmp_path, capsys):
     metrics = lines(run(start, tmp_path, "data", with_reference=True) / "metrics.jsonl")[0]
-    assert "the reference's log-probs are those of the data" in capsys.readouterr().out
+    assert "the reference's log-probs come from the data" in capsys.readouterr().out
     assert metrics["rewards/chosen"] != pytest.approx(0, abs=0.1)
     run(start, tmp_path, "not", "--reference", "cache", with_reference=True)
     assert "24 of 24 rows have a reference's log-probs, which are not used" in capsys.readouterr().out
@@ -219,7 +220,7 @@ def test_log_probs_of_the_start_itself_make_rewards_of_zero_where_answers_begin_
     """The reference of the data is of whole completions, and so must the policy's log-probs be."""
     made = [{"prompt": "red green", "chosen": f" good big {w}", "rejected": f" good big {w} bad"} for w in WORDS[:5]]
     model, tokenizer = models.load(start)
-    examples = align.data.read(write_rows(tmp_path / "plain.jsonl", made)).examples
+    examples = exo_data.read(write_rows(tmp_path / "plain.jsonl", made)).examples
     encoded, _ = tokenize.encode(examples, tokenizer, Limits(64, None, "error"), "rows")
     scored = reference.score(model, encoded, Accelerator(cpu=True), PACKING, 1.0, None)
     for row, example in zip(made, scored, strict=True):
@@ -241,11 +242,11 @@ def test_those_of_the_data_are_not_taken_where_tokens_were_cut(start, tmp_path, 
 
 def test_preferences_may_have_them_too(tmp_path):
     row = {"prompt": "red", "chosen": "good", "rejected": "bad", "ref_chosen_logps": -1.5, "ref_rejected_logps": -2}
-    (example,) = align.data.read(write_rows(tmp_path / "rows.jsonl", [row])).examples
+    (example,) = exo_data.read(write_rows(tmp_path / "rows.jsonl", [row])).examples
     assert example.ref_logps == (-1.5, -2.0)
     del row["ref_rejected_logps"]
-    with pytest.raises(align.data.DataError, match="2 completions but 1 log-probs of the reference"):
-        align.data.read(write_rows(tmp_path / "rows.jsonl", [row]))
+    with pytest.raises(exo_data.DataError, match="2 completions but 1 log-probs of the reference"):
+        exo_data.read(write_rows(tmp_path / "rows.jsonl", [row]))
 
 
 def test_what_all_completions_begin_with_moves_into_the_prompt():

@@ -11,7 +11,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from exo import data, models, reward
 from exo.cli import console
-from exo.cli.options import Training
 from exo.data.collate import Collator
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
@@ -56,8 +55,8 @@ def trained(policy, tmp_path_factory):
 
 
 def scorer(directory, max_tokens=8192):
-    compute = Training(device="cpu", max_tokens_per_batch=max_tokens)
-    return scorers.load(scorers.Options(str(directory), None), compute, make_accelerator(compute), 64)
+    accelerator = make_accelerator(device="cpu")
+    return scorers.load(str(directory), None, accelerator, max_length=64, max_tokens_per_batch=max_tokens)
 
 
 def example(prompt, *completions):
@@ -103,9 +102,7 @@ def test_a_reward_does_not_depend_on_its_batch(trained):
 
 def test_a_reward_does_not_depend_on_what_else_is_in_its_row(trained):
     """Where the limit cuts: a longer neighbour takes nothing of the prompt, and two that are cut alike both count."""
-    short = scorers.load(
-        scorers.Options(str(trained), None), Training(device="cpu"), make_accelerator(Training(device="cpu")), 6
-    )
+    short = load(trained, 6)
     texts = ["good", "bad " * 4, "blue " * 8 + "good", "blue " * 8 + "bad"]
     prompt = "red green blue round square"
     alone = [short.score([example(prompt, text)])[0][0] for text in texts]
@@ -221,9 +218,9 @@ def test_a_process_that_is_not_the_first_writes_nothing(policy, tmp_path, monkey
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"] and lines(run / "metrics.jsonl") == []
 
 
-def load(directory, *limits, **options):
-    compute = Training(device="cpu")
-    return scorers.load(scorers.Options(str(directory), None), compute, make_accelerator(compute), *limits, **options)
+def load(directory, max_length, max_prompt_length=None, **options):
+    options |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    return scorers.load(str(directory), None, make_accelerator(device="cpu"), **options)
 
 
 def test_a_completion_that_takes_most_of_the_length_is_scored_with_its_end(trained):
@@ -243,7 +240,7 @@ def test_plain_samples_are_rendered_for_a_reward_model_as_messages_are(trained, 
     tokens = data.Tokens(tokenize.tokenizer_hash(tokenizer), (ids, ids[:1]), (-1.0, -1.0), ("eos", "length"))
     plain = data.Example("red", (" good blue", " bad"), None, 1, tokens)
     chat = data.Example(data.Chat([data.Message("user", "red")]), ("good blue",), None, 1)
-    rendered, as_it_is = load(tmp_path / "reward", 64, template="always"), load(tmp_path / "reward", 64)
+    rendered, as_it_is = load(tmp_path / "reward", 64, chat_template="always"), load(tmp_path / "reward", 64)
     assert rendered.score([plain])[0][0] == pytest.approx(as_it_is.score([chat])[0][0], abs=1e-6)
     assert as_it_is.score([plain])[0][0] != pytest.approx(rendered.score([plain])[0][0], abs=1e-6)
 

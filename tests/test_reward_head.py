@@ -7,7 +7,6 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from exo import data, models
-from exo.cli.options import Training
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed.accelerator import make_accelerator
@@ -97,8 +96,7 @@ def test_a_pad_id_in_the_config_alone_moves_no_reward(tmp_path):
     model.config.pad_token_id = 0
     models.save(model, tokenizer, tmp_path / "reward")
     assert models.load_tokenizer(str(tmp_path / "reward")).pad_token_id == tokenizer.eos_token_id
-    compute = Training(device="cpu")
-    scorer = scorers.load(scorers.Options(str(tmp_path / "reward"), None), compute, make_accelerator(compute), 64)
+    scorer = scorers.load(str(tmp_path / "reward"), None, make_accelerator(device="cpu"), max_length=64)
     texts = [" good", " bad red", " big small good"]
     ids = tokenizer("red")["input_ids"]
     rows = tuple(tuple(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for text in texts)
@@ -113,8 +111,8 @@ def test_a_reward_that_is_not_finite_names_the_model_and_the_row(tmp_path, monke
     models.save(model, tokenizer, tmp_path / "reward")
     model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("bad")] = torch.nan
     monkeypatch.setattr(models, "load_classifier", lambda name: (model, tokenizer))
-    compute, name = Training(device="cpu"), str(tmp_path / "reward")
-    scorer = scorers.load(scorers.Options(name, None), compute, make_accelerator(compute), 64)
+    name = str(tmp_path / "reward")
+    scorer = scorers.load(name, None, make_accelerator(device="cpu"), max_length=64)
     rows = [data.Example("red", (" good",), None, 4), data.Example("red", (" bad",), None, 9)]
     with pytest.raises(RuntimeError, match=f"--reward_model {name}: expected finite rewards; got others in row 9"):
         scorer.score(rows)

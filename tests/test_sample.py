@@ -69,7 +69,7 @@ def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by
     limits = Limits(64, None, "error")
     with pytest.raises(data.DataError, match=r"samples:1: token ids of another tokenizer .* python -m exo.sample"):
         tokenize.encode(examples, tokenizer, limits, "samples")
-    encoded, _ = tokenize.encode(examples, tokenizer, limits, "samples", foreign="text")
+    encoded, _ = tokenize.encode(examples, tokenizer, limits, "samples", retokenize=True)
     for example, source in zip(encoded, examples, strict=True):
         for ids, text, how in zip(example.completions, source.completions, source.tokens.finish, strict=True):
             assert tokenizer.decode(ids, skip_special_tokens=True) == text.strip()
@@ -235,7 +235,7 @@ def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path, 
          "logprobs": [-1.0, -3.0], "finish": ["eos", "eos"]}
     ]  # fmt: skip
     assert json.loads((run / "run.json").read_text())["result"]["kl_bound"] == math.log(3) - 2 / 3
-    assert "  0.0% of the completions were cut for their length" in capsys.readouterr().out
+    assert "  0.0% of the completions were cut for length" in capsys.readouterr().out
 
 
 def test_the_bound_is_the_kl_where_all_completions_differ():

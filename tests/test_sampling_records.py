@@ -57,10 +57,10 @@ def test_samples_that_do_not_say_and_truncated_ones_are_warned_of(scored, tmp_pa
     silent = changed(scored, tmp_path, temperature=None, top_p=None)
     assert run_align(scored, tmp_path, silent, "--temperature", "0.4") == 0
     out = capsys.readouterr().out
-    assert out.count("the samples do not say their temperature; it must be --temperature 0.4") == 1
+    assert out.count("the samples do not record their temperature; it must be --temperature 0.4") == 1
     truncated = changed(scored, tmp_path, top_p=0.9)
     assert run_align(scored, tmp_path, truncated, "--temperature", "0.4", "--overwrite_output_dir") == 0
-    assert "were drawn with top_p 0.9, so not from the whole distribution" in capsys.readouterr().out
+    assert "were drawn with top_p 0.9, so they are not of the full distribution" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bad", ["hot", 0, -1.0, True, [1.0]])

@@ -43,11 +43,11 @@ def dtypes(directory):
 @pytest.mark.parametrize("stage", ["align", *(pytest.param(s, marks=pytest.mark.slow) for s in STAGES if s != "align")])
 def test_a_run_from_16_bits_saves_the_rounding_of_what_it_trained_in_32(stage, given, tmp_path):
     """Every weight is that of the run from the same numbers in fp32, rounded once; so were metrics and resumption."""
-    more = ["--save_steps", "4"] * (stage in ("align", "ppo"))
+    more = ["--export_steps", "4"] * (stage in ("align", "ppo"))
     whole = trained(stage, given, tmp_path / "whole", "start", *more)
     half = trained(stage, given, tmp_path / "half", "half", *more)
     kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
-    places = ["."] + ["checkpoints/step-4"] * bool(more) + ["checkpoints/best"] * (stage == "align")
+    places = ["."] + ["models/step-4"] * bool(more) + ["models/best"] * (stage == "align")
     for place in places:
         exact, rounded = (load_file(run / place / "model.safetensors") for run in (whole, half))
         assert exact.keys() == rounded.keys()
@@ -86,7 +86,7 @@ def test_checkpoints_to_resume_from_stay_in_32_bits(given, tmp_path, monkeypatch
     kept = []
     clear = run_directory.remove_resume_files
     monkeypatch.setattr(
-        run_directory, "remove_resume_files", lambda run: kept.append(dtypes(run / "resume/step-00000010/tensors"))
+        run_directory, "remove_resume_files", lambda run: kept.append(dtypes(run / "checkpoints/step-10/tensors"))
     )
     trained("sft", given, tmp_path / "run", "half")
     monkeypatch.undo()

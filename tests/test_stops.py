@@ -50,10 +50,10 @@ def test_a_run_that_is_told_to_stop_loses_no_step(stage, number, given, whole, t
         assert STAGES[stage].main(argv) == 128 + number
     said = capfd.readouterr().err.strip().splitlines()
     assert said[0].startswith("stopping at the next step") and said[-1].startswith(
-        "stopped: after step 5 of 10, kept in"
+        "stopped: after step 5 of 10, saved in"
     )
     assert STAGES[stage].main(argv) == 0
-    assert "going on after step 5" in capfd.readouterr().out
+    assert "resuming after step 5" in capfd.readouterr().out
     assert made(tmp_path / "run") == whole(stage)
 
 
@@ -87,7 +87,7 @@ def test_a_signal_in_a_save_does_not_cost_it(given, whole, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_files, "_write_tensors", signalled)
         assert STAGES["sft"].main(argv) == 143
-    assert written == [".step-00000002.staging", ".step-00000004.staging"]
+    assert written == [".step-2.staging", ".step-4.staging"]
     assert STAGES["sft"].main(argv) == 0
     assert made(tmp_path / "run") == whole("sft")
 
@@ -95,7 +95,7 @@ def test_a_signal_in_a_save_does_not_cost_it(given, whole, tmp_path, monkeypatch
 def test_a_listener_that_is_gone_costs_nothing(given, whole, tmp_path):
     """Ctrl-C ends the reader of a pipe too."""
     argv = interruptions.arguments("sft", given, tmp_path / "run", "--logging_steps", "1")
-    command = [sys.executable, "-m", "exo.sft", *argv, "--max_steps", "4000", "--checkpoint_steps", "0"]
+    command = [sys.executable, "-m", "exo.sft", *argv, "--max_steps", "4000", "--save_steps", "0"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for line in child.stdout:
         if b"step 20/" in line:
@@ -103,7 +103,7 @@ def test_a_listener_that_is_gone_costs_nothing(given, whole, tmp_path):
     child.stdout.close()
     child.send_signal(signal.SIGINT)
     assert child.wait(30) == 130
-    assert checkpoint_files.newest(tmp_path / "run" / "resume") is not None
+    assert checkpoint_files.newest(tmp_path / "run" / "checkpoints") is not None
 
 
 @pytest.mark.parametrize("stage", ["sft", "align"])
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_when_the_model_is_written_names_the_state(
         patch.setattr(PreTrainedModel, "save_pretrained", full)
         assert STAGES[stage].main(argv) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ") and "No space left" in said and "the last whole state is" in said
+    assert said.startswith("error: ") and "No space left" in said and "the last checkpoint is" in said
     assert STAGES[stage].main(argv) == 0
     assert made(tmp_path / "run") == whole(stage)
 
@@ -142,7 +142,7 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
     fsync = os.fsync
 
     def full(handle):
-        if "step-00000006" in (name := os.readlink(f"/proc/self/fd/{handle}")) and name.endswith(".safetensors"):
+        if "step-6" in (name := os.readlink(f"/proc/self/fd/{handle}")) and name.endswith(".safetensors"):
             raise OSError(28, "No space left on device")
         fsync(handle)
 
@@ -150,8 +150,8 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
         patch.setattr(os, "fsync", full)
         assert STAGES["sft"].main(argv) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: step 6: its state could not be written") and "No space left on device" in said
-    assert "the last whole state is" in said and "step-00000004" in said
+    assert said.startswith("error: step 6: the checkpoint could not be written") and "No space left on device" in said
+    assert "the last checkpoint is" in said and "step-4" in said
     assert STAGES["sft"].main(argv) == 0
     assert made(tmp_path / "run") == whole("sft")
 
@@ -159,22 +159,22 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_with_its_state(kind, given, whole, tmp_path, monkeypatch, capsys):
     """That of the step before it, from which the same command goes on, here to a loss that is finite."""
-    argv = interruptions.arguments("align", given, tmp_path / "run", "--checkpoint_steps", "0")
+    argv = interruptions.arguments("align", given, tmp_path / "run", "--save_steps", "0")
     update = training_step.update
 
-    def poisoned(module, optim, config, accelerator, step, batch, loss):
+    def poisoned(module, optim, norm, accelerator, step, batch, *rest):
         if step == 6 and kind == "loss":
             raise training_step._not_finite(step, "the loss is nan", batch)
         if step == 6:
             next(p for p in module.parameters() if p.grad is not None).grad.fill_(float("nan"))
-        return update(module, optim, config, accelerator, step, batch, loss)
+        return update(module, optim, norm, accelerator, step, batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(training_step, "update", poisoned)
         assert STAGES["align"].main(argv) == 1
     said = capsys.readouterr().err
     assert "error: step 6" in said and "stopped before the update" in said
-    assert f"the last whole state is {tmp_path / 'run' / 'resume' / 'step-00000005'}" in said
+    assert f"the last checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-5'}" in said
     assert STAGES["align"].main(argv) == 0
     assert made(tmp_path / "run") == whole("align")
 

@@ -46,10 +46,10 @@ STREAMS = {
 
 PRINTS = """
 import os
-from exo import console, streams
+from exo.cli import console, streams
 streams.prepare()
 for i in range(3):
-    console.say(f"über {i}")
+    console.log(f"über {i}")
 progress = console.Progress("step", 2, every=1)
 progress.advance()
 progress.advance()
@@ -88,7 +88,7 @@ def test_a_stage_runs_without_output(redirected, place):
 SLEEPER = """
 import os, sys, time
 sys.argv[0] = "-m"
-from exo import artifacts, launch
+from exo.cli.main import run_command
 class Options: nproc = 1
 def run(options):
     try:
@@ -96,7 +96,7 @@ def run(options):
         time.sleep(60)
     finally:
         open("unwound", "w").close()
-sys.exit(artifacts.guarded(run, Options()))
+sys.exit(run_command(run, Options()))
 """
 
 

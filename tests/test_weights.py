@@ -36,7 +36,7 @@ def test_a_run_that_changes_no_weight_fails(stage, given, tmp_path, capsys):
     for _ in range(2):
         code, (line,) = ends(stage, given, tmp_path / "run", capsys, "--learning_rate", "1e-60")
         assert code == 1 and "no weight has changed after 10 steps" in line
-    assert not [file for file in written(tmp_path / "run") if file.startswith("model")]
+    assert not [file for file in written(tmp_path / "run") if "/" not in file], "no model of the end"
 
 
 @pytest.mark.parametrize(("stage", "options"), [
@@ -46,9 +46,9 @@ def test_a_run_that_changes_no_weight_fails(stage, given, tmp_path, capsys):
     ("ppo", ["--critic_warmup_steps", "0", "--max_steps", "1"]),
 ])  # fmt: skip
 def test_weights_that_are_not_finite_are_never_written(stage, options, given, tmp_path, capsys):
-    options = ["--learning_rate", "1e300", "--checkpoint_steps", "1", "--save_steps", "1", *options]
+    options = ["--learning_rate", "1e300", "--save_steps", "1", "--export_steps", "1", *options]
     if stage in ("sft", "reward"):
-        options = [option for option in options if option not in ("--save_steps",)]
+        options = [option for option in options if option not in ("--export_steps",)]
         options.remove("1")
     code, (line,) = ends(stage, given, tmp_path / "run", capsys, *options)
     assert code == 1 and "the weights are not finite (model." in line
@@ -68,10 +68,10 @@ def test_a_poisoned_last_step_keeps_the_checkpoint_before_it(given, tmp_path, ca
 
     monkeypatch.setattr(training_step, "update", poisoning)
     poisoned = True
-    code, (line,) = ends("sft", given, tmp_path / "run", capsys, "--checkpoint_steps", "2")
-    assert code == 1 and "step-00000004" in line
+    code, (line,) = ends("sft", given, tmp_path / "run", capsys, "--save_steps", "2")
+    assert code == 1 and "step-4" in line
     poisoned = False
-    code, _ = ends("sft", given, tmp_path / "run", capsys, "--checkpoint_steps", "2")
+    code, _ = ends("sft", given, tmp_path / "run", capsys, "--save_steps", "2")
     assert code == 0
 
 

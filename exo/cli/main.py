@@ -1,17 +1,30 @@
-"""Run a stage for the command line: one line for each error, and an exit code."""
+"""The command line of a stage: parse its options, run it, print one line for an error, return an exit code."""
 
 import contextlib
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from exo.cli import launch, signals
 from exo.cli.errors import RunError
-from exo.cli.parse import command_line
+from exo.cli.parse import command_line, parse
+
+C = TypeVar("C")
 
 LOST = ("gloo", "NCCL", "Connection reset", "Connection closed")  # in errors of one process that waits for another
+
+
+def command(config: type[C], run: Callable[[C], object]) -> Callable[..., int]:
+    """Return the `main(argv=None)` of the stage whose module defines `config`; the module's docstring is the help."""
+    module = sys.modules[config.__module__]
+    name = module.__spec__.name if module.__spec__ else module.__name__  # __main__ has the name of its file there
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run_command(run, parse(config, argv, prog=f"python -m {name}", description=module.__doc__))
+
+    return main
 
 
 def print_error(text: str) -> None:

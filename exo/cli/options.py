@@ -8,9 +8,14 @@ options.
 import dataclasses
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from exo.cli.fields import NOT_NEGATIVE, PART, POSITIVE, SHARE, Range, at_least, check_size, option, require
+
+Norm = Literal["none", "prompt", "global"]  # of rewards
+SharePrompt = Literal["auto", "on", "off"]
+ReferenceMode = Literal["auto", "cache", "live", "none"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Compute(Stage):
     nproc: int = option(
         1, "processes on this machine, a GPU each; torchrun and accelerate launch work too", at_least(1)
     )
+
+    def accelerator(self) -> dict[str, Any]:
+        """Return the arguments of exo.distributed.accelerator.make_accelerator."""
+        return {"dtype": self.dtype, "device": self.device, "output_dir": self.output_dir}
 
 
 def _list(text: str | None) -> list[str]:
@@ -132,6 +141,23 @@ class Scoring(Compute):
 
 
 @dataclass(frozen=True)
+class ScorerOptions(Stage):
+    """Options of the stages that score completions: which scorer. One of the two is set."""
+
+    reward_model: str | None = option(
+        None, "sequence classifier that scores: its one output, or the log-odds of class 1 of its two"
+    )
+    oracle: str | None = option(
+        None, "Python function that scores, as module:function, from (prompt, completion) to a number"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("reward_model", "oracle") if getattr(self, name)]
+        require(len(given) == 1, "reward_model", "this or --oracle, and not both", " and ".join(given) or "neither")
+
+
+@dataclass(frozen=True)
 class Training(Scoring):
     """What every stage that trains has in common."""
 
@@ -152,10 +178,18 @@ class Training(Scoring):
     profile: int = option(0, "steps to profile: a trace in output_dir/profile, and where their time goes", NOT_NEGATIVE)
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step", at_least(1))
-    checkpoint_steps: int = option(
-        100, "steps between states that a killed run goes on from; 0 saves one only when told to stop", NOT_NEGATIVE
+    save_steps: int = option(
+        100,
+        "save a resumable checkpoint every N steps, in output_dir/checkpoints/step-N (0: only on SIGTERM or Ctrl-C)",
+        NOT_NEGATIVE,
     )
-    allow_changes: bool = option(False, "go on with an unfinished run though options, inputs or processes are others")
+    save_total_limit: int = option(2, "keep the newest N resumable checkpoints", at_least(1))
+    resume_from_checkpoint: str | None = option(
+        None,
+        "resume from this checkpoint directory; true: from the newest one, and fail if there is none; none: from the "
+        "newest one if there is any",
+    )
+    allow_changes: bool = option(False, "resume even if options, inputs or the world size changed")
     on_nan: Literal["stop", "skip"] = option(
         "stop", "a loss or gradient that is not finite ends the run before the update, or skips the update"
     )
@@ -163,6 +197,53 @@ class Training(Scoring):
         "auto", "dtype of the saved models; auto is that of --model's weights. Resumable checkpoints stay in fp32"
     )
     report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checkpoint, output = self.resume_from_checkpoint, Path(self.output_dir)
+        if checkpoint is None:
+            return
+        newest = checkpoint.lower() == "true"
+        require(newest or Path(checkpoint).is_dir(), "resume_from_checkpoint", "true or a directory", checkpoint)
+        removed = self.overwrite_output_dir and (newest or Path(checkpoint).resolve().is_relative_to(output.resolve()))
+        require(not removed, "resume_from_checkpoint", "no --overwrite_output_dir, which removes it", checkpoint)
+
+    def optimizer(self) -> dict[str, Any]:
+        """Return the fields of exo.training.optimizer.OptimizerSettings."""
+        names = (
+            "learning_rate",
+            "lr_scheduler_type",
+            "warmup_steps",
+            "warmup_ratio",
+            "weight_decay",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
+            "max_grad_norm",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def loop(self) -> dict[str, Any]:
+        """Return the fields of exo.training.loop.Settings but the optimizer's."""
+        names = (
+            "output_dir",
+            "seed",
+            "dropout",
+            "gradient_checkpointing",
+            "compile",
+            "profile",
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+            "resume_from_checkpoint",
+            "allow_changes",
+            "on_nan",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def parallel(self) -> dict[str, Any]:
+        """Return the fields of exo.distributed.accelerator.Training."""
+        return {"fsdp": self.fsdp, "compile": self.compile, "max_grad_norm": self.max_grad_norm}
 
 
 @dataclass(frozen=True)
@@ -186,6 +267,15 @@ class DataTraining(Training, ChatOptions):
         "prompt-left",
         "rows over the limits: cut (the completion's end first, then the prompt's beginning), skip, or stop",
     )
+
+    def steps(self, n_examples: int) -> dict[str, Any]:
+        """Return the arguments of exo.training.sampler.total_steps."""
+        return {
+            "n_examples": n_examples,
+            "batch_size": self.batch_size,
+            "epochs": self.num_train_epochs,
+            "max_steps": self.max_steps,
+        }
 
     def limits(self) -> dict[str, Any]:
         """Return the fields of exo.data.text.limits.Limits."""
@@ -219,3 +309,11 @@ class AdapterOptions(DataTraining):
                 require(value == field.default, field.name, "--lora_r too, without which there is no adapter", value)
         heard = self.dropout or not self.lora_dropout
         require(heard, "lora_dropout", "0, or --dropout too, without which nothing is dropped out", self.lora_dropout)
+
+    def parallel(self) -> dict[str, Any]:
+        return super().parallel() | {"load_in_4bit": self.load_in_4bit}
+
+    def lora(self) -> dict[str, Any]:
+        """Return the fields of exo.models.lora.LoraSettings."""
+        names = ("r", "alpha", "dropout", "targets", "output")
+        return {name: getattr(self, f"lora_{name}") for name in names} | {"load_in_4bit": self.load_in_4bit}

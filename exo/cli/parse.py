@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import types
 import typing
@@ -11,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from exo.cli import yaml_files
+from exo.cli import console, yaml_files
 from exo.cli.errors import ConfigError
 from exo.cli.fields import SHOWN, require, shortened
 from exo.cli.spelling import suggestion
@@ -42,9 +43,12 @@ def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: s
         file, flags = _split_config(arguments)
         values = vars(parser.parse_args([*_checked(file, cls), *flags]))
         values.pop("config")
-        return cls(**values)
+        config = cls(**values)
     except ConfigError as error:
         parser.error(str(error))
+    if "save_steps" in values and "save_steps" in given(arguments) and "EXO_LAUNCHER" not in os.environ:
+        console.log("note: --save_steps saves resumable checkpoints since 0.2; --export_steps writes loadable models")
+    return config
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:

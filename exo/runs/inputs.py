@@ -24,7 +24,7 @@ from exo.runs.record import (
     record,
 )
 
-_IMMATERIAL |= {"checkpoint_steps", "allow_changes", "on_nan", "nproc", "fsdp"}
+_IMMATERIAL |= {"save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "on_nan", "nproc", "fsdp"}
 _DATA_FILES = DATA_SUFFIXES
 _READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
 

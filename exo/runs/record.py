@@ -67,7 +67,7 @@ _RECORDED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("arguments", "asked", "versions", "rows", "recipe"), _is_mapping),
     **dict.fromkeys(("inputs", "outputs"), _are_hashes),
 }
-STATES, PIECES = "resume", "pieces.jsonl"  # what an unfinished run goes on from
+STATES, PIECES = "checkpoints", "pieces.jsonl"  # what an unfinished run goes on from
 PACKAGES = ("exo-kernels", "torch", "triton", "transformers", "tokenizers", "accelerate", "safetensors")
 
 
