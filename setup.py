@@ -39,13 +39,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["exo", "exo.*", "exo_kernels", "exo_kernels.*"]),
     package_data={
-        "exo": [
-            "py.typed",
-            "evaluation/templates/*.txt",
-            "presets/*.yaml",
-            "experiments/recipes/*.yaml"],
-            "reporting/*.j2",
-        ],
+        "exo": ["py.typed", "evaluation/templates/*.txt", "presets/*.yaml", "experiments/recipes/*.yaml"],
         "exo_kernels": ["py.typed"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
