@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from exo.data import Example
+    from exo.data import Dataset, Example
     from exo.data.text.limits import Limits
     from exo.distributed.accelerator import Accelerator
+    from exo.evaluation.baseline import Settings
     from exo.models.logps import ScoringModels
+    from exo.rollouts.samples import Settings as SamplingSettings
 
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, TOP_P, at_least, named, option, require
@@ -72,6 +74,7 @@ def run(config: Config, start: Start) -> Path:
     from exo.data.text import render, tokenize
     from exo.distributed import gather
     from exo.distributed.accelerator import make_accelerator
+    from exo.evaluation import baseline
     from exo.evaluation import metrics as evaluation_metrics
     from exo.rollouts import samples, scorers, shards
     from exo.runs import inputs as run_inputs
@@ -171,7 +174,7 @@ def _kl(
     }
 
 
-def _read(config: Config) -> data.Dataset:
+def _read(config: Config) -> Dataset:
     """Read held-out prompts, with their chosen completions if those are compared."""
     from exo import data
     from exo.runs import inputs as run_inputs
@@ -184,16 +187,18 @@ def _read(config: Config) -> data.Dataset:
     return dataset
 
 
-def _settings(config: Config) -> baseline.Settings:
+def _settings(config: Config) -> Settings:
     return {"k": config.k} | _sampling(config)._asdict()
 
 
-def _sampling(config: Config) -> samples.Settings:
+def _sampling(config: Config) -> SamplingSettings:
+    from exo.rollouts import samples
 
     return samples.Settings(config.temperature, config.max_new_tokens, config.top_p)
 
 
-def _baseline(config: Config, prompts: Sequence[str], settings: baseline.Settings, start: Start) -> Any:
+def _baseline(config: Config, prompts: Sequence[str], settings: Settings, start: Start) -> Any:
+    from exo.evaluation import baseline
 
     if config.baseline is None:
         return None
@@ -276,6 +281,7 @@ def _draw(
 
 def _given(config: Config, prompts: Sequence[str]) -> list[Example]:
     """The completions of a file, for the prompts of the data and in their order."""
+    from exo import data
     from exo.data import Example
     from exo.data.text import render
     from exo.runs import inputs as run_inputs
@@ -308,6 +314,7 @@ def _bound(config: Config) -> dict[str, Any]:
 def _density(config: Config) -> tuple[list[Example], str]:
     """The reference's samples for the density ratio, and their file."""
     from exo import data
+    from exo.rollouts import samples
     from exo.runs import inputs as run_inputs
 
     path = run_inputs.source("density", config.density or "", "score")
