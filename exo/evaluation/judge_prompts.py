@@ -1,7 +1,7 @@
 """Prompts for a judge: templates, the choice in an answer, and a cache of answers.
 
-A template is plain text with {prompt}, {a}, {b} and optionally {reference}. It allows ties if it contains "tie" in double
-quotes.
+A template is plain text with {prompt}, {a}, {b} and optionally {reference}. It allows ties if it contains "tie" in
+double quotes.
 """
 
 import hashlib

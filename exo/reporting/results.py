@@ -1,7 +1,7 @@
 """The results of a recipe's run, read from its files: steps, evaluated checkpoints, and means over seeds.
 
-A trial is one training run and its evaluation: a method with a K, a seed and values of the sweep. A setting is a group of
-trials that differ only in the seed. Missing results are listed, never filled in.
+A trial is one training run and its evaluation: a method with a K, a seed and values of the sweep. A setting is a group
+of trials that differ only in the seed. Missing results are listed, never filled in.
 """
 
 import json
