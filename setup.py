@@ -14,11 +14,13 @@ TRAIN = [
 ]
 LORA = ["peft>=0.18"]
 QLORA = [*LORA, "bitsandbytes>=0.49"]
+JUDGE = ["openai>=2.0"]
 BENCH = ["matplotlib>=3.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
 TEST = [
     *TRAIN,
     *BENCH,
     *QLORA,
+    *JUDGE,
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest-xdist>=3.6",  # make test uses both cores
@@ -45,6 +47,7 @@ setup(
         "train": TRAIN,
         "lora": [*TRAIN, *LORA],
         "qlora": [*TRAIN, *QLORA],
+        "judge": [*TRAIN, *JUDGE],
         "bench": BENCH,
         "docs": [*TRAIN, "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "test": TEST,

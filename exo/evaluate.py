@@ -1,36 +1,32 @@
 """Evaluation: reward, accuracy, KL to the reference and win rates of a policy's checkpoints, on held-out prompts.
 
 python -m exo.evaluate --model RUN --reference DIR --data PROMPTS --reward_model DIR, or --oracle module:function. Every
-checkpoint of the run is sampled anew, k completions a prompt. --samples FILE evaluates completions that exist (of
+checkpoint of the run is sampled, k completions per prompt. --samples FILE evaluates completions that exist (of
 Best-of-N) instead. Writes evaluation.json, samples/, and with --density log-probs of the reference's own samples, for
-the picture of the density ratio. Left out: judges that are no function (judge, label), pictures (report).
+the picture of the density ratio. Chat models and human raters judge with exo.judge and exo.label.
 """
+
+from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from exo import data, models
+if TYPE_CHECKING:
+    from exo.data import Dataset, Example
+    from exo.data.text.limits import Limits
+    from exo.distributed.accelerator import Accelerator
+    from exo.evaluation.baseline import Settings
+    from exo.models.logps import ScoringModels
+    from exo.rollouts.samples import Settings as SamplingSettings
+
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, TOP_P, at_least, named, option, require
 from exo.cli.main import command
 from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Scoring
-from exo.data import Example
-from exo.data.text import render, tokenize
-from exo.data.text.limits import Limits
-from exo.distributed import gather
-from exo.distributed.accelerator import Accelerator, make_accelerator
-from exo.evaluation import baseline
-from exo.evaluation import metrics as evaluation_metrics
-from exo.models.logps import ScoringModels
-from exo.rollouts import samples, scorers, shards
-from exo.runs import inputs as run_inputs
-from exo.runs import record as run_record
-from exo.runs import stage as run_stage
-from exo.runs.atomic import atomic_file, write_json
 from exo.runs.stage import Start, stage
 
 
@@ -78,6 +74,17 @@ class Checkpoint(NamedTuple):
 )
 def run(config: Config, start: Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
+    from exo import data, models
+    from exo.data.text import render, tokenize
+    from exo.distributed import gather
+    from exo.distributed.accelerator import make_accelerator
+    from exo.evaluation import baseline
+    from exo.evaluation import metrics as evaluation_metrics
+    from exo.rollouts import samples, scorers, shards
+    from exo.runs import inputs as run_inputs
+    from exo.runs import stage as run_stage
+    from exo.runs.atomic import atomic_file, write_json
+
     dataset = _read(config)
     accelerator = make_accelerator(**config.accelerator())
     if config.model:
@@ -158,6 +165,8 @@ def _kl(
     rows: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """The KL of the whole distribution; each of the rows gets the log-ratios of its completions."""
+    from exo.evaluation import metrics as evaluation_metrics
+
     ratios = pair.log_ratios(examples)
     for row, of_row in zip(rows, ratios, strict=True):
         row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
@@ -169,8 +178,11 @@ def _kl(
     }
 
 
-def _read(config: Config) -> data.Dataset:
+def _read(config: Config) -> Dataset:
     """Read held-out prompts, with their chosen completions if those are compared."""
+    from exo import data
+    from exo.runs import inputs as run_inputs
+
     path = run_inputs.source("data", config.data, "prepare", prepared="test.jsonl")
     dataset = data.read(path, purpose="texts" if config.chosen else "prompts", **config.reading(), **config.mixing())
     console.log(dataset.summary())
@@ -179,15 +191,19 @@ def _read(config: Config) -> data.Dataset:
     return dataset
 
 
-def _settings(config: Config) -> baseline.Settings:
+def _settings(config: Config) -> Settings:
     return {"k": config.k} | _sampling(config)._asdict()
 
 
-def _sampling(config: Config) -> samples.Settings:
+def _sampling(config: Config) -> SamplingSettings:
+    from exo.rollouts import samples
+
     return samples.Settings(config.temperature, config.max_new_tokens, config.top_p)
 
 
-def _baseline(config: Config, prompts: Sequence[str], settings: baseline.Settings, start: Start) -> Any:
+def _baseline(config: Config, prompts: Sequence[str], settings: Settings, start: Start) -> Any:
+    from exo.evaluation import baseline
+
     if config.baseline is None:
         return None
     scorer = {name: getattr(config, name) for name in ("oracle", "reward_model")}
@@ -196,6 +212,8 @@ def _baseline(config: Config, prompts: Sequence[str], settings: baseline.Setting
 
 def checkpoints(model: str) -> list[Checkpoint]:
     """Those that a run left, in order of their steps, and what it ended with, once."""
+    from exo import data
+
     directory = Path(model)
     log = directory / "metrics.jsonl"
     steps = [row["step"] for _, row in data.read_jsonl(log)] if log.exists() else []
@@ -205,11 +223,11 @@ def checkpoints(model: str) -> list[Checkpoint]:
     return [*before, Checkpoint("final", last, model)]
 
 
-Drawn = Iterator[tuple[Checkpoint, list[Example], ScoringModels | None]]
-
-
 def _checkpoints(config: Config, known: Any) -> list[Checkpoint]:
     """Those of the model; ValueError where the reference's tokenizer, `known`, is another: there is no KL then."""
+    from exo import models
+    from exo.runs import inputs as run_inputs
+
     name = run_inputs.source("model", config.model or "", "sft", "align", "ppo")
     if models.load_tokenizer(name).get_vocab() != known.get_vocab():
         raise ValueError(
@@ -226,8 +244,12 @@ def _sampled(
     found: Sequence[Checkpoint],
     reference: Any,
     date: datetime.date,
-) -> Drawn:
+) -> Iterator[tuple[Checkpoint, list[Example], ScoringModels | None]]:
     """(checkpoint, its samples, its model with the reference), each loaded when its turn comes."""
+    from exo import models
+    from exo.data.text import render
+    from exo.models.logps import ScoringModels
+
     for checkpoint in found:
         model, tokenizer = models.load(checkpoint.path)
         render.configure(tokenizer, config.chat_template, config.template_kwargs, date)
@@ -251,6 +273,8 @@ def _sampled(
 def _draw(
     config: Config, model: Any, tokenizer: Any, prompts: Sequence[str], accelerator: Accelerator, *, top_p: float
 ) -> list[Example]:
+    from exo.rollouts import samples, shards
+
     with accelerator.autocast():
         return samples.draw(
             model, tokenizer, prompts, _sampling(config)._replace(top_p=top_p), k=config.k,
@@ -261,6 +285,11 @@ def _draw(
 
 def _given(config: Config, prompts: Sequence[str]) -> list[Example]:
     """The completions of a file, for the prompts of the data and in their order."""
+    from exo import data
+    from exo.data import Example
+    from exo.data.text import render
+    from exo.runs import inputs as run_inputs
+
     assert config.samples is not None
     path = run_inputs.source("samples", config.samples, "sample", "score", "best_of_n")
     examples = data.read(path, purpose="samples", columns_required=False, **config.reading()).examples[: len(prompts)]
@@ -273,17 +302,25 @@ def _given(config: Config, prompts: Sequence[str]) -> list[Example]:
 
 def _limits(config: Config) -> Limits:
     """Of what was sampled: log-probs are conditional on as much of a prompt as its completions were."""
+    from exo.data.text.limits import Limits
+
     return Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
 
 
 def _bound(config: Config) -> dict[str, Any]:
     """The KL that the maker of the samples knows, where it does."""
+    from exo.runs import record as run_record
+
     run = run_record.record(Path(config.samples or "")) or run_record.record(Path(config.samples or "").parent) or {}
     return {name: value for name, value in run.get("result", {}).items() if name in ("kl_bound", "n")}
 
 
 def _density(config: Config) -> tuple[list[Example], str]:
     """The reference's samples for the density ratio, and their file."""
+    from exo import data
+    from exo.rollouts import samples
+    from exo.runs import inputs as run_inputs
+
     path = run_inputs.source("density", config.density or "", "score")
     examples = data.read(path, purpose="samples", columns_required=False, **config.reading()).examples
     samples.check_temperature("density", path, examples, config.temperature)

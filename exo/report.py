@@ -4,6 +4,8 @@ python -m exo.report --run RUN --output_dir RUN/report. Every number is read or 
 finished run gives a report of what is there, and says what is not. Left out: what no file of the run holds.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,6 @@ from exo.cli import console
 from exo.cli.fields import named, option
 from exo.cli.main import command
 from exo.cli.options import Stage
-from exo.reporting import html, outcomes, results
-from exo.reporting import training as training_section
-from exo.runs import stage as run_stage
-from exo.runs.atomic import atomic_file
 from exo.runs.stage import Start, stage
 
 
@@ -28,6 +26,11 @@ class Config(Stage):
 @stage("report", reads=("run",), makes="report.html")
 def run(config: Config, start: Start) -> Path:
     """Write report.html and return its directory."""
+    from exo.reporting import html, outcomes, results
+    from exo.reporting import training as training_section
+    from exo.runs import stage as run_stage
+    from exo.runs.atomic import atomic_file
+
     found = results.read(Path(config.run))
     methods = outcomes.methods(found)
     directory = run_stage.begin(start)
@@ -46,6 +49,8 @@ def run(config: Config, start: Start) -> Path:
 
 
 def _tell(header: Sequence[str], rows: Sequence[Sequence[str]], failed: Sequence[str]) -> None:
+    from exo.reporting import results
+
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows) if rows else ():
         console.log("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -222,7 +223,7 @@ def test_retry_after_is_waited_for(tmp_path, files, monkeypatch):
     ("value", "seconds"), [("3", 3), ("99999999999", 300), ("Mon, 01 Jan 2001 00:00:00 GMT", 0), ("soon", 0), ("-1", 0)]
 )
 def test_retry_after_may_be_anything(value, seconds):
-    assert judge_client._seconds(value) == seconds
+    assert judge_client.retry_after_seconds(value) == seconds
 
 
 def test_a_wrong_key_stops_at_once(tmp_path, files, monkeypatch, capsys):
@@ -245,10 +246,20 @@ def test_the_key_is_in_no_file_of_a_good_run(tmp_path, files, monkeypatch, capsy
     assert not any(KEY in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
 
 
-def test_no_key_is_sent_where_none_is_set(tmp_path, files):
+def test_no_key_is_sent_where_none_is_set(tmp_path, files, monkeypatch):
+    """Not even those that the client library finds by itself."""
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", KEY)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {KEY}")
     with serving(longer) as server:
         run(tmp_path, server, *files)
-    assert "Authorization" not in server.requests[0]["headers"]
+    assert server.requests and not any("Authorization" in request["headers"] for request in server.requests)
+
+
+def test_a_missing_client_library_is_one_line(tmp_path, files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert run(tmp_path, "http://127.0.0.1:1", *files) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "pip install 'exo-kernels[judge]'" in err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("variable", [KEY, "NOT_SET_ANYWHERE", "BAD_VALUE"])
@@ -268,7 +279,17 @@ def test_the_key_does_not_follow_a_redirect(tmp_path, files, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     "url",
-    ["", "localhost:8000/v1", "ftp://h/v1", "http://h:port/v1", f"http://me:{KEY}@h/v1", f"http://h/v1?key={KEY}"],
+    [
+        "",
+        "localhost:8000/v1",
+        "ftp://h/v1",
+        "http://h:port/v1",
+        f"http://me:{KEY}@h/v1",
+        f"http://h/v1?key={KEY}",
+        "http://x..y/v1",
+        f"http://{'h' * 64}/v1",
+        "http://-\u00fc/v1",
+    ],
 )
 def test_an_endpoint_is_a_plain_address(tmp_path, files, capsys, url):
     with pytest.raises(SystemExit) as stop:
@@ -386,7 +407,7 @@ def test_options_of_the_judge_go_into_the_request(tmp_path, files, capsys):
         }  # fmt: skip
         run(tmp_path, server, *files)
         assert len(server.requests) == 16, "another request is another question"
-    for bad in ("[1]", "low", '{"messages": []}', '{"model": "x"}', "[" * 99999):
+    for bad in ("[1]", "low", '{"messages": []}', '{"model": "x"}', "[" * 99999, '{"x": NaN}', '{"x": "\\ud800"}'):
         with pytest.raises(SystemExit):
             run(tmp_path, "http://127.0.0.1:1", *files, f"--judge_options={bad}")
         assert "--judge_options: expected a JSON object of request parameters" in capsys.readouterr().err
@@ -434,7 +455,7 @@ def test_answers_that_decide_nothing_are_asked_for_again(tmp_path, files, capsys
         nonsense.clear()
         assert run(tmp_path, server, *files) == 0
     assert len(server.requests) == 9 and result(tmp_path)["cached"] == 7
-    assert "7 answers were not asked for again" in capsys.readouterr().out
+    assert "7 answers are cached from an earlier run" in capsys.readouterr().out
 
 
 def test_identical_answers_are_counted(tmp_path):

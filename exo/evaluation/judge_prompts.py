@@ -1,7 +1,7 @@
-"""What a judge is asked and what it said: templates, the choice in an answer, and a cache of answers.
+"""Prompts for a judge: templates, the choice in an answer, and a cache of answers.
 
-A template is plain text with {prompt}, {a}, {b} and, where it shows one, {reference}. It allows ties when it names the
-choice "tie", in double quotes. Left out: everything about the network.
+A template is plain text with {prompt}, {a}, {b} and optionally {reference}. It allows ties if it contains "tie" in
+double quotes.
 """
 
 import hashlib
@@ -47,14 +47,14 @@ class JudgeTemplate:
         self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
 
     def fill(self, **texts: str) -> str:
-        """Each place gets its text, in one pass: braces within a text are left alone."""
+        """Insert the texts in one pass, so that braces inside a text stay."""
         return _PLACE.sub(lambda place: texts[place[1]].strip(), self.text)
 
     def choice(self, answer: str) -> str | None:
-        """ "A", "B" or "tie", or None where the answer states none.
+        """Return "A", "B" or "tie"; None if the answer states no choice.
 
-        Where the template asks for a line with a label, the last line with it decides; else the last line that states a
-        choice and nothing else does. What stands in <think> is not part of the answer.
+        If the template asks for a labelled line, the last one decides; else the last line that contains only a choice.
+        Text in <think> is not part of the answer.
         """
         before, _, answer = answer.rpartition("</think>")
         if not before and "<think>" in answer:
