@@ -124,7 +124,8 @@ def run(config: Config, start: Start) -> Path:
         start_model, dataset.texts, adapter, accelerator, seed=config.seed, sharded=fsdp.is_requested(config.fsdp)
     )
     dtypes = models.dtypes_of(config.save_dtype, start_model)
-    dataset, *others = render.apply(config, tokenizer, gather.template_date(start, accelerator), *datasets)
+    date = gather.template_date(start, accelerator)
+    dataset, *others = render.apply(tokenizer, config.chat_template, config.template_kwargs, date, *datasets)
     counts: Counter[str] = Counter()
     try:
         examples, *rest = (tokens(config, part, tokenizer, counts) for part in (dataset, *others))

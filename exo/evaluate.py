@@ -78,7 +78,9 @@ def run(config: Config, start: Start) -> Path:
     accelerator = make_accelerator(**config.accelerator())
     if config.model:
         reference, known = models.load(run_inputs.source("reference", config.reference or "", "sft", "align", "ppo"))
-        (dataset,) = render.apply(config, known, gather.template_date(start, accelerator), dataset)
+        (dataset,) = render.apply(
+            known, config.chat_template, config.template_kwargs, gather.template_date(start, accelerator), dataset
+        )
         usable, dropped = tokenize.usable_prompts(dataset, known, skip_invalid=config.skip_invalid)
         console.counts(dropped)
     else:
@@ -259,7 +261,7 @@ def _given(config: Config, prompts: Sequence[str]) -> list[Example]:
     path = run_inputs.source("samples", config.samples, "sample", "score", "best_of_n")
     examples = data.read(path, purpose="samples", columns_required=False, **config.reading()).examples[: len(prompts)]
     if isinstance(examples[0].prompt, data.Chat):  # sampled with --chat_template always
-        prompts = [render.as_chat(Example(prompt, (), None, 0)).prompt for prompt in prompts]
+        prompts = [render.render(Example(prompt, (), None, 0)).prompt for prompt in prompts]
     if [example.prompt for example in examples] != list(prompts):
         raise ValueError(f"--samples {path}: expected the prompts of --data, in their order; got others")
     return examples

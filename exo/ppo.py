@@ -93,7 +93,9 @@ def run(config: Config, start: Start) -> Path:
     name = run_inputs.source("model", config.model, "sft", "align", "ppo")
     model, tokenizer = models.load(name, mapped=fsdp.is_requested(config.fsdp))
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
+    (dataset,) = render.apply(
+        tokenizer, config.chat_template, config.template_kwargs, gather.template_date(start, accelerator), dataset
+    )
     usable, dropped = tokenize.usable_prompts(dataset, tokenizer, skip_invalid=config.skip_invalid)
     console.counts(dropped)
     scorer = scorers.load(

@@ -63,7 +63,14 @@ def run(config: Config, start: Start) -> Path:
     name = run_inputs.source("model", config.model, "sft")
     model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset, sampled="render")
+    (dataset,) = render.apply(
+        tokenizer,
+        config.chat_template,
+        config.template_kwargs,
+        gather.template_date(start, accelerator),
+        dataset,
+        sampled="render",
+    )
     counts: Counter[str] = Counter()
     try:
         examples, held_out = tokens(config, dataset, tokenizer, counts)
@@ -131,7 +138,7 @@ def tokens(
     for is_held_out in (False, True):
         part = [example for i, example in enumerate(rows) if (i in chosen) == is_held_out]
         examples, cut = tokenize.encode(
-            part, tokenizer, Limits(**config.limits()), dataset.path, foreign="text", skip_invalid=config.skip_invalid
+            part, tokenizer, Limits(**config.limits()), dataset.path, retokenize=True, skip_invalid=config.skip_invalid
         )
         counts.update(cut)
         encoded.append(examples)

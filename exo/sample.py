@@ -60,7 +60,9 @@ def run(config: Config, start: Start) -> Path:
         model.to(accelerator.device)
     else:
         tokenizer = models.load_tokenizer(name)
-    (rendered,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
+    (rendered,) = render.apply(
+        tokenizer, config.chat_template, config.template_kwargs, gather.template_date(start, accelerator), dataset
+    )
     usable, dropped = tokenize.usable_prompts(rendered, tokenizer, skip_invalid=config.skip_invalid)
     numbers = chosen(config, len(usable))
     prompts = [usable[number % len(usable)].prompt for number in numbers]

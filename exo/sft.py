@@ -62,7 +62,9 @@ def run(config: Config, start: Start) -> Path:
         name, dataset.texts, adapter, accelerator, seed=config.seed, sharded=fsdp.is_requested(config.fsdp)
     )
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
+    (dataset,) = render.apply(
+        tokenizer, config.chat_template, config.template_kwargs, gather.template_date(start, accelerator), dataset
+    )
     counts: Counter[str] = Counter()
     try:
         examples = tokens(config, dataset, tokenizer, counts)

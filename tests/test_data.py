@@ -42,13 +42,13 @@ def test_dialogues(tmp_path):
 
 
 def test_two_shapes_in_one_row_are_not_guessed_between(tmp_path):
-    assert "keys of two shapes" in refusal(put(tmp_path, [{**GOOD, **SCORED}]))
+    assert "keys of two formats" in refusal(put(tmp_path, [{**GOOD, **SCORED}]))
 
 
 def test_unknown_shape_names_the_keys_found_and_the_nearest_shape(tmp_path):
     message = refusal(put(tmp_path, [{"prompt": CANARY, "chosen": CANARY, "loser": CANARY}]))
     assert message.endswith(
-        "data.jsonl:1: unknown shape, keys found: 'prompt', 'chosen', 'loser'; nearest is preferences "
+        "data.jsonl:1: unknown format, keys found: 'prompt', 'chosen', 'loser'; nearest is preferences "
         "(prompt/chosen/rejected), missing 'rejected'; set --columns rejected=COLUMN"
     )
     message = refusal(put(tmp_path, [{"question": CANARY, "answer": CANARY}]))
@@ -67,7 +67,7 @@ def test_keys_in_messages_are_cut_short_and_stay_on_one_line(tmp_path):
         (GOOD, SCORED, "missing 'chosen', 'rejected'"),
         (SCORED, GOOD, "missing 'completions', 'rewards'"),
         (GOOD, HH, "missing 'prompt'"),
-        (HH, GOOD, "another shape"),
+        (HH, GOOD, "another format"),
     ],
 )
 def test_a_later_row_of_another_shape_is_malformed(tmp_path, first, later, reason):

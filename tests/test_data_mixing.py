@@ -49,7 +49,7 @@ def test_shares_are_as_the_weights_say_and_what_is_repeated_or_left_out_is_count
     assert data.repeated == repeated and sum(data.skipped.values()) == left_out
     assert data.rows + data.repeated == len(data.examples) + sum(data.skipped.values())
     if repeated:
-        assert f"+ {repeated} used once more" in data.summary() and data.account()["repeated"] == repeated
+        assert f"+ {repeated} repeated by --data_weights" in data.summary() and data.account()["repeated"] == repeated
 
 
 def test_the_seed_decides_which_rows(tmp_path):

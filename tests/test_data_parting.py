@@ -133,7 +133,7 @@ def talk(*turns: str) -> list[dict[str, str]]:
 def test_conversations_without_two_answers_to_compare_are_skipped(tmp_path, chosen, rejected, reason):
     good = {"chosen": talk("u q", "a x"), "rejected": talk("u q", "a y")}
     data = read(put(tmp_path, [{"chosen": chosen, "rejected": rejected}, good]))
-    assert data.skipped == {reason: 1} and data.format == "whole conversations (chosen/rejected), chat messages"
+    assert data.skipped == {reason: 1} and data.format == "pairs of conversations (chosen/rejected), chat messages"
 
 
 def test_conversations_share_their_beginning_and_lose_what_comes_later(tmp_path):
@@ -181,7 +181,7 @@ def test_texts_that_do_not_part_are_skipped(tmp_path, chosen, rejected, reason):
 def test_dialogues_and_plain_texts_are_not_mixed(tmp_path):
     plain = {"chosen": "a b", "rejected": "a c"}
     for rows, name in (((plain, HH), "texts with an implicit prompt"), ((HH, plain), "Anthropic HH dialogues")):
-        assert f":2: another shape; the file began as {name}" in refusal(put(tmp_path, list(rows)))
+        assert f":2: another format; the file began as {name}" in refusal(put(tmp_path, list(rows)))
 
 
 # Transcripts as messages.

@@ -50,7 +50,7 @@ BROKEN = [
     ("string", f'"{CANARY}"', "must be an object, not a string"),
     ("null", "null", "must be an object, not null"),
     ("no keys", "{}", "keys found: none"),
-    ("missing key", f'{{"prompt": "{CANARY}", "chosen": "a"}}', "unknown shape"),
+    ("missing key", f'{{"prompt": "{CANARY}", "chosen": "a"}}', "unknown format"),
     ("null for text", PREFERENCE % "null", "missing 'chosen'"),
     ("number for text", PREFERENCE % "17", "chosen must be a string, not a number"),
     ("boolean for text", PREFERENCE % "true", "chosen must be a string, not a boolean"),

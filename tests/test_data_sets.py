@@ -209,7 +209,7 @@ def test_every_message_of_a_tree_is_used_or_skipped_with_a_reason(tmp_path, purp
         data = read(put(tmp_path, rows), purpose=purpose)
         assert (len(data.examples), data.rows, data.skipped) == (examples, 9, skipped)
         assert data.rows == used + sum(data.skipped.values())
-        together = f" (in {examples} groups)" if used > examples else ""
+        together = f" (in {examples} examples)" if used > examples else ""
         assert f"9 rows = {used} used{together} + {9 - used} skipped" in data.summary()
         assert len({example.line for example in data.examples}) == examples
     both = f"{put(tmp_path, nine(), 'a.jsonl')},{put(tmp_path, nested(nine()), 'b.jsonl')}"
@@ -245,7 +245,7 @@ def test_every_response_of_helpsteer_is_used_or_skipped_with_a_reason(tmp_path):
     rows = [{"prompt": prompt, "response": text, "helpfulness": score, **whole} for prompt, text, score in some]
     data = read(put(tmp_path, rows))
     assert data.skipped == {"single completion": 1, "identical completions": 2} and data.merged == 2
-    assert "6 rows = 3 used (in 1 groups) + 3 skipped" in data.summary() and data.account()["merged"] == 2
+    assert "6 rows = 3 used (in 1 examples) + 3 skipped" in data.summary() and data.account()["merged"] == 2
     data = read(put(tmp_path, rows), purpose="texts")
     assert data.skipped == {"not the best response": 3} and data.examples[0].completions == ("b",)
     data = read(put(tmp_path, rows), purpose="prompts")

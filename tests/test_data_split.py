@@ -2,15 +2,22 @@
 
 import random
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 
 from exo import align, data, models, reward
 from exo.cli import console
 from exo.data import split
-from exo.data.split import Texts, hold_out, row_name, split_connected
+from exo.data.split import hold_out, row_name, split_connected
 from exo.training import examples as training_examples
 from tests.tasks import WORDS, write_model, write_rows
+
+
+class Texts(NamedTuple):
+    prompt: str
+    completions: tuple[str, ...]
+
 
 THINGS = "cat dog cow hen fox owl bee ant elk emu".split()
 

@@ -154,10 +154,10 @@ def test_texts_of_a_test_file_that_are_trained_on_are_named(report, tmp_path, mo
     code, out, _ = report("--data", pairs, "--model", model, "--eval_data", put(tmp_path, other, "test.jsonl"))
     assert code == 0
     assert "held-out rows with a prompt of --data: 1 of 4 (line 1 = line 4)\n" in out
-    found = statistics.leaks(data.read(pairs).examples, data.read(tmp_path / "test.jsonl").examples)
+    found = statistics.find_leaks(data.read(pairs).examples, data.read(tmp_path / "test.jsonl").examples)
     assert found.completions == [("line 2", "line 1"), ("line 3", "line 1")]
     implicit = put(tmp_path, [{"chosen": "red round good good", "rejected": "red big"}], "implicit.jsonl")
-    found = statistics.leaks(data.read(pairs).examples, data.read(implicit).examples)
+    found = statistics.find_leaks(data.read(pairs).examples, data.read(implicit).examples)
     assert found.completions == [("line 1", "line 1")], "the same text with its prompt cut elsewhere"
     prompts = put(tmp_path, [{"prompt": "blue"}, {"prompt": "big"}, {"prompt": ""}], "prompts.jsonl")
     for stage in ("sft", "reward", "sample"):
@@ -173,7 +173,7 @@ def test_leaks_are_what_align_warns_of_and_what_a_split_keeps_together():
             Example(rng.choice(texts), (rng.choice(texts[1:]), rng.choice(texts[1:])), None, i) for i in range(1, 7)
         ]
         trained, held_out = rows[:3], rows[3:]
-        found = statistics.leaks(trained, held_out)
+        found = statistics.find_leaks(trained, held_out)
         assert len({row for row, _ in found.prompts + found.completions}) == split.count_shared(trained, held_out), rows
         prompts = {other.prompt.strip() for other in trained if other.prompt}
         same_prompt = [row.prompt and row.prompt.strip() in prompts for row in held_out]

@@ -42,6 +42,21 @@ def test_completions_end_with_eos_and_prompts_are_kept():
     assert not counts
 
 
+def test_a_text_with_a_label_is_a_prompt_that_ends_and_its_label_is_no_reward():
+    """A limit cuts the text on its left, as it cuts a prompt."""
+    text = Example("", ("a bb ccc dddd",), None, 3, label=1)
+    (encoded,), _ = encode(text)
+    assert encoded == TokenizedExample((11, 12, 13, 14), ((1,),), None, 3, label=1)
+    (cut,), counts = encode(text, max_length=3, strict=False)
+    assert (
+        cut == TokenizedExample((13, 14), ((1,),), None, 3, label=1) and counts["rows with the prompt cut on the left"]
+    )
+    batch = Collator(0, 100).collate([encoded, cut])
+    assert batch.label.tolist() == [1, 1] and batch.rewards is None
+    assert batch.to(torch.device("cpu")).label.tolist() == [1, 1]
+    assert Collator(0, 100).collate([encode(Example("a", (" bb", " a"), None, 1))[0][0]]).label is None
+
+
 def test_an_empty_prompt_gets_a_token_to_be_scored_from():
     (encoded,), _ = encode(Example("", ("a", "bb"), None, 1))
     assert encoded.prompt == (1,)

@@ -69,7 +69,7 @@ def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by
     limits = Limits(64, None, "error")
     with pytest.raises(data.DataError, match=r"samples:1: token ids of another tokenizer .* python -m exo.sample"):
         tokenize.encode(examples, tokenizer, limits, "samples")
-    encoded, _ = tokenize.encode(examples, tokenizer, limits, "samples", foreign="text")
+    encoded, _ = tokenize.encode(examples, tokenizer, limits, "samples", retokenize=True)
     for example, source in zip(encoded, examples, strict=True):
         for ids, text, how in zip(example.completions, source.completions, source.tokens.finish, strict=True):
             assert tokenizer.decode(ids, skip_special_tokens=True) == text.strip()

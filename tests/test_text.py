@@ -274,7 +274,7 @@ def test_only_a_token_that_is_named_like_an_end_ends_a_plain_text():
     [example], counts = tokenize.encode(rows, tokenizer, LIMITS, "rows.jsonl")
     ends = [tokenizer.convert_ids_to_tokens(ids[-2:])[-1] for ids in example.completions]
     assert ends == ["</s>", "<|eot|>", "</s>"]
-    assert counts["completions that end with a special token of their own instead of the end of sequence"] == 1
+    assert counts["completions that end with another special token instead of the end of sequence"] == 1
 
 
 def test_what_the_template_leaves_out_of_an_answer_is_counted():

@@ -21,13 +21,6 @@ class HasTexts(Protocol):
     def completions(self) -> Sequence[str]: ...
 
 
-class Texts(NamedTuple):
-    """The texts of a row that is no Example."""
-
-    prompt: str
-    completions: Sequence[str]
-
-
 class Split(NamedTuple):
     held_out: frozenset[int]  # indices of rows
     num_shared: int  # held-out rows that share a text with a row to train on
@@ -80,7 +73,7 @@ def hold_out(
         console.warn(
             f"{path}: {split.num_shared:,} of {len(split.held_out):,} held-out rows share a completion with rows that "
             "are trained on, because too many rows are connected to set a part of them aside; the split is by prompt "
-            "alone, and the held-out accuracy may be too high; keep held-out rows in a file of their own"
+            "alone, and the held-out accuracy may be too high; keep held-out rows in a separate file"
         )
     return split.held_out
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from exo import data
 from exo.data import Example
-from exo.data.formats.reading import SETTINGS
+from exo.data.formats.parsed_row import SETTINGS
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
 

@@ -1,6 +1,6 @@
 """Models as directories that transformers reads, in the dtype that was asked for.
 
-Training is in fp32; weights are rounded when they are written. Resumable checkpoints are not written here (states).
+Training is in fp32; weights are rounded when they are written.
 """
 
 import json
@@ -110,9 +110,9 @@ def export_model(
 
 @contextmanager
 def _cast(model: Any, dtypes: Dtypes | None) -> Iterator[None]:
-    """Round the weights that will be written, for the while, in place so that tied weights stay tied.
+    """Round the weights that will be written, inside the context and in place, so that tied weights stay tied.
 
-    Of a model with an adapter only the adapter is written.
+    For a model with an adapter these are the adapter's.
     """
     if dtypes is None:
         yield

@@ -80,7 +80,7 @@ def load(
         # equal.
         rows = rendered(examples)
         single = [transforms.select(example, (i,)) for example in rows for i in range(len(example.completions))]
-        encoded, cut = tokenize.encode(single, tokenizer, limits, "samples", foreign="text", strict=False)
+        encoded, cut = tokenize.encode(single, tokenizer, limits, "samples", retokenize=True, strict=False)
         for reason, count in cut.items():
             counts[reason.replace("rows", "completions scored")] += count
         models.check_fits(model, encoded)

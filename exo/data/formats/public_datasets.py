@@ -1,25 +1,24 @@
-"""Shapes of public data sets whose columns are their own: two answers and a vote, or several with scores.
+"""Row formats of particular public data sets: two answers and a vote, or several answers with scores.
 
-Ties say nothing of which is better and are skipped. How strong a preference is, is not used.
+Ties are skipped. The strength of a preference is not used.
 """
 
 from typing import Any
 
 from exo.data.errors import Malformed, number, string
-from exo.data.formats.common import Shape, answered, items_have, listed
-from exo.data.formats.messages import Chat, conversation
+from exo.data.formats.generic import RowFormat, answered, items_have, listed
+from exo.data.formats.messages import Chat, parse_messages
+from exo.data.formats.parsed_row import ParsedRow, Row
 from exo.data.formats.prompts import parse_speakers
-from exo.data.formats.reading import Reading
-from exo.data.formats.split_prompt import Row
-from exo.data.formats.transcripts import answers_to
+from exo.data.formats.transcripts import as_answers
 
 
-def _pair(prompt: Any, first: str, second: str, row: Row, better: int | None) -> Reading:
+def _pair(prompt: Any, first: str, second: str, row: Row, better: int | None) -> ParsedRow:
     """Return two answers, the better one first; `better` is 0, 1 or None for a tie."""
-    reading = answered(prompt, {first: row[first], second: row[second]})
+    parsed = answered(prompt, {first: row[first], second: row[second]})
     if better is None:
-        return Reading(skip="tie")
-    return reading if better == 0 else reading._replace(completions=reading.completions[::-1])
+        return ParsedRow(skip="tie")
+    return parsed if better == 0 else parsed._replace(completions=parsed.completions[::-1])
 
 
 def _choice(name: str, value: Any) -> int:
@@ -34,27 +33,27 @@ def _strength(name: str, value: Any) -> int | None:
     return None if strength == 0 else int(strength > 0)
 
 
-def _helpsteer2(row: Row) -> Reading:
+def _helpsteer2(row: Row) -> ParsedRow:
     strength = _strength("preference_strength", row["preference_strength"])
     return _pair(parse_speakers(row["prompt"]), "response_1", "response_2", row, strength)
 
 
-def _helpsteer3(row: Row) -> Reading:
+def _helpsteer3(row: Row) -> ParsedRow:
     strength = _strength("overall_preference", row["overall_preference"])
     return _pair(row["context"], "response1", "response2", row, strength)
 
 
-def _shp(row: Row) -> Reading:
+def _shp(row: Row) -> ParsedRow:
     better = 1 - _choice("labels", row["labels"])  # 1: the first is better
     return _pair(string("history", row["history"]), "human_ref_A", "human_ref_B", row, better)
 
 
-def _saferlhf(row: Row) -> Reading:
+def _saferlhf(row: Row) -> ParsedRow:
     better = _choice("better_response_id", row["better_response_id"])
     return _pair(row["prompt"], "response_0", "response_1", row, better)
 
 
-def _webgpt(row: Row) -> Reading:
+def _webgpt(row: Row) -> ParsedRow:
     question = row["question"]
     if isinstance(question, dict):
         question = question.get("full_text")
@@ -63,13 +62,13 @@ def _webgpt(row: Row) -> Reading:
     return _pair(string("question.full_text", question), "answer_0", "answer_1", row, better)
 
 
-def _summaries(row: Row) -> Reading:
-    """The prompt of the published scripts; a summary follows its blank. News have no post and are skipped."""
+def _summaries(row: Row) -> ParsedRow:
+    """Build the prompt of the published scripts, which a blank and the summary follow. News have no post: skip them."""
     info, summaries = row["info"], row["summaries"]
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
         raise Malformed("info must be an object and summaries an array of two")
     if info.get("post") is None:
-        return Reading(skip="no post (news)")
+        return ParsedRow(skip="no post (news)")
     parts = [string(f"info.{key}", info.get(key)) for key in ("subreddit", "title", "post")]
     texts = [
         string(f"summaries[{i}].text", item.get("text") if isinstance(item, dict) else None)
@@ -78,63 +77,70 @@ def _summaries(row: Row) -> Reading:
     better = _choice("choice", row["choice"])
     answers = tuple(f" {text.strip()}" for text in texts)
     prompt = "SUBREDDIT: r/{}\nTITLE: {}\nPOST: {}\nTL;DR:".format(*parts)
-    return Reading(prompt, answers if better == 0 else answers[::-1])
+    return ParsedRow(prompt, answers if better == 0 else answers[::-1])
 
 
-def _arena(row: Row) -> Reading:
+def _arena(row: Row) -> ParsedRow:
     winner = row["winner"]
     if winner not in ("model_a", "model_b", "tie", "tie (bothbad)"):
         raise Malformed("winner must be model_a, model_b, tie or tie (bothbad)")
-    chats = [conversation(key, row[key]) for key in ("conversation_a", "conversation_b")]
+    chats = [parse_messages(key, row[key]) for key in ("conversation_a", "conversation_b")]
     if winner.startswith("tie"):
-        return Reading(skip="tie")
+        return ParsedRow(skip="tie")
     if any(len(chat) < 2 or chat[-1].role != "assistant" for chat in chats) or chats[0][:-1] != chats[1][:-1]:
-        return Reading(skip="the conversations differ before their last answer")
+        return ParsedRow(skip="the conversations differ before their last answer")
     answers: Row = {f"conversation_{x}": [dict(chat[-1])] for x, chat in zip("ab", chats, strict=True)}
     return _pair(Chat(chats[0][:-1]), "conversation_a", "conversation_b", answers, int(winner == "model_b"))
 
 
-def _nectar(row: Row) -> Reading:
-    reading = listed(parse_speakers(row["prompt"]), "answers", row, "answer", "rank", sign=-1)
+def _nectar(row: Row) -> ParsedRow:
+    parsed = listed(parse_speakers(row["prompt"]), "answers", row, "answer", "rank", sign=-1)
     if not isinstance(row["prompt"], str):
-        return reading
-    return reading._replace(completions=answers_to(row["prompt"], reading.completions))
+        return parsed
+    return parsed._replace(completions=as_answers(row["prompt"], parsed.completions))
 
 
-COMPARED = (
-    Shape(
-        "HelpSteer2 preferences", ("prompt", "response_1", "response_2", "preference_strength"), _helpsteer2, chat=True,
-        unused=("preference_statement", "preference_elaboration", "three_most_similar_preferences",
-                "all_preferences_unprocessed"),
+FORMATS = (
+    RowFormat(
+        "HelpSteer2 preferences", ("prompt", "response_1", "response_2", "preference_strength"), _helpsteer2,
+        is_chat=True,
+        unused=(
+            "preference_statement", "preference_elaboration", "three_most_similar_preferences",
+            "all_preferences_unprocessed",
+        ),
     ),
-    Shape(
-        "HelpSteer3 preferences", ("context", "response1", "response2", "overall_preference"), _helpsteer3, chat=True,
-        unused=("individual_preference",),
+    RowFormat(
+        "HelpSteer3 preferences", ("context", "response1", "response2", "overall_preference"), _helpsteer3,
+        is_chat=True, unused=("individual_preference",),
     ),
-    Shape("SHP comments", ("history", "human_ref_A", "human_ref_B", "labels"), _shp, chat=True),
-    Shape(
-        "PKU-SafeRLHF responses", ("prompt", "response_0", "response_1", "better_response_id"), _saferlhf, chat=True,
+    RowFormat("SHP comments", ("history", "human_ref_A", "human_ref_B", "labels"), _shp, is_chat=True),
+    RowFormat(
+        "PKU-SafeRLHF responses", ("prompt", "response_0", "response_1", "better_response_id"), _saferlhf, is_chat=True,
         unused=tuple(f"response_{i}_{what}" for i in (0, 1) for what in ("source", "severity_level", "harm_category"))
         + ("safer_response_id",),
     ),
-    Shape(
-        "WebGPT comparisons", ("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt, chat=True,
+    RowFormat(
+        "WebGPT comparisons", ("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt, is_chat=True,
         unused=("quotes_0", "quotes_1", "tokens_0", "tokens_1"),
     ),
-    Shape(
-        "comparisons of summaries", ("info", "summaries", "choice"), _summaries, turn=False, unused=("note",),
+    RowFormat(
+        "comparisons of summaries", ("info", "summaries", "choice"), _summaries, is_turn=False, unused=("note",),
     ),
-    Shape(
+    RowFormat(
         "Stack Exchange pairs", ("question", "response_j", "response_k"),
-        lambda row: _pair(row["question"], "response_j", "response_k", row, 0), chat=True,
+        lambda row: _pair(row["question"], "response_j", "response_k", row, 0), is_chat=True,
     ),
-    Shape(
+    RowFormat(
         "Stack Exchange answers with scores", ("question", "answers"),
         lambda row: listed(row["question"], "answers", row, "text", "pm_score"), items_have("answers", "pm_score"),
-        chat=True,
+        is_chat=True,
     ),
-    Shape("Chatbot Arena votes", ("conversation_a", "conversation_b", "winner"), _arena, unused=("openai_moderation",
-          "toxic_chat_tag")),
-    Shape("Nectar answers with ranks", ("prompt", "answers"), _nectar,
-          lambda row: not items_have("answers", "pm_score")(row), chat=True, reference=True),
+    RowFormat(
+        "Chatbot Arena votes", ("conversation_a", "conversation_b", "winner"), _arena,
+        unused=("openai_moderation", "toxic_chat_tag"),
+    ),
+    RowFormat(
+        "Nectar answers with ranks", ("prompt", "answers"), _nectar,
+        lambda row: not items_have("answers", "pm_score")(row), is_chat=True, has_ref_logps=True,
+    ),
 )  # fmt: skip

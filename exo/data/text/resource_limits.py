@@ -1,7 +1,7 @@
-"""Run code that came with a model, such as a chat template, within a time and a memory limit.
+"""Run code that comes with a model, such as a chat template, within a time and a memory limit.
 
-jinja2's sandbox keeps a template from files and from Python's internals. It does not keep it from looping for hours or
-from building a string of many gigabytes.
+jinja2's sandbox denies a template access to files and to Python's internals, but it may still loop for hours or build a
+string of many gigabytes.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ except ImportError:  # Windows
 
 
 class TimeLimitExceeded(Exception):
-    """The code did not end in the time it was given."""
+    """Raised in code that does not end within the time limit."""
 
 
 @contextlib.contextmanager
-def run_bounded(seconds: float, extra_bytes: int) -> Iterator[None]:
+def limited(seconds: float, extra_bytes: int) -> Iterator[None]:
     """Raise `TimeLimitExceeded` after `seconds`, and MemoryError for more than `extra_bytes` of new memory.
 
-    The time limit needs the main thread and the memory limit needs Linux; elsewhere that limit is left out.
+    The time limit works in the main thread only and the memory limit on Linux only.
     """
     with _time_limit(seconds), _memory_limit(extra_bytes):
         yield
