@@ -97,17 +97,18 @@ def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: Jso
         module, optim, settings.optimizer, accelerator, task.denominator, task.collate or task.collator.collate,
         task.collator, task.steps, task.before_update, settings.on_nan == "stop",
     )  # fmt: skip
-    try:
-        _steps(task, settings, step, done, counters, checkpointer, movement, metrics)
-    except NonFiniteError as error:
-        if error.of_all:  # nothing has been updated since the last step
-            _save(checkpointer)
-        raise RunError(f"{error}{checkpointer.hint()}") from error
-    except (RunError, OSError) as error:
-        message = error if isinstance(error, RunError) else f"{error.strerror}: {error.filename}"
-        raise RunError(f"{message}{checkpointer.hint()}") from error
-    except signals.Stopped as stopped:
-        with signals.graceful_shutdown():  # ranks get the same signal at different times
+    # also while the last checkpoint is saved: ranks receive their signals at different times
+    with signals.graceful_shutdown():
+        try:
+            _steps(task, settings, step, done, counters, checkpointer, movement, metrics)
+        except NonFiniteError as error:
+            if error.of_all:  # nothing has been updated since the last step
+                _save(checkpointer)
+            raise RunError(f"{error}{checkpointer.hint()}") from error
+        except (RunError, OSError) as error:
+            message = error if isinstance(error, RunError) else f"{error.strerror}: {error.filename}"
+            raise RunError(f"{message}{checkpointer.hint()}") from error
+        except signals.Stopped as stopped:
             raise signals.Stopped(stopped.signum, _where(_save(checkpointer), task.steps)) from None
     weights.check_moved(counters, task.steps)
     _conclude(settings.optimizer.max_grad_norm, counters, task.steps)
@@ -156,32 +157,31 @@ def _steps(
         settings.profile, Path(settings.output_dir), accelerator, compute_dtype(accelerator), train_step.module
     )
     try:
-        with signals.graceful_shutdown():
-            if done and after is not None:
-                after(done, done == steps)
-            for step in range(done + 1, steps + 1):
-                profiler.step(step - done)
-                quiet = step > done + 1 or settings.compile
-                line, signum = train_step(step, next(task.source), counters, quiet=quiet, first=task.first)
-                if task.steps_per_epoch:
-                    line = {"step": step, "epoch": step / task.steps_per_epoch} | line
-                if accelerator.is_main_process:
-                    metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
-                    accelerator.log(line, step=step)
-                progress.advance(1, {label: line[name] for name, label in task.shown.items() if name in line})
-                profiler.done(step - done, line["tokens"], step == steps)
-                movement.update(counters)
-                if step == steps or any(every and step % every == 0 for every in task.after_every):
-                    consequence = f"no model is saved after step {step:,}"
-                    weights.refuse_not_finite(weights.stored(task.module), consequence, accelerator)
-                checkpointer.mark(step, counters)
-                if signum:
-                    raise signals.Stopped(signum)
-                every = settings.save_steps
-                if every and (step % every == 0 or checkpointer.last and step == steps):
-                    checkpointer.save()
-                if after is not None:
-                    after(step, step == steps)
+        if done and after is not None:
+            after(done, done == steps)
+        for step in range(done + 1, steps + 1):
+            profiler.step(step - done)
+            quiet = step > done + 1 or settings.compile
+            line, signum = train_step(step, next(task.source), counters, quiet=quiet, first=task.first)
+            if task.steps_per_epoch:
+                line = {"step": step, "epoch": step / task.steps_per_epoch} | line
+            if accelerator.is_main_process:
+                metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
+                accelerator.log(line, step=step)
+            progress.advance(1, {label: line[name] for name, label in task.shown.items() if name in line})
+            profiler.done(step - done, line["tokens"], step == steps)
+            movement.update(counters)
+            if step == steps or any(every and step % every == 0 for every in task.after_every):
+                consequence = f"no model is saved after step {step:,}"
+                weights.refuse_not_finite(weights.stored(task.module), consequence, accelerator)
+            checkpointer.mark(step, counters)
+            if signum:
+                raise signals.Stopped(signum)
+            every = settings.save_steps
+            if every and (step % every == 0 or checkpointer.last and step == steps):
+                checkpointer.save()
+            if after is not None:
+                after(step, step == steps)
     finally:
         progress.stop()
         profiler.close()
