@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exo.cli import yaml_files
 from exo.cli.errors import ConfigError
 from exo.cli.fields import SHOWN, option, require, shortened
 from exo.cli.main import prepare_process, run_command
@@ -103,6 +102,8 @@ def load_recipe(config: Config) -> Recipe:
 
 def _settings(text: str) -> dict[str, Any]:
     """Return the changes that --set asks for: options of stages, and of common."""
+    from exo.cli import yaml_files
+
     common: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
     for part in text.split():

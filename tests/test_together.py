@@ -67,7 +67,7 @@ def run(start, directory, row, capfd):
     assert ("deferred" in paths["schedules"]) == bool(asked["lora_r"]), (
         "fused, by the schedule for a frozen head or not"
     )
-    assert ("a prompt stands once" in said) == (asked["share_prompt"] == "on")
+    assert ("each prompt is encoded once" in said) == (asked["share_prompt"] == "on")
     assert ("LoRA of rank 4" in said) == bool(asked["lora_r"])
     assert ("prompts 18/18" in said) == (asked["reference"] == "cache")
     return [line for line in lines(directory / "metrics.jsonl") if "loss" in line]

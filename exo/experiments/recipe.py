@@ -6,7 +6,6 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exo.cli import yaml_files
 from exo.cli.errors import ConfigError
 from exo.cli.fields import Range, require, shortened
 from exo.cli.spelling import suggestion
@@ -104,6 +103,8 @@ class Recipe:
 
 def load(name: str, *, full: bool = False, **changes: Any) -> Recipe:
     """Read a shipped recipe or a YAML file, and apply the changes that are not None."""
+    from exo.cli import yaml_files
+
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if (path.parent == RECIPES and path.stem not in SHIPPED) or not path.is_file():
         raise ConfigError(

@@ -48,7 +48,7 @@ class Settings(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What to train on what.
+    """The module to train, its data, and what is called on the way.
 
     A batch is requested after the update before it, so `source` may sample from the policy.
     """
