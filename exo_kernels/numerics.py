@@ -1,4 +1,4 @@
-"""What stands between a head's matmul and the logits: scale, softcap and temperature, as three numbers."""
+"""Number formats, and the transform from a head's matmul to the logits: scale, softcap and temperature."""
 
 from typing import NamedTuple
 

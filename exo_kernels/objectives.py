@@ -18,7 +18,7 @@ OFFICIAL_LOG_TARGETS = {"exo": (0.0, -10.0), "dpo": (0.0, -math.inf)}
 
 
 class LossStats(NamedTuple):
-    """What a loss saw. Detached; N sequences, G groups, fp32 (fp64 for fp64 input) but for `tokens`."""
+    """Statistics of a loss, detached: N sequences, G groups; fp32 (fp64 for fp64 input) except `tokens`."""
 
     policy_logps: Tensor  # (N,) sum of the policy's log-probs over tokens with loss
     implicit_rewards: Tensor  # (N,) beta_pi S_k

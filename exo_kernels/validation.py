@@ -260,5 +260,5 @@ def writable(name: str, value: Tensor, impl: str) -> None:
 
 
 def check_values(device: torch.device) -> bool:
-    """Whether values may be looked at: they are free on a CPU and cost a synchronisation elsewhere."""
+    """Return whether values may be read: free on a CPU, a synchronisation elsewhere."""
     return device.type == "cpu" or os.environ.get("EXO_KERNELS_CHECK") == "1"

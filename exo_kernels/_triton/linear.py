@@ -1,4 +1,4 @@
-"""What happens between two matmuls, on a chunk of rows by the vocabulary: the functions of chunked/linear.py.
+"""Kernels between two matmuls on a chunk of rows by the vocabulary, with the functions of chunked/linear.py.
 
 One program a row. Chunks are buffers of the library's own, so rows begin at aligned addresses and are padded to whole
 accesses (linear/head.py); what stands in the padding is read and thrown away. The first kernel reads the chunk once,

@@ -1,4 +1,4 @@
-"""What every fused loss shares after its log-probs: the knobs that turn log-ratios into a loss, their checks, the end.
+"""Options and final steps that all fused losses share once the log-probs are known.
 
 Left out: where the log-probs come from (api.py, linear/api.py), and the arithmetic (ops.group_loss).
 """
@@ -16,7 +16,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class LossOptions(NamedTuple):
-    """What turns log-ratios into a loss: the arguments that the losses share."""
+    """The arguments that turn log-ratios into a loss."""
 
     objective: str
     group_size: int | Tensor
@@ -45,7 +45,7 @@ class LossOptions(NamedTuple):
         return None if self.rewards is None else self.rewards.detach()
 
     def denominator(self, n_groups: int) -> int | float | Tensor:
-        """What the sum of the losses is divided by."""
+        """Return the divisor of the losses' sum."""
         if self.reduction == "sum":
             return 1
         return max(n_groups, 1) if self.num_groups is None else self.num_groups

@@ -1,4 +1,4 @@
-"""What happens between two matmuls, on a chunk of rows by the vocabulary: tile by tile, in place, in cache.
+"""Operations between two matmuls on a chunk of rows by the vocabulary: tile by tile, in place, in cache.
 
 A chunk comes in as a = h W^T. Its logits are z = outer * cap(a + bias), cap(x) = tanh(inner x) or x. Out goes the
 gradient of the rows' negative log-probs, (p - onehot) cap'(a + bias): what is still missing, a coefficient a row, is

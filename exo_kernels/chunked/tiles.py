@@ -1,4 +1,4 @@
-"""What both passes over the vocabulary share: the size of a tile, its softmax, and memory for large results."""
+"""Tiles of the vocabulary, shared by both passes: their size, their softmax, and memory for large results."""
 
 import contextlib
 import mmap

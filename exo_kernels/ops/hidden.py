@@ -316,7 +316,7 @@ def _is_one(grad: Tensor) -> bool:
 
 
 def _graph_is_kept() -> bool:
-    """Whether this backward pass may be asked for again; True where torch does not say."""
+    """Return whether this backward pass may run again; True if torch does not say."""
     return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
 

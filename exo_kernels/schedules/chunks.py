@@ -1,4 +1,4 @@
-"""What every schedule does with a chunk of rows: make logits, score them, turn them into gradients, add those up.
+"""Work on a chunk of rows, shared by all schedules: logits, log-probs, gradients and their sums.
 
 Left out: which rows, when, and in what order (schedules.py).
 """
@@ -17,7 +17,7 @@ Rows = tuple[Tensor, Tensor]  # index into (N, T)
 
 
 class HeadCall(NamedTuple):
-    """What every schedule works on."""
+    """The inputs of a schedule."""
 
     implementation: ModuleType
     hidden: Tensor  # (N, T, D)
@@ -38,7 +38,7 @@ class HeadCall(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What is known of a chunk's rows."""
+    """The log-probs of a chunk's rows."""
 
     stats: Tensor  # (3, M) logit of the target, top logit, log sum exp above it
     logps: Tensor  # (M,)
@@ -127,7 +127,7 @@ class Workspace:
         return score
 
     def _rounding_error(self, stats: Tensor, hidden: Tensor, local: Tensor) -> Tensor:  # (M,) float64
-        """What the matmul's rounding took from the target's logit; 0 where it is none of these columns."""
+        """Return the rounding error of the target logit; 0 if the target is on another rank."""
         call = self.call
         if call.acc == torch.float64:
             return torch.zeros_like(stats[0])

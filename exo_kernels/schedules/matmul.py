@@ -18,7 +18,7 @@ BLOCK_BYTES = 2**23  # of a 16-bit weight in fp32, where the device cannot multi
 
 
 def multiplies_16_bits(device: torch.device) -> bool:
-    """Whether torch.mm takes 16-bit operands to an fp32 result there (`out_dtype`)."""
+    """Return whether torch.mm takes 16-bit operands to an fp32 result there (`out_dtype`)."""
     return device.type == "cuda"
 
 

@@ -34,7 +34,7 @@ DEFERRED_CPU = 2**22  # bytes
 
 
 class Scores(NamedTuple):
-    """What the forward pass of a schedule leaves."""
+    """The results of a schedule's forward pass."""
 
     logps: Tensor  # (N, T)
     entropies: Tensor  # (N, T) or (0,)
@@ -208,7 +208,7 @@ def group_pass(
     ignore_index: int,
     needs: tuple[bool, bool, bool],
 ) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """What group_loss gives for all groups, and the gradients of their losses' sum over the denominator."""
+    """Return the results of group_loss for all groups, and the gradients of the losses' sum over the denominator."""
     scored = call.targets != ignore_index
     rows = _indices(scored)
     seen = torch.nn.functional.pad(scored.flatten().cumsum(0), (1, 0))

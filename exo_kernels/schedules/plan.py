@@ -22,7 +22,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 
 class Needs(NamedTuple):
-    """What asks for gradients, and of what function."""
+    """Which gradients a call needs, and of which function."""
 
     hidden: bool
     weight: bool
@@ -36,7 +36,7 @@ class Needs(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What the bytes and the operations of a call depend on."""
+    """The sizes that determine the bytes and the operations of a call."""
 
     rows: int  # of the input, with and without loss
     hidden: int  # D
@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a call will do. Operations and bytes are those of forward and backward together."""
+    """The schedule of a call. Operations and bytes are those of forward and backward together."""
 
     schedule: str
     reason: str
