@@ -21,6 +21,7 @@ TEST = [
     *BENCH,
     *QLORA,
     *JUDGE,
+    "codespell>=2.3",
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest-xdist>=3.6",  # make test uses both cores

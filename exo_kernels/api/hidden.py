@@ -79,7 +79,7 @@ def linear_token_logps(
 
     Raises:
         ValueError: a wrong shape, dtype, device or option, a weight that is sharded or empty; on a CPU, or with
-        EXO_KERNELS_CHECK=1, a label out of range (which otherwise makes its own row NaN).
+            EXO_KERNELS_CHECK=1, a label out of range (which otherwise makes its own row NaN).
     """
     validation.flag("return_entropy", return_entropy)
     head = Head(
@@ -165,8 +165,8 @@ def fused_linear_exo_loss(
     trained head costs three matmuls and no second look (schedule "group"); a frozen one costs two ("deferred").
 
     Args:
-        hidden, weight, labels, bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index, memory_budget,
-            process_group, impl: as in `linear_token_logps`; packed input needs `cu_seqlens`.
+        hidden, weight, labels, bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index: as in
+            `linear_token_logps`, like memory_budget, process_group and impl; packed input needs `cu_seqlens`.
         ref_logps: as in `fused_exo_loss`; or None, and the reference is scored in the same call from
         ref_hidden: the reference model's hidden states, shaped like `hidden`, in whose dtype they are multiplied. No
             gradient.
@@ -342,11 +342,12 @@ def explain(
     return_entropy: bool = False,
     impl: Impl = "auto",
 ) -> plan.Plan:
-    """The schedule that a call on these tensors would take, why, and its floating-point operations and bytes.
+    """Return the schedule that a call on these tensors takes, why, and its floating-point operations and bytes.
 
     Args:
         loss: of `fused_linear_*_loss`; False: of `linear_token_logps` and `linear_sequence_logps`.
-        The others are those of the call in question; what requires gradients is read off the tensors.
+
+    The other arguments are those of the call; `requires_grad` of the tensors decides which gradients are needed.
 
     Returns:
         Plan, a named tuple that prints as a sentence. Operations and bytes are those of forward and backward together
