@@ -25,7 +25,7 @@ from exo.training import checkpoint_files
 from tests import interruptions
 from tests.fork_server import Server, moments
 from tests.interruptions import STAGES, made
-from tests.test_crashes import damage
+from tests.training.test_crashes import damage
 
 RESULTS = Path(__file__).parents[1] / "docs" / "soak.json"
 GOALS = {"kills": 1000, "damages": 500, "disks": 40, "poisons": 60, "splits": 12, "steps": 10_000}

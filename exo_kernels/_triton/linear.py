@@ -1,9 +1,8 @@
 """Kernels between two matmuls on a chunk of rows by the vocabulary, with the functions of chunked/linear.py.
 
-One program a row. Chunks are buffers of the library's own, so rows begin at aligned addresses and are padded to whole
-accesses (linear/head.py); what stands in the padding is read and thrown away. The first kernel reads the chunk once,
-the second reads it and writes the gradient, in place or in 16 bits beside it. tests/test_aot.py reads all this from the
-machine code.
+One program per row. Chunks are buffers of this library, so rows begin at aligned addresses and are padded to full
+accesses (schedules/matmul.py); the padding is read and ignored. The first kernel reads the chunk once; the second reads
+it and writes the gradient, in place or in 16 bits beside it. tests/kernels/test_aot.py checks this in the machine code.
 """
 
 import torch

@@ -7,7 +7,7 @@ Backward: one read and one write of the rows with loss, zeros elsewhere.
 
 Rows are walked as an aligned body and its two edges. The body begins at the first 16-byte boundary, so its accesses are
 128 bits wide whatever the vocabulary (50257 is odd, so its rows start anywhere) and wherever a slice begins.
-tests/test_aot.py reads all this from the machine code.
+tests/kernels/test_aot.py reads all this from the machine code.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 What is asked of the main loops over a row, of logits or of a chunk behind the head's matmul, is what lets memory be the
 bound: accesses of 128 bits, one exponential an element (their unit is narrow: with three an element, it would be the
 bound for 16-bit logits), no fp64, and no thread waiting for another. Not here: speed, which takes a GPU.
-`pytest tests/test_aot.py -s` prints the table.
+`pytest tests/kernels/test_aot.py -s` prints the table.
 """
 
 import itertools

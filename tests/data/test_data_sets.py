@@ -13,7 +13,7 @@ from exo.cli.options import DataOptions
 from exo.cli.parse import parse
 from exo.data import Chat, DataError, read
 
-TABLE = Path(__file__).parent.parent / "docs" / "data.md"
+TABLE = Path(__file__).parents[2] / "docs" / "data.md"
 STAGES = {"align": "comparisons", "sft": "texts", "reward": "comparisons"}
 FLAGS = re.compile("`(--.*)`")
 

@@ -119,7 +119,7 @@ def test_others_use_the_public_names_of_exo_kernels():
 
 
 def test_who_knows_which_library():
-    tests = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests"}
+    tests = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"tests"}
     for path in sources("exo") + sources("exo_kernels") + sources("benchmarks"):
         names = {name.split(".")[0] for name in imported(path)}
         assert not names & tests, path

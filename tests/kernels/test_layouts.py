@@ -146,7 +146,7 @@ def test_offsets_beyond_int32(impl, device):
     """4 GB of address space of which a few pages are touched; with real memory on a GPU: test_gpu.py."""
     if device == "cuda":
         pytest.skip("would need real memory on a GPU: test_gpu.py does that")
-    env = os.environ | {"PYTHONPATH": str(Path(exo_kernels.__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parents[2])))}
     command = [sys.executable, "-W", "ignore", __file__, impl]
     child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     if "can't allocate" in child.stderr:

@@ -284,7 +284,7 @@ def test_cu_seqlens_values_of_sequence_logps():
         "        t.assert_refused('cu_seqlens', t.sequence_logps, True, **changes)\n"
     )
     here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1])))}
     child = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
     assert child.returncode == 0, f"exit status {child.returncode} after:\n{child.stdout}{child.stderr}"
 

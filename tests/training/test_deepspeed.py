@@ -18,7 +18,7 @@ from exo.cli.main import run_ranks
 from tests import interruptions
 from tests.fork_server import Server
 from tests.interruptions import STAGES, lines, made
-from tests.test_parallel import ENVIRONMENT, EVEN, FEW, UNEVEN, killed, run
+from tests.training.test_parallel import ENVIRONMENT, EVEN, FEW, UNEVEN, killed, run
 
 installed = importlib.util.find_spec("deepspeed") is not None
 needs_it = pytest.mark.skipif(not installed, reason="needs DeepSpeed")

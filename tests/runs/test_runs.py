@@ -18,7 +18,7 @@ from exo.runs.atomic import write_json
 from tests.tasks import PROMPTS, write_model, write_rows
 
 FILES = {"reads": ["source"], "makes": "."}  # as the stage's decorator declares them
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -12,7 +12,7 @@ import pytest
 from exo.cli import signals
 from tests.tasks import write_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": f"p{i}", "completions": ["ä", "b"], "rewards": [i, 1.0]} for i in range(4)]
 STAGE = "-m exo.best_of_n --data rows-ü.jsonl --n 2 --overwrite_output_dir --output_dir"
 

@@ -19,7 +19,7 @@ from cases import IGNORED
 import exo_kernels
 from exo_kernels import preference_loss, reference
 
-CASES = json.loads((Path(__file__).parent / "golden_official.json").read_text(encoding="utf-8"))["cases"]
+CASES = json.loads((Path(__file__).parents[1] / "golden_official.json").read_text(encoding="utf-8"))["cases"]
 LOSSES = [(case, name) for case in CASES for name in case["expected"]]
 
 

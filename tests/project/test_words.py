@@ -6,7 +6,7 @@ import importlib
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORDS = [
     "heeded", "anew", "held to", "said", "gone on from", "goes on from", "cannot be had", "made anew", "bears",
     "mends?", "mended", "parted", "of one's own", "whoever", "is whole", "are whole", "state that is whole",
