@@ -27,6 +27,7 @@ TEST = [
     "pytest-xdist>=3.6",  # make test uses both cores
     "numpy>=2.0",  # the Triton interpreter computes with it
     "ruff>=0.12",
+    "setuptools>=77",  # a test builds the wheel
     "types-PyYAML",
 ]
 
