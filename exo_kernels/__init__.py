@@ -1,11 +1,11 @@
-"""Fused losses for preference alignment of language models: EXO, DPO, and the log-probabilities they are made of.
+"""Fused losses for preference alignment of language models: EXO, DPO and their log-probabilities.
 
-Importing this needs torch alone; triton is imported when a kernel is first used. See README.md for the shapes.
+Importing the package needs only torch; triton is imported when a kernel is first used. See README.md for the shapes.
 """
 
 from exo_kernels import reference
+from exo_kernels.api.explain import explain
 from exo_kernels.api.hidden import (
-    explain,
     fused_linear_dpo_loss,
     fused_linear_exo_loss,
     linear_sequence_logps,

@@ -1,4 +1,4 @@
-"""Which implementation runs. Explicit requests are honoured or refused, never replaced; only "auto" may choose."""
+"""Choice of the implementation. An explicit request is honoured or refused, never replaced; only "auto" chooses."""
 
 import importlib
 import importlib.util
@@ -10,13 +10,13 @@ import torch
 
 Impl = Literal["auto", "triton", "chunked", "reference"]
 IMPLS = ("auto", "triton", "chunked", "reference")
-# Both are settled before triton is imported and cannot change afterwards.
+# Both are fixed before triton is imported.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def resolve(impl: str, device: torch.device) -> str:
-    """Name the implementation for tensors on `device`. ValueError where an explicit request cannot run."""
+    """Return the implementation for tensors on `device`. Raise ValueError if an explicit request cannot run there."""
     if impl == "auto":
         return "triton" if device.type == "cuda" and TRITON_INSTALLED else "chunked"
     if impl == "reference" and device.type == "meta":
@@ -29,13 +29,6 @@ def resolve(impl: str, device: torch.device) -> str:
     return impl
 
 
-KERNEL_OBJECTIVES = ("exo", "dpo")  # what _triton/group_loss.py computes
-
-
 def implementation(impl: str) -> ModuleType:
+    """Import an implementation on first use."""
     return importlib.import_module("exo_kernels._triton" if impl == "triton" else f"exo_kernels.{impl}")
-
-
-def group_implementation(objective: str, impl: str) -> ModuleType:
-    """An objective without a kernel runs in torch: it is K scalars a prompt."""
-    return implementation(impl if objective in KERNEL_OBJECTIVES else "chunked")

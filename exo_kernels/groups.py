@@ -1,7 +1,7 @@
-"""Which rows make a sequence and which sequences make a group: every layout becomes two offset vectors.
+"""Layouts as offsets: every layout of rows, sequences and groups becomes two offset vectors.
 
-Padded or packed rows, groups of one size or ragged: after this module only `seq_offsets` (N+1,) over rows and
-`group_offsets` (G+1,) over sequences are left, both int64 on the device of the data. No values are checked here.
+`seq_offsets` (N+1,) over rows and `group_offsets` (G+1,) over sequences, both int64 on the device of the data, describe
+padded and packed rows, uniform and ragged groups. Values are not checked here.
 """
 
 import torch
@@ -12,8 +12,8 @@ def align_targets(
     labels: Tensor,  # (N, T) or (n,)
     shift: bool,
     ignore_index: int,
-) -> Tensor:  # like labels, int64: the target that each row scores
-    """Row t scores labels[:, t+1] when shifted (its last column scores nothing), labels[:, t] otherwise."""
+) -> Tensor:  # like labels, int64
+    """Return each row's target: labels[:, t+1] if shifted (the last column has none), labels[:, t] otherwise."""
     labels = labels.long()
     if not shift:
         return labels
@@ -21,7 +21,7 @@ def align_targets(
 
 
 def sequence_offsets(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:  # (N+1,)
-    """First row of every sequence, in rows counted across the whole input."""
+    """Return the first row of every sequence, counted over all rows of the input."""
     if cu_seqlens is not None:
         return cu_seqlens.long()
     n_sequences, length = targets.shape
@@ -29,7 +29,7 @@ def sequence_offsets(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:  # (
 
 
 def group_offsets(group_size: int | Tensor, n_sequences: int, device: torch.device) -> Tensor:  # (G+1,)
-    """First sequence of every group."""
+    """Return the first sequence of every group."""
     if isinstance(group_size, int):
         return torch.arange(n_sequences // group_size + 1, device=device) * group_size
     return torch.nn.functional.pad(group_size.long().cumsum(0), (1, 0))
@@ -39,7 +39,7 @@ def within(
     offsets: Tensor,  # (M+1,)
     end: int,
 ) -> Tensor:  # (M+1,)
-    """Offsets that nobody has looked at, made such that nothing outside [0, end) can be reached."""
+    """Clamp unvalidated offsets so that no read is out of bounds."""
     return offsets.clamp(0, end).cummax(0).values
 
 
@@ -48,7 +48,7 @@ def spread(
     offsets: Tensor,  # (M+1,)
     n: int,
 ) -> Tensor:  # (n,)
-    """Repeat each segment's value over its members. Deterministic; `n` spares a synchronisation."""
+    """Repeat each segment's value over its members. Deterministic; passing `n` avoids a synchronisation."""
     if not values.numel():
         return values.new_zeros(n)
     members = torch.arange(n, device=offsets.device) + offsets[0]
@@ -60,7 +60,7 @@ def segment_sum(
     values: Tensor,  # (n,)
     offsets: Tensor,  # (M+1,)
 ) -> Tensor:  # (M,)
-    """Sum over each segment, in a fixed order; differentiable."""
+    """Sum each segment in a fixed order; differentiable."""
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0, unsafe=True)
 
 
@@ -69,12 +69,12 @@ def to_matrix(
     offsets: Tensor,  # (G+1,)
     width: int,
 ) -> Tensor:  # (G, width), -inf past the end of a group
-    """One row a group."""
+    """Lay out ragged groups as one row per group."""
     index = offsets[:-1, None] + torch.arange(width, device=values.device)
     matrix = values[index.clamp(max=max(values.numel() - 1, 0))]
     return matrix.masked_fill(index >= offsets[1:, None], -torch.inf)
 
 
 def group_mask(offsets: Tensor, width: int) -> Tensor:  # (G, width) bool
-    """True where a group has a k-th completion; `matrix[mask]` undoes `to_matrix`."""
+    """Return True where a group has a k-th completion; `matrix[mask]` inverts `to_matrix`."""
     return torch.arange(width, device=offsets.device) < offsets.diff()[:, None]

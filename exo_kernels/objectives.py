@@ -1,20 +1,17 @@
-"""The objectives on K log-ratios, and the two target distributions: every equation stands here once.
+"""The objectives on K log-ratios and the two target distributions: the only place for equations.
 
 Pure functions of (G, K) tensors of log-probabilities; row g is one prompt, column k one completion. Ragged groups are
-padded with -inf, which is a probability of zero and costs nothing. Nothing here knows of tokens, vocabularies or
-models. A new objective is one function and one entry of OBJECTIVES. Equation numbers are those of arXiv 2402.00856.
+padded with -inf, which is a probability of zero. Tokens, vocabularies and models are not known here. A new objective is
+one function and one entry of OBJECTIVES. Equation numbers are those of arXiv 2402.00856.
 """
 
 import math
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-# log-targets of the published pairwise code; those of EXO are unnormalised, unlike the paper's eq. 16-18
-OFFICIAL_LOG_TARGETS = {"exo": (0.0, -10.0), "dpo": (0.0, -math.inf)}
 
 
 class LossStats(NamedTuple):
@@ -23,16 +20,25 @@ class LossStats(NamedTuple):
     policy_logps: Tensor  # (N,) sum of the policy's log-probs over tokens with loss
     implicit_rewards: Tensor  # (N,) beta_pi S_k
     p: Tensor  # (N,) the policy's distribution over each group, eq. 13
-    q: Tensor  # (N,) the target's, eq. 14 or 16-18
+    q: Tensor  # (N,) the target distribution, eq. 14 or 16-18
     losses: Tensor  # (G,)
     tokens: Tensor  # (N,) int64, tokens with loss
+
+
+class Betas(NamedTuple):
+    """The numbers of a loss, in the order in which operators and kernels take them."""
+
+    pi: float  # beta_pi
+    r: float  # beta_r, with rewards
+    log_chosen: float  # without rewards: log-target of the chosen completion
+    log_others: float  # log of the mass that the other completions share
 
 
 def policy_log_probs(
     log_ratios: Tensor,  # (G, K) S_k, -inf where a group has no k-th completion
     beta_pi: float,
 ) -> Tensor:  # (G, K)
-    """log p = log softmax_k(beta_pi S_k). Eq. 13. NaN if every completion is impossible."""
+    """Return log p = log softmax_k(beta_pi S_k), eq. 13; NaN if every completion is impossible."""
     return torch.log_softmax(beta_pi * _below_maximum(log_ratios), dim=-1)
 
 
@@ -40,7 +46,7 @@ def reward_log_target(
     rewards: Tensor,  # (G, K), -inf where a group has no k-th completion
     beta_r: float,
 ) -> Tensor:  # (G, K)
-    """log q = log softmax_k(r_k / beta_r). Eq. 14."""
+    """Return log q = log softmax_k(r_k / beta_r), eq. 14."""
     return torch.log_softmax(_below_maximum(rewards) / beta_r, dim=-1)
 
 
@@ -50,9 +56,9 @@ def _below_maximum(values: Tensor) -> Tensor:
 
 
 def preference_log_targets(objective: str, label_smoothing: float, compat: str | None) -> tuple[float, float]:
-    """(log q of the chosen, log of the mass that the others share): log(1 - eps), log(eps). Eq. 16-18."""
+    """Return (log q of the chosen, log of the mass that the others share): log(1 - eps), log(eps). Eq. 16-18."""
     if compat == "official":
-        return OFFICIAL_LOG_TARGETS[objective]
+        return OBJECTIVES[objective].official_log_targets
     return math.log1p(-label_smoothing), math.log(label_smoothing) if label_smoothing else -math.inf
 
 
@@ -61,7 +67,7 @@ def preference_log_target(
     log_chosen: float,
     log_others: float,
 ) -> Tensor:  # (G, K) float64
-    """log q: 1 - eps on the first completion, eps / (K - 1) on each other; one completion alone has it all."""
+    """Return log q: 1 - eps on the first completion, eps / (K - 1) on the others; a single completion has all of it."""
     sizes = valid.sum(-1, keepdim=True)  # (G, 1)
     others = log_others - torch.log((sizes - 1).clamp(min=1).double())
     first = torch.arange(valid.shape[-1], device=valid.device) == 0
@@ -75,10 +81,10 @@ def exo(
     log_q: Tensor,  # (G, K)
     largest: float = sys.float_info.max,
 ) -> tuple[Tensor, Tensor]:  # (G,), (G, K)
-    """Reverse KL: L = sum_k p_k (log p_k - log q_k), eq. 15 and 18; and dL / d(beta_pi S_k).
+    """Return the reverse KL, L = sum_k p_k (log p_k - log q_k), eq. 15 and 18, and dL / d(beta_pi S_k).
 
-    A group is saturated if its loss exceeds `largest`, because q is 0 or nearly 0 where p is not: its loss is inf and
-    its slope 0, because no finite step could reach q and an infinite one would make every weight NaN.
+    A group is saturated if its loss exceeds `largest`, because q is 0 or nearly 0 where p is not. Its loss is inf and
+    its slope 0: no finite step could reach q, and an infinite one would make every weight NaN.
     """
     p = log_p.exp()
     gap = torch.where(p != 0, log_p - log_q, 0.0)  # 0 log 0 is 0
@@ -94,15 +100,42 @@ def dpo(
     log_q: Tensor,  # (G, K)
     largest: float = sys.float_info.max,
 ) -> tuple[Tensor, Tensor]:  # (G,), (G, K)
-    """Forward KL without its constant: L = - sum_k q_k log p_k, eq. 19 and 7; and dL / d(beta_pi S_k).
+    """Return the forward KL without its constant, L = - sum_k q_k log p_k, eq. 19 and 7, and dL / d(beta_pi S_k).
 
-    The slope p - q is bounded, so `largest` does not matter here.
+    The slope p - q is bounded, so `largest` is not needed.
     """
     q = log_q.exp()
     loss = -torch.where(q != 0, q * log_p, 0.0).sum(-1)
     return loss, log_p.exp() - q
 
 
-# of log p, log q and the largest number that the loss's dtype holds
-OBJECTIVES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"exo": exo, "dpo": dpo}
-LABEL_SMOOTHING = {"exo": 1e-3, "dpo": 0.0}  # eps unless the caller says otherwise, else 0; the paper's for EXO
+class Objective(NamedTuple):
+    """An objective and its conventions."""
+
+    summary: str  # first line of its losses' documentation
+    function: Callable[..., tuple[Tensor, Tensor]]  # (log p, log q, largest number of the loss's dtype): loss, slopes
+    label_smoothing: float  # default eps on preferences
+    needs_smoothing: bool  # eps = 0 would make every loss on preferences infinite
+    official_log_targets: tuple[float, float]  # of the published pairwise code; EXO's are unnormalised
+    kernel: bool = False  # also in _triton/group_loss.py; otherwise torch computes it on every device
+
+
+ObjectiveName = Literal["exo", "dpo"]
+OBJECTIVES: dict[str, Objective] = {
+    "exo": Objective(
+        "EXO: reverse KL between the policy's and the target's distribution over each prompt's K completions.",
+        exo,
+        label_smoothing=1e-3,
+        needs_smoothing=True,
+        official_log_targets=(0.0, -10.0),
+        kernel=True,
+    ),
+    "dpo": Objective(
+        "DPO on K completions: forward KL, L = - sum_k q_k log softmax_k(beta_pi S_k). Eq. 19; K = 2: eq. 7.",
+        dpo,
+        label_smoothing=0.0,
+        needs_smoothing=False,
+        official_log_targets=(0.0, -math.inf),
+        kernel=True,
+    ),
+}

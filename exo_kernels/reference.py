@@ -1,21 +1,25 @@
-"""The oracle: every public function again, written to be obviously right and for nothing else.
+"""The reference implementation: every public function, written to be obviously right and for nothing else.
 
-Materialises everything, loops in Python over sequences and groups, leaves the gradients to autograd. Computes in the
-dtype of its input, fp32 at least. Tests and benchmarks compare with it; `impl="reference"` runs it. It shares with the
-other implementations only the equations and the names of the results (objectives.py).
-Arguments are those of the public functions and are not checked here.
+It materialises everything, loops in Python over sequences and groups, and leaves the gradients to autograd. It computes
+in the dtype of its input, at least fp32. Tests and benchmarks compare with it; `impl="reference"` runs it. It shares
+with the other implementations only the equations and the names of the results (objectives.py). Arguments are those of
+the public functions and are not checked here.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from exo_kernels import objectives
 
+Result = TypeVar("Result")
+
 
 def _rows(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool | None) -> list[tuple[Tensor, Tensor]]:
-    """One (logits (t, V), targets (t,)) a sequence; what a shifted row cannot score is left out."""
+    """Return (logits (t, V), targets (t,)) of every sequence, without the last row and first label if shifted."""
     labels = labels.long()
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
@@ -26,14 +30,14 @@ def _rows(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool
 
 
 def _sequence_token_logps(x: Tensor, y: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (t,) of one sequence; 0 where ignored."""
+    """Return log-probs and entropies (t,) of one sequence; 0 where ignored."""
     keep = y != ignore_index
     x = x if x.dtype == torch.float64 else x.float()
-    log_p = torch.log_softmax(x[keep] / temperature, dim=-1)  # (kept, V)
+    log_p = torch.log_softmax(x[keep] / temperature, dim=-1)  # (rows with loss, V)
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * torch.where(p > 0, log_p, 0.0), 0.0).sum(-1)
     logp = log_p.gather(-1, y[keep, None]).squeeze(-1)
-    logp = torch.where((x[keep] == -torch.inf).all(-1), -torch.inf, logp)  # a row of -inf allows nothing
+    logp = torch.where((x[keep] == -torch.inf).all(-1), -torch.inf, logp)  # a row of -inf
     zeros = torch.zeros(y.shape, dtype=x.dtype, device=x.device)
     return zeros.masked_scatter(keep, logp), zeros.masked_scatter(keep, entropy)
 
@@ -47,7 +51,7 @@ def token_logps(
     shift: bool | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     if logits.dim() == 2:
         results = [_sequence_token_logps(logits, labels.long(), temperature, ignore_index)]
         logps, entropies = results[0]
@@ -102,7 +106,7 @@ def _group_losses(
             log_q = objectives.preference_log_target(torch.ones_like(log_p).bool(), *log_targets)
         else:
             log_q = objectives.reward_log_target(rewards[None, group].double(), beta_r)
-        losses.append(objectives.OBJECTIVES[objective](log_p, log_q, torch.finfo(dtype).max)[0])
+        losses.append(objectives.OBJECTIVES[objective].function(log_p, log_q, torch.finfo(dtype).max)[0])
         ps.append(log_p[0].exp())
         qs.append(log_q[0].exp())
         first += size
@@ -132,7 +136,7 @@ def preference_loss(
     compat: str | None = None,
 ) -> Tensor:
     if label_smoothing is None:
-        label_smoothing = objectives.LABEL_SMOOTHING.get(objective, 0.0)
+        label_smoothing = objectives.OBJECTIVES[objective].label_smoothing
     log_ratios = policy_logps.double() - ref_logps.detach().double()
     options = (objective, group_size, rewards, beta_pi, beta_r, label_smoothing, compat, policy_logps.dtype)
     losses = _group_losses(log_ratios, *options)[0]
@@ -158,39 +162,35 @@ def _fused_loss(
     num_groups: int | float | Tensor | None = None,
     compat: str | None = None,
     return_stats: bool = False,
-    per_token_ref: bool = False,  # (n,) are not (N,) sums, though n = N
+    per_token_ref: bool = False,  # ref_logps (n,) are not (N,) sums, even if n = N
 ) -> Any:
     if label_smoothing is None:
-        label_smoothing = objectives.LABEL_SMOOTHING.get(objective, 0.0)
+        label_smoothing = objectives.OBJECTIVES[objective].label_smoothing
     dtype = torch.promote_types(logits.dtype, torch.float32)
     rows = _rows(logits, labels, cu_seqlens, shift)
     keeps = [y != ignore_index for _, y in rows]
-    nothing = logits.double().sum()[None][:0]  # (0,), attached to the graph
+    empty = logits.double().sum()[None][:0]  # (0,), attached to the graph
     policy = torch.cat(
-        [nothing] + [_sequence_token_logps(x, y, temperature, ignore_index)[0].double().sum()[None] for x, y in rows]
+        [empty] + [_sequence_token_logps(x, y, temperature, ignore_index)[0].double().sum()[None] for x, y in rows]
     )  # (N,)
     ref = ref_logps.detach().double()
     if per_token_ref or ref.shape != policy.shape:
-        parts = ref.split(cu_seqlens.diff().tolist()) if cu_seqlens is not None else ref.unbind()
+        parts = torch.split(ref, cu_seqlens.diff().tolist()) if cu_seqlens is not None else ref.unbind()
         sums = [r[: k.numel()][k].sum()[None] for r, k in zip(parts, keeps, strict=True)]
-        ref = torch.cat([nothing.detach(), *sums])
+        ref = torch.cat([empty.detach(), *sums])
     log_ratios = policy - ref
     options = (group_size, rewards, beta_pi, beta_r, label_smoothing, compat, dtype)
     losses, p, q = _group_losses(log_ratios, objective, *options)
     loss = _reduce(losses, reduction, num_groups).to(dtype)
     if not return_stats:
         return loss
-    seen = [t.detach().to(dtype) for t in (policy, beta_pi * log_ratios, p, q, losses)]
-    seen += [torch.tensor([int(k.sum()) for k in keeps], dtype=torch.long, device=logits.device)]
-    return loss, objectives.LossStats(*seen)
+    stats = [t.detach().to(dtype) for t in (policy, beta_pi * log_ratios, p, q, losses)]
+    stats.append(torch.tensor([int(k.sum()) for k in keeps], dtype=torch.long, device=logits.device))
+    return loss, objectives.LossStats(*stats)
 
 
-def fused_exo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> Any:
-    return _fused_loss("exo", logits, labels, ref_logps, **options)
-
-
-def fused_dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> Any:
-    return _fused_loss("dpo", logits, labels, ref_logps, **options)
+LOSSES = {objective: functools.partial(_fused_loss, objective) for objective in objectives.OBJECTIVES}
+fused_exo_loss, fused_dpo_loss = LOSSES["exo"], LOSSES["dpo"]
 
 
 def _logits(
@@ -203,48 +203,40 @@ def _logits(
     shift: bool | None,
     ignore_index: int,
 ) -> Tensor:  # (..., V)
-    """All logits but for the temperature; rows without loss are those of zeros, whatever they hold."""
-    scores = labels != ignore_index
+    """Return all logits, before the temperature; those of rows without loss are computed from zeros."""
+    scored = labels != ignore_index
     if hidden.dim() == 3 and (shift is None or shift):
-        scores = torch.nn.functional.pad(scores[:, 1:], (0, 1))
+        scored = torch.nn.functional.pad(scored[:, 1:], (0, 1))
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    x = hidden.to(dtype).masked_fill(~scores[..., None], 0.0) @ weight.to(dtype).T
+    x = hidden.to(dtype).masked_fill(~scored[..., None], 0.0) @ weight.to(dtype).T
     if bias is not None:
         x = x + bias.to(dtype)
     x = logit_scale * x
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
-def linear_token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    shift: bool | None = None,
-    ignore_index: int = -100,
-    **options: Any,
-) -> Any:
-    logits = _logits(hidden, weight, labels, bias, logit_scale, softcap, shift, ignore_index)
-    return token_logps(logits, labels, shift=shift, ignore_index=ignore_index, **options)
+def _from_hidden(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Turn a function of logits into one of hidden states."""
+
+    def linear(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        shift: bool | None = None,
+        ignore_index: int = -100,
+        **options: Any,
+    ) -> Result:
+        logits = _logits(hidden, weight, labels, bias, logit_scale, softcap, shift, ignore_index)
+        return function(logits, labels, shift=shift, ignore_index=ignore_index, **options)
+
+    return linear
 
 
-def linear_sequence_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    shift: bool | None = None,
-    ignore_index: int = -100,
-    **options: Any,
-) -> Tensor:
-    logits = _logits(hidden, weight, labels, bias, logit_scale, softcap, shift, ignore_index)
-    return sequence_logps(logits, labels, shift=shift, ignore_index=ignore_index, **options)
+linear_token_logps, linear_sequence_logps = _from_hidden(token_logps), _from_hidden(sequence_logps)
 
 
 def _fused_linear_loss(
@@ -266,23 +258,20 @@ def _fused_linear_loss(
     ignore_index: int = -100,
     **options: Any,
 ) -> Any:
-    curve = (logit_scale, softcap, shift, ignore_index)
+    transform = (logit_scale, softcap, shift, ignore_index)
     layout: dict[str, Any] = {"temperature": temperature, "cu_seqlens": cu_seqlens}
     layout |= {"shift": shift, "ignore_index": ignore_index}
-    logits = _logits(hidden, weight, labels, bias, *curve)
-    scored_here = ref_logps is None
+    logits = _logits(hidden, weight, labels, bias, *transform)
+    per_token_ref = ref_logps is None
     if ref_logps is None:
         assert ref_hidden is not None
-        own_bias = bias if ref_weight is None and ref_bias is None else ref_bias
+        if ref_weight is not None or ref_bias is not None:
+            bias = ref_bias
         with torch.no_grad():
-            ref_logits = _logits(ref_hidden, weight if ref_weight is None else ref_weight, labels, own_bias, *curve)
-            ref_logps = token_logps(ref_logits, labels, **layout)
-    return _fused_loss(objective, logits, labels, ref_logps, per_token_ref=scored_here, **layout, **options)
+            ref_logits = _logits(ref_hidden, weight if ref_weight is None else ref_weight, labels, bias, *transform)
+            ref_logps, _ = token_logps(ref_logits, labels, return_entropy=True, **layout)
+    return _fused_loss(objective, logits, labels, ref_logps, per_token_ref=per_token_ref, **layout, **options)
 
 
-def fused_linear_exo_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *args: Any, **options: Any) -> Any:
-    return _fused_linear_loss("exo", hidden, weight, labels, *args, **options)
-
-
-def fused_linear_dpo_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *args: Any, **options: Any) -> Any:
-    return _fused_linear_loss("dpo", hidden, weight, labels, *args, **options)
+LINEAR_LOSSES = {objective: functools.partial(_fused_linear_loss, objective) for objective in objectives.OBJECTIVES}
+fused_linear_exo_loss, fused_linear_dpo_loss = LINEAR_LOSSES["exo"], LINEAR_LOSSES["dpo"]

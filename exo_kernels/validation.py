@@ -1,7 +1,6 @@
-"""All checks of user input, made once, at the door. Messages name the argument, what was expected and what came.
+"""Checks of shapes, dtypes, devices and options, made once by the public functions (values: value_checks.py).
 
-Shapes, dtypes, devices and options are checked always, by the functions called from api.py. Values need the data:
-value_checks.py.
+Every message names the argument, the expected value and the received one.
 """
 
 import math
@@ -15,7 +14,7 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SUMS = (torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
-# Kernels compute with options in fp32: outside these bounds they would become 0 or inf there.
+# Kernels compute with options in fp32: outside these bounds they would become 0 or inf.
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 INT64 = 2**63
 
@@ -27,18 +26,17 @@ def fail(argument: str, expected: str, got: object) -> NoReturn:
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
         dtype, kind = str(value.dtype).removeprefix("torch."), _kind(value)
-        if kind == "nested":  # has no shape
-            return f"a nested {dtype} tensor on {value.device}"
-        return f"a {kind}{' ' if kind else ''}{dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+        shape = "" if kind == "nested" else f" of shape {tuple(value.shape)}"  # nested tensors have no shape
+        return f"a {kind}{' ' if kind else ''}{dtype} tensor{shape} on {value.device}"
     try:
-        text = " ".join(reprlib.repr(value).split())  # one line, whatever it is
-    except ValueError:  # Python prints no integer of more than 4,300 digits
+        text = " ".join(reprlib.repr(value).split())  # one line
+    except ValueError:  # Python refuses to print an integer of more than 4,300 digits
         text = "too many digits to print"
     return f"{text} ({type(value).__name__})"
 
 
 def _kind(value: Tensor) -> str:
-    """Name what a tensor is if kernels cannot index its memory; "" for an ordinary one."""
+    """Return the kind of a tensor whose memory kernels cannot index; "" for an ordinary one."""
     if value.is_nested:
         return "nested"
     if value.layout == torch.strided:
@@ -53,7 +51,7 @@ def tensor(
     shapes: tuple[tuple[int, ...], ...] | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """A tensor of one of the dtypes and, where given, one of the shapes and the device."""
+    """Check for a tensor of one of the dtypes and, if given, of one of the shapes and on the device."""
     ok = isinstance(value, Tensor) and value.dtype in dtypes and not _kind(value)
     ok = ok and (shapes is None or tuple(value.shape) in shapes)
     if not ok or (device is not None and value.device != device):
@@ -65,7 +63,7 @@ def tensor(
 
 
 def positive(name: str, value: Any) -> None:
-    """A number > 0 that fp32 holds with all its digits."""
+    """Check for a number > 0 in the normal range of fp32."""
     if not _is_number(value) or not 0 < value < math.inf:
         fail(name, "a finite number > 0", describe(value))
     if not SMALLEST <= value <= LARGEST:
@@ -104,7 +102,7 @@ def rows(
     sequences: bool,
     width: str = "V",
 ) -> bool:
-    """Check one layout of rows and labels; return whether labels are to be shifted. `sequences`: lengths are needed."""
+    """Check the layout of rows and labels; return True if labels must be shifted. `sequences`: lengths are needed."""
     tensor(name, scores, FLOATS)
     if scores.dim() not in (2, 3) or scores.shape[-1] < 1:
         fail(name, f"shape (N, T, {width}), or (n, {width}) with cu_seqlens, {width} >= 1", describe(scores))
@@ -128,16 +126,16 @@ def rows(
 
 
 def plain(name: str, value: Any) -> None:
-    """A tensor that this process holds whole."""
+    """Refuse a DTensor."""
     if hasattr(value, "full_tensor"):
         fail(name, "a plain tensor: take its local or its full one", f"a {type(value).__name__}")
 
 
 def gathered(name: str, part: Any, process_group: Any = None) -> Any:
-    """A head's weight or bias as one plain tensor: a DTensor is gathered, once; what cannot be is refused.
+    """Return a head's weight or bias as one plain tensor; gather a DTensor, refuse an empty or flattened parameter.
 
-    So is a DTensor over several ranks that wants a gradient: whether their gradients are to be added up depends on
-    whether their hidden states differ (data parallel) or not (tensor parallel), which nobody here can know.
+    A DTensor over several ranks that requires a gradient is refused, because ranks with different hidden states (data
+    parallel) must add up their gradients and ranks with equal ones (tensor parallel) must not.
     """
     if hasattr(part, "full_tensor"):
         got = f"a {type(part).__name__} over {part.device_mesh.size()} ranks"
@@ -155,7 +153,7 @@ def gathered(name: str, part: Any, process_group: Any = None) -> Any:
 
 
 def head(name: str, weight: Any, bias_name: str, bias: Any, hidden: Tensor) -> None:
-    """(V, D) for hidden states (..., D), and a bias (V,) or None."""
+    """Check a weight (V, D) for hidden states (..., D), and a bias (V,) or None."""
     plain(name, weight)
     tensor(name, weight, FLOATS, device=hidden.device)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or len(weight) < 1:
@@ -166,14 +164,14 @@ def head(name: str, weight: Any, bias_name: str, bias: Any, hidden: Tensor) -> N
 
 
 def absent(expected: str, **values: Any) -> None:
-    """Arguments that must be None."""
+    """Check that arguments are None."""
     for name, value in values.items():
         if value is not None:
             fail(name, expected, describe(value))
 
 
 def reference_model(ref_logps: Any, ref_hidden: Any, ref_weight: Any, ref_bias: Any, hidden: Any) -> None:
-    """Either its log-probs or its hidden states."""
+    """Check for either a reference's log-probs or its hidden states."""
     if (ref_logps is None) == (ref_hidden is None):
         got = "neither" if ref_logps is None else "both"
         fail("ref_logps", "either ref_logps or ref_hidden", got)
@@ -182,51 +180,39 @@ def reference_model(ref_logps: Any, ref_hidden: Any, ref_weight: Any, ref_bias: 
         return
     plain("ref_hidden", ref_hidden)
     tensor("ref_hidden", ref_hidden, FLOATS)
-    own = isinstance(hidden, Tensor) and ref_weight is None
-    if isinstance(hidden, Tensor) and (
-        ref_hidden.shape[:-1] != hidden.shape[:-1] or own and ref_hidden.shape != hidden.shape
-    ):
+    if not isinstance(hidden, Tensor):  # refused later, under its own name
+        return
+    dims = slice(None) if ref_weight is None else slice(-1)  # another head may take another width
+    if ref_hidden.shape[dims] != hidden.shape[dims]:
         fail("ref_hidden", f"shape {tuple(hidden.shape)}, like hidden", describe(ref_hidden))
-    if isinstance(hidden, Tensor) and ref_hidden.device != hidden.device:
+    if ref_hidden.device != hidden.device:
         fail("ref_hidden", f"a tensor on {hidden.device}, like hidden", describe(ref_hidden))
 
 
-def group_size(value: Any, n_sequences: int, device: torch.device) -> int:
-    """Check an int K or ragged sizes (G,); return G."""
+def group_size(value: Any, n_sequences: int, device: torch.device) -> None:
+    """Check an int K or ragged sizes (G,)."""
     if isinstance(value, Tensor):
         tensor("group_size", value, INTS, device=device)
         if value.dim() != 1 or value.numel() > n_sequences:
             fail("group_size", f"sizes (G,) >= 1 that sum to N = {n_sequences}", describe(value))
-        return value.numel()
+        return
     integer("group_size", value, 1)
     if n_sequences % value:
         fail("group_size", f"a divisor of the number of sequences N = {n_sequences}", describe(value))
-    return n_sequences // value
 
 
-def objective(
-    objective: Any,
-    size: int | Tensor,
-    rewards: Any,
-    beta_pi: Any,
-    beta_r: Any,
-    label_smoothing: Any,
-    compat: Any,
-    n_sequences: int,
-    device: torch.device,
-) -> None:
-    positive("beta_pi", beta_pi)
-    positive("beta_r", beta_r)
-    choice("compat", compat, (None, "official"))
-    if not _is_number(label_smoothing) or not 0 <= label_smoothing < 1:
-        fail("label_smoothing", "a number in [0, 1)", describe(label_smoothing))
-    if rewards is not None:
-        tensor("rewards", rewards, FLOATS, ((n_sequences,),), device)
-        return
-    if compat == "official" and not (isinstance(size, int) and size == 2):
-        fail("group_size", "2 with compat='official' on preferences", describe(size))
-    if objective == "exo" and label_smoothing == 0 and compat is None:
-        fail("label_smoothing", "> 0 for EXO on preferences, whose target must not hold a zero", label_smoothing)
+def preferences(objective: str, group_size: Any, label_smoothing: Any, compat: Any, needs_smoothing: bool) -> None:
+    """Check the options of a loss without rewards."""
+    if compat == "official" and not (isinstance(group_size, int) and group_size == 2):
+        fail("group_size", "2 with compat='official' on preferences", describe(group_size))
+    if needs_smoothing and label_smoothing == 0 and compat is None:
+        expected = f"> 0 for {objective.upper()} on preferences, whose target must not hold a zero"
+        fail("label_smoothing", expected, label_smoothing)
+
+
+def fraction(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < 1:
+        fail(name, "a number in [0, 1)", describe(value))
 
 
 def reduction(value: Any, num_groups: Any, device: torch.device) -> None:
@@ -247,12 +233,12 @@ def reduction(value: Any, num_groups: Any, device: torch.device) -> None:
 
 
 def writable(name: str, value: Tensor, impl: str) -> None:
-    """Logits that the backward pass may write over."""
+    """Check that the backward pass may write over logits."""
     if impl == "reference":
         fail("inplace_backward", "False with impl='reference', which leaves the gradients to autograd", "True")
     if not value.numel():
         return
-    reach = 1  # elements that the dimensions so far span
+    reach = 1  # elements spanned by the dimensions so far
     for stride, size in sorted((d, n) for d, n in zip(value.stride(), value.shape, strict=True) if n > 1):
         if stride < reach:
             fail("inplace_backward", f"False for {name} whose elements share memory (expanded, overlapping)", "True")
@@ -260,5 +246,5 @@ def writable(name: str, value: Tensor, impl: str) -> None:
 
 
 def check_values(device: torch.device) -> bool:
-    """Return whether values may be read: free on a CPU, a synchronisation elsewhere."""
+    """Return True if values may be read: free on a CPU, a synchronisation elsewhere."""
     return device.type == "cpu" or os.environ.get("EXO_KERNELS_CHECK") == "1"

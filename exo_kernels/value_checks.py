@@ -1,7 +1,7 @@
 """Checks of values: labels in range, finite rewards and references, sizes that add up.
 
-They need the data, so they run inside the operators, where compiled code has them too: always on a CPU, and on a GPU
-only with EXO_KERNELS_CHECK=1, because there they cost a synchronisation (validation.check_values).
+They run inside the operators, so that compiled code has them too: always on a CPU, and on a GPU only with
+EXO_KERNELS_CHECK=1, because there they cost a synchronisation (validation.check_values).
 """
 
 import itertools
@@ -22,7 +22,7 @@ def label_values(targets: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def offset_values(name: str, offsets: Tensor, end: int, minimum: int) -> None:
-    """Offsets made from lengths: they start at 0, end at `end`, and no segment is shorter than `minimum`."""
+    """Check that offsets start at 0, end at `end`, and that no segment is shorter than `minimum`."""
     lengths = offsets.diff()
     if int(offsets[0]) != 0 or int(offsets[-1]) != end or (lengths < minimum).any():
         if name == "group_size":
@@ -30,27 +30,38 @@ def offset_values(name: str, offsets: Tensor, end: int, minimum: int) -> None:
         fail(name, f"0 = c_0 <= c_1 <= ... <= c_N = {end}", offsets.tolist())
 
 
-def reward_values(rewards: Tensor) -> None:
-    if not rewards.isfinite().all():
+def group_values(
+    seq_offsets: Tensor,  # (N+1,)
+    group_offsets: Tensor,  # (G+1,)
+    rewards: Tensor | None,  # (N,)
+    ref_logps: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+) -> None:
+    """Check everything that a loss depends on beside the labels (the last three as in `reference_values`)."""
+    if rewards is not None and not rewards.isfinite().all():
         where = int((~rewards.isfinite()).nonzero()[0])
         fail("rewards", "finite numbers", f"{float(rewards[where])} for sequence {where}")
+    offset_values("cu_seqlens", seq_offsets, targets.numel(), 0)
+    offset_values("group_size", group_offsets, seq_offsets.numel() - 1, 1)
+    reference_values(ref_logps, targets, seq_offsets, group_offsets, ignore_index)
 
 
 def reference_values(
-    ref_logps: Tensor | None,  # (N,) sums, or one a row; None if they are computed in the same call
-    targets: Tensor,  # one a row
+    ref_logps: Tensor | None,  # (N,) sums, or (N, T) per token; None if they are computed in the same call
+    targets: Tensor,  # one per row
     seq_offsets: Tensor,  # (N+1,)
     group_offsets: Tensor,  # (G+1,)
-    per_token_ref: bool,
     ignore_index: int,
 ) -> None:
     """Check that reference log-probs are finite where they count, and warn about sequences without labels.
 
-    A sequence without labels has a log-ratio of 0 whatever the model says, so its group compares the other completions
-    with nothing: most often a wrong mask. A whole group without labels has a gradient of 0, and ranks use such groups
-    to stay in step, so it is silent.
+    A sequence without labels has a log-ratio of 0 for every model, so its group compares the other completions with
+    nothing: most often a wrong mask. A group in which no sequence has labels has a gradient of 0; ranks use such groups
+    to stay in step, so there is no warning.
     """
     scored = targets.flatten() != ignore_index
+    per_token_ref = ref_logps is None or ref_logps.dim() == 2
     ref = scored.new_zeros(scored.shape, dtype=torch.float32) if ref_logps is None else ref_logps.flatten()
     used = ref.masked_fill(~scored, 0.0) if per_token_ref else ref
     if not used.isfinite().all():

@@ -25,9 +25,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from exo_kernels.numerics import LogitTransform
+from exo_kernels.objectives import Betas
 from exo_kernels.schedules import matmul
 
 # by name: the package exports functions called like its modules
+COMMON = importlib.import_module("exo_kernels._triton.common")
 TOKEN_LOGPS = importlib.import_module("exo_kernels._triton.token_logps")
 GROUP_LOSS = importlib.import_module("exo_kernels._triton.group_loss")
 LINEAR = importlib.import_module("exo_kernels._triton.linear")
@@ -70,7 +72,7 @@ class TokenCase(NamedTuple):
         }[self.layout]()
         targets = torch.zeros(shape[:2], dtype=torch.int64)
         kernel = "token_logps_backward_kernel" if self.backward else "token_logps_kernel"
-        with patch.object(TOKEN_LOGPS, "_warp_size", lambda device: warp_size):
+        with patch.object(COMMON, "warp_size", lambda device: warp_size):
             if not self.backward:
                 return _caught(TOKEN_LOGPS, kernel, TOKEN_LOGPS.token_logps, logits, targets, 1.0, -100, self.entropy)
             accumulator = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -99,7 +101,7 @@ class GroupCase(NamedTuple):
         ref = torch.empty(32 if self.per_token_ref else 4, dtype=torch.float64)
         offsets = torch.arange(0, 40, 8), torch.tensor([0, 2, 4])
         tensors = (logps, torch.zeros(32, dtype=torch.int64), ref, torch.empty(4) if self.rewards else None, *offsets)
-        options = (self.per_token_ref, self.objective, 0.1, 1.0, (-0.001, -6.9), -100)
+        options = (self.per_token_ref, self.objective, Betas(0.1, 1.0, -0.001, -6.9), -100)
         return _caught(GROUP_LOSS, "group_loss_kernel", GROUP_LOSS.group_loss, *tensors, *options)
 
 
@@ -126,13 +128,14 @@ class ChunkCase(NamedTuple):
         a = rows(self.dtype)
         bias = rows(self.dtype)[0] if self.bias else None
         targets = torch.zeros(3, dtype=torch.int64)
-        curve = LogitTransform(30.0, 0.05, True, 1.5) if self.capped else LogitTransform(1.5, 1.0, False, 1.5)
-        with patch.object(LINEAR, "_warp_size", lambda device: warp_size):
+        transform = LogitTransform(30.0, 0.05, 1.5) if self.capped else LogitTransform(1.5, 0.0, 1.5)
+        with patch.object(COMMON, "warp_size", lambda device: warp_size):
             if not self.gradient:
-                return _caught(LINEAR, "chunk_logps_kernel", LINEAR.chunk_logps, a, bias, targets, curve, self.entropy)
+                arguments = (a, bias, targets, transform, self.entropy)
+                return _caught(LINEAR, "chunk_logps_kernel", LINEAR.chunk_logps, *arguments)
             out = a if self.out is None else rows(self.out)
             row = a.new_empty(3)
-            arguments = (out, a, bias, targets, curve, a.new_empty(3, 3), *[row if self.entropy else None] * 3)
+            arguments = (out, a, bias, targets, transform, a.new_empty(3, 3), *[row if self.entropy else None] * 3)
             return _caught(LINEAR, "chunk_gradient_kernel", LINEAR.chunk_gradient, *arguments)
 
 

@@ -1,7 +1,7 @@
-"""The Triton implementation: the functions of chunked again. Loaded on first use, so importing needs torch alone."""
+"""The Triton implementation: the functions of chunked, imported on first use."""
 
 from exo_kernels._triton.group_loss import group_loss
-from exo_kernels._triton.linear import chunk_gradient, chunk_logps, chunk_logps_and_gradient, new_buffer
+from exo_kernels._triton.linear import chunk_gradient, chunk_logps, chunk_logps_and_gradient
 from exo_kernels._triton.token_logps import new_gradient, token_logps, token_logps_backward
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "chunk_logps",
     "chunk_logps_and_gradient",
     "group_loss",
-    "new_buffer",
     "new_gradient",
     "token_logps",
     "token_logps_backward",

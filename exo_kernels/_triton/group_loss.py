@@ -1,8 +1,8 @@
-"""Group pass: one program a group sums its sequences, takes both softmaxes, the divergence and the slopes dL/dS_k.
+"""Group pass: one program per group sums its sequences and computes softmaxes, divergence and slopes dL/dS_k.
 
-The one permitted second copy of objectives.py, tested against it. All arithmetic is fp64: a group is a handful of
-scalars, and in fp32 a sum of 512 tokens would already be off by more than the log-ratios that matter. Sums run in a
-fixed order, without atomics. Groups and sequences are ragged and any length.
+The only second copy of objectives.py, tested against it. All arithmetic is fp64: a group is a few scalars, and the
+error of an fp32 sum of 512 tokens exceeds the log-ratios that matter. Sums run in a fixed order, without atomics.
+Groups and sequences are ragged and of any length.
 """
 
 import torch
@@ -10,13 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from exo_kernels._triton.common import on_device
+from exo_kernels.objectives import Betas
+
 BLOCK_TOKENS = 512
 BLOCK_K = 32
 
 
 @triton.jit
 def _sum_sequence(logps, targets, ref, start, end, ignore_index, PER_TOKEN_REF: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of log-probs, sum of log-ratios (the same without a per-token reference), number of tokens."""
+    """Return the sum of log-probs, of log-ratios (the same without a per-token reference), and the number of tokens."""
     policy = tl.zeros((BLOCK,), tl.float64)
     ratio = tl.zeros((BLOCK,), tl.float64)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -24,7 +27,7 @@ def _sum_sequence(logps, targets, ref, start, end, ignore_index, PER_TOKEN_REF: 
         i = at + tl.arange(0, BLOCK)
         exists = i < end
         scored = tl.load(targets + i, mask=exists, other=ignore_index) != ignore_index
-        # loaded whether scored or not: waiting for the targets first would double the latency
+        # loaded even if not scored: waiting for the targets first would double the latency
         logp = tl.where(scored, tl.load(logps + i, mask=exists, other=0.0), 0.0).to(tl.float64)
         policy += logp
         count += tl.where(scored, 1, 0)
@@ -39,7 +42,7 @@ def _sum_sequence(logps, targets, ref, start, end, ignore_index, PER_TOKEN_REF: 
 
 @triton.jit
 def _log_sum_exp(m, total, x):
-    """Fold a block into (maximum, sum above it); -inf everywhere is a sum of zero."""
+    """Fold a block into (maximum, sum above it); a sum over -inf alone is 0."""
     new = tl.maximum(m, tl.max(x, 0))
     base = tl.where(new == float("-inf"), 0.0, new)
     total = total * tl.exp(tl.where(m == float("-inf"), 0.0, m - base)) + tl.sum(tl.exp(x - base), 0)
@@ -48,7 +51,7 @@ def _log_sum_exp(m, total, x):
 
 @triton.jit
 def _log_target(rewards, k, first, size, exists, m, log_sum, beta_r, log_chosen, log_others, REWARDS: tl.constexpr):
-    """log q of completions k, eq. 14 or 16-18; one completion alone has all the mass."""
+    """Return log q of completions k, eq. 14 or 16-18; a single completion has all the mass."""
     if REWARDS:
         return (tl.load(rewards + k, mask=exists, other=0.0).to(tl.float64) - m) / beta_r - log_sum
     others = log_others - tl.log(tl.maximum(size - 1, 1).to(tl.float64))
@@ -93,7 +96,7 @@ def group_loss_kernel(
         if REWARDS:
             r = tl.load(rewards + k, mask=k < last, other=float("-inf")).to(tl.float64)
             m_r = tl.maximum(m_r, tl.max(r, 0))
-    if REWARDS:  # their maximum comes off before they are divided, which then cannot overflow to +inf
+    if REWARDS:  # subtract their maximum first, so that the division cannot overflow to +inf
         for at in range(first, last, BLOCK_K):
             k = at + tl.arange(0, BLOCK_K)
             r = tl.load(rewards + k, mask=k < last, other=float("-inf")).to(tl.float64)
@@ -114,7 +117,7 @@ def group_loss_kernel(
             q = tl.exp(log_q)
             value -= tl.sum(tl.where(exists & (q != 0), q * log_p, 0.0), 0)  # eq. 19, 7
     value = tl.where(log_sum == log_sum, value, log_sum)  # propagate NaN
-    tl.store(loss + group, value)  # beyond what its dtype holds: inf
+    tl.store(loss + group, value)  # inf beyond the range of its dtype
 
     for at in range(first, last, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
@@ -143,24 +146,22 @@ def group_loss(
     group_offsets: Tensor,  # (G+1,)
     per_token_ref: bool,
     objective: str,
-    beta_pi: float,
-    beta_r: float,
-    log_targets: tuple[float, float],
+    betas: Betas,
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
-    """Loss (G,), dL/dS (N,), log-probs (N,), log-ratios (N,), p (N,), q (N,), tokens (N,); computed in fp64."""
+    """Return loss (G,), dL/dS (N,), log-probs (N,), log-ratios (N,), p (N,), q (N,), tokens (N,); computed in fp64."""
     n_groups, n_sequences = group_offsets.numel() - 1, seq_offsets.numel() - 1
     loss = logps.new_empty(n_groups)
     slopes, policy, p, q, tokens = (logps.new_empty(n_sequences) for _ in range(5))
     ratios = logps.new_empty(n_sequences, dtype=torch.float64)
     if n_groups:
-        with torch.cuda.device(logps.device if logps.device.type == "cuda" else -1):
+        with on_device(logps.device):
             group_loss_kernel[(n_groups,)](
                 logps.contiguous(), targets.contiguous(), ref_logps.contiguous(),
                 logps if rewards is None else rewards.contiguous(),
                 seq_offsets, group_offsets,
                 loss, slopes, policy, ratios, p, q, tokens,
-                beta_pi, beta_r, *log_targets, torch.finfo(logps.dtype).max, ignore_index,
+                *betas, torch.finfo(logps.dtype).max, ignore_index,
                 EXO=objective == "exo", REWARDS=rewards is not None, PER_TOKEN_REF=per_token_ref,
                 BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_K=BLOCK_K, enable_fp_fusion=True,
             )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Kernels between two matmuls on a chunk of rows by the vocabulary, with the functions of chunked/linear.py.
+"""Scores and gradients of a chunk of rows between two matmuls: the functions of chunked/linear.py.
 
-One program per row. Chunks are buffers of this library, so rows begin at aligned addresses and are padded to full
-accesses (schedules/matmul.py); the padding is read and ignored. The first kernel reads the chunk once; the second reads
-it and writes the gradient, in place or in 16 bits beside it. tests/kernels/test_aot.py checks this in the machine code.
+One program per row. Chunks are buffers that schedules/chunks.py allocates, so rows begin at aligned addresses and are
+padded to full accesses; padding is read and discarded. The first kernel reads the chunk once, the second reads it and
+writes the gradient, in place or in 16 bits beside it. tests/kernels/test_aot.py checks the machine code for all this.
 """
 
 import torch
@@ -10,27 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exo_kernels._triton.token_logps import (
+from exo_kernels._triton.common import (
     LANE_BYTES,
     LOG2E,
     NUM_WARPS,
     WIDEST_ACCESS,
-    _accumulate,
-    _base,
-    _on,
-    _rebase,
-    _warp_size,
+    accumulate,
+    base_of,
+    lanes,
+    on_device,
+    rebase,
 )
 from exo_kernels.numerics import LogitTransform
 
-# Sizes change from call to call and tell the compiler nothing. And on AMD, triton would address tensors below 2 GiB in
-# a way that makes it forget the alignment of their rows, and load element by element.
+# Sizes change from call to call and tell the compiler nothing. And on AMD, triton addresses tensors below 2 GiB in a
+# way that loses the alignment of their rows, and would load element by element.
 RUNTIME = ["a", "out", "V", "M", "stride", "out_stride"]
 
 
 @triton.jit
 def _tanh(x):
-    """tanh: fp32 by e^(-2|x|), below 5/8 by a series; fp64 by e^(2|x|) - 1, whose lost digits log gives back."""
+    """Return tanh: fp32 by e^(-2|x|), below 5/8 by a series; fp64 by e^(2|x|) - 1, whose lost digits log restores."""
     a = tl.abs(x)
     if x.dtype == tl.float64:
         y = 2.0 * tl.where(a > 40.0, 40.0, a)  # no infinity, but still NaN
@@ -51,7 +51,7 @@ def _tanh(x):
 
 @triton.jit
 def _before_outer(x, bias, columns, exists, inner, BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    """cap(a + bias): logits but for the factor `outer`."""
+    """Return cap(a + bias): logits without the factor `outer`."""
     if BIAS:
         x += tl.load(bias + columns, mask=exists, other=0.0).to(x.dtype)
     if CAPPED:
@@ -90,9 +90,9 @@ def chunk_logps_kernel(
         x = tl.load(first + columns, mask=exists)
         x = _before_outer(x, bias, columns, exists, inner, BIAS, CAPPED)
         x = tl.where(columns < V, x, float("-inf"))
-        m, total, weighted = _accumulate(x, m, total, weighted, outer, outer2, UNIT, ENTROPY)
+        m, total, weighted = accumulate(x, m, total, weighted, outer, outer2, UNIT, ENTROPY)
     top = tl.max(m, 0)
-    total, weighted = _rebase(m, _base(top), total, weighted, outer, outer2, ENTROPY)
+    total, weighted = rebase(m, base_of(top), total, weighted, outer, outer2, ENTROPY)
     total = tl.sum(total, 0)
     log_total = tl.where(total > 0, tl.log(total), total)  # total = 0 where all is -inf; NaN stays NaN
 
@@ -127,7 +127,7 @@ def chunk_gradient_kernel(
     z = tl.load(stats + row)
     top = tl.load(stats + M + row)
     log_total = tl.load(stats + 2 * M + row)
-    nothing = z + top + log_total != z + top + log_total  # no log-prob: zeros, whatever stands there
+    nothing = z + top + log_total != z + top + log_total  # no log-prob: zeros
     if WEIGHTED:
         weight = tl.load(g + row).to(acc)
         entropy_weight = tl.load(h + row).to(acc)
@@ -150,34 +150,29 @@ def chunk_gradient_kernel(
         tl.store(out_first + columns, tl.where(nothing, 0.0, d), mask=exists)
 
 
-def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised."""
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def chunk_logps(
     a: Tensor,  # (M, V) accumulators, rows padded to whole accesses
     bias: Tensor | None,  # (V,), padded likewise
     targets: Tensor,  # (M,) int64
-    curve: LogitTransform,
+    transform: LogitTransform,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # (3, M), (M,) or (0,)
-    """Of every row the logit of its target (NaN where that is none), the top logit, log sum exp above it; entropy.
+    """Return every row's target logit (NaN without one), top logit and log sum above it; and the entropies.
 
-    A row of nothing but -inf has the top -inf, and 0 above it; chunk_gradient wants 0 for both.
+    A row of nothing but -inf has the top -inf, and 0 above it; chunk_gradient expects 0 for both.
     """
     n, vocab = a.shape
     stats = a.new_empty(3, n)
     entropies = a.new_empty(n if entropy else 0)
-    lanes = NUM_WARPS * _warp_size(a.device)
-    with _on(a.device):
+    n_lanes = lanes(a.device)
+    with on_device(a.device):
         chunk_logps_kernel[(n,)](
             a, a if bias is None else bias, targets,
             stats, entropies,
             vocab, n, a.stride(0),
-            curve.outer, curve.inner,
-            BIAS=bias is not None, CAPPED=curve.capped, ENTROPY=entropy,
-            LANES=lanes, num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, a, lanes),
+            transform.outer, transform.inner,
+            BIAS=bias is not None, CAPPED=transform.capped, ENTROPY=entropy,
+            LANES=n_lanes, num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, a, n_lanes),
         )  # fmt: skip
     return stats, entropies
 
@@ -187,37 +182,36 @@ def chunk_gradient(
     a: Tensor,  # (M, V) accumulators
     bias: Tensor | None,
     targets: Tensor,  # (M,) int64
-    curve: LogitTransform,
+    transform: LogitTransform,
     stats: Tensor,  # (3, M)
     entropies: Tensor | None,  # (M,)
     g: Tensor | None,  # (M,)
     h: Tensor | None,  # (M,)
 ) -> None:
-    """The gradient of the negative log-probs up to a factor a row; with g and h, that of - g log p(target) - h H."""
+    """Write the gradient of the negative log-probs up to a factor per row; or that of - g log p(target) - h H."""
     n, vocab = a.shape
-    lanes = NUM_WARPS * _warp_size(a.device)
-    with _on(a.device):
+    with on_device(a.device):
         chunk_gradient_kernel[(n,)](
             out, a, a if bias is None else bias, targets,
             stats, stats if entropies is None else entropies, stats if g is None else g, stats if h is None else h,
             vocab, n, a.stride(0), out.stride(0),
-            curve.outer, curve.inner,
-            BIAS=bias is not None, CAPPED=curve.capped, WEIGHTED=h is not None,
-            OUT_SIZE=out.element_size(), num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, out, lanes),
+            transform.outer, transform.inner,
+            BIAS=bias is not None, CAPPED=transform.capped, WEIGHTED=h is not None,
+            OUT_SIZE=out.element_size(), num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, out, lanes(a.device)),
         )  # fmt: skip
 
 
 def chunk_logps_and_gradient(
-    out: Tensor, a: Tensor, bias: Tensor | None, targets: Tensor, curve: LogitTransform
+    out: Tensor, a: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
 ) -> Tensor:  # (3, M)
-    """Both, one after the other: the stats come back, `out` is filled."""
-    stats, _ = chunk_logps(a, bias, targets, curve, False)
+    """Return the stats of `chunk_logps`; write the gradient of `chunk_gradient` to `out`."""
+    stats, _ = chunk_logps(a, bias, targets, transform, False)
     stats[1].masked_fill_(stats[1] == -torch.inf, 0.0)
-    chunk_gradient(out, a, bias, targets, curve, stats, None, None, None)
+    chunk_gradient(out, a, bias, targets, transform, stats, None, None, None)
     return stats
 
 
-def _shape(a: Tensor, out: Tensor, lanes: int) -> dict[str, int]:
-    """Launch options for rows of both; neighbours in a lane fill a whole access in the narrower dtype."""
+def _shape(a: Tensor, out: Tensor, n_lanes: int) -> dict[str, int]:
+    """Return launch options for rows of both; adjacent elements of a lane fill an access in the narrower dtype."""
     size = a.element_size()
-    return {"SIZE": size, "UNIT": WIDEST_ACCESS // min(size, out.element_size()), "BLOCK": lanes * LANE_BYTES // size}
+    return {"SIZE": size, "UNIT": WIDEST_ACCESS // min(size, out.element_size()), "BLOCK": n_lanes * LANE_BYTES // size}

@@ -1,13 +1,13 @@
-"""Token pass and its backward pass on logits: one program a row, nothing read twice, nothing read that has no loss.
+"""Token pass and its backward pass on logits: one program per row; each row with loss is read once, others never.
 
-Forward: an online log-sum-exp that takes each block's maximum first, so that it costs one exponential an element. Every
-lane (thread) keeps a maximum and a sum of its own and they meet after the last block, so the loop has no barrier. A
-row's maximum and the log of the sum above it stay apart: their sum would round away a common offset of the logits.
-Backward: one read and one write of the rows with loss, zeros elsewhere.
+Forward: an online log-sum-exp that takes each block's maximum first, so that it costs one exponential per element. Each
+lane (thread) has a separate maximum and sum, combined after the last block, so the loop has no barrier. A row's maximum
+and the log of the sum above it are stored apart: their sum would round away a common offset of the logits. Backward:
+one read and one write of the rows with loss, zeros elsewhere.
 
-Rows are walked as an aligned body and its two edges. The body begins at the first 16-byte boundary, so its accesses are
-128 bits wide whatever the vocabulary (50257 is odd, so its rows start anywhere) and wherever a slice begins.
-tests/kernels/test_aot.py reads all this from the machine code.
+A row is an aligned body and two edges. The body begins at the first 16-byte boundary, so its accesses are 128 bits wide
+for every vocabulary (50257 is odd, so its rows start anywhere) and every slice. tests/kernels/test_aot.py checks all this
+in the machine code.
 """
 
 from typing import Any
@@ -17,16 +17,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from exo_kernels._triton.common import (
+    LANE_BYTES,
+    LOG2E,
+    NUM_WARPS,
+    WIDEST_ACCESS,
+    accumulate,
+    base_of,
+    lanes,
+    on_device,
+    rebase,
+)
+from exo_kernels.numerics import accumulator
 
-# Not worth a kernel of their own: UNIT says all that matters about alignment. And on AMD, triton would address tensors
-# below 2 GiB in a way that makes it forget the alignment, and load element by element.
+# Not worth separate kernels: UNIT says all that matters about alignment. And on AMD, triton addresses tensors below
+# 2 GiB in a way that loses the alignment, and would load element by element.
 RUNTIME = ["grad", "logits", "T", "V", "R", "ignore_index", "stride_n", "stride_t", "stride_v"]
 RUNTIME += ["grad_stride_n", "grad_stride_t", "grad_stride_v"]
-
-NUM_WARPS = 4
-WIDEST_ACCESS = 16  # bytes
-LANE_BYTES = 64  # of a block: four accesses in flight, 33 exponentials for 32 elements (bf16), registers to spare
 
 
 @triton.jit
@@ -36,7 +43,7 @@ def _split_row(
     SIZE: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """Length of the head that stands before the first boundary of an access, and of the body in whole accesses."""
+    """Return the length of the head before the first boundary of an access, and of the body in full accesses."""
     WIDTH: tl.constexpr = UNIT * SIZE
     head = (WIDTH - first.to(tl.int64) % WIDTH) % WIDTH // SIZE
     head = tl.minimum(head, V).to(tl.int32)
@@ -45,7 +52,7 @@ def _split_row(
 
 @triton.jit
 def _offset(columns, stride_v, UNIT: tl.constexpr):
-    """Of columns from the first of their row: they are neighbours unless an access is a single element."""
+    """Return the offset of columns in their row: adjacent unless an access is a single element."""
     if UNIT == 1:
         columns = columns.to(tl.int64) * stride_v
     return columns
@@ -53,44 +60,10 @@ def _offset(columns, stride_v, UNIT: tl.constexpr):
 
 @triton.jit
 def _edge_columns(head, body, V, UNIT: tl.constexpr, LANES: tl.constexpr):
-    """At most one column a lane: those of head and tail, both shorter than an access. And which of them exist."""
+    """Return at most one column per lane, those of head and tail (both shorter than an access), and which exist."""
     lane = tl.arange(0, LANES)
     columns = tl.where(lane < UNIT, lane, head + body + lane - UNIT)
     return columns, tl.where(lane < UNIT, lane < head, columns < V)
-
-
-@triton.jit
-def _base(m):
-    """The maximum as something to subtract: -inf - -inf would be NaN."""
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def _rebase(m, base, total, weighted, scale, scale2, ENTROPY: tl.constexpr):
-    """Sums above m as sums above base >= m."""
-    shift = tl.where(m == float("-inf"), 0.0, m - base)  # -inf: the sums are still zero
-    decay = tl.exp2(shift * scale2)
-    if ENTROPY:
-        weighted = decay * (weighted + total * (shift * scale))
-    return decay * total, weighted
-
-
-@triton.jit
-def _accumulate(x, m, total, weighted, scale, scale2, UNIT: tl.constexpr, ENTROPY: tl.constexpr):
-    """Fold a block into each lane's (maximum, sum of e^(scale (x - m)), the same weighted by scale (x - m)).
-
-    scale2 is scale * log2(e). The shape is the one in which lanes hold their elements, so no reduction leaves a lane.
-    """
-    LANES: tl.constexpr = m.shape[0]
-    x = tl.reshape(x, (x.shape[0] // (LANES * UNIT), LANES, UNIT))
-    new = tl.maximum(m, tl.max(tl.max(x, 2), 0))
-    base = _base(new)
-    total, weighted = _rebase(m, base, total, weighted, scale, scale2, ENTROPY)
-    distance = x - base[None, :, None]
-    e = tl.exp2(distance * scale2)
-    if ENTROPY:
-        weighted += tl.sum(tl.sum(tl.where(e > 0, e * (distance * scale), 0.0), 2), 0)
-    return new, total + tl.sum(tl.sum(e, 2), 0), weighted
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -121,16 +94,16 @@ def token_logps_kernel(
 
     edges, exist = _edge_columns(head, body, V, UNIT, LANES)
     m = tl.load(first + _offset(edges, stride_v, UNIT), mask=exist, other=float("-inf")).to(acc)
-    total = tl.exp2((m - _base(m)) * scale2)  # 1, or 0 where there is nothing
+    total = tl.exp2((m - base_of(m)) * scale2)  # 1, or 0 where there is nothing
     weighted = tl.zeros((LANES,), acc)
     aligned = tl.multiple_of(first + _offset(head, stride_v, UNIT), UNIT * SIZE)
     for start in range(0, body, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(aligned + _offset(columns, stride_v, UNIT), mask=columns < body, other=float("-inf")).to(acc)
-        m, total, weighted = _accumulate(x, m, total, weighted, scale, scale2, UNIT, ENTROPY)
+        m, total, weighted = accumulate(x, m, total, weighted, scale, scale2, UNIT, ENTROPY)
 
-    top = _base(tl.max(m, 0))  # 0 in a row of -inf: log-prob -inf, softmax 0, entropy 0
-    total, weighted = _rebase(m, top, total, weighted, scale, scale2, ENTROPY)
+    top = base_of(tl.max(m, 0))  # 0 in a row of -inf: log-prob -inf, softmax 0, entropy 0
+    total, weighted = rebase(m, top, total, weighted, scale, scale2, ENTROPY)
     total = tl.sum(total, 0)
     log_total = tl.where(total > 0, tl.log(total), total)  # total = 0 there, and NaN stays NaN
     inside = (target >= 0) & (target < V)
@@ -144,7 +117,7 @@ def token_logps_kernel(
 
 @triton.jit
 def _gradient(x, hit, m, log_total, g, h, entropy, scale, scale2, ENTROPY: tl.constexpr):
-    """(g (onehot - p) - h p (log p + H)), g and h already over the temperature."""
+    """Return g (onehot - p) - h p (log p + H), with g and h already divided by the temperature."""
     onehot = tl.where(hit, g, 0.0)
     if ENTROPY:
         log_p = (x - m) * scale - log_total
@@ -216,14 +189,14 @@ def token_logps(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N, T), (N, T) or (0,), (2, N, T)
-    """Log-probabilities of the targets, entropies where asked, and each row's maximum and log-sum above it."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    """Return log-probs of the targets, entropies if requested, and each row's maximum and log-sum above it."""
+    dtype = accumulator(logits.dtype)
     logps = torch.empty(targets.shape, dtype=dtype, device=logits.device)
     entropies = torch.empty(targets.shape if entropy else (0,), dtype=dtype, device=logits.device)
     saved = torch.empty((2, *targets.shape), dtype=dtype, device=logits.device)
     n_rows = targets.numel()
     if n_rows:
-        with _on(logits.device):
+        with on_device(logits.device):
             token_logps_kernel[(n_rows,)](
                 logits, targets.contiguous(),
                 logps, saved, entropies,
@@ -236,12 +209,12 @@ def token_logps(
 
 
 def new_gradient(logits: Tensor) -> Tensor:
-    """Uninitialised: the backward kernel writes every element."""
+    """Return an uninitialised gradient: the backward kernel writes every element."""
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def token_logps_backward(
-    grad: Tensor,  # (N, T, V), written whole; may be the logits themselves
+    grad: Tensor,  # (N, T, V), every element is written; may be the logits themselves
     grad_logps: Tensor,  # (N, T)
     grad_entropies: Tensor | None,  # (N, T)
     logits: Tensor,  # (N, T, V)
@@ -260,7 +233,7 @@ def token_logps_backward(
         return
     skew = [grad.data_ptr() - logits.data_ptr()]
     skew += [grad.element_size() * (a - b) for a, b in zip(grad.stride(), logits.stride(), strict=True)]
-    with _on(logits.device):
+    with on_device(logits.device):
         token_logps_backward_kernel[(n_rows,)](
             grad, logits, targets.contiguous(),
             grad_logps.contiguous(), grad_logps if grad_entropies is None else grad_entropies.contiguous(),
@@ -274,24 +247,13 @@ def token_logps_backward(
 
 
 def _shape(x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Launch options for rows of x and y, of one dtype."""
-    size = x.element_size()
-    lanes = NUM_WARPS * _warp_size(x.device)
+    """Return launch options for rows of x and y, of one dtype."""
+    size, n_lanes = x.element_size(), lanes(x.device)
     return {
         "SIZE": size,
         "UNIT": WIDEST_ACCESS // size if x.stride(-1) == y.stride(-1) == 1 else 1,
-        "LANES": lanes,
-        "BLOCK": lanes * LANE_BYTES // size,
+        "LANES": n_lanes,
+        "BLOCK": n_lanes * LANE_BYTES // size,
         "num_warps": NUM_WARPS,
-        "enable_fp_fusion": True,  # said because triton is about to change its default
+        "enable_fp_fusion": True,  # explicit because triton is about to change its default
     }
-
-
-def _warp_size(device: torch.device) -> int:
-    """Threads a warp: 32, but 64 on AMD's data-centre GPUs. The interpreter has none, any number does."""
-    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    """Launch on the tensors' own GPU; a no-op where there is none (the interpreter)."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -1,24 +1,27 @@
 """The losses as modules, for code that keeps its loss as one: options at construction, tensors at the call.
 
-Nothing is computed here. A module has no parameters: the head's weight is passed in, so that it may be tied, sharded or
-frozen as the model has it.
+A module has no parameters: the head's weight is an argument, so that it may be tied, sharded or frozen.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from exo_kernels import validation
-from exo_kernels.api.hidden import fused_linear_dpo_loss, fused_linear_exo_loss
-from exo_kernels.api.logits import fused_dpo_loss, fused_exo_loss
+from exo_kernels.api import hidden as hidden_api
+from exo_kernels.api import logits as logits_api
+from exo_kernels.objectives import LossStats
 
 
 class _Loss(nn.Module):
-    """One loss function with some of its options settled."""
+    """One loss function with some of its options set."""
 
-    functions: dict[str, Callable[..., Any]]
+    functions: ClassVar[Mapping[str, Callable[..., Any]]]
+    function: Callable[..., Any]
+    objective: str
+    options: dict[str, Any]
 
     def __init__(self, *, objective: str = "exo", **options: Any) -> None:
         super().__init__()
@@ -36,27 +39,32 @@ class _Loss(nn.Module):
 
 
 class EXOLoss(_Loss):
-    """`fused_exo_loss` (or with objective="dpo" `fused_dpo_loss`) as a module; the options are the function's.
+    """`fused_exo_loss` as a module, or the fused loss of another `objective`; it takes the function's options.
 
-    EXOLoss(group_size=4, beta_pi=0.1)(logits, labels, ref_logps, rewards=rewards): options given at the call come
-    before those given here. ValueError for an option that the function does not have.
+    EXOLoss(group_size=4, beta_pi=0.1)(logits, labels, ref_logps, rewards=rewards): options of the call override those
+    of the construction. ValueError for an option that the function does not have.
     """
 
-    functions = {"exo": fused_exo_loss, "dpo": fused_dpo_loss}
+    functions: ClassVar[Mapping[str, Callable[..., Any]]] = logits_api.LOSSES
 
-    def forward(self, logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> Any:
-        return self.function(logits, labels, ref_logps, **(self.options | options))
+    def forward(
+        self, logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any
+    ) -> Tensor | tuple[Tensor, LossStats]:
+        result: Tensor | tuple[Tensor, LossStats] = self.function(logits, labels, ref_logps, **(self.options | options))
+        return result
 
 
 class LinearEXOLoss(_Loss):
-    """`fused_linear_exo_loss` (or with objective="dpo" `fused_linear_dpo_loss`) as a module; the options are its own.
+    """`fused_linear_exo_loss` as a module, or the fused loss of another `objective`; it takes the function's options.
 
     LinearEXOLoss(group_size=4)(hidden, lm_head.weight, labels, ref_logps, rewards=rewards). Options as in EXOLoss.
     """
 
-    functions = {"exo": fused_linear_exo_loss, "dpo": fused_linear_dpo_loss}
+    functions: ClassVar[Mapping[str, Callable[..., Any]]] = hidden_api.LOSSES
 
     def forward(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
-    ) -> Any:
-        return self.function(hidden, weight, labels, ref_logps, **(self.options | options))
+    ) -> Tensor | tuple[Tensor, LossStats]:
+        inputs = (hidden, weight, labels, ref_logps)
+        result: Tensor | tuple[Tensor, LossStats] = self.function(*inputs, **(self.options | options))
+        return result

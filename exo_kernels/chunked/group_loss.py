@@ -1,4 +1,4 @@
-"""Group pass: the sums, the K-way softmaxes, the divergence and the slopes, in fp64. Equations: objectives.py."""
+"""Group pass: sums, K-way softmaxes, divergence and slopes, in fp64. Equations: objectives.py."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,10 @@ def group_loss(
     group_offsets: Tensor,  # (G+1,)
     per_token_ref: bool,
     objective: str,
-    beta_pi: float,
-    beta_r: float,
-    log_targets: tuple[float, float],
+    betas: objectives.Betas,
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
-    """Loss (G,), dL/dS (N,), log-probs (N,), log-ratios (N,), p (N,), q (N,), tokens (N,); computed in fp64."""
+    """Return loss (G,), dL/dS (N,), log-probs (N,), log-ratios (N,), p (N,), q (N,), tokens (N,); computed in fp64."""
     scored = targets != ignore_index
     tokens = groups.segment_sum(scored.double(), seq_offsets)
     policy = groups.segment_sum(logps.double().masked_fill(~scored, 0.0), seq_offsets)
@@ -31,11 +29,11 @@ def group_loss(
         ratios = policy - ref_logps.double()
     width = int(group_offsets.diff().max()) if group_offsets.numel() > 1 else 0
     mask = groups.group_mask(group_offsets, width)  # (G, K)
-    log_p = objectives.policy_log_probs(groups.to_matrix(ratios, group_offsets, width), beta_pi)
+    log_p = objectives.policy_log_probs(groups.to_matrix(ratios, group_offsets, width), betas.pi)
     if rewards is None:
-        log_q = objectives.preference_log_target(mask, *log_targets)
+        log_q = objectives.preference_log_target(mask, betas.log_chosen, betas.log_others)
     else:
-        log_q = objectives.reward_log_target(groups.to_matrix(rewards.double(), group_offsets, width), beta_r)
-    loss, dz = objectives.OBJECTIVES[objective](log_p, log_q, torch.finfo(logps.dtype).max)
-    results = loss, beta_pi * dz[mask], policy, ratios, log_p.exp()[mask], log_q.exp()[mask], tokens
+        log_q = objectives.reward_log_target(groups.to_matrix(rewards.double(), group_offsets, width), betas.r)
+    loss, dz = objectives.OBJECTIVES[objective].function(log_p, log_q, torch.finfo(logps.dtype).max)
+    results = loss, betas.pi * dz[mask], policy, ratios, log_p.exp()[mask], log_q.exp()[mask], tokens
     return tuple(result.to(logps.dtype) for result in results)

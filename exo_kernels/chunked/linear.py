@@ -1,8 +1,8 @@
-"""Operations between two matmuls on a chunk of rows by the vocabulary: tile by tile, in place, in cache.
+"""Scores and gradients of a chunk of rows between two matmuls: tile by tile, in place, in cache.
 
-A chunk comes in as a = h W^T. Its logits are z = outer * cap(a + bias), cap(x) = tanh(inner x) or x. Out goes the
-gradient of the rows' negative log-probs, (p - onehot) cap'(a + bias): what is still missing, a coefficient a row, is
-cheaper on the thin side of the matmul that follows. Left out: the matmuls, the schedules (schedules.py).
+The input is a = h W^T. Its logits are z = outer * cap(a + bias), cap(x) = tanh(inner x) or x. The output is the
+gradient of the rows' negative log-probs, (p - onehot) cap'(a + bias); the missing coefficient of each row is cheaper on
+the thin side of the matmul that follows.
 """
 
 import torch
@@ -12,16 +12,16 @@ from exo_kernels.chunked import tiles
 from exo_kernels.numerics import LogitTransform
 
 
-def _logits_(x: Tensor, bias: Tensor | None, curve: LogitTransform) -> Tensor | None:
-    """Turn a tile of a into logits, in place; returns cap' where that is not 1."""
+def _logits_(x: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor | None:
+    """Turn a tile of a into logits, in place; return cap' if it is not 1."""
     slope = None
     if bias is not None:
         x.add_(bias[: x.shape[1]])
-    if curve.capped:
-        x.mul_(curve.inner).tanh_()
+    if transform.capped:
+        x.mul_(transform.inner).tanh_()
         slope = 1 - x * x
-    if curve.outer != 1.0:
-        x.mul_(curve.outer)
+    if transform.outer != 1.0:
+        x.mul_(transform.outer)
     return slope
 
 
@@ -41,28 +41,23 @@ def _allocate(a: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
     return a.new_empty(3, len(a)), a.new_empty(len(a) if entropy else 0)
 
 
-def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised. In small pages, which a matmul touches while they are in cache: huge ones cost 8% of the call."""
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def chunk_logps(
     a: Tensor,  # (M, V) accumulators
     bias: Tensor | None,  # (V,), may be padded
     targets: Tensor,  # (M,) int64
-    curve: LogitTransform,
+    transform: LogitTransform,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # (3, M), (M,) or (0,)
-    """Of every row the logit of its target (NaN where that is none), the top logit, log sum exp above it; entropy.
+    """Return every row's target logit (NaN without one), top logit and log sum above it; and the entropies.
 
-    A row of nothing but -inf has the top -inf, and 0 above it; chunk_gradient wants 0 for both.
+    A row of nothing but -inf has the top -inf, and 0 above it; chunk_gradient expects 0 for both.
     """
     stats, entropies = _allocate(a, entropy)
     step = tiles.tile_rows(a.shape[1], a.dtype)
     for i in range(0, len(a), step):
         rows = slice(i, i + step)
         tile = a[rows].clone()
-        _logits_(tile, bias, curve)
+        _logits_(tile, bias, transform)
         _score(tile, targets[rows], entropy, stats[:, rows], entropies[rows])
     return stats, entropies
 
@@ -72,14 +67,14 @@ def chunk_logps_and_gradient(
     a: Tensor,  # (M, V) accumulators
     bias: Tensor | None,
     targets: Tensor,  # (M,) int64
-    curve: LogitTransform,
+    transform: LogitTransform,
 ) -> Tensor:  # (3, M)
-    """The stats of `chunk_logps`, and in `out` the gradient of the negative log-probs, up to a factor a row."""
+    """Return the stats of `chunk_logps`; write the gradient of the negative log-probs, up to a factor per row."""
     stats, entropies = _allocate(a, False)
     step = tiles.tile_rows(a.shape[1], a.dtype)
     for i in range(0, len(a), step):
         rows = slice(i, i + step)
-        slope = _logits_(a[rows], bias, curve)
+        slope = _logits_(a[rows], bias, transform)
         p = _score(a[rows], targets[rows], False, stats[:, rows], entropies).p
         tiles.add_at_targets_(p, targets[rows], -1.0)
         stats[1, rows].masked_fill_(stats[1, rows] == -torch.inf, 0.0)
@@ -92,18 +87,18 @@ def chunk_gradient(
     a: Tensor,  # (M, V) accumulators
     bias: Tensor | None,
     targets: Tensor,  # (M,) int64
-    curve: LogitTransform,
+    transform: LogitTransform,
     stats: Tensor,  # (3, M)
     entropies: Tensor | None,  # (M,)
     g: Tensor | None,  # (M,)
     h: Tensor | None,  # (M,)
 ) -> None:
-    """The same gradient from stats that are known; with g and h, that of - g log p(target) - h H."""
+    """Write the same gradient, given the stats; with g and h, that of - g log p(target) - h H."""
     step = tiles.tile_rows(a.shape[1], a.dtype)
     for i in range(0, len(a), step):
         rows = slice(i, i + step)
         z = a[rows]
-        slope = _logits_(z, bias, curve)
+        slope = _logits_(z, bias, transform)
         top, log_total = stats[1, rows], stats[2, rows]
         if g is None or h is None or entropies is None:
             d = z.sub_(top[:, None]).exp_().mul_(log_total.neg().exp()[:, None])
@@ -118,7 +113,7 @@ def chunk_gradient(
 
 
 def _finish(out: Tensor, d: Tensor, slope: Tensor | None, stats: Tensor) -> None:
-    """The cap's derivative; and zeros for rows without a log-prob, which their coefficients make NaN or do not."""
+    """Multiply by the cap's derivative; write zeros for rows without a log-prob, whose coefficients decide on NaN."""
     if slope is not None:
         d.mul_(slope)
     nothing = stats.sum(0).isnan()

@@ -1,4 +1,4 @@
-"""Tiles of the vocabulary, shared by both passes: their size, their softmax, and memory for large results."""
+"""Tiles of rows that stay in cache: their size, their softmax, and memory for large results."""
 
 import contextlib
 import mmap
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from exo_kernels.numerics import accumulator
 
-# Measured on 1 MiB of second-level and 32 MiB of third-level cache: below 2 MiB the calls cost, above 8 the misses.
+# Measured on 1 MiB of L2 and 32 MiB of L3 cache: below 2 MiB call overhead dominates, above 8 cache misses.
 TILE_BYTES = 4 * 2**20
-LAZY_BYTES = 2**25  # above, the C library maps and unmaps every block anyway
+LAZY_BYTES = 2**25  # above this size the C library maps and unmaps every block anyway
 
 
 def tile_rows(vocab: int, dtype: torch.dtype) -> int:
-    """Rows of accumulators that make a tile."""
+    """Return the number of rows of a tile."""
     return max(1, TILE_BYTES // max(vocab * accumulator(dtype).itemsize, 1))
 
 
@@ -32,17 +32,17 @@ def softmax(
     z: Tensor,  # (c, V)
     out: Tensor | None = None,  # like z; may be z
 ) -> Softmax:
-    """Softmax of every row, exact where torch's alone is not.
+    """Compute the softmax of every row, more exactly than torch.
 
-    torch adds a row up one element after another, so a tail below a peak is lost: 1.2e-4 nat at V = 151936. `sum` adds
-    pairwise and tells by how much the probabilities miss 1.
+    torch adds up a row one element after another, so a tail below a peak is lost: 1.2e-4 nat at V = 151936. `sum` adds
+    pairwise and shows by how much the probabilities miss 1.
     """
     top = z.amax(-1)
     p = torch.softmax(z, -1) if out is None else torch.softmax(z, -1, out=out)
     total = _sum(p)
     log_total = total.log() - p.amax(-1).log()  # the largest is 1 / torch's total
     off = (total - 1).abs() > 4 * torch.finfo(z.dtype).eps
-    if off.any():  # a matter of its own for every row: how rows are cut into tiles changes no bit
+    if off.any():  # decided per row, so that the cut into tiles changes no bit
         p.div_(torch.where(off, total, 1.0)[:, None])
     dead = top == -torch.inf
     if dead.any():
@@ -52,17 +52,17 @@ def softmax(
 
 
 def _sum(p: Tensor) -> Tensor:  # (c,)
-    """Row by row. A row alone would be split over threads and added up in another order: it is made two."""
+    """Sum each row. torch splits a single row over threads, in another order, so it is summed as two."""
     return p.sum(-1) if len(p) != 1 else p.expand(2, -1).sum(-1)[:1]
 
 
 def log_probs(z: Tensor, top: Tensor, log_total: Tensor) -> Tensor:
-    """log p of every element, (c, V)."""
+    """Return log p of every element, (c, V)."""
     return (z - top[:, None]).sub_(log_total[:, None])
 
 
 def entropy(log_p: Tensor, p: Tensor) -> Tensor:  # (c,)
-    """- sum p log p, 0 log 0 being 0."""
+    """Return - sum p log p, with 0 log 0 = 0."""
     return -(p * log_p.clamp(min=torch.finfo(p.dtype).min)).sum(-1)
 
 
@@ -70,23 +70,23 @@ def at_targets(
     values: Tensor,  # (c, V)
     targets: Tensor,  # (c,)
 ) -> tuple[Tensor, Tensor]:  # (c,), (c,) bool
-    """Each row's value at its target, anything where the target is not in [0, V); and whether it is."""
+    """Return each row's value at its target (arbitrary if the target is not in [0, V)), and if it is in [0, V)."""
     inside = (targets >= 0) & (targets < values.shape[-1])
     return values.gather(1, targets.where(inside, 0)[:, None])[:, 0], inside
 
 
 def add_at_targets_(values: Tensor, targets: Tensor, amount: Tensor | float) -> None:
-    """Add to each row's value at its target, where it has one."""
+    """Add to each row's value at its target, if it has one."""
     inside = (targets >= 0) & (targets < values.shape[-1])
     values.scatter_add_(1, targets.where(inside, 0)[:, None], (inside * amount).to(values.dtype)[:, None])
 
 
 def new_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. Large ones are fresh pages of the system, huge where it has them: half of all time was their faults."""
+    """Return zeros. Large buffers are mmapped with huge pages; page faults were half of the time."""
     size = torch.Size(shape).numel() * dtype.itemsize
     if device.type != "cpu" or size < LAZY_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)

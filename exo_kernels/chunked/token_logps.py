@@ -1,8 +1,7 @@
 """Token pass and its backward pass on logits: a few rows at a time, in tiles that stay in cache.
 
-Beyond the gradient that must be returned it holds one or two tiles, never a second (n, V) buffer. Rows without loss are
-not read, and where the system gives zero pages not written either. Left out: autograd and operator registration
-(ops.py), checks (validation.py), the equations (objectives.py).
+Beyond the returned gradient it holds one or two tiles, never a second (n, V) buffer. Rows without loss are not read,
+and not written either if the system provides zero pages.
 """
 
 from collections.abc import Iterator
@@ -14,18 +13,18 @@ from torch import Tensor
 from exo_kernels.chunked import tiles
 from exo_kernels.numerics import accumulator
 
-VIEW_BYTES = 2**18  # neighbours of this size are worth a tile of their own: a view costs a call, a copy its bytes
+VIEW_BYTES = 2**18  # adjacent rows of this size are a separate tile: a view costs a call, a copy its bytes
 
 
 class _Tile(NamedTuple):
-    rows: tuple[Tensor | int, Tensor | slice]  # index into (N, T); a slice where the rows are neighbours
-    logits: Tensor  # (c, V), a view wherever torch can give one
+    rows: tuple[Tensor | int, Tensor | slice]  # index into (N, T); a slice if the rows are adjacent
+    logits: Tensor  # (c, V), a view if possible
     targets: Tensor  # (c,)
 
 
-def _tiles(logits: Tensor, targets: Tensor, wanted: Tensor) -> Iterator[_Tile]:
-    """Cut the wanted rows of (N, T, V) logits into tiles: views of neighbours, copies of what lies scattered."""
-    n, t = wanted.nonzero(as_tuple=True)
+def _tiles(logits: Tensor, targets: Tensor, mask: Tensor) -> Iterator[_Tile]:
+    """Cut the masked rows of (N, T, V) logits into tiles: views of adjacent rows, copies of scattered ones."""
+    n, t = mask.nonzero(as_tuple=True)
     ns, ts = n.tolist(), t.tolist()
     row_bytes = logits.shape[-1] * accumulator(logits.dtype).itemsize
     step = tiles.tile_rows(logits.shape[-1], logits.dtype)
@@ -43,7 +42,7 @@ def _tiles(logits: Tensor, targets: Tensor, wanted: Tensor) -> Iterator[_Tile]:
 
 
 def _scaled(x: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in the accumulator's dtype; x itself where nothing has to change."""
+    """Return logits / temperature in the accumulator's dtype; x itself if nothing changes."""
     x = x.to(accumulator(x.dtype))
     return x if temperature == 1.0 else x / temperature
 
@@ -55,7 +54,7 @@ def token_logps(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N, T), (N, T) or (0,), (0,)
-    """Log-probabilities of the targets, entropies where asked (both 0 in rows without loss), nothing to save."""
+    """Return log-probs of the targets, entropies if requested (both 0 in rows without loss), nothing to save."""
     dtype = accumulator(logits.dtype)
     logps = torch.zeros(targets.shape, dtype=dtype, device=logits.device)
     entropies = torch.zeros(targets.shape if entropy else (0,), dtype=dtype, device=logits.device)
@@ -73,7 +72,7 @@ def token_logps(
 
 
 def new_gradient(logits: Tensor) -> Tensor:
-    """Zeros."""
+    """Return zeros: rows without loss are not written."""
     return tiles.new_zeros(logits.shape, logits.dtype, logits.device)
 
 
@@ -84,7 +83,7 @@ def token_logps_backward(
     logits: Tensor,  # (N, T, V)
     targets: Tensor,  # (N, T) int64
     entropies: Tensor,  # (N, T), or (0,)
-    saved: Tensor,  # (0,): softmax is cheaper done again than remembered
+    saved: Tensor,  # (0,): recomputing the softmax is cheaper than saving it
     temperature: float,
     ignore_index: int,
 ) -> None:
@@ -93,10 +92,10 @@ def token_logps_backward(
     g and h are the gradients of the row's log-probability and of its entropy H.
     """
     scored = targets != ignore_index
-    wanted = scored & (grad_logps != 0) if grad_entropies is None else scored
-    # softmax straight into the gradient needs no tile of its own, but must not overwrite logits still to be read
+    mask = scored & (grad_logps != 0) if grad_entropies is None else scored
+    # softmax straight into the gradient needs no other tile, but must not overwrite logits still to be read
     straight = grad is not logits and grad_entropies is None and grad.dtype == accumulator(grad.dtype)
-    for rows, x, y in _tiles(logits, targets, wanted):
+    for rows, x, y in _tiles(logits, targets, mask):
         z = _scaled(x, temperature)
         g = (grad_logps[rows] / temperature).to(z.dtype)
         in_place = straight and isinstance(rows[1], slice)
@@ -111,4 +110,4 @@ def token_logps_backward(
         if not in_place:
             grad[rows] = dz.to(grad.dtype)
     if grad is logits:
-        grad[~wanted] = 0.0
+        grad[~mask] = 0.0

@@ -1,24 +1,26 @@
-"""The operators on hidden states as torch sees them: custom ops with fakes and autograd, as in ../ops.py.
+"""The operators on hidden states: torch.library custom ops with fake implementations and autograd, as in logits.py.
 
-`linear_token_logps` stands behind the log-prob functions and the losses of every schedule but `group`;
-`linear_group_loss` makes loss and gradients in one go, and its backward pass only multiplies by the loss's gradient.
-Needs are arguments, because an operator's forward pass cannot ask autograd.
+`linear_token_logps` is behind the log-prob functions and the losses of every schedule except `group`;
+`linear_group_loss` computes loss and gradients together, and its backward pass only multiplies by the loss's gradient.
+The needs are arguments, because an operator's forward pass cannot ask autograd.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exo_kernels import dispatch, validation, value_checks
 from exo_kernels.numerics import LogitTransform, accumulator
-from exo_kernels.ops import logits as logits_ops
+from exo_kernels.objectives import Betas
+from exo_kernels.ops.logits import checked_groups, group_function
 from exo_kernels.schedules import matmul, passes, plan
 from exo_kernels.schedules.chunks import HeadCall
 from exo_kernels.schedules.vocab_parallel import Shard
 
-Parts = Sequence[int]  # start, vocabulary and largest part of a Shard
+Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias, each (0,) unless needed
 
 
 def _call(
@@ -27,19 +29,20 @@ def _call(
     bias: Tensor | None,
     targets: Tensor,
     ref_hidden: Tensor | None,
-    curve: LogitTransform,
-    parts: Parts,
+    transform: Sequence[float],
+    split: Sequence[int],
     group: str,
-    chunk_rows: int,
     impl: str,
 ) -> HeadCall:
-    shard = Shard(parts[0], parts[1], parts[2], group)
-    return HeadCall(dispatch.implementation(impl), hidden, weight, bias, targets, ref_hidden, curve, shard, chunk_rows)
+    tensors = (hidden, weight, bias, targets, ref_hidden)
+    start, vocab, largest, chunk_rows = split
+    shard = Shard(start, vocab, largest, group)
+    return HeadCall(dispatch.implementation(impl), *tensors, LogitTransform(*transform), shard, chunk_rows)
 
 
 @contextlib.contextmanager
-def _as_given(device: torch.device) -> Iterator[None]:
-    """The matmuls take the dtypes they are given: the choice that autocast makes was made at the door."""
+def _no_autocast(device: torch.device) -> Iterator[None]:
+    """Let the matmuls take the dtypes they get: the public functions have already converted for autocast."""
     with torch.autocast(device.type, enabled=False):
         yield
 
@@ -51,45 +54,38 @@ def linear_token_logps(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N, T) int64
     ref_hidden: Tensor | None,  # (N, T, D)
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
+    transform: Sequence[float],  # a LogitTransform
     ignore_index: int,
     entropy: bool,
     schedule: str,
-    chunk_rows: int,
-    parts: Parts,
-    group: str,
+    split: Sequence[int],  # start, vocabulary and largest part of a Shard; rows of a chunk
+    group: str,  # of the Shard
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs (N, T), entropies (N, T) or (0,), the reference's log-probs likewise; then what backward wants."""
+    """Return log-probs (N, T), entropies and the reference's log-probs, (N, T) or (0,); then what backward needs."""
     if validation.check_values(hidden.device):
-        value_checks.label_values(targets, parts[1], ignore_index)
-    curve = LogitTransform.of(logit_scale, softcap, temperature)
-    call = _call(hidden, weight, bias, targets, ref_hidden, curve, parts, group, chunk_rows, impl)
-    with _as_given(hidden.device):
-        logps, entropies, ref_logps, stats, kept = passes.forward(call, schedule, ignore_index, entropy)
-    return logps, entropies, ref_logps, stats, kept
+        value_checks.label_values(targets, split[1], ignore_index)
+    call = _call(hidden, weight, bias, targets, ref_hidden, transform, split, group, impl)
+    with _no_autocast(hidden.device):
+        logps, entropies, ref_logps, stats, saved = passes.forward(call, schedule, ignore_index, entropy)
+    return logps, entropies, ref_logps, stats, saved
 
 
 @linear_token_logps.register_fake
-def _(hidden, weight, bias, targets, ref_hidden, logit_scale, softcap, temperature, ignore_index, entropy, schedule,
-      chunk_rows, parts, group, impl):  # fmt: skip
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ref_hidden: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    _, _, entropy, schedule, _, group, _ = options
     acc, shape = accumulator(hidden.dtype), targets.shape
-
-    def new(*size, dtype=acc):
-        return hidden.new_empty(size, dtype=dtype)
-
-    kept = new(0)
+    saved = hidden.new_empty(0, dtype=acc)
     if schedule == "deferred":
-        kept = new(*hidden.shape, dtype=acc if group else hidden.dtype)
+        saved = hidden.new_empty(hidden.shape, dtype=acc if group else hidden.dtype)
     elif schedule == "store":
-        rows = torch.library.get_ctx().new_dynamic_size()
-        kept = new(rows, matmul.padded(weight.shape[0]), dtype=matmul.gradient_dtype(hidden.dtype, hidden.device))
-    return (
-        new(*shape), new(*(shape if entropy else (0,))), new(*(shape if ref_hidden is not None else (0,))),
-        new(3, *(shape if schedule != plan.NO_GRAD else (0, 0))), kept,
-    )  # fmt: skip
+        size = (torch.library.get_ctx().new_dynamic_size(), matmul.padded(weight.shape[0]))
+        saved = hidden.new_empty(size, dtype=matmul.gradient_dtype(hidden.dtype, hidden.device))
+    stats = (3, *(shape if schedule != plan.NO_GRAD else (0, 0)))
+    sizes = (shape, shape if entropy else (0,), shape if ref_hidden is not None else (0,), stats)
+    return *(hidden.new_empty(size, dtype=acc) for size in sizes), saved
 
 
 @torch.library.custom_op("exo_kernels::linear_token_logps_backward", mutates_args=())
@@ -103,88 +99,75 @@ def linear_token_logps_backward(
     logps: Tensor,
     entropies: Tensor,
     stats: Tensor,
-    kept: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
+    saved: Tensor,
+    transform: Sequence[float],
     ignore_index: int,
     schedule: str,
-    chunk_rows: int,
-    parts: Parts,
+    split: Sequence[int],
     group: str,
     impl: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, each (0,) unless needed."""
-    curve = LogitTransform.of(logit_scale, softcap, temperature)
-    call = _call(hidden, weight, bias, targets, None, curve, parts, group, chunk_rows, impl)
-    scores = passes.Scores(logps, entropies, logps.new_empty(0), stats, kept)
-    needs = (needs_hidden, needs_weight, needs_bias)
-    with _as_given(hidden.device):
-        d_hidden, d_weight, d_bias = passes.backward(
-            call, schedule, scores, grad_logps, grad_entropies, ignore_index, needs
-        )
+    needs: Sequence[bool],  # gradients of hidden, weight, bias
+) -> Gradients:
+    call = _call(hidden, weight, bias, targets, None, transform, split, group, impl)
+    scores = passes.Scores(logps, entropies, logps.new_empty(0), stats, saved)
+    with _no_autocast(hidden.device):
+        gradients = passes.backward(call, schedule, scores, grad_logps, grad_entropies, ignore_index, needs)
+    d_hidden, d_weight, d_bias = gradients
     return d_hidden, d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype)
 
 
 @linear_token_logps_backward.register_fake
-def _(grad_logps, grad_entropies, hidden, weight, bias, targets, logps, entropies, stats, kept, logit_scale, softcap,
-      temperature, ignore_index, schedule, chunk_rows, parts, group, impl, needs_hidden, needs_weight,
-      needs_bias):  # fmt: skip
-    return _fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias)
-
-
-def _fake_gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias):
-    acc = accumulator(hidden.dtype)
+def _(
+    grad_logps: Tensor, grad_entropies: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> Gradients:
+    needs, acc = rest[-1], accumulator(hidden.dtype)
     return (
-        hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0, dtype=acc),
-        weight.new_empty(weight.shape if needs_weight else (0,)),
-        bias.new_empty(bias.shape if needs_bias else (0,)) if bias is not None else hidden.new_empty(0, dtype=acc),
+        hidden.new_empty(hidden.shape) if needs[0] else hidden.new_empty(0, dtype=acc),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        hidden.new_empty(0, dtype=acc) if bias is None else bias.new_empty(bias.shape if needs[2] else (0,)),
     )
 
 
 @torch.library.custom_op("exo_kernels::linear_deferred_backward", mutates_args=())
-def linear_deferred_backward(kept: Tensor, logps: Tensor, grad_logps: Tensor, dtype: torch.dtype) -> Tensor:
-    """The hidden states' gradient under `deferred`."""
-    return passes.multiply_deferred(kept, logps, grad_logps, dtype)
+def linear_deferred_backward(saved: Tensor, logps: Tensor, grad_logps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the hidden states' gradient under `deferred`."""
+    return passes.multiply_deferred(saved, logps, grad_logps, dtype)
 
 
 @linear_deferred_backward.register_fake
-def _(kept, logps, grad_logps, dtype):
-    return torch.empty_like(kept, dtype=dtype)
+def _(saved: Tensor, logps: Tensor, grad_logps: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(saved, dtype=dtype)
 
 
-def _save_token_logps(ctx, inputs, output):
-    hidden, weight, bias, targets = inputs[:4]
-    ctx.dtype, ctx.deferred = hidden.dtype, inputs[10] == "deferred"
+def _save_token_logps(ctx: Any, inputs: Any, output: Any) -> None:
+    hidden, weight, bias, targets, _, transform, ignore_index, ctx.entropy, schedule, *place = inputs
+    ctx.dtype, ctx.deferred = hidden.dtype, schedule == "deferred"
     if ctx.deferred and not any(ctx.needs_input_grad[1:3]):
-        hidden = weight = bias = None  # all that is needed of them is in `kept`
-    ctx.options = (*inputs[5:9], *inputs[10:])  # all but ref_hidden and entropy
-    ctx.entropy = inputs[9]
-    logps, entropies, ref_logps, stats, kept = output
-    ctx.mark_non_differentiable(ref_logps, stats, kept)
-    ctx.set_materialize_grads(False)  # zeros for every output that nobody asked about would be most of the bytes
-    ctx.save_for_backward(hidden, weight, bias, targets, logps, entropies, stats, kept)
+        hidden = weight = bias = None  # `saved` replaces them
+    ctx.options = (transform, ignore_index, schedule, *place)
+    logps, entropies, ref_logps, stats, saved = output
+    ctx.mark_non_differentiable(ref_logps, stats, saved)
+    ctx.set_materialize_grads(False)  # zeros for unused outputs would be most of the bytes
+    ctx.save_for_backward(hidden, weight, bias, targets, logps, entropies, stats, saved)
 
 
-def _backward_token_logps(ctx, grad_logps, grad_entropies, *_):
-    needs = ctx.needs_input_grad[:3]
-    grad_entropies = grad_entropies if ctx.entropy else None
-    saved = ctx.saved_tensors
+def _backward_token_logps(
+    ctx: Any, grad_logps: Tensor | None, grad_entropies: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    tensors = ctx.saved_tensors
+    logps, saved = tensors[4], tensors[-1]
     if grad_logps is None:
-        grad_logps = torch.zeros_like(saved[4])
-    deferred = None
+        grad_logps = torch.zeros_like(logps)
+    d_hidden = None
     if ctx.deferred:
-        deferred = linear_deferred_backward(saved[-1], saved[4], grad_logps, ctx.dtype)
-        needs = (False, *needs[1:])
-    grads: tuple[Tensor | None, ...] = (None, None, None)
+        d_hidden, needs[0] = linear_deferred_backward(saved, logps, grad_logps, ctx.dtype), False
+    grads: list[Tensor | None] = [None, None, None]
     if any(needs):
-        grads = linear_token_logps_backward(grad_logps, grad_entropies, *saved, *ctx.options, *needs)
-    if ctx.deferred:
-        grads, needs = (deferred, *grads[1:]), (True, *needs[1:])
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 12
+        entropy_grads = grad_entropies if ctx.entropy else None
+        results = linear_token_logps_backward(grad_logps, entropy_grads, *tensors, *ctx.options, needs)
+        grads = [grad if need else None for grad, need in zip(results, needs, strict=True)]
+    return (d_hidden if ctx.deferred else grads[0]), *grads[1:], *(None,) * 9
 
 
 linear_token_logps.register_autograd(_backward_token_logps, setup_context=_save_token_logps)
@@ -197,66 +180,47 @@ def linear_group_loss(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N, T) int64
     ref_hidden: Tensor | None,  # (N, T, D)
-    ref_logps: Tensor | None,  # (N,) sums or (N, T) per token
+    ref_logps: Tensor | None,  # (N,) sums, or (N, T) per token
     rewards: Tensor | None,  # (N,)
     seq_offsets: Tensor,  # (N+1,)
     group_offsets: Tensor,  # (G+1,)
     denominator: Tensor,  # ()
-    per_token_ref: bool,
     objective: str,
-    beta_pi: float,
-    beta_r: float,
-    log_chosen: float,
-    log_others: float,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
+    betas: Sequence[float],
+    transform: Sequence[float],
     ignore_index: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    chunk_rows: int,
-    parts: Parts,
+    needs: Sequence[bool],  # gradients of hidden, weight, bias
+    split: Sequence[int],
     group: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (): the sum over the denominator. What `group_loss` gives but the slopes. The loss's three gradients."""
+    """Return the losses' sum over the denominator (), the results of `group_loss` but the slopes, and its gradients."""
     if validation.check_values(hidden.device):
-        value_checks.label_values(targets, parts[1], ignore_index)
-    seq_offsets, group_offsets = logits_ops.checked_groups(
-        seq_offsets, group_offsets, rewards, ref_logps, targets, per_token_ref, ignore_index
-    )
-    curve = LogitTransform.of(logit_scale, softcap, temperature)
-    call = _call(hidden, weight, bias, targets, ref_hidden, curve, parts, group, chunk_rows, impl)
-    options = (objective, beta_pi, beta_r, (log_chosen, log_others), ignore_index)
-    function = dispatch.group_implementation(objective, impl).group_loss
-    loss = passes.GroupLoss(function, ref_logps, rewards, seq_offsets, group_offsets, per_token_ref, options)
-    needs = (needs_hidden, needs_weight, needs_bias)
-    with _as_given(hidden.device):
-        results, gradients = passes.group_pass(call, loss, denominator, ignore_index, needs)
+        value_checks.label_values(targets, split[1], ignore_index)
+    offsets = checked_groups(seq_offsets, group_offsets, rewards, ref_logps, targets, ignore_index)
+    call = _call(hidden, weight, bias, targets, ref_hidden, transform, split, group, impl)
+    function = group_function(objective, impl)
+    loss = passes.GroupLoss(function, ref_logps, rewards, *offsets, objective, Betas(*betas), ignore_index)
+    with _no_autocast(hidden.device):
+        results, gradients = passes.group_pass(call, loss, denominator, needs)
     losses, _, policy, ratios, p, q, tokens = results
     total = (losses.sum() / denominator).to(losses.dtype)
     return total, losses, policy, ratios, p, q, tokens, *gradients
 
 
 @linear_group_loss.register_fake
-def _(hidden, weight, bias, targets, ref_hidden, ref_logps, rewards, seq_offsets, group_offsets, denominator,
-      per_token_ref, objective, beta_pi, beta_r, log_chosen, log_others, logit_scale, softcap, temperature,
-      ignore_index, needs_hidden, needs_weight, needs_bias, chunk_rows, parts, group, impl):  # fmt: skip
-    acc = accumulator(hidden.dtype)
-    n_sequences, n_groups = seq_offsets.numel() - 1, group_offsets.numel() - 1
-
-    def new(*size):
-        return hidden.new_empty(size, dtype=acc)
-
-    d_hidden = hidden.new_empty(hidden.shape, dtype=_early(hidden.dtype)) if needs_hidden else new(0)
-    d_weight, d_bias = new(*(weight.shape if needs_weight else (0,))), new(weight.shape[0] if needs_bias else 0)
-    return new(), new(n_groups), *(new(n_sequences) for _ in range(5)), d_hidden, d_weight, d_bias
-
-
-def _early(dtype: torch.dtype) -> torch.dtype:
-    """Of the hidden states' gradient before it is multiplied by the loss's: fp16 could not hold it."""
-    return torch.float32 if dtype == torch.float16 else dtype
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    seq_offsets, group_offsets, needs = rest[5], rest[6], rest[12]
+    acc, n_sequences = accumulator(hidden.dtype), seq_offsets.numel() - 1
+    # fp16 could not hold the hidden states' gradient before it is multiplied by the loss's
+    early = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    shapes = [(), (group_offsets.numel() - 1,), *[(n_sequences,)] * 5]
+    return (
+        *(hidden.new_empty(shape, dtype=acc) for shape in shapes),
+        hidden.new_empty(hidden.shape, dtype=early) if needs[0] else hidden.new_empty(0, dtype=acc),
+        hidden.new_empty(weight.shape if needs[1] else (0,), dtype=acc),
+        hidden.new_empty(weight.shape[0] if needs[2] else 0, dtype=acc),
+    )
 
 
 @torch.library.custom_op("exo_kernels::linear_group_loss_backward", mutates_args=())
@@ -269,7 +233,7 @@ def linear_group_loss_backward(
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each times the loss's gradient, rounded once. An operator, because double backward must not pass."""
+    """Multiply each by the loss's gradient and round once. An operator, so that double backward is refused."""
 
     def times(x: Tensor, dtype: torch.dtype) -> Tensor:
         # one-dimensional: a 0-dimensional factor would be rounded to the dtype of what it multiplies
@@ -279,45 +243,43 @@ def linear_group_loss_backward(
 
 
 @linear_group_loss_backward.register_fake
-def _(grad_loss, d_hidden, d_weight, d_bias, hidden_dtype, weight_dtype, bias_dtype):
-    return (
-        torch.empty_like(d_hidden, dtype=hidden_dtype), torch.empty_like(d_weight, dtype=weight_dtype),
-        torch.empty_like(d_bias, dtype=bias_dtype),
-    )  # fmt: skip
+def _(grad_loss: Tensor, *gradients_and_dtypes: Any) -> tuple[Tensor, ...]:
+    gradients, dtypes = gradients_and_dtypes[:3], gradients_and_dtypes[3:]
+    return tuple(torch.empty_like(x, dtype=dtype) for x, dtype in zip(gradients, dtypes, strict=True))
 
 
-def _save_group_loss(ctx, inputs, output):
+def _save_group_loss(ctx: Any, inputs: Any, output: Any) -> None:
     hidden, weight, bias = inputs[:3]
     ctx.dtypes = hidden.dtype, weight.dtype, accumulator(hidden.dtype) if bias is None else bias.dtype
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros for every output that nobody asked about would be most of the bytes
+    ctx.set_materialize_grads(False)  # zeros for unused outputs would be most of the bytes
     ctx.save_for_backward(*output[7:])
 
 
-def _backward_group_loss(ctx, grad_loss, *_):
+def _backward_group_loss(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 27
+        return (None,) * 18
     gradients = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not grad_loss.requires_grad:
-        grad_loss = grad_loss.clone().requires_grad_()  # double backward must meet the operator, which refuses it
-    if _is_one(grad_loss):  # as after loss.backward(): nothing to multiply, and nothing to copy
+        grad_loss = grad_loss.clone().requires_grad_()  # so that double backward meets the operator, which refuses it
+    if _is_one(grad_loss):  # as after loss.backward(): nothing to multiply or copy
         grads = tuple(x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
     else:
         grads = linear_group_loss_backward(grad_loss, *gradients, *ctx.dtypes)
     needs = ctx.needs_input_grad[:3]
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 24
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 15
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Asked where it costs nothing, on a CPU; and where nobody else can see the gradients that are handed out."""
+    """Return True if it is known to be 1 at no cost (on a CPU), and the gradients may be handed out without a copy."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(grad) is not Tensor or _graph_is_kept():
         return False
     return grad.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(grad) and grad.item() == 1
 
 
 def _graph_is_kept() -> bool:
-    """Return whether this backward pass may run again; True if torch does not say."""
-    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+    """Return False if this backward pass runs only once; True if torch does not tell."""
+    return bool(getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)())
 
 
 linear_group_loss.register_autograd(_backward_group_loss, setup_context=_save_group_loss)

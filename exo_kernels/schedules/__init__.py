@@ -1,6 +1,5 @@
-"""From hidden states to log-probabilities and losses; the full logits never exist.
+"""From hidden states to log-probabilities and losses, without the full logits.
 
-api -> plan (which schedule, which chunks) -> ops (custom operators) -> schedules (the four loops over chunks) -> head
-(the matmuls) and the implementation's chunk kernels (chunked/linear.py, _triton/linear.py). vocab_parallel joins what
-ranks know that hold a part of the vocabulary each.
+plan (which schedule, which chunks) -> passes (the loops over chunks) -> chunks (one chunk) -> matmul, and the chunk
+kernels of the implementation. vocab_parallel combines the results of ranks that hold a part of the vocabulary each.
 """

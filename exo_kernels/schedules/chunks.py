@@ -1,8 +1,9 @@
-"""Work on a chunk of rows, shared by all schedules: logits, log-probs, gradients and their sums.
+"""Work on one chunk of rows: make logits, score them, turn them into gradients, add those up.
 
-Left out: which rows, when, and in what order (schedules.py).
+Which rows, and in which order: passes.py.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,15 +18,15 @@ Rows = tuple[Tensor, Tensor]  # index into (N, T)
 
 
 class HeadCall(NamedTuple):
-    """The inputs of a schedule."""
+    """The arguments of a call that all schedules share."""
 
     implementation: ModuleType
     hidden: Tensor  # (N, T, D)
     weight: Tensor  # (V, D), same dtype
     bias: Tensor | None  # (V,)
-    targets: Tensor  # (N, T) int64, in the whole vocabulary
-    ref_hidden: Tensor | None  # (N, T, D), to be scored by the same head
-    curve: LogitTransform
+    targets: Tensor  # (N, T) int64, in the vocabulary of all ranks
+    ref_hidden: Tensor | None  # (N, T, D), scored by the same head
+    transform: LogitTransform
     shard: Shard
     chunk_rows: int
 
@@ -38,40 +39,42 @@ class HeadCall(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The log-probs of a chunk's rows."""
+    """Log-probs of a chunk's rows."""
 
-    stats: Tensor  # (3, M) logit of the target, top logit, log sum exp above it
+    stats: Tensor  # (3, M) target's logit, top logit, log of the sum of exp(logit - top)
     logps: Tensor  # (M,)
     entropies: Tensor  # (M,) or (0,)
 
 
 class Chunk(NamedTuple):
-    """Rows of which the workspace holds the gradients, until it takes the next."""
+    """Rows whose gradients are in the workspace until it takes the next chunk."""
 
     rows: Rows
-    hidden: Tensor  # (M, D), empty while d is not made
+    hidden: Tensor  # (M, D), empty until d is computed
     stats: Tensor  # (3, M)
     d: Tensor  # (M, V)
 
 
 class Workspace:
-    """The chunk: its logits, and its gradients where they have another dtype."""
+    """Buffers of a chunk: its logits, and its gradients if they have another dtype."""
 
     def __init__(self, call: HeadCall, rows: int) -> None:
         self.call = call
-        vocab = len(call.weight)
-        self.dtype = matmul.gradient_dtype(call.hidden.dtype, call.hidden.device)
-        sides = 1 if call.ref_hidden is None else 2
-        new = call.implementation.new_buffer
-        self.a = new((rows * sides, matmul.padded(vocab)), call.acc, call.hidden.device)[:, :vocab]
-        self.d = None
-        if self.dtype != call.acc:
-            self.d = new((rows, matmul.padded(vocab)), self.dtype, call.hidden.device)[:, :vocab]
-        acc_bias = None if call.bias is None else call.bias.to(call.acc)
-        self.bias = None if acc_bias is None else torch.nn.functional.pad(acc_bias, (0, matmul.padded(vocab) - vocab))
+        vocab, device = len(call.weight), call.hidden.device
+        width = matmul.padded(vocab)
+        gradient_dtype = matmul.gradient_dtype(call.hidden.dtype, device)
+        n_logits = rows if call.ref_hidden is None else 2 * rows
+        # small pages, which a matmul touches while they are in cache: huge ones cost 8% of the call
+        self.a: Tensor = torch.empty((n_logits, width), dtype=call.acc, device=device)[:, :vocab]
+        self.d: Tensor | None = None
+        if gradient_dtype != call.acc:
+            self.d = torch.empty((rows, width), dtype=gradient_dtype, device=device)[:, :vocab]
+        self.bias: Tensor | None = None
+        if call.bias is not None:
+            self.bias = torch.nn.functional.pad(call.bias.to(call.acc), (0, width - vocab))
 
     def logits(self, rows: Rows, with_ref: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (M, D), targets (M,), h W^T (M, V), with_ref: (2M, V), the reference's rows below."""
+        """Return hidden states (M, D), targets (M,), h W^T (M, V); with_ref: (2M, V), the reference's rows last."""
         call = self.call
         hidden = both = call.hidden[rows]
         if with_ref and call.ref_hidden is not None:
@@ -80,47 +83,47 @@ class Workspace:
         matmul.logits(both, call.weight, a)
         return hidden, call.targets[rows], a
 
-    def forward(self, rows: Rows, logps: Tensor, ref_logps: Tensor, gradient: bool) -> "Chunk":
-        """Fill in the rows' log-probs, those of the reference too; `gradient`: and make d of the logits."""
+    def forward(self, rows: Rows, logps: Tensor, ref_logps: Tensor, gradient: bool) -> Chunk:
+        """Fill in the log-probs of policy and reference; `gradient`: also turn the logits into d."""
         hidden, targets, a = self.logits(rows, with_ref=True)
         a, ref = a[: len(targets)], a[len(targets) :]
-        d = self.place_of_gradient(a)
+        d = self.gradient_buffer(a)
         score = self.score_and_gradient(d, a, hidden, targets) if gradient else self.score(a, hidden, targets)
         logps[rows] = score.logps
         self.score_ref(ref, rows, targets, ref_logps)
         return Chunk(rows, hidden if gradient else hidden.new_empty(0), score.stats, d)
 
     def score_ref(self, a: Tensor, rows: Rows, targets: Tensor, ref_logps: Tensor) -> None:
-        """Fill in the log-probs of the reference's rows, where they are below the policy's."""
+        """Fill in the reference's log-probs, if this head scores it too."""
         if self.call.ref_hidden is not None:
             ref_logps[rows] = self.score(a, self.call.ref_hidden[rows], targets).logps
 
-    def recompute(self, chunk: "Chunk") -> "Chunk":
-        """Make its logits once more, and d of them."""
+    def recompute(self, chunk: Chunk) -> Chunk:
+        """Make the logits once more and turn them into d."""
         hidden, targets, a = self.logits(chunk.rows)
-        d = self.place_of_gradient(a)
+        d = self.gradient_buffer(a)
         self.gradient(d, a, targets, chunk.stats)
         return Chunk(chunk.rows, hidden, chunk.stats, d)
 
-    def place_of_gradient(self, a: Tensor) -> Tensor:
+    def gradient_buffer(self, a: Tensor) -> Tensor:
         return a if self.d is None else self.d[: len(a)]
 
-    def score(self, a: Tensor, hidden: Tensor, targets: Tensor, entropy: bool = False) -> "Score":
+    def score(self, a: Tensor, hidden: Tensor, targets: Tensor, entropy: bool = False) -> Score:
         call = self.call
         local = targets - call.shard.start
-        stats, entropies = call.implementation.chunk_logps(a, self.bias, local, call.curve, entropy)
+        stats, entropies = call.implementation.chunk_logps(a, self.bias, local, call.transform, entropy)
         rounding_error = self._rounding_error(stats, hidden, local)
         stats, rounding_error, entropies = vocab_parallel.combine(
             stats, rounding_error, entropies, targets, a.shape[1], call.shard
         )
         return Score(stats, _log_probs(stats, rounding_error), entropies)
 
-    def score_and_gradient(self, out: Tensor, a: Tensor, hidden: Tensor, targets: Tensor) -> "Score":
-        """`out` becomes d."""
+    def score_and_gradient(self, out: Tensor, a: Tensor, hidden: Tensor, targets: Tensor) -> Score:
+        """Score, and write d to `out`."""
         call = self.call
         local = targets - call.shard.start
         if not call.shard.parallel:
-            stats = call.implementation.chunk_logps_and_gradient(out, a, self.bias, local, call.curve)
+            stats = call.implementation.chunk_logps_and_gradient(out, a, self.bias, local, call.transform)
             return Score(stats, _log_probs(stats, self._rounding_error(stats, hidden, local)), stats[:0, 0])
         score = self.score(a, hidden, targets)
         self.gradient(out, a, targets, score.stats)
@@ -134,41 +137,43 @@ class Workspace:
         x = matmul.exact_logits(hidden, call.weight, local)
         if call.bias is not None:
             x = x + call.bias.double()[local.clamp(0, len(call.bias) - 1)]
-        exact = call.curve.outer * (torch.tanh(call.curve.inner * x) if call.curve.capped else x)
+        transform = call.transform
+        exact = transform.outer * (torch.tanh(transform.inner * x) if transform.capped else x)
         rounding_error = exact - stats[0]
         return torch.where(rounding_error.isfinite(), rounding_error, 0.0)
 
     def gradient(self, out: Tensor, a: Tensor, targets: Tensor, stats: Tensor, *weights: Tensor) -> None:
-        """`out` becomes d; or, given entropies, g and h, the gradient of - g log p - h H."""
+        """Write d to `out`; or, given entropies, g and h, the gradient of - g log p - h H."""
         call = self.call
         entropies, g, h = weights or (None, None, None)
         local = targets - call.shard.start
-        call.implementation.chunk_gradient(out, a, self.bias, local, call.curve, stats, entropies, g, h)
+        call.implementation.chunk_gradient(out, a, self.bias, local, call.transform, stats, entropies, g, h)
 
 
 def _log_probs(stats: Tensor, rounding_error: Tensor) -> Tensor:  # (3, M), (M,) -> (M,)
-    """log p of the targets, had their logits not been rounded: the logit moves by that, and the sum by p of it."""
+    """Return the targets' log p, corrected for rounding, which moves the logit by the error and the sum by p of it."""
     logps = stats[0] - stats[1] - stats[2]
     return (logps - torch.expm1(logps.double()) * rounding_error).to(logps.dtype)
 
 
 class Gradients:
-    """The sums over chunks that become the gradients of hidden, weight and bias, each where it is needed."""
+    """Sums over chunks that become the gradients of hidden, weight and bias, each if needed."""
 
-    def __init__(self, call: HeadCall, hidden: bool, weight: bool, bias: bool, scale: Tensor | None = None) -> None:
+    def __init__(self, call: HeadCall, needs: Sequence[bool], scale: Tensor | None = None) -> None:
+        hidden, weight, bias = needs
         self.call = call
-        self.scale = scale  # () of the coefficients, where fp16 could not hold their products
-        device, vocab = call.hidden.device, len(call.weight)
+        self.scale = scale  # () of the coefficients, if fp16 cannot hold their products
         wide = call.shard.parallel or scale is not None  # ranks add up before they round
-        dtype = call.acc if wide else call.hidden.dtype
-        self.dtype = call.hidden.dtype if scale is None else call.acc
-        self.hidden = torch.zeros(call.hidden.shape, dtype=dtype, device=device) if hidden else None
-        self.weight = call.implementation.new_buffer(call.weight.shape, call.acc, device) if weight else None
-        self.bias = call.zeros(vocab, 1) if bias else None
-        self.first = True
+        self.dtype: torch.dtype = call.hidden.dtype if scale is None else call.acc
+        self.hidden: Tensor | None = None
+        if hidden:
+            self.hidden = call.hidden.new_zeros(call.hidden.shape, dtype=call.acc if wide else call.hidden.dtype)
+        self.weight: Tensor | None = call.weight.new_empty(call.weight.shape, dtype=call.acc) if weight else None
+        self.bias: Tensor | None = call.zeros(len(call.weight), 1) if bias else None
+        self.first: bool = True
 
     def add(self, rows: Rows, d: Tensor, hidden: Tensor, coefficient: Tensor, log_probs: Tensor) -> None:
-        """A chunk's share. Rows whose coefficient is 0 give nothing, whatever they hold; without a log-prob, NaN."""
+        """Add a chunk's part. Rows with coefficient 0 add nothing, whatever they hold; rows without a log-prob, NaN."""
         none = coefficient == 0
         c = torch.where(none, 0.0, torch.where(log_probs.isnan(), torch.nan, coefficient))[:, None]  # (M, 1)
         if self.hidden is not None:
@@ -184,7 +189,7 @@ class Gradients:
         self.first = False
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of hidden in its dtype (given a scale, in accumulators), of weight and bias in accumulators; or (0,)."""
+        """Return the gradients: hidden in its dtype (given a scale, in accumulators), the others in accumulators."""
         if self.weight is not None and self.first:
             self.weight.zero_()
         for total in (self.weight, self.bias):

@@ -1,8 +1,7 @@
-"""The language model's head: its three matmuls.
+"""The three matmuls of the language model's head.
 
-Products of 16-bit operands come out in fp32. On CUDA and ROCm the vendor's matmul does that by itself (and, from torch
-2.11 on, adds to an fp32 sum); elsewhere the weight is converted block by block, and everything is multiplied in fp32.
-Left out: what happens to the logits in between (curve.py, chunked/linear.py, _triton/linear.py).
+Products of 16-bit operands come out in fp32. On CUDA and ROCm the vendor's matmul does that (and, from torch 2.11 on,
+adds to an fp32 sum); elsewhere the weight is converted block by block and multiplied in fp32.
 """
 
 from collections.abc import Iterator
@@ -12,18 +11,18 @@ from torch import Tensor
 
 from exo_kernels.numerics import accumulator
 
-PADDING = 16  # rows of a chunk are padded to so many elements, that each begins at an aligned address
+PADDING = 16  # elements: rows of a chunk are padded to a multiple, so that each begins at an aligned address
 EXACT_CPU, EXACT_GPU = 2**22, 2**25  # bytes at a time for exact logits: in cache, or in few launches
-BLOCK_BYTES = 2**23  # of a 16-bit weight in fp32, where the device cannot multiply it as it is
+BLOCK_BYTES = 2**23  # of a 16-bit weight in fp32, if the device cannot multiply it directly
 
 
 def multiplies_16_bits(device: torch.device) -> bool:
-    """Return whether torch.mm takes 16-bit operands to an fp32 result there (`out_dtype`)."""
+    """Return True if torch.mm has an fp32 result for 16-bit operands there (`out_dtype`)."""
     return device.type == "cuda"
 
 
 def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of a chunk's gradients: what the two matmuls after them take."""
+    """Return the dtype of a chunk's gradients, which the two later matmuls take."""
     return dtype if multiplies_16_bits(device) else accumulator(dtype)
 
 
@@ -32,7 +31,7 @@ def padded(vocab: int) -> int:
 
 
 def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a 16-bit weight, in fp32."""
+    """Yield the rows of a 16-bit weight in fp32, block by block."""
     step = max(1, BLOCK_BYTES // max(weight.shape[1] * 4, 1))
     for i in range(0, len(weight), step):
         rows = slice(i, min(i + step, len(weight)))
@@ -57,9 +56,9 @@ def logits(
 def exact_logits(
     hidden: Tensor,  # (M, D)
     weight: Tensor,  # (V, D)
-    rows: Tensor,  # (M,) int64, of the weight; any number where there is none
+    rows: Tensor,  # (M,) int64, of the weight; clamped if out of range
 ) -> Tensor:  # (M,) float64
-    """One logit a row, as exact as the operands: a matmul in fp32 is off by more than the log-ratios can bear.
+    """Return one logit per row, as exact as the operands: the error of an fp32 matmul is too large for log-ratios.
 
     Products of 16-bit numbers are exact in fp32, those of fp32 numbers in fp64; the sums are fp64.
     """

@@ -1,9 +1,9 @@
-"""A head whose rows (the vocabulary) lie on several ranks: what each knows of a row of logits becomes what all know.
+"""A head whose rows (the vocabulary) are sharded over several ranks.
 
 Every rank has the same hidden states and labels, and the rows [start, start + V_local) of the weight, in the order of
-ranks. Scoring a chunk costs two all-reduces of a few numbers a row (maximum; sum of exponentials and target), a call
-one more of the hidden states' gradient. Ranks must decide alike, so they decide by what all know: the labels, and the
-largest part. Left out: a DTensor or an empty weight (validation.gathered).
+ranks. Scoring a chunk costs two all-reduces of a few numbers per row (maximum; sum of exponentials and target), a call
+one more of the hidden states' gradient. All ranks must choose the same chunks, so the choice depends only on the labels
+and on the largest part.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Shard(NamedTuple):
 
     start: int
     vocab: int  # of all ranks together
-    largest: int  # part of any rank, by which all plan their chunks alike
+    largest: int  # part of any rank, from which all ranks plan the same chunks
     group: str
 
     @property
@@ -30,17 +30,17 @@ class Shard(NamedTuple):
         return bool(self.group)
 
 
-def whole(vocab: int) -> Shard:
+def unsharded(vocab: int) -> Shard:
     return Shard(0, vocab, vocab, "")
 
 
 def join(weight: Tensor, process_group: dist.ProcessGroup) -> Shard:
-    """Tell each other the parts' sizes: one small collective and one synchronisation."""
-    if not isinstance(process_group, dist.ProcessGroup):  # new_group gives an integer to those who are not in it
+    """Gather the sizes of all parts: one small collective and one synchronisation."""
+    if not isinstance(process_group, dist.ProcessGroup):  # new_group returns an integer on ranks outside the group
         expected = "a torch.distributed.ProcessGroup that this process is in, or None"
         validation.fail("process_group", expected, validation.describe(process_group))
-    if torch.compiler.is_compiling():  # the sizes decide how many chunks there are, so no graph can hold this
-        torch._dynamo.graph_break(msg="process_group: ranks tell each other the sizes of their parts first")
+    if torch.compiler.is_compiling():  # the sizes decide the number of chunks, so no graph can hold this
+        torch._dynamo.graph_break(msg="process_group: ranks gather the sizes of their parts first")
     sizes = torch.zeros(dist.get_world_size(process_group), 1, dtype=torch.long, device=weight.device)
     dist.all_gather(list(sizes), sizes.new_tensor([len(weight)]), group=process_group)
     parts, rank, name = sizes[:, 0].tolist(), dist.get_rank(process_group), process_group.group_name
@@ -55,33 +55,33 @@ def sum_(x: Tensor, shard: Shard) -> None:
 
 
 def combine(
-    stats: Tensor,  # (3, M) of this rank's columns: target's logit, top (-inf where there is nothing), log sum above it
-    rounding_error: Tensor,  # (M,) what rounding took from the target's logit
+    stats: Tensor,  # (3, M) of this rank's columns: target's logit, top logit (may be -inf), log sum above it
+    rounding_error: Tensor,  # (M,) of the target's logit
     entropies: Tensor,  # (M,) of this rank's columns, or (0,)
-    targets: Tensor,  # (M,) in the whole vocabulary
+    targets: Tensor,  # (M,) in the vocabulary of all ranks
     vocab: int,  # columns of this rank
     shard: Shard,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of all columns. A row of nothing but -inf has top 0; a label outside the vocabulary stays NaN."""
+    """Return the same over all columns. A row of -inf has top 0; a label outside the vocabulary stays NaN."""
     target, top, log_total = stats
     if not shard.parallel:
         return torch.stack([target, top.masked_fill(top == -torch.inf, 0.0), log_total]), rounding_error, entropies
-    everywhere = top.clone()
-    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=_GROUPS[shard.group])
-    everywhere = everywhere.masked_fill(everywhere == -torch.inf, 0.0)
-    log_share = (top - everywhere) + log_total  # in this order a large common offset costs no digits
+    highest = top.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=_GROUPS[shard.group])
+    highest = highest.masked_fill(highest == -torch.inf, 0.0)
+    log_share = (top - highest) + log_total  # in this order a large common offset costs no digits
     share = log_share.exp()
-    foreign = (targets < shard.start) | (targets >= shard.start + vocab)
+    elsewhere = (targets < shard.start) | (targets >= shard.start + vocab)
     sums = torch.zeros(4 if entropies.numel() else 3, len(targets), dtype=stats.dtype, device=stats.device)
     sums[0] = share
-    sums[1] = target.masked_fill(foreign, 0.0)
-    sums[2] = rounding_error.masked_fill(foreign, 0.0)
+    sums[1] = target.masked_fill(elsewhere, 0.0)
+    sums[2] = rounding_error.masked_fill(elsewhere, 0.0)
     if entropies.numel():
         sums[3] = torch.where(share > 0, share * (entropies - log_share), 0.0)
     sum_(sums, shard)
     log_total = torch.where(sums[0] > 0, sums[0].log(), sums[0])
     inside = (targets >= 0) & (targets < shard.vocab)
-    combined = torch.stack([sums[1].masked_fill(~inside, torch.nan), everywhere, log_total])
+    combined = torch.stack([sums[1].masked_fill(~inside, torch.nan), highest, log_total])
     if entropies.numel():
         entropies = torch.where(sums[0] == 0, 0.0, sums[3] / sums[0] + log_total)
     return combined, sums[2], entropies

@@ -32,7 +32,7 @@ def test_opcheck_of_the_group_pass(impl, device, objective, rewards):
     r = torch.randn(3, device=device) if rewards else None
     ref, targets = torch.zeros(3, device=device), torch.zeros(6, dtype=torch.long, device=device)
     bounds = torch.tensor([0, 2, 3, 6], device=device), torch.tensor([0, 1, 3], device=device)
-    arguments = (logps, targets, ref, r, *bounds, False, objective, 0.5, 1.0, -0.1, -2.0, IGNORED, impl)
+    arguments = (logps, targets, ref, r, *bounds, objective, [0.5, 1.0, -0.1, -2.0], IGNORED, impl)
     torch.library.opcheck(logits_ops.group_loss, arguments)
     slopes, grad = torch.randn(3, device=device), torch.randn(2, device=device)
     torch.library.opcheck(logits_ops.group_loss_backward, (grad, slopes, *bounds, 6))

@@ -137,7 +137,7 @@ def test_group_pass_is_objectives(impl, device, dtype, sizes, rewards, objective
         policy.to(dtype), torch.zeros(n).long(), ref, r if rewards else None, torch.arange(n + 1), offsets,
     ]  # fmt: skip
     arguments = [a if a is None else a.to(device) for a in arguments]
-    result = logits_ops.group_loss(*arguments, False, objective, beta_pi, beta_r, *log_targets, IGNORED, impl)
+    result = logits_ops.group_loss(*arguments, objective, [beta_pi, beta_r, *log_targets], IGNORED, impl)
 
     expected = [[] for _ in range(4)]
     for a, b in zip(offsets, offsets[1:], strict=False):
@@ -147,7 +147,7 @@ def test_group_pass_is_objectives(impl, device, dtype, sizes, rewards, objective
             log_q = objectives.reward_log_target(r[None, a:b], beta_r)
         else:
             log_q = objectives.preference_log_target(torch.ones_like(log_p).bool(), *log_targets)
-        loss, slope = objectives.OBJECTIVES[objective](log_p, log_q)
+        loss, slope = objectives.OBJECTIVES[objective].function(log_p, log_q)
         for values, more in zip(expected, (loss, beta_pi * slope[0], log_p[0].exp(), log_q[0].exp()), strict=True):
             values.append(more)
     names = {"loss": 0, "slopes": 1, "p": 4, "q": 5}
@@ -172,10 +172,10 @@ def test_long_sequences_are_summed_in_float64(impl, device, per_token):
     def sums(x: torch.Tensor) -> torch.Tensor:
         return torch.stack([part.sum() for part in x.double().where(scored, 0.0).split(lengths.tolist())])
 
-    given = ref if per_token else sums(ref)
+    given = ref[None] if per_token else sums(ref)
     arguments = [x.to(device) for x in (logps, targets, given)]
     bounds = [offsets.to(device), torch.tensor([0, 4, 6], device=device)]
-    result = logits_ops.group_loss(*arguments, None, *bounds, per_token, "exo", 0.5, 1.0, -0.1, -2.0, IGNORED, impl)
+    result = logits_ops.group_loss(*arguments, None, *bounds, "exo", [0.5, 1.0, -0.1, -2.0], IGNORED, impl)
     for name, i, expected in (("policy", 2, sums(logps)), ("ratios", 3, sums(logps) - sums(ref))):
         compare(name, result[i], expected.float(), expected, 1e-10)
     assert result[6].tolist() == [part.sum().item() for part in scored.split(lengths.tolist())]
@@ -187,7 +187,7 @@ def test_slopes_are_the_derivative(objective):
     rng = seeded(4)
     z = torch.randn(6, 5, generator=rng, dtype=torch.float64).mul(3).requires_grad_()
     log_q = torch.log_softmax(torch.randn(6, 5, generator=rng, dtype=torch.float64), -1)
-    loss, slope = objectives.OBJECTIVES[objective](torch.log_softmax(z, -1), log_q)
+    loss, slope = objectives.OBJECTIVES[objective].function(torch.log_softmax(z, -1), log_q)
     (expected,) = torch.autograd.grad(loss.sum(), z)
     same("slope", slope.detach(), expected, 10.0)
 

@@ -8,6 +8,7 @@ from linear_cases import make_linear_case
 from torch.autograd import gradcheck
 
 import exo_kernels
+from exo_kernels.numerics import LogitTransform
 from exo_kernels.ops import hidden as hidden_ops
 
 SCHEDULES = ["deferred", "group", "store", "recompute"]
@@ -160,32 +161,32 @@ def test_opcheck_of_the_log_probs(impl, device, schedule):
     hidden, weight, bias = leaves_of((2, 3, 4), (5, 4), (5,), device=device, dtype=torch.float32)
     ref = torch.randn(2, 3, 4, device=device)
     targets = make_labels((2, 3), 5).to(device)
-    curve, plan = (0.9, 3.0, 0.8, IGNORED), (schedule, 2, [0, 5, 5], "", impl)
+    transform, place = list(LogitTransform.of(0.9, 3.0, 0.8)), ([0, 5, 5, 2], "", impl)
     if schedule == "score":
         hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach()
-    arguments = (hidden, weight, bias, targets, ref, *curve, entropy, *plan)
+    arguments = (hidden, weight, bias, targets, ref, transform, IGNORED, entropy, schedule, *place)
     torch.library.opcheck(hidden_ops.linear_token_logps, arguments)
     if schedule == "score":
         return
-    logps, entropies, _, stats, kept = (x.detach() for x in hidden_ops.linear_token_logps(*arguments))
+    logps, entropies, _, stats, saved = (x.detach() for x in hidden_ops.linear_token_logps(*arguments))
     detached = (x.detach() for x in (hidden, weight, bias))
     g = torch.rand(2, 3, device=device)
-    backward = (g, g if entropy else None, *detached, targets, logps, entropies, stats, kept, *curve, *plan)
-    torch.library.opcheck(hidden_ops.linear_token_logps_backward, (*backward, True, True, True))
-    torch.library.opcheck(hidden_ops.linear_token_logps_backward, (*backward, True, False, False))
+    backward = (g, g if entropy else None, *detached, targets, logps, entropies, stats, saved)
+    for needs in ([True, True, True], [True, False, False]):
+        arguments = (*backward, transform, IGNORED, schedule, *place, needs)
+        torch.library.opcheck(hidden_ops.linear_token_logps_backward, arguments)
 
 
 def test_opcheck_of_the_group_loss(impl, device):
     hidden, weight, bias = leaves_of((4, 3, 4), (5, 4), (5,), device=device, dtype=torch.float32)
     targets = make_labels((4, 3), 5).to(device)
     offsets = torch.arange(5, device=device) * 3, torch.tensor([0, 1, 4], device=device)
-    loss = (torch.tensor(2.0, dtype=torch.float64, device=device), False, "exo", 0.5, 1.0, -0.1, -2.0)
-    for needs in ((True, True, True), (True, False, False), (False, True, False)):
+    loss = (torch.tensor(2.0, dtype=torch.float64, device=device), "exo", [0.5, 1.0, -0.1, -2.0])
+    options = (list(LogitTransform.of(0.9, 3.0, 0.8)), IGNORED)
+    for needs in ([True, True, True], [True, False, False], [False, True, False]):
         leaves = [x.detach().requires_grad_(need) for x, need in zip((hidden, weight, bias), needs, strict=True)]
         arguments = (*leaves, targets, None, torch.zeros(4, device=device), None, *offsets, *loss)
-        torch.library.opcheck(
-            hidden_ops.linear_group_loss, (*arguments, 0.9, 3.0, 0.8, IGNORED, *needs, 4, [0, 5, 5], "", impl)
-        )
+        torch.library.opcheck(hidden_ops.linear_group_loss, (*arguments, *options, needs, [0, 5, 5, 4], "", impl))
     gradients = (torch.randn(shape, device=device) for shape in ((4, 3, 4), (5, 4), (5,)))
     g = torch.tensor(0.5, device=device)
     torch.library.opcheck(

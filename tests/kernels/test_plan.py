@@ -12,8 +12,8 @@ MIB = 2**20
 CPU = torch.device("cpu")
 
 
-def needs(hidden=True, weight=True, bias=False, entropy=False, whole_loss=True) -> plan.Needs:
-    return plan.Needs(hidden, weight, bias, entropy, whole_loss)
+def needs(hidden=True, weight=True, bias=False, entropy=False, reduced_loss=True) -> plan.Needs:
+    return plan.Needs(hidden, weight, bias, entropy, reduced_loss)
 
 
 def sizes(rows=1000, vocab=32000, dtype=torch.float32, device=CPU, stacked=False) -> plan.Sizes:
@@ -39,13 +39,13 @@ def test_bad_budgets(bad):
     [
         (needs(False, False), 512 * MIB, "score"),
         (needs(weight=False), 512 * MIB, "deferred"),
-        (needs(weight=False, whole_loss=False), MIB, "deferred"),
+        (needs(weight=False, reduced_loss=False), MIB, "deferred"),
         (needs(), 512 * MIB, "group"),
         (needs(hidden=False), MIB, "group"),
         (needs(weight=False, bias=True), MIB, "group"),
-        (needs(whole_loss=False), 512 * MIB, "store"),
-        (needs(whole_loss=False), 64 * MIB, "recompute"),
-        (needs(weight=False, entropy=True, whole_loss=False), 512 * MIB, "recompute"),
+        (needs(reduced_loss=False), 512 * MIB, "store"),
+        (needs(reduced_loss=False), 64 * MIB, "recompute"),
+        (needs(weight=False, entropy=True, reduced_loss=False), 512 * MIB, "recompute"),
     ],
 )
 def test_auto(wanted, budget, expected):
@@ -55,7 +55,7 @@ def test_auto(wanted, budget, expected):
 @pytest.mark.parametrize("schedule", ["deferred", "group", "store", "recompute"])
 def test_explicit_is_taken_or_refused(schedule):
     assert plan.choose(schedule, needs(), sizes(), MIB) == (schedule, "asked for")
-    alone = needs(whole_loss=False)
+    alone = needs(reduced_loss=False)
     if schedule == "group":
         with pytest.raises(ValueError, match="schedule: expected another than 'group'"):
             plan.choose(schedule, alone, sizes(), MIB)
