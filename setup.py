@@ -1,5 +1,7 @@
 """Packaging metadata. Static: nothing is probed, built or downloaded here."""
 
+import re
+
 from setuptools import find_packages, setup
 
 TRAIN = [
@@ -31,9 +33,12 @@ TEST = [
     "types-PyYAML",
 ]
 
+with open("exo_kernels/__init__.py", encoding="utf-8") as file:  # its text: importing it needs torch
+    VERSION = re.search(r'^__version__ = "(.+)"$', file.read(), re.MULTILINE)[1]
+
 setup(
     name="exo-kernels",
-    version="0.1.0",
+    version=VERSION,
     description="Fused, exact losses for preference alignment of language models: EXO and DPO on K completions",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",

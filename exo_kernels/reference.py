@@ -189,8 +189,10 @@ def _fused_loss(
     return loss, objectives.LossStats(*stats)
 
 
-LOSSES = {objective: functools.partial(_fused_loss, objective) for objective in objectives.OBJECTIVES}
-fused_exo_loss, fused_dpo_loss = LOSSES["exo"], LOSSES["dpo"]
+Function = Callable[..., Any]
+LOSSES: dict[str, Function] = {name: functools.partial(_fused_loss, name) for name in objectives.OBJECTIVES}
+fused_exo_loss: Function = LOSSES["exo"]
+fused_dpo_loss: Function = LOSSES["dpo"]
 
 
 def _logits(
@@ -236,7 +238,8 @@ def _from_hidden(function: Callable[..., Result]) -> Callable[..., Result]:
     return linear
 
 
-linear_token_logps, linear_sequence_logps = _from_hidden(token_logps), _from_hidden(sequence_logps)
+linear_token_logps: Callable[..., Tensor | tuple[Tensor, Tensor]] = _from_hidden(token_logps)
+linear_sequence_logps: Callable[..., Tensor] = _from_hidden(sequence_logps)
 
 
 def _fused_linear_loss(
@@ -273,5 +276,8 @@ def _fused_linear_loss(
     return _fused_loss(objective, logits, labels, ref_logps, per_token_ref=per_token_ref, **layout, **options)
 
 
-LINEAR_LOSSES = {objective: functools.partial(_fused_linear_loss, objective) for objective in objectives.OBJECTIVES}
-fused_linear_exo_loss, fused_linear_dpo_loss = LINEAR_LOSSES["exo"], LINEAR_LOSSES["dpo"]
+LINEAR_LOSSES: dict[str, Function] = {
+    name: functools.partial(_fused_linear_loss, name) for name in objectives.OBJECTIVES
+}
+fused_linear_exo_loss: Function = LINEAR_LOSSES["exo"]
+fused_linear_dpo_loss: Function = LINEAR_LOSSES["dpo"]

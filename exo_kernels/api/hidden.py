@@ -226,12 +226,13 @@ def _fused_loss(objective: str) -> HiddenLoss:
             result = _by_schedule(loss_options, inputs, ref)
         return result if return_stats else result[0]
 
-    published: HiddenLoss = options.publish(loss, "fused_linear_{}_loss", objective)
+    published: HiddenLoss = options.publish(loss, f"fused_linear_{objective}_loss", objective)
     return published
 
 
-LOSSES = {objective: _fused_loss(objective) for objective in objectives.OBJECTIVES}
-fused_linear_exo_loss, fused_linear_dpo_loss = LOSSES["exo"], LOSSES["dpo"]
+LOSSES: dict[str, HiddenLoss] = {objective: _fused_loss(objective) for objective in objectives.OBJECTIVES}
+fused_linear_exo_loss: HiddenLoss = LOSSES["exo"]
+fused_linear_dpo_loss: HiddenLoss = LOSSES["dpo"]
 
 
 def prepare_reference(

@@ -235,9 +235,10 @@ def _fused_loss(objective: str) -> LogitsLoss:
             )
         return result if return_stats else result[0]
 
-    published: LogitsLoss = options.publish(loss, "fused_{}_loss", objective)
+    published: LogitsLoss = options.publish(loss, f"fused_{objective}_loss", objective)
     return published
 
 
-LOSSES = {objective: _fused_loss(objective) for objective in objectives.OBJECTIVES}
-fused_exo_loss, fused_dpo_loss = LOSSES["exo"], LOSSES["dpo"]
+LOSSES: dict[str, LogitsLoss] = {objective: _fused_loss(objective) for objective in objectives.OBJECTIVES}
+fused_exo_loss: LogitsLoss = LOSSES["exo"]
+fused_dpo_loss: LogitsLoss = LOSSES["dpo"]

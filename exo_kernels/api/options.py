@@ -59,8 +59,8 @@ class LossOptions(NamedTuple):
 
 
 def publish(loss: Callable[..., Any], name: str, objective: str) -> Any:
-    """Give a loss that a factory made its public name and documentation."""
-    loss.__name__ = loss.__qualname__ = name.format(objective)
+    """Give a loss from a factory its public name and documentation."""
+    loss.__name__ = loss.__qualname__ = name
     loss.__doc__ = f"{objectives.OBJECTIVES[objective].summary}\n\n{inspect.cleandoc(loss.__doc__ or '')}"
     return loss
 
