@@ -268,20 +268,11 @@ def _by_schedule(
     offsets = groups.group_offsets(loss_options.group_size, rows.n_sequences, rows.scores.device)
     denominator = _as_scalar(loss_options.denominator(offsets.numel() - 1), rows.scores.device)
     tensors = (rows.scores, inputs.weight, inputs.bias, rows.targets, inputs.ref_hidden, ref_logps)
+    rewards, objective, betas = loss_options.constant_rewards, loss_options.objective, loss_options.betas
+    grouping = (rewards, rows.seq_offsets, offsets, denominator, objective, betas)
+    place = (list(needs[:3]), inputs.split(), inputs.shard.group, rows.impl)
     loss, losses, *results = hidden_ops.linear_group_loss(
-        *tensors,
-        loss_options.constant_rewards,
-        rows.seq_offsets,
-        offsets,
-        denominator,
-        loss_options.objective,
-        loss_options.betas,
-        inputs.transform,
-        inputs.ignore_index,
-        list(needs[:3]),
-        inputs.split(),
-        inputs.shard.group,
-        rows.impl,
+        *tensors, *grouping, inputs.transform, inputs.ignore_index, *place
     )
     return loss, loss_options.stats(losses, *results[:5])
 
