@@ -1,6 +1,6 @@
 # make demo   the quickstart           make test      the tests (make test-all: the long ones too)
 # make bench  the benchmarks           make lint      ruff and mypy        make gpu   what needs a GPU
-# make soak   kills, damages, full disks by the hundred: hours
+# make soak   kills, damages, full disks by the hundred: hours      make docs  the site, in site/
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -12,7 +12,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 # waiting threads that spin take the core that others need; whoever set another policy is heard
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all soak bench lint format gpu clean
+.PHONY: setup demo test test-all soak bench docs lint format gpu clean
 
 setup: $(INSTALLED)
 
@@ -44,10 +44,18 @@ gpu: setup
 bench: setup
 	$(PYTEST) benchmarks/
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+.venv/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell $$(git ls-files)
 
 format: setup
 	$(BIN)/ruff check --fix .

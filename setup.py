@@ -16,16 +16,20 @@ TRAIN = [
 ]
 LORA = ["peft>=0.18"]
 QLORA = [*LORA, "bitsandbytes>=0.49"]
+JUDGE = ["openai>=2.0"]
 BENCH = ["matplotlib>=3.9", "pytest>=8.0", "pytest-benchmark>=5.0"]
 TEST = [
     *TRAIN,
     *BENCH,
     *QLORA,
+    *JUDGE,
+    "codespell>=2.3",
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest-xdist>=3.6",  # make test uses both cores
     "numpy>=2.0",  # the Triton interpreter computes with it
     "ruff>=0.12",
+    "setuptools>=77",  # a test builds the wheel
     "types-PyYAML",
 ]
 
@@ -50,7 +54,9 @@ setup(
         "train": TRAIN,
         "lora": [*TRAIN, *LORA],
         "qlora": [*TRAIN, *QLORA],
+        "judge": [*TRAIN, *JUDGE],
         "bench": BENCH,
+        "docs": [*TRAIN, "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "test": TEST,
         "deepspeed": [*TRAIN, "deepspeed>=0.19"],
         "flash": ["flash-attn>=2.7"],

@@ -14,12 +14,11 @@ from accelerate import Accelerator
 
 from benchmarks.harness import OURS
 from benchmarks.step_workload import BETA, EPS, Problem
-from exo.cli.options import DataTraining
 from exo.data.collate import Collator
 from exo.models.attention import choose
 from exo.training import preference, reference
 from exo.training import step as training_step
-from exo.training.optimizer import optimizer
+from exo.training.optimizer import OptimizerSettings, optimizer
 
 PADDED, TRL = "ours, padded", "TRL DPOTrainer, exo_pair"
 RATE = 1e-9  # so that a thousand steps leave the model as it was
@@ -59,15 +58,15 @@ def _ours(name: str, problem: Problem, device: str, layout: Any) -> Contender:
         model, loss="exo", beta_pi=BETA, beta_r=1.0, label_smoothing=EPS, temperature=1.0
     )
     module.train(False)
-    config = DataTraining(learning_rate=RATE, batch_size=len(groups))
-    module, optim = accelerator.prepare(module, optimizer(module, config))
+    settings = OptimizerSettings(learning_rate=RATE)
+    module, optim = accelerator.prepare(module, optimizer(module, settings))
 
     def gradient() -> float:
         parts = collator.micro_batches(groups)
-        return training_step.accumulate(module, parts, len(groups), accelerator, collator.collate, 1, config)[0]
+        return training_step.accumulate(module, parts, len(groups), accelerator, collator.collate, 1)[0]
 
     def step() -> None:
-        training_step.update(module, optim, config, accelerator, 1, groups, gradient())
+        training_step.update(module, optim, settings.max_grad_norm, accelerator, 1, groups, gradient())
 
     def first() -> tuple[float, torch.Tensor]:
         loss = gradient()

@@ -1,7 +1,7 @@
 """Figures and numbers for the theorems of arXiv 2402.00856: python examples/theory.py --output_dir runs/theory
 
-About a minute on one core. Draws theory.png and prints what docs/theory.md reports. tests/test_theory.py holds the
-same code to bounds. Left out: language models.
+About a minute on one core. Draws theory.png and prints what docs/paper.md reports. tests/kernels/test_theory.py
+checks the same code against bounds.
 """
 
 import argparse

@@ -3,246 +3,249 @@
 python -m exo.inspect --data FILE --model DIR_OR_NAME [--stage sft|reward|sample]. It takes every option of the stage,
 with the same defaults: replace exo.align in a command by exo.inspect. Exits with 0 if the stage would start, and with 2
 and the stage's error if it would not. It reads the tokenizer and config.json of the model but no weights, and it writes
-nothing. The functions of the stages do the work, so that inspect fails where the stage would.
+nothing. It calls the functions of the stage, so that it fails where the stage would.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from exo import align, models, reward, sample, sft
 from exo.cli import console
 from exo.cli.errors import RunError
 from exo.cli.fields import NOT_NEGATIVE, option
-from exo.cli.main import run_command
+from exo.cli.main import prepare_process, run_command
 from exo.cli.parse import parse
-from exo.data import Chat, DataError, Dataset, Example, preview, statistics
-from exo.data.preview import Color
-from exo.data.text import chat_template, render, tokenize
-from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenizedExample
-from exo.models import lora
-from exo.runs import inputs as run_inputs
-from exo.runs import record as run_record
-from exo.runs import stage as run_stage
-from exo.training import checks, sampler
 
-UNLIMITED = Limits(sys.maxsize, None, "error")
-
-
-class Stage(NamedTuple):
-    module: Any  # its Config, `read` and more are used
-    model_from: tuple[str, ...]  # stages whose directories --model may name
-    scored: str  # what is done with the scored part of an example
-
+if TYPE_CHECKING:
+    from exo.data import Dataset, Example
+    from exo.data.text.tokenize import TokenizedExample
 
 POLICIES = ("sft", "align", "ppo")
-STAGES = {
-    "align": Stage(align, POLICIES, preview.LOSS_OF_DIFFERENCE),
-    "sft": Stage(sft, ("sft",), preview.LOSS),
-    "reward": Stage(reward, ("sft",), preview.SCORE),
-    "sample": Stage(sample, POLICIES, ""),
-}
+MODEL_FROM = {"align": POLICIES, "sft": ("sft",), "reward": ("sft",), "sample": POLICIES}  # stages that make --model
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of inspect itself, beside those of the stage."""
+    """The options of inspect, beside those of the stage."""
 
     stage: Literal["align", "sft", "reward", "sample"] = option("align", "the stage that would read the data")
     eval_data: str | None = option(None, "a held-out or test file; its texts are looked for in --data")
     examples: int = option(3, "rows to show: the first, others up to the longest", NOT_NEGATIVE)
-    color: Color = option("auto", "auto colors on a terminal if NO_COLOR is not set")
+    color: Literal["auto", "always", "never"] = option("auto", "auto colors on a terminal if NO_COLOR is not set")
+
+
+class Plan(NamedTuple):
+    """The rows that the stage would train on, or the error that stops it."""
+
+    rows: list[TokenizedExample]
+    counts: Counter[str]  # rows cut, dropped or noted, by reason
+    summary: str
+    error: ValueError | None
 
 
 def run(options: Any) -> None:
-    """Print the report. ValueError with the stage's error if the stage would not start."""
+    """Print the report; ValueError with the stage's error if the stage would not start."""
     work = "Sampling" if options.stage == "sample" else "Training"
     try:
-        sentence = _report(options)
+        summary = _report(options, importlib.import_module(f"exo.{options.stage}"))
     except (ValueError, RunError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError):
             message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         console.log(f"\n{work} would not start: {message}")
         raise ValueError(message) from None
-    console.log(f"\n{work} would start: {sentence}")
+    console.log(f"\n{work} would start: {summary}")
 
 
-def _report(options: Any) -> str:
-    """Print all that is known before training; return what would be trained, or raise the stage's error."""
-    dataset, held_out = _read(options.stage, options)
+def _report(options: Any, stage: Any) -> str:
+    """Print all that is known before training; return a summary of the run, or raise the stage's error."""
+    from exo.data import Chat, preview, statistics
+    from exo.data.text import chat_template, render, tokenize
+
+    dataset, held_out = _read_data(options, stage)
     console.headline("Data")
     for part in filter(None, (dataset, held_out)):
         console.log(part.summary())
-    model, tokenizer = _load(options.stage, options, dataset.texts)
-    rendered, other = _render(options.stage, options, tokenizer, dataset, held_out)
-    _say([render.describe(options.chat_template, rendered, tokenizer)])
-    plan = _plan(options.stage, options, rendered, other, tokenizer, model)
-    uncut = _uncut(options.stage, rendered, tokenizer)
+    model, tokenizer = _load_model(options, dataset)
+    rendered, rendered_held_out = _render_prompts(options, tokenizer, dataset, held_out)
+    _print([render.describe(options.chat_template, rendered, tokenizer)])
+    plan = _plan_run(options, stage, rendered, rendered_held_out, tokenizer, model)
+    uncut = _tokenize_uncut(options, rendered, tokenizer)
     console.headline("Examples")
     rows = plan.rows or [tokenize.factor_prefix(row) if options.stage == "align" else row for row in uncut]
-    scored = STAGES[options.stage].scored
+    scored = {"align": preview.LOSS_OF_DIFFERENCE, "sft": preview.LOSS, "reward": preview.SCORE}.get(options.stage, "")
     preview.show(rows, tokenizer, scored, count=options.examples, color=options.color)
     console.headline("Lengths in tokens, before the limits")
     limits = {name: getattr(options, name) for name in vars(options) if name.endswith("_length")}
-    lengths = preview.length_lines(limits, uncut, labels=getattr(options, "labels", False))
-    _say(lengths or ["no row can be tokenized"])
+    _print(preview.length_lines(limits, uncut) or ["no row can be tokenized"])
     if plan.counts:
         console.log("what is cut, dropped or noted:")
     elif not plan.error:
         console.log("the limits cut nothing")
     console.counts(plan.counts)
     console.headline("Rows")
-    lines = statistics.comparison_lines(dataset.examples, uncut) + statistics.repeat_lines(dataset.examples)
+    lines = statistics.comparison_lines(dataset.examples, uncut) + statistics.duplicate_lines(dataset.examples)
     chats = [example for example in rendered.examples if isinstance(example.prompt, Chat)]
-    if spelled := chats and statistics.spelling(chats, chat_template.Renderer(tokenizer).control_tokens):
-        lines.append(f"control tokens in chat messages, which are read as plain text: {spelled:,} rows")
-    _say(lines + (statistics.leak_lines(dataset.examples, held_out.examples) if held_out else []))
+    control_tokens = chat_template.Renderer(tokenizer).control_tokens if chats else ()
+    if count := statistics.count_rows_with(control_tokens, chats):
+        lines.append(f"control tokens in chat messages, which are read as plain text: {count:,} rows")
+    _print(lines + (statistics.leak_lines(dataset.examples, held_out.examples) if held_out else []))
     if plan.error:
         raise plan.error
-    return plan.sentence
+    return plan.summary
 
 
-def _say(lines: Sequence[str]) -> None:
-    """Print lines, wrapped on a terminal alone: other programs may look for them."""
+def _print(lines: Sequence[str]) -> None:
+    """Print lines; wrap them on a terminal only, because other programs may search for them."""
     for line in lines:
         console.log(textwrap.fill(line, console.width(), subsequent_indent="  ") if sys.stdout.isatty() else line)
 
 
-class Plan(NamedTuple):
-    """What would be trained on, or why nothing would be."""
+def _read_data(options: Any, stage: Any) -> tuple[Dataset, Dataset | None]:
+    """Read --data as the stage does, and --eval_data, which inspect takes for every stage."""
+    from exo import sample
+    from exo.data import DataError, split
 
-    rows: list[TokenizedExample]
-    counts: Counter[str]  # rows cut, dropped or noted, by reason
-    sentence: str
-    error: ValueError | None
-
-
-def _read(name: str, options: Any) -> tuple[Dataset, Dataset | None]:
-    """Read --data and --eval_data as the stage does; of its own, inspect reads --eval_data for any stage."""
-    stage = STAGES[name].module
     dataset = stage.read(options)
     if not options.eval_data:
         return dataset, None
     try:
         held_out = stage.read(options, "eval_data")
     except DataError as error:
-        if name == "align":
+        if options.stage == "align":
             raise
         with contextlib.suppress(DataError):  # test files may have prompts alone
             return dataset, sample.read(options, "eval_data")
         raise error
-    if name == "align":
-        checks.warn_of_leaks(dataset, held_out)
+    if options.stage == "align":
+        split.warn_of_leaks(dataset, held_out)
     return dataset, held_out
 
 
-def _load(name: str, options: Any, texts: Callable[[], Any]) -> tuple[Any, Any]:
+def _load_model(options: Any, dataset: Dataset) -> tuple[Any, Any]:
     """Return --model on the meta device and its tokenizer."""
-    trains_policy = name in ("align", "sft")
-    if trains_policy:
-        lora.check(options, options.model)
-    model = run_inputs.source("model", options.model, *STAGES[name].model_from)
-    if trains_policy and not options.load_in_4bit:
-        return models.load_or_tiny(model, texts, seed=options.seed, read=models.load_without_weights)
-    if name == "reward":
-        return models.classifier_without_weights(model)
-    return models.load_without_weights(model)
+    from exo import models
+    from exo.models import lora
+    from exo.runs import inputs
+
+    is_policy = options.stage in ("align", "sft")
+    if is_policy:
+        lora.check(lora.LoraSettings(**options.lora()), options.model)
+    name = inputs.source("model", options.model, *MODEL_FROM[options.stage])
+    if is_policy and not options.load_in_4bit:
+        return models.load_or_tiny(name, dataset.texts, seed=options.seed, read=models.load_without_weights)
+    return models.classifier_without_weights(name) if options.stage == "reward" else models.load_without_weights(name)
 
 
-def _render(
-    name: str, options: Any, tokenizer: Any, dataset: Dataset, held_out: Dataset | None
+def _render_prompts(
+    options: Any, tokenizer: Any, dataset: Dataset, held_out: Dataset | None
 ) -> tuple[Dataset, Dataset | None]:
-    """Set up the chat template, and return the data that the stage reads with the prompts that it renders."""
-    sampled: Any = "render" if name == "reward" else "keep"
-    previous = None if options.overwrite_output_dir else run_record.record(Path(options.output_dir))
-    inputs = run_inputs.inputs(options, name).values()
-    date = datetime.date.fromisoformat(run_stage.template_date(previous, inputs))
-    others = [held_out] if held_out and name == "align" else []
-    rendered, *others = render.apply(options, tokenizer, date, dataset, *others, sampled=sampled)
+    """Set up the chat template; return the data that the stage reads, with the prompts that it renders."""
+    from exo.data.text import render
+    from exo.runs import inputs, record
+    from exo.runs.stage import template_date
+
+    previous = None if options.overwrite_output_dir else record.record(Path(options.output_dir))
+    date = datetime.date.fromisoformat(template_date(previous, inputs.inputs(options, options.stage).values()))
+    rendered, *others = render.apply(
+        tokenizer, options.chat_template, options.template_kwargs, date, dataset,
+        *([held_out] if held_out and options.stage == "align" else []),
+        sampled="render" if options.stage == "reward" else "keep",
+    )  # fmt: skip
     return rendered, others[0] if others else None
 
 
-def _plan(name: str, options: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any) -> Plan:
-    """Tokenize, cut and split the rows as the stage does."""
+def _plan_run(options: Any, stage: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any) -> Plan:
+    """Tokenize, cut and split the rows as the stage does, and count its steps."""
+    from exo.training import sampler
+
     counts: Counter[str] = Counter()
     try:
-        rows = _rows(name, options, dataset, held_out, tokenizer, model, counts)
+        if options.stage == "sample":
+            total = len(dataset.examples)
+            chosen = [dataset.examples[i % total] for i in stage.chosen(options, total)]
+            rows = _tokenize_prompts(chosen, tokenizer, options.max_prompt_length, counts)
+            return Plan(rows, counts, f"{len(rows):,} prompts x {options.k} completions", None)
+        rows = _training_rows(options, stage, dataset, held_out, tokenizer, model, counts)
     except ValueError as error:
         return Plan([], counts, "", error)
-    if name == "sample":
-        return Plan(rows, counts, f"{len(rows):,} prompts x {options.k} completions", None)
-    each = f"{sampler.total_steps(options, len(rows)):,} steps of {options.batch_size}"
-    return Plan(rows, counts, f"{len(rows):,} rows, {each}", None)
+    steps = sampler.total_steps(**options.steps(len(rows)))
+    return Plan(rows, counts, f"{len(rows):,} rows, {steps:,} steps of {options.batch_size}", None)
 
 
-def _rows(
-    name: str, options: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any,
+def _training_rows(
+    options: Any, stage: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any,
     counts: Counter[str],
 ) -> list[TokenizedExample]:  # fmt: skip
-    """Return the rows that are trained on, or the prompts that are sampled from."""
-    if name == "sample":
-        total = len(dataset.examples)
-        chosen = [dataset.examples[i % total] for i in sample.chosen(options, total)]
-        return _prompts(chosen, tokenizer, options.max_prompt_length, counts)
-    others: list[TokenizedExample] = []
-    if name == "reward":
-        rows, others = reward.tokens(options, dataset, tokenizer, counts)
-    else:
-        rows = STAGES[name].module.tokens(options, dataset, tokenizer, counts)
-    if held_out:
-        others = align.tokens(options, held_out, tokenizer, counts)
+    """Return the rows to train on, after the checks that the stage makes on all rows and on its reference model."""
+    from exo import models
+
+    rows, others = stage.tokens(options, dataset, tokenizer, counts), []
+    if options.stage == "reward":
+        rows, others = rows
+    elif held_out:
+        others = stage.tokens(options, held_out, tokenizer, counts)
     models.check_fits(model, rows + others)
-    if name != "align":
+    if options.stage != "align":
         return rows
-    train = align.parted(options, dataset, rows, others, counts).train
-    align.reference_model(options, rows + others, tokenizer, models.load_without_weights)
+    train = stage.parted(options, dataset, rows, others, counts).train
+    stage.reference_model(options, rows + others, tokenizer, models.load_without_weights)
     return train
 
 
-def _prompts(examples: Sequence[Example], tokenizer: Any, most: int, counts: Counter[str]) -> list[TokenizedExample]:
+def _tokenize_prompts(
+    examples: Sequence[Example], tokenizer: Any, most: int, counts: Counter[str]
+) -> list[TokenizedExample]:
+    from exo.data.text import tokenize
+
     prompts, cut = tokenize.sampled_prompts([example.prompt for example in examples], tokenizer, most)
     counts.update(cut)
-    return [
-        TokenizedExample(tuple(ids), (), None, example.line) for ids, example in zip(prompts, examples, strict=True)
+    pairs = zip(prompts, examples, strict=True)
+    return [tokenize.TokenizedExample(tuple(ids), (), None, example.line) for ids, example in pairs]
+
+
+def _tokenize_uncut(options: Any, dataset: Dataset, tokenizer: Any) -> list[TokenizedExample]:
+    """Return the rows as tokens without any limits, except those that the tokenizer or its template refuses."""
+    from exo.data import DataError
+    from exo.data.text import tokenize
+    from exo.data.text.limits import Limits
+
+    if options.stage == "sample":
+        with contextlib.suppress(DataError):
+            return _tokenize_prompts(dataset.examples, tokenizer, sys.maxsize, Counter())
+        return []
+    limits, is_reward = Limits(sys.maxsize, None, "error"), options.stage == "reward"
+    return tokenize.encode(dataset.examples, tokenizer, limits, dataset.path, retokenize=is_reward, skip_invalid=True)[
+        0
     ]
 
 
-def _uncut(name: str, dataset: Dataset, tokenizer: Any) -> list[TokenizedExample]:
-    """Return the rows as tokens whatever the limits say, but those that the tokenizer or its template refuses."""
-    examples = dataset.examples
-    if name == "sample":
-        with contextlib.suppress(DataError):
-            return _prompts(examples, tokenizer, sys.maxsize, Counter())
-        return []
-    if examples[0].label is not None:
-        examples = reward.texts_as_prompts(examples)
-    foreign: Any = "text" if name == "reward" else "refuse"
-    return tokenize.encode(examples, tokenizer, UNLIMITED, dataset.path, foreign=foreign, skip_invalid=True)[0]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the options are those of the stage that --stage names."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     head = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     head.add_argument("--stage", default="align")
-    stage = head.parse_known_args(arguments)[0].stage
-    bases = (Options, STAGES[stage if stage in STAGES else "align"].module.Config)
-    options_of: Any = dataclasses.make_dataclass("Config", (), bases=bases, frozen=True)
-    options = parse(options_of, arguments, prog="python -m exo.inspect", description=__doc__)
-    if options.stage != stage:
+    name = head.parse_known_args(arguments)[0].stage
+    stage = importlib.import_module(f"exo.{name if name in MODEL_FROM else 'align'}")
+    config: Any = dataclasses.make_dataclass("Config", (), bases=(Options, stage.Config), frozen=True)
+    options = parse(config, arguments, prog="python -m exo.inspect", description=__doc__)
+    if options.stage != name:
         print("error: --stage: expected on the command line, not in --config", file=sys.stderr)
         return 2
     return run_command(run, dataclasses.replace(options, nproc=1))
 
 
 if __name__ == "__main__":
+    prepare_process(__name__)
     raise SystemExit(main())

@@ -6,6 +6,8 @@ The protocol is the paper's: 100 instructions, every matchup of systems on each,
 DIR/sheets goes to the raters; key.json alone says which answer is whose. Left out: how sheets travel and payment.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import random
@@ -14,21 +16,15 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from exo import data
+if TYPE_CHECKING:
+    from exo.evaluation import answers as evaluation_answers
+
 from exo.cli import console
 from exo.cli.fields import at_least, option, require
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import Stage
-from exo.cli.parse import parse
-from exo.evaluation import answers as evaluation_answers
-from exo.evaluation import judge_prompts
-from exo.evaluation import raters as evaluation_raters
-from exo.runs import directory as run_directory
-from exo.runs import inputs as run_inputs
-from exo.runs import stage as run_stage
-from exo.runs.atomic import atomic_directory, write_json
 from exo.runs.stage import Start, stage
 
 SIDES = ("answer 1", "answer 2")
@@ -73,13 +69,21 @@ class Config(Stage):
         return [(first, second) for first, second in entries]
 
 
-@stage("label")
+@stage("label", reads=("references", "key"), makes="label.json")
 def run(config: Config, start: Start) -> Path:
     """Make the sheets, or count them, and return the run directory."""
     return _export(config, start) if config.mode == "export" else _import(config, start)
 
 
 def _export(config: Config, start: Start) -> Path:
+    from exo.evaluation import answers as evaluation_answers
+    from exo.evaluation import judge_prompts
+    from exo.evaluation import raters as evaluation_raters
+    from exo.runs import directory as run_directory
+    from exo.runs import inputs as run_inputs
+    from exo.runs import stage as run_stage
+    from exo.runs.atomic import atomic_directory, write_json
+
     files = {name: evaluation_answers.source("systems", file) for name, file in config.files().items()}
     run_directory.check_inputs(config.output_dir, files.values())
     answers = {name: evaluation_answers.read(file) for name, file in files.items()}
@@ -125,6 +129,8 @@ def _items(
     An item's name is a hash of all that, so that a sheet of another export does not fit this one's key. The salt, which
     is in the key alone, keeps those who know the systems and their answers from computing the names or the sides.
     """
+    from exo.evaluation import answers as evaluation_answers
+
     rng = random.Random(f"{salt}/{config.seed}")
     texts = {
         (name, key): evaluation_answers.choose(own, key, 1, seed=config.seed, name=files[name])[0]
@@ -148,6 +154,13 @@ def _items(
 
 
 def _import(config: Config, start: Start) -> Path:
+    from exo import data
+    from exo.evaluation import raters as evaluation_raters
+    from exo.runs import directory as run_directory
+    from exo.runs import inputs as run_inputs
+    from exo.runs import stage as run_stage
+    from exo.runs.atomic import write_json
+
     assert config.sheets and config.key
     files = _sheets(config.sheets)
     run_directory.check_inputs(config.output_dir, map(str, files))
@@ -199,6 +212,8 @@ def _sheets(paths: str) -> list[Path]:
 
 
 def _read_key(path: Path) -> dict[str, Any]:
+    from exo import data
+
     if not path.is_file():
         raise ValueError(f"--key {path}: no such file; python -m exo.label --mode export makes it")
     try:
@@ -222,6 +237,8 @@ def _outcome(about: Mapping[str, str], verdict: str) -> str:
 
 
 def _summary(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
+    from exo.evaluation import raters as evaluation_raters
+
     if not items:
         return {"items": 0, "pooled": None, "majority": None, "agreement": None, "kappa": None}
     agreed, kappa = evaluation_raters.agreement(items)
@@ -235,6 +252,8 @@ def _summary(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
 
 
 def _show(result: Mapping[str, Any], raters: int, directory: Path) -> None:
+    from exo.evaluation import raters as evaluation_raters
+
     console.log(f"{len(result['raters'])} sheets of {raters}: {', '.join(result['raters'])}\n")
     console.log(f"{'matchup':<24}{'':<10}{'win':>6}{'tie':>6}{'lose':>6}{'split':>6}  win rate, 95% interval")
     for name, found in result["matchups"].items():
@@ -261,10 +280,7 @@ def _agreement(found: Mapping[str, Any]) -> str:
     return f"{found['items']:,} items; pairs of raters agree {found['agreement']:.1%}, Fleiss' kappa {kappa}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.label", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -4,19 +4,16 @@ python -m exo.report --run RUN --output_dir RUN/report. Every number is read or 
 finished run gives a report of what is there, and says what is not. Left out: what no file of the run holds.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from exo.cli import console
 from exo.cli.fields import named, option
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import Stage
-from exo.cli.parse import parse
-from exo.reporting import html, outcomes, results
-from exo.reporting import training as training_section
-from exo.runs import stage as run_stage
-from exo.runs.atomic import atomic_file
 from exo.runs.stage import Start, stage
 
 
@@ -26,9 +23,14 @@ class Config(Stage):
     run: str = option("", "directory of a recipe's run", named("the directory of a recipe's run"))
 
 
-@stage("report")
+@stage("report", reads=("run",), makes="report.html")
 def run(config: Config, start: Start) -> Path:
     """Write report.html and return its directory."""
+    from exo.reporting import html, outcomes, results
+    from exo.reporting import training as training_section
+    from exo.runs import stage as run_stage
+    from exo.runs.atomic import atomic_file
+
     found = results.read(Path(config.run))
     methods = outcomes.methods(found)
     directory = run_stage.begin(start)
@@ -47,6 +49,8 @@ def run(config: Config, start: Start) -> Path:
 
 
 def _tell(header: Sequence[str], rows: Sequence[Sequence[str]], failed: Sequence[str]) -> None:
+    from exo.reporting import results
+
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows) if rows else ():
         console.log("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -54,10 +58,7 @@ def _tell(header: Sequence[str], rows: Sequence[Sequence[str]], failed: Sequence
         console.log(f"FAILED {line}, not more than {results.FAILED_BELOW:g} standard errors above the SFT start")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.report", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

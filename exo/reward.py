@@ -1,42 +1,27 @@
-"""The reward model: a scalar on the last token, trained so that the chosen completion of a pair scores higher.
+"""Train a reward model: a scalar on the last token, higher for the chosen completion of a pair.
 
 python -m exo.reward --model DIR_OR_NAME --data FILE. Bradley-Terry: -log sigmoid(r_chosen - r_rejected), mean over
 pairs; scored completions become pairs of best and worst. With --labels, lines of {"text", "label"} train a classifier
 of two classes instead, whose log-odds are the paper's oracle for sentiment. Saved as a model that
-AutoModelForSequenceClassification reads. Left out: margins, several completions at once.
+AutoModelForSequenceClassification reads.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import nn
-
-from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, PART, POSITIVE, at_least, named, option
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import DataOptions, DataTraining
-from exo.cli.parse import parse
-from exo.data import split, transforms
-from exo.data.collate import Collator
-from exo.data.text import render, tokenize
-from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenizedExample
-from exo.distributed import fsdp, gather
-from exo.distributed.accelerator import make_accelerator, place
-from exo.evaluation import metrics as evaluation_metrics
-from exo.runs import inputs as run_inputs
 from exo.runs.stage import Start, stage
-from exo.training import loop, sampler
-from exo.training import run as training_run
-from exo.training.losses import LabelLoss, PairLoss
+
+if TYPE_CHECKING:
+    from exo import data
+    from exo.data.text.tokenize import TokenizedExample
 
 SHOWN = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tok/s"}
 
@@ -56,17 +41,36 @@ class Config(DataTraining, DataOptions):
     eval_fraction: float = option(0.1, "share of the prompts held out; 0 means none", PART)
 
 
-@stage("reward")
+@stage("reward", reads=("model", "data"), makes=".")
 def run(config: Config, start: Start) -> Path:
     """Train and return the run directory, which is the model directory."""
+    from exo import models
+    from exo.data.collate import Collator
+    from exo.data.text import render
+    from exo.distributed import accelerator as distributed
+    from exo.distributed import fsdp, gather
+    from exo.runs import inputs as run_inputs
+    from exo.training import loop, losses, sampler
+    from exo.training import run as training_run
+    from exo.training.optimizer import OptimizerSettings
+
     dataset = read(config)
-    accelerator = make_accelerator(config)
-    set_seed(config.seed)
+    accelerator = distributed.make_accelerator(
+        **config.accelerator(), training=distributed.Training(**config.parallel())
+    )
+    distributed.set_seed(config.seed)
     console.log(dataset.summary())
     name = run_inputs.source("model", config.model, "sft")
     model, tokenizer = models.classifier_from(name, 2 if config.labels else 1, seed=config.seed)
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset, sampled="render")
+    (dataset,) = render.apply(
+        tokenizer,
+        config.chat_template,
+        config.template_kwargs,
+        gather.template_date(start, accelerator),
+        dataset,
+        sampled="render",
+    )
     counts: Counter[str] = Counter()
     try:
         examples, held_out = tokens(config, dataset, tokenizer, counts)
@@ -74,15 +78,24 @@ def run(config: Config, start: Start) -> Path:
         console.counts(counts)
     models.check_fits(model, examples + held_out)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
-    steps = sampler.total_steps(config, len(examples))
+    steps = sampler.total_steps(**config.steps(len(examples)))
     console.log(f"{len(examples):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
-    module = (LabelLoss if config.labels else PairLoss)(place(model, config, accelerator)).train(config.dropout)
+    module = (losses.LabelLoss if config.labels else losses.PairLoss)(
+        distributed.place(model, accelerator, config.fsdp)
+    ).train(config.dropout)
     collator = Collator(tokenizer.pad_token_id, config.max_tokens_per_batch)
-    loop.train(
-        module, sampler.BatchSampler(examples, config, steps), steps, config, accelerator, metrics, collator=collator,
-        denominator=len, steps_an_epoch=sampler.steps_per_epoch(config, len(examples)), shown=SHOWN,
-    )  # fmt: skip
-    result = _evaluate(module, held_out, accelerator, collator)
+    task = loop.Task(
+        module,
+        sampler.BatchSampler(examples, steps, config.batch_size, config.seed),
+        steps,
+        collator,
+        denominator=len,
+        shown=SHOWN,
+        steps_per_epoch=sampler.steps_per_epoch(len(examples), config.batch_size),
+    )
+    settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
+    loop.train(task, settings, accelerator, metrics)
+    result = losses.evaluate(module, held_out, accelerator, collator)
     if result and accelerator.is_main_process:
         metrics.write(step=steps, **result)
     model = fsdp.gather_model(model, accelerator.is_main_process)
@@ -91,14 +104,12 @@ def run(config: Config, start: Start) -> Path:
 
 def read(config: Config, option: str = "data") -> data.Dataset:
     """Read the file that an option names."""
+    from exo import data
+    from exo.runs import inputs as run_inputs
+
     prepared = "labelled.jsonl" if config.labels else "pairs.jsonl"
     path = run_inputs.source(option, getattr(config, option), "prepare", "score", prepared=prepared)
     return data.read(path, purpose="labels" if config.labels else "comparisons", **config.reading_of(option))
-
-
-def texts_as_prompts(examples: Sequence[data.Example]) -> list[data.Example]:
-    """Return labelled texts as they are scored: prompt, empty completion, end of sequence; the label as a reward."""
-    return [data.Example(g.completions[0], ("",), (float(g.label or 0),), g.line, source=g.source) for g in examples]
 
 
 def tokens(
@@ -108,67 +119,36 @@ def tokens(
 
     `counts` gets what was cut, dropped or noted. DataError if no row is left to train on.
     """
+    from exo.data import DataError, split, transforms
+    from exo.data.text import tokenize
+    from exo.data.text.limits import Limits
+
     rows = dataset.examples
     if config.max_completions is not None:
         rows, skipped = transforms.take_first(rows, config.max_completions)
         counts.update(skipped)
     if config.labels:
         if len({example.label for example in rows}) == 1:
-            raise data.DataError(f"{config.data}: expected texts of both labels; all have {rows[0].label}")
-        rows = texts_as_prompts(rows)
+            raise DataError(f"{config.data}: expected texts of both labels; all have {rows[0].label}")
     else:
         rows, skipped = transforms.to_pairs(rows)
         counts.update(skipped)
-    texts = [split.Texts(example.prompt, example.completions) for example in rows]
-    names = sorted({text.name for text in texts})
-    chosen = split.hold_out(texts, names, round(config.eval_fraction * len(names)), config.seed)
-    if chosen.shared:
-        console.warn(chosen.warning(config.data))
+    chosen = split.hold_out(rows, config.eval_fraction, config.seed, config.data, at_least=0)
     encoded = []
     for is_held_out in (False, True):
-        part = [example for i, example in enumerate(rows) if (i in chosen.held_out) == is_held_out]
+        part = [example for i, example in enumerate(rows) if (i in chosen) == is_held_out]
         examples, cut = tokenize.encode(
-            part, tokenizer, Limits(**config.limits()), dataset.path, foreign="text", skip_invalid=config.skip_invalid
+            part, tokenizer, Limits(**config.limits()), dataset.path, retokenize=True, skip_invalid=config.skip_invalid
         )
         counts.update(cut)
         encoded.append(examples)
     train, held_out = encoded
     if not train:
-        raise data.DataError(f"{config.data}: no row is left to train on")
+        raise DataError(f"{config.data}: no row is left to train on")
     return train, held_out
 
 
-@torch.no_grad()
-def _evaluate(
-    module: PairLoss, examples: Sequence[TokenizedExample], accelerator: Accelerator, collator: Collator
-) -> dict[str, float]:
-    """Loss and accuracy on what was held out, with the accuracy's 95% interval; nothing where nothing was."""
-    if not examples:
-        return {}
-    module.eval()
-
-    def of(part: Sequence[TokenizedExample]) -> list[float]:
-        with accelerator.autocast():
-            batch = collator.collate(part).to(accelerator.device)
-            return fsdp.run_unsharded_root(module, partial(module, batch, None)).tolist()
-
-    parts = collator.micro_batches(examples)
-    found = gather.map_over_ranks(parts, of, accelerator, together=fsdp.is_sharded(module))
-    margins = [margin for some in found for margin in some]
-    right = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
-    low, high = evaluation_metrics.accuracy_interval(right)
-    accuracy = sum(right) / len(right)
-    loss = float(-nn.functional.logsigmoid(torch.tensor(margins, dtype=torch.float64)).mean())
-    console.log(
-        f"held-out accuracy {100 * accuracy:.1f}% (95% interval {100 * low:.1f} to {100 * high:.1f}) on {len(right):,}"
-    )
-    return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": high}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.reward", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,63 +1,61 @@
-"""Scoring: a reward for every completion of a file of samples, by a reward model, a classifier or a function.
+"""Score every completion of a file of samples with a reward model, a classifier or a Python function.
 
-python -m exo.score --data FILE --reward_model DIR, or --oracle module:function. What the rows hold beside their rewards
-goes on to the next stage. Scores are kept as they are made, and a run that was killed makes the others.
+python -m exo.score --data FILE --reward_model DIR, or --oracle module:function. The rows keep everything else that they
+hold. Scores are cached as they are computed, and a killed run computes only the others.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from exo import data
 from exo.cli import console
 from exo.cli.fields import at_least, named, option, require
-from exo.cli.main import run_command
-from exo.cli.options import ChatOptions, DataOptions, Scoring
-from exo.cli.parse import parse
-from exo.data import Example
-from exo.distributed import gather
-from exo.distributed.accelerator import make_accelerator
-from exo.rollouts import samples, scorers, shards
-from exo.runs import inputs as run_inputs
+from exo.cli.main import command
+from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Scoring
 from exo.runs.stage import Start, stage
 
 
 @dataclass(frozen=True)
-class Config(Scoring, DataOptions, ChatOptions):
+class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
     output_dir: str = option("runs/scored", "directory of the run")
     data: str = option("", "samples: prompts with completions", named("a file of samples"))
-    reward_model: str | None = scorers.REWARD_MODEL
-    oracle: str | None = scorers.ORACLE
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     max_prompt_length: int | None = option(
         None,
-        "tokens of a prompt, its last; none keeps half of max_length at least and cuts the completion first",
+        "keep the last tokens of a prompt, at most this many; none cuts the completion first, and leaves the prompt at "
+        "least half of max_length",
         at_least(1),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scorers.check(scorers.Options(self.reward_model, self.oracle))
         rendered = self.chat_template not in ("auto", "none") or self.template_kwargs is not None
         require(
             not (self.oracle and rendered), "chat_template", "auto with --oracle, which reads plain texts", rendered
         )
 
 
-@stage("score")
+@stage("score", reads=("data", "reward_model", "oracle"), makes="scored.jsonl")
 def run(config: Config, start: Start) -> Path:
     """Score and return the run directory, which has scored.jsonl."""
+    from exo import data
+    from exo.distributed import gather
+    from exo.distributed.accelerator import make_accelerator
+    from exo.rollouts import samples, scorers, shards
+    from exo.runs import inputs as run_inputs
+
     path = run_inputs.source("data", config.data, "sample", "best_of_n", "score")
     dataset = data.read(path, purpose="samples", **config.reading(), **config.mixing())
     console.log(dataset.summary())
-    if had := sum(example.rewards is not None for example in dataset.examples):
-        console.log(f"  {had:,} rows have rewards, which others replace")
-    options = scorers.Options(config.reward_model, config.oracle)
-    accelerator = make_accelerator(config)
+    if num_scored := sum(example.rewards is not None for example in dataset.examples):
+        console.log(f"  {num_scored:,} rows have rewards, which are replaced")
+    accelerator = make_accelerator(**config.accelerator())
     scorer = scorers.load(
-        options, config, accelerator, config.max_length, config.max_prompt_length, template=config.chat_template,
-        arguments=config.template_kwargs, date=gather.template_date(start, accelerator),
+        config.reward_model, config.oracle, accelerator, max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length, max_tokens_per_batch=config.max_tokens_per_batch,
+        chat_template=config.chat_template, template_kwargs=config.template_kwargs,
+        date=gather.template_date(start, accelerator),
     )  # fmt: skip
     console.log(f"scored by {scorer.name}")
     refused, dropped = scorer.refused(dataset.examples, dataset.path, config.skip_invalid)
@@ -65,16 +63,9 @@ def run(config: Config, start: Start) -> Path:
     examples = [example for i, example in enumerate(dataset.examples) if i not in refused]
     if not examples:
         raise data.DataError(f"{dataset.path}: no row is left to score")
-    pieces = shards.begin(start, accelerator, dataset.account(dropped))
+    cache = shards.begin(start, accelerator, dataset.account(dropped))
     progress = console.Progress("rows", len(examples), every=max(1, len(examples) // 4))
-
-    def scored(part: Sequence[Example]) -> tuple[scorers.Scores, dict[str, int]]:
-        found = scorers.score_chunk(scorer, part)
-        progress.advance(len(part))
-        return found
-
-    jobs = [partial(scored, part) for part in scorers.chunked(examples)]
-    scores, counts = scorers.merge(shards.map_cached(jobs, pieces, accelerator))
+    scores, counts = shards.score_shared(scorer, examples, accelerator, cache=cache, progress=progress.advance)
     result = scorers.describe(scores)
     console.log(f"  mean {result['mean']:+.3f}, standard deviation {result['standard_deviation']:.3f}")
     for name in ("rows of one completion", "rows whose rewards are all equal"):
@@ -82,12 +73,10 @@ def run(config: Config, start: Start) -> Path:
             console.log(f"  {result[name]:,} {name}: nothing to compare")
     console.counts(counts)
     rows = (samples.to_row(replace(example, rewards=values)) for example, values in zip(examples, scores, strict=True))
-    return shards.end(pieces, "scored.jsonl", rows, accelerator, result)
+    return shards.end(cache, "scored.jsonl", rows, accelerator, result)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.score", description=__doc__)
-    return run_command(run, options)
+main = command(Config, run)
 
 
 if __name__ == "__main__":

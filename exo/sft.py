@@ -1,38 +1,26 @@
-"""Supervised fine-tuning: the loss of completions given their prompts, from a causal LM and texts to a model directory.
+"""Supervised fine-tuning: the loss of completions given their prompts, from a causal LM to a model directory.
 
-python -m exo.sft --model DIR_OR_NAME --data FILE. Of preferences, the chosen completion is learned. Mean over the
-completion tokens of a step, whatever the micro-batches. Left out: held-out evaluation.
+python -m exo.sft --model DIR_OR_NAME --data FILE. Preferences train on the chosen completion. The loss is the mean over
+the completion tokens of a step, whatever the micro-batches.
 """
+
+from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import set_seed
-
-from exo import data, models
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, named, option
-from exo.cli.main import run_command
+from exo.cli.main import command
 from exo.cli.options import AdapterOptions, DataOptions
-from exo.cli.parse import parse
-from exo.data import preview
-from exo.data.collate import Collator
-from exo.data.text import render, tokenize
-from exo.data.text.limits import Limits
-from exo.data.text.tokenize import TokenizedExample
-from exo.distributed import gather
-from exo.distributed.accelerator import make_accelerator, place
-from exo.models import lora
-from exo.models.attention import choose
-from exo.runs import inputs as run_inputs
-from exo.runs import record as run_record
 from exo.runs.stage import Start, stage
-from exo.training import loop, sampler
-from exo.training import run as training_run
-from exo.training.losses import NextToken
+
+if TYPE_CHECKING:
+    from exo import data
+    from exo.data.text.tokenize import TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -43,18 +31,40 @@ class Config(AdapterOptions, DataOptions):
     data: str = option("", "prompts with a completion, or preferences", named("a file of prompts with completions"))
 
 
-@stage("sft")
+@stage("sft", reads=("model", "data"), makes=".")
 def run(config: Config, start: Start) -> Path:
     """Fine-tune and return the run directory, which is the model directory."""
+    from exo import models
+    from exo.data import preview
+    from exo.data.collate import Collator
+    from exo.data.text import render
+    from exo.distributed import accelerator as distributed
+    from exo.distributed import fsdp, gather
+    from exo.models import lora
+    from exo.models.attention import choose
+    from exo.runs import inputs as run_inputs
+    from exo.runs import record as run_record
+    from exo.training import loop, sampler
+    from exo.training import run as training_run
+    from exo.training.losses import NextToken
+    from exo.training.optimizer import OptimizerSettings
+
     dataset = read(config)
-    accelerator = make_accelerator(config)
-    set_seed(config.seed)
+    accelerator = distributed.make_accelerator(
+        **config.accelerator(), training=distributed.Training(**config.parallel())
+    )
+    distributed.set_seed(config.seed)
     console.log(dataset.summary())
-    lora.check(config, config.model)
+    adapter = lora.LoraSettings(**config.lora())
+    lora.check(adapter, config.model)
     name = run_inputs.source("model", config.model, "sft")
-    model, tokenizer = lora.load(config, name, dataset.texts, accelerator)
+    model, tokenizer = lora.load(
+        name, dataset.texts, adapter, accelerator, seed=config.seed, sharded=fsdp.is_requested(config.fsdp)
+    )
     dtypes = models.dtypes_of(config.save_dtype, name)
-    (dataset,) = render.apply(config, tokenizer, gather.template_date(start, accelerator), dataset)
+    (dataset,) = render.apply(
+        tokenizer, config.chat_template, config.template_kwargs, gather.template_date(start, accelerator), dataset
+    )
     counts: Counter[str] = Counter()
     try:
         examples = tokens(config, dataset, tokenizer, counts)
@@ -62,50 +72,56 @@ def run(config: Config, start: Start) -> Path:
         console.counts(counts)
     models.check_fits(model, examples)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
-    steps = sampler.total_steps(config, len(examples))
+    steps = sampler.total_steps(**config.steps(len(examples)))
     console.log(
         f"{len(examples):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
     )
     preview.show(examples, tokenizer, preview.LOSS)
-    adapted = lora.apply(model, config, name)
+    adapted = lora.apply(model, adapter, name)
     collator = choose.choose_layout(
-        [place(model, config, accelerator)], examples, accelerator,
+        [distributed.place(model, accelerator, config.fsdp)], examples, accelerator,
         Collator(tokenizer.pad_token_id, config.max_tokens_per_batch), "off", 1.0, config.dropout,
     )  # fmt: skip
     if accelerator.is_main_process:
         run_record.update_run(Path(config.output_dir), layout=collator.layout)
     module = NextToken(adapted).train(config.dropout)
-    loop.train(
+    task = loop.Task(
         module,
-        sampler.BatchSampler(examples, config, steps),
+        sampler.BatchSampler(examples, steps, config.batch_size, config.seed),
         steps,
-        config,
-        accelerator,
-        metrics,
-        collator=collator,
+        collator,
         denominator=_scored_tokens,
-        steps_an_epoch=sampler.steps_per_epoch(config, len(examples)),
         shown={"loss": "loss", "tokens_per_second": "tok/s"},
+        steps_per_epoch=sampler.steps_per_epoch(len(examples), config.batch_size),
     )
-    finished = lora.merged(module.model, config, accelerator)
+    settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
+    loop.train(task, settings, accelerator, metrics)
+    finished = lora.merged(module.model, adapter, accelerator)
     return training_run.end(metrics, finished, tokenizer, accelerator, dtypes=dtypes)
 
 
 def read(config: Config, option: str = "data") -> data.Dataset:
     """Read the file that an option names."""
+    from exo import data
+    from exo.runs import inputs as run_inputs
+
     path = run_inputs.source(option, getattr(config, option), "prepare", prepared="sft.jsonl")
     return data.read(path, purpose="texts", **config.reading_of(option))
 
 
 def tokens(config: Config, dataset: data.Dataset, tokenizer: Any, counts: Counter[str]) -> list[TokenizedExample]:
-    """Return the rows to train on; `counts` gets what was cut, dropped or noted. DataError if none is left."""
+    """Return the rows to train on; `counts` gets those cut, dropped or noted. DataError if none is left."""
+    from exo.data import DataError
+    from exo.data.text import tokenize
+    from exo.data.text.limits import Limits
+
     examples, cut = tokenize.encode(
         dataset.examples, tokenizer, Limits(**config.limits()), dataset.path, skip_invalid=config.skip_invalid
     )
     counts.update(cut)
     if not examples:
-        raise data.DataError(f"{config.data}: no row is left to train on")
+        raise DataError(f"{config.data}: no row is left to train on")
     return examples
 
 
@@ -113,10 +129,7 @@ def _scored_tokens(examples: Sequence[TokenizedExample]) -> int:
     return sum(len(completion) for example in examples for completion in example.completions)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Config, argv, prog="python -m exo.sft", description=__doc__)
-    return run_command(run, options)
-
+main = command(Config, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

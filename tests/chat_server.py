@@ -49,7 +49,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(body | {"headers": dict(self.headers), "path": self.path})
+        headers = {name.title(): value for name, value in self.headers.items()}
+        self.server.requests.append(body | {"headers": headers, "path": self.path})
         reply = self.server.refuses(body) or self.server.reply(body["messages"][0]["content"])
         if reply is None:
             return

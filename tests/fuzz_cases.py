@@ -275,7 +275,7 @@ def record(rng: random.Random, folder: Path) -> str:
         return "refused"
     assert isinstance(found["stage"], str) and isinstance(found["arguments"], dict)
     assert run_record.command(found).isprintable()  # messages show it
-    if found["stage"] in run_record.INPUTS:  # what the next stage does with it
+    if found["stage"] in run_record.STAGES:  # what the next stage does with it
         run_record.changed(found, {"seed": 1})
         try:
             run_inputs.source("data", str(folder), found["stage"])

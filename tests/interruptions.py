@@ -59,7 +59,7 @@ def arguments(stage: str, directory: Path, out: Path, *more: str) -> list[str]:
     """Of a run of STEPS steps, in epochs that end in the middle, on the data and the start in `directory`."""
     found = ["--model", str(directory / "start"), "--data", str(directory / f"{stage}.jsonl"), "--output_dir", str(out)]
     found += ["--max_steps", str(STEPS), "--learning_rate", "3e-3", "--dropout", "--device", "cpu"]
-    found += ["--max_tokens_per_batch", "48", "--checkpoint_steps", "2", "--logging_steps", "100"]
+    found += ["--max_tokens_per_batch", "48", "--save_steps", "2", "--logging_steps", "100"]
     if stage == "ppo":
         found += [
             "--oracle",
@@ -74,7 +74,7 @@ def arguments(stage: str, directory: Path, out: Path, *more: str) -> list[str]:
         return [*found, "--max_length", "32", "--critic_warmup_steps", "3", "--critic_learning_rate", "1e-3", *more]
     found += ["--batch_size", "7", "--max_length", "48"]
     if stage == "align":
-        found += ["--eval_steps", "3", "--eval_fraction", "0.2", "--save_steps", "4", "--beta_pi", "0.5"]
+        found += ["--eval_steps", "3", "--eval_fraction", "0.2", "--export_steps", "4", "--beta_pi", "0.5"]
         found += ["--reference_cache", str(directory / "reference")]
     return [*found, *more]
 

@@ -14,13 +14,12 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from exo import models
-from exo.cli.options import DataTraining
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import deepspeed, fsdp
 from exo.training import preference
 from exo.training import step as training_step
-from exo.training.optimizer import optimizer
+from exo.training.optimizer import OptimizerSettings, optimizer
 
 
 def examples(sizes: list[int], far: float) -> list[TokenizedExample]:
@@ -47,19 +46,19 @@ def main(argv: list[str]) -> int:
         fsdp.shard(model, accelerator)
     objective = dict(loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0)
     module = preference.PreferenceLoss(model, **objective).train(False)
-    config = DataTraining(learning_rate=1e-3, batch_size=len(sizes))
+    settings = OptimizerSettings(learning_rate=1e-3)
     if how == "fsdp":
-        wrapped, optim = module, accelerator.prepare(optimizer(module, config))
+        wrapped, optim = module, accelerator.prepare(optimizer(module, settings))
     elif how.startswith("zero"):
         os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = how.removeprefix("zero")
-        wrapped, optim = deepspeed.prepare(module, optimizer(module, config), config, accelerator)
+        wrapped, optim = deepspeed.prepare(module, optimizer(module, settings), settings.max_grad_norm, accelerator)
     else:
-        wrapped, optim = accelerator.prepare(module, optimizer(module, config))
+        wrapped, optim = accelerator.prepare(module, optimizer(module, settings))
     collator = Collator(0, tokens)
-    step = training_step.TrainStep(wrapped, optim, config, accelerator, len, collator.collate, collator, 8)
+    step = training_step.TrainStep(wrapped, optim, settings, accelerator, len, collator.collate, collator, 8)
     counters = dict.fromkeys(training_step.COUNTERS, 0.0)
     rows = examples(sizes, far=1000.3 if dtype == "bf16" else 0.0)
-    losses = [step(i, rows, counters, told=True, first=None)[0]["loss"] for i in range(1, 9)]
+    losses = [step(i, rows, counters, quiet=True, first=None)[0]["loss"] for i in range(1, 9)]
     whole = {name: fsdp.full_tensor(p).detach().clone() for name, p in module.named_parameters()}
     if accelerator.is_main_process:
         save_file(whole | {"losses": torch.tensor(losses, dtype=torch.float64)}, file)

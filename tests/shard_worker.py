@@ -16,7 +16,7 @@ from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp
 from exo.training import preference
-from tests.test_head import FAMILIES, known, tiny
+from tests.models.test_head import FAMILIES, known, tiny
 
 GROUPS = [
     TokenizedExample((3, 4, 5), ((6, 7, 1), (8, 1)), (1.0, 0.0), 1, (-3.0, -2.0)),

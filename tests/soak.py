@@ -25,7 +25,7 @@ from exo.training import checkpoint_files
 from tests import interruptions
 from tests.fork_server import Server, moments
 from tests.interruptions import STAGES, made
-from tests.test_crashes import damage
+from tests.training.test_crashes import damage
 
 RESULTS = Path(__file__).parents[1] / "docs" / "soak.json"
 GOALS = {"kills": 1000, "damages": 500, "disks": 40, "poisons": 60, "splits": 12, "steps": 10_000}
@@ -155,7 +155,7 @@ class Soak:
 
     def steps(self, done: int) -> tuple[int, int, dict]:
         """Memory and open files after a tenth of the run, and at the end of its training."""
-        argv = [*self._new("sft"), f"--max_steps={GOALS['steps']}", "--checkpoint_steps=50"]
+        argv = [*self._new("sft"), f"--max_steps={GOALS['steps']}", "--save_steps=50"]
         pid = self.server.begin("sft", argv, self.log)
         log, seen = self.directory / "run" / "metrics.jsonl", []
         while (code := self.server.poll()) is None:

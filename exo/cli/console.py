@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: plain lines, and a progress bar with rates and an estimate.
+"""Print lines and progress on rank 0.
 
-On a terminal the bar is drawn by rich; elsewhere (a log, a pipe) a line is printed every so often.
+On a terminal rich draws a progress bar; elsewhere (a log, a pipe) a line is printed every so often.
 """
 
 import os
@@ -8,18 +8,19 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from rich import progress as rich_progress
-from rich.table import Column
+if TYPE_CHECKING:
+    from rich import progress as rich_progress
 
 _STARTED = time.perf_counter()
 
 
-_muted = os.environ.get("RANK", "0") != "0"  # of several processes the first speaks for all
+_muted = os.environ.get("RANK", "0") != "0"
 
 
 def mute() -> None:
-    """For processes that are not to be heard."""
+    """Print nothing from now on."""
     global _muted
     _muted = True
 
@@ -28,7 +29,7 @@ def log(text: str = "") -> None:
     if not _muted:
         try:
             print(text if can_print(text) else text.encode("ascii", "backslashreplace").decode(), flush=True)
-        except OSError:  # output that cannot be written does not end a run
+        except OSError:  # a run does not fail because its output cannot be written
             mute()
 
 
@@ -61,7 +62,7 @@ def headline(text: str) -> None:
 
 
 def counts(reasons: Mapping[str, int]) -> None:
-    """What became of rows, a reason a line."""
+    """Print how many rows were cut, dropped or noted, one line per reason."""
     for reason, count in sorted(reasons.items()):
         log(f"  {count:,} {reason}")
 
@@ -74,7 +75,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A known amount of work: how far, how fast, how long yet."""
+    """Show the progress of a known amount of work, with its rate and the time left."""
 
     def __init__(self, label: str, total: int, *, every: int, quiet: bool = False, done: int = 0) -> None:
         quiet = quiet or _muted
@@ -95,19 +96,22 @@ class Progress:
                 self._bar.stop()
         elif not self._quiet and (finished or self._done // self._every > before // self._every):
             spent = max(time.perf_counter() - self._began, 1e-9)
-            rate_now = (self._done - self._before) / spent  # what an earlier run did took none of this time
+            rate_now = (self._done - self._before) / spent  # without the work of an earlier run
             left = (self._total - self._done) / rate_now
             rate = f"{rate_now:,.1f}/s" + (f", {duration(left)} left" if not finished else "")
             log("  " + "  ".join(filter(None, (f"{self._label} {self._done}/{self._total}", shown, rate))))
 
     def stop(self) -> None:
-        """Give the terminal back when the work ends early."""
+        """Stop the bar when the work ends early."""
         if self._bar is not None:
             self._bar.stop()
 
 
-def _bar() -> rich_progress.Progress:
-    """Fits 80 columns with three or four values; on less, it is the values that give way."""
+def _bar() -> "rich_progress.Progress":
+    """Return a bar that fits 80 columns with three or four values; if there is less room, the values are cut."""
+    from rich import progress as rich_progress
+    from rich.table import Column
+
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=4)),
         rich_progress.BarColumn(bar_width=8, table_column=Column(min_width=8)),

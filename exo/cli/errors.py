@@ -2,8 +2,8 @@
 
 
 class RunError(RuntimeError):
-    """Why a run cannot begin or go on; one line."""
+    """Raised when a run cannot start or continue; the message is one line."""
 
 
 class ConfigError(ValueError):
-    """An option that cannot be used; one line."""
+    """Raised for an option that cannot be used; the message is one line."""

@@ -1,4 +1,4 @@
-"""Fields of the options: their help, ranges and checks."""
+"""Define options: their help, ranges and checks."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ SHOWN = 100  # characters of a wrong value in a message
 
 
 class Range(NamedTuple):
-    """What an option's values must be; none of an option that may be None is in every range."""
+    """The values of an option. None is in every range, if the option may be None."""
 
     holds: Callable[[Any], bool]
     expected: str
@@ -23,9 +23,9 @@ def at_least(least: int) -> Range:
     return Range(lambda value: value >= least, f">= {least}")
 
 
-def named(what: str) -> Range:
-    """A text that must be given."""
-    return Range(lambda value: bool(value.strip()), what)
+def named(expected: str) -> Range:
+    """Return the range of a text that must be given."""
+    return Range(lambda value: bool(value.strip()), expected)
 
 
 MODEL = named("a directory or a hub name")
@@ -37,29 +37,29 @@ PART = Range(lambda value: 0 <= value < 1, "in [0, 1)")
 
 
 def option(default: Any, help: str, range: Range | None = None) -> Any:
-    """A dataclass field with the text of its flag's help, and what is expected of its value."""
+    """Return a dataclass field with the help of its flag and the range of its values."""
     return dataclasses.field(default=default, metadata={"help": help, "range": range})
 
 
 def require(condition: bool, name: str, expected: str | None, got: object) -> None:
-    """ConfigError unless the condition holds."""
+    """Raise ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(f"--{name}: expected {expected}; got {shortened(repr(got), SHOWN)}")
 
 
 def check_size(name: str, value: object) -> None:
-    """ConfigError for a value that its type allows and that no run could use."""
+    """Raise ConfigError for a value that has the right type and is of no use."""
     if isinstance(value, int):
         require(-(2**63) <= value < 2**63, name, "a 64-bit integer", value)
     elif isinstance(value, float) and value and name not in IN_FP64:
         require(SMALLEST <= abs(value) <= LARGEST, name, f"a number that fp32 holds, {SMALLEST} to {LARGEST}", value)
     elif isinstance(value, str):
-        # what no file system takes, or what would break a message's line; "\x85" is a line's end to Python
+        # no file system takes it, or it would break the line of a message; Python ends lines at "\x85" too
         broken = any(ord(character) < 32 or character in "\x7f\x85\u2028\u2029" for character in value)
         require(not broken, name, "text without control characters", value)
 
 
 def shortened(text: str, most: int) -> str:
-    """One line of at most so many characters."""
+    """Return the text as one line of at most so many characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most - 3]}..."

@@ -1,21 +1,25 @@
-"""Options: a frozen dataclass a stage, read from flags and from a YAML file that flags override.
+"""The options that several stages share. A stage's Config is a frozen dataclass that inherits from these.
 
-A field's type and default make its flag; `option` adds the help and the range. Names are Hugging Face's where it has
-one; dashes and underscores are the same. Unknown names are errors that suggest the nearest known one. Left out: nested
-options.
+The type and default of a field make its flag; `option` adds the help and the range. Names are Hugging Face's where it
+has one.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from exo.cli.fields import NOT_NEGATIVE, PART, POSITIVE, SHARE, Range, at_least, check_size, option, require
 
+Norm = Literal["none", "prompt", "global"]  # of rewards
+SharePrompt = Literal["auto", "on", "off"]
+ReferenceMode = Literal["auto", "cache", "live", "none"]
+
 
 @dataclass(frozen=True)
 class Stage:
-    """What every stage has in common."""
+    """Options of every stage."""
 
     output_dir: str = option("runs/stage", "directory of the run")
     overwrite_output_dir: bool = option(False, "replace an earlier run in output_dir")
@@ -28,18 +32,24 @@ class Stage:
             check_size(name, value)
         require(bool(self.output_dir.strip()), "output_dir", "a directory", self.output_dir)
 
+    def values(self, names: str) -> dict[str, Any]:
+        """Return the options of these names, which are separated by spaces."""
+        return {name: getattr(self, name) for name in names.split()}
+
 
 @dataclass(frozen=True)
 class Compute(Stage):
-    """What every stage that runs a model has in common."""
+    """Options of the stages that run a model."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "compute dtype over fp32 weights; auto is bfloat16 on a GPU that has it, else float32"
     )
-    device: Literal["auto", "cpu"] = option("auto", "cpu keeps off a GPU that is there")
-    nproc: int = option(
-        1, "processes on this machine, a GPU each; torchrun and accelerate launch work too", at_least(1)
-    )
+    device: Literal["auto", "cpu"] = option("auto", "cpu: ignore available GPUs")
+    nproc: int = option(1, "ranks on this machine, one per GPU; torchrun and accelerate launch work too", at_least(1))
+
+    def accelerator(self) -> dict[str, Any]:
+        """Return the arguments of exo.distributed.accelerator.make_accelerator."""
+        return {"dtype": self.dtype, "device": self.device, "output_dir": self.output_dir}
 
 
 def _list(text: str | None) -> list[str]:
@@ -68,7 +78,7 @@ def _are_weights(text: str) -> bool:
 
 @dataclass(frozen=True)
 class SourceOptions(Stage):
-    """What every stage that reads rows has in common."""
+    """Options of the stages that read rows."""
 
     columns: str | None = option(
         None, "columns by other names: prompt=question,chosen=better", Range(_are_columns, "name=column, with commas")
@@ -91,7 +101,7 @@ class SourceOptions(Stage):
 
 @dataclass(frozen=True)
 class DataOptions(SourceOptions):
-    """What every stage that takes --data has in common: it may name several files."""
+    """Options of the stages with --data, which may name several files."""
 
     data_weights: str | None = option(
         None, "shares of the files of --data in an epoch: 2,1", Range(_are_weights, "numbers > 0, with commas")
@@ -111,7 +121,7 @@ class DataOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class ChatOptions(Stage):
-    """What every stage that reads prompts has in common."""
+    """Options of the stages that read prompts."""
 
     chat_template: str = option(
         "auto",
@@ -126,14 +136,31 @@ class ChatOptions(Stage):
 
 @dataclass(frozen=True)
 class Scoring(Compute):
-    """What every stage has in common that runs a model on whole texts."""
+    """Options of the stages that run a model on complete texts."""
 
     max_tokens_per_batch: int = option(8192, "tokens of input per forward pass; bounds the memory", at_least(1))
 
 
 @dataclass(frozen=True)
+class ScorerOptions(Stage):
+    """Options of the stages that score completions: which scorer. One of the two is set."""
+
+    reward_model: str | None = option(
+        None, "sequence classifier that scores: its one output, or the log-odds of class 1 of its two"
+    )
+    oracle: str | None = option(
+        None, "Python function that scores, as module:function, from (prompt, completion) to a number"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("reward_model", "oracle") if getattr(self, name)]
+        require(len(given) == 1, "reward_model", "this or --oracle, and not both", " and ".join(given) or "neither")
+
+
+@dataclass(frozen=True)
 class Training(Scoring):
-    """What every stage that trains has in common."""
+    """Options of the stages that train."""
 
     batch_size: int = option(64, "prompts per optimizer step, over all processes", at_least(1))
     learning_rate: float = option(1e-6, "peak learning rate of AdamW", POSITIVE)
@@ -144,42 +171,78 @@ class Training(Scoring):
     adam_beta1: float = option(0.9, "AdamW's first moment", PART)
     adam_beta2: float = option(0.95, "AdamW's second moment", PART)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", POSITIVE)
-    max_grad_norm: float = option(1.0, "clip the gradient's norm; 0 means never", NOT_NEGATIVE)
+    max_grad_norm: float = option(1.0, "clip the norm of the gradient; 0: never", NOT_NEGATIVE)
     dropout: bool = option(False, "train with the model's own dropout")
-    gradient_checkpointing: bool = option(False, "make activations again in the backward pass: less memory, more time")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = option(False, "compile the model's body with torch.compile")
-    fsdp: bool = option(False, "several processes hold the model in shards (FSDP2), instead of each all of it (DDP)")
-    profile: int = option(0, "steps to profile: a trace in output_dir/profile, and where their time goes", NOT_NEGATIVE)
-    max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
+    fsdp: bool = option(False, "shard the model over the ranks (FSDP2) instead of copying it (DDP)")
+    profile: int = option(0, "profile N steps: a trace in output_dir/profile and a table of times", NOT_NEGATIVE)
+    max_length: int = option(1024, "most tokens of prompt and completion together", at_least(2))
     logging_steps: int = option(10, "steps between printed lines; metrics.jsonl has every step", at_least(1))
-    checkpoint_steps: int = option(
-        100, "steps between states that a killed run goes on from; 0 saves one only when told to stop", NOT_NEGATIVE
+    save_steps: int = option(
+        100,
+        "save a resumable checkpoint every N steps, in output_dir/checkpoints/step-N (0: only on SIGTERM or Ctrl-C)",
+        NOT_NEGATIVE,
     )
-    allow_changes: bool = option(False, "go on with an unfinished run though options, inputs or processes are others")
+    save_total_limit: int = option(2, "keep the newest N resumable checkpoints", at_least(1))
+    resume_from_checkpoint: str | None = option(
+        None,
+        "resume from this checkpoint directory; true: from the newest one, and fail if there is none; none: from the "
+        "newest one if there is any",
+    )
+    allow_changes: bool = option(False, "resume even if options, inputs or the world size changed")
     on_nan: Literal["stop", "skip"] = option(
-        "stop", "a loss or gradient that is not finite ends the run before the update, or skips the update"
+        "stop", "on a NaN or Inf loss or gradient: stop before the update, or skip it"
     )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "dtype of the saved models; auto is that of --model's weights. Resumable checkpoints stay in fp32"
     )
     report_to: Literal["none", "tensorboard"] = option("none", "also send metrics there, through accelerate")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checkpoint, output = self.resume_from_checkpoint, Path(self.output_dir)
+        if checkpoint is None:
+            return
+        newest = checkpoint.lower() == "true"
+        require(newest or Path(checkpoint).is_dir(), "resume_from_checkpoint", "true or a directory", checkpoint)
+        removed = self.overwrite_output_dir and (newest or Path(checkpoint).resolve().is_relative_to(output.resolve()))
+        require(not removed, "resume_from_checkpoint", "no --overwrite_output_dir, which removes it", checkpoint)
+
+    def optimizer(self) -> dict[str, Any]:
+        """Return the fields of exo.training.optimizer.OptimizerSettings."""
+        return self.values(
+            "learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon "
+            "max_grad_norm"
+        )
+
+    def loop(self) -> dict[str, Any]:
+        """Return the fields of exo.training.loop.Settings but the optimizer's."""
+        return self.values(
+            "output_dir seed dropout gradient_checkpointing compile profile logging_steps save_steps save_total_limit "
+            "resume_from_checkpoint allow_changes on_nan"
+        )
+
+    def parallel(self) -> dict[str, Any]:
+        """Return the fields of exo.distributed.accelerator.Training."""
+        return self.values("fsdp compile max_grad_norm")
+
 
 @dataclass(frozen=True)
 class DataTraining(Training, ChatOptions):
-    """What every stage has in common that trains on rows of data, again and again."""
+    """Options of the stages that train on rows for several epochs."""
 
-    num_train_epochs: float = option(1.0, "passes over the data, unless max_steps is set", POSITIVE)
+    num_train_epochs: float = option(1.0, "epochs, unless max_steps is set", POSITIVE)
     max_steps: int = option(
-        -1, "optimizer steps; -1 means num_train_epochs decides", Range(lambda n: n == -1 or n >= 1, ">= 1, or -1")
+        -1, "optimizer steps; -1: num_train_epochs decides", Range(lambda n: n == -1 or n >= 1, ">= 1, or -1")
     )
     max_completion_length: int | None = option(
-        None, "tokens of a completion, its end of sequence included", at_least(1)
+        None, "most tokens of a completion, with its end of sequence", at_least(1)
     )
     max_prompt_length: int | None = option(
         None,
-        "tokens of a prompt, its last, as many as sample used; none keeps half of max_length at least and cuts the "
-        "completion first",
+        "most tokens of a prompt, which loses its beginning; use the value that sample had. none: cut the completion "
+        "first, and leave at least half of max_length to the prompt",
         at_least(1),
     )
     truncate: Literal["prompt-left", "drop", "error"] = option(
@@ -187,26 +250,30 @@ class DataTraining(Training, ChatOptions):
         "rows over the limits: cut (the completion's end first, then the prompt's beginning), skip, or stop",
     )
 
+    def steps(self, n_examples: int) -> dict[str, Any]:
+        """Return the arguments of exo.training.sampler.total_steps."""
+        return {
+            "n_examples": n_examples,
+            "batch_size": self.batch_size,
+            "epochs": self.num_train_epochs,
+            "max_steps": self.max_steps,
+        }
+
     def limits(self) -> dict[str, Any]:
         """Return the fields of exo.data.text.limits.Limits."""
-        return {
-            "max_length": self.max_length,
-            "max_completion_length": self.max_completion_length,
-            "truncate": self.truncate,
-            "max_prompt_length": self.max_prompt_length,
-        }
+        return self.values("max_length max_completion_length truncate max_prompt_length")
 
 
 @dataclass(frozen=True)
 class AdapterOptions(DataTraining):
-    """What every stage that can train an adapter has in common."""
+    """Options of the stages that can train a LoRA adapter."""
 
-    lora_r: int = option(0, "rank of LoRA's matrices; 0 trains the model whole", NOT_NEGATIVE)
-    lora_alpha: int = option(16, "their product is multiplied by this over the rank", at_least(1))
-    lora_dropout: float = option(0.0, "dropout before them; needs --dropout", PART)
-    lora_targets: str = option("all-linear", "names of the layers that get them, with commas; all-linear but the head")
+    lora_r: int = option(0, "rank of the LoRA matrices; 0: train all weights", NOT_NEGATIVE)
+    lora_alpha: int = option(16, "scale of the LoRA update: lora_alpha / lora_r", at_least(1))
+    lora_dropout: float = option(0.0, "dropout on the input of the LoRA matrices; needs --dropout", PART)
+    lora_targets: str = option("all-linear", "layers to adapt, with commas; all-linear: all of them but the head")
     lora_output: Literal["merged", "adapter"] = option(
-        "merged", "what the run leaves: a model that stands alone, or the adapter, which needs --model beside it"
+        "merged", "save a complete model, or the adapter, which needs --model"
     )
     load_in_4bit: bool = option(False, "hold the frozen weights in 4 bits (QLoRA); needs --lora_r and bitsandbytes")
 
@@ -216,6 +283,14 @@ class AdapterOptions(DataTraining):
             named = field.name.startswith("lora_") or field.name == "load_in_4bit"
             if named and field.name != "lora_r" and not self.lora_r:
                 value = getattr(self, field.name)
-                require(value == field.default, field.name, "--lora_r too, without which there is no adapter", value)
-        heard = self.dropout or not self.lora_dropout
-        require(heard, "lora_dropout", "0, or --dropout too, without which nothing is dropped out", self.lora_dropout)
+                require(value == field.default, field.name, "--lora_r too: without it there is no adapter", value)
+        drops = self.dropout or not self.lora_dropout
+        require(drops, "lora_dropout", "0, or --dropout too: without it there is no dropout", self.lora_dropout)
+
+    def parallel(self) -> dict[str, Any]:
+        return super().parallel() | {"load_in_4bit": self.load_in_4bit}
+
+    def lora(self) -> dict[str, Any]:
+        """Return the fields of exo.models.lora.LoraSettings."""
+        names = ("r", "alpha", "dropout", "targets", "output")
+        return {name: getattr(self, f"lora_{name}") for name in names} | {"load_in_4bit": self.load_in_4bit}

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import types
 import typing
@@ -11,22 +12,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from exo.cli import yaml_files
+from exo.cli import console, help
 from exo.cli.errors import ConfigError
 from exo.cli.fields import SHOWN, require, shortened
 from exo.cli.spelling import suggestion
 
 
 def as_flags(config: Any) -> list[str]:
-    """What is not as it is by default, and where it goes."""
+    """Return flags for the options that differ from their defaults, and for output_dir."""
     values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
     given = {name: value for name, (value, default) in values.items() if value != default or name == "output_dir"}
-    given.pop("overwrite_output_dir", None)  # for whoever runs it again to say
+    given.pop("overwrite_output_dir", None)  # only the user decides that, each time
     return [f"--{name.rstrip('_')}={'none' if value is None else value}" for name, value in given.items()]
 
 
 def command_line(config: Any) -> list[str]:
-    """The flags that make this config."""
+    """Return the flags that give this config."""
     return [*as_flags(config), *["--overwrite_output_dir"] * getattr(config, "overwrite_output_dir", False)]
 
 
@@ -36,31 +37,47 @@ T = TypeVar("T")
 def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str | None) -> T:
     """Build `cls` from flags; `--config FILE.yaml` supplies what the flags leave out. Exits with 2 on errors."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(cls, prog=prog, description=description)
-    parser.add_argument("--config", metavar="FILE.yaml", help="options by name; flags override them")
+    every = {"--help-all", "--help_all"}
+    show_all = bool(every & {*arguments}) or len(fields(typing.cast(Any, cls))) <= help.ALL
+    arguments = ["--help" if argument in every else argument for argument in arguments]
+    parser = _parser(
+        cls,
+        show_all=show_all,
+        prog=prog,
+        description=description,
+        usage="%(prog)s [--option VALUE ...]",
+        epilog=None if show_all else "These are the options to know first; --help-all shows all of them, in groups.",
+        add_help=False,
+    )
+    parser.add("--config", metavar="FILE.yaml", help="options by name; flags override them")
+    parser.add("-h", "--help", action="help", help="show the options to know first")
+    parser.add("--help-all", action="help", help="show all options, in groups")
     try:
         file, flags = _split_config(arguments)
         values = vars(parser.parse_args([*_checked(file, cls), *flags]))
         values.pop("config")
-        return cls(**values)
+        config = cls(**values)
     except ConfigError as error:
         parser.error(str(error))
+    if "save_steps" in values and "save_steps" in given(arguments) and "RANK" not in os.environ:
+        console.log("note: --save_steps saves resumable checkpoints since 0.2; --export_steps writes loadable models")
+    return config
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """`cls` from values of a YAML file, each as its flag would take it: to YAML 1e-3 is a text."""
-    known: Any = cls
+    """Build `cls` from values of a YAML file, converted as flags are: to YAML, 1e-3 is a text."""
+    config_type: Any = cls
     try:
-        return cls(**vars(_recipe_parser(known).parse_args(_flags(values))))
+        return cls(**vars(_recipe_parser(config_type).parse_args(_flags(values))))
     except argparse.ArgumentError as error:
         raise ConfigError(shortened(str(error).removeprefix("argument "), 4 * SHOWN)) from None
 
 
 def given(arguments: Sequence[str]) -> set[str]:
-    """Names of the options that are on a command line, or in the file that it names."""
+    """Return the names of the options on a command line and in its --config file."""
     try:
         in_file = _read(_split_config(arguments)[0])
-    except ConfigError:  # whoever parses them says what is wrong
+    except ConfigError:  # `parse` reports it
         in_file = {}
     flags = [argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
     return {name.replace("-", "_") for name in [*flags, *in_file]}
@@ -70,10 +87,10 @@ def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     head = _Parser(add_help=False, allow_abbrev=False, exit_on_error=False)
     head.add_argument("--config", action="append")
     try:
-        known, rest = head.parse_known_args(arguments)
+        options, rest = head.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from None
-    files = known.config or [None]
+    files = options.config or [None]
     require(len(files) == 1, "config", "one file", ", ".join(map(str, files)))
     return files[0], rest
 
@@ -81,6 +98,8 @@ def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def _read(file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
+    from exo.cli import yaml_files  # a third of the time that --help takes
+
     try:
         options = yaml_files.read(Path(file), typed=False)
     except ValueError as error:
@@ -91,7 +110,7 @@ def _read(file: str | None) -> dict[str, Any]:
 
 
 def _checked(file: str | None, cls: type) -> list[str]:
-    """The file's options as flags, so that both go through the same parser."""
+    """Return the options of the file as flags, so that both go through the same parser."""
     options = _read(file)
     known = {field.name.rstrip("_") for field in dataclasses.fields(cls)}
     names = [key.replace("-", "_") for key in options]
@@ -110,10 +129,13 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
 
 
-def _parser(cls: type, **settings: Any) -> "_Parser":
+def _parser(cls: type, *, show_all: bool = False, **settings: Any) -> "_Parser":
     parser = _Parser(allow_abbrev=False, **settings)
+    parser.show_all = show_all
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    order = [*help.GROUP_OF] if show_all else help.FIRST
+    names = {name: place for place, name in enumerate(order)}
+    for field in sorted(dataclasses.fields(cls), key=lambda field: names.get(field.name, -1)):
         _add(parser, field, hints[field.name])
     return parser
 
@@ -124,7 +146,18 @@ def _recipe_parser(cls: type) -> "_Parser":
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that takes dashes for underscores and suggests the nearest flag."""
+    """argparse that takes dashes for underscores, suggests the nearest flag and shows options in groups."""
+
+    show_all = True
+
+    def add(self, *flags: str, **settings: Any) -> None:
+        """Add an option to its group of `--help-all`, or to the one list of `--help`."""
+        name = flags[-1].lstrip("-")
+        if not self.show_all and name not in help.FIRST and name in help.GROUP_OF:
+            settings["help"] = argparse.SUPPRESS
+        title = help.GROUP_OF.get(name, help.OTHER) if self.show_all else "Options"
+        groups = {group.title: group for group in self._action_groups}
+        (groups.get(title) or self.add_argument_group(title)).add_argument(*flags, **settings)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = [_underscored(a) for a in args]
@@ -146,10 +179,10 @@ def _underscored(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _add(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
+def _add(parser: "_Parser", field: Any, hint: Any) -> None:
     required = field.default is dataclasses.MISSING
     text = field.metadata.get("help", "")
-    if not required and field.default is not None:
+    if not required and field.default not in (None, ""):
         text += f" (default: {field.default})"
     settings: dict[str, Any] = {"help": text.replace("%", "%%"), "required": required}
     if not required:
@@ -162,8 +195,8 @@ def _add(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
         settings |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     else:
         settings |= {"type": _or_none(base) if optional else base, "metavar": base.__name__.upper()}
-    # `from` is no name for a field of Python's: it is written from_
-    parser.add_argument(f"--{field.name.rstrip('_')}", dest=field.name, **settings)
+    # a field cannot be called `from`: it is written from_
+    parser.add(f"--{field.name.rstrip('_')}", dest=field.name, **settings)
 
 
 def _boolean(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Options that name one data file or several."""
+"""Split options that name one data file or several."""
 
 import os
 
@@ -9,7 +9,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst"
 
 
 def split_paths(path: StrPath) -> list[StrPath]:
-    """Return the paths that commas join; a path that exists as it stands is one."""
+    """Return the paths between commas; a path that exists with its commas is one."""
     text = os.fspath(path)
     if not isinstance(text, str) or "," not in text or os.path.exists(text):
         return [path]

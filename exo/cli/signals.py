@@ -1,7 +1,6 @@
-"""Being told to stop: SIGTERM, SIGINT and SIGHUP wait for a place where nothing is lost, a second one does not.
+"""Graceful shutdown: training saves a checkpoint on SIGTERM, SIGINT and SIGHUP; a second signal exits at once.
 
-Only training waits; everywhere else a signal ends the process at once, because what has been done is on the disk.
-Left out: what is saved (checkpoints).
+Outside training a signal ends the process at once, because all results are on the disk already.
 """
 
 import contextlib
@@ -14,19 +13,20 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that closes; Windows has none
-ECHO = 2.0  # seconds in which a second signal is the first, which the terminal and a launcher both passed on
-SAID = b"\nstopping at the next step, with its state saved; once more stops at once\n"
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+ECHO_SECONDS = 2.0  # a terminal and a launcher may both send the same signal
+NOTICE = b"\nStopping after this step and saving a checkpoint. Signal again (Ctrl-C) to quit now.\n"
 
-_asked: int | None = None
-_alone = _heeded = False
+_requested: int | None = None
+_graceful = False
 
 
 class Stopped(Exception):
-    """A run that was told to stop has; one line."""
+    """Raised when a run stops because of a signal; the message is one line."""
 
-    def __init__(self, signum: int, said: str = "") -> None:
-        super().__init__(signum, said or "nothing was done that would be lost")  # as it is made again elsewhere
+    def __init__(self, signum: int, message: str = "") -> None:
+        # the arguments are those of the constructor, because errors of other processes are unpickled
+        super().__init__(signum, message or "no finished work is lost")
         self.signum = signum
 
     def __str__(self) -> str:
@@ -34,43 +34,44 @@ class Stopped(Exception):
 
 
 @contextmanager
-def graceful_shutdown(*, alone: bool) -> Iterator[None]:
-    """For the while signals ask; `alone` says that no other process has to agree on where to stop."""
-    global _asked, _alone, _heeded
+def graceful_shutdown() -> Iterator[None]:
+    """Inside the context, the first signal only sets `stop_requested()`."""
+    global _requested, _graceful
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python hands signals to the main thread alone
+        yield  # Python delivers signals to the main thread only
         return
-    _asked, _alone, _heeded = None, alone, True
+    _requested, _graceful = None, True
     first = 0.0
 
-    def ask(signum: int, frame: FrameType | None) -> None:
-        global _asked
+    def handle(signum: int, frame: FrameType | None) -> None:
+        global _requested
         nonlocal first
-        if _asked is None:
-            _asked, first = signum, time.monotonic()
-            with contextlib.suppress(OSError):  # who was listening may be gone, of the same signal
-                os.write(2, SAID)
-        elif time.monotonic() - first > ECHO:
+        if _requested is None:
+            _requested, first = signum, time.monotonic()
+            if _is_rank_0():
+                with contextlib.suppress(OSError):  # the same signal may have ended the reader
+                    os.write(2, NOTICE)
+        elif time.monotonic() - first > ECHO_SECONDS:
             os._exit(128 + signum)
 
-    before = {number: signal.signal(number, ask) for number in handled()}
+    previous = {number: signal.signal(number, handle) for number in handled()}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        _asked, _alone, _heeded = None, False, False
+        _requested, _graceful = None, False
 
 
 def handled() -> tuple[int, ...]:
-    """The signals that stop a run. Under nohup, which ignores SIGHUP, that is none of them."""
+    """Return the signals that stop a run: SIGHUP is not one of them under nohup, which ignores it."""
     if HANGUP is None or signal.getsignal(HANGUP) == signal.SIG_IGN:
         return SIGNALS
     return (*SIGNALS, HANGUP)
 
 
 def exit_on_signals() -> None:
-    """SIGTERM and SIGHUP unwind, as SIGINT does: unfinished files are removed, and child processes are stopped."""
+    """Raise SystemExit on SIGTERM and SIGHUP, so that temporary files are removed and child processes are stopped."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
@@ -82,7 +83,7 @@ def exit_on_signals() -> None:
 
 
 def exit_with_parent(parent: int) -> None:
-    """Where the process that began this one is killed, this one is told to stop, as by SIGTERM."""
+    """Send this process SIGTERM when its parent process ends."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -93,17 +94,23 @@ def exit_with_parent(parent: int) -> None:
 
 
 def is_graceful() -> bool:
-    """Whether this is training, where signals wait."""
-    return _heeded
+    """Return whether signals only request a stop, as they do during training."""
+    return _graceful
 
 
 def stop_requested() -> int:
-    """The signal that asked to stop; 0 for none."""
-    return _asked or 0
+    """Return the signal that requested a stop, or 0."""
+    return _requested or 0
 
 
 def raise_if_stop_requested() -> None:
-    """Called between pieces of work that leave the last step's state as it is. Several processes agree first (loop,
-    processes)."""
-    if _asked is not None and _alone:
-        raise Stopped(_asked)
+    """Raise Stopped if a signal requested a stop and no other rank has to agree on where.
+
+    Call it between pieces of work that leave the state of the last step as it is.
+    """
+    if _requested is not None and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise Stopped(_requested)
+
+
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,10 +1,14 @@
-"""Suggestions for names that are not known."""
+"""Suggest the nearest name for an unknown one."""
 
 import difflib
 from collections.abc import Iterable
 
+RENAMED = {"checkpoint_steps": "save_steps"}  # options of 0.1
+
 
 def suggestion(name: str, known: Iterable[str], otherwise: str = "--help lists them") -> str:
     """Return the end of an error message: the nearest known name, or where to find them."""
+    if renamed := RENAMED.get(name.replace("-", "_")):
+        return f"; it is called {renamed} since 0.2"
     close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
     return f"; did you mean {close[0]}?" if close else f"; {otherwise}"

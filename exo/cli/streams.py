@@ -1,7 +1,6 @@
-"""Standard output and error that cannot end a run: closed, full, a broken pipe, or without some character.
+"""Make standard output and error safe: closed, full or broken ones do not end a run or change its exit code.
 
-A run goes on without output that nobody can read, and its exit code is that of its work. Only the standard library is
-needed here: `exo` prepares the streams before it loads anything else.
+Needs only the standard library: `exo` prepares the streams before it loads anything else.
 """
 
 import contextlib
@@ -12,11 +11,11 @@ from typing import Any
 
 
 def prepare() -> None:
-    """Make the process's streams as described above."""
+    """Replace the streams of this process by ones whose writes never fail."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # a closed one (>&-): the next file that is opened would take its place
+        except OSError:  # closed (>&-): the next file that is opened would get its number
             os.open(os.devnull, os.O_RDWR)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -50,14 +49,14 @@ class _Stream(io.TextIOWrapper):
         try:
             yield
         except BlockingIOError:
-            pass  # a reader that is slow, and may read on
+            pass  # a slow reader, which may read later
         except OSError as error:
             self._replace(error)
 
     def _replace(self, error: OSError) -> None:
-        """Write to /dev/null from now on. What is still buffered goes there too, so that nothing fails at exit."""
+        """Write to /dev/null from now on, with what is still buffered, so that nothing fails at exit."""
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._descriptor)
         os.close(null)
         if self._descriptor == 1 and not isinstance(error, BrokenPipeError):
-            print(f"warning: standard output: {error.strerror}; the run goes on without it", file=sys.stderr)
+            print(f"warning: standard output: {error.strerror}; the run continues without it", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""YAML for options and recipes: the part of it that a person writes, with errors of one line.
+"""Read the part of YAML that people write by hand, with errors of one line.
 
 Numbers are decimal and 1e-3 is one; true and false are the only booleans; a key may appear once. YAML 1.1 would also
 read 010 as 8, 1:30 as 90, `no` as false and 2024-01-01 as a date.
@@ -31,7 +31,7 @@ def read(path: Path, *, typed: bool) -> Any:
 
 
 def parse(text: str, *, typed: bool) -> Any:
-    """The value of a YAML document; `typed` reads numbers and booleans, otherwise every scalar is a text or None."""
+    """Return the value of a YAML document; without `typed` every scalar is a text or None."""
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"expected at most {MOST_CHARACTERS:,} characters")
     try:
@@ -44,9 +44,9 @@ def parse(text: str, *, typed: bool) -> Any:
     except RecursionError:
         raise ValueError("brackets or blocks are nested too deeply") from None
     except yaml.MarkedYAMLError as error:
-        what = " ".join(f"{error.context or ''} {error.problem or ''}".split())
+        problem = " ".join(f"{error.context or ''} {error.problem or ''}".split())
         mark = error.problem_mark or error.context_mark
-        raise ValueError(f"{_place(mark)}{what}" if mark else what) from None
+        raise ValueError(f"{_place(mark)}{problem}" if mark else problem) from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
 
@@ -74,32 +74,32 @@ def _value(node: Any, typed: bool) -> Any:
 
 
 def _mapping(node: Any, typed: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in node.value:
         name = _value(key, typed=False)
         if not isinstance(name, str):
             raise ValueError(f"{_place(key.start_mark)}expected a text as key")
-        if name in found:
+        if name in values:
             raise ValueError(f"{_place(key.start_mark)}key {name!r} appears twice")
-        found[name] = _value(value, typed)
-    return found
+        values[name] = _value(value, typed)
+    return values
 
 
 def _place(mark: Any) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: "
 
 
-def _count(node: Any, known: dict[int, int]) -> int:
+def _count(node: Any, counts: dict[int, int]) -> int:
     """Count the values below a node with aliases expanded. ValueError for one that contains itself."""
-    if id(node) in known:
-        if not known[id(node)]:
+    if id(node) in counts:
+        if not counts[id(node)]:
             raise ValueError("an alias contains itself")
-        return known[id(node)]
-    known[id(node)] = 0
+        return counts[id(node)]
+    counts[id(node)] = 0
     below: list[Any] = []
     if isinstance(node, yaml.MappingNode):
         below = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         below = node.value
-    known[id(node)] = 1 + sum(_count(part, known) for part in below)
-    return known[id(node)]
+    counts[id(node)] = 1 + sum(_count(part, counts) for part in below)
+    return counts[id(node)]

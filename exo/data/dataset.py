@@ -1,106 +1,91 @@
-"""What `read` returns, and how rows are written between stages."""
+"""The result of reading: examples, and an account of every row."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from exo.data.errors import StrPath, show
-from exo.data.formats.messages import Chat, Reply
-from exo.data.formats.reading import Tokens
+from exo.data.formats.parsed_row import Tokens
+from exo.data.formats.transcripts import as_answers, as_chat
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and its completions: those to be compared, samples of a model, the one to imitate, or none."""
+    """A prompt and its completions: those to compare, samples of a model, the one to imitate, or none."""
 
     prompt: str  # a Chat if it is made of messages
     completions: tuple[str, ...]  # a Reply if it is a message with more than a role and a text
-    rewards: tuple[float, ...] | None  # None if no number was given: of a preference, completions[0] is the chosen
-    line: int  # 1-based line, or 1-based row of what has no lines; counted through if there are several files
-    tokens: Tokens | None = None  # if the completions were sampled by us
-    label: int | None = None  # of a text to be classified, which is the one completion
+    rewards: tuple[float, ...] | None  # None for a preference: completions[0] is the chosen one
+    line: int  # 1-based line, or row of a source without lines; counted through if there are several files
+    tokens: Tokens | None = None  # if `exo.sample` sampled the completions
+    label: int | None = None  # of a text to classify, which is the one completion
     ref_logps: tuple[float, ...] | None = None  # a reference's log-prob of each completion, if the data have it
-    source: str = field(
-        default="", compare=False
-    )  # file:line to name in messages; "" if that is the path of the data and `line`
+    source: str = field(default="", compare=False)  # file:line, if that is not the path of the data and `line`
 
     def place(self, path: StrPath) -> str:
         """Return the file and line to name in messages; `path` is that of the data."""
         return self.source or f"{show(path)}:{self.line}"
 
+    def as_chat(self) -> "Example":
+        """Return the example with its prompt as messages: one turn of the user, or the turns of a transcript."""
+        return replace(self, prompt=as_chat(self.prompt), completions=as_answers(self.prompt, self.completions))
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable groups of the data, and what became of every other row."""
+    """The usable examples of the data, and an account of all other rows."""
 
     examples: list[Example]
-    format: str  # in words, to be announced
+    format: str  # in words, to be printed
     rows: int
     skipped: dict[str, int]  # reason -> rows not used
-    noted: dict[str, int]  # reason -> rows used but worth a remark
+    noted: dict[str, int]  # remark -> rows used
     path: str
     conversational: bool = False  # the prompts are texts, each a user's turn that is meant for a chat template
     unread: tuple[str, ...] = ()  # columns that are not used
-    repeated: int = 0  # groups beyond the rows: those that --data_weights takes once more
-    merged: int = 0  # rows beyond the groups: further answers to the prompt of one
+    repeated: int = 0  # examples beyond the rows: those that --data_weights repeats
+    merged: int = 0  # rows beyond the examples: further answers to the prompt of one
 
     def __post_init__(self) -> None:
         counted = len(self.examples) + self.merged + sum(self.skipped.values())
         assert self.rows + self.repeated == counted, "rows unaccounted for"
 
     def texts(self) -> Iterator[str]:
+        """Yield every prompt and completion."""
         return (text for example in self.examples for text in (example.prompt, *example.completions))
 
     def account(self, later: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """Return what became of the rows, for run.json; `later` counts what happened to those that were used."""
-        facts = {"format": self.format, "rows": self.rows, "skipped": self.skipped, "noted": self.noted}
-        facts |= {"repeated": self.repeated} if self.repeated else {}
-        facts |= {"merged": self.merged} if self.merged else {}
-        facts |= {"columns_not_used": list(self.unread)} if self.unread else {}
-        return facts | ({"later": dict(later)} if later else {})
+        """Return the counts of rows for run.json; `later` has those of rows cut or dropped after reading."""
+        facts = {
+            "format": self.format,
+            "rows": self.rows,
+            "skipped": self.skipped,
+            "noted": self.noted,
+            "repeated": self.repeated,
+            "merged": self.merged,
+            "columns_not_used": list(self.unread),
+            "later": dict(later or {}),
+        }
+        return {name: fact for name, fact in facts.items() if fact or name in ("format", "rows", "skipped", "noted")}
 
     def summary(self) -> str:
+        """Return the format and the account of the rows as lines to print."""
         lines = [f"{show(self.path)}: {self.format}", row_account(self.rows, self.skipped, self.repeated, self.merged)]
         if self.unread:
             lines.append(f"columns not used: {', '.join(show(name) or '(no name)' for name in self.unread)}")
         if self.noted:
-            lines.append(f"used, but note: {counts(self.noted)}")
+            lines.append(f"used, but note: {_counts(self.noted)}")
         return "\n".join(lines)
 
 
 def row_account(rows: int, skipped: Mapping[str, int], repeated: int = 0, merged: int = 0) -> str:
+    """Return the account of the rows as one line."""
     lost = sum(skipped.values())
-    reasons = f" ({counts(skipped)})" if lost else ""
-    again = f" + {repeated} used once more, as their weight asks" if repeated else ""
-    together = f" (in {rows + repeated - lost - merged} groups)" if merged else ""
-    return f"{rows} rows = {rows - lost} used{together} + {lost} skipped{reasons}{again}"
+    reasons = f" ({_counts(skipped)})" if lost else ""
+    more = f" + {repeated} repeated by --data_weights" if repeated else ""
+    joined = f" (in {rows + repeated - lost - merged} examples)" if merged else ""
+    return f"{rows} rows = {rows - lost} used{joined} + {lost} skipped{reasons}{more}"
 
 
-def counts(reasons: Mapping[str, int]) -> str:
+def _counts(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-
-
-def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one object a line; return how many. A Chat is written as its messages and tools, a Reply as its message.
-
-    Not atomic: an error leaves half a file behind.
-    """
-    count = 0
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            plain = {key: _plain(value) for key, value in row.items()}
-            if isinstance(row.get("prompt"), Chat) and row["prompt"].tools:
-                plain["tools"] = list(row["prompt"].tools)
-            file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-            count += 1
-    return count
-
-
-def _plain(value: Any) -> Any:
-    """Return a Chat as its messages and a Reply as its message; other values as they are."""
-    if isinstance(value, Chat):
-        return list(value.messages)
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value.message if isinstance(value, Reply) else value

@@ -1,4 +1,4 @@
-"""How bad data is refused: the errors and the words they are made of. None quotes a row: data is often private."""
+"""Errors for bad data, and the checks that raise them. No message quotes a row, because data is often private."""
 
 import json
 import math
@@ -12,21 +12,23 @@ _TYPES |= {int: "a number", float: "a number", type(None): "null"}
 
 
 class DataError(ValueError):
-    """Data that cannot be used. One line, `file:line: what is wrong`, that quotes no row."""
+    """Raised for data that cannot be used, with one line `file:line: message` that quotes no row."""
 
 
 class Malformed(Exception):
-    """What is wrong with a row, raised where its place in the file is not known."""
+    """Raised for a row by code that does not have its place in the file."""
 
 
 def string(name: str, value: Any) -> str:
+    """Return a value that is a string; Malformed otherwise."""
     if isinstance(value, str):
         return value
     raise Malformed(f"{name} must be a string, not {kind(value)}")
 
 
 def number(name: str, value: Any) -> float:
-    # To Python a bool is an int; here it is a label that nobody turned into a reward.
+    """Return a value that is a finite number; Malformed otherwise."""
+    # a bool, an int to Python, is a label and no reward
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Malformed(f"{name} must be a number, not {kind(value)}")
     try:
@@ -39,7 +41,8 @@ def number(name: str, value: Any) -> float:
 
 
 def array(name: str, value: Any) -> list[Any]:
-    if isinstance(value, str) and value[:1] == "[":  # of a csv, say
+    """Return a list that is not empty, or the one that a text (such as a csv field) holds as JSON."""
+    if isinstance(value, str) and value[:1] == "[":
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -50,15 +53,17 @@ def array(name: str, value: Any) -> list[Any]:
 
 
 def kind(value: Any) -> str:
-    """In the words of JSON; a table may hold other things, dates say."""
+    """Return the type of a value in the words of JSON; tables may hold others, such as dates."""
     return _TYPES.get(type(value), f"of type {type(value).__name__}")
 
 
 def names(keys: Iterable[str]) -> str:
+    """Return up to eight keys, quoted and cut to 40 characters."""
     shown = [repr(key[:40] + "..." * (len(key) > 40)) for key in keys]
     return ", ".join(shown[:8] + [f"{len(shown) - 8} more"] * (len(shown) > 8)) or "none"
 
 
 def show(path: StrPath) -> str:
+    """Return a path on one line."""
     shown = os.fspath(path)
     return shown if shown.isprintable() else ascii(shown)

@@ -1,4 +1,4 @@
-"""Show rows as a model is trained on them: their prompt, and the tokens that the loss is taken of.
+"""Print examples as a model is trained on them: their prompt, and the tokens that the loss is taken of.
 
 align and sft print such examples before they train, and inspect without training.
 """
@@ -23,9 +23,7 @@ SCORED, PLAIN = "\x1b[1;32m", "\x1b[0m"  # ANSI: bold green, and back
 
 
 class Row(NamedTuple):
-    """A row, and why it is shown."""
-
-    reason: str
+    reason: str  # to show it
     example: TokenizedExample
 
 
@@ -36,24 +34,19 @@ def is_colored(color: Color) -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def length(group: TokenizedExample) -> int:
-    """Return the tokens of a row: its prompt and its longest completion."""
-    return len(group.prompt) + max(map(len, group.completions), default=0)
-
-
 def choose(examples: Sequence[TokenizedExample], count: int) -> list[Row]:
     """Return the first row and rows at evenly spaced quantiles of length, the last of them the longest.
 
     Of three rows the second has the median length. A row that is chosen twice appears once.
     """
-    by_length = sorted(examples, key=length)
+    by_length = sorted(examples, key=lambda example: example.longest)
     rows = [Row("first row", examples[0])] if examples and count else []
     for i in range(1, count if examples else 0):
         share = i / (count - 1)
         reason = "longest" if share == 1 else "median length" if share == 0.5 else f"{share:.0%} of lengths below"
         rows.append(Row(reason, by_length[round(share * (len(examples) - 1))]))
-    places = [id(row.example) for row in rows]
-    return [row for i, row in enumerate(rows) if places.index(id(row.example)) == i]
+    ids = [id(row.example) for row in rows]
+    return [row for i, row in enumerate(rows) if ids.index(id(row.example)) == i]
 
 
 def show(
@@ -61,7 +54,7 @@ def show(
 ) -> None:
     """Print examples, with special tokens and the scored part in color, or between [[ and ]] without color.
 
-    `scored` says what is done with that part: LOSS, LOSS_OF_DIFFERENCE or SCORE.
+    `scored` explains the scored part: LOSS, LOSS_OF_DIFFERENCE or SCORE.
     """
     colored = is_colored(color)
     for row in choose(examples, count):
@@ -73,16 +66,18 @@ def show(
 
 def _lines(row: Row, tokenizer: Any, colored: bool) -> Iterator[str]:
     example = row.example
-    yield f"  line {example.line} ({row.reason}, {length(example):,} tokens)"
+    yield f"  line {example.line} ({row.reason}, {example.longest:,} tokens)"
     prompt = subwords.decode(list(example.prompt), tokenizer)
     yield from _wrapped("prompt", _shortened(prompt, PROMPT), False)
     for i, ids in enumerate(example.completions):
-        added = subwords.decoded_after(list(example.prompt), list(ids), tokenizer, special=True)
-        text = _shortened(added, COMPLETION)
+        text = subwords.decoded_after(list(example.prompt), list(ids), tokenizer, special=True)
+        text = _shortened(text, COMPLETION)
         yield from _wrapped(_name(example, i), text if colored else f"[[{text}]]", colored)
 
 
 def _name(example: TokenizedExample, i: int) -> str:
+    if example.label is not None:
+        return str(example.label)
     if example.rewards is not None:
         return f"{example.rewards[i]:.4g}"
     if len(example.completions) == 1:
@@ -102,20 +97,21 @@ def _wrapped(name: str, text: str, colored: bool) -> Iterator[str]:
         yield f"    {'' if i else name:<10}{f'{SCORED}{part}{PLAIN}' if colored else part}"
 
 
-def length_lines(limits: Mapping[str, int | None], rows: Sequence[TokenizedExample], *, labels: bool) -> list[str]:
-    """Describe the lengths that the stage has limits for."""
+def length_lines(limits: Mapping[str, int | None], rows: Sequence[TokenizedExample]) -> list[str]:
+    """Describe the lengths that the stage has limits for; `limits` are its options by name."""
+    totals = [row.longest for row in rows if row.completions]
     completions = [len(ids) for row in rows for ids in row.completions]
     lengths = {
         "max_prompt_length": ("prompt", [len(row.prompt) for row in rows]),
         "max_completion_length": ("completion, its end included", completions),
-        "max_length": ("prompt and longest completion", [length(row) for row in rows if row.completions]),
+        "max_length": ("prompt and longest completion", totals),
     }
-    if labels:  # a text is a prompt with an empty completion
-        lengths = {"max_length": ("text, its end included", lengths["max_length"][1])}
+    if rows and rows[0].label is not None:
+        lengths = {"max_length": ("text, its end included", totals)}
     block = "█" if console.can_print("█") else "#"
     return [
         line
-        for name, (what, values) in lengths.items()
+        for name, (title, values) in lengths.items()
         if values
-        for line in statistics.length_lines(what, values, name, limits[name], block)
+        for line in statistics.length_lines(title, values, name, limits[name], block)
     ]

@@ -1,86 +1,121 @@
-"""Rows held out of training, so that no text of theirs is trained on.
+"""Hold rows out of training, so that no text of theirs is trained on.
 
-Rows are connected if they share a prompt, a completion or a whole text (a prompt with a completion: of rows with an
-implicit prompt one text begins in several ways). Connected rows are held out together or not at all.
+Rows are connected if they share a prompt, a completion or their concatenation (rows with an implicit prompt split one
+text in several places). Connected rows are held out together or not at all.
 """
 
 import random
-from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from exo.cli import console
+from exo.data.dataset import Dataset
 
 
-class Texts(NamedTuple):
-    """What a row may share with others."""
-
-    prompt: str
-    completions: Sequence[str]
+class HasTexts(Protocol):
+    """A row that may share texts with others, such as an Example."""
 
     @property
-    def name(self) -> str:
-        """The prompt; of rows without one, the first completion."""
-        return self.prompt or self.completions[0]
-
-    def keys(self) -> Iterable[Hashable]:
-        """Keys that connected rows have in common. An empty completion connects nothing."""
-        yield "name", self.name.strip()
-        for completion in self.completions:
-            if completion.strip():
-                yield "completion", completion.strip()
-                yield "whole", f"{self.prompt}{completion}".strip()
+    def prompt(self) -> str: ...
+    @property
+    def completions(self) -> Sequence[str]: ...
 
 
 class Split(NamedTuple):
-    """`held_out` has the places of rows; of these `shared` share a text with rows that are trained on."""
+    held_out: frozenset[int]  # indices of rows
+    num_shared: int  # held-out rows that share a text with a row to train on
 
-    held_out: frozenset[int]
-    shared: int
 
-    def warning(self, what: str) -> str:
-        """What to print, or ""."""
-        if not self.shared:
-            return ""
-        return (
-            f"{self.shared:,} of {len(self.held_out):,} held-out rows of {what} share a completion with rows that are "
-            "trained on: too many rows are connected to set a part of them aside, so the split is by prompt alone, and "
-            "the held-out accuracy may be too high; keep held-out rows in a file of their own"
+def row_name(row: HasTexts) -> str:
+    """Return the prompt of a row; if it has none, its first completion."""
+    return row.prompt or row.completions[0]
+
+
+def keys(row: HasTexts) -> Iterator[Hashable]:
+    """Yield the keys that connected rows have in common. An empty completion connects nothing."""
+    yield "name", row_name(row).strip()
+    for completion in row.completions:
+        if completion.strip():
+            yield "completion", completion.strip()
+            yield "concatenation", f"{row.prompt}{completion}".strip()
+
+
+def count_shared(train: Iterable[HasTexts], held_out: Iterable[HasTexts]) -> int:
+    """Return how many held-out rows are connected to a row to train on."""
+    train_keys = {key for row in train for key in keys(row)}
+    return sum(not train_keys.isdisjoint(keys(row)) for row in held_out)
+
+
+def hold_out(
+    rows: Sequence[HasTexts],
+    fraction: float,
+    seed: int,
+    path: str,
+    *,
+    at_least: int = 1,
+    at_most: int | None = None,
+    sort: bool = True,
+) -> frozenset[int]:
+    """Choose the rows to hold out and return their indices; warn if they share texts with the other rows.
+
+    `fraction` is that of the distinct prompts, of which `at_least` and `at_most` bound the number (0 holds out none).
+    The prompts are drawn by `seed` from their sorted order, or from the order of the rows if not `sort`. `path` names
+    the data in the warning.
+    """
+    if not fraction or not rows:
+        return frozenset()
+    names = dict.fromkeys(map(row_name, rows))
+    number = max(at_least, round(fraction * len(names)))
+    if at_most is not None:
+        number = min(number, at_most)
+    split = split_connected(rows, sorted(names) if sort else names, number, seed)
+    if split.num_shared:
+        console.warn(
+            f"{path}: {split.num_shared:,} of {len(split.held_out):,} held-out rows share a completion with rows that "
+            "are trained on, because too many rows are connected to set a part of them aside; the split is by prompt "
+            "alone, and the held-out accuracy may be too high; keep held-out rows in a separate file"
+        )
+    return split.held_out
+
+
+def warn_of_leaks(train: Dataset, held_out: Dataset) -> None:
+    """Warn if rows of a held-out file share texts with rows to train on."""
+    if count := count_shared(train.examples, held_out.examples):
+        console.warn(
+            f"{held_out.path}: {count:,} of {len(held_out.examples):,} held-out rows share a prompt or a completion "
+            "with --data, so their accuracy may be too high"
         )
 
 
-def shared(trained: Iterable[Texts], held_out: Iterable[Texts]) -> int:
-    """Count the held-out rows that are connected to a row that is trained on."""
-    keys = {key for row in trained for key in row.keys()}
-    return sum(not keys.isdisjoint(row.keys()) for row in held_out)
-
-
-def hold_out(rows: Sequence[Texts], order: Iterable[str], number: int, seed: int) -> Split:
+def split_connected(rows: Sequence[HasTexts], names: Iterable[str], number: int, seed: int) -> Split:
     """Hold out rows with about `number` of the names, as near as connected rows allow.
 
-    `order` has each name once. It is shuffled by the seed, and names are held out from its beginning, each with what it
-    is connected to, unless that goes further beyond the number than it falls short without. Some rows always stay.
-    Where nothing can be held out so, rows are held out by name alone, and `shared` is not 0.
+    `names` has each name once. It is shuffled by the seed, and names are held out from its beginning, each with all
+    that it is connected to, unless the number is then exceeded by more than it is missed without. Some rows always
+    remain. If no component fits, rows are held out by name alone, and `num_shared` is not 0.
     """
-    names = list(order)
-    random.Random(seed).shuffle(names)
-    component = dict(zip((row.name for row in rows), _components(rows), strict=True))
+    order = list(names)
+    random.Random(seed).shuffle(order)
+    component = dict(zip(map(row_name, rows), _components(rows), strict=True))
     connected: dict[int, set[str]] = {}
-    for name in names:
+    for name in order:
         connected.setdefault(component[name], set()).add(name)
     chosen: set[str] = set()
-    for name in names:
-        example = connected[component[name]]
-        size = len(chosen) + len(example)
-        near = size <= number or size - number < number - len(chosen)
-        if name not in chosen and near and size < len(names):
-            chosen |= example
+    for name in order:
+        members = connected[component[name]]
+        size = len(chosen) + len(members)
+        is_near = size <= number or size - number < number - len(chosen)
+        if name not in chosen and is_near and size < len(order):
+            chosen |= members
     if not chosen and number:
-        chosen = set(names[: min(number, len(names) - 1)])
-    held_out = frozenset(i for i, row in enumerate(rows) if row.name in chosen)
-    trained = (row for i, row in enumerate(rows) if i not in held_out)
-    return Split(held_out, shared(trained, (rows[i] for i in held_out)))
+        chosen = set(order[: min(number, len(order) - 1)])
+    held_out = frozenset(i for i, row in enumerate(rows) if row_name(row) in chosen)
+    train = (row for i, row in enumerate(rows) if i not in held_out)
+    return Split(held_out, count_shared(train, (rows[i] for i in held_out)))
 
 
-def _components(rows: Sequence[Texts]) -> list[int]:
-    """For each row the first row that it is connected to, over others or directly."""
+def _components(rows: Sequence[HasTexts]) -> list[int]:
+    """Return for each row the index of the first row of its connected component."""
     parent = list(range(len(rows)))
 
     def root(i: int) -> int:
@@ -90,7 +125,7 @@ def _components(rows: Sequence[Texts]) -> list[int]:
 
     first: dict[Hashable, int] = {}
     for i, row in enumerate(rows):
-        for key in row.keys():
-            one, other = sorted((root(i), root(first.setdefault(key, i))))
-            parent[other] = one
+        for key in keys(row):
+            low, high = sorted((root(i), root(first.setdefault(key, i))))
+            parent[high] = low
     return [root(i) for i in range(len(rows))]

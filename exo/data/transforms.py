@@ -1,6 +1,6 @@
-"""From scored completions to what is compared: the first K of a row, the best against the worst, rewards on one scale.
+"""Transform scored completions into what is compared: the first K, the best and the worst, rewards on one scale.
 
-Pure functions on rows of data; each says what it leaves out, by reason. Left out: making the scores.
+Pure functions of rows, which also return the counts of the rows that they leave out, by reason.
 """
 
 import math
@@ -8,30 +8,30 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from exo.cli.options import Norm
 from exo.data import Example
 from exo.data.text.tokenize import TokenizedExample
 
-Norm = Literal["none", "prompt", "global"]
-R = TypeVar("R", Example, TokenizedExample)  # as texts, or as tokens
+R = TypeVar("R", Example, TokenizedExample)
 
 
 def take_first(examples: Sequence[R], k: int) -> tuple[list[R], Counter[str]]:
-    """The first `k` completions of each row, where that leaves something to compare."""
+    """Return the first `k` completions of each row; skip rows that lose their only difference."""
     counts: Counter[str] = Counter()
-    kept = []
+    shortened = []
     for example in examples:
         short = select(example, range(min(k, len(example.completions))))
         if len(set(short.completions)) == 1 and len(set(example.completions)) > 1:
             counts[f"rows skipped: the first {k} completions identical"] += 1
         else:
-            kept.append(short)
-    return kept, counts
+            shortened.append(short)
+    return shortened, counts
 
 
 def to_pairs(examples: Sequence[R]) -> tuple[list[R], Counter[str]]:
-    """Preferences out of rewards: the completion of the highest reward is chosen, that of the lowest rejected."""
+    """Return the completions of the highest and the lowest reward as chosen and rejected; preferences unchanged."""
     counts: Counter[str] = Counter()
     pairs = []
     for example in examples:
@@ -45,36 +45,36 @@ def to_pairs(examples: Sequence[R]) -> tuple[list[R], Counter[str]]:
     return pairs, counts
 
 
-def normalize_rewards(examples: Sequence[R], how: Norm) -> list[R]:
-    """Rewards less their mean, over their standard deviation: of the row ("prompt"), or of all of them ("global").
+def normalize_rewards(examples: Sequence[R], norm: Norm) -> list[R]:
+    """Subtract the mean from the rewards and divide by the standard deviation, of the row or of all rows ("global").
 
-    Rewards without spread become 0. Preferences stay as they are.
+    Rewards without spread become 0. Preferences are returned unchanged.
     """
-    if how == "none" or examples[0].rewards is None:
+    if norm == "none" or examples[0].rewards is None:
         return list(examples)
-    if how == "prompt":
+    if norm == "prompt":
         return [replace(example, rewards=_scale(example.rewards or ())(example.rewards or ())) for example in examples]
-    scaled = _scale([reward for example in examples for reward in example.rewards or ()])
-    return [replace(example, rewards=scaled(example.rewards or ())) for example in examples]
+    scale = _scale([reward for example in examples for reward in example.rewards or ()])
+    return [replace(example, rewards=scale(example.rewards or ())) for example in examples]
 
 
 def _scale(values: Sequence[float]) -> Callable[[Sequence[float]], tuple[float, ...]]:
-    """Return what brings rewards to the mean and the standard deviation of `values`."""
-    # a power of two brings them below 1/4, exactly: sums and differences of values near 1.8e308 would overflow
+    """Return a function that normalizes rewards by the mean and the standard deviation of `values`."""
+    # an exact shift by a power of two to below 1/4, because sums and differences of values near 1.8e308 overflow
     shift = -math.frexp(max(map(abs, values)))[1] - 2
     small = [math.ldexp(value, shift) for value in values]
     mean, spread = statistics.fmean(small), statistics.pstdev(small)
     return lambda rewards: tuple((math.ldexp(r, shift) - mean) / spread if spread else 0.0 for r in rewards)
 
 
-def select(example: R, places: Sequence[int]) -> R:
-    """The row with these of its completions, in this order."""
+def select(example: R, indices: Sequence[int]) -> R:
+    """Return the row with these of its completions, in this order."""
 
-    def of(values: Sequence | None) -> Any:
-        return None if values is None else tuple(values[i] for i in places)
+    def take(values: Sequence | None) -> Any:
+        return None if values is None else tuple(values[i] for i in indices)
 
-    changed: dict[str, Any] = {name: of(getattr(example, name)) for name in ("completions", "rewards", "ref_logps")}
+    changed: dict[str, Any] = {name: take(getattr(example, name)) for name in ("completions", "rewards", "ref_logps")}
     if isinstance(example, Example) and example.tokens is not None:
-        tokens = example.tokens
-        changed["tokens"] = tokens._replace(ids=of(tokens.ids), logprobs=of(tokens.logprobs), finish=of(tokens.finish))
+        lists = {name: take(getattr(example.tokens, name)) for name in ("ids", "logprobs", "finish")}
+        changed["tokens"] = example.tokens._replace(**lists)
     return replace(example, **changed)

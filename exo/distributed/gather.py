@@ -1,6 +1,6 @@
-"""Work that is shared among processes: each does some of it, and all have the result, in the order of one process.
+"""Map functions over ranks and gather the results, in the order of a single rank.
 
-What is gathered goes as JSON, which holds every double exactly; nothing is pickled. Left out: gradients (steps).
+Results travel as JSON, which holds every double exactly; nothing is pickled.
 """
 
 import datetime
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 def template_date(start: Start, accelerator: Accelerator) -> datetime.date:
-    """Return the date that chat templates show, that of rank 0: ranks may start on two sides of midnight."""
+    """Return rank 0's date for chat templates, because ranks may start on two sides of midnight."""
     dates = all_gather_json(start.template_date.isoformat(), accelerator)
     return datetime.date.fromisoformat(dates[0])
 
@@ -38,25 +38,25 @@ def map_over_ranks(
     together: bool = False,
     heeding: bool = True,
 ) -> list[Any]:
-    """`of` each item, which must give JSON; item i is for process i modulo their number.
+    """Return of(item) for each item, which must be JSON; rank i computes the items i, i + world, ...
 
-    `together` has every process call `of` equally often, as a model in shards needs it: what one does more is dropped.
-    `heeding`: between two items signals are heeded, where they are (signals.Stopped), by all processes at the same.
-    RunError where processes bring other numbers of items: what they share must be the same for all.
+    `together`: all ranks call `of` equally often, as a sharded model needs; surplus results are dropped. `heeding`:
+    between items a signal stops all ranks at the same one (signals.Stopped). RunError if ranks have different numbers
+    of items.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     if len(set(all_gather_json(len(items), accelerator))) > 1:
-        raise RunError(f"rank {rank}: has {len(items)} items to share, and others have more or fewer")
-    mine = []
+        raise RunError(f"rank {rank}: has {len(items)} items to share; other ranks have more or fewer")
+    local = []
     for first in range(0, len(items), world):
         if heeding:
             _stop_if_asked(accelerator)
         if first + rank < len(items):
-            mine.append(of(items[first + rank]))
+            local.append(of(items[first + rank]))
         elif together:
             of(items[-1])
-    every = all_gather_json(mine, accelerator)
-    return [every[i % world][i // world] for i in range(len(items))]
+    results = all_gather_json(local, accelerator)
+    return [results[i % world][i // world] for i in range(len(items))]
 
 
 def _stop_if_asked(accelerator: Accelerator) -> None:
@@ -68,7 +68,7 @@ def _stop_if_asked(accelerator: Accelerator) -> None:
 
 
 def all_gather_json(value: Any, accelerator: Accelerator) -> list[Any]:
-    """The value of every process, in their order."""
+    """Return the value of every rank, in their order."""
     if accelerator.num_processes == 1:
         return [value]
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(accelerator.device)
@@ -80,14 +80,14 @@ def all_gather_json(value: Any, accelerator: Accelerator) -> list[Any]:
 
 
 def _gather(tensor: Tensor, accelerator: Accelerator) -> Tensor:
-    found: Tensor = accelerator.gather(tensor)
-    return found
+    gathered: Tensor = accelerator.gather(tensor)
+    return gathered
 
 
 def check_shared_directory(start: Start, accelerator: Accelerator) -> None:
-    """RunError unless all processes see the directory that the first has made, before any work is done."""
+    """Raise RunError unless all ranks see the directory that rank 0 made."""
     accelerator.wait_for_everyone()
     record = Path(start.config.output_dir) / run_record.RUN_FILE
-    own = record.read_text(encoding="utf-8") if record.exists() else ""
-    if len(set(all_gather_json(own, accelerator))) > 1:
-        raise RunError(f"--output_dir {start.config.output_dir}: expected one that all processes see")
+    content = record.read_text(encoding="utf-8") if record.exists() else ""
+    if len(set(all_gather_json(content, accelerator))) > 1:
+        raise RunError(f"--output_dir {start.config.output_dir}: expected a directory that all ranks see")

@@ -1,9 +1,8 @@
-"""What several systems answered to the same prompts: read from a file each, joined by prompt, chosen by seed.
+"""Read the answers of several systems, join them by prompt, and choose some by seed.
 
-A system is a file of samples, or of texts or preferences, whose completion or chosen text is its one answer. Rows join
-by prompt and occurrence number, since a file may ask the same thing twice. What is chosen depends on the seed and the
-prompt alone: the same system shows the same answer in every comparison, and a larger limit adds prompts to those of a
-smaller one. Left out: joining by anything but the prompt's exact text.
+A system is a file of samples, or of texts or preferences, whose completion or chosen text is its one answer. Rows are
+joined by prompt and occurrence number, since a file may have a prompt twice. The choice depends on the seed and the
+prompt alone: a system shows the same answer in every comparison, and a larger limit adds prompts to those of a smaller.
 """
 
 import random
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from exo import data
 from exo.cli import console
+from exo.evaluation.win_rate import Pair
 from exo.runs import inputs as run_inputs
 
 Key = tuple[str, int]  # a prompt and its occurrence number, from 0
@@ -20,23 +20,23 @@ Answers = dict[Key, data.Example]
 
 
 def source(option: str, path: str) -> str:
-    """The file an option names; the directory of a stage that samples stands for its samples."""
-    found = run_inputs.source(option, path, "sample", "best_of_n", "score")
-    if not Path(found).is_file():
+    """Return the file that an option names; the directory of a stage that samples stands for its samples."""
+    file = run_inputs.source(option, path, "sample", "best_of_n", "score")
+    if not Path(file).is_file():
         raise ValueError(f"--{option} {path}: no such file; python -m exo.sample makes one")
-    return found
+    return file
 
 
 def read(path: str) -> Answers:
-    """A system's answers, several to a prompt or one."""
+    """Read a system's answers, one or several to a prompt."""
     _, first = next(data.read_jsonl(path), (0, {}))
     purpose: data.Purpose = "samples" if "completions" in first else "texts"
-    return _keyed(data.read(path, purpose=purpose, ignore_columns=("all",)))  # joined by the prompt alone
+    return _by_key(data.read(path, purpose=purpose, ignore_columns=("all",)))
 
 
 def read_references(path: str) -> tuple[Answers, dict[Key, str]]:
-    """The texts to compare with, and the category of each prompt that has one."""
-    answers = _keyed(data.read(path, purpose="texts", ignore_columns=("all",)))
+    """Read reference texts, and the category of each prompt that has one."""
+    answers = _by_key(data.read(path, purpose="texts", ignore_columns=("all",)))
     categories = {}
     for number, row in data.read_jsonl(path):
         if not isinstance(row.get("category", ""), str):
@@ -45,18 +45,18 @@ def read_references(path: str) -> tuple[Answers, dict[Key, str]]:
     return answers, {key: categories[example.line] for key, example in answers.items() if categories[example.line]}
 
 
-def _keyed(dataset: data.Dataset) -> Answers:
+def _by_key(dataset: data.Dataset) -> Answers:
     console.log(dataset.summary())
-    seen: Counter[str] = Counter()
+    occurrences: Counter[str] = Counter()
     answers: Answers = {}
     for example in dataset.examples:
-        answers[example.prompt, seen[example.prompt]] = example
-        seen[example.prompt] += 1
+        answers[example.prompt, occurrences[example.prompt]] = example
+        occurrences[example.prompt] += 1
     return answers
 
 
 def shared(systems: Mapping[str, Answers], limit: int | None, seed: int) -> list[Key]:
-    """The prompts that all systems answered, or `limit` of them, in the first one's order; says what is left out."""
+    """Return the prompts that all systems answered, or `limit` of them, in the order of the first system."""
     first = next(iter(systems.values()))
     common = [key for key in first if all(key in answers for answers in systems.values())]
     for name, answers in systems.items():
@@ -72,7 +72,7 @@ def shared(systems: Mapping[str, Answers], limit: int | None, seed: int) -> list
 
 
 def choose(answers: Answers, key: Key, number: int, *, seed: int, name: str) -> Sequence[str]:
-    """`number` of a system's completions of a prompt. One answer stands for as many as are wanted."""
+    """Choose `number` of a system's completions of a prompt. A single answer is repeated."""
     texts = answers[key].completions
     if len(texts) == 1:
         return texts * number
@@ -81,3 +81,19 @@ def choose(answers: Answers, key: Key, number: int, *, seed: int, name: str) -> 
             f"{name}: row {answers[key].line} holds {len(texts)} completions; expected at least {number}, or one"
         )
     return random.Random(f"{seed}/completions/{key}").sample(texts, number)
+
+
+def pairs(a: str, b: str, references: str | None, *, limit: int | None, per_prompt: int, seed: int) -> list[Pair]:
+    """Read two systems' answers and pair them, `per_prompt` pairs for each of `limit` shared prompts."""
+    answers_a, answers_b = read(a), read(b)
+    reference_of, categories = read_references(references) if references else ({}, {})
+    systems = {"a": answers_a, "b": answers_b} | ({"references": reference_of} if reference_of else {})
+    paired = []
+    for number, key in enumerate(shared(systems, limit, seed)):
+        reference = reference_of[key].completions[0] if reference_of else ""
+        texts_a = choose(answers_a, key, per_prompt, seed=seed, name=a)
+        texts_b = choose(answers_b, key, per_prompt, seed=seed, name=b)
+        for sample, (text_a, text_b) in enumerate(zip(texts_a, texts_b, strict=True)):
+            texts = {"prompt": key[0], "a": text_a, "b": text_b, "reference": reference}
+            paired.append(Pair(number, answers_a[key].line, sample, categories.get(key, ""), texts))
+    return paired

@@ -1,7 +1,7 @@
-"""How a policy's density compares with the reference's, from samples of the reference (the paper's Figures 3 and 9).
+"""Density ratio of a policy to the reference, from samples of the reference (the paper's Figures 3 and 9).
 
-A policy is the reference's samples under self-normalised weights. The ratio is that of two kernel density estimates of
-log pi_ref, weighted over unweighted, with one bandwidth. Left out: scoring the samples (evaluate), drawing (figures).
+The policy is the reference's samples with self-normalised weights. The ratio is that of two kernel density estimates of
+log pi_ref, weighted over unweighted, with one bandwidth.
 """
 
 import math
@@ -22,24 +22,24 @@ class DensityRatio(NamedTuple):
 
     @property
     def thin(self) -> bool:
-        """Too few effective samples for the curve to mean much."""
+        """Return whether there are too few effective samples to trust the curve."""
         return self.effective < LITTLE
 
 
 def policy_weights(logps: Sequence[float], ref_logps: Sequence[float]) -> Tensor:
-    """Weights pi / pi_ref, which add up to 1."""
+    """Return the weights pi / pi_ref, normalised to sum to 1."""
     return (_double(logps) - _double(ref_logps)).softmax(0)
 
 
 def optimum_weights(rewards: Sequence[float], beta: float) -> Tensor:
-    """Weights of pi_ref exp(r / beta), the policy that the objective seeks (eq. 2 of the paper)."""
+    """Return the weights of pi_ref exp(r / beta), the optimum of the objective (eq. 2 of the paper)."""
     return (_double(rewards) / beta).softmax(0)
 
 
 def density_ratio(ref_logps: Sequence[float], weights: Tensor, points: int = 200) -> DensityRatio:
-    """The density ratio against log pi_ref, over the middle 96% of the reference's samples.
+    """Return the density ratio against log pi_ref over the middle 96% of the reference's samples.
 
-    Further out neither density is known. ValueError where all samples are equally probable: nothing to draw against.
+    Beyond them neither density is known. Raises ValueError if all samples are equally probable.
     """
     x = _double(ref_logps)
     width = silverman(x)
@@ -53,7 +53,7 @@ def density_ratio(ref_logps: Sequence[float], weights: Tensor, points: int = 200
 
 
 def silverman(x: Tensor) -> float:
-    """Bandwidth of a Gaussian kernel: 0.9 min(standard deviation, interquartile range / 1.34) n^(-1/5)."""
+    """Return the bandwidth of a Gaussian kernel: 0.9 min(standard deviation, interquartile range / 1.34) n^(-1/5)."""
     low, high = x.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
     spread = float(x.std(correction=0))
     return 0.9 * min(spread, (high - low) / 1.34 or math.inf) * len(x) ** -0.2

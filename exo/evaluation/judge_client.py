@@ -1,97 +1,92 @@
-"""One question to a chat model: any server that speaks OpenAI's chat completions, over the standard library.
+"""Ask one question of a chat model behind an OpenAI-compatible server.
 
-What may pass is tried again: no connection, a time-out, HTTP 429 and 5xx, a body that is no chat completion. What will
-not pass stops the run: any other status, such as a wrong key or an unknown model. The key comes from the environment,
-goes into one header, and is cut out of whatever the server says. Left out: streaming, and redirects, which would carry
-the key to another host.
+Failures that may pass are retried: no connection, a timeout, HTTP 429 and 5xx, a body that is not a chat completion.
+Any other status, such as a wrong key or an unknown model, ends the run. The key is sent in one header and removed from
+everything that the server returns. Redirects are refused, because they would carry the key to another host.
 """
 
 import email.utils
-import http.client
 import json
 import os
 import random
 import re
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from exo.cli import console
 from exo.cli.errors import ConfigError, RunError
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; doubled from try to try
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds; the wait doubles with each retry
 LONGEST_RETRY_AFTER = 300.0
-_LARGEST = 1 << 24  # bytes of an answer
-
-
-CUT = ("length", "max_tokens", "content_filter")  # finish reasons of an answer that is not whole
-OURS = ("messages", "model", "n", "stream")  # parts of a request that are not for the user to set
+TRUNCATED = ("length", "max_tokens", "content_filter")  # finish reasons of an incomplete answer
+RESERVED = ("messages", "model", "n", "stream")  # request parameters that --judge_options may not set
+SUBSTITUTES = {"max_tokens": "max_completion_tokens", "temperature": ""}  # of parameters that a server may refuse
 
 
 class Answer(NamedTuple):
-    """What a server answered; `cut` if it stopped before the end."""
+    """The text that a server returned; `truncated` if it stopped before its end."""
 
     text: str
-    cut: bool
+    truncated: bool
 
 
 class NoAnswer(Exception):
-    """No answer after all tries; one line says why."""
+    """All tries failed; the message gives the reason of the last."""
 
 
-class _Transient(Exception):
-    """What went wrong with one try, and how long the server wants to be left alone."""
+class _Retryable(Exception):
+    """One try failed; `after` is how many seconds the server asks to wait."""
 
     def __init__(self, reason: str, after: float = 0.0) -> None:
         super().__init__(reason)
         self.after = after
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None  # urllib then reports the 3xx as it is
-
-
 def check(endpoint: str) -> None:
-    """ConfigError unless it is the plain address of a server. Secrets in it would end up in run.json."""
+    """Raise ConfigError unless the endpoint is a plain address: it is written to run.json, so it may hold no secret."""
     expected = "--endpoint: expected http://host:port/v1, without a password or a query"
     try:
         parts = urllib.parse.urlsplit(endpoint)
-        plain = parts.username is None and not parts.query and not parts.fragment
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        plain, whole = "@" not in endpoint, False
-    if not plain or not endpoint.isprintable() or " " in endpoint:
+        has_secret = parts.username is not None or bool(parts.query or parts.fragment)
+        host = parts.hostname or ""
+        is_valid = parts.scheme in ("http", "https") and bool(host) and host.isascii() and parts.port != 0
+        host.encode("idna")  # refuses a name with an empty or too long label
+    except ValueError:  # also if the port is not a number
+        has_secret, is_valid = "@" in endpoint, False
+    if has_secret or not endpoint.isprintable() or " " in endpoint:
         raise ConfigError(expected)
-    if not whole:
+    if not is_valid:
         raise ConfigError(f"{expected}; got {endpoint!r}")
 
 
-def options_from(text: str | None) -> dict[str, Any]:
-    """Further parts of each request, from a JSON object."""
-    expected = f"--judge_options: expected a JSON object of request parameters, without {', '.join(OURS)}"
+def parse_options(text: str | None) -> dict[str, Any]:
+    """Parse further request parameters from a JSON object; ConfigError if they are invalid."""
+    expected = f"--judge_options: expected a JSON object of request parameters, without {', '.join(RESERVED)}"
     try:
         options = json.loads(text or "{}")
+        json.dumps(options, ensure_ascii=False, allow_nan=False).encode()  # refuses what no request can hold
     except (ValueError, RecursionError):
         raise ConfigError(expected) from None
-    if not isinstance(options, dict) or set(OURS) & options.keys():
+    if not isinstance(options, dict) or set(RESERVED) & options.keys():
         raise ConfigError(expected)
     return options
 
 
-def key_from(variable: str, default: str) -> str:
-    """The key in an environment variable, "" where the default one is not set. Never quotes what it was given."""
+def read_key(variable: str, default: str) -> str:
+    """Return the API key in an environment variable, "" if the default one is not set.
+
+    The error messages quote neither the name nor the value, since either may be the key.
+    """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
         raise ConfigError("--api_key_env: expected the name of an environment variable, not the key itself")
     key = os.environ.get(variable, "").strip()
     if not key and variable != default:
-        raise ConfigError("--api_key_env: the environment variable that it names is not set")
+        raise ConfigError("--api_key_env: the environment variable is not set; export it, or name another")
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError("--api_key_env: the variable's value holds characters that no HTTP header can")
+        raise ConfigError("--api_key_env: the variable's value has characters that an HTTP header cannot carry")
     return key
 
 
@@ -109,119 +104,124 @@ class JudgeClient:
         max_tokens: int | None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """`options` go into each request; one that is None takes the default out of it."""
-        self.url, self._key, self._retries, self._timeout = endpoint, key, retries, timeout
+        """Make the client; `options` go into each request, and one that is None removes a default."""
+        try:
+            import openai
+        except ModuleNotFoundError:
+            raise ConfigError("--endpoint: needs openai; pip install 'exo-kernels[judge]'") from None
+        self.url, self._key, self.retries = endpoint, key, retries
         settings = {"model": model, "temperature": 0, "max_tokens": max_tokens} | dict(options or {})
         self._settings = {name: value for name, value in settings.items() if value is not None}
-        self._refused: set[str] = set()  # names of settings that the server does not take
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._refused: set[str] = set()  # parameters that the server does not accept
         self._stopped = threading.Event()
+        # given with each request, so that no key of another variable is sent
+        self._headers: dict[str, Any] = {"Authorization": f"Bearer {key}" if key else openai.Omit()}
+        self._client = openai.OpenAI(
+            base_url=endpoint,
+            api_key=key or "none",
+            max_retries=0,  # the client's retries ignore a long Retry-After and cannot be interrupted
+            timeout=timeout,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+        )
 
-    def body(self, question: str) -> bytes:
-        """The request, byte for byte the same for the same question."""
-        messages = [{"role": "user", "content": question}]
-        return json.dumps(self._settings | {"messages": messages}, sort_keys=True).encode()
+    def request(self, question: str) -> dict[str, Any]:
+        """Return the parameters of the request, the same for the same question."""
+        return self._settings | {"messages": [{"role": "user", "content": question}]}
 
-    def ask(self, body: bytes) -> Answer:
-        """The answer. Unanswered when all tries failed, RunError when another would fail too."""
-        for attempt in range(self._retries + 1):
+    def ask(self, question: str) -> Answer:
+        """Return the answer. NoAnswer if all tries fail, RunError if another try would fail too."""
+        for attempt in range(self.retries + 1):
             try:
-                return self._try(body)
-            except _Transient as error:
+                return self._try(self.request(question))
+            except _Retryable as error:
                 reason, after = str(error), error.after
             wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.5)
-            if attempt == self._retries or self._stopped.wait(max(wait, after)):
+            if attempt == self.retries or self._stopped.wait(max(wait, after)):
                 break
         raise NoAnswer(reason)
 
     def stop(self) -> None:
-        """Let the threads that wait for another try give up."""
+        """Interrupt the threads that wait before another try."""
         self._stopped.set()
 
-    def _try(self, body: bytes) -> Answer:
-        while True:
-            sent = self._accepted(json.loads(body))
-            status, text, after = self._send(sent)
-            if status not in (400, 422) or not self._refuses(text, sent):
-                break
-        if status == 429 or status >= 500:
-            raise _Transient(f"HTTP {status}{self._said(text)}", _seconds(after))
-        if status != 200:
-            raise RunError(f"--endpoint {self.url}: HTTP {status}{self._said(text)}; {_advice(status)}")
-        answer = _answer(text)
-        return answer._replace(text=self._clean(answer.text))
+    def _try(self, request: dict[str, Any]) -> Answer:
+        import openai
 
-    def _accepted(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The request as the server takes it."""
-        if "temperature" in self._refused:
-            request.pop("temperature", None)
-        if "max_tokens" in self._refused and "max_tokens" in request:
-            request["max_completion_tokens"] = request.pop("max_tokens")
-        return request
+        accepted = self._without_refused(request)
+        settings = {name: value for name, value in accepted.items() if name not in RESERVED}
+        try:
+            response = self._client.chat.completions.with_raw_response.create(
+                model=accepted["model"],
+                messages=accepted["messages"],
+                extra_body=settings,
+                extra_headers=self._headers,
+            )
+            answer = _parse_answer(response.http_response.text)
+            return answer._replace(text=self._without_key(answer.text))
+        except openai.APIStatusError as error:
+            status, message = error.status_code, self._server_message(error.body)
+            if status in (400, 422) and self._refuses(error.response.text, accepted):
+                return self._try(request)
+            if status == 429 or status >= 500:
+                after = retry_after_seconds(error.response.headers.get("Retry-After", ""))
+                raise _Retryable(f"HTTP {status}{message}", after) from None
+            raise RunError(f"--endpoint {self.url}: HTTP {status}{message}; {_advice(status)}") from None
+        except openai.APITimeoutError:
+            raise _Retryable("timed out") from None
+        except openai.APIConnectionError as error:
+            reason = str(error.__cause__ or error) or type(error.__cause__).__name__
+            raise _Retryable(self._without_key(reason)) from None
 
-    def _refuses(self, text: str, sent: Mapping[str, Any]) -> bool:
-        """Whether the server refused a setting that a request can do without; it is then left out of all."""
-        for name, word in (("max_tokens", "max_completion_tokens"), ("temperature", "temperature")):
-            if name in sent and word in text:
-                instead = "" if name == "temperature" else f"; {word} is sent instead"
-                console.warn(f"--endpoint {self.url}: the judge does not take {name}={sent[name]}{instead}")
+    def _without_refused(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Replace the parameters that the server does not accept."""
+        renamed = {SUBSTITUTES[name] if name in self._refused else name: value for name, value in request.items()}
+        renamed.pop("", None)
+        return renamed
+
+    def _refuses(self, text: str, accepted: Mapping[str, Any]) -> bool:
+        """Return whether the server refused a parameter that a request can do without; later requests omit it."""
+        for name, substitute in SUBSTITUTES.items():
+            if name in accepted and (substitute or name) in text:
+                instead = f"; {substitute} is sent instead" if substitute else ""
+                console.warn(f"--endpoint {self.url}: the judge does not take {name}={accepted[name]}{instead}")
                 self._refused.add(name)
                 return True
         return False
 
-    def _send(self, body: Mapping[str, Any]) -> tuple[int, str, str]:
-        """(status, text, Retry-After)"""
-        data = json.dumps(body, sort_keys=True).encode()
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", data=data, headers=headers)
-        try:
-            try:
-                response = self._opener.open(request, timeout=self._timeout)
-            except urllib.error.HTTPError as error:
-                response = error  # an answer too
-            with response:
-                text = response.read(_LARGEST).decode("utf-8", errors="replace")
-                return response.status, text, response.headers.get("Retry-After", "")
-        except (OSError, http.client.HTTPException) as error:
-            raise _Transient(self._clean(str(getattr(error, "reason", "") or error) or type(error).__name__)) from None
+    def _server_message(self, body: object) -> str:
+        """Return the server's reason in parentheses, on one line."""
+        if isinstance(body, dict):
+            body = body.get("message") or body.get("detail")
+        text = " ".join(self._without_key(str(body or "")).split())
+        return f" ({text[:200]})" if text else ""
 
-    def _said(self, text: str) -> str:
-        """What the server gave as the reason, on one line."""
-        try:
-            said = json.loads(text)
-            said = said.get("error", said)
-            said = said if isinstance(said, str) else str(said.get("message") or said.get("detail") or "")
-        except (ValueError, AttributeError, RecursionError):
-            said = text
-        said = " ".join(self._clean(said).split())
-        return f" ({said[:200]})" if said else ""
-
-    def _clean(self, text: str) -> str:
+    def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
 
-def _answer(text: str) -> Answer:
+def _parse_answer(text: str) -> Answer:
     try:
         choice = json.loads(text)["choices"][0]
-        content, cut = choice["message"]["content"], choice.get("finish_reason") in CUT
+        content, truncated = choice["message"]["content"], choice.get("finish_reason") in TRUNCATED
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        content, cut = 0, False
-    if content is None:
-        return Answer("", cut)  # a refusal, or thoughts that took all the tokens
+        content, truncated = 0, False
+    if content is None:  # a refusal, or thoughts that used up all tokens
+        return Answer("", truncated)
     if not isinstance(content, str):
-        raise _Transient("HTTP 200, but the body is no chat completion")
-    return Answer(content.encode("utf-8", errors="replace").decode("utf-8"), cut)  # JSON may hold half a character
+        raise _Retryable("HTTP 200, but the body is not a chat completion")
+    # JSON may hold half of a surrogate pair
+    return Answer(content.encode("utf-8", errors="replace").decode("utf-8"), truncated)
 
 
-def _seconds(retry_after: str) -> float:
-    """Retry-After is a number of seconds or a date."""
-    value = retry_after.strip()
+def retry_after_seconds(value: str) -> float:
+    """Parse a Retry-After header, a number of seconds or a date; at most LONGEST_RETRY_AFTER, 0 if it is neither."""
+    value = value.strip()
     if value.isascii() and value.isdigit():
-        wanted = float(value[:9])
+        seconds = float(value[:9])
     else:
         date = email.utils.parsedate_tz(value)
-        wanted = email.utils.mktime_tz(date) - time.time() if date else 0.0
-    return min(max(wanted, 0.0), LONGEST_RETRY_AFTER)
+        seconds = email.utils.mktime_tz(date) - time.time() if date else 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
 
 
 def _advice(status: int) -> str:
@@ -229,4 +229,4 @@ def _advice(status: int) -> str:
         return "check the key in the variable that --api_key_env names"
     if status == 404 or 300 <= status < 400:
         return "check --endpoint and --model"
-    return "the request was refused, and would be again"
+    return "the request was refused, and would be again; change its options"

@@ -1,17 +1,15 @@
-"""What a judge is asked and what it said: templates, the choice in an answer, and a cache of answers.
+"""Prompts for a judge: templates, the choice in an answer, and a cache of answers.
 
-A template is plain text with {prompt}, {a}, {b} and, where it shows one, {reference}. It allows ties when it names the
-choice "tie", in double quotes. Left out: everything about the network.
+A template is plain text with {prompt}, {a}, {b} and optionally {reference}. It allows ties if it contains "tie" in
+double quotes.
 """
 
 import hashlib
-import json
-import os
 import re
-import threading
 from pathlib import Path
 
 from exo.data import DataError
+from exo.runs.jsonl import JsonlCache, read_cache
 
 FOLDER = Path(__file__).parent / "templates"
 TEMPLATES = ("summary", "dialogue", "instruction")
@@ -24,7 +22,6 @@ _CHOICE = re.compile(
 )
 _ASKED = re.compile(r'^([^\W\d][\w ]{0,40}):[^\n]*"A"[^\n]*"B"', re.MULTILINE)  # the line that a template asks for
 _MARKUP = re.compile(r"[*_`#\"'“”‘’<>\[\]()]")
-_LINE_START = b'{"key": "'
 
 
 class JudgeTemplate:
@@ -50,14 +47,14 @@ class JudgeTemplate:
         self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
 
     def fill(self, **texts: str) -> str:
-        """Each place gets its text, in one pass: braces within a text are left alone."""
+        """Insert the texts in one pass, so that braces inside a text stay."""
         return _PLACE.sub(lambda place: texts[place[1]].strip(), self.text)
 
     def choice(self, answer: str) -> str | None:
-        """ "A", "B" or "tie", or None where the answer states none.
+        """Return "A", "B" or "tie"; None if the answer states no choice.
 
-        Where the template asks for a line with a label, the last line with it decides; else the last line that states a
-        choice and nothing else does. What stands in <think> is not part of the answer.
+        If the template asks for a labelled line, the last one decides; else the last line that contains only a choice.
+        Text in <think> is not part of the answer.
         """
         before, _, answer = answer.rpartition("</think>")
         if not before and "<think>" in answer:
@@ -76,50 +73,15 @@ class JudgeTemplate:
         return None
 
 
-class AnswerCache:
-    """Answers by the hash of what was asked, a line each. A line is one write: a crash can only cut the last."""
+class AnswerCache(JsonlCache):
+    """Answers by the hash of the question. DataError if the file is not such a cache; it is left as it is."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._answers: dict[str, str] = {}
-        half = self._load(path) if path.exists() else 0
-        self._file = open(path, "ab", buffering=0)
-        if half:
-            self._file.truncate(path.stat().st_size - half)
-
-    def _load(self, path: Path) -> int:
-        """Take in every whole line; return the length of a half one at the end. What is no cache is left as it is."""
-        content = path.read_bytes()
-        *lines, rest = content.split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                key, answer = row["key"], row["answer"]
-            except (ValueError, LookupError, TypeError, RecursionError):
-                key = answer = None
-            if not isinstance(key, str) or not isinstance(answer, str):
-                raise DataError(f"{path}:{number}: not a line of a cache of verdicts; choose another --cache")
-            self._answers[key] = answer
-        if not (rest.startswith(_LINE_START) or _LINE_START.startswith(rest)):
-            raise DataError(f"{path}:{len(lines) + 1}: not a line of a cache of verdicts; choose another --cache")
-        return len(rest)
+        if damaged := read_cache(path)[1]:
+            raise DataError(f"{path}:{damaged[0]}: not a line of a cache of verdicts; choose another --cache")
+        super().__init__(path)
 
     @staticmethod
     def key(template: JudgeTemplate, url: str, body: bytes) -> str:
         """Two servers may call different models by one name."""
         return hashlib.sha256(f"{template.sha256}{url}\n".encode() + body).hexdigest()
-
-    def get(self, key: str) -> str | None:
-        return self._answers.get(key)
-
-    def put(self, key: str, answer: str) -> None:
-        line = json.dumps({"key": key, "answer": answer}).encode() + b"\n"
-        assert line.startswith(_LINE_START)
-        with self._lock:
-            self._answers[key] = answer
-            self._file.write(line)
-
-    def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()

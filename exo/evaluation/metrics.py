@@ -1,6 +1,6 @@
-"""What samples say of a policy: rewards, win rates, distance from the reference. One value a prompt, then a mean.
+"""Metrics of a policy from its samples: rewards, win rates, KL to the reference. One value per prompt, then a mean.
 
-Prompts are what is independent, so intervals are over them (`summary`). Left out: drawing and scoring the samples.
+Prompts are independent and completions of one prompt are not, so intervals are over prompts (`summary`).
 """
 
 import math
@@ -12,11 +12,11 @@ from torch import Tensor
 
 pass
 
-Scores = Sequence[Sequence[float]]  # a row a prompt, a number a completion
+Scores = Sequence[Sequence[float]]  # per prompt, per completion
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Mean over prompts, its 95% interval by the bootstrap, and its standard error."""
+    """Return the mean over prompts, its 95% bootstrap interval, and its standard error."""
     low, high = bootstrap(values)
     error = standard_error(values) if len(values) > 1 else 0.0
     return {"mean": sum(values) / len(values), "low": low, "high": high, "standard_error": error}
@@ -27,7 +27,7 @@ def means(rewards: Scores) -> list[float]:
 
 
 def accuracies(rewards: Scores) -> list[float]:
-    """Mean of the sigmoid: for log-odds, the probability that the oracle gives to praise (the paper's Fig. 7)."""
+    """Return the mean sigmoid per prompt: for log-odds, the probability of the positive class (the paper's Fig. 7)."""
     return [sum(_sigmoid(reward) for reward in row) / len(row) for row in rewards]
 
 
@@ -36,13 +36,13 @@ def _sigmoid(x: float) -> float:
 
 
 def spread(rewards: Scores) -> float:
-    """Standard deviation over the completions of a prompt, mean over prompts (Fig. 8, appendix D.3)."""
+    """Return the standard deviation over a prompt's completions, averaged over prompts (Fig. 8, appendix D.3)."""
     rows = [torch.tensor(row, dtype=torch.float64).std(correction=0) for row in rewards]
     return float(torch.stack(rows).mean())
 
 
 def win_rates(ours: Scores, theirs: Scores) -> list[float]:
-    """Share of all pairs, one of ours and one of theirs for the same prompt, in which ours is worth more; ties half."""
+    """Return per prompt the share of pairs (ours, theirs) in which ours has the higher reward; a tie counts half."""
     return [
         sum((a > b) + 0.5 * (a == b) for a in mine for b in other) / (len(mine) * len(other))
         for mine, other in zip(ours, theirs, strict=True)
@@ -50,8 +50,7 @@ def win_rates(ours: Scores, theirs: Scores) -> list[float]:
 
 
 def of_rewards(scores: Scores, before: Scores | None, chosen: Scores | None) -> dict[str, Any]:
-    """All that rewards say: mean, spread and accuracy; beside an earlier evaluation the rise and the win rate over it,
-    and the win rate over chosen completions."""
+    """Return mean, spread and accuracy of rewards; the rise and win rate over `before`; the win rate over `chosen`."""
     values = means(scores)
     entry: dict[str, Any] = {"reward": summary(values), "spread": spread(scores)}
     entry["accuracy"] = summary(accuracies(scores))
@@ -65,7 +64,7 @@ def of_rewards(scores: Scores, before: Scores | None, chosen: Scores | None) -> 
 
 
 def kl_k1(differences: Sequence[Sequence[Tensor]]) -> list[float]:
-    """KL(pi || ref) of whole completions: mean of log pi - log ref over samples of pi. Unbiased.
+    """Return KL(pi || ref) of completions: the mean of log pi - log ref over samples of pi. Unbiased.
 
     `differences`: for each prompt, for each of its samples, log pi - log ref of each token.
     """
@@ -73,17 +72,17 @@ def kl_k1(differences: Sequence[Sequence[Tensor]]) -> list[float]:
 
 
 def kl_k3(differences: Sequence[Sequence[Tensor]]) -> list[float]:
-    """The same by Schulman's k3, token by token: exp(-d) - 1 + d, which is never negative and varies less.
+    """Return the same by Schulman's k3 per token, exp(-d) - 1 + d: never negative, and with less variance.
 
-    Unbiased too: given what went before, each token's term has the mean of the token's own KL.
+    Also unbiased: given the tokens before it, the expectation of a token's term is the KL of that token.
     """
     return [sum(float((torch.expm1(-sample) + sample).sum()) for sample in row) / len(row) for row in differences]
 
 
 def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% interval of a mean of values in [0, 1], by Wilson's score.
+    """Return the 95% Wilson score interval of a mean of values in [0, 1].
 
-    Right for values of 0 and 1, few or all alike as they may be; wider than needed for values between.
+    Correct for values of 0 and 1, also if there are few or all are equal; too wide for values in between.
     """
     n, z = len(values), 1.959964
     mean = sum(values) / n
@@ -93,15 +92,15 @@ def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values."""
+    """Return the standard error of the mean of independent values."""
     x = torch.tensor(values, dtype=torch.float64)
     return float(x.std() / len(x) ** 0.5) if len(x) > 1 else float("nan")
 
 
 def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95% percentile interval of the mean of independent values, the same for the same seed.
+    """Return the 95% percentile bootstrap interval of the mean of independent values; deterministic for a seed.
 
-    Values that are all alike give an interval without width, however few they are.
+    If all values are equal, the interval has no width, however few they are.
     """
     x = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
-"""Comparison sheets for human raters, as CSV that spreadsheet programs open and give back changed.
+"""Comparison sheets for human raters as CSV, and the statistics of their verdicts.
 
-Written: UTF-8 with a byte order mark, every cell quoted, no cell that a program would run as a formula. Read: whatever
-separator, quotes, line breaks, byte order mark or encoding the program made of it: only items and verdicts matter, and
-those are ASCII. Left out: the programs' own formats.
+Sheets are written as UTF-8 with a byte order mark, every cell quoted and no cell a formula. They are read with any
+separator, quoting, line ending and encoding that a spreadsheet program saves: only items and verdicts matter, and those
+are ASCII.
 """
 
 import csv
@@ -21,14 +21,14 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 class Sheet(NamedTuple):
-    """What a rater wrote, by item."""
+    """A rater's entries by item."""
 
     verdicts: dict[str, str]  # "1", "2" or "tie"
     unreadable: dict[str, str]  # anything else that is not empty
 
 
 def write(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """A sheet to fill in; the columns that a row lacks are empty."""
+    """Write a sheet to fill in; columns missing from a row are empty."""
     with open(path, "w", encoding="utf-8-sig", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", quoting=csv.QUOTE_ALL, lineterminator="\r\n")
         writer.writeheader()
@@ -36,12 +36,12 @@ def write(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
 
 
 def defused(text: str) -> str:
-    """With an apostrophe before what would be a formula."""
+    """Prefix text that a spreadsheet would run as a formula with an apostrophe."""
     return "'" + text if text.startswith(_FORMULA) else text
 
 
 def read(path: Path, items: Iterable[str]) -> Sheet:
-    """A sheet that came back. Its items must be among `items`, each at most once; what is missing was not judged."""
+    """Read a filled sheet. Its items must be among `items`, each at most once; missing ones were not judged."""
     known = set(items)
     header, rows = _table(path)
     item, verdict = header.index("item"), header.index("verdict")
@@ -63,7 +63,7 @@ def read(path: Path, items: Iterable[str]) -> Sheet:
 
 
 def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and each row with its line in the file."""
+    """Return the header, and the rows with their line numbers."""
     content = path.read_bytes()
     # not strict: texts in another encoding come out garbled, but only ASCII is used
     wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -85,14 +85,14 @@ _POINTS = {"win": 1.0, "tie": 0.5, "lose": 0.0, "split": 0.5}
 
 
 def pool(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
-    """Every judgement counts. An item's share of the win rate is the mean over its raters."""
+    """Count every judgement. An item contributes the mean over its raters to the win rate."""
     counts = Counter(outcome for item in items for outcome in item)
     shares = [sum(_POINTS[outcome] for outcome in item) / len(item) for item in items]
     return {name: counts[name] for name in OUTCOMES} | {"win_rate": _rate(shares, seed)}
 
 
 def majority(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
-    """Every item counts once, with what more of its raters chose than anything else; else it is split."""
+    """Count every item once, with the verdict that most of its raters chose; without one it is split."""
     outcomes = [_most(item) for item in items]
     counts = Counter(outcomes)
     rate = _rate([_POINTS[outcome] for outcome in outcomes], seed)
@@ -110,9 +110,9 @@ def _rate(values: Sequence[float], seed: int) -> dict[str, float]:
 
 
 def agreement(items: Sequence[Sequence[str]]) -> tuple[float | None, float | None]:
-    """Share of the pairs of raters who say the same of an item, and Fleiss' kappa, which is what exceeds chance.
+    """Return the share of pairs of raters that agree on an item, and Fleiss' kappa, the agreement beyond chance.
 
-    None for both where no item has two raters; None for kappa where all say one thing, so that chance would agree too.
+    Both are None if no item has two raters; kappa is None if all verdicts are equal.
     """
     shared = [Counter(item) for item in items if len(item) > 1]
     pairs = sum(n * (n - 1) for n in (counts.total() for counts in shared))

@@ -1,8 +1,7 @@
 """Win rate of one system over another from verdicts on pairs of answers, each judged in both orders.
 
 In each order a win counts half a point and a tie a quarter, so a pair whose two orders disagree is a tie. A pair counts
-only when both orders were decided: one alone would bring the judge's preference for a position back. Left out: how the
-verdicts come about.
+only if both orders were decided: a single one would bring the judge's preference for a position back.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,7 +28,7 @@ class Pair(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What the judge said of a pair in one order."""
+    """The judge's answer for a pair in one order."""
 
     answer: str | None  # None: the request was never answered
     choice: str | None  # "A", "B", "tie"; None: undecided
@@ -38,7 +37,7 @@ class Judgement(NamedTuple):
     truncated: bool = False  # the answer stopped before its end, and decides nothing
 
     def points(self, order: str) -> float | None:
-        """Of system a: 1 for a win, 1/2 for a tie."""
+        """Return the points of system a: 1 for a win, 1/2 for a tie, None if undecided."""
         if self.choice is None:
             return None
         return 0.5 if self.choice == "tie" else float(order["AB".index(self.choice)] == "a")
@@ -58,9 +57,9 @@ def rows(pairs: Sequence[Pair], judged: Judged) -> Iterable[dict[str, Any]]:
 
 
 def count(pairs: Sequence[Pair], judged: Judged, seed: int) -> dict[str, Any]:
-    """Win rate of a with its interval over prompts, and what to know before trusting it; None where none was decided.
+    """Return the win rate of system a with its interval over prompts, and counts of undecided and inconsistent pairs.
 
-    The pairs of one prompt are not independent, so that a prompt counts with the mean of its own.
+    The pairs of one prompt are not independent, so a prompt counts with the mean of its pairs.
     """
     decided, points = [], []
     for number, pair in enumerate(pairs):

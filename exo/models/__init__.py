@@ -3,31 +3,26 @@
 Everything else sees a torch module, its config and a tokenizer.
 """
 
-try:
-    from exo.models.attention.flex import attend
-    from exo.models.classifiers import classifier_from, classifier_without_weights, load_classifier
-    from exo.models.files import is_adapter
-    from exo.models.loading import (
-        check_fits,
-        in_full,
-        load,
-        load_or_tiny,
-        load_tokenizer,
-        parameter_count,
-    )
-    from exo.models.meta import load_without_weights, parameters_of
-    from exo.models.saving import Dtypes, dtypes_of, save, save_checkpoint
-    from exo.models.stop_tokens import absent_ids, stop_ids
-    from exo.models.supported import refuse_unsupported
-    from exo.models.tiny_models import PAD, tiny, word_level
-except ModuleNotFoundError as error:
-    if error.name not in ("transformers", "tokenizers", "huggingface_hub"):
-        raise
-    raise ModuleNotFoundError(f"exo needs {error.name}: pip install 'exo-kernels[train]'", name=error.name) from None
+from exo.models.attention.flex import attend
+from exo.models.classifiers import classifier_from, classifier_without_weights, load_classifier
+from exo.models.files import is_adapter
+from exo.models.loading import (
+    check_fits,
+    in_full,
+    load,
+    load_or_tiny,
+    load_tokenizer,
+    parameter_count,
+)
+from exo.models.meta import load_without_weights, parameters_of
+from exo.models.saving import Dtypes, dtypes_of, export_model, save
+from exo.models.stop_tokens import absent_ids, stop_ids
+from exo.models.supported import refuse_unsupported
+from exo.models.tiny_models import PAD, tiny, word_level
 
 __all__ = [
     "PAD", "Dtypes", "absent_ids", "attend", "check_fits", "classifier_from", "classifier_without_weights",
     "dtypes_of", "in_full", "is_adapter", "load", "load_classifier", "load_or_tiny", "load_tokenizer",
-    "load_without_weights", "parameter_count", "parameters_of", "refuse_unsupported", "save", "save_checkpoint",
+    "load_without_weights", "parameter_count", "parameters_of", "refuse_unsupported", "save", "export_model",
     "stop_ids", "tiny", "word_level",
 ]  # fmt: skip

@@ -133,7 +133,7 @@ def base_of(name: str) -> str:
 
 
 def is_adapter(name: str) -> bool:
-    """Return whether a directory holds an adapter of peft's, and so no model that stands alone."""
+    """Return whether a directory holds a peft adapter instead of a model."""
     return (Path(name) / "adapter_config.json").is_file()
 
 

@@ -1,8 +1,8 @@
-"""The head of a causal LM apart from its body: hidden states without logits, for losses that make their own.
+"""The LM head of a causal LM: hidden states without logits, for losses that take the head's weight.
 
-What a model does with its head's output (a scale, a softcap, both, nothing) is not looked up by name, because names
-differ and lie: two families mean opposite things by `logits_scaling`. It is measured, once, on a few numbers, and the
-head's own forward is compared with what the losses will compute. Heads that compute anything else are refused.
+Names do not tell what a model does with its head's output: two families use `logits_scaling` with opposite meanings. So
+the scale and the softcap are measured once on a few numbers, and the head's forward is compared with what the losses
+compute. Heads that compute anything else are refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ FIT = 1e-5  # relative
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off for the while; each module gets its own mode back, since they may differ."""
+    """Turn dropout off inside the context. Every module gets its previous mode back, because modes may differ."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -32,14 +32,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class LMHead:
-    """Where a causal LM's logits come from: softcap(logit_scale * (hidden weight^T + bias)).
+    """The head of a causal LM, whose logits are softcap(logit_scale * (hidden weight^T + bias)).
 
-        head = CausalHead(model)
+        head = LMHead(model)
         hidden = head.hidden(input_ids=ids, attention_mask=mask)  # (N, T, D)
         loss = fused_linear_exo_loss(hidden, head.weight, labels, ref_logps, **head.options)
 
-    Runs the model twice on two tokens, without gradients and without moving any random state. ValueError for a model
-    whose logits are something else.
+    Runs the model twice on two tokens, without gradients and without changing any random state. Raises ValueError for a
+    model whose logits are something else.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,16 +63,16 @@ class LMHead:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the functions on hidden states."""
+        """The keyword arguments bias, logit_scale and softcap of the functions on hidden states."""
         return {"bias": self.head.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
     def hidden(self, **inputs: Any) -> Tensor:  # (N, T, D)
-        """What the model would put into its head, given the arguments of its forward."""
+        """Return the input of the head, given the arguments of the model's forward."""
         caught: list[Tensor] = []
 
         def catch(hidden: Tensor) -> Tensor:
             caught.append(hidden)
-            return hidden[..., :1]  # what the model does with its logits costs nothing on so few
+            return hidden[..., :1]  # the model processes these few "logits" at no cost
 
         with self._instead(catch):
             self.model(**inputs)
@@ -80,10 +80,10 @@ class LMHead:
 
     @contextmanager
     def _instead(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """The head computes `forward`. Its hooks run as ever, those of sharded parameters among them; what has replaced
-        its forward itself, as offloading does, stands aside.
+        """Replace the head's forward inside the context. Its hooks still run (sharded parameters need them); a forward
+        that something else replaced, such as offloading, is restored afterwards.
         """
-        own = vars(self.head)  # an instance's attribute comes before its class's method
+        own = vars(self.head)  # an instance attribute takes precedence over the class's method
         before = own.get("forward")
         own["forward"] = forward
         try:
@@ -95,7 +95,7 @@ class LMHead:
 
     @torch.no_grad()
     def _measure(self) -> tuple[float, float | None]:
-        """Scale and softcap, from what the model makes of chosen numbers in the place of its head's."""
+        """Measure scale and softcap from the logits for chosen outputs of the head."""
         device = self.head.weight.device
         probe = torch.tensor([SMALL, LARGE, 1.0, -3.0, 20.0, -50.0, 0.0], dtype=torch.float32, device=device)
         with eval_mode(self.model), self._instead(lambda hidden: probe.expand(*hidden.shape[:-1], -1)):
@@ -115,9 +115,9 @@ class LMHead:
 
     @torch.no_grad()
     def _compare(self) -> None:
-        """ValueError unless the model's logits of random hidden states are those that the losses compute of them.
+        """Raise ValueError unless the logits of random hidden states equal those that the losses compute.
 
-        The head is in training mode, so that one with a dropout of its own is refused too.
+        The head is in training mode, so a head with dropout is refused too.
         """
         own, device = self.head.forward, self.head.weight.device
         hidden = torch.randn(self.head.in_features, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,4 @@
-"""Causal LMs and tokenizers from directories and the hub.
-
-Left out: devices, dtypes other than fp32 (the training loop owns those), adapters that are to be trained (adapter).
-"""
+"""Load causal LMs and tokenizers from directories and the hub."""
 
 import difflib
 import re
@@ -40,13 +37,13 @@ BUFFERS = re.compile(r"\.(attn|attention)(\.attention)?\.(masked_)?bias$|rotary_
 def load(
     name: str | PathLike[str], *, four_bits: torch.dtype | None = None, mapped: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in fp32 and its tokenizer, from a directory or a hub name; an adapter's, merged with its model.
+    """Load a causal LM in fp32 and its tokenizer from a directory or a hub name; merge an adapter with its model.
 
-    `four_bits` holds the weights of its layers, but the head, in NF4, to compute with them in that dtype. `mapped`
-    leaves those of a directory in the dtype of their files, which are mapped into memory: made fp32, they are the same.
+    `four_bits` stores the weights of all layers except the head in NF4, and computes in that dtype. `mapped` maps the
+    files of a directory into memory in their dtype; converting them to fp32 gives the same weights.
 
-    Weights come from safetensors only and no code of the repository is run: neither a pickle nor a
-    modelling file can execute anything here. Every refusal is a one-line ValueError.
+    Only safetensors are read, and no code of the repository runs: neither a pickle nor a modelling file can execute
+    anything. Every refusal is a one-line ValueError.
     """
     name = str(name)
     if files.is_adapter(name):
@@ -79,7 +76,7 @@ def _dtype_of(name: str) -> torch.dtype:
 
 
 def _restore_buffers(model: PreTrainedModel) -> None:
-    """What a model in 16 bits computed when it was made, such as a scale of embeddings, as fp32 has it."""
+    """Recompute in fp32 the buffers that a 16-bit model computed when it was built, such as a scale of embeddings."""
     model.config.dtype = torch.float32
     with init_empty_weights(include_buffers=False):
         fresh = type(model)(model.config)
@@ -91,7 +88,7 @@ def _restore_buffers(model: PreTrainedModel) -> None:
 
 
 def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
-    """As QLoRA has it: normal floats, their scales rounded too."""
+    """Return the QLoRA settings: NF4 with double quantization."""
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
@@ -109,7 +106,7 @@ def _compute_alike_on_every_cpu(model: PreTrainedModel) -> None:
 
 
 def in_full(model: Any) -> Any:
-    """A model in 4 bits as one in fp32, of the same numbers."""
+    """Convert a 4-bit model to fp32 with the same values."""
     with without_warnings():
         found = model.dequantize(torch.float32)
     return found.float()
@@ -149,12 +146,12 @@ def load_or_tiny(
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Parameters of the model, a tied head counted once; of those in 4 bits there are two in a byte."""
+    """Count the parameters; a tied head counts once, and a byte holds two 4-bit parameters."""
     return sum(parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1) for parameter in model.parameters())
 
 
 def check_fits(model: PreTrainedModel, rows: Iterable[Any]) -> None:
-    """ValueError unless every token of `rows` (encoding.TokenGroup) has an embedding, and every position a place."""
+    """Raise ValueError unless every token of `rows` (TokenizedExample) has an embedding, and rows fit the positions."""
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -186,7 +183,7 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; one without padding pads with its end of sequence."""
+    """Load the tokenizer; one without a padding token pads with its end of sequence."""
     files.check(name)
     with explained(name, "a tokenizer beside the weights (tokenizer.json)"):
         tokenizer = _tokenizer_class(name).from_pretrained(name, trust_remote_code=False)
@@ -217,7 +214,7 @@ def _tokenizer_class(name: str) -> Any:
 
 
 def _try(tokenizer: Any) -> None:
-    """Encode a text, so that a tokenizer that panics does so now; what it merely does not know is for the data."""
+    """Encode a text, so that a tokenizer that panics does so now."""
     try:
         tokenizer.decode(tokenizer("a b\nHello, 1 \u00e9")["input_ids"])
     except Exception:
@@ -233,8 +230,7 @@ def load_weights(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Load a model of a class of transformers'; ValueError unless the files hold its weights, all finite, and no
-    others."""
+    """Load a model of a transformers class; raise ValueError unless the files hold exactly its weights, all finite."""
     what = "weights in safetensors (pickles are not read; save_pretrained converts)"
     with explained(name, what), without_warnings():
         # Typed for its usual answer; asked for its report as well, it gives two things.
@@ -265,7 +261,7 @@ def load_weights(
 
 
 def _refuse_unused(name: str, model: PreTrainedModel, keys: set[str], head_is_new: bool) -> None:
-    """ValueError for weights that the model has no place for; a head beside its own is named in a line."""
+    """Raise ValueError for weights that the model does not have; print the name of an unused head."""
     keys = {key for key in keys if not BUFFERS.search(key)}
     if head_is_new:  # in the place of any other; the body's weights may stand with its prefix or without
         body = {model.base_model_prefix, *(child for child, _ in model.base_model.named_children())}
@@ -281,7 +277,7 @@ def _refuse_unused(name: str, model: PreTrainedModel, keys: set[str], head_is_ne
 
 
 def _refuse_not_finite(name: str, model: PreTrainedModel) -> None:
-    """ValueError if a weight is not finite; of those in 4 bits their scales count."""
+    """Raise ValueError if a weight is not finite (for 4-bit weights, if a scale is not)."""
     scales = (
         (f"{key}.absmax", scale)
         for key, parameter in model.named_parameters()

@@ -1,6 +1,6 @@
-"""Log-probs of completions under a policy and its reference, for the KL and the density ratio.
+"""Log-probs of completions under a model.
 
-Left out: what is made of them (estimates, density).
+`token_logps` computes them on one rank, `shared_token_logps` on all. `ScoringModels` is a policy with its reference.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +24,13 @@ from exo.models.attention import masks
 from exo.models.lm_head import LMHead, eval_mode
 from exo_kernels import linear_token_logps
 
-Tokens = list[list[Tensor]]  # a row a prompt, a tensor (tokens,) in float64 a completion
+Tokens = list[list[Tensor]]  # per prompt, per completion: (tokens,) float64
+# rms error of one token's log-prob by compute dtype: the tolerance of the first loss
+TOKEN_NOISE = {"no": 1e-5, "fp16": 2e-3, "bf16": 1.5e-2}
 
 
 class ScoringModels(NamedTuple):
-    """Policy and reference, and how both read completions: after as much of a prompt as was sampled after."""
+    """A policy and its reference, with the limits under which both read prompts and completions."""
 
     policy: Any
     reference: Any
@@ -39,39 +41,35 @@ class ScoringModels(NamedTuple):
     temperature: float
 
     def logps(self, examples: Sequence[Example], path: str = "samples") -> tuple[Tokens, Tokens]:
-        """Log-probs of each token under the policy and under the reference. `path` is named in errors."""
+        """Return the log-probs of each token under the policy and the reference. Errors name `path`."""
         encoded, _ = tokenize.encode(examples, self.tokenizer, self.limits, path)
         collator = Collator(self.tokenizer.pad_token_id, self.max_tokens)
-        ours, theirs = (
+        policy, reference = (
             shared_token_logps(model, encoded, self.accelerator, collator, self.temperature)
             for model in (self.policy, self.reference)
         )
-        return ours, theirs
+        return policy, reference
 
     def log_ratios(self, examples: Sequence[Example]) -> Tokens:
-        """log pi - log ref of each token."""
+        """Return log pi - log ref of each token."""
         return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(*self.logps(examples), strict=True)]
 
     def density(self, examples: Sequence[Example], path: str) -> list[dict[str, Any]]:
-        """A row for each prompt of the reference's samples: log-probs of its completions under both, and rewards."""
-        ours, theirs = ([[float(row.sum()) for row in rows] for rows in of] for of in self.logps(examples, path))
+        """Return a row per prompt: log-probs of its completions under both models, and rewards."""
+        policy, reference = ([[float(row.sum()) for row in rows] for rows in of] for of in self.logps(examples, path))
         return [
             {"prompt": example.prompt, "logps": logps, "ref_logps": ref_logps, "rewards": example.rewards}
-            for example, logps, ref_logps in zip(examples, ours, theirs, strict=True)
+            for example, logps, ref_logps in zip(examples, policy, reference, strict=True)
         ]
-
-
-# rms error of one token's log-prob by compute dtype: what the first loss may be off by without a mistake
-TOKEN_NOISE = {"no": 1e-5, "fp16": 2e-3, "bf16": 1.5e-2}
 
 
 @contextmanager
 def logps_function(
     model: nn.Module, accelerator: Accelerator, collator: Collator, temperature: float
 ) -> Iterator[Callable[[Sequence[TokenizedExample]], list[list[Tensor]]]]:
-    """A function of a micro-batch: for each group the log-probs of each completion's tokens, fp64, (its tokens,).
+    """Yield a function from a micro-batch to log-probs: per example, per completion (tokens,) fp64.
 
-    The model is left as it was; no random state moves.
+    The model is in eval mode inside the context. No random state changes.
     """
     head = LMHead(model)
 
@@ -80,20 +78,26 @@ def logps_function(
         batch = collator.collate(part).to(accelerator.device)
         with accelerator.autocast():
             scores = fsdp.run_unsharded_root(model, partial(_logps, head, batch, temperature))
-        found = list(split_completions(part, scores.double().cpu()))
-        for example, rows in zip(part, found, strict=True):
+        logps = list(split_completions(part, scores.double().cpu()))
+        for example, rows in zip(part, logps, strict=True):
             if not all(bool(row.isfinite().all()) for row in rows):
                 name = getattr(model, "name_or_path", "") or type(model).__name__
-                raise RunError(f"model {name}: expected finite log-probs; got others in row {example.line}")
-        return found
+                raise RunError(f"model {name}: expected finite log-probs; got NaN or inf in row {example.line}")
+        return logps
 
     with eval_mode(model):
         yield of
 
 
+def completion_hidden(head: LMHead, batch: Batch) -> Tensor:  # (n, D)
+    """Return the hidden states of the rows that predict the completions' tokens."""
+    hidden = head.hidden(**masks.inputs(batch, head.model.config))
+    return hidden.flatten(0, 1)[batch.rows]
+
+
 def _logps(head: LMHead, batch: Batch, temperature: float) -> Tensor:  # (n,)
-    rows = masks.completion_hidden(head, batch)
-    return linear_token_logps(rows, head.weight, temperature=temperature, **masks.loss_inputs(batch), **head.options)
+    hidden = completion_hidden(head, batch)
+    return linear_token_logps(hidden, head.weight, temperature=temperature, **batch.loss_inputs(), **head.options)
 
 
 def token_logps(
@@ -103,7 +107,7 @@ def token_logps(
     collator: Collator,
     temperature: float,
 ) -> list[list[Tensor]]:
-    """What `scoring` gives, for each group in their order; all of it by this process."""
+    """Return the log-probs of all examples in order: per example, per completion (tokens,) fp64."""
     with logps_function(model, accelerator, collator, temperature) as of:
         return collator.each(examples, of)
 
@@ -115,14 +119,14 @@ def shared_token_logps(
     collator: Collator,
     temperature: float,
 ) -> list[list[Tensor]]:
-    """The same, each micro-batch by one of the processes."""
+    """Return the same as `token_logps`, with the micro-batches distributed over the ranks."""
     with logps_function(model, accelerator, collator, temperature) as of:
 
-        def listed(part: Sequence[TokenizedExample]) -> list[list[list[float]]]:
+        def as_lists(part: Sequence[TokenizedExample]) -> list[list[list[float]]]:
             return [[row.tolist() for row in rows] for rows in of(part)]
 
-        found = map_micro_batches(examples, listed, collator, accelerator, together=fsdp.is_sharded(model))
-    return [[torch.tensor(row, dtype=torch.float64) for row in rows] for rows in found]
+        rows_of = map_micro_batches(examples, as_lists, collator, accelerator, together=fsdp.is_sharded(model))
+    return [[torch.tensor(row, dtype=torch.float64) for row in rows] for rows in rows_of]
 
 
 def map_micro_batches(
@@ -132,9 +136,9 @@ def map_micro_batches(
     accelerator: Accelerator,
     **how: bool,
 ) -> list[R]:
-    """What `of` gives for each group, in JSON, asked a micro-batch at a time; in the order of the groups."""
+    """Map a function over micro-batches, distributed over the ranks; return one JSON value per example, in order."""
     parts = collator.micro_batches(examples)
-    found: dict[int, R] = {}
+    results: dict[int, R] = {}
     for part, rows in zip(parts, map_over_ranks(parts, of, accelerator, **how), strict=True):
-        found |= zip(map(id, part), rows, strict=True)
-    return [found[id(example)] for example in examples]
+        results |= zip(map(id, part), rows, strict=True)
+    return [results[id(example)] for example in examples]

@@ -26,7 +26,7 @@ def load_without_weights(name: str) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 def parameters_of(name: str) -> int:
-    """Parameters of a causal LM by its config alone; its weights are not read."""
+    """Count the parameters of a causal LM from its config, without reading weights."""
     return parameter_count(_on_meta(name))
 
 

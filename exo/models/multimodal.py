@@ -1,8 +1,8 @@
 """The text part of a multimodal checkpoint, as a causal LM of its own.
 
-A wrapper around a language model (Gemma 3 and 4, Qwen 3.5, Llama 4, Mistral 3, LLaVA ...) is read as a whole and taken
-apart. Before it is used the part must give the wrapper's own logits of text. Left out: images, audio and video; saving
-the wrapper again.
+A wrapper around a language model (Gemma 3 and 4, Qwen 3.5, Llama 4, Mistral 3, LLaVA ...) is loaded and its text part
+extracted. The part must compute the wrapper's logits on text before it is used. Images, audio and video are not
+supported, and the wrapper is not saved again.
 """
 
 import copy
@@ -53,7 +53,7 @@ def wrapper_class(config: PreTrainedConfig) -> Any:
 def text_part(name: str, config: PreTrainedConfig, read: Callable[[Any], PreTrainedModel], compared: bool) -> Any:
     """Return the causal LM inside a wrapper, which `read` loads given its class; print one line that says so.
 
-    `compared` runs both on a few tokens. ValueError if the part cannot be had, or computes something else.
+    `compared` runs both on a few tokens. ValueError if the part cannot be extracted, or computes something else.
     """
     whole, kind = wrapper_class(config), causal_class(config)
     with explained(name, f"what {whole.__name__} is made of"), without_warnings(), torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What transformers and its parts raise and print, as one ValueError of one line and nothing else."""
+"""Turn what transformers raises and prints into one-line ValueErrors."""
 
 import sys
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ LENGTH = 300  # characters of a message that are shown
 
 @contextmanager
 def explained(name: str, expected: str) -> Iterator[None]:
-    """Raise whatever goes wrong while the files of a model are read as a ValueError of one line."""
+    """Raise any error of reading a model's files as a one-line ValueError."""
     level = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # it tells of every try to reach the hub
     try:

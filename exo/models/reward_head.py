@@ -3,8 +3,8 @@
 transformers' classifiers of decoders find a row's last token by comparing ids with the pad id, and so take another one
 where a completion ends with it, or where the pad id is the end of sequence. Here the last token is known from the
 lengths. The head runs in fp32, so that 16 bits make no ties. Classifiers that pool in another way (the first token, a
-mean, a pooler of their own) are recognised by their output on a few tokens, and run as they are, in fp32, on rows
-without padding. Left out: training such classifiers.
+mean, a pooler) are recognised by their output on a few tokens, and run unchanged in fp32 on rows without padding. Such
+classifiers cannot be trained here.
 """
 
 import inspect
@@ -45,7 +45,7 @@ class RewardHead:
             return nn.functional.linear(rows.float(), head.weight.float(), bias)
 
     def _own(self, ids: Tensor, mask: Tensor) -> Tensor:  # (N, outputs)
-        """The model's own output, rows of one length at a time."""
+        """Return the model's output, computed on rows of equal length."""
         lengths = mask.sum(1)
         found: dict[int, Tensor] = {}
         with torch.autocast(ids.device.type, enabled=False):
@@ -57,7 +57,7 @@ class RewardHead:
 
     @torch.no_grad()
     def _pools_last(self, head: nn.Linear) -> bool:
-        """Whether the model's output is the head's on the last token."""
+        """Return whether the model's output is the head's on the last token."""
         pad = getattr(self.model.config, "pad_token_id", None)
         ids = torch.tensor([[i for i in range(4) if i != pad][:3]], device=head.weight.device)
         mask = torch.ones_like(ids)

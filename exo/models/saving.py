@@ -1,6 +1,6 @@
 """Models as directories that transformers reads, in the dtype that was asked for.
 
-Training is in fp32; weights are rounded when they are written. Resumable checkpoints are not written here (states).
+Training is in fp32; weights are rounded when they are written.
 """
 
 import json
@@ -98,11 +98,11 @@ def _name_end_of_turn(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     config.eos_token_id = list(stop_ids(model, tokenizer))
 
 
-def save_checkpoint(
+def export_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path, name: str, dtypes: Dtypes | None = None
 ) -> None:
-    """`save` into checkpoints/`name` of a run: complete, or not at all."""
-    target = run / "checkpoints" / name
+    """Save a loadable model atomically in the subdirectory models/`name` of a run."""
+    target = run / "models" / name
     target.parent.mkdir(exist_ok=True)
     with atomic_directory(target) as staging:
         save(model, tokenizer, staging, dtypes)
@@ -110,9 +110,9 @@ def save_checkpoint(
 
 @contextmanager
 def _cast(model: Any, dtypes: Dtypes | None) -> Iterator[None]:
-    """Round the weights that will be written, for the while, in place so that tied weights stay tied.
+    """Round the weights that will be written, inside the context and in place, so that tied weights stay tied.
 
-    Of a model with an adapter only the adapter is written.
+    For a model with an adapter these are the adapter's.
     """
     if dtypes is None:
         yield

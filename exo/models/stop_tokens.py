@@ -1,7 +1,4 @@
-"""Which tokens end a completion of a model, and which ids of its head no text has.
-
-Left out: drawing tokens (exo.rollouts.generate).
-"""
+"""The tokens that end a completion, and the ids of the head that no text contains."""
 
 from typing import Any
 

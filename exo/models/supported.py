@@ -1,4 +1,4 @@
-"""Models that are refused by their config: those whose loss or log-probabilities would come out wrong."""
+"""Refuse models by their config whose loss or log-probs would be wrong."""
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
@@ -19,8 +19,8 @@ def refuse_unsupported(config: PreTrainedConfig) -> None:
 def _not_decoder_only(config: PreTrainedConfig) -> str | None:
     if config.is_encoder_decoder:
         return "it is an encoder-decoder; expected a decoder-only causal LM"
-    # BERT and its kin sit in the causal-LM mapping too, but attend both ways unless told otherwise:
-    # each token would be scored by a model that has already seen it.
+    # BERT and its relatives are in the causal-LM mapping too, but attend in both directions by default:
+    # the model would see each token before it scores it.
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         if not getattr(config, "is_decoder", False):
             return "it is a masked LM that attends both ways; expected a causal LM"
@@ -28,7 +28,7 @@ def _not_decoder_only(config: PreTrainedConfig) -> str | None:
 
 
 def _not_text_only(config: PreTrainedConfig) -> str | None:
-    """A wrapper around a text model is taken apart (multimodal), if transformers knows that part as a causal LM."""
+    """Accept a wrapper around a text model if transformers has a causal LM for the text part (multimodal.py)."""
     parts = multimodal.others(config)
     if not multimodal.is_wrapper(config):
         return f"it is multimodal ({', '.join(parts)} in its config) and has no text part of its own" if parts else None
@@ -60,7 +60,7 @@ def _router_loss(config: PreTrainedConfig) -> str | None:
     """transformers adds the load-balancing loss only where `output_router_logits` is true.
 
     It is added to the loss that the model computes from labels; ours is computed from its logits,
-    so the term would vanish in silence. With the flag false, the default of every mixture of
+    so the term would be dropped silently. With the flag false, the default of every mixture of
     experts in transformers, its own Trainer leaves the term out as well: nothing is dropped.
     """
     if not getattr(config, "output_router_logits", False):

@@ -1,7 +1,4 @@
-"""Small models built on the spot, for trials and for tasks that make their own: no weights are fetched.
-
-Left out: training them (sft).
-"""
+"""Small models built from a config, for trials and for tasks that need one: nothing is downloaded."""
 
 from collections.abc import Iterable
 
@@ -33,14 +30,14 @@ def tiny(
     num_layers: int = 2,
     num_heads: int = 4,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Llama behind a byte-level BPE trained on `texts`: for trials without weights."""
+    """Build a small Llama with a byte-level BPE tokenizer that is trained on `texts`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, END],
-        # All 256 bytes, so that nothing a later text holds can be unknown.
+        # all 256 bytes, so that no later text contains an unknown one
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -57,7 +54,7 @@ def word_level(
     num_layers: int = 2,
     num_heads: int = 4,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Llama behind a tokenizer that splits at blanks and knows `words`, in their order."""
+    """Build a small Llama with a tokenizer that splits at blanks; the vocabulary is `words` in order."""
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([PAD, UNKNOWN, END, *words]))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -85,8 +82,8 @@ def _llama(tokenizer: PreTrainedTokenizerBase, seed: int, hidden: int, layers: i
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # The CPU generator alone is seeded, since the weights are drawn there: torch.manual_seed would
-    # reseed the accelerators too, and the fork below leaves those be.
+    # Seed the CPU generator only, because the weights are drawn there: torch.manual_seed would reseed the accelerators,
+    # which the fork below does not restore.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return LlamaForCausalLM(config)

@@ -1,7 +1,6 @@
-"""One HTML file out of text, tables and pictures: nothing to load, no script, wide things scroll in their own box.
+"""Build one HTML file from text, tables and pictures: nothing to load, no script; wide content scrolls in its box.
 
-Every text that comes from data goes through `escape`, here and nowhere else: what the functions return is HTML, what
-they take is text, but for `section` and `document`, which take HTML. Left out: what to say.
+The functions take text, escape it and return HTML; `section` and `document` take HTML.
 """
 
 import base64
@@ -69,14 +68,14 @@ def paragraph(text: str) -> str:
 
 
 def note(title: str, lines: Sequence[str]) -> str:
-    """What must not be overlooked; a long list is folded."""
+    """Return a highlighted list; a long one is folded."""
     items = "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
     opened = " open" if len(lines) <= 12 else ""
     return f'<details class="note"{opened}><summary>{escape(title)}</summary>{items}</details>'
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], failed: Sequence[bool] = ()) -> str:
-    """Rows of text; those that `failed` stand out."""
+    """Return a table of text; `failed` rows are highlighted."""
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"]
     for i, row in enumerate(rows):
         start = '<tr class="failed">' if i < len(failed) and failed[i] else "<tr>"
@@ -85,13 +84,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], failed: Sequence
 
 
 def filled(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """The table without the columns that are empty in every row."""
+    """Drop the columns that are empty in every row."""
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def figures(pictures: Sequence[tuple[Path, str]]) -> str:
-    """Pictures with their captions, as many beside each other as there is room for."""
+    """Return pictures with their captions, side by side where there is room."""
     shown = []
     for path, caption in pictures:
         code = base64.b64encode(path.read_bytes()).decode()
@@ -121,6 +120,6 @@ def date(stamp: str) -> str:
 
 
 def ending(text: str, most: int = 80) -> str:
-    """A text in a line, without its beginning where it is long."""
+    """Return a text on one line, without its beginning if it is long."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"…{line[-most:]}"

@@ -1,7 +1,7 @@
-"""What the files of a recipe's run say: its steps, every checkpoint that was evaluated, and means over seeds.
+"""The results of a recipe's run, read from its files: steps, evaluated checkpoints, and means over seeds.
 
-A trial is one training run and its evaluation: a method with a K, a seed and values of the sweep. A setting is the
-trials that differ in nothing but the seed. What is missing is said and never filled in. Left out: pictures and words.
+A trial is one training run and its evaluation: a method with a K, a seed and values of the sweep. A setting is a group
+of trials that differ only in the seed. Missing results are listed, never filled in.
 """
 
 import json
@@ -94,12 +94,12 @@ class Setting:
         return self.trials[0]
 
     def mean(self, name: str) -> Estimate | None:
-        """A number of the last checkpoint over the seeds, "win_rates.chosen" for one; None where it is not."""
+        """Return a metric of the last checkpoint, such as "win_rates.chosen", over the seeds; None if it is missing."""
         return over_seeds([_value(trial.last, name) for trial in self.trials])
 
     @cached_property
     def rise(self) -> Estimate:
-        """Of the last checkpoint over the start, prompt by prompt, from the samples' own rewards."""
+        """Return the rise of the last checkpoint over the start, per prompt, from the rewards of the samples."""
         before = _mean_rewards(self.start)
         rises = []
         for trial in self.trials:
@@ -135,7 +135,7 @@ class Results:
 
     @cached_property
     def best(self) -> list[Setting]:
-        """Of each method and K the setting with the highest mean rise, in the order of the plan."""
+        """Return the setting with the highest mean rise for each method and K, in the order of the plan."""
         found: dict[str, Setting] = {}
         for setting in self.settings:
             series = setting.first.series
@@ -146,7 +146,7 @@ class Results:
 
     @cached_property
     def best_of_method(self) -> list[Setting]:
-        """The same over every K: one setting a method."""
+        """Return the setting with the highest mean rise for each method."""
         best: dict[str, Setting] = {}
         for setting in self.best:
             method = setting.first.method
@@ -156,7 +156,7 @@ class Results:
 
     @cached_property
     def varied(self) -> dict[str, list[float]]:
-        """What differs between trials, K included, and the values it took."""
+        """Return the options that differ between trials, K included, with their values."""
         rows = [({"K": trial.k} if trial.k else {}) | trial.varied for trial in self.evaluated]
         names = dict.fromkeys(name for row in rows for name in row)
         values = {name: sorted({row[name] for row in rows if name in row}) for name in names}
@@ -164,7 +164,7 @@ class Results:
 
 
 def read(directory: Path) -> Results:
-    """What a recipe's run holds so far."""
+    """Read the results that a recipe's run has so far."""
     if not run_directory.is_run(directory, "train"):
         raise ValueError(f"--run {directory}: expected the run of a recipe; python -m exo.train makes one")
     record = load(directory / run_record.RUN_FILE)
@@ -204,7 +204,7 @@ def _steps(directory: Path, plan: Sequence[dict[str, Any]]) -> list[Step]:
 
 
 def _changed(directory: Path, entry: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
-    """What a step had that is no longer so: options, and products of other steps that it read."""
+    """Yield what changed since a step ran: options, and outputs of other steps that it read."""
     yield from (f"--{name}" for name in run_record.changed(record, entry.get("options", record["arguments"])))
     # where the whole run was; it may have been moved since
     run = record["arguments"]["output_dir"].removesuffix(entry["name"])
@@ -272,16 +272,16 @@ def _value(checkpoint: Checkpoint, name: str) -> Estimate | None:
 
 
 def _mean_rewards(trial: Trial) -> list[tuple[str, float]]:
-    """(prompt, mean reward of its samples) at the last checkpoint."""
+    """Return (prompt, mean reward of its samples) at the last checkpoint."""
     examples = trial.samples(trial.last)
     return [(example.prompt, statistics.fmean(example.rewards or ())) for example in examples]
 
 
 def over_seeds(values: Sequence[Estimate | None]) -> Estimate | None:
-    """Mean over seeds of means over prompts.
+    """Return the mean over seeds of means over prompts; None if a seed lacks the metric.
 
-    The prompts are the same for every seed, so their error is taken whole, as if the seeds had it in common; that of
-    the seeds' means is added. A little too large, never too small. None where a seed has no such number.
+    All seeds share the prompts, so the error of the prompts is counted in full, and the error of the seeds' means is
+    added. The result is slightly too large, never too small.
     """
     known = [value for value in values if value is not None]
     if len(known) < len(values):
@@ -294,10 +294,10 @@ def over_seeds(values: Sequence[Estimate | None]) -> Estimate | None:
 
 
 def crossed(values: Sequence[Sequence[float]]) -> Estimate:
-    """Mean of a table, a row a seed and a column a prompt, both drawn at random.
+    """Return the mean of a table with a row per seed and a column per prompt, both random.
 
-    The error of prompts' means and that of seeds' means both hold what is left once prompt and seed are known, so it
-    is taken out of the second: s_prompts^2 / P + max(0, s_seeds^2 / S - s_rest^2 / (P S)).
+    The errors of the prompts' means and of the seeds' means both contain the residual, so it is subtracted from the
+    second: s_prompts^2 / P + max(0, s_seeds^2 / S - s_rest^2 / (P S)).
     """
     seeds = [statistics.fmean(row) for row in values]
     prompts = [statistics.fmean(column) for column in zip(*values, strict=True)]
@@ -317,7 +317,7 @@ def _normal(mean: float, error: float) -> Estimate:
 
 
 def envelope(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points above which no other lies at the same first number or less, in its order."""
+    """Return the points that no other point with a smaller or equal x exceeds, sorted by x."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if not kept or y > kept[-1][1]:

@@ -1,9 +1,9 @@
-"""Next-token logits of a batch of growing sequences, with the model's key-value cache or without any cache.
+"""Compute next-token logits of a batch of growing sequences, with the model's key-value cache or without a cache.
 
-The cache is used if it gives what the model gives without one, which is measured (`caches`), not looked up by name:
-some models keep another kind of state (Mamba, RWKV, xLSTM), none at all (GPT), or one that left padding or reordering
-breaks (MiniMax). For these every step runs the whole sequences, padded on the right, as scoring does. That is exact for
-every causal model, and slow. Left out: drawing tokens (generation).
+The cache is used if it gives the same logits as a run without it. `supports_cache` measures that, because some models
+keep another kind of state (Mamba, RWKV, xLSTM), no state (GPT), or a state that left padding or reordering breaks
+(MiniMax). For these models every step runs the sequences from their beginning, padded on the right. That is exact for
+every causal model, and slow.
 """
 
 import inspect
@@ -14,21 +14,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-PROBE = 12  # tokens of a prompt that the two ways are compared on
-FIT, ROUGH_FIT = 1e-3, 0.1  # of the logits' standard deviation, with weights in fp32 and in 16 bits
+PROBE = 12  # tokens of a prompt in a comparison of the two decoders
+# Largest difference, in standard deviations of the logits, with weights in fp32 and in 16 bits.
+TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
 
 
 class Decoder(Protocol):
-    """Rows of a batch; `logits` (B, V) are those of the next token of each."""
+    """A batch of sequences that grow by a token at a time."""
 
-    logits: Tensor
+    logits: Tensor  # (B, V) of the next token
 
-    def advance(self, tokens: Tensor, kept: Tensor) -> None:
-        """Append one token to each row in `kept` and drop the other rows."""
+    def advance(self, tokens: Tensor, rows: Tensor) -> None:
+        """Append a token to each of `rows`, (rows,) both, and drop the other rows."""
 
 
 class CachedDecoder:
-    """The model with its cache. Prompts are padded on the left."""
+    """Run the model with its cache. Prompts are padded on the left."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], owners: Sequence[int]) -> None:
         self.model = model
@@ -37,20 +38,20 @@ class CachedDecoder:
         device = next(model.parameters()).device
         unique = list(dict.fromkeys(owners))
         width = max(len(prompts[i]) for i in unique)
-        # On the left, so that the last column is the last token of every row. Any id will do.
+        # Padding on the left, with any id, makes the last column the last token of every row.
         ids = [[0] * (width - len(prompts[i])) + list(prompts[i]) for i in unique]
         self.mask = torch.tensor(
             [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in unique], device=device
         )
         self.positions = self.mask.sum(1)  # of the next token
         self._forward(torch.tensor(ids, device=device), (self.mask.cumsum(1) - 1).clamp(min=0))
-        # A prompt goes through the model once, whatever the number of its completions.
+        # Each prompt goes through the model once, for all of its completions.
         place = {owner: row for row, owner in enumerate(unique)}
         self._select(torch.tensor([place[owner] for owner in owners], device=device))
 
-    def advance(self, tokens: Tensor, kept: Tensor) -> None:
-        if len(kept) < len(self.mask):
-            self._select(kept)
+    def advance(self, tokens: Tensor, rows: Tensor) -> None:
+        if len(rows) < len(self.mask):
+            self._select(rows)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         self._forward(tokens[:, None], self.positions[:, None])
         self.positions = self.positions + 1
@@ -58,8 +59,8 @@ class CachedDecoder:
     def _forward(self, ids: Tensor, positions: Tensor) -> None:
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": self.mask}
         arguments |= {"past_key_values": self.cache, "use_cache": True}
-        # Models with relative positions (BLOOM, MPT) derive them from the mask and refuse the
-        # argument; logits of a whole prompt are wanted nowhere, but not every model can skip them.
+        # Models with relative positions (BLOOM, MPT) derive them from the mask and refuse the argument. Only the last
+        # token's logits are needed, but not every model can skip the others.
         optional = {"position_ids": positions, "logits_to_keep": 1}
         arguments |= {key: value for key, value in optional.items() if key in self.accepted}
         output = self.model(**arguments)
@@ -72,7 +73,7 @@ class CachedDecoder:
 
 
 class UncachedDecoder:
-    """The model without a cache: every step runs the whole sequences again, padded on the right."""
+    """Run the model without a cache: every step runs the sequences from their beginning, padded on the right."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], owners: Sequence[int]) -> None:
         self.model = model
@@ -80,8 +81,8 @@ class UncachedDecoder:
         self.rows = [list(prompts[owner]) for owner in owners]
         self._forward()
 
-    def advance(self, tokens: Tensor, kept: Tensor) -> None:
-        self.rows = [[*self.rows[i], token] for i, token in zip(kept.tolist(), tokens.tolist(), strict=True)]
+    def advance(self, tokens: Tensor, rows: Tensor) -> None:
+        self.rows = [[*self.rows[i], token] for i, token in zip(rows.tolist(), tokens.tolist(), strict=True)]
         self._forward()
 
     def _forward(self) -> None:
@@ -95,9 +96,9 @@ class UncachedDecoder:
 
 @torch.no_grad()
 def supports_cache(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
-    """Whether sampling may use the model's cache: on pieces of the longest prompt it must give the same logits.
+    """Return whether the model gives the same logits with its cache, on a part of the longest prompt.
 
-    Two pieces are tried, since a mixture of experts may route a token otherwise that lies on a border.
+    There are two tries, on two parts: in a mixture of experts, rounding may route a token to another expert.
     """
     longest: Sequence[int] = max(prompts, key=len)
     ids = list(longest[-2 * PROBE :])
@@ -105,29 +106,25 @@ def supports_cache(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
         ids = (ids * 4)[:4]
     middle = (len(ids) + 1) // 2
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        return any(_agree(model, piece) for piece in (ids[:middle], ids[middle:]))
+        return any(_decoders_agree(model, part) for part in (ids[:middle], ids[middle:]))
 
 
-def _agree(model: nn.Module, ids: Sequence[int]) -> bool:
-    """With both ways: two prompts, one of which is padded; their order changed, a token more, a row less, a token more.
-
-    A model that cannot do this with a cache raises whatever its authors thought of.
-    """
+def _decoders_agree(model: nn.Module, ids: Sequence[int]) -> bool:
+    """Compare the decoders on two prompts of different lengths: reorder, add a token, drop a row, add a token."""
     prompts, tokens = [ids, ids[-1:]], torch.tensor([ids[0], ids[-1], ids[0]])
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     expected = _path(UncachedDecoder(model, prompts, [1, 0, 1]), tokens)
-    with suppress(Exception):
+    with suppress(Exception):  # a model that cannot do this with a cache may raise anything
         logits = _path(CachedDecoder(model, prompts, [1, 0, 1]), tokens)
-        return bool((logits - expected).abs().max() <= (FIT if exact else ROUGH_FIT) * expected.std())
+        return bool((logits - expected).abs().max() <= (TOLERANCE if exact else TOLERANCE_16_BITS) * expected.std())
     return False
 
 
 def _path(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """The logits on the way, one after the other."""
+    """Return the logits before and after two steps, concatenated."""
     tokens = tokens.to(decoder.logits.device)
-    found = [decoder.logits.float()]
-    for kept in (torch.tensor([0, 1, 2]), torch.tensor([1, 2])):
-        kept = kept.to(tokens.device)
-        decoder.advance(tokens[: len(kept)], kept)
-        found.append(decoder.logits.float())
-    return torch.cat(found)
+    logits = [decoder.logits.float()]
+    for rows in (torch.tensor([0, 1, 2]), torch.tensor([1, 2])):
+        decoder.advance(tokens[: len(rows)], rows.to(tokens.device))
+        logits.append(decoder.logits.float())
+    return torch.cat(logits)

@@ -1,8 +1,8 @@
-"""Experience for PPO: completions of the policy as it is now, with what every one of their tokens earned.
+"""Collect experience for PPO: completions of the current policy, with the reward and advantage of each token.
 
-A token's reward is -kl_coef (log pi - log pi_ref), and the last one's has the completion's score on top; so the sum
-over a completion is the objective of eq. 4. Advantages are Schulman's GAE. Processes share the work, and all have all
-rollouts. Left out: the update.
+A token's reward is -kl_coef (log pi - log pi_ref), and the last token also gets the score of the completion; the sum
+over a completion is the objective of eq. 4. Advantages are Schulman's GAE. Ranks share the work, and all ranks get all
+rollouts.
 """
 
 from collections import Counter
@@ -19,39 +19,41 @@ from exo.data.collate import Batch, Collator
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
 from exo.data.text.tokenize import TokenizedExample
-from exo.distributed import fsdp, gather
+from exo.distributed import fsdp
+from exo.distributed.accelerator import Accelerator
 from exo.models import logps as model_logps
-from exo.rollouts import samples, scorers
+from exo.rollouts import samples, shards
 from exo.rollouts.scorers import Scorer
 
-SCORED_AT_ONCE = 64  # rollouts; a process's share of them is a number of these
+CHUNK_SIZE = 64  # rollouts that one rank scores together
+STATE = ("order", "rollouts", "remaining", "phase", "passes", "num_batches")  # of a RolloutSampler, in checkpoints
 
 
 @dataclass(frozen=True)
 class Rollout(TokenizedExample):
-    """One prompt, one completion of n tokens; one number a token."""
+    """One prompt and one completion of n tokens, with a number per token in each of the tuples."""
 
-    logps: tuple[float, ...] = ()  # of the policy that drew it
+    logps: tuple[float, ...] = ()  # of the policy that drew the completion
     values: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()
     returns: tuple[float, ...] = ()
     score: float = 0.0
     kl: float = 0.0  # sum of log pi - log pi_ref
-    cut: bool = False  # for its length
-    frozen: bool = False  # the actor is not to learn from it
+    cut: bool = False  # for length
+    frozen: bool = False  # if True, the actor does not learn from it
 
 
 class RolloutBatch(NamedTuple):
-    """Numbers of the tokens stand in the order of the batch's."""
+    """A batch of N rollouts with n tokens of completions in all, in the order of the batch's."""
 
     batch: Batch
-    logps: Tensor  # (n,) float32, and so the next three
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    scores: Tensor  # (N,)
-    kls: Tensor  # (N,)
-    cuts: Tensor  # (N,) 1 where the completion was cut for its length
+    logps: Tensor  # (n,) float32
+    values: Tensor  # (n,) float32
+    advantages: Tensor  # (n,) float32
+    returns: Tensor  # (n,) float32
+    scores: Tensor  # (N,) float32
+    kls: Tensor  # (N,) float32
+    cuts: Tensor  # (N,) float32, 1 if the completion was cut for length
     frozen: bool
 
     @property
@@ -59,15 +61,17 @@ class RolloutBatch(NamedTuple):
         return self.batch.rows
 
     def to(self, device: torch.device) -> "RolloutBatch":
+        """Return the batch on a device."""
         moved: list[Any] = [value if isinstance(value, bool) else value.to(device) for value in self]
         return RolloutBatch(*moved)
 
 
 def collate(rollouts: Sequence[Rollout], collator: Collator) -> RolloutBatch:
-    def of_tokens(name: str) -> Tensor:  # (n,)
-        return torch.tensor([value for rollout in rollouts for value in getattr(rollout, name)])
-
-    logps, values, advantages, returns = map(of_tokens, ("logps", "values", "advantages", "returns"))
+    """Return the batch of a few rollouts."""
+    logps, values, advantages, returns = (
+        torch.tensor([value for rollout in rollouts for value in getattr(rollout, name)])
+        for name in ("logps", "values", "advantages", "returns")
+    )
     scores, kls, cuts = (
         torch.tensor([float(getattr(rollout, name)) for rollout in rollouts]) for name in ("score", "kl", "cut")
     )
@@ -76,14 +80,15 @@ def collate(rollouts: Sequence[Rollout], collator: Collator) -> RolloutBatch:
 
 
 class ExperienceCollector(NamedTuple):
-    """What rollouts are made of. `values(part)` gives the critic's value of the state before each token of each row."""
+    """Samples completions of a policy and computes all fields of their rollouts."""
 
     model: Any
     reference: Any
     tokenizer: Any
     scorer: Scorer
+    # From a micro-batch to the critic's values of the state before each token, a list per example.
     values: Callable[[Sequence[TokenizedExample]], list[list[float]]]
-    accelerator: Any
+    accelerator: Accelerator
     settings: samples.Settings
     max_prompt_length: int
     seed: int
@@ -91,91 +96,95 @@ class ExperienceCollector(NamedTuple):
     kl_coef: float
     gamma: float
     lam: float
-    remarks: Counter[str]  # of the scorer
+    counts: Counter[str]  # the scorer's, over all calls
 
-    def make(self, prompts: Sequence[str], numbers: Sequence[int]) -> list[Rollout]:
-        """One completion of each prompt."""
+    def collect(self, prompts: Sequence[str], numbers: Sequence[int]) -> list[Rollout]:
+        """Return a rollout for each prompt; `numbers` are those of `generate.sample`."""
+        drawn, scores = self._sample_and_score(prompts, numbers)
+        examples = self._encode(drawn)
+        logps, ref_logps = self._logps(self.model, examples), self._logps(self.reference, examples)
+        rows = model_logps.map_micro_batches(
+            examples, self.values, self.collator, self.accelerator, together=fsdp.is_sharded(self.model)
+        )
+        values = [torch.tensor(row, dtype=torch.float64) for row in rows]
+        rewards = [-self.kl_coef * (a - b) for a, b in zip(logps, ref_logps, strict=True)]
+        for row, score in zip(rewards, scores, strict=True):
+            row[-1] += score
+        advantages = [gae(r, v, self.gamma, self.lam) for r, v in zip(rewards, values, strict=True)]
+        returns = [a + v for a, v in zip(advantages, values, strict=True)]
+        all_advantages = torch.cat(advantages)
+        mean, std = all_advantages.mean(), all_advantages.std(correction=0).clamp(min=1e-8)
+        cut = [row.tokens is not None and row.tokens.finish == ("length",) for row in drawn]
+        return [
+            Rollout(
+                example.prompt,
+                example.completions,
+                None,
+                example.line,
+                logps=tuple(logps[i].tolist()),
+                values=tuple(values[i].tolist()),
+                advantages=tuple(((advantages[i] - mean) / std).tolist()),
+                returns=tuple(returns[i].tolist()),
+                score=scores[i],
+                kl=float((logps[i] - ref_logps[i]).sum()),
+                cut=cut[i],
+            )
+            for i, example in enumerate(examples)
+        ]
+
+    def _sample_and_score(self, prompts: Sequence[str], numbers: Sequence[int]) -> tuple[list[Example], list[float]]:
+        run = partial(shards.sample_shared, accelerator=self.accelerator)
         with self.accelerator.autocast(), fsdp.unsharded(self.model):
             drawn = samples.draw(
-                self.model, self.tokenizer, prompts, self.settings, numbers=numbers, k=1, run=self._run,
+                self.model, self.tokenizer, prompts, self.settings, numbers=numbers, k=1, run=run,
                 max_prompt_length=self.max_prompt_length, seed=self.seed,
             )  # fmt: skip
         samples.warn_of_cut(samples.describe(drawn)["unfinished"])
-        score = partial(scorers.score_chunk, self.scorer)
-        parts = scorers.chunked(drawn, SCORED_AT_ONCE)
-        found, remarks = scorers.merge(gather.map_over_ranks(parts, score, self.accelerator))
-        self.remarks.update(remarks)
-        scores = [row[0] for row in found]
-        examples = self._encode(drawn)
-        now, before = self._logps(self.model, examples), self._logps(self.reference, examples)
-        together = fsdp.is_sharded(self.model)
-        listed = model_logps.map_micro_batches(
-            examples, self.values, self.collator, self.accelerator, together=together
-        )
-        values = [torch.tensor(row, dtype=torch.float64) for row in listed]
-        earned = [-self.kl_coef * (a - b) for a, b in zip(now, before, strict=True)]
-        for row, one in zip(earned, scores, strict=True):
-            row[-1] += one
-        advantages = [gae(r, v, self.gamma, self.lam) for r, v in zip(earned, values, strict=True)]
-        returns = [a + v for a, v in zip(advantages, values, strict=True)]
-        everything = torch.cat(advantages)
-        mean, spread = everything.mean(), everything.std(correction=0).clamp(min=1e-8)
-        return [
-            Rollout(
-                example.prompt, example.completions, None, example.line, None, tuple(now[i].tolist()),
-                tuple(values[i].tolist()), tuple(((advantages[i] - mean) / spread).tolist()),
-                tuple(returns[i].tolist()), scores[i], float((now[i] - before[i]).sum()), _is_cut(drawn[i]),
-            )
-            for i, example in enumerate(examples)
-        ]  # fmt: skip
-
-    def _run(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-        listed = gather.map_over_ranks(jobs, lambda job: samples.to_json(job()), self.accelerator)
-        return list(map(samples.from_json, listed))
+        rewards, counts = shards.score_shared(self.scorer, drawn, self.accelerator, chunk_size=CHUNK_SIZE)
+        self.counts.update(counts)
+        return drawn, [reward for (reward,) in rewards]
 
     def _encode(self, drawn: Sequence[Example]) -> list[TokenizedExample]:
-        most = self.max_prompt_length
-        limits = Limits(most + self.settings.max_new_tokens, None, "prompt-left", most)
-        examples, _ = tokenize.encode(drawn, self.tokenizer, limits, "rollouts")
-        return examples
+        max_length = self.max_prompt_length + self.settings.max_new_tokens
+        limits = Limits(max_length, None, "prompt-left", self.max_prompt_length)
+        return tokenize.encode(drawn, self.tokenizer, limits, "rollouts")[0]
 
-    def _logps(self, model: Any, examples: Sequence[TokenizedExample]) -> list[Tensor]:
-        found = model_logps.shared_token_logps(
+    def _logps(self, model: Any, examples: Sequence[TokenizedExample]) -> list[Tensor]:  # (tokens,) each
+        rows = model_logps.shared_token_logps(
             model, examples, self.accelerator, self.collator, temperature=self.settings.temperature
         )
-        return [row for (row,) in found]
-
-
-def _is_cut(example: Example) -> bool:
-    return example.tokens is not None and example.tokens.finish == ("length",)
+        return [logps for (logps,) in rows]
 
 
 def gae(
     rewards: Tensor,  # (n,)
-    values: Tensor,  # (n,) of the state before each token; after the last there is nothing more to earn
+    values: Tensor,  # (n,) of the state before each token; the value after the last token is 0
     gamma: float,
     lam: float,
 ) -> Tensor:  # (n,)
-    """Generalised advantage estimates: A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t."""
-    after = torch.cat([values[1:], values.new_zeros(1)])
-    delta = (rewards + gamma * after - values).tolist()
-    found, advantage = [], 0.0
+    """Return generalised advantage estimates.
+
+    A_t = sum_l (gamma lam)^l delta_{t+l}, where delta_t = r_t + gamma V_{t+1} - V_t.
+    """
+    next_values = torch.cat([values[1:], values.new_zeros(1)])
+    delta = (rewards + gamma * next_values - values).tolist()
+    advantages, advantage = [], 0.0
     for change in reversed(delta):
         advantage = change + gamma * lam * advantage
-        found.append(advantage)
-    return rewards.new_tensor(found[::-1])
+        advantages.append(advantage)
+    return rewards.new_tensor(advantages[::-1])
 
 
 class RolloutSampler:
-    """Batches without end: a phase of `rollout_size` new rollouts, gone through `epochs` times, and again.
+    """An endless iterator of batches: collects `rollout_size` rollouts, passes over them `epochs` times, repeats.
 
-    The actor is frozen in those of the first `warmup_steps` batches. A prompt that comes round again gets new
-    completions. The order is private: no global random state moves.
+    Rollouts of the first `warmup_steps` batches are frozen. A prompt that is drawn again gets new completions. The
+    order comes from a generator of this object; global random state does not change.
     """
 
     def __init__(
         self,
-        maker: ExperienceCollector,
+        collector: ExperienceCollector,
         prompts: Sequence[str],
         *,
         rollout_size: int,
@@ -184,51 +193,48 @@ class RolloutSampler:
         warmup_steps: int,
         seed: int,
     ) -> None:
-        self.maker, self.prompts = maker, prompts
-        self.rollout_size, self.batch_size, self.epochs, self.warmup_steps = (
-            rollout_size,
-            batch_size,
-            epochs,
-            warmup_steps,
-        )
+        self.collector, self.prompts = collector, prompts
+        self.rollout_size, self.batch_size = rollout_size, batch_size
+        self.epochs, self.warmup_steps = epochs, warmup_steps
         self.generator = torch.Generator().manual_seed(seed)
-        self.order: list[int] = []  # of the prompts that are next
+        self.order: list[int] = []  # places of the next prompts
         self.rollouts: list[Rollout] = []  # of this phase
-        self.places: list[int] = []  # of those among them that this pass has not come to
-        self.phase = self.passes = self.done = 0  # begun phases, begun passes of this one, batches
+        self.remaining: list[int] = []  # places of the rollouts that are left in this pass
+        self.phase = self.passes = self.num_batches = 0  # phases begun, passes of this one begun, batches returned
 
     def __next__(self) -> list[Rollout]:
-        if not self.places:
+        if not self.remaining:
             if self.passes == self.epochs or not self.rollouts:
-                self._sample()
-            self.places = torch.randperm(self.rollout_size, generator=self.generator).tolist()
+                self._collect()
+            self.remaining = torch.randperm(self.rollout_size, generator=self.generator).tolist()
             self.passes += 1
-        now, self.places = self.places[: self.batch_size], self.places[self.batch_size :]
-        batch = [self.rollouts[i] for i in now]
-        self.done += 1
-        return [replace(rollout, frozen=True) for rollout in batch] if self.done <= self.warmup_steps else batch
+        places, self.remaining = self.remaining[: self.batch_size], self.remaining[self.batch_size :]
+        batch = [self.rollouts[i] for i in places]
+        self.num_batches += 1
+        return [replace(rollout, frozen=True) for rollout in batch] if self.num_batches <= self.warmup_steps else batch
 
-    def _sample(self) -> None:
+    def _collect(self) -> None:
         order = self.order
         while len(order) < self.rollout_size:
             order = order + torch.randperm(len(self.prompts), generator=self.generator).tolist()
         chosen, self.order = order[: self.rollout_size], order[self.rollout_size :]
         numbers = range(self.phase * self.rollout_size, (self.phase + 1) * self.rollout_size)
-        self.rollouts = self.maker.make([self.prompts[i] for i in chosen], numbers)
+        self.rollouts = self.collector.collect([self.prompts[i] for i in chosen], numbers)
         self.phase, self.passes = self.phase + 1, 0
 
     def state(self) -> dict[str, Any]:
-        """As it is now: what it names is replaced, never changed."""
-        known = {name: getattr(self, name) for name in ("order", "rollouts", "places", "phase", "passes", "done")}
-        return known | {"generator": self.generator.get_state().numpy().tobytes().hex()}
+        """Return the state for a checkpoint. Later steps replace its lists and do not change them."""
+        state = {name: getattr(self, name) for name in STATE}
+        return state | {"generator": self.generator.get_state().numpy().tobytes().hex()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        for name in ("order", "places", "phase", "passes", "done"):
+        """Restore a state that was stored as JSON."""
+        for name in STATE:
             setattr(self, name, state[name])
         self.rollouts = [Rollout(**{name: _tuples(value) for name, value in row.items()}) for row in state["rollouts"]]
         self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
 
 
 def _tuples(value: Any) -> Any:
-    """Lists, as JSON has them, as tuples."""
+    """Return JSON lists as tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

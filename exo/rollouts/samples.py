@@ -1,7 +1,4 @@
-"""Completions drawn from a model as rows of data, and back to lines of a file.
-
-Left out: drawing them (generation), reading them (data).
-"""
+"""Convert sampled completions to examples, rows of a file and JSON."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,46 +10,28 @@ from exo.data.text import subwords, tokenize
 from exo.rollouts import generate
 from exo.rollouts.generate import Sample
 
-MOST_CUT = 0.2  # share of completions cut for their length above which a run warns
+MOST_CUT = 0.2  # a run warns if a larger share of the completions is cut for length
 
 
 class Settings(NamedTuple):
-    """How completions are drawn. They are recorded in every row, since files are moved away from their runs."""
+    """How completions are drawn. Every row records it, because files are copied without their runs."""
 
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
 
 
-def to_example(
-    prompt: str,
-    prompt_ids: list[int],
-    drawn: Sequence[Sample],
-    tokenizer: Any,
-    tokenizer_hash: str,
-    line: int,
-    settings: Settings,
-) -> Example:
-    """Return a prompt with its samples; their texts are without special tokens and the token that ends them."""
-    texts = tuple(
-        subwords.decoded_after(prompt_ids, list(s.token_ids[: len(s.token_ids) - (s.finish == "eos")]), tokenizer)
-        for s in drawn
-    )
-    ids, logprobs, finish = zip(*((s.token_ids, s.logprob, s.finish) for s in drawn), strict=True)
-    return Example(prompt, texts, None, line, Tokens(tokenizer_hash, ids, logprobs, finish, **settings._asdict()))
-
-
 def to_row(example: Example) -> dict[str, Any]:
-    """A line of a file of samples, or of scored samples where the group has rewards."""
-    found: dict[str, Any] = {"prompt": example.prompt, "completions": list(example.completions)}
+    """Return the row of a file of samples, or of scored samples if the example has rewards."""
+    row: dict[str, Any] = {"prompt": example.prompt, "completions": list(example.completions)}
     if example.rewards is not None:
-        found["rewards"] = list(example.rewards)
+        row["rewards"] = list(example.rewards)
     if example.tokens is not None:
-        found |= {"tokenizer": example.tokens.tokenizer, "token_ids": [list(ids) for ids in example.tokens.ids]}
-        found |= {"logprobs": list(example.tokens.logprobs), "finish": list(example.tokens.finish)}
-        known = {name: getattr(example.tokens, name) for name in Settings._fields}
-        found |= {name: value for name, value in known.items() if value is not None}
-    return found
+        row |= {"tokenizer": example.tokens.tokenizer, "token_ids": [list(ids) for ids in example.tokens.ids]}
+        row |= {"logprobs": list(example.tokens.logprobs), "finish": list(example.tokens.finish)}
+        settings = {name: getattr(example.tokens, name) for name in Settings._fields}
+        row |= {name: value for name, value in settings.items() if value is not None}
+    return row
 
 
 def draw(
@@ -66,7 +45,10 @@ def draw(
     numbers: Sequence[int] | None = None,
     **options: Any,
 ) -> list[Example]:
-    """`generation.sample` from texts to rows of data; a prompt over its limit loses its left. Quiet without a label."""
+    """Sample with `generate.sample`, which gets the `options`, from prompts as text, and return an example per prompt.
+
+    A prompt that is too long is cut on the left. Prints progress and counts if there is a label.
+    """
     ids, counts = tokenize.sampled_prompts(prompts, tokenizer, max_prompt_length)
     if label:
         console.counts(counts)
@@ -80,11 +62,12 @@ def draw(
 
 
 def to_json(drawn: Sequence[Sample]) -> list[Any]:
-    """As JSON has them."""
+    """Return samples as JSON values."""
     return [[list(sample.token_ids), sample.logprob, sample.finish] for sample in drawn]
 
 
 def from_json(rows: Sequence[Any]) -> list[Sample]:
+    """Return the samples that `to_json` gave the values of."""
     return [Sample(tuple(ids), logprob, finish) for ids, logprob, finish in rows]
 
 
@@ -96,15 +79,21 @@ def to_examples(
     settings: Settings,
     numbers: Sequence[int] | None = None,
 ) -> list[Example]:
-    """Return a group for each prompt; its line is its number, counted from 1."""
-    known = tokenize.tokenizer_hash(tokenizer)
-    places = range(len(prompts)) if numbers is None else numbers
-    rows = zip(prompts, prompt_ids, drawn, places, strict=True)
-    return [to_example(prompt, ids, some, tokenizer, known, place + 1, settings) for prompt, ids, some, place in rows]
+    """Return an example per prompt, whose line is the prompt's number from 1. The texts have no special tokens."""
+    tokenizer_hash = tokenize.tokenizer_hash(tokenizer)
+    numbers = range(len(prompts)) if numbers is None else numbers
+    examples = []
+    for prompt, context, row, number in zip(prompts, prompt_ids, drawn, numbers, strict=True):
+        ids, logprobs, finish = zip(*((s.token_ids, s.logprob, s.finish) for s in row), strict=True)
+        text_ids = [list(s.token_ids[:-1] if s.finish == "eos" else s.token_ids) for s in row]
+        texts = tuple(subwords.decoded_after(context, of_text, tokenizer) for of_text in text_ids)
+        tokens = Tokens(tokenizer_hash, ids, logprobs, finish, **settings._asdict())
+        examples.append(Example(prompt, texts, None, number + 1, tokens))
+    return examples
 
 
 def describe(examples: Sequence[Example]) -> dict[str, float]:
-    """How long the completions are, and which share of them did not end."""
+    """Return the number of completions, their mean length in tokens and the share that was cut for length."""
     tokens = [example.tokens for example in examples if example.tokens is not None]
     lengths = [len(ids) for row in tokens for ids in row.ids]
     unfinished = sum(finish == "length" for row in tokens for finish in row.finish)
@@ -116,35 +105,35 @@ def describe(examples: Sequence[Example]) -> dict[str, float]:
 
 
 def log_cut(examples: Sequence[Example]) -> None:
-    """Print the share of completions that were cut for their length, and warn if it is large."""
+    """Print the share of completions that were cut for length, and warn if it is large."""
     if any(example.tokens is not None for example in examples):
         share = describe(examples)["unfinished"]
-        console.log(f"  {100 * share:.1f}% of the completions were cut for their length")
+        console.log(f"  {100 * share:.1f}% of the completions were cut for length")
         warn_of_cut(share)
 
 
 def warn_of_cut(share: float) -> None:
     if share > MOST_CUT:
         console.warn(
-            f"more than {100 * MOST_CUT:.0f}% of the completions were cut for their length: raise --max_new_tokens; if "
-            "the model never ends, name its end of turn in eos_token_id of its generation_config.json"
+            f"more than {100 * MOST_CUT:.0f}% of the completions were cut for length: raise --max_new_tokens; if "
+            "the model never ends, set eos_token_id in its generation_config.json to its end of turn"
         )
 
 
 def check_temperature(option: str, path: str, examples: Sequence[Example], temperature: float) -> None:
-    """ValueError if samples were drawn at another temperature; warn if they do not say, or were drawn with top-p."""
+    """Raise ValueError if samples were drawn at another temperature; warn if it is unknown, or if top_p was below 1."""
     sampled = [example.tokens for example in examples if example.tokens is not None]
-    known = {tokens.temperature for tokens in sampled}
-    for other in sorted(value for value in known if value is not None and value != temperature):
+    temperatures = {tokens.temperature for tokens in sampled}
+    for other in sorted(value for value in temperatures if value is not None and value != temperature):
         raise ValueError(
             f"--{option} {path}: expected samples drawn at --temperature {temperature:g}; these were drawn at "
             f"{other:g}: pass that, or sample again"
         )
-    if None in known:
-        console.warn(f"{path}: the samples do not say their temperature; it must be --temperature {temperature:g}")
-    truncated = sorted({tokens.top_p for tokens in sampled if tokens.top_p is not None and tokens.top_p < 1})
-    if truncated:
+    if None in temperatures:
+        console.warn(f"{path}: the samples do not record their temperature; it must be --temperature {temperature:g}")
+    top_ps = sorted({tokens.top_p for tokens in sampled if tokens.top_p is not None and tokens.top_p < 1})
+    if top_ps:
         console.warn(
-            f"{path}: the samples were drawn with top_p {truncated[0]:g}, so not from the whole distribution that they "
-            "stand for here; sample with --top_p 1"
+            f"{path}: the samples were drawn with top_p {top_ps[0]:g}, so they are not of the full distribution, which "
+            "they represent here; sample with --top_p 1"
         )

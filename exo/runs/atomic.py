@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STAGING = ".staging"  # how names of what is half made begin
+STAGING = ".staging"  # the names of unfinished files and directories begin with it
 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill; on leaving it takes the place of `target`, on an error it vanishes.
+    """Yield a directory to fill. On exit it replaces `target`; on an error it is removed.
 
-    A new `target` appears in one rename; an old one is moved aside just before, and removed after.
+    A new `target` appears in one rename. An old one is moved aside just before, and removed after.
     """
     staging = target.with_name(f".{target.name}.staging")
     previous = target.with_name(f".{target.name}.previous")
@@ -38,7 +38,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_files(directory: Path) -> Iterator[Path]:
-    """Like `staged`, for files that join others in `directory`: each is moved into place once all are complete."""
+    """Yield a directory for files that join others in `directory`; they are moved when all are complete."""
     staging = directory / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -58,7 +58,7 @@ def fsync_all(directory: Path) -> None:
 
 
 def fsync(entry: Path) -> None:
-    """A file's contents, or a directory's names, to the disk itself."""
+    """Flush the contents of a file, or the names in a directory, to the disk."""
     handle = os.open(entry, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -73,7 +73,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` once complete. The extension stays, for writers that look at it."""
+    """Yield a path to write to, with the extension of `path`; on exit it replaces `path`."""
     temporary = path.with_name(f"{STAGING}-{path.name}")
     try:
         yield temporary

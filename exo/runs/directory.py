@@ -1,8 +1,4 @@
-"""The run directory: who may use it, what is written to it, and writing so that half a file is never seen.
-
-Every file appears complete: written beside its place, flushed to the disk, renamed. Metrics are appended a whole
-line at a time. One process at a time writes to a run. Left out: what a run that was killed goes on from (checkpoints).
-"""
+"""The run directory: which directories a run may use, and the lock that lets one process at a time write there."""
 
 import fcntl
 import os
@@ -19,14 +15,14 @@ LOCK = ".lock"
 
 
 def check_inputs(directory: str, inputs: Iterable[str]) -> None:
-    """RunError where what a run reads is in its own directory, which may be emptied."""
+    """Raise RunError if an input of a run is in its own directory, which may be emptied."""
     for name in inputs:
         if Path(name).exists() and Path(name).resolve().is_relative_to(Path(directory).resolve()):
             raise RunError(f"--output_dir {directory}: holds {name}, which this run reads; choose another")
 
 
 def check(directory: str, *, overwrite: bool) -> None:
-    """RunError for a directory that no run may be written to: call it before any work is done."""
+    """Raise RunError if no run may be written to the directory. Call it before any work."""
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise RunError(f"--output_dir {directory}: expected a directory, found a file")
@@ -36,14 +32,14 @@ def check(directory: str, *, overwrite: bool) -> None:
                 f"--output_dir {directory}: holds an earlier run; choose another or pass --overwrite_output_dir"
             )
     elif path.exists() and not all(entry.name.startswith((STAGING, LOCK)) for entry in path.iterdir()):
-        # not ours to remove, whatever the flags say
+        # never remove files that no run wrote
         raise RunError(f"--output_dir {directory}: holds files that no run wrote; choose another")
 
 
 def prepare(directory: str, *, overwrite: bool) -> Path:
-    """Create the run directory, and with `overwrite` empty it of an earlier run.
+    """Create the run directory; with `overwrite`, remove an earlier run from it.
 
-    Call it when everything else that can be checked has been: a run that cannot begin must not cost an earlier one.
+    Call it after every other check: a run that cannot start must not remove an earlier one.
     """
     check(directory, overwrite=overwrite)
     path = Path(directory)
@@ -54,8 +50,8 @@ def prepare(directory: str, *, overwrite: bool) -> Path:
 
 
 def _empty(run: Path) -> None:
-    """Remove all that is in a run, its record last: interrupted, it is still a run, which may make room again."""
-    shutil.rmtree(run / STATES, ignore_errors=True)  # first: nothing is to go on in what is half removed
+    """Remove all files of a run, its record last, so that it is still a run if this is interrupted."""
+    shutil.rmtree(run / STATES, ignore_errors=True)  # first: a run that is half removed must not resume
     for entry in run.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -66,9 +62,12 @@ def _empty(run: Path) -> None:
 
 @contextmanager
 def lock(directory: str) -> Iterator[None]:
-    """RunError where another process writes to the run. A process that dies, however it does, locks nothing.
+    """Hold the lock of a run directory; rank 0 holds it for all ranks. A process that dies releases it.
 
-    Of several processes of one run the first locks for all.
+    The `filelock` package would leave its file behind, which is removed here: hence the check of its inode.
+
+    Raises:
+        RunError: if another process holds it, or the file system cannot lock.
     """
     path = Path(directory)
     if os.environ.get("RANK", "0") != "0" or (path.exists() and not path.is_dir()):
@@ -78,13 +77,13 @@ def lock(directory: str) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     try:
         handle = open(path / LOCK, "a")
-    except FileNotFoundError:  # removed by one that was just refused
+    except FileNotFoundError:  # another process was refused and has just removed the directory
         raise busy from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(handle.fileno()).st_ino != (path / LOCK).stat().st_ino:
-                raise BlockingIOError  # someone ended, and someone else began, since it was opened
+                raise BlockingIOError  # since the file was opened, another process released it and a third took it
         except (BlockingIOError, FileNotFoundError):
             raise busy from None
         except OSError as error:
@@ -93,17 +92,17 @@ def lock(directory: str) -> Iterator[None]:
             yield
         finally:
             (path / LOCK).unlink(missing_ok=True)
-            if not any(path.iterdir()):  # refused, and so as it was before
+            if not any(path.iterdir()):  # the run was refused: leave nothing
                 path.rmdir()
 
 
 def is_run(directory: Path, stage: str | None = None) -> bool:
-    """Whether a run of ours (of that stage) left its record there."""
+    """Return whether the directory has the record of a run (of that stage)."""
     record = read_run(directory)
     return record is not None and stage in (None, record["stage"])
 
 
 def remove_resume_files(run: Path) -> None:
-    """Remove what a run goes on from, once it has ended and does not."""
+    """Remove the files from which a run resumes, when it has finished."""
     shutil.rmtree(run / STATES, ignore_errors=True)
     (run / PIECES).unlink(missing_ok=True)

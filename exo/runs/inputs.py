@@ -1,9 +1,7 @@
-"""What made what: a stage's record of its inputs and outputs, and whether it still holds.
+"""Find the inputs of a stage, and hash them.
 
-A stage is asked for (`stage`), begins to write with `begin` and ends with `finish`; its run.json then holds the sha256
-of what it read and of what it made. The same request again goes on with a run that did not finish, and leaves one that
-did as it is. `source` is how a stage finds its input: a stage's directory stands for what that stage makes. `holds`
-tells that a stage need not run again. Left out: where inside itself a run goes on (checkpoints).
+`source` finds an input: the directory of a stage stands for the file that the stage makes. `fingerprint` is the sha256
+of its content, which run.json records.
 """
 
 import hashlib
@@ -15,26 +13,28 @@ from exo.cli.errors import RunError
 from exo.cli.paths import DATA_SUFFIXES, split_paths
 from exo.runs.record import (
     _IMMATERIAL,
-    INPUTS,
-    OUTPUTS,
     OWN_FILES,
+    STAGES,
     command,
     digest,
     is_temporary,
     record,
 )
 
-_IMMATERIAL |= {"checkpoint_steps", "allow_changes", "on_nan", "nproc", "fsdp"}
+_IMMATERIAL |= {"save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "on_nan", "nproc", "fsdp"}
 _DATA_FILES = DATA_SUFFIXES
 _READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
 
 
 def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
-    """The file or model directory that an option names.
+    """Return the file or model directory that an option names.
 
-    `stages` are those that make such a thing. A directory of one of them stands for its product; that of prepare for
-    its file `prepared`. RunError where the run has not finished; ValueError where nothing is there, or what another
-    stage made.
+    The directory of one of the `stages` stands for what that stage makes, and the directory of prepare for its file
+    `prepared`.
+
+    Raises:
+        RunError: if the run in the directory has not finished.
+        ValueError: if there is nothing, or what another stage has made.
     """
     if len(several := split_paths(path)) > 1:
         return ",".join(source(option, str(part), *stages, prepared=prepared) for part in several)
@@ -48,9 +48,9 @@ def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
                 f"{making} makes one"
             )
         if "finished" not in run:
-            raise RunError(f"--{option} {path}: its run did not finish; this goes on with it: {command(run)}")
+            raise RunError(f"--{option} {path}: its run did not finish; resume it: {command(run)}")
         if place.is_dir():
-            product = prepared if run["stage"] == "prepare" else OUTPUTS[run["stage"]]
+            product = prepared if run["stage"] == "prepare" else run["makes"]
             place = place / product
             if not place.exists():
                 raise ValueError(f"--{option} {path}: expected {product} in it, which this task does not make")
@@ -62,7 +62,7 @@ def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
 
 
 def is_missing(path: str) -> bool:
-    """Whether nothing is there. What could be a hub name ("gpt2", "owner/name") is left to whoever loads it."""
+    """Return whether nothing is there. A possible hub name ("gpt2", "owner/name") is not missing."""
     place = Path(_directory(path))
     local = path.startswith((".", "~", "/")) or place.suffix in _DATA_FILES
     return not place.exists() and (local or (place.parent != Path() and place.parent.is_dir()))
@@ -75,26 +75,26 @@ def _directory(path: str) -> str:
 
 
 def inputs(config: Any, stage: str) -> dict[str, str]:
-    """Return the options of a stage that name what it reads: those of INPUTS, and a chat template that is a file."""
-    inputs = {name: getattr(config, name) for name in INPUTS[stage] if getattr(config, name)}
+    """Return the options that name what a stage reads: those that it declares, and a chat template that is a file."""
+    inputs = {name: getattr(config, name) for name in STAGES[stage].reads if getattr(config, name)}
     template = getattr(config, "chat_template", None)
     return inputs | ({"chat_template": template} if template and Path(template).is_file() else {})
 
 
 def fingerprint(path: str) -> str:
-    """sha256 of what an option names: a file, a model directory, one of shards; a hub name stands for itself."""
+    """Return the sha256 of files, of a model directory or of one of shards; return a hub name as it is."""
     if len(several := split_paths(path)) > 1:
         return hashlib.sha256("".join(fingerprint(str(part)) for part in several).encode()).hexdigest()
     place = Path(_directory(path))
     if place.is_file():
         return digest(place)
     if ":" in path and not place.exists() and (code := _code(path.partition(":")[0])):
-        which = "".join(map(digest, code)) + path.partition(":")[2]  # the source, and its function
-        return hashlib.sha256(which.encode()).hexdigest()
+        source = "".join(map(digest, code)) + path.partition(":")[2]  # the source, and its function
+        return hashlib.sha256(source.encode()).hexdigest()
     if not place.is_dir():
         return path
     run = record(place)
-    product = place / OUTPUTS.get(run["stage"], ".") if run is not None else place
+    product = place / run["makes"] if run is not None else place
     if product.is_file():
         return digest(product)
     files = sorted(
@@ -102,19 +102,19 @@ def fingerprint(path: str) -> str:
         for f in place.rglob("*")
         if f.suffix in _READ_FILES and f.name not in OWN_FILES and not is_temporary(place, f)
     )
-    whole = hashlib.sha256()
+    total = hashlib.sha256()
     for file in files:
-        whole.update(f"{file.relative_to(place)} {digest(file)}\n".encode())
-    return whole.hexdigest()
+        total.update(f"{file.relative_to(place)} {digest(file)}\n".encode())
+    return total.hexdigest()
 
 
 def _code(module: str) -> list[Path]:
-    """The source of a module, with that of its package; none where there is no such module."""
+    """Return the source files of a module, or of all of its package; none if there is no such module."""
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return []
-    origin = Path((found.origin if found else None) or "")
-    if found is None or not origin.is_file():  # "frozen", "built-in"
+    origin = Path((spec.origin if spec else None) or "")
+    if spec is None or not origin.is_file():  # "frozen", "built-in"
         return []
-    return sorted(origin.parent.rglob("*.py")) if found.submodule_search_locations else [origin]
+    return sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]

@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG. Colours are told apart by colour-blind readers; every axis has its unit."""
+"""Plot a run as PNG, in colours that colour-blind readers can distinguish; every axis has its unit."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed, and none is looked for
+matplotlib.use("Agg")  # needs no display
 import matplotlib.pyplot as plt  # noqa: E402
 
 from exo.runs.atomic import atomic_file  # noqa: E402
@@ -44,7 +44,7 @@ def training_curves(directory: Path) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean of a window that trails by a twentieth of the curve."""
+    """Return the trailing mean over a twentieth of the curve."""
     width = max(1, len(values) // 20)
     return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 

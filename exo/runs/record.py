@@ -1,7 +1,4 @@
-"""run.json as it is read: the record of a run of ours, or nothing, whatever stands in the file.
-
-Writing it: artifacts.
-"""
+"""Read and write run.json, the record of a run: command, options, versions, hashes of inputs and outputs."""
 
 import datetime
 import hashlib
@@ -13,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from exo.cli.parse import as_flags
 from exo.runs.atomic import write_json
@@ -21,8 +18,16 @@ from exo.runs.atomic import write_json
 RUN_FILE = "run.json"
 
 
+class StageFiles(NamedTuple):
+    reads: tuple[str, ...]  # the options that name what the stage reads
+    makes: str  # the file that its directory stands for; "." if it is the directory itself
+
+
+STAGES: dict[str, StageFiles] = {}  # of the stage modules that are imported: runs/stage.stage fills it
+
+
 def read_run(directory: Path) -> dict[str, Any] | None:
-    """The run.json of a directory; None if there is none, or if no run of ours wrote it."""
+    """Return the run.json of a directory; None if there is none, or if its content is not that of a run."""
     try:
         record = read_json(directory / RUN_FILE)
     except (OSError, ValueError):
@@ -34,7 +39,7 @@ def read_run(directory: Path) -> dict[str, Any] | None:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. ValueError if it is not JSON."""
+    """Return the value of a JSON file. ValueError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -54,7 +59,7 @@ def _is_mapping(value: object) -> bool:
 
 
 def _are_hashes(value: object) -> bool:
-    """Texts by name; the name of a file is below the run."""
+    """Return whether the value maps names of files below the run to texts."""
     return isinstance(value, dict) and all(
         isinstance(item, str) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
         for name, item in value.items()
@@ -66,18 +71,21 @@ _RECORDED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("command", "again"), _are_texts),
     **dict.fromkeys(("arguments", "asked", "versions", "rows", "recipe"), _is_mapping),
     **dict.fromkeys(("inputs", "outputs"), _are_hashes),
+    "reads": _are_texts,
+    "makes": lambda value: _is_text(value) and _are_hashes({value: ""}),
 }
-STATES, PIECES = "resume", "pieces.jsonl"  # what an unfinished run goes on from
+STATES, PIECES = "checkpoints", "pieces.jsonl"  # an unfinished run resumes from them
 PACKAGES = ("exo-kernels", "torch", "triton", "transformers", "tokenizers", "accelerate", "safetensors")
 
 
 def write_run(directory: Path, config: Any, stage: str, **facts: Any) -> None:
-    """run.json: what was asked for, by which versions; and the facts a stage adds (when, hashes, results)."""
+    """Write run.json: the command, the options and versions, and the facts of a stage (times, hashes, results)."""
     write_json(directory / RUN_FILE, describe_request(config, stage) | facts)
 
 
 def describe_request(config: Any, stage: str) -> dict[str, Any]:
-    return {
+    files = STAGES.get(stage)
+    return (files._asdict() if files else {}) | {
         "stage": stage,
         "command": ["python", "-m", f"exo.{stage}", *as_flags(config)],
         "arguments": asdict(config),
@@ -87,7 +95,7 @@ def describe_request(config: Any, stage: str) -> dict[str, Any]:
 
 
 def confirm(directory: Path) -> None:
-    """What a run that goes on was asked for is what it is, from now on: nothing has refused it."""
+    """Record the options of a resumed run as those of the run: nothing has refused them."""
     record = read_json(directory / RUN_FILE)
     if asked := record.pop("asked", None):
         write_json(directory / RUN_FILE, record | asked)
@@ -102,56 +110,29 @@ def update_run(directory: Path, **facts: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    result = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # an optional package, or a source tree that was not installed
-    return found
+    return result
 
 
-# The options of each stage that name what it reads.
-INPUTS: dict[str, tuple[str, ...]] = {
-    "prepare": ("source", "tokenizer"),
-    "sft": ("model", "data"),
-    "sample": ("model", "data"),
-    "score": ("data", "reward_model", "oracle"),
-    "reward": ("model", "data"),
-    "align": ("model", "ref_model", "data", "eval_data"),
-    "ppo": ("model", "data", "reward_model", "oracle"),
-    "best_of_n": ("data",),
-    "evaluate": ("model", "samples", "reference", "data", "baseline", "density", "reward_model", "oracle"),
-    "judge": ("a", "b", "references", "template"),
-    "label": ("references", "key"),
-    "report": ("run",),
-}
-# What it makes; "." is a directory that is read as one.
-OUTPUTS = {
-    "prepare": ".",  # several files; who reads one says which
-    "sft": ".",
-    "sample": "samples.jsonl",
-    "score": "scored.jsonl",
-    "reward": ".",
-    "align": ".",
-    "ppo": ".",
-    "best_of_n": "samples.jsonl",
-    "evaluate": "evaluation.json",
-    "judge": "judge.json",
-    "label": "label.json",
-    "report": "report.html",
-    "train": "run.json",  # the plan; the steps have records of their own
-}
-# Where a run's results go and what it prints change nothing of what it makes.
+# The place of the results and the printed lines change nothing in them.
 OWN_FILES = (RUN_FILE, "metrics.jsonl")
 _PASSING = ("profile", STATES, PIECES)
 _IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to", "reference_cache", "profile"}
 
 
 def record(directory: Path) -> dict[str, Any] | None:
-    """The run.json of a directory that a stage of ours made; None without one."""
+    """Return the run.json of a directory that a stage made, with its `reads` and `makes`; None without one."""
     run = read_run(directory)
-    return run if run is not None and run["stage"] in OUTPUTS else None
+    if run is None:
+        return None
+    files = STAGES.get(run["stage"])
+    run = (files._asdict() if files else {}) | run
+    return run if "makes" in run else None
 
 
 def command(run: Mapping[str, Any]) -> str:
@@ -160,12 +141,12 @@ def command(run: Mapping[str, Any]) -> str:
     return typed if typed.isprintable() else ascii(typed)[1:-1]
 
 
-def changed(run: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Options whose values are not those that a run had; what it read is compared by content, not by name."""
-    skipped = {*_IMMATERIAL, *INPUTS.get(run["stage"], ())}
-    before = run["arguments"]
-    names = dict.fromkeys([*before, *wanted])
-    return [name for name in names if name not in skipped and before.get(name) != wanted.get(name)]
+def changed(run: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """Return the options whose values differ from those of a run, but those that name inputs."""
+    skipped = {*_IMMATERIAL, *run.get("reads", ())}
+    previous = run["arguments"]
+    names = dict.fromkeys([*previous, *requested])
+    return [name for name in names if name not in skipped and previous.get(name) != requested.get(name)]
 
 
 def outputs_intact(directory: Path, outputs: Mapping[str, str] | None) -> bool:
@@ -175,7 +156,7 @@ def outputs_intact(directory: Path, outputs: Mapping[str, str] | None) -> bool:
 
 
 def output_files(directory: Path) -> list[Path]:
-    """The files of a run but its record, its log and its pictures; and nothing hidden, which is half made."""
+    """Return the files of a run without its record, its log, its pictures and hidden files, which are unfinished."""
     return [
         file
         for file in sorted(directory.rglob("*"))
@@ -187,7 +168,7 @@ def output_files(directory: Path) -> list[Path]:
 
 
 def is_temporary(directory: Path, file: Path) -> bool:
-    """Whether it is half made, or of a run that has not ended."""
+    """Return whether a file is unfinished, or belongs to an unfinished run."""
     return any(part.startswith(".") or part in _PASSING for part in file.relative_to(directory).parts)
 
 

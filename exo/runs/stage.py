@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from exo.cli import console
 from exo.cli.errors import RunError
@@ -16,82 +16,118 @@ from exo.runs import record as run_record
 from exo.runs.inputs import _directory, fingerprint, inputs
 from exo.runs.record import changed, digest, output_files, outputs_intact, record
 
+OLD_STATES = "resume"  # where versions before 0.2 saved checkpoints
 C = TypeVar("C")
 
 
 class Start(NamedTuple):
-    """A run that has been asked for: when, and what its inputs were then."""
+    """A requested run: when, and with which inputs."""
 
     config: Any
     stage: str
-    resumes: bool  # an earlier run of the same did not finish
-    facts: dict[str, Any]  # of its record
+    resumes: bool  # an unfinished run with these options is there
+    facts: dict[str, Any]  # for run.json
 
     @property
     def template_date(self) -> datetime.date:
-        """The date that chat templates show: a resumed run, and what is made from its files, keep it."""
+        """The date in chat templates, which a resumed run and the runs that read its files keep."""
         return datetime.date.fromisoformat(self.facts["template_date"])
 
 
-def stage(name: str) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Path]]:
-    """A stage's run from its config: alone in its directory, and not where the same has been done already.
+def stage(
+    name: str, *, reads: tuple[str, ...], makes: str
+) -> Callable[[Callable[[C, Start], Path]], Callable[[C], Path]]:
+    """Make a function of (config, start) a stage: it holds the lock of its directory and skips what is done.
 
-    RunError where the output directory cannot be used; before any work is done, and any process waits for another.
+    Args:
+        name: the stage, which is also its module.
+        reads: the options that name files, models or runs that the stage reads.
+        makes: the file in `output_dir` that a later stage reads; "." if it reads the directory itself.
+
+    Raises:
+        RunError: if the output directory cannot be used; before any work, and before a rank waits for another.
     """
+    run_record.STAGES[name] = run_record.StageFiles(reads, makes)
 
     def of(run: Callable[[C, Start], Path]) -> Callable[[C], Path]:
         @wraps(run)
-        def whole(config: C) -> Path:
+        def locked(config: C) -> Path:
             directory = config.output_dir  # type: ignore[attr-defined]
             processes = int(os.environ.get("WORLD_SIZE", "1"))
             if processes > 1 and not hasattr(config, "nproc"):
-                raise RunError(f"{name}: is done by one process; got {processes} (WORLD_SIZE)")
+                raise RunError(f"{name}: runs in one process; got {processes} (WORLD_SIZE)")
             with run_directory.lock(directory):
                 start = _start(config, name)
                 if start is None:
                     run_directory.remove_resume_files(Path(directory))  # it may have been killed just then
-                    console.log(f"{directory}: this run has finished; --overwrite_output_dir makes it again")
+                    console.log(f"{directory}: this run has finished; pass --overwrite_output_dir to run it again")
                     return Path(directory)
                 return run(config, start)
 
-        return whole
+        return locked
 
     return of
 
 
 def _start(config: Any, stage: str) -> Start | None:
-    """None where it has been done."""
+    """Return the run to do, or None if it has been done."""
     directory, paths = Path(config.output_dir), inputs(config, stage)
     run_directory.check_inputs(
         config.output_dir, [_directory(str(p)) for path in paths.values() for p in split_paths(path)]
     )
     if paths.get("oracle", "").startswith("."):
         raise ValueError(f"--oracle {paths['oracle']}: expected a module's full name, as in package.module:function")
-    hashes = {name: fingerprint(path) for name, path in paths.items()}
-    before = None if config.overwrite_output_dir else record(directory)
-    facts = {"started": run_record.now(), "inputs": hashes, "template_date": template_date(before, paths.values())}
-    if before is None or before["stage"] != stage:
+    previous = None if config.overwrite_output_dir else record(directory)
+    facts = {
+        "started": run_record.now(),
+        "inputs": {name: fingerprint(path) for name, path in paths.items()},
+        "template_date": template_date(previous, paths.values()),
+    }
+    state, changes = ("new", []) if previous is None else status(directory, config, stage)
+    if state == "new":
         run_directory.check(config.output_dir, overwrite=config.overwrite_output_dir)
         return Start(config, stage, False, facts)
-    different = _differences(before, config, hashes)
-    finished = "finished" in before
-    if different and not finished and not _left_anything(directory):
-        # it failed before it began, and is now asked for as it should be
-        return Start(replace(config, overwrite_output_dir=True), stage, False, facts)
-    if different and (finished or not getattr(config, "allow_changes", False)):
-        allow = "" if finished or not hasattr(config, "allow_changes") else "--allow_changes goes on nevertheless, "
+    assert previous is not None
+    if "finished" not in previous and (directory / OLD_STATES).is_dir():
         raise RunError(
-            f"--output_dir {directory}: holds an earlier run{'' if finished else ', unfinished'}, with "
-            f"{'; '.join(different)}; {allow}--overwrite_output_dir begins anew"
+            f"--output_dir {directory}: an unfinished run of an older version; finish it with that version or pass "
+            "--overwrite_output_dir"
         )
-    if different:
-        console.log(f"going on with changes: {'; '.join(different)}")
-    if finished and not outputs_intact(directory, before.get("outputs")):
+    if state == "changed" and "finished" not in previous:
+        if not _left_anything(directory):  # it failed before it began
+            return Start(replace(config, overwrite_output_dir=True), stage, False, facts)
+        if getattr(config, "allow_changes", False):
+            console.log(f"resuming with changes: {'; '.join(changes)}")
+            state = "resume"
+    if state == "changed":
+        unfinished = "" if "finished" in previous else ", unfinished"
+        resumable = unfinished and hasattr(config, "allow_changes")
+        allow = "pass --allow_changes to resume nevertheless, or " if resumable else ""
         raise RunError(
-            f"--output_dir {directory}: holds an earlier run whose files are not what it made; --overwrite_output_dir "
-            "makes them again"
+            f"--output_dir {directory}: holds an earlier run{unfinished}, with {'; '.join(changes)}; "
+            f"{allow}pass --overwrite_output_dir to start again"
         )
-    return None if finished else Start(config, stage, True, facts)
+    return None if state == "done" else Start(config, stage, True, facts)
+
+
+def status(directory: Path, config: Any, stage: str) -> tuple[Literal["new", "resume", "done", "changed"], list[str]]:
+    """Compare the run in a directory with a request: return its state, and what differs if that is "changed".
+
+    The inputs are compared by content. A finished run whose files were changed since is "changed" too.
+    """
+    run = record(directory)
+    if run is None or run["stage"] != stage:
+        return "new", []
+    requested = asdict(config)
+    hashes = {name: fingerprint(path) for name, path in inputs(config, stage).items()}
+    recorded = run.get("inputs", {})
+    changes = [
+        f"{name} {run['arguments'].get(name)!r}, now {requested.get(name)!r}" for name in changed(run, requested)
+    ]
+    changes += [f"another {name}" for name in recorded | hashes if recorded.get(name) != hashes.get(name)]
+    if not changes and "finished" in run and not outputs_intact(directory, run.get("outputs")):
+        changes.append("files that are not what it made")
+    return "changed" if changes else "done" if "finished" in run else "resume", changes
 
 
 def template_date(before: Mapping[str, Any] | None, inputs: Iterable[str]) -> str:
@@ -103,38 +139,21 @@ def template_date(before: Mapping[str, Any] | None, inputs: Iterable[str]) -> st
 
 
 def _left_anything(directory: Path) -> bool:
-    """Whether a run that did not finish left more than its record."""
-    own = (run_record.RUN_FILE, run_directory.LOCK)
-    return any(file.is_file() and file.name not in own and file.stat().st_size for file in directory.rglob("*"))
-
-
-def _differences(before: Mapping[str, Any], config: Any, hashes: Mapping[str, str]) -> list[str]:
-    """From the run that is there, each as it was and as it would be."""
-    was, now = before["arguments"], asdict(config)
-    found = [f"{name} {was.get(name)!r}, now {now.get(name)!r}" for name in changed(before, now)]
-    other = [name for name in hashes if before.get("inputs", {}).get(name) != hashes[name]]
-    return found + [f"another {name}" for name in other]
-
-
-def is_resumable(directory: Path, config: Any, stage: str) -> bool:
-    """Whether an unfinished run with these options and the same inputs is there."""
-    run = record(directory)
-    if run is None or run["stage"] != stage or "finished" in run:
-        return False
-    hashes = {name: fingerprint(path) for name, path in inputs(config, stage).items()}
-    return not _differences(run, config, hashes)
+    """Return whether an unfinished run left more than its record."""
+    ignored = (run_record.RUN_FILE, run_directory.LOCK)
+    return any(file.is_file() and file.name not in ignored and file.stat().st_size for file in directory.rglob("*"))
 
 
 def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
-    """Make the run directory and its record; `keep` what an unfinished run of the same made, to go on with it.
+    """Create the run directory and its record; with `keep`, keep the files of an unfinished run, to resume it.
 
-    Call it once everything that can be checked has been, in one process: only now may an earlier run make room.
+    Call it in one process after every check: it may remove an earlier run.
     """
     config, directory, known = start.config, Path(start.config.output_dir), dict(start.facts)
     if start.resumes and keep:
         before = record(directory) or {}
         again = [*before.get("again", []), known.pop("started")]
-        asked = run_record.describe_request(config, start.stage) | known  # until it is seen that it can go on
+        asked = run_record.describe_request(config, start.stage) | known  # until nothing has refused to resume
         run_record.update_run(directory, again=again, asked=asked, **facts)
         return directory
     run_directory.prepare(config.output_dir, overwrite=config.overwrite_output_dir or start.resumes)
@@ -143,17 +162,7 @@ def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
 
 
 def finish(directory: Path, **facts: Any) -> None:
-    """The run is complete, and this is what it made."""
+    """Record that the run is complete, and the hashes of its files."""
     run_record.confirm(directory)
     made = {str(file.relative_to(directory)): digest(file) for file in output_files(directory)}
     run_record.update_run(directory, **facts, outputs=made, finished=run_record.now())
-
-
-def is_up_to_date(directory: Path, config: Any, stage: str) -> bool:
-    """Whether the directory has a finished run of that stage with these options, the same inputs and whole outputs."""
-    run = record(directory)
-    if run is None or run["stage"] != stage or "finished" not in run:
-        return False
-    paths = inputs(config, stage)
-    same_inputs = run.get("inputs") == {name: fingerprint(path) for name, path in paths.items()}
-    return not changed(run, asdict(config)) and same_inputs and outputs_intact(directory, run.get("outputs"))

@@ -1,8 +1,6 @@
-"""What a training run is at a step, so that one that was killed goes on as if it had not been: what is trained, the
-optimizer, all random states, the position in the data and in the log, and counters.
+"""Training checkpoints: weights, optimizer, random states, data position, metrics offset.
 
-The newest state that is whole is gone on from, by as many processes as there are then. Left out: the files (states),
-and models to be used (models.save_checkpoint).
+Training resumes from the newest intact checkpoint, on any number of ranks, bit-exactly on as many as before.
 """
 
 import json
@@ -21,12 +19,12 @@ from exo.cli.errors import RunError
 from exo.distributed import deepspeed, fsdp
 from exo.models import weights
 from exo.runs import record as run_record
-from exo.runs.jsonl import Metrics
+from exo.runs.jsonl import JsonlLog
 from exo.training import checkpoint_files
 
 
 class Stateful(Protocol):
-    """A part of a run that goes on from what it says of itself, in JSON."""
+    """A part of a run whose state is JSON."""
 
     def state(self) -> dict[str, Any]: ...
 
@@ -37,6 +35,8 @@ Tensors = dict[str, Tensor]
 
 
 class RandomState(NamedTuple):
+    """The random states of one rank, as torch, numpy and Python return them."""
+
     torch: Tensor
     cuda: Tensor | None
     numpy: Any
@@ -44,17 +44,17 @@ class RandomState(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Where a run stood after a step. Until the next update weights and optimizer belong to it too."""
+    """Where a run stands after a step; the weights and the optimizer belong to it until the next update."""
 
     step: int
-    metrics: int  # bytes of the log
-    random: RandomState  # of this process
+    metrics: int  # size of the log in bytes
+    random: RandomState  # of this rank
     counters: dict[str, float]
     parts: dict[str, dict[str, Any]]
 
 
 class Checkpointer:
-    """Saves the state of one run, and brings it back."""
+    """Saves and restores the state of a run."""
 
     def __init__(
         self,
@@ -62,113 +62,143 @@ class Checkpointer:
         module: nn.Module,
         optim: Any,
         accelerator: Accelerator,
-        metrics: Metrics,
+        metrics: JsonlLog,
         parts: Mapping[str, Stateful],
         *,
         allow_changes: bool,
+        limit: int = 2,
+        resume_from: str | None = None,
     ) -> None:
+        """`resume_from` is a checkpoint's directory, "true" for the newest, which must exist, or None."""
         self.directory = run / run_record.STATES
         self.module, self.accelerator = accelerator.unwrap_model(module), accelerator
         self.zero, self.stage = optim, deepspeed.stage(optim)
         self.optim: torch.optim.Optimizer = getattr(optim, "optimizer", optim)
         self.metrics, self.parts, self.allow_changes = metrics, parts, allow_changes
+        self.limit, self.resume_from = limit, resume_from
         self.sharded = fsdp.is_sharded(module)
         self.position: TrainState | None = None
-        self.last: Path | None = None  # the state that was written or gone on from last
+        self.last: Path | None = None  # the checkpoint last written or resumed from
 
     def restore(self) -> TrainState | None:
-        """Bring back the newest whole state; None where there is none, and the log is emptied then."""
-        path = checkpoint_files.newest(self.directory, self.accelerator)
+        """Restore the checkpoint to resume from; return None, and empty the log, if there is none.
+
+        RunError if no checkpoint is intact, or the one found does not fit this run.
+        """
+        path = self._find()
         if path is None:
-            if any(self.directory.glob("step-*")):  # what made them so may pass; to begin anew is for the user to say
-                raise RunError(
-                    f"{self.directory}: none of its states is whole; --overwrite_output_dir begins the run anew"
-                )
             self._cut(0)
             return None
         facts = json.loads((path / checkpoint_files.FACTS).read_text(encoding="utf-8"))
-        was = _how(facts["processes"], facts["sharded"], facts.get("zero", 0))
-        now = _how(self.accelerator.num_processes, self.sharded, self.stage)
-        if bool(facts.get("zero", 0)) != bool(self.stage):
-            how = "without" if self.stage else "with"
-            raise RunError(
-                f"{path}: of a run {how} DeepSpeed, which keeps moments in other parts, so that it goes on {how} "
-                "DeepSpeed only; --overwrite_output_dir begins anew"
-            )
-        if was != now and not self.allow_changes:
-            raise RunError(
-                f"{path}: of a run with {was}; this one has {now}; with --allow_changes it goes on, to the rounding "
-                "of another order of sums"
-            )
+        self._check_layout(path, facts)
         self._fill(path / checkpoint_files.TENSORS)
         if self.accelerator.scaler is not None and facts["scaler"]:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         for name, part in self.parts.items():
             part.restore(facts["parts"][name])
-        if self.accelerator.is_main_process and self.metrics.size() < facts["metrics"]:
+        of_this_run = path.resolve().parent == self.directory.resolve()
+        if of_this_run and self.accelerator.is_main_process and self.metrics.size() < facts["metrics"]:
             raise RunError(
-                f"{path}: expected {facts['metrics']:,} bytes of {self.metrics.path}; it has fewer, and so is "
-                "not this state's; --overwrite_output_dir begins anew"
+                f"{path}: expected {facts['metrics']:,} bytes of {self.metrics.path} or more; the log is not this "
+                "checkpoint's; pass --overwrite_output_dir to start over"
             )
-        self._cut(facts["metrics"])
-        console.log(f"going on after step {facts['step']:,}, from {path}")
+        self._cut(facts["metrics"] if of_this_run else 0)  # the log of another run stays there
+        console.log(f"resuming after step {facts['step']:,} from {path}")
         self.last = path
         return self.mark(facts["step"], facts["counters"])
+
+    def _find(self) -> Path | None:
+        """Return the checkpoint to resume from, or None; RunError if it is damaged, or is asked for and not there."""
+        if self.resume_from is not None and self.resume_from.lower() != "true":
+            named = Path(self.resume_from)
+            if damage := checkpoint_files.find_damage(named, self.accelerator):
+                raise RunError(f"--resume_from_checkpoint {named}: the checkpoint is damaged: {damage}")
+            return named
+        path = checkpoint_files.newest(self.directory, self.accelerator)
+        if path is None and any(self.directory.glob("step-*")):  # may be transient; let the user decide to start over
+            raise RunError(f"{self.directory}: no checkpoint is intact; pass --overwrite_output_dir to start over")
+        if path is None and self.resume_from is not None:
+            raise RunError(f"--resume_from_checkpoint {self.resume_from}: {self.directory} has no checkpoint")
+        return path
+
+    def _check_layout(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Raise RunError unless the checkpoint was written by the same kind and number of ranks."""
+        saved = _layout(facts["processes"], facts["sharded"], facts.get("zero", 0))
+        current = _layout(self.accelerator.num_processes, self.sharded, self.stage)
+        if bool(facts.get("zero", 0)) != bool(self.stage):
+            how = "without" if self.stage else "with"
+            raise RunError(
+                f"{path}: saved by a run {how} DeepSpeed, which splits the moments in another way; resume {how} "
+                "DeepSpeed, or pass --overwrite_output_dir to start over"
+            )
+        if saved != current and not self.allow_changes:
+            raise RunError(
+                f"{path}: saved by a run with {saved}; this one has {current}; pass --allow_changes to resume with the "
+                "rounding of another order of sums"
+            )
 
     def _cut(self, size: int) -> None:
         if self.accelerator.is_main_process:
             self.metrics.cut(size)
 
     def mark(self, step: int, counters: Mapping[str, float]) -> TrainState:
-        """This is where the run stands, after an update; cheap, because it is said after each."""
+        """Note where the run stands after an update, and return it; cheap, because it is called after each."""
         parts = {name: part.state() for name, part in self.parts.items()}
-        drawn = _random(self.accelerator.device)
-        self.position = TrainState(step, self.metrics.size(), drawn, dict(counters), parts)
+        random_state = _random_state(self.accelerator.device)
+        self.position = TrainState(step, self.metrics.size(), random_state, dict(counters), parts)
         return self.position
 
     def save(self) -> Path | None:
-        """Write the state of the position last marked. Called by all processes; None before the first.
+        """Write a checkpoint of the step last marked, and return its directory; None before the first step.
 
-        RunError if a weight is not finite: every run that resumed from such a state would fail.
+        All ranks call. RunError if a weight is not finite: every run that resumed from it would fail.
         """
         position = self.position
         if position is None:
             return None
-        path = self.directory / f"step-{position.step:08d}"
+        path = self.directory / f"step-{position.step}"
         if path == self.last:
             return path
-        kept = {name.partition(".")[2]: tensor for name, tensor in self._weights().items()}
-        no_state = f"no resumable checkpoint of step {position.step:,} is written"
-        weights.refuse_not_finite(kept.items(), no_state, self.accelerator)
-        self.metrics.flush()  # no state says more than the log holds, whatever is cut off
-        drawn = _as_tensors(position.random)
-        gathered = {f"random.{name}": self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
-                    for name, state in drawn.items()}  # fmt: skip
+        named = {name.partition(".")[2]: tensor for name, tensor in self._weights().items()}
+        consequence = f"no resumable checkpoint of step {position.step:,} is written"
+        weights.refuse_not_finite(named.items(), consequence, self.accelerator)
+        self.metrics.flush()  # before the checkpoint, which holds the log's size
+        gathered = {
+            f"random.{name}": self.accelerator.gather(state[None].to(self.accelerator.device)).cpu()
+            for name, state in _as_tensors(position.random).items()
+        }
         scaler = self.accelerator.scaler
         facts = position._asdict() | {"processes": self.accelerator.num_processes, "random": None}
         facts |= {"sharded": self.sharded, "zero": self.stage}
         facts |= {"scaler": None if scaler is None else scaler.state_dict()}
         try:
-            checkpoint_files.write(path, self._weights() | self._moments() | gathered, facts, self.accelerator)
+            checkpoint_files.write(
+                path, self._weights() | self._moments() | gathered, facts, self.accelerator, self.limit
+            )
         except checkpoint_files.CheckpointNotWritten as error:
             raise RunError(
-                f"step {position.step}: its state could not be written to {self.directory}: {error}"
+                f"step {position.step}: the checkpoint could not be written to {self.directory}: {error}"
             ) from error
         self.last = path
         return path
 
-    def kept(self) -> str:
-        """What a run that ends early goes on from, for its last words; "" for nothing."""
-        return f"; the last whole state is {self.last}, from which the same command goes on" if self.last else ""
+    def hint(self) -> str:
+        """Return the end of an error message: how to resume, or "" without a checkpoint."""
+        return checkpoint_files.resume_hint(self.last)
 
     def _weights(self) -> Tensors:
-        """What is trained, and buffers that a model keeps."""
-        lasting = self.module.state_dict().keys()
-        found = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        found |= {name: b for name, b in self.module.named_buffers() if name in lasting}
-        return {f"weights.{name}": tensor.detach() for name, tensor in found.items()}
+        """Return the trained parameters and the persistent buffers."""
+        persistent = self.module.state_dict().keys()
+        tensors = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        tensors |= {name: b for name, b in self.module.named_buffers() if name in persistent}
+        return {f"weights.{name}": tensor.detach() for name, tensor in tensors.items()}
 
     def _moments(self) -> Tensors:
+        """Return the optimizer's tensors by parameter.
+
+        torch's get_state_dict adds 12 scalars a parameter, which safetensors cannot hold, and set_state_dict takes no
+        tensors without them.
+        """
         if self.stage:
             return {f"optimizer.{name}": tensor for name, tensor in deepspeed.moments(self.zero).items()}
         return {
@@ -178,67 +208,69 @@ class Checkpointer:
         }
 
     def _fill(self, path: Path) -> None:
-        """Weights, moments and random states, from those in the files."""
+        """Read weights, moments and random states from the files."""
         saved = checkpoint_files.kinds(path)
         into = self._weights()
         expected = {name: tuple(tensor.shape) for name, tensor in into.items()}
-        found = {name: kind.shape for name, kind in saved.items() if name.startswith("weights.")}
-        if expected != found:
-            odd = min(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        shapes = {name: kind.shape for name, kind in saved.items() if name.startswith("weights.")}
+        if expected != shapes:
+            odd = min(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name))
             raise RunError(
-                f"{path}: of another model: {odd} is {found.get(odd, 'not there')}, expected "
-                f"{expected.get(odd, 'none')}; --overwrite_output_dir begins anew"
+                f"{path}: saved from another model: {odd} is {shapes.get(odd, 'missing')}, expected "
+                f"{expected.get(odd, 'none')}; pass --overwrite_output_dir to start over"
             )
-        own, parts = dict(self.module.named_parameters()), dict[str, Tensor]()
+        parameters, parts = dict(self.module.named_parameters()), dict[str, Tensor]()
         for key, kind in saved.items():
             if not key.startswith("optimizer."):
                 continue
             name, _, moment = key.removeprefix("optimizer.").rpartition(".")
             if self.stage:
-                into[key] = parts[f"{name}.{moment}"] = deepspeed.room(self.zero, name, moment, kind.shape)
+                into[key] = parts[f"{name}.{moment}"] = deepspeed.empty_moment(self.zero, name, moment, kind.shape)
             else:
-                into[key] = self.optim.state[own[name]][moment] = _place(kind, own[name])
-        drawn = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in saved.items() if name not in into}
-        checkpoint_files.read(path, into | drawn)
+                into[key] = self.optim.state[parameters[name]][moment] = _empty_moment(kind, parameters[name])
+        random_states = {
+            name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in saved.items() if name not in into
+        }
+        checkpoint_files.read(path, into | random_states)
         if self.stage:
             deepspeed.fill(self.zero, parts)
         rank = self.accelerator.process_index
-        if rank < len(drawn["random.torch"]):
-            mine = {name.removeprefix("random."): rows[rank].clone() for name, rows in drawn.items()}
-            _set_random(mine, self.accelerator.device)
+        if rank < len(random_states["random.torch"]):
+            local = {name.removeprefix("random."): rows[rank].clone() for name, rows in random_states.items()}
+            _set_random_state(local, self.accelerator.device)
 
 
-def _how(count: int, sharded: bool, stage: int) -> str:
+def _layout(count: int, sharded: bool, stage: int) -> str:
     return f"{count} process{'es' * (count > 1)}{', in shards' * sharded}{f', with ZeRO {stage}' * (stage > 0)}"
 
 
-def _place(kind: checkpoint_files.Kind, parameter: Tensor) -> Tensor:
-    """For a moment of a parameter, in its shards; or for its count of steps."""
+def _empty_moment(kind: checkpoint_files.Kind, parameter: Tensor) -> Tensor:
+    """Return zeros for a moment of a parameter, sharded like it, or for its count of steps."""
     if kind.shape == tuple(parameter.shape):
         return torch.zeros_like(parameter, dtype=kind.dtype)
     return torch.zeros(kind.shape, dtype=kind.dtype, device=parameter.device)
 
 
-def _random(device: torch.device) -> RandomState:
-    """Of torch, on the CPU and this process's GPU, of numpy and of Python, as each of them gives it."""
+def _random_state(device: torch.device) -> RandomState:
+    """Return the states of torch, on the CPU and on this rank's GPU, of numpy and of Python."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return RandomState(torch.get_rng_state(), cuda, numpy.random.get_state(), random.getstate())
 
 
 def _as_tensors(state: RandomState) -> Tensors:
-    """Whole numbers below 2^53 are exact in doubles."""
+    """Return the states as tensors; the integers are below 2^53, and so exact in doubles."""
     _, keys, *rest = state.numpy
     version, numbers, gauss = state.python
     python = [version, *numbers, float("nan") if gauss is None else gauss]
-    found = {
+    tensors = {
         "torch": state.torch,
         "numpy": torch.tensor([*map(int, keys), *rest], dtype=torch.float64),
         "python": torch.tensor(python, dtype=torch.float64),
     }
-    return found if state.cuda is None else found | {"cuda": state.cuda}
+    return tensors if state.cuda is None else tensors | {"cuda": state.cuda}
 
 
-def _set_random(states: Tensors, device: torch.device) -> None:
+def _set_random_state(states: Tensors, device: torch.device) -> None:
     torch.set_rng_state(states["torch"].cpu())
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)

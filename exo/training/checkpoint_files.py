@@ -1,9 +1,8 @@
-"""The state of a run in a directory of its own: all of it or nothing, and known by its sha256 to be as it was written.
+"""A training checkpoint on disk: complete or absent, and verified by sha256.
 
-Tensors lie in safetensors files as torch's distributed checkpoints cut them: each process writes what it alone holds,
-and a share of what all hold, and any number of processes reads them back, in other shards if need be. Beside them
-state.json and a manifest with every file's size and sha256. It is written beside its place, flushed and renamed. Left
-out: what belongs to a state (checkpoints).
+Tensors are safetensors files as torch's distributed checkpoints write them: each rank writes its shards and a share of
+what all ranks hold, and any number of ranks reads them back, sharded in any way. state.json holds the rest, and a
+manifest the size and sha256 of every file. A checkpoint is written beside its place, flushed and renamed.
 """
 
 import contextlib
@@ -29,53 +28,54 @@ from exo.distributed import gather
 from exo.distributed.fsdp import local_tensor
 from exo.runs.atomic import fsync, fsync_all
 
-KEPT = 2
 VERSION = 2
 FACTS, MANIFEST, TENSORS = "state.json", "manifest.json", "tensors"
-FILE = 2 << 30  # bytes of a file at most, if no tensor is larger: each is in memory once more while it is written
+FILE = 2 << 30  # largest size of a file in bytes, unless a tensor is larger: writing copies it in memory
 Tensors = Mapping[str, Tensor]
 
 
 class CheckpointNotWritten(Exception):
-    """A state was not written, and why; one line."""
+    """Raised with one line if a checkpoint could not be written."""
 
 
 class Kind(NamedTuple):
+    """Shape and dtype of a saved tensor."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-def write(path: Path, tensors: Tensors, facts: Mapping[str, Any], accelerator: Accelerator) -> None:
-    """A state, of all processes' tensors; those before the last but one make room, once it is there."""
+def write(path: Path, tensors: Tensors, facts: Mapping[str, Any], accelerator: Accelerator, limit: int = 2) -> None:
+    """Write a checkpoint of all ranks' tensors, then remove all but the newest `limit`."""
     staging = path.with_name(f".{path.name}.staging")
     main = accelerator.is_main_process
     try:
         if main:
             path.parent.mkdir(exist_ok=True)
-            for left_over in path.parent.glob(".*"):
-                shutil.rmtree(left_over)
+            for incomplete in path.parent.glob(".*"):
+                shutil.rmtree(incomplete)
             staging.mkdir()
         accelerator.wait_for_everyone()
         _write_tensors(staging / TENSORS, tensors)
         if main:
-            said = json.dumps(facts, allow_nan=False, default=asdict)
-            (staging / FACTS).write_text(said, encoding="utf-8")
+            text = json.dumps(facts, allow_nan=False, default=asdict)
+            (staging / FACTS).write_text(text, encoding="utf-8")
         accelerator.wait_for_everyone()
-        listed = _listed(staging, accelerator)
+        files = _digests(staging, accelerator)
         if main:
-            (staging / MANIFEST).write_bytes(_encoded(listed))
+            (staging / MANIFEST).write_bytes(_encode_manifest(files))
             fsync_all(staging)
-            if path.exists():  # damaged, or the run would have gone on from it
+            if path.exists():  # damaged, or not resumed from
                 _remove(path)
             os.rename(staging, path)
             fsync(path.parent)
     except (OSError, CheckpointException) as error:
         if main:
-            shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
+            shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the space
         raise CheckpointNotWritten(_cause(error)) from error
     if main:
-        with contextlib.suppress(OSError):  # the state is there; what is left over is removed at the next one
-            _make_room(path)
+        with contextlib.suppress(OSError):  # the checkpoint is written; the next one removes what is left over
+            _remove_old(path, limit)
     accelerator.wait_for_everyone()
 
 
@@ -87,25 +87,25 @@ def _write_tensors(directory: Path, tensors: Tensors) -> None:
             number, size = number + 1, 0
         numbers[name], size = number, size + part.nbytes
     writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=numbers, save_distributed=True)
-    with _alone():
+    with _no_warning():
         checkpoint.save(dict(tensors), storage_writer=writer)
 
 
 def kinds(path: Path) -> dict[str, Kind]:
-    """Of the whole tensors in a state, or in a directory of safetensors."""
-    found: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    return {name: Kind(tuple(kind.size), kind.properties.dtype) for name, kind in found.items()}
+    """Return shape and dtype of the unsharded tensors in a directory of safetensors."""
+    metadata: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: Kind(tuple(kind.size), kind.properties.dtype) for name, kind in metadata.items()}
 
 
 def read(path: Path, into: Tensors) -> None:
-    """Fill tensors, of which each process asks for what it holds."""
-    with _alone():
+    """Fill the tensors from a checkpoint; each rank reads its own shards."""
+    with _no_warning():
         checkpoint.load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Without being warned that one process is one."""
+def _no_warning() -> Iterator[None]:
+    """Hide torch's warning that a single rank is not distributed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -113,50 +113,50 @@ def _alone() -> Iterator[None]:
 
 def _cause(error: OSError | CheckpointException) -> str:
     if isinstance(error, CheckpointException):
-        rank, (found, _) = min(error.failures.items())
-        whose = f" (rank {rank})" if torch.distributed.is_initialized() else ""
-        return f"{getattr(found, 'strerror', None) or str(found).splitlines()[0]}{whose}"
+        rank, (failure, _) = min(error.failures.items())
+        where = f" (rank {rank})" if torch.distributed.is_initialized() else ""
+        return f"{getattr(failure, 'strerror', None) or str(failure).splitlines()[0]}{where}"
     return error.strerror or str(error)
 
 
-def _make_room(state: Path) -> None:
-    """For those that are kept: the newest of them is the one just written; a later one was damaged, or passed over."""
+def _remove_old(state: Path, limit: int) -> None:
+    """Keep the checkpoint just written and those before it; a later one was damaged, or not resumed from."""
     states = _states(state.parent)
     here = states.index(state)
-    for other in states[here + 1 :] + states[: max(0, here + 1 - KEPT)]:
+    for other in states[here + 1 :] + states[: max(0, here + 1 - limit)]:
         _remove(other)
 
 
 def _remove(state: Path) -> None:
-    """At once, for whoever looks."""
+    """Remove a checkpoint so that no reader sees a part of it."""
     gone = state.with_name(f".{state.name}.gone")
     os.rename(state, gone)
     shutil.rmtree(gone)
 
 
 def newest(directory: Path, accelerator: Accelerator | None = None) -> Path | None:
-    """The newest state that is whole; one that is damaged is named, and passed over. All processes look together."""
+    """Return the newest intact checkpoint, or None; print which damaged ones are skipped. All ranks call."""
     names = [path.name for path in _states(directory)]
     if accelerator is not None:
         names = gather.all_gather_json(names, accelerator)[0]
     for name in reversed(names):
-        wrong = find_damage(directory / name, accelerator)
-        if not wrong:
+        damage = find_damage(directory / name, accelerator)
+        if not damage:
             return directory / name
-        console.log(f"  {directory / name} is damaged and not used: {wrong}")
+        console.log(f"  {directory / name} is damaged and not used: {damage}")
     return None
 
 
 def find_damage(path: Path, accelerator: Accelerator | None = None) -> str:
-    """What is wrong with a state, or "". Of several processes each reads a share of the files."""
-    listed, wrong_with_it = _manifest(path)
-    if accelerator is not None:  # one says for all
-        listed, wrong_with_it = gather.all_gather_json([listed, wrong_with_it], accelerator)[0]
-    if wrong_with_it:
-        return wrong_with_it
+    """Return what is wrong with a checkpoint, or "". Each rank reads a share of the files."""
+    files, problem = _read_manifest(path)
+    if accelerator is not None:  # rank 0 decides for all
+        files, problem = gather.all_gather_json([files, problem], accelerator)[0]
+    if problem:
+        return problem
 
-    def wrong(name: str) -> str:
-        file, (size, sha) = path / name, listed[name]
+    def damage(name: str) -> str:
+        file, (size, sha) = path / name, files[name]
         try:
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size:,} bytes of {size:,}"
@@ -164,42 +164,41 @@ def find_damage(path: Path, accelerator: Accelerator | None = None) -> str:
         except OSError as error:
             return f"{name}: {error.strerror}"
 
-    return next(filter(None, _shared(list(listed), wrong, accelerator)), "")
+    return next(filter(None, _map(list(files), damage, accelerator)), "")
 
 
-def _manifest(state: Path) -> tuple[dict[str, tuple[int, str]], str]:
-    """Every file's size and sha256 as it was written; or what is wrong with the manifest itself."""
+def _read_manifest(state: Path) -> tuple[dict[str, tuple[int, str]], str]:
+    """Return every file's size and sha256 from the manifest, and what is wrong with the manifest itself, or ""."""
     try:
-        said = (state / MANIFEST).read_bytes()
-        whole = json.loads(said)
-        if whole["version"] != VERSION:
-            return {}, f"it is of another version of exo ({whole['version']}, and this one reads {VERSION})"
-        return (
-            (whole["files"], "") if said == _encoded(whole["files"]) else ({}, f"{MANIFEST} is not as it was written")
-        )
+        content = (state / MANIFEST).read_bytes()
+        manifest = json.loads(content)
+        if manifest["version"] != VERSION:
+            return {}, f"another version of exo wrote it ({manifest['version']}; this one reads {VERSION})"
+        intact = content == _encode_manifest(manifest["files"])
+        return (manifest["files"], "") if intact else ({}, f"{MANIFEST} was changed after it was written")
     except OSError as error:
         return {}, f"{MANIFEST}: {error.strerror}"
     except (ValueError, LookupError, TypeError, AttributeError):
         return {}, f"{MANIFEST} cannot be read"
 
 
-def _listed(state: Path, accelerator: Accelerator | None = None) -> dict[str, tuple[int, str]]:
-    """Every file's size and sha256, but the manifest's."""
+def _digests(state: Path, accelerator: Accelerator | None = None) -> dict[str, tuple[int, str]]:
+    """Return size and sha256 of every file but the manifest."""
     names = sorted(str(f.relative_to(state)) for f in state.rglob("*") if f.is_file() and f.name != MANIFEST)
-    facts = _shared(names, lambda name: ((state / name).stat().st_size, _sha256(state / name)), accelerator)
+    facts = _map(names, lambda name: ((state / name).stat().st_size, _sha256(state / name)), accelerator)
     return dict(zip(names, facts, strict=True))
 
 
-def _shared(names: Sequence[str], of: Callable[[str], Any], accelerator: Accelerator | None) -> list[Any]:
-    """What each process does of a save or a restore, which no signal cuts short."""
+def _map(names: Sequence[str], of: Callable[[str], Any], accelerator: Accelerator | None) -> list[Any]:
+    """Map a function over files, shared among the ranks; signals wait until all is done."""
     return list(map(of, names)) if accelerator is None else gather.map_over_ranks(names, of, accelerator, heeding=False)
 
 
-def _encoded(listed: Mapping[str, Any]) -> bytes:
-    """The manifest, with its own sha256."""
-    text = json.dumps({"version": VERSION, "files": listed}, indent=1, sort_keys=True)
+def _encode_manifest(files: Mapping[str, Any]) -> bytes:
+    """Return the manifest's bytes, with its own sha256."""
+    text = json.dumps({"version": VERSION, "files": files}, indent=1, sort_keys=True)
     sha = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps({"version": VERSION, "files": listed, "sha256": sha}).encode()
+    return json.dumps({"version": VERSION, "files": files, "sha256": sha}).encode()
 
 
 def _sha256(file: Path) -> str:
@@ -208,5 +207,15 @@ def _sha256(file: Path) -> str:
 
 
 def _states(directory: Path) -> list[Path]:
-    """By step. What is hidden is half made, or half gone."""
-    return sorted(directory.glob("step-*")) if directory.is_dir() else []
+    """Return the checkpoints by step; hidden ones are incomplete."""
+    return sorted((path for path in directory.glob("step-*") if path.name[5:].isdecimal()), key=step_of)
+
+
+def resume_hint(checkpoint: Path | None) -> str:
+    """Return the end of an error message: how to resume from a checkpoint, or "" without one."""
+    return f"; the last checkpoint is {checkpoint}; run the same command again to resume" if checkpoint else ""
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's name holds."""
+    return int(checkpoint.name.removeprefix("step-"))

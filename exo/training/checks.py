@@ -1,30 +1,19 @@
-"""Warnings about data that can be trained on, and may not mean what they are taken for.
-
-Left out: what is refused (data), the temperature of samples (samples).
-"""
+"""Checks of an alignment: who drew the completions, and whether the first loss is the one that theory predicts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from exo import data
 from exo.cli import console
-from exo.data import split
+from exo.cli.errors import RunError
 from exo.data.text.tokenize import TokenizedExample
 from exo.models import logps
-
-
-def warn_of_leaks(dataset: data.Dataset, held_out: data.Dataset) -> None:
-    """Warn if held-out rows of a file of their own share texts with rows that are trained on."""
-    trained, others = ([split.Texts(g.prompt, g.completions) for g in rows.examples] for rows in (dataset, held_out))
-    if count := split.shared(trained, others):
-        console.warn(
-            f"{held_out.path}: {count:,} of {len(others):,} held-out rows share a prompt or a completion with --data, "
-            "so their accuracy may be too high"
-        )
+from exo.training.metrics import MEAN_SQUARE
+from exo.training.preference import PreferenceLoss
 
 
 def warn_of_other_sampler(rows: Sequence[data.Example], scored: Sequence[TokenizedExample]) -> None:
-    """Warn if another policy than the reference drew the completions, by the log-probs that it drew them with.
+    """Warn if the log-probs of the sampler show that another policy than the reference drew the completions.
 
     Only whole completions are compared: what all completions of a row begin with counts as their prompt.
     """
@@ -44,3 +33,28 @@ def warn_of_other_sampler(rows: Sequence[data.Example], scored: Sequence[Tokeniz
             f"{math.sqrt(sum(squares) / len(squares)):.2g} nats rms, over the root of their tokens. The loss takes "
             "them for samples of the reference and leaves out the importance offset; sample from the reference"
         )
+
+
+def first_loss_check(
+    module: PreferenceLoss, batch: Sequence[TokenizedExample], mixed_precision: str, not_comparable: str
+) -> Callable[[float, Mapping[str, float]], None]:
+    """Return a function that compares the first loss with the loss of a policy that equals its reference.
+
+    `batch` is the first global batch. `not_comparable` says why they differ by right, or is "". The function raises
+    RunError if they differ by more than rounding.
+    """
+    expected, tolerance = module.expected_first_loss(batch, mixed_precision)
+    most = module.max_rounding_error(batch, mixed_precision)
+
+    def check(loss: float, values: Mapping[str, float]) -> None:
+        reason = f" (not comparable: {not_comparable})" if not_comparable else ""
+        console.log(f"first loss: expected {expected:.5f} +- {tolerance:.1g}, seen {loss:.5f}{reason}")
+        square = values[MEAN_SQUARE]
+        if not not_comparable and not (abs(loss - expected) <= tolerance and square <= most):
+            raise RunError(
+                f"the first loss is {loss:.5f}, but where policy equals reference it is {expected:.5f} "
+                f"+- {tolerance:.1g}; their log-probs differ by {square**0.5:.2g} nats rms, and {most**0.5:.2g} is the "
+                "most that rounding does: a wrong mask, reference, temperature, adapter base or dropout"
+            )
+
+    return check

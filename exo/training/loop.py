@@ -1,159 +1,211 @@
-"""The training loop, the only one: batches in, optimizer steps out.
+"""The training loop of every stage: global batches in, optimizer steps out.
 
-Every stage hands over a module whose forward takes (batch, denominator) and returns a share of the step's loss, with
-sums for the metrics. The denominator counts the whole step, over all micro-batches and processes, so that neither
-changes the gradient. A run that was killed goes on from its last state, one that is told to stop leaves one. Left out:
-what the loss is, and how a state is kept (checkpoints).
+A stage hands over a Task, whose module's forward takes (batch, denominator) and returns its share of the step's loss
+and sums for the metrics. The denominator counts the whole step, over all micro-batches and ranks, so that neither
+changes the gradient. An interrupted run resumes from its newest checkpoint.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import nn
 
 from exo.cli import console, signals
 from exo.cli.errors import RunError
-from exo.cli.options import Training
 from exo.data.collate import Collator
 from exo.distributed import deepspeed, fsdp
-from exo.distributed.accelerator import compute_dtype
+from exo.distributed.accelerator import compute_dtype, set_seed
 from exo.models import weights
 from exo.runs import record as run_record
-from exo.runs.jsonl import Metrics
-from exo.training import checkpoint
-from exo.training import profiler as training_profiler
-from exo.training.optimizer import _spare, optimizer
+from exo.runs.jsonl import JsonlLog
+from exo.training import checkpoint, checkpoint_files
+from exo.training.optimizer import OptimizerSettings, checkpoint_layers, optimizer
+from exo.training.profiler import Profiler
 from exo.training.sampler import BatchSource
 from exo.training.step import COUNTERS, NonFiniteError, TrainStep
 
 
-def train(
-    module: nn.Module,
-    source: BatchSource,
-    steps: int,
-    config: Training,
-    accelerator: Accelerator,
-    metrics: Metrics,
-    *,
-    collator: Collator,
-    denominator: Callable[[Sequence[Any]], int],
-    shown: Mapping[str, str],
-    collate: Callable[[Sequence[Any]], Any] | None = None,
-    steps_an_epoch: int | None = None,
-    rates: Mapping[nn.Module, float] | None = None,
-    first: Callable[[float, Mapping[str, float]], None] | None = None,
-    after: Callable[[int, bool], None] | None = None,
-    before_update: Callable[[int, torch.optim.Optimizer], None] | None = None,
-    parts: Mapping[str, checkpoint.Stateful] | None = None,
-) -> nn.Module:
-    """Train `module` for `steps` global batches of `source`; return it as accelerate wrapped it.
+class Settings(NamedTuple):
+    """How to train; the fields have the names of the options."""
 
-    A batch is asked for after the update before it, so that `source` may sample from the policy. `packing` splits it
-    into micro-batches, and makes tensors of each where `collate` does not. `denominator` counts a global batch in the
-    loss's own unit. `first` sees the first loss and metrics before the first update and may raise.
-    `before_update(step, optimizer)` is called when the gradients are there. `after(step, last)` is called after each
-    update, for evaluation and checkpoints; a run that goes on calls it again
-    for the step it goes on after. `parts` have a state of their own. `shown` maps metrics to their labels on the
-    progress line. RunError if nothing can be trained, and at the end if no weight has changed or one is not finite.
+    optimizer: OptimizerSettings
+    output_dir: str
+    seed: int = 0
+    dropout: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    profile: int = 0
+    logging_steps: int = 10
+    save_steps: int = 100
+    save_total_limit: int = 2
+    resume_from_checkpoint: str | None = None
+    allow_changes: bool = False
+    on_nan: Literal["stop", "skip"] = "stop"
+
+
+class Task(NamedTuple):
+    """The module to train, its data, and what is called on the way.
+
+    A batch is requested after the update before it, so `source` may sample from the policy.
     """
-    movement, trained = weights.Movement(module, accelerator), module
-    _spare(module, config)
-    if fsdp.is_sharded(module):
-        optim = accelerator.prepare(optimizer(module, config, rates))
-    elif deepspeed.is_requested():
-        module, optim = deepspeed.prepare(module, optimizer(module, config, rates), config, accelerator)
-    else:
-        module, optim = accelerator.prepare(module, optimizer(module, config, rates))
+
+    module: nn.Module  # forward(batch, denominator) -> LossOutput
+    source: BatchSource
+    steps: int  # global batches
+    collator: Collator  # splits a global batch into micro-batches
+    denominator: Callable[[Sequence[Any]], int]  # counts a global batch in the loss's own unit
+    shown: Mapping[str, str]  # metrics on the progress line, and their labels
+    collate: Callable[[Sequence[Any]], Any] | None = None  # makes tensors of a micro-batch (None: the collator does)
+    steps_per_epoch: int | None = None
+    rates: Mapping[nn.Module, float] | None = None  # peak learning rates of parts of the module
+    first: Callable[[float, Mapping[str, float]], None] | None = None  # sees the first loss and metrics; may raise
+    before_update: Callable[[int, torch.optim.Optimizer], None] | None = None  # (step, optimizer) with gradients set
+    after: Callable[[int, bool], None] | None = None  # (step, is_last) after an update, and after resuming at a step
+    after_every: tuple[int, ...] = ()  # steps at which `after` reads the weights; 0: never
+    parts: Mapping[str, checkpoint.Stateful] | None = None  # more state for the checkpoints
+
+
+def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: JsonlLog) -> nn.Module:
+    """Train the task's module; return it as accelerate wrapped it.
+
+    RunError if nothing can be trained, and at the end if no weight has changed or one is not finite.
+    """
+    movement = weights.Movement(task.module, accelerator)
+    _save_memory(task.module, settings)
+    module, optim = _prepare(task, settings, accelerator)
     if accelerator.num_processes > 1:
-        set_seed(config.seed + accelerator.process_index)  # each drops out units of its own
-    keeper = checkpoint.Checkpointer(
-        Path(config.output_dir), module, optim, accelerator, metrics, {"data": source} | dict(parts or {}),
-        allow_changes=config.allow_changes,
+        set_seed(settings.seed + accelerator.process_index)  # ranks must not share dropout masks
+    checkpointer = checkpoint.Checkpointer(
+        Path(settings.output_dir), module, optim, accelerator, metrics,
+        {"data": task.source} | dict(task.parts or {}), allow_changes=settings.allow_changes,
+        limit=settings.save_total_limit, resume_from=settings.resume_from_checkpoint,
     )  # fmt: skip
-    before = keeper.restore()
+    state = checkpointer.restore()
     if accelerator.is_main_process:
-        run_record.confirm(Path(config.output_dir))
-    done, counters = (before.step, before.counters) if before else (0, dict.fromkeys(COUNTERS, 0.0))
-    if done > steps:
-        raise RunError(f"{keeper.directory}: holds the state of step {done:,}; expected --max_steps {done:,} at least")
+        run_record.confirm(Path(settings.output_dir))
+    done, counters = (state.step, state.counters) if state else (0, dict.fromkeys(COUNTERS, 0.0))
+    if done > task.steps:
+        raise RunError(
+            f"{checkpointer.directory}: holds the checkpoint of step {done:,}; expected --max_steps {done:,} or more"
+        )
     movement.begin()
-    progress = console.Progress("step", steps, every=config.logging_steps, done=done)
-    profiler = training_profiler.Profiler(
-        config.profile, Path(config.output_dir), accelerator, compute_dtype(accelerator), module
-    )
-    taking = TrainStep(
-        module, optim, config, accelerator, denominator, collate or collator.collate, collator, steps, before_update
-    )
-    try:
-        with signals.graceful_shutdown(alone=accelerator.num_processes == 1):
-            if done and after is not None:
-                after(done, done == steps)
-            for step in range(done + 1, steps + 1):
-                profiler.step(step - done)
-                line, asked = taking(step, next(source), counters, told=step > done + 1 or config.compile, first=first)
-                if steps_an_epoch:
-                    line = {"step": step, "epoch": step / steps_an_epoch} | line
-                if accelerator.is_main_process:
-                    metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
-                    accelerator.log(line, step=step)
-                progress.advance(1, {label: line[name] for name, label in shown.items() if name in line})
-                profiler.done(step - done, line["tokens"], step == steps)
-                movement.update(counters)
-                if step == steps or _exports(config, step):
-                    nothing = f"no model is saved after step {step:,}"
-                    weights.refuse_not_finite(weights.stored(trained), nothing, accelerator)
-                keeper.mark(step, counters)
-                if asked:
-                    raise signals.Stopped(asked)
-                if config.checkpoint_steps and (step % config.checkpoint_steps == 0 or keeper.last and step == steps):
-                    keeper.save()
-                if after is not None:
-                    after(step, step == steps)
-    except NonFiniteError as error:
-        if error.of_all:  # nothing has been updated since the last step
-            _save(keeper)
-        raise RunError(f"{error}{keeper.kept()}") from error
-    except (RunError, OSError) as error:
-        what = error if isinstance(error, RunError) else f"{error.strerror}: {error.filename}"
-        raise RunError(f"{what}{keeper.kept()}") from error
-    except signals.Stopped as stopped:
-        raise signals.Stopped(stopped.signum, _where(_save(keeper), steps)) from None
-    finally:
-        progress.stop()
-        profiler.close()
-    weights.check_moved(counters, steps)
-    _conclude(config, counters, steps)
+    step = TrainStep(
+        module, optim, settings.optimizer, accelerator, task.denominator, task.collate or task.collator.collate,
+        task.collator, task.steps, task.before_update, settings.on_nan == "stop",
+    )  # fmt: skip
+    # also while the last checkpoint is saved: ranks receive their signals at different times
+    with signals.graceful_shutdown():
+        try:
+            _steps(task, settings, step, done, counters, checkpointer, movement, metrics)
+        except NonFiniteError as error:
+            if error.of_all:  # nothing has been updated since the last step
+                _save(checkpointer)
+            raise RunError(f"{error}{checkpointer.hint()}") from error
+        except (RunError, OSError) as error:
+            message = error if isinstance(error, RunError) else f"{error.strerror}: {error.filename}"
+            raise RunError(f"{message}{checkpointer.hint()}") from error
+        except signals.Stopped as stopped:
+            raise signals.Stopped(stopped.signum, _where(_save(checkpointer), task.steps)) from None
+    weights.check_moved(counters, task.steps)
+    _conclude(settings.optimizer.max_grad_norm, counters, task.steps)
     return module
 
 
-def _exports(config: Training, step: int) -> bool:
-    """Return whether a stage may evaluate or export the model after this step."""
-    return any(
-        every and step % every == 0 for every in (getattr(config, "save_steps", 0), getattr(config, "eval_steps", 0))
+def _save_memory(module: nn.Module, settings: Settings) -> None:
+    """Checkpoint and compile the causal LMs in the module, if the options ask for it."""
+    models: list[Any] = [child for child in module.children() if hasattr(child, "gradient_checkpointing_enable")]
+    for model in models:
+        if settings.gradient_checkpointing:
+            checkpoint_layers(model, settings.dropout)
+        if settings.compile:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model  # below an adapter
+            base.base_model.compile(dynamic=True)
+
+
+def _prepare(task: Task, settings: Settings, accelerator: Accelerator) -> tuple[nn.Module, Any]:
+    """Return the module and its optimizer, wrapped for one rank, DDP, FSDP or DeepSpeed."""
+    module, optim = task.module, optimizer(task.module, settings.optimizer, task.rates)
+    if fsdp.is_sharded(module):
+        return module, accelerator.prepare(optim)
+    if deepspeed.is_requested():
+        prepared: tuple[nn.Module, Any] = deepspeed.prepare(
+            module, optim, settings.optimizer.max_grad_norm, accelerator
+        )
+        return prepared
+    wrapped: tuple[nn.Module, Any] = accelerator.prepare(module, optim)
+    return wrapped
+
+
+def _steps(
+    task: Task,
+    settings: Settings,
+    train_step: TrainStep,
+    done: int,
+    counters: dict[str, float],
+    checkpointer: checkpoint.Checkpointer,
+    movement: weights.Movement,
+    metrics: JsonlLog,
+) -> None:
+    """Take the steps after `done`: log, check the weights, save checkpoints."""
+    accelerator, steps, after = train_step.accelerator, task.steps, task.after
+    progress = console.Progress("step", steps, every=settings.logging_steps, done=done)
+    profiler = Profiler(
+        settings.profile, Path(settings.output_dir), accelerator, compute_dtype(accelerator), train_step.module
+    )
+    try:
+        if done and after is not None:
+            after(done, done == steps)
+        for step in range(done + 1, steps + 1):
+            profiler.step(step - done)
+            quiet = step > done + 1 or settings.compile
+            line, signum = train_step(step, next(task.source), counters, quiet=quiet, first=task.first)
+            if task.steps_per_epoch:
+                line = {"step": step, "epoch": step / task.steps_per_epoch} | line
+            if accelerator.is_main_process:
+                metrics.write(**{name: v for name, v in line.items() if math.isfinite(v)})
+                accelerator.log(line, step=step)
+            progress.advance(1, {label: line[name] for name, label in task.shown.items() if name in line})
+            profiler.done(step - done, line["tokens"], step == steps)
+            movement.update(counters)
+            if step == steps or any(every and step % every == 0 for every in task.after_every):
+                consequence = f"no model is saved after step {step:,}"
+                weights.refuse_not_finite(weights.stored(task.module), consequence, accelerator)
+            checkpointer.mark(step, counters)
+            if signum:
+                raise signals.Stopped(signum)
+            every = settings.save_steps
+            if every and (step % every == 0 or checkpointer.last and step == steps):
+                checkpointer.save()
+            if after is not None:
+                after(step, step == steps)
+    finally:
+        progress.stop()
+        profiler.close()
+
+
+def _save(checkpointer: checkpoint.Checkpointer) -> Path | None:
+    """Save a checkpoint of a run that ends early; an error names the checkpoint before it."""
+    try:
+        return checkpointer.save()
+    except RunError as error:
+        raise RunError(f"{error}{checkpointer.hint()}") from error
+
+
+def _where(saved: Path | None, steps: int) -> str:
+    if saved is None:
+        return "before the first step; run the same command again to start over"
+    return (
+        f"after step {checkpoint_files.step_of(saved):,} of {steps:,}, saved in {saved}; run the same command again to "
+        "resume"
     )
 
 
-def _save(keeper: checkpoint.Checkpointer) -> Path | None:
-    """Save the last word of a run that ends early; an error names the checkpoint before it."""
-    try:
-        return keeper.save()
-    except RunError as error:
-        raise RunError(f"{error}{keeper.kept()}") from error
-
-
-def _where(state: Path | None, steps: int) -> str:
-    if state is None:
-        return "before the first step; the same command begins again"
-    return f"after step {int(state.name.partition('-')[2]):,} of {steps:,}, kept in {state}; the same command goes on"
-
-
-def _conclude(config: Training, counters: Mapping[str, float], steps: int) -> None:
+def _conclude(max_grad_norm: float, counters: Mapping[str, float], steps: int) -> None:
     share = 100 * counters["clipped"] / steps
-    console.log(f"  the gradient's norm was clipped to {config.max_grad_norm:g} in {share:.0f}% of the steps")
+    console.log(f"  the gradient norm was clipped to {max_grad_norm:g} in {share:.0f}% of the steps")
     if counters["not_finite"]:
         console.log(f"  {counters['not_finite']:,.0f} updates were skipped: their loss or gradient was not finite")

@@ -1,14 +1,20 @@
 """Losses of supervised fine-tuning and of reward models."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from exo.data.collate import Batch
-from exo.models.attention import masks
+from exo.cli import console
+from exo.data.collate import Batch, Collator
+from exo.data.text.tokenize import TokenizedExample
+from exo.evaluation.metrics import accuracy_interval
 from exo.models.lm_head import LMHead
+from exo.models.logps import completion_hidden
 from exo.models.reward_head import RewardHead
-from exo.training.step import LossOutput
+from exo.training.step import LossOutput, evaluate_batches
 from exo_kernels import linear_token_logps
 
 
@@ -20,12 +26,12 @@ class PairLoss(nn.Module):
         self.model = model
         self.rewards = RewardHead(model)
 
-    def margins(self, batch: Batch) -> Tensor:  # (G,) positive where the right one wins
+    def margins(self, batch: Batch) -> Tensor:  # (G,) positive if the right one wins
         chosen, rejected = self.rewards(batch).view(-1, 2).unbind(1)
         return chosen - rejected
 
     def forward(self, batch: Batch, count: int | None) -> Any:
-        """A share of the mean over so many; of none, the margins, for evaluation."""
+        """Return the share of a batch in the mean over `count` pairs; the margins if it is None, for evaluation."""
         margins = self.margins(batch)
         if count is None:
             return margins
@@ -38,8 +44,27 @@ class LabelLoss(PairLoss):
     """The same for a classifier: the cross-entropy of two classes is that of the log-odds, signed by the label."""
 
     def margins(self, batch: Batch) -> Tensor:  # (G,)
-        assert batch.rewards is not None
-        return self.rewards(batch) * (2 * batch.rewards.float() - 1)
+        assert batch.label is not None
+        return self.rewards(batch) * (2 * batch.label.float() - 1)
+
+
+def evaluate(
+    module: PairLoss, examples: Sequence[TokenizedExample], accelerator: Accelerator, collator: Collator
+) -> dict[str, float]:
+    """Return loss and accuracy on held-out examples, and the accuracy's 95% interval; {} without examples."""
+    if not examples:
+        return {}
+    module.eval()
+    results = evaluate_batches(module, examples, accelerator, collator, lambda margins, part: margins.tolist())
+    margins = [margin for batch in results for margin in batch]
+    right = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
+    low, high = accuracy_interval(right)
+    accuracy = sum(right) / len(right)
+    loss = float(-nn.functional.logsigmoid(torch.tensor(margins, dtype=torch.float64)).mean())
+    console.log(
+        f"held-out accuracy {100 * accuracy:.1f}% (95% interval {100 * low:.1f} to {100 * high:.1f}) on {len(right):,}"
+    )
+    return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": high}
 
 
 class NextToken(nn.Module):
@@ -51,7 +76,7 @@ class NextToken(nn.Module):
         self.head = LMHead(model)
 
     def forward(self, batch: Batch, num_tokens: int) -> LossOutput:
-        rows = masks.completion_hidden(self.head, batch)
-        logps = linear_token_logps(rows, self.head.weight, **masks.loss_inputs(batch), **self.head.options)
+        rows = completion_hidden(self.head, batch)
+        logps = linear_token_logps(rows, self.head.weight, **batch.loss_inputs(), **self.head.options)
         total = -logps.double().sum()
         return LossOutput(total / num_tokens, {"nats_per_token": (total.detach(), len(logps))})

@@ -1,13 +1,11 @@
-"""The policy under its loss: what accelerate wraps for alignment, and what can be asked of it without training.
+"""The preference loss as a module, the first loss that theory predicts, and evaluation on held-out examples.
 
-The loss runs inside the module's forward, so that gradient synchronisation sees it. Also here: scoring with a frozen
-model, metrics, the loss that a run must begin with, and evaluation on held-out groups.
+The loss runs inside the module's forward, so that gradient synchronization sees it.
 """
 
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,14 +15,12 @@ from torch import Tensor, nn
 from exo.cli.errors import RunError
 from exo.data.collate import Batch, Collator
 from exo.data.text.tokenize import TokenizedExample
-from exo.distributed import fsdp, gather
 from exo.evaluation import metrics as evaluation_metrics
 from exo.models import lora
-from exo.models.attention import masks
 from exo.models.lm_head import LMHead, eval_mode
-from exo.models.logps import TOKEN_NOISE
+from exo.models.logps import TOKEN_NOISE, completion_hidden
 from exo.training.metrics import MEAN_SQUARE, METRICS, _sums, preference_metrics
-from exo.training.step import LossOutput
+from exo.training.step import LossOutput, evaluate_batches
 from exo_kernels import (
     LossStats,
     fused_linear_dpo_loss,
@@ -52,8 +48,10 @@ class PreferenceLoss(nn.Module):
         temperature: float,
         reference: nn.Module | None = None,
     ) -> None:
-        """`reference` scores every batch anew: a model of its own, or the one below the policy's adapter. Without it
-        the batches hold its log-probs."""
+        """`reference` scores every batch: another model, or the one below the policy's adapter.
+
+        Without it the batches hold its log-probs.
+        """
         super().__init__()
         self.model = model
         self.head = LMHead(model)
@@ -66,7 +64,7 @@ class PreferenceLoss(nn.Module):
         self.temperature = temperature
 
     def train(self, mode: bool = True) -> "PreferenceLoss":
-        """The reference never drops anything out."""
+        """Set the mode of the policy; the reference stays in evaluation mode, without dropout."""
         super().train(mode)
         if self.reference is not None:
             self.reference.eval()
@@ -78,10 +76,10 @@ class PreferenceLoss(nn.Module):
 
     def losses(self, batch: Batch, **reduction: Any) -> tuple[Tensor, LossStats]:
         return LOSSES[self.loss](
-            masks.completion_hidden(self.head, batch),
+            completion_hidden(self.head, batch),
             self.head.weight,
             **self._reference(batch),
-            **masks.loss_inputs(batch),
+            **batch.loss_inputs(),
             **self.head.options,
             group_size=batch.group_size,
             rewards=batch.rewards,
@@ -95,23 +93,23 @@ class PreferenceLoss(nn.Module):
         if self.reference_head is None:
             return {"ref_logps": batch.known_ref_logps()}
         head = self.reference_head
-        below = head is self.head  # then it is the policy's own modules, in the policy's mode
+        below = head is self.head  # the reference shares the policy's modules and their mode
         with torch.no_grad(), lora.disabled(self.model) if below else nullcontext():
             with eval_mode(self.model) if below else nullcontext():
-                rows = masks.completion_hidden(head, batch)
+                rows = completion_hidden(head, batch)
         if head is self.head:
             return {"ref_hidden": rows}
         return {"ref_hidden": rows, "ref_weight": head.weight, "ref_bias": head.options["bias"]}
 
     def forward(self, batch: Batch, num_groups: int | None) -> Any:
-        """A share of the mean over so many groups; of none, the losses' sum and their stats, for evaluation."""
+        """Return the share of a batch in the mean over `num_groups`; the sum and its stats if it is None."""
         if num_groups is None:
             return self.losses(batch, reduction="sum")
         loss, stats = self.losses(batch, num_groups=num_groups)
         return LossOutput(loss, _sums(preference_metrics(stats, batch, self.betas["beta_pi"])))
 
     def expected_first_loss(self, examples: Sequence[TokenizedExample], mixed_precision: str) -> tuple[float, float]:
-        """(mean loss where policy equals reference, what rounding alone may add to it: six sigma, to second order)."""
+        """Return the mean loss where policy equals reference, and six sigma of rounding, to second order."""
         noise = TOKEN_NOISE[mixed_precision] / self.temperature
         losses, variance, bend = [], 0.0, 0.0
         for example in examples:
@@ -131,36 +129,34 @@ class PreferenceLoss(nn.Module):
         return sum(losses) / n, 1e-6 + 6 * math.sqrt(variance) / n + bend / n
 
     def max_rounding_error(self, examples: Sequence[TokenizedExample], mixed_precision: str) -> float:
-        """The most that rounding alone can make of the mean squared log-ratio where policy equals reference."""
+        """Return the largest mean squared log-ratio that rounding explains where policy equals reference."""
         noise = TOKEN_NOISE[mixed_precision] / self.temperature
         return (6 * noise) ** 2 * max(len(completion) for example in examples for completion in example.completions)
 
 
-@torch.no_grad()
 def evaluate(
     module: PreferenceLoss, examples: Sequence[TokenizedExample], accelerator: Accelerator, collator: Collator
 ) -> dict[str, float]:
-    """Mean loss and metrics on held-out groups, and the 95% interval of the accuracy."""
+    """Return the mean loss and metrics on held-out examples, and the 95% interval of the accuracy.
 
-    def of(part: Sequence[TokenizedExample]) -> tuple[float, dict[str, list[float]]]:
-        batch = collator.collate(part).to(accelerator.device)
-        with accelerator.autocast():
-            share, stats = fsdp.run_unsharded_root(module, partial(module, batch, None))
-        if not math.isfinite(float(share)):
+    RunError if a loss is not finite.
+    """
+
+    def reduce(output: Any, part: Sequence[TokenizedExample]) -> tuple[float, dict[str, list[float]]]:
+        total, stats = output
+        if not math.isfinite(float(total)):
             lines = ", ".join(str(example.line) for example in part[:10])
-            raise RunError(f"evaluation: the loss is {float(share)}; held-out rows at lines {lines}")
-        return float(share), preference_metrics(stats, batch, module.betas["beta_pi"])
+            raise RunError(f"evaluation: the loss is {float(total)}; held-out rows at lines {lines}")
+        batch = collator.collate(part)
+        return float(total), preference_metrics(stats, batch, module.betas["beta_pi"])
 
     with eval_mode(module):
-        parts = collator.micro_batches(examples)
-        found = gather.map_over_ranks(parts, of, accelerator, together=fsdp.is_sharded(module))
-    loss = 0.0
+        results = evaluate_batches(module, examples, accelerator, collator, reduce)
     values: dict[str, list[float]] = {}
-    for share, metrics in found:
-        loss += share
+    for _, metrics in results:
         for name, some in metrics.items():
             values.setdefault(name, []).extend(some)
-    result = {"eval_loss": loss / len(examples)}
+    result = {"eval_loss": sum(total for total, _ in results) / len(examples)}
     result |= {f"eval_{name}": sum(some) / len(some) for name, some in values.items() if some}
     if accuracies := values.get("rewards/accuracies"):
         low, high = evaluation_metrics.accuracy_interval(accuracies)

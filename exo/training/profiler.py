@@ -1,8 +1,7 @@
-"""Where the time of a training step goes, and how fast that is: a table, and a trace for chrome://tracing or Perfetto.
+"""Profile training steps: a table of where the time goes, and a trace for chrome://tracing or Perfetto.
 
-Sections are timed where they are named, the innermost alone; a device is waited for at each border, so that a profiled
-step is a little slower than others. The rate is held against a matrix product of the same dtype, measured on the spot.
-Left out: steps that are not profiled, which run without any of it.
+The time of a section excludes the sections within it. The device is synchronized at each border, so a profiled step is
+a little slower than others. The rate is compared with a matrix product of the same dtype, measured on the spot.
 """
 
 import time
@@ -20,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from exo.cli import console
 
-FROM = 2  # steps before the first that is profiled: compilation and first touches of memory are not of interest
-SIZE = 2048  # of the matrices that the rate is held against, at most
-PATIENCE = 0.02  # seconds of a product, after which no larger one is tried
+FROM = 2  # steps before the first profiled one, which compile and touch memory first
+SIZE = 2048  # largest matrix that the rate is compared with
+PATIENCE = 0.02  # seconds of a product after which no larger one is tried
 
 _now: "_Profile | None" = None
 
@@ -58,7 +57,7 @@ class _Profile:
 
 @contextmanager
 def section(name: str) -> Iterator[None]:
-    """Time spent here is that of `name`, if a step is being profiled."""
+    """Count the time of the context as that of `name`, if a step is being profiled."""
     if _now is None:
         yield
         return
@@ -117,14 +116,14 @@ def _watch(module: nn.Module) -> list[RemovableHandle]:
 
 
 def _operations(parameter: Tensor) -> float:
-    """A token: two forward, two for the gradient in its input, and two for its own where it has one."""
-    a_byte = 2 if parameter.dtype == torch.uint8 else 1  # numbers in it, where they have 4 bits
+    """Return the operations per token: 2 forward, 2 for the input's gradient, 2 for its own gradient if it has one."""
+    a_byte = 2 if parameter.dtype == torch.uint8 else 1  # packed 4-bit weights: two in a byte
     return (6.0 if parameter.requires_grad else 4.0) * a_byte * parameter.numel()
 
 
 @contextmanager
 def activations(module: nn.Module, tokens: int) -> Iterator[None]:
-    """Say how much memory the forward pass in it keeps for the backward pass, parameters apart."""
+    """Log the memory that the forward pass saves for the backward pass, without the parameters."""
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
 
@@ -140,7 +139,7 @@ def activations(module: nn.Module, tokens: int) -> Iterator[None]:
 
 
 class Profiler:
-    """Profiles `steps` steps of a run and then says what it found; of 0 it does nothing."""
+    """Profiles `steps` steps of a run and prints a table; does nothing if `steps` is 0."""
 
     def __init__(
         self, steps: int, directory: Path, accelerator: Accelerator, dtype: torch.dtype, module: nn.Module
@@ -148,12 +147,12 @@ class Profiler:
         self.steps, self.directory, self.device = steps, directory, accelerator.device
         self.dtype, self.module = dtype, module
         self.handles: list[RemovableHandle] = []
-        self.tells = accelerator.is_main_process
+        self.is_main = accelerator.is_main_process
         self.trace: Any = None
         self.began = self.tokens = 0.0
 
     def step(self, number: int) -> None:
-        """Called when a step begins, counted from 1; profiling begins with step FROM + 1."""
+        """Call it when a step begins, counted from 1; profiling begins with step FROM + 1."""
         global _now
         if not self.steps or number != FROM + 1:
             return
@@ -166,7 +165,7 @@ class Profiler:
         self.began = time.perf_counter()
 
     def done(self, number: int, tokens: float, last: bool) -> None:
-        """Called when a step has ended, which took in so many tokens."""
+        """Call it when a step of so many tokens has ended."""
         global _now
         if _now is None:
             return
@@ -178,15 +177,15 @@ class Profiler:
         self._unwatch()
         seconds = time.perf_counter() - self.began
         self.trace.stop()
-        if not self.tells:
+        if not self.is_main:
             return
         place = self.directory / "profile"
         place.mkdir(exist_ok=True)
         self.trace.export_chrome_trace(str(place / "trace.json"))
-        self._tell(found, seconds, number - FROM, place)
+        self._print(found, seconds, number - FROM, place)
 
     def close(self) -> None:
-        """A run that ends early leaves no profile going on."""
+        """Stop profiling if the run ends early."""
         global _now
         if _now is not None:
             _now = None
@@ -199,7 +198,7 @@ class Profiler:
         for handle in self.handles:
             handle.remove()
 
-    def _tell(self, found: _Profile, seconds: float, steps: int, place: Path) -> None:
+    def _print(self, found: _Profile, seconds: float, steps: int, place: Path) -> None:
         console.log(f"  where a step's time goes ({steps} steps, {seconds / steps:.3g} s each):")
         for name, spent in sorted(found.seconds.items(), key=lambda item: -item[1]):
             console.log(f"    {name:16s} {100 * spent / seconds:5.1f}%  {spent / steps:8.4f} s")
@@ -212,8 +211,10 @@ class Profiler:
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of square matrices, the best of five; of ones, so that nothing is drawn. They
-    grow while that is quick: some dtypes have no fast product on some devices."""
+    """Return the operations per second of a product of square matrices of ones, the best of five.
+
+    The size grows while products are quick, because some dtypes have no fast product on some devices.
+    """
     size, rate = 256, 0.0
     while size <= SIZE:
         a = torch.ones(size, size, device=device, dtype=dtype)

@@ -1,15 +1,15 @@
-"""The reference's log-probs of the completions: made once and kept, made anew in every step, or none.
+"""Reference log-probs of the completions: computed once and cached, computed in every step, or none.
 
-Kept ones are a file of lines in a directory that runs share. Its name is a hash of all that the numbers depend on, to
-the last bit: the weights, the rows' tokens, temperature, dtype, and how rows are put into batches. So a sweep of betas,
-learning rates, losses, seeds or K makes them once, and a run that was interrupted goes on where it stopped, with the
-same numbers. No random state moves.
+The cache is an append-only file in a directory that runs share. Its name is a hash of everything that the numbers
+depend on: the weights, the rows' tokens, temperature, dtype, and the micro-batches. So a sweep of betas, learning
+rates, losses, seeds or K computes them once, and an interrupted run continues with the same numbers. No random state
+changes.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,31 +18,57 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from exo import models
 from exo.cli import console
+from exo.cli.options import ReferenceMode
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import fsdp, gather
 from exo.models import logps
+from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
-from exo.runs.jsonl import append
+from exo.runs.jsonl import JsonlCache
 
-Mode = Literal["auto", "cache", "live", "none"]
-Sums = tuple[float, ...]  # of one group: fp64, one a completion
+IDENTITY = "identity"  # the key of the entry with everything that the log-probs depend on
+Sums = tuple[float, ...]  # log-probs of an example's completions, in fp64
 
 
-def mode(asked: Mode, examples: Sequence[TokenizedExample]) -> Literal["cache", "live", "none", "data"]:
-    """What is done, said where the data have log-probs of their own."""
+def mode(asked: ReferenceMode, examples: Sequence[TokenizedExample]) -> Literal["cache", "live", "none", "data"]:
+    """Return how the reference is used; print it if the data have its log-probs."""
     having = sum(example.ref_logps is not None for example in examples)
     if asked == "auto" and having == len(examples):
-        console.log("the reference's log-probs are those of the data")
+        console.log("the reference's log-probs come from the data")
         return "data"
     if having:
         console.log(f"  {having:,} of {len(examples):,} rows have a reference's log-probs, which are not used")
     return "cache" if asked == "auto" else asked
 
 
+def load(
+    asked: ReferenceMode,
+    name: str | None,
+    examples: Sequence[TokenizedExample],
+    tokenizer: Any,
+    read: Callable[[str], tuple[Any, Any]],
+) -> tuple[Literal["cache", "live", "none", "data"], Any]:
+    """Return how the reference is used, and its model: None if it is the policy's start.
+
+    `read` returns the model and the tokenizer of a name. ValueError if the model does not fit.
+    """
+    chosen = mode(asked, examples)
+    if name is None:
+        return chosen, None
+    if chosen in ("none", "data"):
+        raise ValueError(f"--ref_model: expected --reference cache or live; --reference {chosen} uses no model")
+    model, other = read(run_inputs.source("ref_model", name, "sft", "align", "ppo"))
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ValueError("--ref_model: expected the policy's tokenizer; got another vocabulary")
+    models.check_fits(model, examples)
+    return chosen, model
+
+
 def directory() -> Path:
-    """Where log-probs are kept if nobody says otherwise."""
+    """Return the default directory of the cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exo" / "reference"
 
 
@@ -52,21 +78,20 @@ def score(
     accelerator: Accelerator,
     collator: Collator,
     temperature: float,
-    keep: Path | None,
+    cache_directory: Path | None,
 ) -> list[TokenizedExample]:
-    """The groups with this model's log-probs as their reference; kept in the directory `keep`, and taken from there.
+    """Return the examples with this model's log-probs as `ref_logps`, through the cache if there is a directory.
 
-    What an adapter adds to the model must be switched off.
+    An adapter on the model must be disabled.
     """
-    kept = None
-    if keep:
+    cache = None
+    if cache_directory:
         identity = _identity(model, examples, accelerator, collator, temperature)
-        with accelerator.main_process_first():  # it mends what is damaged, before others read it
-            kept = LogprobCache(keep, identity, examples, writes=accelerator.is_main_process)
-    if kept:
-        console.log(
-            f"  {len(kept.known):,} of {len(examples):,} prompts are known from {kept.path}, which may be deleted"
-        )
+        with accelerator.main_process_first():  # it repairs the file before others read it
+            cache = _open_cache(cache_directory, identity, writes=accelerator.is_main_process)
+        number = len(cache.entries.keys() - {IDENTITY})
+        console.log(f"  {number:,} of {len(examples):,} prompts are cached in {cache.path}, which may be deleted")
+    places = {id(example): place for place, example in enumerate(examples)}
     progress = console.Progress("prompts", len(examples), every=max(1, len(examples) // 5))
     with logps.logps_function(model, accelerator, collator, temperature) as of:
 
@@ -75,32 +100,33 @@ def score(
 
         scored: dict[int, Sums] = {}
         world, together = accelerator.num_processes, fsdp.is_sharded(model)
-        # a micro-batch is made whole or not at all, so that an interruption changes no bit; and by all processes where
-        # one does not know it, which may have read the file before another run added to it, or a file of its own
+        # a micro-batch is computed as a unit, so that an interruption changes no bit; and by all ranks if one lacks it,
+        # because a rank may have read the file before another run added to it, or its own file
         parts = collator.micro_batches(examples)
-        known = [kept.of(part) if kept else None for part in parts]
-        own = [i for i, sums_of in enumerate(known) if sums_of is None]
-        missing = sorted({i for some in gather.all_gather_json(own, accelerator) for i in some})
+        cached = cache.entries if cache else {}
+        incomplete = [i for i, part in enumerate(parts) if any(places[id(example)] not in cached for example in part)]
+        missing = sorted({i for some in gather.all_gather_json(incomplete, accelerator) for i in some})
         for i in sorted({*range(len(parts))} - {*missing}):
-            scored |= zip(map(id, parts[i]), known[i] or (), strict=True)
+            scored |= {id(example): tuple(cached[places[id(example)]]) for example in parts[i]}
             progress.advance(len(parts[i]))
-        unknown = [parts[i] for i in missing]
-        for first in range(0, len(unknown), world):
-            now = unknown[first : first + world]
-            for part, found in zip(now, gather.map_over_ranks(now, sums, accelerator, together=together), strict=True):
-                if kept:
-                    kept.add(part, found)
-                scored |= zip(map(id, part), map(tuple, found), strict=True)
+        for first in range(0, len(missing), world):
+            batch = [parts[i] for i in missing[first : first + world]]
+            results = gather.map_over_ranks(batch, sums, accelerator, together=together)
+            for part, part_sums in zip(batch, results, strict=True):
+                for example, row in zip(part, part_sums, strict=True):
+                    scored[id(example)] = tuple(row)
+                    if cache:
+                        cache.put(places[id(example)], row)
                 progress.advance(len(part))
-    if kept:
-        kept.close()
+    if cache:
+        cache.close()
     return [replace(example, ref_logps=scored[id(example)]) for example in examples]
 
 
 def _identity(
     model: Any, examples: Sequence[TokenizedExample], accelerator: Accelerator, collator: Collator, temperature: float
 ) -> dict[str, Any]:
-    """All that the numbers depend on."""
+    """Return everything that the numbers depend on."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     return {
         "weights": _digest_of_weights(model, accelerator),
@@ -109,7 +135,7 @@ def _identity(
         "rows": _sha("".join(map(_row, examples))),
         "temperature": temperature,
         "dtype": accelerator.mixed_precision,
-        # then a model in shards has norms and embeddings in 16 bits too
+        # a sharded model has norms and embeddings in 16 bits too
         "sharded": fsdp.is_sharded(model) and accelerator.mixed_precision != "no",
         "device": accelerator.device.type,
         "packing": [collator.max_tokens, collator.layout, collator.one_row],
@@ -126,77 +152,29 @@ def _row(example: TokenizedExample) -> str:
 
 
 def _digest_of_weights(model: nn.Module, accelerator: Accelerator) -> str:
-    """The main process hashes for all; of a model in shards each gives its own."""
-    whole = hashlib.sha256()
-    own = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
-    for name, tensor in sorted(own.items()):
+    """Return a hash of the base model's weights; rank 0 computes it, and all ranks call."""
+    sha = hashlib.sha256()
+    base = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
+    for name, tensor in sorted(base.items()):
         tensor = fsdp.full_tensor(tensor.detach())
         if accelerator.is_main_process:
-            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            whole.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    digest: str = gather.all_gather_json(whole.hexdigest()[:24], accelerator)[0]
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest: str = gather.all_gather_json(sha.hexdigest()[:24], accelerator)[0]
     return digest
 
 
-class LogprobCache:
-    """A file of log-probs, a group a line, each with a hash of its row; only ever added to, a line a write."""
-
-    def __init__(
-        self, where: Path, identity: dict[str, Any], examples: Sequence[TokenizedExample], *, writes: bool
-    ) -> None:
-        where.mkdir(parents=True, exist_ok=True)
-        self.path = where / f"{_sha(json.dumps(identity, sort_keys=True))}.jsonl"
-        self._rows = {id(example): (i, _row(example)) for i, example in enumerate(examples)}
-        self.known: dict[int, Sums] = {}
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        head = json.dumps({"of": identity}, sort_keys=True).encode()
-        if lines[0] not in (b"", head):
-            console.log(f"  {self.path} is not of this model and these rows: made again")
-            self.path.unlink(missing_ok=True)
-            lines = [b""]
-        bad = sum(not self._take(line, examples) for line in lines[1:] if line)
-        if bad:
-            console.log(f"  {bad:,} lines of {self.path} are damaged: made again")
-        self._file = open(self.path, "ab", buffering=0) if writes else None
-        if self._file is None:
-            return
-        if not lines[0]:
-            self._file.write(head + b"\n")
-        elif lines[-1]:
-            self._file.write(b"\n")  # what a crash cut stays a line of its own
-
-    def _take(self, line: bytes, examples: Sequence[TokenizedExample]) -> bool:
-        """Whether a line holds what it should; its numbers are known from then on."""
-        try:
-            row = json.loads(line)
-            place, sums = row["row"], tuple(row["logps"])
-            example = examples[place]
-            sound = row["sha"] == _line_hash(_row(example), sums) and len(sums) == len(example.completions)
-        except (ValueError, LookupError, TypeError):
-            return False
-        if sound:
-            self.known[place] = sums
-        return sound
-
-    def of(self, part: Sequence[TokenizedExample]) -> list[Sums] | None:
-        """Of every group of a micro-batch, or nothing."""
-        places = [self._rows[id(example)][0] for example in part]
-        return [self.known[place] for place in places] if all(place in self.known for place in places) else None
-
-    def add(self, part: Sequence[TokenizedExample], found: Sequence[Sums]) -> None:
-        rows = [self._rows[id(example)] for example in part]
-        lines = (
-            json.dumps({"row": place, "logps": sums, "sha": _line_hash(name, sums)})
-            for (place, name), sums in zip(rows, found, strict=True)
-        )
-        if self._file:
-            append(self._file, "".join(f"{line}\n" for line in lines))
-
-    def close(self) -> None:
-        if self._file:
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-
-def _line_hash(row: str, sums: Sums) -> str:
-    return _sha(f"{row} {json.dumps(sums)}")[:8]
+def _open_cache(directory: Path, identity: dict[str, Any], *, writes: bool) -> JsonlCache:
+    """Open the cache of that identity: an entry for each example, and one for the identity itself."""
+    name = json.dumps(identity, sort_keys=True)
+    path = directory / f"{_sha(name)}.jsonl"
+    cache = JsonlCache(path, writes=writes)
+    if cache.entries and json.dumps(cache.entries.get(IDENTITY), sort_keys=True) != name:
+        console.log(f"  {path} belongs to another model or other rows; it is computed again")
+        cache.close()
+        path.unlink(missing_ok=True)
+        cache = JsonlCache(path, writes=writes)
+    elif cache.damaged:
+        console.log(f"  {len(cache.damaged):,} lines of {path} are damaged and computed again")
+    cache.put(IDENTITY, identity)
+    return cache

@@ -1,14 +1,11 @@
-"""One training step: forward and backward over micro-batches, sums over processes, the update.
-
-Left out: the steps' order, and what stands between them (loop).
-"""
+"""One training step: forward and backward over micro-batches, sums over ranks, the update."""
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,43 +13,44 @@ from torch import Tensor, nn
 
 from exo.cli import signals
 from exo.cli.errors import RunError
-from exo.cli.options import Training
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
-from exo.distributed import deepspeed, fsdp
+from exo.distributed import deepspeed, fsdp, gather
 from exo.training import profiler
-from exo.training.optimizer import learning_rate_share
+from exo.training.optimizer import OptimizerSettings, learning_rate_share
 from exo.training.profiler import activations
 
-COUNTERS = ("lost", "not_finite", "clipped")  # of updates; lost: to float16's overflow, in a row
-MOST_SKIPPED = 20  # updates lost to float16's overflow, in a row; the loss scale is then below 1
+R = TypeVar("R")
+COUNTERS = ("lost", "not_finite", "clipped")  # numbers of updates; lost: those that overflowed float16, in a row
+MOST_SKIPPED = 20  # updates that may overflow float16 in a row; the loss scale is then below 1
 
 
 class NonFiniteError(RunError):
-    """A loss or gradient, before the update that it would have made; of all processes, or of one of several alone."""
+    """Raised for a non-finite loss or gradient, before the optimizer step."""
 
-    of_all = True
+    of_all = True  # all ranks raise it at the same step
 
 
 class LossOutput(NamedTuple):
-    """What one forward pass gives: its part of the step's mean loss, and sums with the counts to divide them by."""
+    """The output of a forward pass: its share of the step's mean loss, and (sum, count) of each metric."""
 
     loss: Tensor
     sums: Mapping[str, tuple[Tensor | float, Tensor | float]]
 
 
 class TrainStep(NamedTuple):
-    """What every step has in common."""
+    """Takes one optimizer step; the fields are the same for all steps."""
 
     module: nn.Module
     optim: Any
-    config: Training
+    settings: OptimizerSettings
     accelerator: Accelerator
     denominator: Callable[[Sequence[Any]], int]
     collate: Callable[[Sequence[Any]], Any]
     collator: Collator
     steps: int
     before_update: Callable[[int, Any], None] | None = None
+    stop_on_nan: bool = True
 
     def __call__(
         self,
@@ -60,18 +58,26 @@ class TrainStep(NamedTuple):
         batch: list[Any],
         counters: dict[str, float],
         *,
-        told: bool,
+        quiet: bool,
         first: Callable[[float, Mapping[str, float]], None] | None,
     ) -> tuple[dict[str, float], int]:
-        """From a global batch to the update; (a line of metrics, the signal that asked some process to stop)."""
-        config, accelerator, began = self.config, self.accelerator, time.perf_counter()
-        share = learning_rate_share(config, self.steps, step - 1)
+        """Update on a global batch; return a line of metrics, and the signal that a rank received, or 0."""
+        settings, accelerator, began = self.settings, self.accelerator, time.perf_counter()
+        share = learning_rate_share(settings, self.steps, step - 1)
         for group in self.optim.param_groups:
             group["lr"] = group["peak"] * share
         with profiler.section("data"):
             parts, n_padding = self._parts(batch)
         loss, sums, tokens = accumulate(
-            self.module, parts, self.denominator(batch), accelerator, self.collate, step, config, told, n_padding
+            self.module,
+            parts,
+            self.denominator(batch),
+            accelerator,
+            self.collate,
+            step,
+            self.stop_on_nan,
+            quiet,
+            n_padding,
         )
         with profiler.section("waiting"):
             loss, sums, tokens, asked = _across_processes(accelerator, loss, sums, tokens)
@@ -81,31 +87,35 @@ class TrainStep(NamedTuple):
         if self.before_update is not None:
             self.before_update(step, self.optim)
         with profiler.section("optimizer"):
-            norm = update(self.module, self.optim, config, accelerator, step, batch, loss)
+            norm = update(
+                self.module, self.optim, settings.max_grad_norm, accelerator, step, batch, loss, self.stop_on_nan
+            )
         finite = math.isfinite(loss) and math.isfinite(norm)
         lost = accelerator.optimizer_step_was_skipped
         counters["lost"] = counters["lost"] + 1 if lost else 0
         if counters["lost"] == MOST_SKIPPED:
             raise RunError(f"step {step}: {MOST_SKIPPED} updates in a row overflowed float16; use bfloat16")
         counters["not_finite"] += not finite and not lost
-        clipped = float(0 < config.max_grad_norm < norm)
+        clipped = float(0 < settings.max_grad_norm < norm)
         counters["clipped"] += clipped
         line = {"step": step, "loss": loss} | values
-        line |= {"learning_rate": config.learning_rate * share, "grad_norm": norm, "tokens": tokens}
+        line |= {"learning_rate": settings.learning_rate * share, "grad_norm": norm, "tokens": tokens}
         line |= {"clipped": clipped, "tokens_per_second": tokens / (time.perf_counter() - began)}
         return line | ({} if finite or lost else {"skipped": 1.0}), asked
 
     def _parts(self, batch: list[Any]) -> tuple[list[list[Any]], int]:
-        """This process's micro-batches, and how many at the end are there for company alone: processes that gather
-        a model's shards, or add up gradients, wait for each other."""
+        """Return this rank's micro-batches, and how many at the end are padding.
+
+        Ranks that gather shards or reduce gradients wait for each other, so all have as many.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        own = self.collator.micro_batches(batch[rank::world])
+        local = self.collator.micro_batches(batch[rank::world])
         if world == 1:
-            return own, 0
-        most = max(1, len(own))
+            return local, 0
+        most = max(1, len(local))
         if fsdp.is_sharded(self.module) or deepspeed.stage(self.optim) == 2:
             most = max(len(self.collator.micro_batches(batch[i::world])) for i in range(world))
-        return own + [[batch[0]]] * (most - len(own)), most - len(own)
+        return local + [[batch[0]]] * (most - len(local)), most - len(local)
 
 
 def accumulate(
@@ -115,12 +125,14 @@ def accumulate(
     accelerator: Accelerator,
     collate: Callable[[Any], Any],
     step: int,
-    config: Training,
-    told: bool = True,
+    stop_on_nan: bool = True,
+    quiet: bool = True,
     n_padding: int = 0,
 ) -> tuple[float, dict[str, tuple[float, float]], float]:
-    """Forward and backward over one process's part of a step; what is kept between them is said unless it was. The last
-    `idle` of the parts count nothing."""
+    """Run forward and backward passes over this rank's micro-batches; return the sums of loss, metrics and tokens.
+
+    The last `n_padding` parts count nothing. Unless `quiet`, the memory of the first part's activations is logged.
+    """
     sharded, engine = fsdp.is_sharded(module), deepspeed.is_engine(module)
     loss, tokens, sums = 0.0, 0.0, dict[str, tuple[float, float]]()
     for i, part in enumerate(parts):
@@ -130,24 +142,24 @@ def accumulate(
         profiler.count_rows(len(batch.rows))
         size = sum(len(g.prompt) + len(ids) for g in part for ids in g.completions)
         counts, last = i < len(parts) - n_padding, i == len(parts) - 1
-        # gradients of a model in shards are added up at once: whole ones would need the memory that shards save
+        # a sharded model reduces gradients at once: unsharded ones would need the memory that sharding saves
         with nullcontext() if sharded or engine or last else accelerator.no_sync(module):
             with (
                 profiler.section("head and loss"),
-                nullcontext() if told or i or sharded else activations(module, size),
+                nullcontext() if quiet or i or sharded else activations(module, size),
             ):
                 with accelerator.autocast():
                     share = fsdp.run_unsharded_root(module, partial(module, batch, count))
             value = float(share.loss.detach())
-            if not math.isfinite(value) and config.on_nan == "stop":
+            if not math.isfinite(value) and stop_on_nan:
                 raise _not_finite(step, f"the loss is {value}", part, accelerator)
-            # processes are averaged by the wrapper, but the denominator already counts them all
-            with profiler.section("head and loss"):  # and from its border on the body
+            # the wrapper averages over ranks, but the denominator already counts them all
+            with profiler.section("head and loss"):  # the profiler's hook switches to the body
                 scaled = share.loss * (accelerator.num_processes * counts)
                 deepspeed.backward(module, scaled, last) if engine else accelerator.backward(scaled)
-        for name, (total, n) in share.sums.items():  # the same names in every process, or they could not be added up
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + float(total), before[1] + float(n)) if counts else before
+        for name, (total, n) in share.sums.items():  # all ranks have the same names
+            total_sum, count_sum = sums.get(name, (0.0, 0.0))
+            sums[name] = (total_sum + float(total), count_sum + float(n)) if counts else (total_sum, count_sum)
         if counts:
             loss += value
             tokens += size
@@ -167,37 +179,67 @@ def _not_finite(
 def _across_processes(
     accelerator: Accelerator, loss: float, sums: dict[str, tuple[float, float]], tokens: float
 ) -> tuple[float, dict[str, tuple[float, float]], float, int]:
-    """Sums over all processes; and the signal that asked any of them to stop, so that all do at the same step."""
+    """Return the sums over all ranks, and the signal that any of them received, so that all stop at the same step."""
     if accelerator.num_processes == 1:
         return loss, sums, tokens, signals.stop_requested()
     names, world = sorted(sums), accelerator.num_processes
-    asked = [float(signals.stop_requested()) if i == accelerator.process_index else 0.0 for i in range(world)]
-    own = [loss, tokens, *asked, *(x for name in names for x in sums[name])]
-    flat = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
+    received = [float(signals.stop_requested()) if i == accelerator.process_index else 0.0 for i in range(world)]
+    local = [loss, tokens, *received, *(x for name in names for x in sums[name])]
+    flat = torch.tensor(local, dtype=torch.float64, device=accelerator.device)
     loss, tokens, *rest = accelerator.reduce(flat, "sum").tolist()
-    asked, rest = rest[:world], rest[world:]
-    return loss, {name: (rest[2 * i], rest[2 * i + 1]) for i, name in enumerate(names)}, tokens, int(max(asked))
+    received, rest = rest[:world], rest[world:]
+    return loss, {name: (rest[2 * i], rest[2 * i + 1]) for i, name in enumerate(names)}, tokens, int(max(received))
 
 
 def update(
     module: nn.Module,
     optim: Any,
-    config: Training,
+    max_grad_norm: float,
     accelerator: Accelerator,
     step: int,
     batch: Sequence[TokenizedExample],
     loss: float,
+    stop_on_nan: bool = True,
 ) -> float:
-    """Clip, check, step. What is not finite stops the run, or this update; but fp16's loss scaling handles it there."""
-    limit, engine = config.max_grad_norm or math.inf, deepspeed.is_engine(module)
-    if engine:  # which checks before it steps, too
+    """Clip, check and step; return the gradient norm. A non-finite one raises NonFiniteError or skips the update.
+
+    Under fp16 the loss scaler skips the update.
+    """
+    limit, engine = max_grad_norm or math.inf, deepspeed.is_engine(module)
+    if engine:  # DeepSpeed checks before its step, too
         norm = deepspeed.update(module, math.isfinite(loss))
     else:
         norm = float(fsdp.full_tensor(accelerator.clip_grad_norm_(module.parameters(), limit)))
     finite = math.isfinite(norm) and math.isfinite(loss)
-    if not finite and accelerator.scaler is None and config.on_nan == "stop":
+    if not finite and accelerator.scaler is None and stop_on_nan:
         raise _not_finite(step, "the gradient of all processes together is not finite", batch)
     if not engine and (finite or accelerator.scaler is not None):
         optim.step()
     optim.zero_grad(set_to_none=True)
     return norm
+
+
+@torch.no_grad()
+def forward(
+    module: nn.Module, part: Sequence[TokenizedExample], accelerator: Accelerator, collator: Collator, *arguments: Any
+) -> Any:
+    """Return what the module's forward returns for a micro-batch, without gradients; all ranks call if sharded."""
+    batch = collator.collate(part).to(accelerator.device)
+    with accelerator.autocast():
+        return fsdp.run_unsharded_root(module, partial(module, batch, *arguments))
+
+
+def evaluate_batches(
+    module: nn.Module,
+    examples: Sequence[TokenizedExample],
+    accelerator: Accelerator,
+    collator: Collator,
+    reduce: Callable[[Any, Sequence[TokenizedExample]], R],
+) -> list[R]:
+    """Evaluate a module on micro-batches that the ranks share; return reduce(output, examples) of each, as JSON."""
+
+    def evaluate(part: Sequence[TokenizedExample]) -> R:
+        return reduce(forward(module, part, accelerator, collator, None), part)
+
+    parts = collator.micro_batches(examples)
+    return gather.map_over_ranks(parts, evaluate, accelerator, together=fsdp.is_sharded(module))

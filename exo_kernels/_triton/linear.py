@@ -2,7 +2,7 @@
 
 One program per row. Chunks are buffers that schedules/chunks.py allocates, so rows begin at aligned addresses and are
 padded to full accesses; padding is read and discarded. The first kernel reads the chunk once, the second reads it and
-writes the gradient, in place or in 16 bits beside it. tests/test_aot.py checks the machine code for all this.
+writes the gradient, in place or in 16 bits beside it. tests/kernels/test_aot.py checks the machine code for all this.
 """
 
 import torch

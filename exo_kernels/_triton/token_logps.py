@@ -6,7 +6,7 @@ and the log of the sum above it are stored apart: their sum would round away a c
 one read and one write of the rows with loss, zeros elsewhere.
 
 A row is an aligned body and two edges. The body begins at the first 16-byte boundary, so its accesses are 128 bits wide
-for every vocabulary (50257 is odd, so its rows start anywhere) and every slice. tests/test_aot.py checks the machine
+for every vocabulary (50257 is odd, so its rows start anywhere) and every slice. tests/kernels/test_aot.py checks the machine
 code for all this.
 """
 

@@ -98,7 +98,7 @@ def linear_token_logps(
 
     Raises:
         ValueError: a wrong shape, dtype, device or option, a weight that is sharded or empty; on a CPU, or with
-        EXO_KERNELS_CHECK=1, a label out of range (unchecked, such a label makes its own row NaN).
+            EXO_KERNELS_CHECK=1, a label out of range (unchecked, such a label makes its own row NaN).
     """
     validation.flag("return_entropy", return_entropy)
     layout = Layout(cu_seqlens, shift, ignore_index)
@@ -181,8 +181,8 @@ def _fused_loss(objective: str) -> HiddenLoss:
         ("deferred").
 
         Args:
-            hidden, weight, labels, bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index,
-                memory_budget, process_group, impl: as in `linear_token_logps`; packed input needs `cu_seqlens`.
+            hidden, weight, labels, bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index: as in
+                `linear_token_logps`, like memory_budget, process_group and impl; packed input needs `cu_seqlens`.
             ref_logps: as in `fused_exo_loss`; or None to score the reference in the same call, from
             ref_hidden: the reference model's hidden states, shaped like `hidden`, multiplied in its dtype. No gradient.
             ref_weight, ref_bias: its head; None means the policy's, whose matmul then takes both models' rows together.

@@ -18,15 +18,15 @@ from exo_kernels.objectives import LossStats
 class _Loss(nn.Module):
     """One loss function with some of its options set."""
 
-    functions: ClassVar[Mapping[str, Callable[..., Any]]]
+    _functions: ClassVar[Mapping[str, Callable[..., Any]]]
     function: Callable[..., Any]
     objective: str
     options: dict[str, Any]
 
     def __init__(self, *, objective: str = "exo", **options: Any) -> None:
         super().__init__()
-        validation.choice("objective", objective, tuple(self.functions))
-        self.function = self.functions[objective]
+        validation.choice("objective", objective, tuple(self._functions))
+        self.function = self._functions[objective]
         parameters = inspect.signature(self.function).parameters.values()
         names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         for name in options:
@@ -45,7 +45,7 @@ class EXOLoss(_Loss):
     of the construction. ValueError for an option that the function does not have.
     """
 
-    functions: ClassVar[Mapping[str, Callable[..., Any]]] = logits_api.LOSSES
+    _functions: ClassVar[Mapping[str, Callable[..., Any]]] = logits_api.LOSSES
 
     def forward(
         self, logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any
@@ -60,7 +60,7 @@ class LinearEXOLoss(_Loss):
     LinearEXOLoss(group_size=4)(hidden, lm_head.weight, labels, ref_logps, rewards=rewards). Options as in EXOLoss.
     """
 
-    functions: ClassVar[Mapping[str, Callable[..., Any]]] = hidden_api.LOSSES
+    _functions: ClassVar[Mapping[str, Callable[..., Any]]] = hidden_api.LOSSES
 
     def forward(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any

@@ -1,8 +1,8 @@
-"""Chat messages: {"role", "content"}, ShareGPT's {"from", "value"}, checked and converted to one form.
+"""Check chat messages, {"role", "content"} or ShareGPT's {"from", "value"}, and convert them to one form.
 
-A prompt of messages is a `Chat`, an answer with more than a text a `Reply`. Only Renderer renders them. Keys that are
-null or empty are dropped, and so are those that no template reads (ids, dates, names of models: _NOT_RENDERED); all
-others reach the template. Left out: contents that are not text.
+A prompt of messages is a `Chat`, an answer with more than a text a `Reply`. Only Renderer renders them. Null and empty
+keys are dropped, and so are those that no template reads (ids, dates, names of models: _NOT_RENDERED); all others reach
+the template. Contents that are not text are refused.
 """
 
 import json
@@ -15,13 +15,13 @@ from exo.data.errors import Malformed, array, kind, names, string
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
 _SHAREGPT = {"human": "user", "gpt": "assistant", **_ROLES, "chatgpt": "assistant", "observation": "tool"}
 _SHAREGPT |= {"function_response": "tool"}
-_NOTHING: tuple[Any, ...] = (None, "", [], {})
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 class Message(dict[str, Any]):
-    """One chat message: its role, its content and every other key that the data give it, for the chat template."""
+    """A chat message: its role, its content and every other key in the data, for the chat template."""
 
-    learned: bool = True  # False: the data give it weight 0, so that it is context and no target
+    learned: bool = True  # False: it has weight 0 in the data, so that it is context and no target
 
     def __init__(self, role: str, content: Any, **others: Any) -> None:
         super().__init__(role=role, content=content, **others)
@@ -44,8 +44,8 @@ class Message(dict[str, Any]):
 class Chat(str):
     """A prompt of chat messages. As a string it is their transcript, for people and never for a model.
 
-    So whatever prints, sorts or compares prompts treats it as any other prompt. Only Renderer renders the messages, and
-    write_jsonl writes them.
+    Code that prints, sorts or compares prompts can therefore treat it as any other prompt. Only Renderer renders the
+    messages, and write_jsonl writes them.
     """
 
     messages: tuple[Message, ...]
@@ -62,7 +62,7 @@ class Chat(str):
 class Reply(str):
     """A completion that is a chat message with more than a role and a content: reasoning, or calls of tools.
 
-    As a string it is the message's transcript, so that two replies are equal only if every key of theirs is.
+    As a string it is the message's transcript, so that two replies are equal only if all of their keys are.
     """
 
     message: Message
@@ -73,28 +73,22 @@ class Reply(str):
         return reply
 
 
-# What other trainers write into a message that no template reads. A message that has only these besides its role and
-# content is a plain one.
+# Keys that other trainers write into a message and no template reads. A message that has only these besides its role
+# and content is a plain one.
 _NOT_RENDERED = frozenset(
     "id uuid message_id parent_id conversation_id turn_id turn_index turn index idx timestamp time date created "
     "created_at create_time model model_name source lang language language_code score rating rank toxic redacted "
     "text_en token_count tokens status".split()
 )
-_SPOKEN = ("role", "content", "from", "value")
+_TEXT_KEYS = ("role", "content", "from", "value")
 _LEARNED = ("weight", "train", "loss")  # 0 or false: the turn is not learned
-_THINKING = (
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # beside these content is null
+_INSTEAD_OF_TEXT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}  # content may be null
 _AS_JSON = re.compile(r'\s*\[\s*\{\s*"')
 _AS_PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'")
 
 
 def is_chat(value: Any) -> bool:
-    """Return whether a value means to be a message, or a list of them."""
+    """Return whether a value looks like a message, or a list of them."""
     if isinstance(value, str):
         return False
     items = value if isinstance(value, list) else [value]
@@ -117,7 +111,7 @@ def decoded(name: str, value: Any) -> Any:
     return items if are_messages else value
 
 
-def conversation(name: str, value: Any) -> tuple[Message, ...]:
+def parse_messages(name: str, value: Any) -> tuple[Message, ...]:
     """Return the messages of a list; one message alone is a list of one. Texts alone alternate, the user's first."""
     value = decoded(name, value)
     if not isinstance(value, list):
@@ -144,32 +138,38 @@ def _message(name: str, item: Any) -> Message:
     role = item[speaker]
     if role in ("function_call", "tool_call") and speaker == "from":
         return Message("assistant", None, tool_calls=_calls(f"{name}.{text}", item.get(text)))
-    known = _SHAREGPT if speaker == "from" else _ROLES
-    if not isinstance(role, str) or role not in known:
+    roles = _SHAREGPT if speaker == "from" else _ROLES
+    if not isinstance(role, str) or role not in roles:
         string(f"{name}.{speaker}", role)
-        raise Malformed(f"{name}.{speaker} must be one of {', '.join(known)}")
+        raise Malformed(f"{name}.{speaker} must be one of {', '.join(roles)}")
     content = item.get(text)
     if len(item) == 2 and type(content) is str:
-        return Message(known[role], content)
+        return Message(roles[role], content)
     others = {
         key: value
         for key, value in item.items()
-        if key not in _SPOKEN and key not in _NOT_RENDERED and key not in _LEARNED and value not in _NOTHING
+        if key not in _TEXT_KEYS and key not in _NOT_RENDERED and key not in _LEARNED and value not in EMPTY
     }
-    if text not in item and not any(key in others for key in _THINKING):
+    if text not in item and not _INSTEAD_OF_TEXT & others.keys():
         raise Malformed(f"{name}: a chat message without {names([text])}")
-    if content is not None or not any(key in others for key in _THINKING):
+    if content is not None or not _INSTEAD_OF_TEXT & others.keys():
         content = _text(f"{name}.{text}", content)
     if "tool_calls" in others:
-        others["tool_calls"] = _objects(f"{name}.tool_calls", others["tool_calls"])
-    message = Message(known[role], content)
+        others["tool_calls"] = array(f"{name}.tool_calls", others["tool_calls"])
+        if not all(isinstance(call, dict) for call in others["tool_calls"]):
+            raise Malformed(f"{name}.tool_calls must be an array of objects")
+    message = Message(roles[role], content)
     message.update(others)
-    message.learned = _learned(name, item)
+    for key in _LEARNED:
+        if item.get(key) is not None:
+            if item[key] not in (0, 1):
+                raise Malformed(f"{name}.{key} must be 0 or 1")
+            message.learned = message.learned and bool(item[key])
     return message
 
 
 def _text(name: str, content: Any) -> str:
-    """Return a content that is a text, or a list of parts of which each is one."""
+    """Return a content: a text, or the texts of a list of parts joined."""
     if not isinstance(content, list):
         return string(name, content)
     texts = []
@@ -180,21 +180,6 @@ def _text(name: str, content: Any) -> str:
             raise Malformed(f"{name}[{i}] is of type {names([str(part.get('type'))])}, and not text")
         texts.append(string(f"{name}[{i}].text", part.get("text")))
     return "".join(texts)
-
-
-def _objects(name: str, value: Any) -> list[Any]:
-    objects = array(name, value)
-    if not all(isinstance(item, dict) for item in objects):
-        raise Malformed(f"{name} must be an array of objects")
-    return objects
-
-
-def _learned(name: str, item: dict[str, Any]) -> bool:
-    for key in _LEARNED:
-        value = item.get(key)
-        if value is not None and value not in (0, 1):
-            raise Malformed(f"{name}.{key} must be 0 or 1")
-    return all(item.get(key) is None or bool(item[key]) for key in _LEARNED)
 
 
 def _calls(name: str, value: Any) -> list[Any]:
@@ -210,13 +195,13 @@ def _calls(name: str, value: Any) -> list[Any]:
 
 
 def answer_of(name: str, message: Message) -> str:
-    """Return a message of the assistant as a completion: its text, or a Reply where it has more than that."""
+    """Return a message of the assistant as a completion: its text, or a Reply if it has more than that."""
     if not message.learned:
-        raise Malformed(f"{name} has weight 0, which an answer that is compared cannot have")
+        raise Malformed(f"{name} has weight 0; an answer that is compared must have weight 1")
     return message.content if len(message) == 2 else Reply(message)
 
 
 def last_answer(messages: tuple[Message, ...]) -> int | None:
-    """Return the place of the assistant's last message that is to be learned; None without one."""
-    places = (i for i in reversed(range(len(messages))) if messages[i].role == "assistant" and messages[i].learned)
-    return next(places, None)
+    """Return the index of the assistant's last message of weight 1; None without one."""
+    answers = (i for i in reversed(range(len(messages))) if messages[i].role == "assistant" and messages[i].learned)
+    return next(answers, None)

@@ -1,4 +1,4 @@
-"""The prompt of a row, put together from its columns: a question, a system prompt, a history, tools.
+"""Build the prompt of a row from its columns: a question, a system prompt, a history, tools.
 
 Only a chat template can join a system prompt or earlier turns to a question, so such a prompt becomes a `Chat`. An
 `input` or a `context` beside an instruction follows it after a line break.
@@ -10,22 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from exo.data.errors import Malformed, array, kind, string
-from exo.data.formats.messages import Chat, Message, conversation, decoded, is_chat
+from exo.data.formats.messages import EMPTY, Chat, Message, decoded, is_chat, parse_messages
+from exo.data.formats.parsed_row import Row
 from exo.data.formats.transcripts import as_chat, is_transcript
 
-Row = dict[str, Any]
-
-BESIDE = ("system", "history", "tools")
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
+BESIDE = ("system", "history", "tools")  # columns that are put before a question
 _HELPSTEER = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
-def prompt_of(value: Any) -> str:
-    """Return a column's prompt: a text, or messages as a Chat."""
+def parse_prompt(value: Any) -> str:
+    """Return the prompt in a column: a text, or messages as a Chat."""
     if isinstance(value, Chat):
         chat = value
     elif is_chat(value):
-        chat = Chat(conversation("prompt", value))
+        chat = Chat(parse_messages("prompt", value))
     else:
         return string("prompt", value)
     if chat.messages[-1].role == "assistant":
@@ -33,49 +31,49 @@ def prompt_of(value: Any) -> str:
     return chat
 
 
-def append_input(prompt: Any, name: str, more: Any) -> Any:
+def append_input(prompt: Any, name: str, text: Any) -> Any:
     """Return an instruction followed by its input, which may be empty."""
-    if more in _EMPTY:
+    if text in EMPTY:
         return prompt
     if not isinstance(prompt, str):
         raise Malformed(f"{name} beside a prompt of messages; put it into the messages")
-    more = string(name, more)
-    return f"{prompt}\n{more}" if prompt.strip() else more
+    text = string(name, text)
+    return f"{prompt}\n{text}" if prompt.strip() else text
 
 
-def with_context(prompt: str, row: Row, *, own: Sequence[str], turn: bool) -> str:
-    """Return the prompt with the system prompt, the history and the tools of its row, which are not its `own` columns.
+def add_context(prompt: str, row: Row, *, exclude: Sequence[str], is_turn: bool) -> str:
+    """Return the prompt with the system prompt, the history and the tools of its row, except `exclude`d columns.
 
-    `turn` says that a prompt which is a text is a user's turn. A transcript becomes its turns in any case.
+    If `is_turn`, a prompt that is a text is a user's turn. A transcript becomes its turns in any case.
     """
-    system, history, tools = (None if name in own else row.get(name) for name in BESIDE)
-    if system in _EMPTY and history in _EMPTY and tools in _EMPTY:
+    system, history, tools = (None if name in exclude else row.get(name) for name in BESIDE)
+    if system in EMPTY and history in EMPTY and tools in EMPTY:
         return prompt
-    before = _history(history)
+    context = _history(history)
     if isinstance(system, str) and system.strip():
-        before = [Message("system", system), *before]
-    elif system not in _EMPTY and not isinstance(system, str):
+        context = [Message("system", system), *context]
+    elif system not in EMPTY and not isinstance(system, str):
         raise Malformed(f"system must be a string, not {kind(system)}")
     schemas = _tools(tools)
-    if not before and not schemas:
+    if not context and not schemas:
         return prompt
-    if not isinstance(prompt, Chat) and not turn and not is_transcript(prompt):
+    if not isinstance(prompt, Chat) and not is_turn and not is_transcript(prompt):
         raise Malformed("a system prompt, a history or tools beside a text that is no user's turn; write messages")
     chat = as_chat(prompt)
     turns = chat.messages
-    if before and before[0].role == "system" and turns[0].role in ("system", "developer"):
-        if str(before[0].content).strip() != str(turns[0].content).strip():
+    if context and context[0].role == "system" and turns[0].role in ("system", "developer"):
+        if str(context[0].content).strip() != str(turns[0].content).strip():
             raise Malformed("the system column and the messages have different system prompts")
-        before = before[1:]
-    return Chat([*before, *turns], schemas or chat.tools)
+        context = context[1:]
+    return Chat([*context, *turns], schemas or chat.tools)
 
 
 def _history(value: Any) -> Sequence[Message]:
     value = decoded("history", value)
-    if value in _EMPTY:
+    if value in EMPTY:
         return []
     if is_chat(value):
-        return conversation("history", value)
+        return parse_messages("history", value)
     pairs = array("history", value)
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise Malformed("history must be messages, or pairs of a question and its answer")
@@ -87,13 +85,13 @@ def _history(value: Any) -> Sequence[Message]:
 
 
 def _tools(value: Any) -> list[Any]:
-    """Return the schemas of a row's tools, which may be written as JSON."""
+    """Return the JSON schemas of a row's tools, a list or its JSON."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise Malformed("tools must be an array of schemas, or its JSON") from None
-    if value in _EMPTY or (isinstance(value, str) and not value.strip()):
+    if value in EMPTY or (isinstance(value, str) and not value.strip()):
         return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise Malformed("tools must be an array of schemas, or its JSON")
@@ -101,7 +99,7 @@ def _tools(value: Any) -> list[Any]:
 
 
 def parse_speakers(prompt: Any) -> Any:
-    """Return Nectar's and HelpSteer's prompts, texts with marks of the speakers, as a Chat or as the one question."""
+    """Return a prompt of Nectar or HelpSteer, a text with marks of the speakers, as a Chat or as the one question."""
     if not isinstance(prompt, str) or isinstance(prompt, Chat):
         return prompt
     if "<extra_id_1>" in prompt:

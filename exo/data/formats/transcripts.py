@@ -11,8 +11,8 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 def split_turns(text: str) -> tuple[str, list[tuple[str, str]]]:
     """Return the text before the first marker, and (Human or Assistant, text) of each turn, blanks included."""
-    before, *pieces = _MARKER.split(text)
-    return before, list(zip(pieces[::2], pieces[1::2], strict=True))
+    preamble, *pieces = _MARKER.split(text)
+    return preamble, list(zip(pieces[::2], pieces[1::2], strict=True))
 
 
 def is_transcript(prompt: str) -> bool:
@@ -31,12 +31,12 @@ def as_chat(prompt: str) -> Chat:
         return prompt
     if not is_transcript(prompt):
         return Chat([Message("user", str.__str__(prompt))])
-    before, turns = split_turns(prompt)
-    system = [Message("system", before.strip())] if before.strip() else []
+    preamble, turns = split_turns(prompt)
+    system = [Message("system", preamble.strip())] if preamble.strip() else []
     return Chat([*system, *(Message(_ROLES[role], text.strip()) for role, text in turns[:-1])])
 
 
-def answers_to(prompt: str, completions: Sequence[str]) -> tuple[str, ...]:
+def as_answers(prompt: str, completions: Sequence[str]) -> tuple[str, ...]:
     """Return the completions as messages of the chat that `as_chat` makes: a transcript's lose the blanks around."""
     if not is_transcript(prompt):
         return tuple(completions)

@@ -1,1 +1,1 @@
-"""Files, directories, tables and hub names as a stream of rows."""
+"""Read files, directories, tables and hub names as a stream of rows."""

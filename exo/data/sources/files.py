@@ -1,9 +1,9 @@
-"""From what a path or a name stands for to its rows: JSON lines, JSON arrays, compressed files, tables, directories.
+"""Open a path or a hub name as a stream of rows: JSON lines, JSON arrays, compressed files, tables, directories.
 
-Containers are told by their content, not by their name, but for csv and tsv, which nothing else tells. Python's `json`
-takes NaN, 1e999, repeated keys and lone surrogates without a word; here such a row is malformed. Rows come out one by
-one, each with the place to blame, a malformed one as what is wrong with it, so that a bad row costs no other. Left out:
-archives of several files, streaming from the hub.
+The content of a file decides what it is, and its name only for csv and tsv. Python's `json` accepts NaN, 1e999,
+repeated keys and lone surrogates; here such a row is malformed. Rows are yielded one by one, each with its place in the
+file, a malformed one as its error, so that a bad row costs no other. The elements of a JSON array are split before they
+are parsed for the same reason; the array itself is read into memory.
 """
 
 import bz2
@@ -25,16 +25,15 @@ from exo.data.errors import DataError, Malformed, StrPath, kind, names, show
 from exo.data.sources import tables
 
 Row = dict[str, Any]
-Place = tuple[int, str]  # number of a row, and the file:line to blame
+Place = tuple[int, str]  # number of a row, and its file:line
 Rows = Generator[tuple[Place, Row | Malformed], None, None]
 
-_SUFFIXES = DATA_SUFFIXES
 _ACCEPTED = (
     "accepted: a .jsonl file, a .json array of objects, .csv, .tsv, these with .gz, .bz2, .xz or .zst, .parquet, "
     ".arrow, a directory of those or of save_to_disk, or a hub name owner/name:config@split"
 )
-# What a compressed file begins with, and what opens it.
-_PACKED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
+# {first bytes: (name, function that opens it)}
+_COMPRESSED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
     b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
     b"BZh": ("bzip2", bz2.BZ2File),
     b"\xfd7zXZ": ("xz", lzma.LZMAFile),
@@ -48,29 +47,30 @@ _SHARD = re.compile(r"[-_.]?\d+(-of-\d+)?$")
 _PAPERS = re.compile(
     r"(readme|licen[cs]e|dataset_infos?\.json$|dataset_dict\.json$|checksums|sha256sums)", re.IGNORECASE
 )
-# A whole string, or one character that opens, closes or parts; a lone quote opens a string that
-# never ends, and stopping there keeps hostile input linear. Bytes will do: no byte of a longer
-# UTF-8 character looks like one of these.
+# A string, or one character of structure; a lone quote starts a string that never ends, and stopping there keeps
+# hostile input linear. Matching bytes is safe, because no byte of a longer UTF-8 character equals one of these.
 _STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 
 
 class Source(NamedTuple):
+    """The stream of rows of a path, and what holds them."""
+
     rows: Rows  # to be closed
-    container: str  # in words; "" for JSON, which needs none
+    container: str  # in words; "" for a JSON file
 
 
 def open_source(path: StrPath) -> Source:
-    """Open what a path stands for; only a name that is no path of this machine is looked for on the hub."""
+    """Open a path, or a hub name if no such path exists; DataError if it is neither."""
     try:
-        place, split = _place(path)
-        if place.is_dir():
-            return _directory(place, split)
+        local, split = _split_of(path)
+        if local.is_dir():
+            return _directory(local, split)
         if name := tables.hub_name(path):
             return Source(*tables.from_hub(name))
-        if not place.is_file():
-            what = "not a regular file" if place.exists() else "no such file or directory"
-            raise DataError(f"{show(path)}: {what}; {_ACCEPTED}")
-        return _file(place, show(path))
+        if not local.is_file():
+            problem = "not a regular file" if local.exists() else "no such file or directory"
+            raise DataError(f"{show(path)}: {problem}; {_ACCEPTED}")
+        return _file(local, show(path))
     except DataError:
         raise
     except OSError as error:
@@ -79,38 +79,37 @@ def open_source(path: StrPath) -> Source:
         raise DataError(f"{show(path)}: no such file or directory; {_ACCEPTED}") from None
 
 
-def _place(path: StrPath) -> tuple[Path, str | None]:
-    """Return a path, and the split that is asked of it: DIRECTORY@test."""
-    place = Path(path)
-    before, at, split = os.fspath(path).rpartition("@")
-    if at and split and not place.exists() and Path(before).is_dir():
-        return Path(before), split
-    return place, None
+def _split_of(path: StrPath) -> tuple[Path, str | None]:
+    """Return a path and the split that it names, as in DIRECTORY@test."""
+    local = Path(path)
+    directory, _, split = os.fspath(path).rpartition("@")
+    if directory and split and not local.exists() and Path(directory).is_dir():
+        return Path(directory), split
+    return local, None
 
 
 def _file(path: Path, shown: str) -> Source:
     with open(path, "rb") as file:
-        begin = file.read(8)
-    if begin.startswith(b"PAR1"):
+        magic = file.read(8)
+    if magic.startswith(b"PAR1"):
         return Source(tables.from_parquet(path, shown), "parquet")
-    if begin.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+    if magic.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return Source(tables.from_arrow(path, shown), "arrow")
-    if begin.startswith(b"PK\x03\x04"):
+    if magic.startswith(b"PK\x03\x04"):
         raise DataError(f"{shown}: a zip archive; unpack it and name the file or the directory in it")
-    plain = path.with_suffix("") if any(begin.startswith(magic) for magic in _PACKED) else path
+    plain = path.with_suffix("") if any(magic.startswith(prefix) for prefix in _COMPRESSED) else path
     if plain.suffix in (".csv", ".tsv"):
-        kind = plain.suffix[1:]
-        return Source(_delimited(path, shown, "," if kind == "csv" else "\t"), kind)
+        return Source(_delimited(path, shown, "," if plain.suffix == ".csv" else "\t"), plain.suffix[1:])
     return Source(json_rows(path), "")
 
 
 def _delimited(path: Path, shown: str, delimiter: str) -> Rows:
     with open(path, "rb") as file:
-        stream, collator = _unpacked(file)
+        stream, compression = _decompressed(file)
         try:
             yield from tables.from_delimited(stream, shown, delimiter)
         except _DAMAGED as error:
-            raise _damaged(f"{shown}", collator, error) from None
+            raise _damaged(shown, compression, error) from None
 
 
 def _directory(directory: Path, split: str | None) -> Source:
@@ -124,9 +123,9 @@ def _directory(directory: Path, split: str | None) -> Source:
     if not files:
         raise DataError(f"{show(directory)}: a directory without a data file; {_ACCEPTED}")
     for file in files:
-        if not file.is_file() or file.suffix not in _SUFFIXES:
+        if not file.is_file() or file.suffix not in DATA_SUFFIXES:
             raise DataError(
-                f"{show(directory)}: expected a directory of data files alone ({', '.join(_SUFFIXES)}), "
+                f"{show(directory)}: expected a directory of data files alone ({', '.join(DATA_SUFFIXES)}), "
                 f"found {names([file.name])}; name one file, or move the others out"
             )
     chosen, part = _of_split(directory, files, split)
@@ -137,7 +136,7 @@ def _directory(directory: Path, split: str | None) -> Source:
 
 
 def _of_split(directory: Path, files: list[Path], split: str | None) -> tuple[list[Path], str]:
-    """Return the files of a split, train if none is asked for, and a word on it; all files if they are of no split."""
+    """Return the files of a split, train by default, and its name in words; all files if none is of a split."""
     by_split: dict[str, list[Path]] = {}
     for file in files:
         named = _SPLIT.search(file.name.partition(".")[0])
@@ -145,27 +144,27 @@ def _of_split(directory: Path, files: list[Path], split: str | None) -> tuple[li
     splits = sorted(filter(None, by_split))
     if split is None and len(by_split) == 1:
         return files, ""
-    wanted = split or ("training" if "training" in splits and "train" not in splits else "train")
-    if wanted not in splits or (split is None and "" in by_split):
-        known = ", ".join(f"{directory.name}@{name}" for name in splits) or "none"
+    chosen = split or ("training" if "training" in splits and "train" not in splits else "train")
+    if chosen not in splits or (split is None and "" in by_split):
+        existing = ", ".join(f"{directory.name}@{name}" for name in splits) or "none"
         others = f" and {names(file.name for file in by_split[''])}" if "" in by_split else ""
         raise DataError(
-            f"{show(directory)}: expected the files of one split, {wanted!r}; found splits {known}{others}; name one, "
-            "or move the other files out"
+            f"{show(directory)}: expected the files of one split, {chosen!r}; found splits {existing}{others}; name "
+            "one, or move the other files out"
         )
-    return by_split[wanted], f" of split {wanted}, out of {', '.join(splits)}" if len(splits) > 1 else ""
+    return by_split[chosen], f" of split {chosen}, out of {', '.join(splits)}" if len(splits) > 1 else ""
 
 
 def _chained(sources: list[Source]) -> Rows:
     number = 0
     for source in sources:
-        for (_, blamed), row in source.rows:
+        for (_, place), row in source.rows:
             number += 1
-            yield (number, blamed), row
+            yield (number, place), row
 
 
 def json_rows(path: StrPath) -> Rows:
-    """Every row of JSON lines or of one array, plain or gzipped."""
+    """Yield every row of JSON lines or of one array, plain or compressed."""
     with open(path, "rb") as file:
         for place, raw in _pieces(file, show(path)):
             try:
@@ -175,12 +174,12 @@ def json_rows(path: StrPath) -> Rows:
 
 
 def _pieces(file: io.BufferedReader, shown: str) -> Iterator[tuple[Place, bytes]]:
-    """Place and raw bytes of every row, unparsed.
+    """Yield the place and the unparsed bytes of every row.
 
-    Lines end at \\n alone: `str.splitlines` would also cut at U+2028, which JSON strings may hold.
-    Blank lines are no rows.
+    Lines end at \\n alone, because JSON strings may hold U+2028, where `str.splitlines` would cut. Blank lines are no
+    rows.
     """
-    stream, collator = _unpacked(file)
+    stream, compression = _decompressed(file)
     line, started = 0, False
     try:
         for line, raw in enumerate(stream, 1):
@@ -193,28 +192,28 @@ def _pieces(file: io.BufferedReader, shown: str) -> Iterator[tuple[Place, bytes]
                 started = True
                 yield (line, f"{shown}:{line}"), raw
     except _DAMAGED as error:
-        raise _damaged(f"{shown}:{line + 1}", collator, error) from None
+        raise _damaged(f"{shown}:{line + 1}", compression, error) from None
 
 
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
-def _unpacked(file: io.BufferedReader) -> tuple[Any, str]:
-    """Return a stream of a file's content, and how it is compressed; "" if it is not."""
-    begin = file.peek(8)
-    for magic, (name, opened) in _PACKED.items():
-        if begin.startswith(magic):
+def _decompressed(file: io.BufferedReader) -> tuple[Any, str]:
+    """Return a stream of a file's content and the name of its compression, "" if it has none."""
+    magic = file.peek(8)
+    for prefix, (name, opened) in _COMPRESSED.items():
+        if magic.startswith(prefix):
             return opened(file), name
     return file, ""
 
 
-def _damaged(place: str, collator: str, error: Exception) -> Exception:
-    """Return what to raise for a stream that cannot be read on."""
-    return DataError(f"{place}: the {collator} data is cut off or damaged") if collator else error
+def _damaged(place: str, compression: str, error: Exception) -> Exception:
+    """Return the error to raise for a stream that breaks off."""
+    return DataError(f"{place}: the {compression} data is cut off or damaged") if compression else error
 
 
 def _elements(body: bytes, line: int, shown: str) -> Iterator[tuple[Place, bytes]]:
-    """The elements of a top-level array that begins on `line`, cut apart without parsing them."""
+    """Yield the elements of a top-level array that begins on `line`, split without parsing them."""
     depth = number = counted = 0
     start = body.index(b"[") + 1
     for token in _STRUCTURE.finditer(body):
@@ -225,7 +224,7 @@ def _elements(body: bytes, line: int, shown: str) -> Iterator[tuple[Place, bytes
         depth += (char in b"[{") - (char in b"]}")
         if depth == 0 or (depth == 1 and char == b","):
             raw = body[start:begin].lstrip()
-            # "[]" holds no row, but a comma promises one on either side.
+            # "[]" holds no row, but a comma has one on either side
             if raw or number or char == b",":
                 number += 1
                 line += body.count(b"\n", counted, begin - len(raw))
@@ -243,7 +242,7 @@ def _elements(body: bytes, line: int, shown: str) -> Iterator[tuple[Place, bytes
 
 def _parse(raw: bytes) -> Row:
     try:
-        text = raw.rstrip(b"\r\n").decode("utf-8")  # or a cut-off row blames its line break
+        text = raw.rstrip(b"\r\n").decode("utf-8")  # else the error of a cut-off row names its line break
         row = _DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(row, ensure_ascii=False).encode("utf-8")

@@ -1,9 +1,9 @@
-"""Rows of tables: parquet and arrow through pyarrow, hub data and save_to_disk through `datasets`, csv and tsv.
+"""Read tables: parquet and arrow with pyarrow, hub data and save_to_disk with `datasets`, csv and tsv.
 
-pyarrow and `datasets` are imported when first needed. A hub name is `owner/name`, with `:config` and `@split` where
-they are not the only one and `train`; a config that ends in / is a folder of the repository. No code of the hub is run;
-HF_HUB_OFFLINE is respected. Columns that no format reads may hold anything. A csv has texts alone: columns that are
-numbers by name (_NUMBERS) are converted. Left out: streaming, revisions by name.
+pyarrow and `datasets` are imported when first needed. A hub name is `owner/name`, with an optional `:config` and
+`@split` (default: train); a config that ends in / is a folder of the repository. No code from the hub is run, and
+HF_HUB_OFFLINE is respected. Columns that no format reads may hold anything. The fields of a csv are texts, except those
+of columns that are numbers by name (_NUMBERS).
 """
 
 import csv
@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class HubName(NamedTuple):
 
 
 def hub_name(path: StrPath) -> HubName | None:
-    """Return what a name says, if it can be one: what is in a folder that exists, or looks like a file, is a path."""
+    """Return the parts of a hub name; None for a path into an existing folder or a name that looks like a file."""
     parts = _HUB.fullmatch(os.fspath(path))
     if parts is None or parts[1].endswith(_PATHS) or Path(parts[1]).parent.is_dir():
         return None
@@ -44,7 +44,7 @@ def hub_name(path: StrPath) -> HubName | None:
 
 
 def from_hub(hub: HubName) -> tuple[Rows, str]:
-    """Rows, and a word on where they are from."""
+    """Return the rows of a hub data set, and its fingerprint in words."""
     shown = f"{hub.name}{f':{hub.config}' if hub.config else ''}@{hub.split}"
     datasets = _imported("datasets", shown, "hub data")
     try:
@@ -54,14 +54,14 @@ def from_hub(hub: HubName) -> tuple[Rows, str]:
     # unknown or out of reach, no such config or split, a script that is not run
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{shown}: no such path here, and from the hub: {_first_line(error)}") from None
-    _refuse_twins(shown, dataset.column_names)
+    _refuse_duplicates(shown, dataset.column_names)
     batches = dataset.with_format("arrow").iter(batch_size=1000)
     fingerprint = dataset._fingerprint  # of name, config, split and revision; there is no public name for it
     return _rows(batches, shown), f"from the hub, fingerprint {fingerprint}"
 
 
 def from_disk(directory: Path, split: str | None) -> tuple[Rows, str]:
-    """Return the rows of what `datasets` saved with save_to_disk, and a word on it; of several splits, train."""
+    """Return the rows of a directory of save_to_disk, and its split in words; the default split is train."""
     shown = str(directory)
     datasets = _imported("datasets", shown, "a directory of save_to_disk")
     try:
@@ -70,21 +70,22 @@ def from_disk(directory: Path, split: str | None) -> tuple[Rows, str]:
         raise DataError(f"{shown}: the directory of save_to_disk is damaged: {_first_line(error)}") from None
     note = "save_to_disk"
     if isinstance(saved, datasets.DatasetDict):
-        splits, wanted = sorted(saved), split or "train"
-        if wanted not in saved:
+        splits, chosen = sorted(saved), split or "train"
+        if chosen not in saved:
             raise DataError(f"{shown}: expected one of the splits {', '.join(splits)}; name it as {shown}@{splits[0]}")
-        note += f", split {wanted} out of {', '.join(splits)}"
-        saved = saved[wanted]
+        note += f", split {chosen} out of {', '.join(splits)}"
+        saved = saved[chosen]
     elif split is not None:
         raise DataError(f"{shown}: has no splits; expected the path without @{split}")
-    _refuse_twins(shown, saved.column_names)
+    _refuse_duplicates(shown, saved.column_names)
     return _rows(saved.with_format("arrow").iter(batch_size=1000), shown), note
 
 
 def from_parquet(path: Path, shown: str) -> Rows:
+    """Yield the rows of a parquet file."""
     parquet = _imported("pyarrow.parquet", shown, "parquet")
     with _arrow_errors(shown, "parquet"), parquet.ParquetFile(path) as file:
-        _refuse_twins(shown, file.schema_arrow.names)
+        _refuse_duplicates(shown, file.schema_arrow.names)
         yield from _rows(file.iter_batches(batch_size=1000), shown)
 
 
@@ -98,22 +99,22 @@ def from_arrow(path: Path, shown: str) -> Rows:
         else:
             memory.seek(0)
             file = batches = ipc.open_stream(memory)
-        _refuse_twins(shown, file.schema.names)
+        _refuse_duplicates(shown, file.schema.names)
         yield from _rows(batches, shown)
 
 
 @contextmanager
-def _arrow_errors(shown: str, what: str) -> Iterator[None]:
+def _arrow_errors(shown: str, format: str) -> Iterator[None]:
     """Turn the errors of pyarrow about a file into a DataError."""
-    pyarrow = _imported("pyarrow", shown, what)
+    pyarrow = _imported("pyarrow", shown, format)
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{shown}: the {what} data is cut off or damaged: {_first_line(error)}") from None
+        raise DataError(f"{shown}: the {format} data is cut off or damaged: {_first_line(error)}") from None
 
 
 def zstd(file: io.BufferedReader) -> Any:
-    """Return a stream of what a zstd file holds; pyarrow decompresses it."""
+    """Return the decompressed stream of a zstd file."""
     pyarrow = _imported("pyarrow", file.name, "zstd")
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
 
@@ -127,7 +128,7 @@ def from_delimited(stream: Any, shown: str, delimiter: str) -> Rows:
         header = next(reader, [])
         if len(header) == 1 and (";" in header[0] or "\t" in header[0] or "," in header[0]):
             raise DataError(f"{shown}:1: one column alone; expected columns with {delimiter!r} between them")
-        _refuse_twins(shown, header)
+        _refuse_duplicates(shown, header)
         number = 0
         for fields in reader:
             if not fields:
@@ -137,7 +138,7 @@ def from_delimited(stream: Any, shown: str, delimiter: str) -> Rows:
     except csv.Error as error:
         raise DataError(f'{shown}:{reader.line_num}: bad csv: {error}; expected texts with " quoted as ""') from None
     finally:
-        text.detach()  # the file is not ours to close
+        text.detach()  # the caller closes the file
 
 
 def _delimited(header: list[str], fields: list[str]) -> dict[str, Any] | Malformed:
@@ -151,44 +152,38 @@ def _delimited(header: list[str], fields: list[str]) -> dict[str, Any] | Malform
 
 
 def _number(name: str, value: str) -> Any:
-    """Return a field as the number that its column is for; an empty one is null there."""
+    """Return the field of a numeric column as a number or a bool, an empty one as None; others unchanged."""
     if not _NUMBERS.fullmatch(name):
         return value
     if not value.strip():
         return None
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    try:
-        return int(value)
-    except ValueError:
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    for convert in (int, float):
+        with suppress(ValueError):
+            return convert(value)
+    return value
 
 
 def _rows(batches: Iterable[Any], shown: str) -> Rows:
     number = 0
     for batch in batches:
-        tools = any("tool" in name or "tool_calls" in str(kind) for name, kind in _schema(batch))
+        columns = zip(batch.schema.names, batch.schema.types, strict=True)
+        tools = any("tool" in name or "tool_calls" in str(type) for name, type in columns)
         for row in _unpacked(batch):
             number += 1
             yield (number, f"{shown}:{number}"), _without_nulls(row) if tools else row
 
 
-def _schema(batch: Any) -> Iterator[tuple[str, Any]]:
-    return zip(batch.schema.names, batch.schema.types, strict=True)
-
-
 def _without_nulls(value: Any) -> Any:
-    """Return a value without the nulls that a table fills in where one tool has a key that another has not."""
+    """Return a value without the nulls that a table fills in for keys that only other rows have."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _unpacked(batch: Any) -> list[dict[str, Any] | Malformed]:
-    """Return the rows of a batch at once if that works: row by row takes ten times as long, and tells which is bad."""
+    """Return the rows of a batch. If converting them at once fails, find the bad row, which takes ten times as long."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError) as error:
@@ -198,21 +193,21 @@ def _unpacked(batch: Any) -> list[dict[str, Any] | Malformed]:
     return [row for i in range(batch.num_rows) for row in _unpacked(batch.slice(i, 1))]
 
 
-def _refuse_twins(shown: str, columns: list[str]) -> None:
-    twins = {column for column in columns if columns.count(column) > 1}
-    if twins:
-        raise DataError(f"{shown}: column {names(sorted(twins))} appears twice")
+def _refuse_duplicates(shown: str, columns: list[str]) -> None:
+    duplicates = {column for column in columns if columns.count(column) > 1}
+    if duplicates:
+        raise DataError(f"{shown}: column {names(sorted(duplicates))} appears twice")
 
 
-def _imported(module: str, shown: str, what: str) -> Any:
-    """Return an optional package's module; DataError with the package to install if it is missing."""
+def _imported(module: str, shown: str, purpose: str) -> Any:
+    """Import a module of an optional package; DataError with the package to install if it is missing."""
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise DataError(f"{shown}: {what} needs {package}: pip install {package}") from None
+        raise DataError(f"{shown}: {purpose} needs {package}: pip install {package}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,18 +1,18 @@
-"""Chat messages as the text that a model reads, rendered by the tokenizer's chat template.
+"""Render chat messages as the text that a model reads, with the tokenizer's chat template.
 
-The prompt is the rendering of its messages with the template's opening of an answer. The completion is what the
-template adds once the answer is given, up to its end of turn. A template that renders the prompt differently once it is
-answered is refused, because nothing then tells where the completion begins.
+The prompt is the rendering of its messages with the template's opening of an answer. The completion is the text that
+the template adds when the answer is given, up to its end of turn. A template that renders the prompt differently when
+it is answered is refused, because nothing then tells where the completion begins.
 
 exo.data.text.render chooses the template, its arguments and its date for a run, and stores them with the tokenizer. A
-`Renderer` asks the template once, with a plain answer, how it ends a turn, and ends every answer like that:
+`Renderer` renders a plain answer once to learn how the template ends a turn, and ends every answer like that:
 
 - with a token (`<|im_end|>`, Gemma's `<end_of_turn>`, `</s>`): the completion ends right after it. Line breaks that
   follow only separate turns, and a sample that stops there has none.
 - with nothing, or with text that is no single token: the caller appends the tokenizer's end of sequence.
 
-Control tokens that the data spell out in a message would forge turns, so `Renderer` marks them, and subwords
-tokenizes marked ones as plain text. Only control tokens that the template itself writes are control tokens.
+Control tokens that the data spell out in a message would forge turns, so `Renderer` marks them, and subwords tokenizes
+marked ones as plain text.
 """
 
 import datetime
@@ -23,10 +23,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from exo.data import Chat, DataError, Message, Reply
-from exo.data.text.bounded import run_bounded
+from exo.data.text.resource_limits import limited
 from exo.data.text.subwords import LEFT, RIGHT
 
-SECONDS, MOST_BYTES = 10.0, 2**28  # one rendering may take
+SECONDS, MAX_BYTES = 10.0, 2**28  # for one rendering
 PROBE = "ok"
 _MARKS = re.compile(f"[{LEFT}{RIGHT}]")
 _FORMATS = re.compile(r"""(['"])((?:(?!\1).)*%(?:(?!\1).)*)\1""")  # texts of a template with a % in them
@@ -35,26 +35,27 @@ _FORMATS = re.compile(r"""(['"])((?:(?!\1).)*%(?:(?!\1).)*)\1""")  # texts of a 
 class Settings(NamedTuple):
     """How a run renders chat messages, beside the template itself."""
 
-    arguments: Mapping[str, Any] = {}  # of the template: enable_thinking, date_string, ...
+    arguments: Mapping[str, Any] = {}  # of the template, such as enable_thinking
     date: datetime.date | None = None  # None: today
 
 
 def has_template(tokenizer: Any) -> bool:
+    """Return whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def source(tokenizer: Any) -> str:
+def template_source(tokenizer: Any) -> str:
     """Return the source of a tokenizer's chat templates, "" if it has none."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
 
 class Answer(NamedTuple):
-    """A completion as rendered."""
+    """A rendered completion."""
 
     text: str
     end: str  # the template's end of turn, if that is a token
-    needs_eos: bool  # it writes none
+    needs_eos: bool  # the template writes no end of turn
 
 
 class Renderer:
@@ -74,32 +75,32 @@ class Renderer:
         """Render a completion of `chat`, whose rendering is `prompt`."""
         message = answer.message if isinstance(answer, Reply) else Message("assistant", answer)
         messages, tools = self._marked_chat(chat)
-        whole = self._render([*messages, self._marked(message)], tools, opened=False)
-        if not whole.startswith(prompt):
+        rendered = self._render([*messages, self._marked(message)], tools, opened=False)
+        if not rendered.startswith(prompt):
             raise DataError(
                 "the chat template renders the prompt differently once it is answered, so nothing tells where the "
                 "answer begins; set template arguments (--template_kwargs) or another --chat_template"
             )
-        rest, tail = whole[len(prompt) :], self._after_answer
+        rest, tail = rendered[len(prompt) :], self._after_answer
         if not rest.endswith(tail):  # some templates trim the end of a conversation
             rest, tail = rest.rstrip(), tail.rstrip()
         if rest.endswith(tail):
             return Answer(rest[: len(rest) - len(tail)], self.end_of_turn, self.end_id is None)
         if not rest.endswith(self.control_tokens):
             raise DataError("the chat template ends this answer differently from a plain one")
-        return Answer(rest, "", False)  # as gpt-oss ends a call of a tool with a token of its own
+        return Answer(rest, "", False)  # gpt-oss ends a call of a tool with another token
 
     @cached_property
     def _after_answer(self) -> str:
-        """What the template writes after a plain answer that ends a conversation."""
-        whole = self._probe(Message("user", PROBE), Message("assistant", PROBE + PROBE))
-        _, answered, tail = whole.rpartition(PROBE + PROBE)
+        """The text that the template writes after a plain answer that ends a conversation."""
+        rendered = self._probe(Message("user", PROBE), Message("assistant", PROBE + PROBE))
+        _, answered, tail = rendered.rpartition(PROBE + PROBE)
         if not answered:
             raise DataError("the chat template does not write the answer; expected a template of a causal LM")
         return tail
 
     def _probe(self, *messages: Message) -> str:
-        """Render a plain conversation; behind a system turn if the template needs one."""
+        """Render a plain conversation, after a system turn if the template needs one."""
         try:
             return self._render(list(messages), [], opened=False)
         except DataError:
@@ -107,22 +108,22 @@ class Renderer:
 
     @cached_property
     def end_of_turn(self) -> str:
-        """What ends a completion: the template's text after an answer, up to its first control token; "" if none."""
-        found = self._control_pattern and self._control_pattern.search(self._after_answer)
-        return self._after_answer[: found.end()] if found else ""
+        """The end of a completion: the template's text after an answer, up to its first control token; "" if none."""
+        match = self._control_pattern and self._control_pattern.search(self._after_answer)
+        return self._after_answer[: match.end()] if match else ""
 
     @cached_property
     def end_id(self) -> int | None:
         """The token that ends a turn; None if the template writes none."""
-        found = self._control_pattern and self._control_pattern.search(self.end_of_turn)
-        return self.tokenizer.convert_tokens_to_ids(found[0]) if found else None
+        match = self._control_pattern and self._control_pattern.search(self.end_of_turn)
+        return self.tokenizer.convert_tokens_to_ids(match[0]) if match else None
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """Tokens that the data must not write into a message.
 
-        These are the special tokens, and added tokens that the template writes around turns (DeepSeek's are not marked
-        special), but not those that it looks for in an answer, such as `</think>`.
+        These are the special tokens and the added tokens that the template writes around turns (DeepSeek's are not
+        marked special), without those that it looks for in an answer, such as `</think>`.
         """
         added = list(self.tokenizer.added_tokens_decoder.values())
         user, assistant = Message("user", PROBE), Message("assistant", PROBE)
@@ -130,7 +131,7 @@ class Renderer:
             written = self._probe(user, assistant, user)
         except DataError:
             written = ""
-        template = source(self.tokenizer)
+        template = template_source(self.tokenizer)
         tokens = {t.content for t in added if t.special or t.content in written}
         read = {token for token in tokens if _reads(template, token)}
         read |= {token.replace("</", "<") for token in read}
@@ -167,12 +168,12 @@ class Renderer:
         if settings.date and "strftime_now" in template:
             template = _strftime(template, settings.date) + template
         try:
-            with run_bounded(SECONDS, MOST_BYTES):
+            with limited(SECONDS, MAX_BYTES):
                 rendered = self.tokenizer.apply_chat_template(
                     messages, tools=tools or None, chat_template=template, add_generation_prompt=opened,
                     tokenize=False, **settings.arguments,
                 )  # fmt: skip
-        except Exception as error:  # someone else's code
+        except Exception as error:  # the template is code that may raise anything
             lines = str(error).splitlines() or [type(error).__name__]
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
             raise DataError(f"the chat template refuses these messages: {kind}{lines[0]}") from None
@@ -212,7 +213,7 @@ def stop_id(tokenizer: Any) -> int | None:
 
 
 def _reads(template: str, token: str) -> bool:
-    """Whether the template looks for a token in a message's content: `'</think>' in content`, `split('</think>')`."""
+    """Return whether the template looks for a token in a content: `'</think>' in content`, `split('</think>')`."""
     quoted = f"""['"]{re.escape(token)}['"]"""
     return bool(re.search(rf"{quoted}\s+in\b|split\(\s*{quoted}", template))
 

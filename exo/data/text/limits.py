@@ -1,16 +1,16 @@
-"""Limits on the lengths of prompts and completions, and what becomes of rows that are longer."""
+"""Cut or drop rows that are longer than the limits on prompts and completions."""
 
 from collections import Counter
 from dataclasses import dataclass
 
 from exo.data import DataError
 
-STUMP = 32  # tokens; a cut prompt that keeps fewer is another prompt
+STUMP = 32  # tokens; a cut prompt that keeps fewer has lost its meaning
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a row may be, and what happens to one that is longer.
+    """Limits in tokens, and the treatment of rows that exceed them.
 
     A completion over its limit loses its end, and a prompt its beginning. The prompt keeps `max_prompt_length` tokens,
     or half of `max_length` if that is None; a completion gets the rest.
@@ -25,12 +25,15 @@ class Limits:
 def fit(
     prompt: list[int],
     completions: list[list[int]],
-    start: int,  # tokens at the beginning that are kept
+    start: int,  # tokens at the beginning that stay
     limits: Limits,
     place: str,
     counts: Counter[str],
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None:
-    """Apply the limits. One prompt serves all its completions, so the longest of them decides."""
+    """Return the prompt and its completions within the limits; None for a row to drop, which `counts` counts.
+
+    One prompt serves all its completions, so the longest of them decides. DataError if `limits.truncate` is "error".
+    """
     if limits.max_prompt_length is not None and len(prompt) > limits.max_prompt_length:
         counts["rows with the prompt cut on the left to --max_prompt_length"] += 1
         prompt = last_of(prompt, start, limits.max_prompt_length)
@@ -63,10 +66,10 @@ def last_of(prompt: list[int], start: int, room: int) -> list[int]:
     """Return the last `room` tokens, with the first `start` of the prompt among them."""
     if len(prompt) <= room:
         return prompt
-    kept = start if start < room else 0
-    return prompt[:kept] + prompt[len(prompt) - (room - kept) :]
+    start = start if start < room else 0
+    return prompt[:start] + prompt[len(prompt) - (room - start) :]
 
 
-def is_stump(kept: int, length: int) -> bool:
-    """Whether a prompt that was cut keeps so little that the row is another one."""
-    return kept < length and (kept < STUMP or kept < length / 4)
+def is_stump(remaining: int, length: int) -> bool:
+    """Return whether a prompt was cut to fewer than STUMP tokens or a quarter of its length."""
+    return remaining < length and (remaining < STUMP or remaining < length / 4)

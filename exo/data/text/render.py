@@ -1,7 +1,4 @@
-"""Choose the chat template of a run, and which prompts it renders.
-
-Left out: rendering (chat).
-"""
+"""Choose the chat template of a run, and the prompts that it renders."""
 
 import dataclasses
 import datetime
@@ -10,11 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exo.cli import console
-from exo.cli.options import ChatOptions
 from exo.data import Chat, DataError, Dataset, Example
-from exo.data.formats import transcripts
-from exo.data.text.chat_template import Settings, has_template, stop_id
-from exo.data.text.chat_template import source as chat_source
+from exo.data.text.chat_template import Settings, has_template, stop_id, template_source
 
 MODES = ("auto", "always", "none")
 RESERVED = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "conversation"}
@@ -29,21 +23,25 @@ BUILT_IN = {
 
 
 def apply(
-    options: ChatOptions,
     tokenizer: Any,
+    template: str,
+    arguments: str | None,
     date: datetime.date,
     *datasets: Dataset,
     sampled: Literal["keep", "render"] = "keep",
 ) -> tuple[Dataset, ...]:
-    """Set up the tokenizer's chat template as the options say, and return the data with the prompts that it renders."""
-    configure(tokenizer, options.chat_template, options.template_kwargs, date)
-    return tuple(render_plain(dataset, tokenizer, options.chat_template, sampled=sampled) for dataset in datasets)
+    """Configure the tokenizer's chat template, and return the data with the prompts that it is to render as chats.
+
+    `template` and `arguments` are those of `configure`, `sampled` that of `render_plain`.
+    """
+    configure(tokenizer, template, arguments, date)
+    return tuple(render_plain(dataset, tokenizer, template, sampled=sampled) for dataset in datasets)
 
 
 def configure(tokenizer: Any, template: str, arguments: str | None, date: datetime.date | None) -> None:
-    """Set the tokenizer's chat template and how it is rendered.
+    """Set the tokenizer's chat template, and the arguments and the date to render it with.
 
-    `template` is "auto", "always" or "none", which keep the tokenizer's own; a file; a name among the tokenizer's
+    `template` is "auto", "always" or "none", which keep the tokenizer's template; a file; a name among the tokenizer's
     templates; or "chatml" or "plain". `arguments` is a JSON object. ValueError for anything else.
     """
     try:
@@ -55,21 +53,21 @@ def configure(tokenizer: Any, template: str, arguments: str | None, date: dateti
     if reserved := sorted(given.keys() & RESERVED):
         raise ValueError(f"--template_kwargs: expected arguments of the template; {reserved[0]} is set by the run")
     if template not in MODES:
-        tokenizer.chat_template = _template_of(tokenizer, template)
+        tokenizer.chat_template = _load_template(tokenizer, template)
     elif template == "always" and not has_template(tokenizer):
         raise ValueError("--chat_template always: the tokenizer has no chat template; name a file, chatml or plain")
-    template_source = chat_source(tokenizer)
-    if unread := [name for name in given if name not in template_source]:
+    source = template_source(tokenizer)
+    if unread := [name for name in given if name not in source]:
         raise ValueError(f"--template_kwargs: the chat template does not read {unread[0]!r}")
     tokenizer.template_settings = Settings(given, date)
 
 
 def of_another_model(template: str) -> str:
-    """Return the option --chat_template for a second model of a run, which has a template of its own."""
+    """Return the option --chat_template for a second model of a run, which keeps its tokenizer's template."""
     return template if template in MODES else "always"
 
 
-def _template_of(tokenizer: Any, name: str) -> str:
+def _load_template(tokenizer: Any, name: str) -> str:
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if name in named:
         return named[name]
@@ -80,28 +78,27 @@ def _template_of(tokenizer: Any, name: str) -> str:
             raise ValueError(f"--chat_template {name}: expected a jinja template in UTF-8") from None
     if name in BUILT_IN:
         return BUILT_IN[name]
-    names = ", ".join([*MODES, *named, *BUILT_IN])
-    raise ValueError(f"--chat_template {name}: expected a file, or one of {names}")
+    raise ValueError(f"--chat_template {name}: expected a file, or one of {', '.join([*MODES, *named, *BUILT_IN])}")
 
 
 def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Literal["keep", "render"]) -> Dataset:
     """Return the data with their plain prompts as chat messages, if `template` and the data ask for that.
 
-    `template` is the option --chat_template, which `configure` has seen. Rows whose completions a model sampled from
-    the plain prompt stay as they are, or are refused under "always"; `sampled="render"`, for a reward model, renders
-    them.
+    `template` is the option --chat_template, after `configure`. Rows whose completions a model sampled from the plain
+    prompt stay as they are, or are refused if the option asks for rendering; `sampled="render"`, for a reward model,
+    renders them.
     """
     examples = [example for example in dataset.examples if not isinstance(example.prompt, Chat) and example.prompt]
     if template == "none" or not examples or dataset.examples[0].label is not None:
         return dataset
-    drawn = sampled == "keep" and any(example.tokens is not None for example in examples)
+    is_sampled = sampled == "keep" and any(example.tokens is not None for example in examples)
     if template != "auto":
-        if drawn:
+        if is_sampled:
             raise DataError(
                 f"{dataset.path}: samples of plain prompts; sample with --chat_template {template} too, or leave it out"
             )
-    elif drawn or not dataset.conversational:
-        if has_template(tokenizer) and not drawn:
+    elif is_sampled or not dataset.conversational:
+        if has_template(tokenizer) and not is_sampled:
             first = examples[0]
             answer = first.completions[0][:40] if first.completions else ""
             console.log(
@@ -119,19 +116,14 @@ def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Li
 
 
 def render(example: Example) -> Example:
-    """Return a row with its plain prompt as chat messages; token ids that were sampled from it are of another text."""
-    chat = as_chat(example)
-    if chat.prompt is example.prompt or chat.tokens is None:
-        return chat
-    return dataclasses.replace(chat, tokens=chat.tokens._replace(tokenizer=""))
+    """Return an example with its plain prompt as chat messages, and without a claim to the token ids sampled from it.
 
-
-def as_chat(example: Example) -> Example:
-    """Return a row with its plain prompt as messages: one user turn, or the turns of an Anthropic HH transcript."""
+    An empty prompt stays as it is.
+    """
     if isinstance(example.prompt, Chat) or not example.prompt:
         return example
-    completions = transcripts.answers_to(example.prompt, example.completions)
-    return dataclasses.replace(example, prompt=transcripts.as_chat(example.prompt), completions=completions)
+    chat = example.as_chat()
+    return chat if chat.tokens is None else dataclasses.replace(chat, tokens=chat.tokens._replace(tokenizer=""))
 
 
 def describe(option: str, dataset: Dataset, tokenizer: Any) -> str:

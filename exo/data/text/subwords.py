@@ -1,30 +1,29 @@
-"""Tokens of texts that continue one another, for every kind of tokenizer.
+"""Tokenize texts that continue one another, with every kind of tokenizer.
 
-A tokenizer sees one text at a time, and what it makes of a text can depend on where the text stands: SentencePiece ones
-begin every text with a blank (Llama 2, Mistral), others only the first word, WordPiece joins letters to the word before
-them. So a completion is never tokenized alone. `continued` gives the tokens that a completion has after its prompt, and
-the prompt's own tokens stay as sampling sees them:
+The tokens of a text can depend on its place: SentencePiece tokenizers begin every text with a blank (Llama 2, Mistral),
+others only the first word, WordPiece joins letters to the word before them. So a completion is never tokenized alone.
+`continued` returns the tokens that a completion has after its prompt, and the prompt's tokens stay as sampling sees
+them:
 
     decode(ids of the prompt + ids of the completion) == decode(ids of the two texts as one)
 
-Left out: special tokens at the beginning of a text (exo.data.text.tokenize).
+exo.data.text.tokenize adds the special tokens at the beginning of a text.
 """
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
-# Noncharacters: Unicode keeps them out of texts. They stand around a control token that is to be tokenized as text.
+# Noncharacters, which Unicode keeps out of texts. They mark a control token that is to be tokenized as text.
 LEFT, RIGHT = "\ufdd0", "\ufdd1"
 _MARKED = re.compile(f"{LEFT}([^{LEFT}{RIGHT}]*){RIGHT}")
-# Texts after which a tokenizer adds no blank of its own; tried in this order.
 NEUTRAL = "."
 TAIL = 128  # characters of a long prompt that a completion is tokenized with, at least
-_CONTEXTS = (NEUTRAL, "\n", ":", "a", "a ")
+_CONTEXTS = (NEUTRAL, "\n", ":", "a", "a ")  # texts after which a tokenizer adds no blank; tried in this order
 
 
 class BoundaryError(ValueError):
-    """A completion whose tokens depend on its prompt in a way that no boundary between the two can express."""
+    """Raised for a completion that shares a token with its prompt, so that no boundary divides the two."""
 
 
 def text_ids(text: str, tokenizer: Any) -> list[int]:
@@ -45,41 +44,43 @@ def continued(prompt_ids: list[int], prompt: str, text: str, tokenizer: Any) -> 
         return _continued_pieces(prompt.rpartition(RIGHT)[2] or NEUTRAL, text, tokenizer)
     tail = _tail(prompt)
     if text and tail != prompt:
-        before, joint = _ids(tail, tokenizer), _ids(tail + text, tokenizer)
-        if joint[: len(before)] == before:
-            return joint[len(before) :]
+        tail_ids, joint = _ids(tail, tokenizer), _ids(tail + text, tokenizer)
+        if joint[: len(tail_ids)] == tail_ids:
+            return joint[len(tail_ids) :]
     return _after(prompt_ids, prompt, text, tokenizer)
 
 
 def _tail(prompt: str) -> str:
-    """Return the end of a prompt, from a blank or a line break on. Tokens of what follows depend on no more of it."""
+    """Return the end of a prompt, from a blank or a line break on; tokens of a completion depend on no more of it."""
     if len(prompt) <= 2 * TAIL:
         return prompt
     start = max(prompt.rfind("\n", 0, len(prompt) - TAIL), prompt.rfind(" ", 0, len(prompt) - TAIL))
     return prompt[start:] if len(prompt) - start <= 2 * TAIL else prompt
 
 
-def _continued_pieces(before: str, text: str, tokenizer: Any) -> list[int]:
-    """`continued` for a text with marked control tokens, each of which is cut after its first character: no tokenizer
-    then takes it for the token."""
+def _continued_pieces(context: str, text: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a text with marked control tokens, after `context`.
+
+    Each control token is cut after its first character, so that no tokenizer takes it for the token.
+    """
     ids: list[int] = []
     for i, piece in enumerate(_MARKED.split(text)):
         for part in (piece,) if i % 2 == 0 else (piece[:1], piece[1:]):
-            ids += _after(_ids(before, tokenizer), before, part, tokenizer)
-            before = NEUTRAL if i % 2 else part or before
+            ids += _after(_ids(context, tokenizer), context, part, tokenizer)
+            context = NEUTRAL if i % 2 else part or context
     return ids
 
 
-def _after(before_ids: list[int], before: str, text: str, tokenizer: Any) -> list[int]:
+def _after(context_ids: list[int], context: str, text: str, tokenizer: Any) -> list[int]:
     if not text:
         return []
-    joint = _ids(before + text, tokenizer)
-    if joint[: len(before_ids)] == before_ids:
-        return joint[len(before_ids) :]
+    joint = _ids(context + text, tokenizer)
+    if joint[: len(context_ids)] == context_ids:
+        return joint[len(context_ids) :]
     # the joint text has a token across the boundary, so the completion needs tokens that begin where it begins
-    wanted = decode(joint, tokenizer)
+    expected = decode(joint, tokenizer)
     for candidate in _candidates(text, tokenizer):
-        if decode(before_ids + candidate, tokenizer) == wanted:
+        if decode(context_ids + candidate, tokenizer) == expected:
             return candidate
     raise BoundaryError(
         "the tokenizer makes one token of the prompt's end and the completion's beginning; end the prompt with a blank "
@@ -92,7 +93,7 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def check(prompt_ids: list[int], prompt: str, ids: list[int], text: str, tokenizer: Any) -> None:
-    """BoundaryError unless prompt and completion decode to what their joint text decodes to."""
+    """Raise BoundaryError unless the tokens of prompt and completion decode to the text of both as one."""
     joint = decode(text_ids(prompt + text, tokenizer), tokenizer)
     if decode(prompt_ids + ids, tokenizer) != joint:
         raise BoundaryError("the tokens of prompt and completion do not decode to the two texts joined")
@@ -109,17 +110,17 @@ def decoded_after(prompt_ids: list[int], ids: list[int], tokenizer: Any, *, spec
     `special` keeps special tokens in the text.
     """
 
-    def decoded(some: list[int]) -> str:
-        return tokenizer.decode(some, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
-
-    before, whole = decoded(prompt_ids), decoded([*prompt_ids, *ids])
-    return whole[len(before) :] if whole.startswith(before) else decoded(ids)
+    prompt, both, alone = (
+        tokenizer.decode(part, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        for part in (prompt_ids, [*prompt_ids, *ids], ids)
+    )
+    return both[len(prompt) :] if both.startswith(prompt) else alone
 
 
 def _candidates(text: str, tokenizer: Any) -> Iterator[list[int]]:
-    """Yield the tokens that a text may have where it does not begin: alone, and after each of a few contexts."""
+    """Yield the tokens that a text may have after another one: those it has alone, and after each of a few contexts."""
     yield _ids(text, tokenizer)
     for context in _CONTEXTS:
-        before, both = _ids(context, tokenizer), _ids(context + text, tokenizer)
-        if both[: len(before)] == before:
-            yield both[len(before) :]
+        context_ids, both = _ids(context, tokenizer), _ids(context + text, tokenizer)
+        if both[: len(context_ids)] == context_ids:
+            yield both[len(context_ids) :]

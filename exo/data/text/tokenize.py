@@ -1,50 +1,52 @@
 """Tokenize prompts and completions, in one place for every stage, within the limits on their lengths.
 
-A prompt has the tokens that sampling sees, and a completion those that it has after its prompt (subwords). Chat
-messages are rendered by the chat template (chat), which also says how a completion ends; a plain completion ends with
-the tokenizer's end of sequence. Left out: batches (packing).
+A prompt has the tokens that sampling sees, and a completion those that it has after its prompt (subwords). The chat
+template renders chat messages and sets how a completion ends (chat_template); a plain completion ends with the
+tokenizer's end of sequence.
 """
 
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from exo.data import Chat, DataError, Dataset, Example
 from exo.data.text import chat_template, subwords
 from exo.data.text.limits import STUMP, Limits, fit, is_stump, last_of
 from exo.data.text.subwords import BoundaryError
 
-CHECKED = 8  # rows at the beginning of a run whose tokens are checked against those of the whole text
+CHECKED = 8  # first rows of a run, whose tokens are checked against those of prompt and completion as one text
 _ENDS = re.compile(r"end|eot|eos|eom|^</s>$", re.IGNORECASE)
 REFUSED = "rows dropped: the tokenizer or its chat template refuses them"
-MOST_MUTILATED = 0.05  # share of the rows
+MAX_STUMPS = 0.05  # share of the rows
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One prompt and its completions as tokens; `line` is where it stood in its file."""
+    """A prompt and its completions as token ids; `line` is that of its file."""
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
     rewards: tuple[float, ...] | None
     line: int
-    ref_logps: tuple[float, ...] | None = None  # fp64 sums, once they are known
+    ref_logps: tuple[float, ...] | None = None  # fp64 sums; None before the reference scores them
+    label: int | None = None  # of a text: `prompt` has its tokens, and the one completion the end of sequence
 
     @property
     def longest(self) -> int:
-        return len(self.prompt) + max(map(len, self.completions))
+        """Tokens of the prompt and the longest completion."""
+        return len(self.prompt) + max(map(len, self.completions), default=0)
 
 
 def factor_prefix(example: TokenizedExample) -> TokenizedExample:
     """Move the tokens that all completions begin with to the prompt; each completion keeps at least one.
 
-    No loss of theirs changes, nor its gradient, because what all completions share cancels. Sums of log-probs do
-    change, so a group whose reference log-probs are known stays as it is: they are of whole completions.
+    Neither the loss nor its gradient changes, because tokens that all completions share cancel. Sums of log-probs do
+    change, so an example that has reference log-probs, which are of complete completions, is returned unchanged.
     """
     answers = example.completions
     most = min(map(len, answers)) - 1
@@ -55,7 +57,7 @@ def factor_prefix(example: TokenizedExample) -> TokenizedExample:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return what token ids mean as 16 hex digits, equal for tokenizers that name all tokens alike.
+    """Return a hash of the vocabulary as 16 hex digits, equal for tokenizers that name all tokens alike.
 
     Hashing a large vocabulary takes most of a second, so the tokenizer keeps the result until tokens are added.
     """
@@ -73,48 +75,44 @@ def encode(
     limits: Limits,
     path: str,
     *,
-    foreign: Literal["refuse", "text"] = "refuse",
+    retokenize: bool = False,
     skip_invalid: bool = False,
     strict: bool = True,
 ) -> tuple[list[TokenizedExample], Counter[str]]:
-    """Return the groups as tokens within the limits, and counts by reason of rows that were cut, skipped or noted.
+    """Return the examples as tokens within the limits, and counts by reason of rows that were cut, skipped or noted.
 
-    Sampled completions keep the tokens that they were sampled as. `foreign` says what to do with samples of another
-    tokenizer: a policy refuses them; a reward model ("text") reads their text, and ends every sample that ended as it
-    was trained to see an end. DataError names `path` and the line of a row that cannot be encoded; with `skip_invalid`
-    such rows are counted. If `strict`, DataError when more than 5% of the rows keep only a stump of their prompt.
+    Sampled completions keep the token ids that they were sampled as, and samples of another tokenizer are refused. If
+    `retokenize`, for a reward model, those are tokenized from their text, and every sample that ended gets the end that
+    training gives a completion. DataError names `path` and the line of a row that cannot be encoded; with
+    `skip_invalid` such rows are counted. If `strict`, DataError if more than 5% of the rows keep only a stump of their
+    prompt.
     """
     counts: Counter[str] = Counter()
-    encoder = _Encoder(tokenizer, foreign, counts)
+    encoder = _Encoder(tokenizer, retokenize, counts)
     encoded = []
     rows = 0
     stumps = f"rows that keep fewer than {STUMP} tokens or a quarter of their prompt"
-    for example in examples:
+    for example, row in encoder.rows(examples, path, skip_invalid):
         rows += 1
-        place = example.place(path)
-        try:
-            prompt, completions = encoder.encode(example, check=rows <= CHECKED)
-        except (DataError, BoundaryError) as error:
-            if not skip_invalid:
-                raise DataError(f"{place}: {error}") from None
-            counts[REFUSED] += 1
+        if row is None:
             continue
+        prompt, completions = row
         if example.tokens is None and len(completions) > 1 and all(ids == completions[0] for ids in completions):
             counts["rows dropped: completions identical as tokens"] += 1
             continue
-        fitted = fit(prompt, completions, _bos_of(prompt, tokenizer), limits, place, counts)
+        fitted = fit(prompt, completions, _bos_of(prompt, tokenizer), limits, example.place(path), counts)
         if fitted is None:
             continue
         if limits.max_prompt_length is None and is_stump(len(fitted[0]), len(prompt)):
             counts[stumps] += 1
-        known = example.ref_logps
-        if known is not None and fitted != (tuple(prompt), tuple(map(tuple, completions))):
+        ref_logps = example.ref_logps
+        if ref_logps is not None and fitted != (tuple(prompt), tuple(map(tuple, completions))):
             counts["rows cut, so that their log-probs of a reference are of other tokens and not used"] += 1
-            known = None
-        encoded.append(TokenizedExample(*fitted, example.rewards, example.line, known))
-    if strict and counts[stumps] > MOST_MUTILATED * rows:
+            ref_logps = None
+        encoded.append(TokenizedExample(*fitted, example.rewards, example.line, ref_logps, example.label))
+    if strict and counts[stumps] > MAX_STUMPS * rows:
         raise DataError(
-            f"{path}: {counts[stumps]:,} of {rows:,} rows, more than {MOST_MUTILATED:.0%}, keep fewer than {STUMP} "
+            f"{path}: {counts[stumps]:,} of {rows:,} rows, more than {MAX_STUMPS:.0%}, keep fewer than {STUMP} "
             "tokens or a quarter of their prompt; raise --max_length, or set --max_prompt_length"
         )
     return encoded, +counts
@@ -129,37 +127,27 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
 def refused(
     examples: Sequence[Example], tokenizer: Any, path: str, *, skip_invalid: bool
 ) -> tuple[frozenset[int], Counter[str]]:
-    """Return the places of rows that the tokenizer or its chat template refuses, and their count.
+    """Return the indices of rows that the tokenizer or its chat template refuses, and their count.
 
-    DataError names the first of them, unless `skip_invalid`. For stages whose rows have to be known before their work.
+    DataError names the first of them, unless `skip_invalid`. For stages that must know their rows before they start.
     """
-    counts: Counter[str] = Counter()
-    encoder = _Encoder(tokenizer, "text", Counter())
-    places = set()
-    for i, example in enumerate(examples):
-        try:
-            encoder.encode(example, check=i < CHECKED)
-        except (DataError, BoundaryError) as error:
-            if not skip_invalid:
-                raise DataError(f"{example.place(path)}: {error}") from None
-            places.add(i)
-    if places:
-        counts[REFUSED] = len(places)
-    return frozenset(places), counts
+    rows = _Encoder(tokenizer, True, Counter()).rows(examples, path, skip_invalid)
+    indices = frozenset(i for i, (_, row) in enumerate(rows) if row is None)
+    return indices, Counter({REFUSED: len(indices)} if indices else {})
 
 
 def usable_prompts(dataset: Dataset, tokenizer: Any, *, skip_invalid: bool) -> tuple[list[Example], Counter[str]]:
     """Return the rows whose prompts can be rendered, and the count of the others; see `refused`."""
     prompts = [replace(example, completions=(), tokens=None) for example in dataset.examples]
-    places, counts = refused(prompts, tokenizer, dataset.path, skip_invalid=skip_invalid)
-    usable = [example for i, example in enumerate(dataset.examples) if i not in places]
+    indices, counts = refused(prompts, tokenizer, dataset.path, skip_invalid=skip_invalid)
+    usable = [example for i, example in enumerate(dataset.examples) if i not in indices]
     if not usable:
         raise DataError(f"{dataset.path}: no prompt is left")
     return usable, counts
 
 
 def sampled_prompts(prompts: Iterable[str], tokenizer: Any, most: int) -> tuple[list[list[int]], Counter[str]]:
-    """Return the tokens of prompts, their last `most`, and counts of those that were cut."""
+    """Return the last `most` tokens of each prompt, and counts of the prompts that were cut."""
     counts: Counter[str] = Counter()
     renderer = chat_template.Renderer(tokenizer)
     cut = []
@@ -190,7 +178,7 @@ def _prompt(prompt: str, tokenizer: Any, renderer: chat_template.Renderer) -> _P
         return _Prompt(text, [], subwords.text_ids(text, tokenizer))
     bos, text = tokenizer.bos_token_id, str.__str__(prompt)
     spelled = bos is not None and bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    while spelled and text.startswith(tokenizer.bos_token):  # a text that was rendered before has its BOS already
+    while spelled and text.startswith(tokenizer.bos_token):  # a text that was rendered already has its BOS
         text = text.removeprefix(tokenizer.bos_token)
     start = [bos] if spelled or tokenizer("a")["input_ids"][:1] == [bos] else []
     ids = subwords.text_ids(text, tokenizer)
@@ -206,8 +194,8 @@ def _bos_of(prompt: list[int], tokenizer: Any) -> int:
 def special_ids(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
     """Return the special tokens that a text can spell out, and those of them that end it.
 
-    These are the end of sequence and the tokens that are named like one (<|eot_id|>, <|im_end|>, <|endoftext|>): a text
-    that was rendered before ends with the token of its own template.
+    The latter are the end of sequence and the tokens that are named like one (<|eot_id|>, <|im_end|>, <|endoftext|>),
+    because a text that was rendered already ends with the token of its template.
     """
     special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     special.pop(tokenizer.unk_token_id, None)
@@ -218,14 +206,32 @@ def special_ids(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
 class _Encoder:
     """Tokenizes prompts and completions for one call of `encode`."""
 
-    def __init__(self, tokenizer: Any, foreign: Literal["refuse", "text"], counts: Counter[str]) -> None:
-        self.tokenizer, self.foreign, self.counts = tokenizer, foreign, counts
+    def __init__(self, tokenizer: Any, retokenize: bool, counts: Counter[str]) -> None:
+        self.tokenizer, self.retokenize, self.counts = tokenizer, retokenize, counts
         self.renderer = chat_template.Renderer(tokenizer)
         self.special, self.ends = special_ids(tokenizer)
         self.last: tuple[str | None, _Prompt] = None, _Prompt("", [], [])  # rows that follow each other may share one
 
+    def rows(
+        self, examples: Iterable[Example], path: str, skip_invalid: bool
+    ) -> Iterator[tuple[Example, tuple[list[int], list[list[int]]] | None]]:
+        """Yield each example with its tokens; DataError, or None and a count, for one that is refused."""
+        for i, example in enumerate(examples):
+            try:
+                yield example, self.encode(example, check=i < CHECKED)
+            except (DataError, BoundaryError) as error:
+                if not skip_invalid:
+                    raise DataError(f"{example.place(path)}: {error}") from None
+                self.counts[REFUSED] += 1
+                yield example, None
+
     def encode(self, example: Example, *, check: bool) -> tuple[list[int], list[list[int]]]:
-        """Return the tokens of a prompt and of its completions, each with its end."""
+        """Return the tokens of a prompt and of its completions, each with its end.
+
+        A text with a label becomes the prompt, because a limit cuts it on the left; its completion is the end alone.
+        """
+        if example.label is not None:
+            example = replace(example, prompt=example.completions[0], completions=("",), label=None)
         if self.last[0] is not example.prompt:
             self.last = example.prompt, _prompt(example.prompt, self.tokenizer, self.renderer)
         prompt = self.last[1]
@@ -235,7 +241,7 @@ class _Encoder:
         tokens = example.tokens
         if tokens is None:
             completions = [self._ended(example.prompt, prompt, answer, check) for answer in example.completions]
-        elif self.foreign == "refuse":
+        elif not self.retokenize:
             if tokens.tokenizer != tokenizer_hash(self.tokenizer):
                 raise DataError(
                     f"token ids of another tokenizer ({tokens.tokenizer}, the model's is "
@@ -264,7 +270,7 @@ class _Encoder:
         if end_at == len(ids):
             return [*ids, self.tokenizer.eos_token_id]
         if ids[end_at] != self.tokenizer.eos_token_id:
-            self.counts["completions that end with a special token of their own instead of the end of sequence"] += 1
+            self.counts["completions that end with another special token instead of the end of sequence"] += 1
         return ids[: end_at + 1]
 
     @cached_property
@@ -272,7 +278,7 @@ class _Encoder:
         return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends)))
 
     def _sampled(self, example: Example, prompt: _Prompt, i: int) -> list[int]:
-        """Return a sampled completion for a reward model, with the end that its training gives a completion."""
+        """Return a sampled completion for a reward model, with the end that training gives a completion."""
         tokens, text = example.tokens, example.completions[i]
         assert tokens is not None
         finished, end = tokens.finish[i] == "eos", self.tokenizer.eos_token_id

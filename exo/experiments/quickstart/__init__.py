@@ -1,11 +1,11 @@
-"""A controlled-generation task made by the program: short reviews, a judge of their sentiment.
+"""A generated task: short reviews, and a scorer of their sentiment.
 
-prompts("train"), prompts("test")     openings of reviews; the test ones never reach training
+prompts("train"), prompts("test")     openings of reviews; those of test are never trained on
 corpus(n, seed)                       (prompt, continuation) pairs of mixed sentiment
-vocabulary()                          every word that can occur
+vocabulary()                          all words of reviews
 score(text)                           the reward: sentiment in log-odds, between -6 and 6
-reward(prompt, continuation)          the same, as `--oracle exo.experiments.quickstart:reward` takes it
-explain(text)                         the claims that a score is made of
+reward(prompt, continuation)          the same, for `--oracle exo.experiments.quickstart:reward`
+explain(text)                         the claims whose weights make up the score
 """
 
 from exo.experiments.quickstart.grammar import corpus, prompts, vocabulary
@@ -15,5 +15,5 @@ __all__ = ["corpus", "explain", "prompts", "reward", "score", "vocabulary"]
 
 
 def reward(prompt: str, continuation: str) -> float:
-    """Sentiment of the whole review."""
+    """Return the sentiment of a review."""
     return score(f"{prompt} {continuation}")

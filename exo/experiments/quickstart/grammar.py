@@ -1,11 +1,10 @@
-"""The texts of the quickstart: reviews of films, restaurants, hotels and books, from a grammar.
+"""Generate the texts of the quickstart: reviews of films, restaurants, hotels and books, from a grammar.
 
     prompt          the thriller we watched on friday
     continuation    was not bad , but the script felt rather wooden . i liked it .
 
-Lower case, words and punctuation separated by single blanks, 12 to 24 words in all. A review is in
-a good, a bad or a mixed mood, so that the corpus praises as much as it blames; alignment changes
-which. Leaves out agreement in number: every subject is singular.
+Lower case, words and punctuation separated by single blanks, 12 to 24 words in all. A review has a good, a bad or a
+mixed mood, and the corpus praises as often as it blames; alignment changes that. Every subject is singular.
 """
 
 import random
@@ -41,12 +40,12 @@ BLAME = (
 
 
 class Domain(NamedTuple):
-    """What reviews of one kind of thing talk about."""
+    """The words of reviews of one kind of thing."""
 
     things: tuple[str, ...]
     verbs: tuple[str, ...]
     aspects: tuple[str, ...]
-    adjectives: tuple[str, ...]  # of these aspects, of either sign: the oracle knows which
+    adjectives: tuple[str, ...]  # of these aspects, of both signs, which the oracle knows
     asides: tuple[str, ...]  # sentences that claim nothing
 
 
@@ -81,14 +80,14 @@ DOMAINS = (
     ),
 )
 _DOMAIN_OF = {thing: domain for domain in DOMAINS for thing in domain.things}
-# What the domains do not claim for themselves is said of anything.
+# Adjectives of no domain fit any subject.
 _GENERAL = ADJECTIVES.keys() - {word for domain in DOMAINS for word in domain.adjectives}
 GOOD = tuple(word for word in ADJECTIVES if word in _GENERAL and ADJECTIVES[word] > 0)
 BAD = tuple(word for word in ADJECTIVES if word in _GENERAL and ADJECTIVES[word] < 0)
 
 
 def prompts(split: Literal["train", "test"]) -> list[str]:
-    """Openings of reviews. Those of the two splits differ; their words do not."""
+    """Return openings of reviews. The splits share no opening, but their words are the same."""
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     drawn = random.Random(0).sample(_all_prompts(), TRAIN_PROMPTS + TEST_PROMPTS)
@@ -96,24 +95,15 @@ def prompts(split: Literal["train", "test"]) -> list[str]:
 
 
 def corpus(n: int, seed: int) -> list[tuple[str, str]]:
-    """`n` pairs (prompt, continuation), to be joined by a blank; the prompts are training ones."""
+    """Return `n` pairs (prompt, continuation), which a blank joins; the prompts are of the train split."""
     rng = random.Random(seed)
     openings = prompts("train")
     return [(opening, _continuation(rng, opening)) for opening in rng.choices(openings, k=n)]
 
 
 def vocabulary() -> list[str]:
-    """Every word and punctuation mark that a review can hold, sorted."""
-    phrases = [
-        *_all_prompts(),
-        *COPULAS,
-        *ADVERBS,
-        *GOOD,
-        *BAD,
-        *PRAISE,
-        *BLAME,
-        "the not and but , .",
-    ]
+    """Return all words and punctuation marks of reviews, sorted."""
+    phrases = [*_all_prompts(), *COPULAS, *ADVERBS, *GOOD, *BAD, *PRAISE, *BLAME, "the not and but , ."]
     for domain in DOMAINS:
         phrases += [*domain.aspects, *domain.adjectives, *domain.asides]
     return sorted({word for phrase in phrases for word in phrase.split()})
@@ -140,7 +130,7 @@ def _continuation(rng: random.Random, opening: str) -> str:
 
 
 def _review(rng: random.Random, domain: Domain) -> str:
-    """A claim about the thing, claims about one to three of its aspects, an aside, a verdict."""
+    """Return a claim about the thing, claims about one to three of its aspects, an aside and a verdict."""
     praise = rng.choice((1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.5))  # the mood: how likely a claim is to praise
     aspects = rng.sample(domain.aspects, k=3)
     good = _chance(rng, praise)
@@ -162,18 +152,18 @@ def _review(rng: random.Random, domain: Domain) -> str:
     return text
 
 
-def _linked(rng: random.Random, domain: Domain, aspect: str, praise: float, before: bool, comma: str) -> str:
+def _linked(rng: random.Random, domain: Domain, aspect: str, praise: float, previous_good: bool, comma: str) -> str:
     good = _chance(rng, praise)
-    link = "and" if good == before else "but"
+    link = "and" if good == previous_good else "but"
     return f"{comma} {link} the {aspect} {_claim(rng, good, domain.adjectives)}"
 
 
-def _claim(rng: random.Random, good: bool, own: tuple[str, ...] = ()) -> str:
-    """`was rather dull`, or the same by denying the opposite: `was not very good`."""
+def _claim(rng: random.Random, good: bool, adjectives: tuple[str, ...] = ()) -> str:
+    """Return a claim such as `was rather dull`, or one that denies the opposite: `was not very good`."""
     denied = _chance(rng, 0.08)
-    wanted = good != denied
-    special = [word for word in own if (ADJECTIVES[word] > 0) == wanted]
-    choices = special if special and _chance(rng, 0.4) else GOOD if wanted else BAD
+    positive = good != denied
+    special = [word for word in adjectives if (ADJECTIVES[word] > 0) == positive]
+    choices = special if special and _chance(rng, 0.4) else GOOD if positive else BAD
     adverb = f"{rng.choice(ADVERBS)} " if _chance(rng, 0.4) else ""
     return f"{rng.choice(COPULAS)} {'not ' if denied else ''}{adverb}{rng.choice(choices)}"
 

@@ -1,15 +1,14 @@
-"""The judge of the quickstart: sentiment of a review in log-odds, by rules that can be read.
+"""Score the sentiment of a review of the quickstart, in log-odds, by rules.
 
-A text is worth what it claims. A claim is a subject with a verdict, in one of two forms,
+A text is worth the sum of its claims. A claim is a subject with a verdict, in one of two forms,
 
-    <subject> was|seemed|felt [not] [adverb] <adjective>       up to a comma, full stop, and, but
+    <subject> was|seemed|felt [not] [adverb] <adjective>       up to a comma, full stop, "and" or "but"
     i|we [would|did] [not] [adverb] <verb> it
 
-worth the weight of its adjective or verb, times the adverb's, times -0.75 behind a negation.
-A subject counts once and so does a word, both where they come first: saying it again adds nothing.
-Words outside a claim count nothing, so a heap of praise that is no sentence earns no praise.
-The sum is squashed into (-6, 6): one more superlative in a glowing review moves it little.
-Leaves out everything else: it is a reward for a demonstration, no model of language.
+and is worth the weight of its adjective or verb, times that of the adverb, times -0.75 after a negation. Only the first
+claim of a subject counts, and only the first use of a word, so repetition adds nothing. Words outside a claim count
+nothing, so a list of praising words earns nothing. The sum is squashed into (-6, 6): one more superlative in a glowing
+review changes it little.
 """
 
 import math
@@ -63,24 +62,24 @@ _FORMS = (
 
 
 class Claim(NamedTuple):
-    """One claim of a text and what it adds to the sum, in log-odds."""
+    """A claim of a text, and its weight in the sum, in log-odds."""
 
     words: str
     weight: float
 
 
 def score(text: str) -> float:
-    """Sentiment of a text in log-odds, between -6 and 6; 0 for a text that claims nothing."""
+    """Return the sentiment of a text in log-odds, between -6 and 6; 0 for a text without claims."""
     return BOUND * math.tanh(sum(claim.weight for claim in explain(text)) / BOUND)
 
 
 def explain(text: str) -> list[Claim]:
-    """The claims that count, in the order of the text."""
+    """Return the claims that count, in the order of the text."""
     text = " ".join(text.lower().split())
-    found = sorted((m for form in _FORMS for m in form.finditer(text)), key=lambda m: m.start())
+    matches = sorted((m for form in _FORMS for m in form.finditer(text)), key=lambda m: m.start())
     claims: list[Claim] = []
     seen: set[str] = set()
-    for match in found:
+    for match in matches:
         subject, word = match["subject"].strip(), match["word"]
         if not {subject, word} & seen:
             claims.append(Claim(match[0], _weight(word, match["adverb"], match["negation"])))

@@ -1,73 +1,53 @@
-"""Preferences of people, and scored completions, whatever their format: texts to imitate are the chosen completions.
+"""Prepare preferences and scored completions of any format; the texts to imitate are the chosen completions.
 
-The source is a file, a hub name, or a directory: of shards, or with train.*, test.* (or valid.*) and prompts.*, the
-last two if there are any. Without a test part some prompts are held out; without prompts.* the prompts of the
-preferences are sampled for. Of scored completions the best of a row is chosen, the worst rejected.
+The source is a file, a hub name or a directory: of shards, or with train.*, and perhaps test.* (or valid.*) and
+prompts.*. Without a test part, some prompts are held out. Without prompts.*, the prompts to sample for are those of the
+preferences. Of scored completions, the best of a row is chosen and the worst is rejected.
 """
 
 from pathlib import Path
 
 from exo.cli import console
 from exo.data import DataError, Example, transforms
-from exo.data.split import Texts
-from exo.experiments.tasks.source import (
-    Files,
-    TaskRequest,
-    drop_seen,
-    files_named,
-    hold_out,
-    lines,
-    read,
-    source_parts,
-    subsample,
-)
+from exo.experiments.tasks import source
+from exo.experiments.tasks.source import Files, TaskRequest, lines
 
 
-def preferences(wanted: TaskRequest) -> Files:
-    found = source_parts(wanted.source)
-    train, test = (subsample(_pairs(paths, wanted), wanted) for paths in found)
+def preferences(request: TaskRequest) -> Files:
+    parts = source.source_parts(request.source)
+    train, test = (source.subsample(_pairs(paths, request), request) for paths in parts)
     if not train:
-        raise DataError(f"{wanted.source}: expected a row with a best and a worst completion; found none")
-    if not found.test:
-        train, test = hold_out(train, _texts, wanted.seed)
-    test = drop_seen(test, set(map(_prompt, train)), _prompt)
-    held_out = set(map(_prompt, test))
-    prompts = [prompt for prompt in _prompts(wanted, train) if prompt not in held_out]
+        raise DataError(f"{request.source}: expected a row with a best and a worst completion; found none")
+    if not parts.test:
+        train, test = source.hold_out(train, request.seed)
+    test = source.drop_seen(test, {pair.prompt for pair in train}, lambda pair: pair.prompt)
+    test_prompts = {pair.prompt for pair in test}
+    prompts = [prompt for prompt in _prompts(request, train) if prompt not in test_prompts]
     if not prompts:
-        raise DataError(f"{wanted.source}: expected two prompts at least, one to train on and one to hold out")
+        raise DataError(f"{request.source}: expected two prompts at least, one to train on and one to hold out")
+    imitated = dict.fromkeys((pair.prompt, pair.completions[0]) for pair in train)
     return {
-        "sft.jsonl": lines({"prompt": p, "completion": c} for p, c in dict.fromkeys(map(_chosen, train))),
+        "sft.jsonl": lines({"prompt": p, "completion": c} for p, c in imitated),
         "prompts.jsonl": lines({"prompt": p} for p in prompts),
-        "test.jsonl": lines({"prompt": p, "chosen": c} for p, c in map(_chosen, test)),
+        "test.jsonl": lines({"prompt": pair.prompt, "chosen": pair.completions[0]} for pair in test),
         "pairs.jsonl": lines(
-            {"prompt": g.prompt, "chosen": g.completions[0], "rejected": g.completions[1]} for g in train
+            {"prompt": pair.prompt, "chosen": pair.completions[0], "rejected": pair.completions[1]} for pair in train
         ),
     }
 
 
-def _pairs(paths: list[str], wanted: TaskRequest) -> list[Example]:
-    examples = [example for dataset in read(paths, "comparisons", wanted) for example in dataset.examples]
+def _pairs(paths: list[str], request: TaskRequest) -> list[Example]:
+    examples = [example for dataset in source.read(paths, "comparisons", request) for example in dataset.examples]
     pairs, counts = transforms.to_pairs(examples)
     console.counts(counts)
     return pairs
 
 
-def _prompts(wanted: TaskRequest, train: list[Example]) -> list[str]:
-    place = Path(wanted.source)
-    own = files_named(place, "prompts") if place.is_dir() else []
-    if not own:
-        return list(dict.fromkeys(map(_prompt, train)))
-    examples = [example for dataset in read(own, "prompts", wanted) for example in dataset.examples]
-    return list(dict.fromkeys(map(_prompt, subsample(examples, wanted))))
-
-
-def _prompt(example: Example) -> str:
-    return example.prompt
-
-
-def _texts(example: Example) -> Texts:
-    return Texts(example.prompt, example.completions)
-
-
-def _chosen(example: Example) -> tuple[str, str]:
-    return example.prompt, example.completions[0]
+def _prompts(request: TaskRequest, train: list[Example]) -> list[str]:
+    """Return the prompts to sample for: of prompts.*, or else of the preferences."""
+    directory = Path(request.source)
+    examples = train
+    if paths := source.files_named(directory, "prompts") if directory.is_dir() else []:
+        datasets = source.read(paths, "prompts", request)
+        examples = source.subsample((example for dataset in datasets for example in dataset.examples), request)
+    return list(dict.fromkeys(example.prompt for example in examples))

@@ -1,19 +1,17 @@
-"""The task of the quickstart: made-up reviews from a grammar, and a small model that knows its words."""
+"""Prepare the quickstart: reviews from a grammar, and a small model that knows its words."""
 
 from pathlib import Path
 
 from exo import models
 from exo.experiments.quickstart import corpus, prompts, vocabulary
-from exo.experiments.tasks.source import Files, TaskRequest, lines
+from exo.experiments.tasks.source import Files, TaskRequest, lines, model_files
 
 
-def quickstart(wanted: TaskRequest) -> Files:
+def quickstart(request: TaskRequest) -> Files:
     def base(directory: Path) -> int:
-        model, tokenizer = models.word_level(vocabulary(), seed=wanted.seed)
-        models.save(model, tokenizer, directory)
-        return models.parameter_count(model)
+        return model_files(*models.word_level(vocabulary(), seed=request.seed), directory)
 
-    texts = corpus(wanted.rows or 8192, seed=wanted.seed)
+    texts = corpus(request.rows or 8192, seed=request.seed)
     return {
         "sft.jsonl": lines({"prompt": p, "completion": f" {text}"} for p, text in texts),
         "prompts.jsonl": lines({"prompt": p} for p in prompts("train")),

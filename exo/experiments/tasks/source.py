@@ -1,4 +1,4 @@
-"""What tasks share: where the parts of a source are, what is held out where there is one part, how rows are written."""
+"""Read the source of a task, hold out a part of it, and write rows: what tasks have in common."""
 
 import random
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
@@ -6,99 +6,99 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from exo import data
+from exo import data, models
 from exo.cli import console
 from exo.cli.paths import DATA_SUFFIXES
 from exo.data import Dataset, Purpose, split
 from exo.data.sources.tables import hub_name
-from exo.data.split import Texts
+from exo.data.split import HasTexts
 
 T = TypeVar("T")
-Files = dict[str, Callable[[Path], int]]
+R = TypeVar("R", bound=HasTexts)
+Files = dict[str, Callable[[Path], int]]  # by name: a function that writes the file and returns its rows
 
-HELD_OUT, AT_MOST = 0.1, 1000  # prompts held out of a source that has no test part
+HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share and number of prompts that are held out of a source without a test part
 
 
 class TaskRequest(NamedTuple):
-    """What is asked of a task."""
+    """The arguments of a task."""
 
     source: str
-    rows: int | None = None  # at most so many of each part of the source
+    rows: int | None = None  # use at most this many rows of each part of the source
     seed: int = 0
-    tokenizer: str | None = None  # a model's, where texts are cut by tokens
+    tokenizer: str | None = None  # the model whose tokens cut the texts
     reading: Mapping[str, Any] = {}  # options of data.read
 
 
 class Parts(NamedTuple):
-    """What to read of a source."""
+    """The paths of a source, by part."""
 
     train: list[str]
-    test: list[str]  # none: to be held out of train
+    test: list[str]  # empty if test rows are to be held out of train
 
 
 def lines(rows: Iterable[Mapping[str, object]]) -> Callable[[Path], int]:
+    """Return a function that writes the rows to a JSONL file."""
     return partial(data.write_jsonl, rows=rows)
 
 
+def model_files(model: Any, tokenizer: Any, directory: Path) -> int:
+    """Write a model directory and return the number of parameters."""
+    models.save(model, tokenizer, directory)
+    return models.parameter_count(model)
+
+
 def source_parts(source: str) -> Parts:
-    """Of a directory, the files that are named for a part; of a hub name, its splits; a file has one part."""
-    place = Path(source)
-    if place.is_dir() and (train := files_named(place, "train")):
-        return Parts(train, files_named(place, "test") or files_named(place, "valid"))
-    if not place.exists() and (hub := hub_name(source)) and "@" not in source:
+    """Return the parts of a source: files of a directory, by name; splits of a hub name; a file is all train."""
+    path = Path(source)
+    if path.is_dir() and (train := files_named(path, "train")):
+        return Parts(train, files_named(path, "test") or files_named(path, "valid"))
+    if not path.exists() and (hub := hub_name(source)) and "@" not in source:
         return Parts([f"{source}@{hub.split}"], [f"{source}@test"])
     return Parts([source], [])
 
 
-def files_named(directory: Path, beginning: str) -> list[str]:
-    """The data files of a directory whose names begin so: train.jsonl, or train-00000-of-00002.parquet."""
-    found = (
-        f for f in directory.iterdir() if f.name.startswith(beginning) and f.suffix in DATA_SUFFIXES and f.is_file()
-    )
-    return sorted(map(str, found))
+def files_named(directory: Path, prefix: str) -> list[str]:
+    """Return the data files of a directory with a prefix: train.jsonl, or train-00000-of-00002.parquet."""
+    files = (f for f in directory.iterdir() if f.name.startswith(prefix) and f.suffix in DATA_SUFFIXES and f.is_file())
+    return sorted(map(str, files))
 
 
-def read(paths: Sequence[str], purpose: Purpose, wanted: TaskRequest) -> list[Dataset]:
-    """Each with its account of the rows printed."""
-    found = [data.read(path, purpose=purpose, **wanted.reading) for path in paths]
-    for dataset in found:
+def read(paths: Sequence[str], purpose: Purpose, request: TaskRequest) -> list[Dataset]:
+    """Read the paths and print a summary of each."""
+    datasets = [data.read(path, purpose=purpose, **request.reading) for path in paths]
+    for dataset in datasets:
         console.log(dataset.summary())
-    return found
+    return datasets
 
 
-def subsample(items: Iterable[T], wanted: TaskRequest) -> list[T]:
-    """In an order of chance, since files are sorted by label or date; no more than are wanted."""
+def subsample(items: Iterable[T], request: TaskRequest) -> list[T]:
+    """Shuffle the items, because files are sorted by label or date, and return at most the requested number."""
     shuffled = list(items)
-    random.Random(wanted.seed).shuffle(shuffled)
-    return shuffled[: wanted.rows]
+    random.Random(request.seed).shuffle(shuffled)
+    return shuffled[: request.rows]
 
 
-def hold_out(items: Sequence[T], texts: Callable[[T], Texts], seed: int) -> tuple[list[T], list[T]]:
-    """(to train on, held out): none of the texts held out is trained on."""
-    rows = list(map(texts, items))
-    names = dict.fromkeys(row.name for row in rows)
-    if len(names) < 2:
+def hold_out(rows: Sequence[R], seed: int) -> tuple[list[R], list[R]]:
+    """Return (rows to train on, held-out rows); no text of a held-out row is trained on."""
+    if len(set(map(split.row_name, rows))) < 2:
         raise data.DataError("the source: expected two prompts at least, one to train on and one to hold out")
-    found = split.hold_out(rows, names, min(AT_MOST, max(1, round(HELD_OUT * len(names)))), seed)
-    if found.shared:
-        console.warn(found.warning("the source"))
-    train, held_out = (
-        [item for i, item in enumerate(items) if (i in found.held_out) == held] for held in (False, True)
-    )
-    return train, held_out
+    chosen = split.hold_out(rows, HELD_OUT, seed, "the source", at_most=MOST_HELD_OUT, sort=False)
+    train, test = ([row for i, row in enumerate(rows) if (i in chosen) == is_held_out] for is_held_out in (False, True))
+    return train, test
 
 
-def drop_seen(test: Iterable[T], trained: Collection[Hashable], prompt: Callable[[T], Hashable]) -> list[T]:
-    """Held-out rows, the first of each prompt, but for prompts that are trained on."""
-    found: dict[Hashable, T] = {}
+def drop_seen(test: Iterable[T], train_prompts: Collection[Hashable], prompt: Callable[[T], Hashable]) -> list[T]:
+    """Return the first test row of each prompt, without the prompts to train on."""
+    first: dict[Hashable, T] = {}
     rows = list(test)
-    for item in rows:
-        found.setdefault(prompt(item), item)
-    if more := len(rows) - len(found):
-        console.log(f"  {more:,} held-out rows left out: their prompt is another row's as well")
-    kept = [item for key, item in found.items() if key not in trained]
-    if lost := len(found) - len(kept):
-        console.log(f"  {lost:,} held-out prompts left out: they are trained on as well")
-    if not kept:
+    for row in rows:
+        first.setdefault(prompt(row), row)
+    if num_repeated := len(rows) - len(first):
+        console.log(f"  {num_repeated:,} held-out rows left out: another row has the same prompt")
+    unseen = [row for key, row in first.items() if key not in train_prompts]
+    if num_seen := len(first) - len(unseen):
+        console.log(f"  {num_seen:,} held-out prompts left out: they are trained on")
+    if not unseen:
         raise data.DataError("the source has no held-out prompt that is not trained on as well")
-    return kept
+    return unseen

@@ -1,8 +1,10 @@
-"""Summaries of Reddit posts, from two sources: preferences of people, and posts with their authors' own summaries.
+"""Prepare summaries of Reddit posts: preferences of people, and posts with the summaries of their authors.
 
 The source is the hub, or a directory with both as files or folders of files: comparisons.* (openai/
-summarize_from_feedback, comparisons) and sft.* (UCL-DARK/openai-tldr-filtered, train). Each comparison says itself of
-which split it is; validation serves as the test, as in the published scripts. Left out: news, which have no post.
+summarize_from_feedback, comparisons) and sft.* (UCL-DARK/openai-tldr-filtered, train). Each comparison names its split;
+validation is the test part, as in the published scripts.
+
+Left out: comparisons of news, which have no post.
 """
 
 from collections import Counter
@@ -26,21 +28,21 @@ class Pair(NamedTuple):
     rejected: str
 
 
-def tldr(wanted: TaskRequest) -> Files:
-    comparisons, texts = _sources(wanted.source)
+def tldr(request: TaskRequest) -> Files:
+    comparisons, texts = _sources(request.source)
     counts: Counter[str] = Counter()
-    found: dict[bool, list[Pair]] = {True: [], False: []}  # by whether it is trained on
+    pairs: dict[bool, list[Pair]] = {True: [], False: []}  # by whether the split is train
     for place, row in chain.from_iterable(map(read_rows, comparisons)):
         if pair := _pair(place, row, counts):
-            found[row["split"] == "train"].append(pair)
+            pairs[row["split"] == "train"].append(pair)
     imitated = [_text(place, row) for place, row in chain.from_iterable(map(read_rows, texts))]
     console.counts(counts)
-    train, test, imitated = subsample(found[True], wanted), subsample(found[False], wanted), subsample(imitated, wanted)
+    train, test = subsample(pairs[True], request), subsample(pairs[False], request)
+    imitated = subsample(imitated, request)
     if not (train and test):
-        raise DataError(f"{wanted.source}: expected comparisons of the splits train and valid; one of them has none")
-    test = drop_seen(
-        test, {pair.prompt for pair in train} | {prompt for prompt, _ in imitated}, lambda pair: pair.prompt
-    )
+        raise DataError(f"{request.source}: expected comparisons of the splits train and valid; one of them has none")
+    train_prompts = {pair.prompt for pair in train} | {prompt for prompt, _ in imitated}
+    test = drop_seen(test, train_prompts, lambda pair: pair.prompt)
     return {
         "sft.jsonl": lines({"prompt": p, "completion": c} for p, c in imitated),
         "prompts.jsonl": lines({"prompt": p} for p in dict.fromkeys(pair.prompt for pair in train)),
@@ -50,22 +52,23 @@ def tldr(wanted: TaskRequest) -> Files:
 
 
 def _sources(source: str) -> tuple[list[str], list[str]]:
-    place = Path(source)
-    if not place.exists() and source == HUB:
+    """Return the paths of the comparisons and of the texts."""
+    directory = Path(source)
+    if not directory.exists() and source == HUB:
         return [COMPARISONS], [TEXTS]
-    found = tuple(_inside(place, name) for name in ("comparisons", "sft"))
-    if not all(found):
+    comparisons, texts = (_paths(directory, name) for name in ("comparisons", "sft"))
+    if not (comparisons and texts):
         raise DataError(
             f"{source}: expected {HUB}, or a directory with comparisons.* and sft.* (.jsonl, .json, .gz or .parquet, "
             "or folders of them)"
         )
-    return found[0], found[1]
+    return comparisons, texts
 
 
-def _inside(place: Path, name: str) -> list[str]:
-    if (place / name).is_dir():
-        return [str(place / name)]
-    return files_named(place, name) if place.is_dir() else []
+def _paths(directory: Path, name: str) -> list[str]:
+    if (directory / name).is_dir():
+        return [str(directory / name)]
+    return files_named(directory, name) if directory.is_dir() else []
 
 
 def _prompt(post: dict[str, Any]) -> str:
@@ -73,18 +76,18 @@ def _prompt(post: dict[str, Any]) -> str:
 
 
 def _pair(place: str, row: dict[str, Any], counts: Counter[str]) -> Pair | None:
-    """The comparison, or nothing of one that is no use."""
+    """Return the pair of a comparison; None, which is counted, if it is of no use."""
     info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
     texts = [s.get("text") for s in summaries if isinstance(s, dict)] if isinstance(summaries, list) else []
     if isinstance(info, dict) and info.get("post") is None and isinstance(info.get("article"), str):
         counts["comparisons skipped: of news, not of a post"] += 1
         return None
-    whole = isinstance(info, dict) and _is_post(info) and isinstance(row.get("split"), str)
-    if not (whole and len(texts) == 2 and all(isinstance(t, str) for t in texts) and choice in (0, 1)):
+    has_post = isinstance(info, dict) and _is_post(info) and isinstance(row.get("split"), str)
+    if not (has_post and len(texts) == 2 and all(isinstance(t, str) for t in texts) and choice in (0, 1)):
         raise DataError(f"{place}: expected {_COMPARISON}")
     chosen, rejected = (" " + str(texts[i]).strip() for i in (int(choice), 1 - int(choice)))
     if chosen == rejected or not (chosen.strip() and rejected.strip()):
-        counts["comparisons skipped: a summary empty, or both the same"] += 1
+        counts["comparisons skipped: an empty summary, or two equal ones"] += 1
         return None
     return Pair(_prompt(row["info"]), chosen, rejected)
 

@@ -1,33 +1,33 @@
-"""Which layout a run takes: what was asked for, what the data gain by it, and whether the model bears it.
+"""Choose the batch layout and the attention implementation.
 
-A model that cannot have several texts in a row, or gives other log-probs there, is given padded rows instead, and the
-user is told. Left out: what the layouts are (packing), and masks (attention).
+A model that does not support several texts in a row, or computes other log-probs there, gets padded rows. The choice is
+printed with its reason.
 """
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from exo import models
 from exo.cli import console
+from exo.cli.options import SharePrompt
 from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed import gather
 from exo.models import logps as model_logps
-from exo.models.attention import masks
+from exo.models.attention import flash, masks
+from exo.models.attention.flex import attend
 
-SharePrompt = Literal["auto", "on", "off"]
-WORTH = 0.9  # of the padded tokens; with 0.90 to 0.94 of them a dense mask took 1.05 to 1.27 times as long
-DENSE = "a dense mask"  # under the attention that the model came with
-SAMPLE = 256  # groups that the saving is estimated on
-TRIED = 3  # groups that the model is tried on, the longest among them
+WORTH = 0.9  # share of the padded tokens; with 0.90 to 0.94, a dense mask took 1.05 to 1.27 times as long
+DENSE = "a dense mask"  # with the model's own attention implementation
+SAMPLE = 256  # examples on which the saving is estimated
+TRIED = 3  # examples on which the model is tried, the longest among them
 
 
 def choose_layout(
-    seeing: Sequence[Any],
+    models: Sequence[Any],
     examples: Sequence[TokenizedExample],
     accelerator: Accelerator,
     padded: Collator,
@@ -35,48 +35,48 @@ def choose_layout(
     temperature: float,
     dropout: bool = False,
 ) -> Collator:
-    """The layout for these groups, said aloud; the models that are to see them attend accordingly."""
-    own = [model.config._attn_implementation for model in seeing]
+    """Return the collator for these examples, print the choice, and set the models' attention implementation."""
+    implementations = [model.config._attn_implementation for model in models]
     flex = accelerator.device.type == "cuda" and not dropout
     other = padded._replace(layout="packed" if share == "off" else "shared")
     before, after = (_batch_size(examples, collator)[0] for collator in (padded, other._replace(one_row=True)))
     if (share == "off" and not flex) or (share == "auto" and after > WORTH * before):
         return padded
-    reason = next(filter(None, (masks.unsupported_reason(model.config) for model in seeing)), "")
+    reason = next(filter(None, (masks.unsupported_reason(model.config) for model in models)), "")
     for implementation in () if reason else _candidates(examples, padded, other, share, flex):
         tried = other._replace(one_row=implementation != DENSE)
         reasons = [
-            _mismatch(model, examples, accelerator, padded, tried, implementation, temperature) for model in seeing
+            _mismatch(model, examples, accelerator, padded, tried, implementation, temperature) for model in models
         ]
-        # what one process cannot have none takes, or they would wait for each other's micro-batches
+        # all ranks take the same layout, or they would wait for each other's micro-batches
         reason = next(filter(None, gather.all_gather_json(next(filter(None, reasons), ""), accelerator)), "")
         if not reason:
-            what = "a prompt stands once for all its completions" if share != "off" else "rows are packed"
+            what = "each prompt is encoded once for all its completions" if share != "off" else "rows are packed"
             console.log(f"{what} ({implementation}): {before / after:.2f} times fewer tokens than padded")
             return tried
-        for model, before_it in zip(seeing, own, strict=True):
-            models.attend(model, before_it)
-        console.log(f"  {implementation} cannot be had: {reason}")
-    console.log(f"rows are padded, one a completion: {reason}")
+        for model, previous in zip(models, implementations, strict=True):
+            attend(model, previous)
+        console.log(f"  {implementation} attention is not available: {reason}")
+    console.log(f"rows are padded, one per completion: {reason}")
     return padded
 
 
 def _candidates(
     examples: Sequence[TokenizedExample], padded: Collator, other: Collator, share: SharePrompt, flex: bool
 ) -> Iterator[str]:
-    """Implementations of attention, the best first."""
+    """Yield attention implementations, the best first."""
     if flex and share == "off" and importlib.util.find_spec("flash_attn"):
-        yield masks.FLASH
+        yield flash.FLASH
     if flex:
         yield masks.FLEX
     yield masks.SEGMENTS
-    # a dense mask costs all pairs of tokens of a row, and a row holds several texts
+    # a dense mask costs all pairs of tokens in a row, and a row has several texts
     if share != "auto" or _batch_size(examples, other)[1] <= _batch_size(examples, padded)[1]:
         yield DENSE
 
 
 def _batch_size(examples: Sequence[TokenizedExample], collator: Collator) -> tuple[int, int]:
-    """(tokens, pairs of them that share a row) of the input."""
+    """Return the number of input tokens, and of pairs of tokens in one row."""
     shapes = []
     for part in collator.micro_batches(examples[:SAMPLE]):
         rows, width = collator.rows(part)
@@ -94,28 +94,28 @@ def _mismatch(
     implementation: str,
     temperature: float,
 ) -> str:
-    """Why the layout is not to be had: log-probs other than the padded rows', or an error; "" where they agree.
+    """Return why the layout does not work (an error, or log-probs unlike the padded rows'), or "".
 
-    The model attends by the implementation from then on.
+    The model keeps the attention implementation.
     """
     tried = sorted(examples, key=lambda example: -example.longest)
     tried = [tried[0], *tried[len(tried) // 2 :][: TRIED - 1]]
-    found = [model_logps.token_logps(model, tried, accelerator, padded, temperature)]
+    results = [model_logps.token_logps(model, tried, accelerator, padded, temperature)]
     try:
         if implementation != DENSE:
-            models.attend(model, implementation)
-        found.append(model_logps.token_logps(model, tried, accelerator, other, temperature))
+            attend(model, implementation)
+        results.append(model_logps.token_logps(model, tried, accelerator, other, temperature))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a model makes of a mask that it does not know
+    except Exception as error:  # models fail in many ways on a mask that they do not know
         what = str(error).splitlines()[0] if str(error) else ""
-        return f"{type(model).__name__} cannot have several texts in a row ({type(error).__name__}: {what})"
-    pairs = zip(*([row for example in logps for row in example] for logps in found), strict=True)
-    off = max(float((a - b).abs().max()) for a, b in pairs)
-    most = 6 * model_logps.TOKEN_NOISE[accelerator.mixed_precision] / temperature
-    if off <= most:
+        return f"{type(model).__name__} does not support several texts in a row ({type(error).__name__}: {what})"
+    pairs = zip(*([row for example in logps for row in example] for logps in results), strict=True)
+    difference = max(float((a - b).abs().max()) for a, b in pairs)
+    limit = 6 * model_logps.TOKEN_NOISE[accelerator.mixed_precision] / temperature
+    if difference <= limit:
         return ""
     return (
-        f"with several texts in a row {type(model).__name__} gives log-probs that differ by {off:.2g} nats, and "
-        f"{most:.1g} is the most that rounding does"
+        f"with several texts in a row, the log-probs of {type(model).__name__} differ by {difference:.2g} nats; "
+        f"rounding explains {limit:.1g}"
     )

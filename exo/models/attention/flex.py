@@ -1,7 +1,7 @@
-"""FlexAttention as one of transformers' attention implementations: compiled once for all lengths, on a GPU.
+"""FlexAttention as an attention implementation of transformers, compiled once for all lengths.
 
-transformers has its own, which compiles anew for the first lengths it meets. Masks come from
-masks.py. On a CPU it runs uncompiled, which is for tests alone. Left out: dropout, which FlexAttention does not have.
+transformers' version recompiles for the first lengths it meets. On a CPU it runs uncompiled, for tests only. Dropout is
+not supported by FlexAttention.
 """
 
 from functools import cache
@@ -16,12 +16,12 @@ from exo.models.attention.masks import FLEX, SEGMENTS, block_mask
 
 
 def attend(model: Any, implementation: str) -> None:
-    """Make a model attend by an implementation: one of ours, or one of transformers' names."""
+    """Set the attention implementation of a model: one of ours, or one of transformers."""
     if implementation == FLEX:
         AttentionInterface.register(FLEX, _attention)
         AttentionMaskInterface.register(FLEX, _mask)
     if implementation == SEGMENTS:
-        AttentionInterface.register(SEGMENTS, shared_prompt.attend)  # without a mask of its own, none is made
+        AttentionInterface.register(SEGMENTS, shared_prompt.attend)  # no mask function is registered, so none is built
     model.set_attn_implementation(implementation)
 
 
@@ -43,7 +43,7 @@ def _mask(
     device: Any = "cpu",
     **rest: Any,
 ) -> Any:
-    """What transformers asks for where it is given no mask of ours: rows of one text."""
+    """Return the mask that transformers asks for if it gets none of ours: rows with one text."""
 
     def sees(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = mask_function(b, head, query + q_offset, key + kv_offset)

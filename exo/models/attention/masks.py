@@ -1,9 +1,9 @@
-"""Who sees whom in a row of several texts: what a batch becomes as the arguments of a model's forward.
+"""Attention masks for packed and shared-prompt batches, as the arguments of a model's forward.
 
-A row of one text needs nothing but its padding. Otherwise a mask says it, made of positions, so that a sliding window
-reaches as far as in a text that stands alone: one mask for each kind of layer. On a GPU it is FlexAttention's, whose
-blocks that nobody sees cost nothing; elsewhere it is dense. Left out: layers that no mask governs (state spaces,
-linear attention), whose models are refused.
+A row with one text needs only its padding mask. Otherwise a mask over positions keeps the texts of a row apart, so a
+sliding window reaches as far as in a text of its own: one mask per kind of layer. On a GPU it is a FlexAttention block
+mask, which skips hidden blocks; elsewhere it is dense. Models with layers that no mask governs (state spaces, linear
+attention) are refused.
 """
 
 import math
@@ -14,147 +14,119 @@ import torch
 from torch import Tensor
 
 from exo.data.collate import Batch, SegmentIds
-from exo.models.lm_head import LMHead
+from exo.models.attention import flash
 
-FLEX = "exo_flex"  # the name of our FlexAttention among transformers' implementations
-FLASH = "flash_attention_2"  # takes lengths for a mask: for one row of texts that share nothing. Never tried on a GPU
-SEGMENTS = "exo_segments"  # that of exo.models.attention.shared_prompt
+# our names among transformers' attention implementations
+FLEX = "exo_flex"  # flex.py
+SEGMENTS = "exo_segments"  # shared_prompt.py
 KINDS = ("full_attention", "sliding_attention")
 
 
 def unsupported_reason(config: Any) -> str:
-    """Why a model cannot have several texts in a row, or ""."""
+    """Return why a model does not support several texts in a row, or ""."""
     kinds = set(getattr(config, "layer_types", None) or KINDS[:1])
     return f"it has layers of the kind {min(kinds - set(KINDS))}" if kinds - set(KINDS) else ""
 
 
 def inputs(batch: Batch, config: Any) -> dict[str, Any]:
-    """Arguments of the forward of a model with this config."""
-    if batch.segment_ids is None:
+    """Return the forward arguments of a model with this config."""
+    segment_ids = batch.segment_ids
+    if segment_ids is None:
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if config._attn_implementation == FLASH:
-        return _for_flash(batch.input_ids, batch.segment_ids)
+    if config._attn_implementation == flash.FLASH:
+        return flash.inputs(batch.input_ids, segment_ids)
+    arguments = {"input_ids": batch.input_ids, "position_ids": segment_ids.position_ids, "use_cache": False}
     if config._attn_implementation == SEGMENTS:
-        found = SharedPromptIndex.of(batch)
-        return {"input_ids": batch.input_ids, "position_ids": batch.segment_ids.position_ids, "use_cache": False,
-                "exo_segments": found}  # fmt: skip
-    masks = {kind: _mask(batch.segment_ids, window, config) for kind, window in _windows(config).items()}
-    mask = masks if len(masks) > 1 else next(iter(masks.values()))
-    return {
-        "input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.segment_ids.position_ids,
-        "use_cache": False,
-    }  # fmt: skip
+        return arguments | {"exo_segments": SharedPromptIndex.of(batch)}
+    masks = {kind: _mask(segment_ids, window, config) for kind, window in _windows(config).items()}
+    return arguments | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
 class SharedPromptIndex(NamedTuple):
-    """Where the U prompts and the N completions of a batch stand among its flattened tokens.
+    """Indices of the U prompts and N completions of a batch into its flattened tokens (B T,).
 
-    Of one that is shorter than the longest, the places beyond its end are its last.
+    Shorter prompts and completions repeat their last index up to the longest length.
     """
 
     prompts: Tensor  # (U, P)
     in_prompt: Tensor  # (U, P) bool
-    own: Tensor  # (N, R)
-    in_own: Tensor  # (N, R) bool
-    unit: Tensor  # (N,)
-    inverse: Tensor  # (B T,) for each token its place among those of prompts and completions, one after the other
-    masks: dict[Any, Tensor | None]  # made when first asked for, once a batch
+    completions: Tensor  # (N, R)
+    in_completion: Tensor  # (N, R) bool
+    prompt_of: Tensor  # (N,) the prompt of each completion
+    inverse: Tensor  # (B T,) each token's place among those of all prompts, then all completions
+    masks: dict[Any, Tensor | None]  # cached masks of this batch
 
     @classmethod
     def of(cls, batch: Batch) -> "SharedPromptIndex":
         device = batch.input_ids.device
-        prompts, prompt_sizes, own, sizes, unit = [], [], [], [], []
+        starts, lengths, prompt_of = [], [], []
         for i, span in enumerate(batch.spans):
-            prompts.append(span.start)
-            prompt_sizes.append(span.prompt)
             start = span.start + span.prompt
-            for size in span.completions:
-                own.append(start)
-                sizes.append(size)
-                unit.append(i)
-                start += size
+            for length in span.completions:
+                starts.append(start)
+                lengths.append(length)
+                prompt_of.append(i)
+                start += length
 
         def places(starts: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
-            begin, length = torch.tensor(starts), torch.tensor(lengths)
+            start, length = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]
             at = torch.arange(max(lengths))
-            found = begin[:, None] + torch.minimum(at, length[:, None] - 1)
-            return found.to(device), (at < length[:, None]).to(device)
+            return (start + torch.minimum(at, length - 1)).to(device), (at < length).to(device)
 
-        prompt_places, in_prompt = places(prompts, prompt_sizes)
-        own_places, in_own = places(own, sizes)
-        there = torch.cat([in_prompt.flatten(), in_own.flatten()])
-        inverse = torch.full((batch.input_ids.numel(),), len(there), device=device)  # beyond the last: there is none
-        inverse[torch.cat([prompt_places.flatten(), own_places.flatten()])[there]] = there.nonzero()[:, 0]
-        unit_of = torch.tensor(unit, device=device)
-        return cls(prompt_places, in_prompt, own_places, in_own, unit_of, inverse, {})
+        prompts, in_prompt = places([span.start for span in batch.spans], [span.prompt for span in batch.spans])
+        completions, in_completion = places(starts, lengths)
+        used = torch.cat([in_prompt.flatten(), in_completion.flatten()])
+        inverse = torch.full((batch.input_ids.numel(),), len(used), device=device)  # padding: past the last place
+        inverse[torch.cat([prompts.flatten(), completions.flatten()])[used]] = used.nonzero()[:, 0]
+        return cls(prompts, in_prompt, completions, in_completion, torch.tensor(prompt_of, device=device), inverse, {})
 
     def prompt_mask(self, window: int | None) -> Tensor | None:  # (P, P); None: causal
-        if window is None or window >= self.prompts.shape[1]:
+        length = self.prompts.shape[1]
+        if window is None or window >= length:
             return None
-        return self._once(
-            ("prompt", window), lambda window: causal_band(self.prompts.shape[1], window, self.prompts.device)
-        )
+        return self._cached(("prompt", window), lambda: causal_band(length, window, self.prompts.device))
 
-    def own_mask(self, window: int | None) -> Tensor:  # (N, 1, R, P + R)
-        found = self._once(("own", window), self._own)
-        assert found is not None
-        return found
+    def completion_mask(self, window: int | None) -> Tensor:  # (N, 1, R, P + R)
+        mask = self._cached(("completion", window), lambda: self._completion_mask(window))
+        assert mask is not None
+        return mask
 
-    def _once(self, key: tuple[str, int | None], make: Callable[[int | None], Tensor]) -> Tensor | None:
+    def _cached(self, key: tuple[str, int | None], make: Callable[[], Tensor]) -> Tensor | None:
         if key not in self.masks:
-            self.masks[key] = make(key[1])
+            self.masks[key] = make()
         return self.masks[key]
 
-    def _own(self, window: int | None) -> Tensor:
-        at = torch.arange(self.own.shape[1], device=self.own.device)
-        before = self.in_prompt[self.unit]  # (N, P)
-        sizes = before.sum(1)[:, None, None]
-        ago = sizes + at[:, None] - torch.arange(before.shape[1], device=at.device)  # (N, R, P)
-        seen = before[:, None, :].expand(-1, len(at), -1)
-        own = (at[:, None] >= at).expand(len(before), -1, -1)
+    def _completion_mask(self, window: int | None) -> Tensor:
+        at = torch.arange(self.completions.shape[1], device=self.completions.device)  # (R,)
+        in_prompt = self.in_prompt[self.prompt_of]  # (N, P)
+        to_prompt = in_prompt[:, None, :].expand(-1, len(at), -1)  # (N, R, P)
+        to_completion = (at[:, None] >= at).expand(len(in_prompt), -1, -1)  # (N, R, R)
         if window is not None:
-            seen, own = seen & (ago < window), own & (at[:, None] - at < window)
-        return torch.cat([seen, own], 2)[:, None]
+            lengths = in_prompt.sum(1)[:, None, None]
+            distance = lengths + at[:, None] - torch.arange(in_prompt.shape[1], device=at.device)
+            to_prompt = to_prompt & (distance < window)
+            to_completion = to_completion & (at[:, None] - at < window)
+        return torch.cat([to_prompt, to_completion], 2)[:, None]
 
 
 def causal_band(length: int, window: int | None, device: torch.device) -> Tensor:  # (T, T)
-    """Causal attention that looks back so far."""
+    """Return a causal mask with a sliding window."""
     at = torch.arange(length, device=device)
-    ago = at[:, None] - at
-    return (ago >= 0) & (ago < (length if window is None else window))
-
-
-def _for_flash(input_ids: Tensor, segment_ids: SegmentIds) -> dict[str, Any]:
-    """Where the texts of one row begin and end; a window is told to the kernel by the model."""
-    begins = (segment_ids.segment[0].diff(prepend=segment_ids.segment[0, :1] - 1) != 0).nonzero()[:, 0]
-    ends = torch.cat([begins, begins.new_tensor([input_ids.shape[1]])]).int()
-    longest = int(ends.diff().max())
-    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    return {"input_ids": input_ids, "position_ids": segment_ids.position_ids, "use_cache": False, **lengths}
-
-
-def completion_hidden(head: LMHead, batch: Batch) -> Tensor:  # (n, D)
-    """Hidden states of the rows that make the completions' tokens."""
-    hidden = head.hidden(**inputs(batch, head.model.config))
-    return hidden.flatten(0, 1)[batch.rows]
-
-
-def loss_inputs(batch: Batch) -> dict[str, Any]:
-    """Arguments of the functions on hidden states that say what these rows are."""
-    return {"labels": batch.targets, "cu_seqlens": batch.offsets, "shift": False}
+    distance = at[:, None] - at
+    return (distance >= 0) & (distance < (length if window is None else window))
 
 
 def _windows(config: Any) -> dict[str, int | None]:
-    """Kinds of layers, and how far each looks back."""
+    """Return the sliding window of each kind of layer; None for full attention."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if not kinds:  # one kind for all, told by the window alone
+    if not kinds:
         return {"all": window}
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
 def _sees(query: SegmentIds, key: SegmentIds, window: int | None) -> Tensor:
-    """Whether tokens see others that do not come after them in their row."""
+    """Return which keys each query attends to, apart from causality within the row."""
     seen = (key.segment == query.segment) & ((key.completion == 0) | (key.completion == query.completion))
     return seen if window is None else seen & (query.position_ids - key.position_ids < window)
 
@@ -164,15 +136,11 @@ def _mask(segment_ids: SegmentIds, window: int | None, config: Any) -> Any:
 
 
 def _dense(segment_ids: SegmentIds, window: int | None, config: Any) -> Tensor:  # (B, 1, T, T)
-    length = segment_ids.segment.shape[1]
     query, key = (SegmentIds(*(tensor.unsqueeze(dim) for tensor in segment_ids)) for dim in (2, 1))
-    seen = (
-        _sees(query, key, window)
-        & torch.ones(length, length, dtype=torch.bool, device=segment_ids.segment.device).tril()
-    )[:, None]
+    seen = _sees(query, key, window).tril()[:, None]
     if config._attn_implementation != "eager":
         return seen
-    # eager attention adds its mask to the scores; every token sees itself at least, so no row is -inf throughout
+    # eager attention adds the mask to the scores; every token sees itself, so no row is -inf throughout
     return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
 
 
@@ -186,8 +154,8 @@ def _blocks(segment_ids: SegmentIds, window: int | None) -> Any:
 
 
 def block_mask(sees: Callable[..., Tensor], n: int, queries: int, keys: int, device: Any) -> Any:
-    """FlexAttention's mask, of blocks that are skipped where nobody sees anybody."""
+    """Return a FlexAttention mask, which skips blocks without any pair of tokens that see each other."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    compiled = torch.device(device).type == "cuda"  # uncompiled, all pairs of tokens are held at once
+    compiled = torch.device(device).type == "cuda"  # uncompiled, the full mask is materialized
     return create_block_mask(sees, n, None, queries, keys, device=str(device), _compile=compiled)

@@ -1,7 +1,8 @@
-"""Attention of texts that share a prompt, without a mask over all pairs of tokens: prompts on their own, then each
-completion over its prompt and itself. As exact as a dense mask, and as cheap as if the prompt were shared for nothing.
+"""Attention for shared prompts without a mask over all pairs of tokens.
 
-For devices without FlexAttention's kernels. Left out: softcaps, whose models take a mask.
+Prompts attend to themselves, and each completion to its prompt and itself: as exact as a dense mask, and cheaper.
+
+Used on devices without FlexAttention kernels. Not supported: softcaps, whose models use a mask.
 """
 
 from typing import Any
@@ -28,62 +29,65 @@ def attend(
 ) -> tuple[Tensor, None]:  # (B, T, H, d)
     if softcap is not None:
         raise ValueError("a softcap in its attention")
-    if exo_segments is None:  # rows of one text; a model that does not hand arguments on to its attention shows here
+    if exo_segments is None:  # rows with one text, or a model that does not pass arguments on to its attention
         mask = None if sliding_window is None else causal_band(query.shape[2], sliding_window, query.device)
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         out = scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
-    s, (n, heads, length, width) = exo_segments, query.shape
-    how: dict[str, Any] = {"scale": scaling, "dropout_p": dropout if module.training else 0.0}
+    index, (n, heads, length, width) = exo_segments, query.shape
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout if module.training else 0.0}
 
-    def parted(x: Tensor) -> tuple[Tensor, Tensor]:  # (U, H, P, d), (N, H, R, d)
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:  # (U, H, P, d), (N, H, R, d)
         x = x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] < heads else x
-        of_prompts, of_own = _Split.apply(x.transpose(1, 2).reshape(n * length, heads, width), s)
+        prompts, completions = _Split.apply(x.transpose(1, 2).reshape(n * length, heads, width), index)
         return (
-            of_prompts.view(*s.prompts.shape, heads, width).transpose(1, 2),
-            of_own.view(*s.own.shape, heads, width).transpose(1, 2),
+            prompts.view(*index.prompts.shape, heads, width).transpose(1, 2),
+            completions.view(*index.completions.shape, heads, width).transpose(1, 2),
         )
 
-    (q, own_q), (k, own_k), (v, own_v) = map(parted, (query, key, value))
-    mask = s.prompt_mask(sliding_window)
-    of_prompts = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **how)
-    k, v = (torch.cat([a.index_select(0, s.unit), b], 2) for a, b in ((k, own_k), (v, own_v)))  # (N, H, P + R, d)
-    of_own = scaled_dot_product_attention(own_q, k, v, s.own_mask(sliding_window), **how)
-    out = _Join.apply(*(x.transpose(1, 2).reshape(-1, heads, width) for x in (of_prompts, of_own)), s)
+    (prompt_q, q), (prompt_k, k), (prompt_v, v) = map(split, (query, key, value))
+    mask = index.prompt_mask(sliding_window)
+    prompts = scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, mask, is_causal=mask is None, **options)
+    k = torch.cat([prompt_k.index_select(0, index.prompt_of), k], 2)  # (N, H, P + R, d)
+    v = torch.cat([prompt_v.index_select(0, index.prompt_of), v], 2)
+    completions = scaled_dot_product_attention(q, k, v, index.completion_mask(sliding_window), **options)
+    out = _Join.apply(*(x.transpose(1, 2).reshape(-1, heads, width) for x in (prompts, completions)), index)
     return out.view(n, length, heads, width), None
 
 
 class _Split(torch.autograd.Function):
-    """Rows of tokens to rows of prompts and of completions, which are all different: so the gradient is picked too, and
-    nothing is added up one row after another."""
+    """Select the rows of prompts and of completions. All rows differ, so the gradient is a selection too, not a sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: SharedPromptIndex) -> tuple[Tensor, Tensor]:
-        ctx.s = s
-        return x.index_select(0, s.prompts.flatten()), x.index_select(0, s.own.flatten())
+    def forward(ctx: Any, x: Tensor, index: SharedPromptIndex) -> tuple[Tensor, Tensor]:
+        ctx.index = index
+        return x.index_select(0, index.prompts.flatten()), x.index_select(0, index.completions.flatten())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        of_prompts, of_own = gradients
-        return _picked(of_prompts, of_own, ctx.s), None
+        prompts, completions = gradients
+        return _select_tokens(prompts, completions, ctx.index), None
 
 
 class _Join(torch.autograd.Function):
-    """And back. What stands beyond an end came from nowhere and goes nowhere."""
+    """Invert `_Split`. Places past the end of a text are dropped, and their gradient is 0."""
 
     @staticmethod
-    def forward(ctx: Any, of_prompts: Tensor, of_own: Tensor, s: SharedPromptIndex) -> Tensor:
-        ctx.s = s
-        return _picked(of_prompts, of_own, s)
+    def forward(ctx: Any, prompts: Tensor, completions: Tensor, index: SharedPromptIndex) -> Tensor:
+        ctx.index = index
+        return _select_tokens(prompts, completions, index)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (g,), s = gradients, ctx.s
-        parts = ((s.prompts, s.in_prompt), (s.own, s.in_own))
-        of_prompts, of_own = (g.index_select(0, at.flatten()) * there.flatten()[:, None, None] for at, there in parts)
-        return of_prompts, of_own, None
+        (gradient,), index = gradients, ctx.index
+
+        def select(places: Tensor, used: Tensor) -> Tensor:
+            return gradient.index_select(0, places.flatten()) * used.flatten()[:, None, None]
+
+        return select(index.prompts, index.in_prompt), select(index.completions, index.in_completion), None
 
 
-def _picked(of_prompts: Tensor, of_own: Tensor, s: SharedPromptIndex) -> Tensor:
-    """For each token its row; zeros where there is none, in padding."""
-    return torch.cat([of_prompts, of_own, of_own.new_zeros(1, *of_own.shape[1:])]).index_select(0, s.inverse)
+def _select_tokens(prompts: Tensor, completions: Tensor, index: SharedPromptIndex) -> Tensor:
+    """Return the row of each token; zeros for padding."""
+    padding = completions.new_zeros(1, *completions.shape[1:])
+    return torch.cat([prompts, completions, padding]).index_select(0, index.inverse)

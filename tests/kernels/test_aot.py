@@ -1,0 +1,121 @@
+"""Every Triton kernel compiled for real chips, without one: nothing spills, and rows are walked at full width.
+
+What is asked of the main loops over a row, of logits or of a chunk behind the head's matmul, is what lets memory be the
+bound: accesses of 128 bits, one exponential an element (their unit is narrow: with three an element, it would be the
+bound for 16-bit logits), no fp64, and no thread waiting for another. Not here: speed, which takes a GPU.
+`pytest tests/kernels/test_aot.py -s` prints the table.
+"""
+
+import itertools
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("TRITON_INTERPRET is set: kernels made for the interpreter do not compile", allow_module_level=True)
+
+import aot  # noqa: E402
+from aot import ChunkCase, GroupCase, TokenCase  # noqa: E402
+
+PRODUCT = [
+    TokenCase(backward, dtype, entropy, layout=layout)
+    for backward, dtype, entropy, layout in itertools.product(
+        (False, True), [*aot.FP32_MATH, torch.float64], (False, True), ("plain", "skewed", "transposed")
+    )
+]
+PRODUCT += [
+    GroupCase(*case)
+    for case in itertools.product(("exo", "dpo"), (False, True), (False, True), (torch.float32, torch.float64))
+]
+CHUNKS = [ChunkCase(False, *flags) for flags in itertools.product((False, True), repeat=3)]
+CHUNKS += [
+    ChunkCase(True, *flags, out=out)
+    for *flags, out in itertools.product(*[(False, True)] * 3, (None, torch.bfloat16, torch.float16))
+]
+PRODUCT += CHUNKS
+PRODUCT += [ChunkCase(*flags, dtype=torch.float64) for flags in itertools.product((False, True), repeat=4)]
+
+
+def cases(wanted, among):
+    """All that are wanted, slow where `among` leaves them out."""
+    return [case if case in among else pytest.param(case, marks=pytest.mark.slow) for case in wanted]
+
+
+FP64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|v_\w+_f64")
+OTHER_SPECIALS = re.compile(r"MUFU\.(?!EX2)|v_(rcp|rsq|sqrt|log|div_\w+)_f32")
+WAITING = re.compile(r"BAR|SHFL|LDS|STS|s_barrier|ds_|v_\w+_dpp")
+
+targets = pytest.mark.parametrize("target", aot.TARGETS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Compiled here and now, whatever triton has seen before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@targets
+@pytest.mark.parametrize("case", cases(dict.fromkeys(aot.CASES + PRODUCT), aot.CASES), ids=str)
+def test_nothing_spills(case, target):
+    assert aot.compiled(case, target).spilled == 0
+
+
+@targets
+@pytest.mark.parametrize("case", aot.WALKED, ids=str)
+def test_main_loop(case, target):
+    code = aot.compiled(case, target)
+    loop = code.loop
+    assert loop, "no loop loads anything"
+    assert set(loop.loads) == {16}, "a load is not 128 bits wide"
+    assert sum(loop.loads) == code.elements * case.dtype.itemsize, "not one load of each element"
+    assert loop.stores == (loop.loads if case.backward else [])
+    assert 1 <= loop.exponentials / code.elements <= 1.1
+    assert not [text for text in loop.instructions if FP64.match(text)]
+    assert not [text for text in loop.instructions if WAITING.match(text)]
+
+
+@targets
+@pytest.mark.parametrize("case", cases(CHUNKS, aot.CHUNKS), ids=str)
+def test_chunk_loop(case, target):
+    """As above, at 4 bytes an element, where three operations of the narrow unit are no bound.
+
+    A softcap takes three: a second exponential, and a reciprocal square root. Measured instructions an element of
+    log-probs and of bf16 gradients, sm_90: 10 and 12, with bias 14 and 14, with softcap 27 and 31, with both 29 and 33.
+    An H200 issues 28 in the time it takes to read an element, and 42 where it writes two bytes as well.
+    """
+    code = aot.compiled(case, target)
+    loop, n = code.loop, code.elements
+    assert min(loop.loads) >= 16
+    assert sum(loop.loads) == n * 4 * (2 if case.bias else 1), "not one load of each element, and of its bias"
+    width = (case.out or case.dtype).itemsize
+    assert loop.stores == ([16] * (n * width // 16) if case.gradient else [])
+    assert 1 <= (loop.exponentials - n * case.capped) / n <= (1 if case.gradient else 1.07)
+    assert len([text for text in loop.instructions if OTHER_SPECIALS.match(text)]) == n * case.capped
+    assert len(loop.instructions) / n <= 25 + 16 * case.capped
+    assert code.occupancy >= 0.5
+    assert not [text for text in loop.instructions if FP64.match(text) or WAITING.match(text)]
+
+
+@targets
+@pytest.mark.parametrize("gradient", (False, True))
+def test_fp64_chunks_are_walked_at_full_width(gradient, target):
+    loop = aot.compiled(ChunkCase(gradient, dtype=torch.float64), target).loop
+    assert loop.loads == [16] * 4
+    assert loop.stores == [16] * 4 * gradient
+
+
+@targets
+def test_skewed_rows_are_stored_at_full_width(target):
+    """Where logits and gradient cannot both be aligned, the gradient is: its lines would be written in pieces."""
+    code = aot.compiled(TokenCase(True, torch.bfloat16, layout="skewed"), target)
+    assert set(code.loop.stores) == {16}
+
+
+def test_table():
+    """Prints what the tests above looked at; `python -m tests.aot` does too."""
+    print("\n" + aot.table())

@@ -1,0 +1,126 @@
+"""Which layout a run takes: what saves tokens, what a model bears; and what is said where it does not bear it."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from exo import align
+from exo.data.collate import Collator
+from exo.data.text.tokenize import TokenizedExample
+from exo.models.attention import choose as attention_choose
+from exo.models.attention import masks
+from tests.tasks import write_model, write_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PADDED = Collator(0, 4096)
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+
+
+def tiny(family, **options):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SMALL | options)))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "embed" not in name:
+            parameter.data.mul_(20)  # so that attention matters
+    return model.eval()
+
+
+def examples(prompt=40, answer=6, k=4):
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(n):
+        return tuple(torch.randint(1, 64, (n,), generator=draw).tolist())
+
+    return [TokenizedExample(ids(prompt), tuple(ids(answer) for _ in range(k)), None, i) for i in range(6)]
+
+
+def choose(model, found, share="auto"):
+    return attention_choose.choose_layout([model], found, Accelerator(cpu=True), PADDED, share, 1.0)
+
+
+def test_sharing_is_taken_where_it_saves(capsys):
+    model = tiny("llama")
+    assert choose(model, examples()) == PADDED._replace(layout="shared", one_row=True)
+    assert model.config._attn_implementation == masks.SEGMENTS
+    said = capsys.readouterr().out
+    assert (
+        "each prompt is encoded once for all its completions (exo_segments): 2.88 times fewer tokens than padded"
+        in said
+    )
+
+
+def test_it_is_not_where_it_does_not_or_nobody_wants_it(capsys):
+    assert choose(tiny("llama"), examples(prompt=1, answer=30)) == PADDED
+    assert choose(tiny("llama"), examples(), "off") == PADDED
+    assert choose(tiny("llama"), examples(prompt=1, answer=30), "on").layout == "shared"
+    assert capsys.readouterr().out.count("each prompt is encoded once") == 1
+
+
+def test_a_model_that_hands_no_arguments_on_to_its_attention_gets_a_dense_mask(capsys):
+    model = tiny("stablelm", num_key_value_heads=4)
+    assert choose(model, examples()) == PADDED._replace(layout="shared")
+    assert model.config._attn_implementation == "sdpa"
+    said = capsys.readouterr().out
+    assert "exo_segments attention is not available" in said and "(a dense mask): 2.88 times" in said
+    assert choose(model, examples(prompt=8, answer=30, k=8)) == PADDED, "all pairs of tokens would cost more"
+
+
+def test_every_model_that_sees_the_rows_is_tried(capsys):
+    """A reference of another kind, which cannot have them, keeps both at padded rows."""
+    seeing = [tiny("llama"), tiny("bloom")]
+    assert attention_choose.choose_layout(seeing, examples(), Accelerator(cpu=True), PADDED, "on", 1.0) == PADDED
+    assert "BloomForCausalLM" in capsys.readouterr().out
+    assert {model.config._attn_implementation for model in seeing} == {"sdpa", "eager"}
+    both = [tiny("llama"), tiny("qwen2", num_key_value_heads=2)]
+    assert attention_choose.choose_layout(both, examples(), Accelerator(cpu=True), PADDED, "on", 1.0).layout == "shared"
+    assert {model.config._attn_implementation for model in both} == {masks.SEGMENTS}
+
+
+@pytest.mark.parametrize(
+    "family, options, said",
+    [
+        ("bloom", {}, "rows are padded, one per completion: "),  # positions are in its attention, and it has no others
+        ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 4, "num_layers": 2}, "differ by"),
+        ("recurrent_gemma", {"block_types": ["recurrent", "attention"]}, "rows are padded, one per completion: "),
+        ("qwen3_next", {"num_hidden_layers": 4}, "layers of the kind linear_attention"),
+    ],
+)
+def test_a_model_that_cannot_have_it_is_said_and_padded(family, options, said, capsys):
+    assert choose(tiny(family, **options), examples(), "on") == PADDED
+    assert said in capsys.readouterr().out
+
+
+def test_a_window_that_only_the_longest_row_reaches_is_tried(capsys):
+    """One row in a thousand is longer than what a hidden window sees; the longest is among those tried."""
+    model = tiny("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=30, num_layers=2)
+    short = examples(prompt=8, answer=3)
+    assert choose(model, short).layout == "shared"
+    assert choose(model, [*short, *examples(prompt=60)[:1]]) == PADDED
+
+
+def test_a_run_shares_and_is_the_run_that_does_not(tmp_path, capsys):
+    start = write_model(tmp_path / "model", scale=2.0)
+    rows = [
+        {
+            "prompt": "red green blue " * 4 + f"{a} {b}",
+            "completions": [f" {a} good", f" bad {b} big", " small"],
+            "rewards": [1.0, 0.0, 0.5],
+        }
+        for a in ("red", "big", "good")
+        for b in ("bad", "blue", "square")
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    weights = []
+    for share in ("on", "off"):
+        arguments = ["--model", start, "--data", data, "--share_prompt", share, "--output_dir", str(tmp_path / share)]
+        arguments += ["--max_steps", "6", "--batch_size", "4", "--learning_rate", "1e-3", "--device", "cpu"]
+        assert align.main([*arguments, "--max_tokens_per_batch", "64", "--beta_pi", "0.5"]) == 0
+        record = json.loads((tmp_path / share / "run.json").read_text())
+        assert (record["layout"], record["reference"]) == ("shared" if share == "on" else "padded", "cache")
+        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / share).state_dict())
+    assert "each prompt is encoded once" in capsys.readouterr().out
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], atol=2e-5), name

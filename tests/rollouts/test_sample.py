@@ -1,0 +1,274 @@
+"""Sampling and scoring as stages: tokens that are kept, parts that agree with the whole, rewards, Best-of-N."""
+
+import json
+import math
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+from exo import best_of_n, data, models, sample, score
+from exo.data.text import tokenize
+from exo.data.text.limits import Limits
+from exo.models import loading
+from exo.rollouts import generate as rollout_generate
+from exo.rollouts import samples, scorers
+from tests.tasks import PROMPTS, lines, write_model, write_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """(model directory, prompts file, run directory)"""
+    directory = tmp_path_factory.mktemp("sample")
+    model = write_model(directory / "model", scale=2.0)
+    prompts = write_rows(directory / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    run = sample.run(sample.Config(output_dir=str(directory / "run"), **options(model, prompts)))
+    return model, prompts, run
+
+
+def options(model, prompts):
+    return {"model": model, "data": prompts, "k": 4, "max_new_tokens": 6, "temperature": 0.8, "seed": 3}
+
+
+def test_rows_hold_what_was_drawn(drawn):
+    model, _, run = drawn
+    _, tokenizer = models.load(model)
+    rows = lines(run / "samples.jsonl")
+    assert [row["prompt"] for row in rows] == PROMPTS
+    finishes = set()
+    for row in rows:
+        assert len(row["completions"]) == len(row["token_ids"]) == len(row["logprobs"]) == 4
+        for text, ids, how in zip(row["completions"], row["token_ids"], row["finish"], strict=True):
+            words = tokenizer.decode(ids, skip_special_tokens=True)
+            assert text == (f" {words}" if words else ""), "with the blank that it begins with"
+            assert (ids[-1] == tokenizer.eos_token_id) == (how == "eos")
+            finishes.add(how)
+    assert finishes == {"eos", "length"}, "the case must hold both ends"
+
+
+def test_training_sees_the_tokens_that_were_drawn(drawn):
+    """Not those of the text, to which an end of sequence would be added where there was none."""
+    model, _, run = drawn
+    _, tokenizer = models.load(model)
+    examples = data.read(run / "samples.jsonl", purpose="samples").examples
+    encoded, _ = tokenize.encode(examples, tokenizer, Limits(64, None, "error"), "samples")
+    for example, row in zip(encoded, lines(run / "samples.jsonl"), strict=True):
+        assert [list(ids) for ids in example.completions] == row["token_ids"]
+        assert list(example.prompt) == tokenize.prompt_ids(row["prompt"], tokenizer)
+
+
+def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by_a_reward_model(drawn, tmp_path):
+    _, _, run = drawn
+    other = write_model(tmp_path / "other", words=["a", *"red green blue round square good bad big small".split()])
+    _, tokenizer = models.load(other)
+    examples = data.read(run / "samples.jsonl", purpose="samples").examples
+    limits = Limits(64, None, "error")
+    with pytest.raises(data.DataError, match=r"samples:1: token ids of another tokenizer .* python -m exo.sample"):
+        tokenize.encode(examples, tokenizer, limits, "samples")
+    encoded, _ = tokenize.encode(examples, tokenizer, limits, "samples", retokenize=True)
+    for example, source in zip(encoded, examples, strict=True):
+        for ids, text, how in zip(example.completions, source.completions, source.tokens.finish, strict=True):
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text.strip()
+            assert (len(ids) > 0 and ids[-1] == tokenizer.eos_token_id) == (how == "eos")
+
+
+def test_a_part_of_the_prompts_gets_what_it_gets_among_all(drawn, tmp_path):
+    model, prompts, run = drawn
+    part = sample.run(sample.Config(output_dir=str(tmp_path / "part"), first=2, prompts=3, **options(model, prompts)))
+    whole = lines(run / "samples.jsonl")[2:5]
+    for mine, theirs in zip(lines(part / "samples.jsonl"), whole, strict=True):
+        assert mine["token_ids"] == theirs["token_ids"]
+
+
+def test_a_prompt_that_comes_round_again_gets_new_completions(drawn, tmp_path):
+    model, prompts, run = drawn
+    twice = sample.run(sample.Config(output_dir=str(tmp_path / "twice"), epochs=2, **options(model, prompts)))
+    rows = lines(twice / "samples.jsonl")
+    assert [row["token_ids"] for row in rows[:6]] == [row["token_ids"] for row in lines(run / "samples.jsonl")]
+    assert [row["prompt"] for row in rows[6:]] == PROMPTS
+    assert all(a["token_ids"] != b["token_ids"] for a, b in zip(rows[:6], rows[6:], strict=True))
+
+
+def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
+    logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = {p: rollout_generate._nucleus(logprobs, p).isfinite()[0].tolist() for p in (1.0, 0.9, 0.75, 0.4, 1e-9)}
+    assert kept[1.0] == [True] * 4
+    assert kept[0.9] == [True, True, True, False]
+    assert kept[0.75] == [True, True, False, False]
+    assert kept[0.4] == kept[1e-9] == [True, False, False, False]
+    shuffled = rollout_generate._nucleus(logprobs[:, [3, 0, 2, 1]], 0.75)
+    assert shuffled.isfinite()[0].tolist() == [False, True, False, True]
+
+
+def test_top_p_keeps_the_log_probs_of_the_whole_distribution(drawn):
+    model, tokenizer = models.load(drawn[0])
+    ids = [tokenize.prompt_ids(PROMPTS[0], tokenizer)]
+    row = rollout_generate.sample(model, (2,), ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(torch.tensor(ids)).logits[0, -1] / 0.8, -1)
+    assert row.token_ids[0] == int(logprobs.argmax())
+    assert row.logprob == pytest.approx(float(logprobs.max()), abs=1e-5) and row.logprob < -0.1
+
+
+def test_vllm_gets_each_completion_with_its_own_seed_and_gives_the_same_rows(drawn, tmp_path, monkeypatch):
+    """Against a stand-in: what is asked of it and what is made of its answer. The real one has not been run here."""
+    asked = []
+
+    class LLM:
+        def __init__(self, **settings):
+            assert settings["logprobs_mode"] == "processed_logprobs"
+
+        def generate(self, prompts, params):
+            outputs = []
+            for prompt, p in zip(prompts, params, strict=True):
+                asked.append((tuple(prompt["prompt_token_ids"]), p.seed))
+                assert p.stop_token_ids == [2] and p.logit_bias is None
+                ids = [5, 2] if len(asked) % 2 else [5, 6]
+                logprobs = [{i: types.SimpleNamespace(logprob=-0.5)} for i in ids]
+                reason = "stop" if ids[-1] == 2 else "length"
+                done = types.SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason)
+                outputs.append(types.SimpleNamespace(outputs=[done]))
+            return outputs
+
+    stand_in = types.SimpleNamespace(LLM=LLM, SamplingParams=types.SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    model, prompts, _ = drawn
+    run = sample.run(sample.Config(output_dir=str(tmp_path / "run"), engine="vllm", **options(model, prompts)))
+    rows = lines(run / "samples.jsonl")
+    assert len(asked) == len(set(asked)) == 4 * len(PROMPTS)
+    assert rows[0]["token_ids"] == [[5, 2], [5, 6]] * 2 and rows[0]["finish"] == ["eos", "length"] * 2
+    assert rows[0]["logprobs"] == [-1.0] * 4
+
+
+def test_vllm_that_is_not_installed_is_said(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    model, prompts, _ = drawn
+    arguments = [f"--{name}={value}" for name, value in options(model, prompts).items()]
+    assert sample.main([*arguments, "--engine", "vllm", "--output_dir", str(tmp_path / "x")]) == 2
+    assert "pip install vllm" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+# Scoring.
+
+
+def scored(run, tmp_path, **how):
+    return score.run(score.Config(data=str(run), output_dir=str(tmp_path / "scored"), **how))
+
+
+def test_an_oracle_scores_every_completion_and_the_tokens_go_along(drawn, tmp_path):
+    run = scored(drawn[2], tmp_path, oracle="tests.tasks:reward")
+    for row, before in zip(lines(run / "scored.jsonl"), lines(drawn[2] / "samples.jsonl"), strict=True):
+        assert row["rewards"] == [text.split().count("good") for text in row["completions"]]
+        assert {key: row[key] for key in before} == before
+    result = json.loads((run / "run.json").read_text())["result"]
+    assert result["completions"] == 4 * len(PROMPTS)
+
+
+def test_degenerate_rows_are_counted(tmp_path):
+    rows = [{"prompt": "p", "completions": ["good"]}, {"prompt": "p", "completions": ["bad", "bad red"]}]
+    source = write_rows(tmp_path / "rows.jsonl", [*rows, {"prompt": "p", "completions": ["good", "bad"]}])
+    run = score.run(score.Config(data=source, oracle="tests.tasks:reward", output_dir=str(tmp_path / "run")))
+    result = json.loads((run / "run.json").read_text())["result"]
+    assert result["rows of one completion"] == 1 and result["rows whose rewards are all equal"] == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tests.tasks:absent", "absent:f", "tests.tasks", ":", "tests.tasks:not_a_number", "os:getcwd", "operator:add"],
+)
+def test_an_oracle_that_is_none_is_said(drawn, tmp_path, capsys, monkeypatch, name):
+    assert score.main(["--data", str(drawn[2]), "--oracle", name, "--output_dir", str(tmp_path / "x")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"--oracle {name}: " in said and "expected" in said
+    again = ["--data", str(drawn[2]), "--oracle", "tests.tasks:reward", "--output_dir", str(tmp_path / "x")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # its record is its own from the beginning
+        patch.setattr(scorers, "describe", lambda scores: (_ for _ in ()).throw(KeyboardInterrupt))
+        score.run(score.Config(data=str(drawn[2]), oracle="tests.tasks:reward", output_dir=str(tmp_path / "x")))
+    assert score.main(["--data", str(drawn[2]), "--oracle", name, "--output_dir", str(tmp_path / "x")]) == 1
+    assert score.main(again) == 0, "a run that failed before it began stands in nobody's way"
+
+
+def test_one_scorer_and_not_two(drawn, capsys):
+    for arguments in ([], ["--oracle", "a:b", "--reward_model", "m"]):
+        with pytest.raises(SystemExit):
+            score.main(["--data", str(drawn[2]), *arguments])
+        assert "--reward_model: expected this or --oracle, and not both" in capsys.readouterr().err
+
+
+def test_what_is_sampled_after_or_scored_in_part_is_counted(drawn, tmp_path, capsys):
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "red green blue red green"}, {"prompt": "red"}])
+    arguments = ["--model", str(drawn[0]), "--data", prompts, "--max_prompt_length", "3", "--max_new_tokens", "4"]
+    assert sample.main([*arguments, "--output_dir", str(tmp_path / "samples"), "--device", "cpu"]) == 0
+    assert "  1 prompts cut on the left" in capsys.readouterr().out
+    classifier, tokenizer = models.classifier_from(str(drawn[0]), 1, seed=0)
+    models.save(classifier, tokenizer, tmp_path / "reward")
+    arguments = ["--data", str(tmp_path / "samples"), "--reward_model", str(tmp_path / "reward"), "--max_length", "6"]
+    assert score.main([*arguments, "--output_dir", str(tmp_path / "scored"), "--device", "cpu"]) == 0
+    assert "completions scored with the prompt cut on the left" in capsys.readouterr().out
+
+
+def test_a_model_that_is_nowhere_is_one_line(drawn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        loading.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
+    )
+    assert sample.main(["--model", "nowhere", "--data", str(drawn[1]), "--output_dir", str(tmp_path / "x")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == "error: model 'nowhere': expected a directory, and there is none; or a hub name; got: offline"
+
+
+# Best-of-N.
+
+
+def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path, capsys):
+    rewards = [1.0, 3.0, 2.0, 5.0, 5.0, 4.0]
+    row = {"prompt": "p", "completions": list("abcdef"), "rewards": rewards, "tokenizer": "t"}
+    row |= {"token_ids": [[i] for i in range(6)], "logprobs": [-float(i) for i in range(6)], "finish": ["eos"] * 6}
+    source = write_rows(tmp_path / "scored.jsonl", [row])
+    run = best_of_n.run(best_of_n.Config(data=source, n=3, output_dir=str(tmp_path / "run")))
+    assert lines(run / "samples.jsonl") == [
+        {"prompt": "p", "completions": ["b", "d"], "rewards": [3.0, 5.0], "tokenizer": "t", "token_ids": [[1], [3]],
+         "logprobs": [-1.0, -3.0], "finish": ["eos", "eos"]}
+    ]  # fmt: skip
+    assert json.loads((run / "run.json").read_text())["result"]["kl_bound"] == math.log(3) - 2 / 3
+    assert "  0.0% of the completions were cut for length" in capsys.readouterr().out
+
+
+def test_the_bound_is_the_kl_where_all_completions_differ():
+    """Best of n of a uniform distribution over many: KL = E[log(n F^(n-1))], F uniform on (0, 1) to the power 1/n."""
+    n, points = 5, 200_000
+    F = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    density = n * F ** (n - 1)
+    assert float((density * density.log()).mean()) == pytest.approx(best_of_n.kl_bound(n), abs=1e-6)
+    assert best_of_n.kl_bound(1) == 0
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"prompt": "p", "completions": ["a", "b"]}, "rows.jsonl:1: has no rewards; python -m exo.score makes them"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]},
+            "expected a multiple of --n 3 completions; got 2",
+        ),
+    ],
+)
+def test_rows_without_what_is_needed_are_said(tmp_path, capsys, row, said):
+    source = write_rows(tmp_path / "rows.jsonl", [row])
+    assert best_of_n.main(["--data", source, "--n", "3", "--output_dir", str(tmp_path / "x")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_row_of_samples_and_back(tmp_path):
+    example = data.Example(
+        "p", ("a", "b"), (1.0, 2.0), 1, data.Tokens("t", ((1,), (2, 3)), (-1.0, -2.0), ("eos", "length"))
+    )
+    drawn = replace(example, tokens=example.tokens._replace(temperature=0.7, max_new_tokens=9, top_p=0.9))
+    path = tmp_path / "rows.jsonl"
+    for one in (example, drawn):
+        data.write_jsonl(path, [samples.to_row(one)])
+        assert data.read(path, purpose="samples").examples == [one]

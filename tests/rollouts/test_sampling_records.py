@@ -1,0 +1,108 @@
+"""What samples say of how they were drawn, and what becomes of samples that were drawn otherwise."""
+
+import json
+
+import pytest
+
+from exo import align, evaluate, models, sample, score
+from exo.cli import console
+from tests.tasks import PROMPTS, lines, write_model, write_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """Warnings are printed once a process; here, once a test."""
+    monkeypatch.setattr(console, "_warned", set())
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """(directory, the model that sampled, scored samples drawn at temperature 0.4)"""
+    directory = tmp_path_factory.mktemp("records")
+    model = write_model(directory / "model", scale=2.0)
+    prompts = write_rows(directory / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS * 2])
+    options = {"model": model, "data": prompts, "k": 4, "max_new_tokens": 5, "temperature": 0.4}
+    drawn = sample.run(sample.Config(output_dir=str(directory / "drawn"), **options))
+    made = score.run(score.Config(data=str(drawn), oracle="tests.tasks:length", output_dir=str(directory / "scored")))
+    return directory, model, made / "scored.jsonl"
+
+
+def run_align(scored, tmp_path, path, *more):
+    arguments = ["--model", scored[1], "--data", str(path), "--max_steps", "1", "--device", "cpu", *more]
+    return align.main([*arguments, "--output_dir", str(tmp_path / "run")])
+
+
+def changed(scored, tmp_path, **values):
+    """The same rows with these values, None for none."""
+    rows = [{k: v for k, v in (row | values).items() if v is not None} for row in lines(scored[2])]
+    return write_rows(tmp_path / "changed.jsonl", rows)
+
+
+def test_every_row_says_how_it_was_drawn(scored):
+    for row in lines(scored[2]):
+        assert (row["temperature"], row["top_p"], row["max_new_tokens"]) == (0.4, 1.0, 5)
+
+
+def test_samples_of_another_temperature_are_refused_in_one_line(scored, tmp_path, capsys):
+    assert run_align(scored, tmp_path, scored[2]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "--data" in said and "expected samples drawn at --temperature 1; these were drawn at 0.4" in said
+    assert not (tmp_path / "run").exists()
+    assert run_align(scored, tmp_path, scored[2], "--temperature", "0.4") == 0
+
+
+def test_samples_that_do_not_say_and_truncated_ones_are_warned_of(scored, tmp_path, capsys, quiet):
+    silent = changed(scored, tmp_path, temperature=None, top_p=None)
+    assert run_align(scored, tmp_path, silent, "--temperature", "0.4") == 0
+    out = capsys.readouterr().out
+    assert out.count("the samples do not record their temperature; it must be --temperature 0.4") == 1
+    truncated = changed(scored, tmp_path, top_p=0.9)
+    assert run_align(scored, tmp_path, truncated, "--temperature", "0.4", "--overwrite_output_dir") == 0
+    assert "were drawn with top_p 0.9, so they are not of the full distribution" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", ["hot", 0, -1.0, True, [1.0]])
+def test_a_temperature_that_is_none_is_refused_with_its_line(scored, tmp_path, capsys, bad):
+    assert run_align(scored, tmp_path, changed(scored, tmp_path, temperature=bad)) == 2
+    assert "changed.jsonl:1: temperature must be" in capsys.readouterr().err
+
+
+def test_samples_of_another_policy_than_the_reference_are_warned_of(scored, tmp_path, capsys, quiet):
+    """With --ref_model, or simply from another model than --model; not where the reference drew them."""
+    other = write_model(tmp_path / "other", seed=5, scale=2.0)
+    at = ("--temperature", "0.4")
+    assert run_align(scored, tmp_path, scored[2], *at) == 0
+    assert "another policy" not in capsys.readouterr().out
+    assert run_align(scored, tmp_path, scored[2], *at, "--ref_model", other, "--overwrite_output_dir") == 0
+    assert capsys.readouterr().out.count("drawn by another policy than the reference: their log-probs differ by") == 1
+
+
+def test_the_density_ratio_wants_samples_of_its_temperature(scored, tmp_path, capsys):
+    arguments = ["--model", scored[1], "--reference", scored[1], "--data", str(scored[0] / "prompts.jsonl")]
+    arguments += ["--oracle", "tests.tasks:reward", "--max_new_tokens", "5", "--max_length", "16", "--device", "cpu"]
+    arguments += ["--density", str(scored[2]), "--output_dir", str(tmp_path / "x")]
+    assert evaluate.main(arguments) == 2
+    assert "--density" in (said := capsys.readouterr().err) and "these were drawn at 0.4" in said
+    assert evaluate.main([*arguments, "--temperature", "0.4"]) == 0
+    settings = json.loads((tmp_path / "x" / "evaluation.json").read_text())
+    assert settings["temperature"] == 0.4
+
+
+def test_a_model_of_nan_is_one_line_that_names_it_and_a_prompt_and_leaves_no_file(scored, tmp_path, capsys):
+    model, tokenizer = models.load(scored[1])
+    model.model.norm.weight.data.fill_(3e38)  # finite, or it would be refused when it is read
+    models.save(model, tokenizer, tmp_path / "broken")
+    prompts, broken = str(scored[0] / "prompts.jsonl"), str(tmp_path / "broken")
+    drawn = ["--data", prompts, "--device", "cpu", "--max_new_tokens", "4"]
+    compared = [*drawn, "--oracle", "tests.tasks:reward", "--max_length", "16"]
+    for stage, arguments, said in (
+        (sample, ["--model", broken, *drawn], "expected finite logits; got NaN after prompt 1"),
+        (evaluate, ["--model", broken, "--reference", scored[1], *compared], "got NaN after prompt 1"),
+        (evaluate, ["--model", scored[1], "--reference", broken, *compared], "log-probs; got NaN or inf in row"),
+    ):
+        assert stage.main([*arguments, "--output_dir", str(tmp_path / "run"), "--overwrite_output_dir"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"model {broken}: expected finite" in line and said in line
+        assert not [file for file in (tmp_path / "run").rglob("*.json*") if "NaN" in file.read_text()]
