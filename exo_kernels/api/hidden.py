@@ -15,7 +15,7 @@ from exo_kernels.api.inputs import Head, HeadInputs, Layout, prepare, reference_
 from exo_kernels.api.options import LossOptions
 from exo_kernels.api.types import HeadKeywords, HiddenLoss, Reduction, Schedule
 from exo_kernels.dispatch import Impl
-from exo_kernels.objectives import LossStats
+from exo_kernels.objectives import LossResult, LossStats
 from exo_kernels.ops import hidden as hidden_ops
 from exo_kernels.ops.logits import sum_sequences
 from exo_kernels.schedules import plan
@@ -175,7 +175,7 @@ def _fused_loss(objective: str) -> HiddenLoss:
         impl: Impl = "auto",
         compat: Literal["official"] | None = None,
         return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, LossStats]:
+    ) -> LossResult:
         """From hidden states and the LM head, without the full logits. Called as one function, the loss is known while
         a chunk's logits still exist: a trained head costs three matmuls (schedule "group"), a frozen one two
         ("deferred").

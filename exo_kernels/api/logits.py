@@ -15,7 +15,7 @@ from exo_kernels.api.inputs import Layout, Rows, prepare_rows
 from exo_kernels.api.options import LossOptions
 from exo_kernels.api.types import LogitsLoss, Reduction, RowKeywords
 from exo_kernels.dispatch import Impl
-from exo_kernels.objectives import LossStats, ObjectiveName
+from exo_kernels.objectives import LossResult, ObjectiveName
 from exo_kernels.ops import logits as logits_ops
 
 
@@ -174,7 +174,7 @@ def _fused_loss(objective: str) -> LogitsLoss:
         impl: Impl = "auto",
         compat: Literal["official"] | None = None,
         return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, LossStats]:
+    ) -> LossResult:
         """The policy's distribution is p = softmax_k(beta_pi S_k), S_k the summed log-ratio of policy to reference. The
         target's is q = softmax(rewards / beta_r), or 1 - eps on the chosen completion and eps / (K - 1) on the others.
         Arxiv 2402.00856, eq. 13-19. EXO of a single completion is 0.

@@ -10,7 +10,7 @@ BUDGET = {  # lines of Python
 }  # fmt: skip
 LONGEST = 300  # lines of a file
 MOST_FILES = 16  # in a package; training has two more
-TOO_LONG = {"reporting/results.py", "reporting/outcomes.py", "evaluate.py", "ops/hidden.py", "api/hidden.py"}
+TOO_LONG = {"reporting/results.py", "reporting/outcomes.py", "evaluate.py"}
 
 
 def lines(path: Path) -> int:
