@@ -34,6 +34,9 @@ class Betas(NamedTuple):
     log_others: float  # log of the mass that the other completions share
 
 
+LossResult = Tensor | tuple[Tensor, LossStats]  # the second with return_stats=True
+
+
 def policy_log_probs(
     log_ratios: Tensor,  # (G, K) S_k, -inf where a group has no k-th completion
     beta_pi: float,

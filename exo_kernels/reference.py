@@ -224,7 +224,7 @@ def _from_hidden(function: Callable[..., Result]) -> Callable[..., Result]:
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        *,
+        *ref_logps: Tensor,
         bias: Tensor | None = None,
         logit_scale: float = 1.0,
         softcap: float | None = None,
@@ -233,13 +233,14 @@ def _from_hidden(function: Callable[..., Result]) -> Callable[..., Result]:
         **options: Any,
     ) -> Result:
         logits = _logits(hidden, weight, labels, bias, logit_scale, softcap, shift, ignore_index)
-        return function(logits, labels, shift=shift, ignore_index=ignore_index, **options)
+        return function(logits, labels, *ref_logps, shift=shift, ignore_index=ignore_index, **options)
 
     return linear
 
 
 linear_token_logps: Callable[..., Tensor | tuple[Tensor, Tensor]] = _from_hidden(token_logps)
 linear_sequence_logps: Callable[..., Tensor] = _from_hidden(sequence_logps)
+ROW_OPTIONS = {"bias", "logit_scale", "softcap", "temperature", "cu_seqlens", "shift", "ignore_index"}
 
 
 def _fused_linear_loss(
@@ -249,31 +250,21 @@ def _fused_linear_loss(
     labels: Tensor,
     ref_logps: Tensor | None = None,
     *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    shift: bool | None = None,
-    ignore_index: int = -100,
     **options: Any,
 ) -> Any:
-    transform = (logit_scale, softcap, shift, ignore_index)
-    layout: dict[str, Any] = {"temperature": temperature, "cu_seqlens": cu_seqlens}
-    layout |= {"shift": shift, "ignore_index": ignore_index}
-    logits = _logits(hidden, weight, labels, bias, *transform)
     per_token_ref = ref_logps is None
     if ref_logps is None:
-        assert ref_hidden is not None
-        if ref_weight is not None or ref_bias is not None:
-            bias = ref_bias
+        scoring = {name: value for name, value in options.items() if name in ROW_OPTIONS}
+        if ref_weight is not None or ref_bias is not None:  # another head
+            scoring["bias"] = ref_bias
         with torch.no_grad():
-            ref_logits = _logits(ref_hidden, weight if ref_weight is None else ref_weight, labels, bias, *transform)
-            ref_logps, _ = token_logps(ref_logits, labels, return_entropy=True, **layout)
-    return _fused_loss(objective, logits, labels, ref_logps, per_token_ref=per_token_ref, **layout, **options)
+            matrix = weight if ref_weight is None else ref_weight
+            ref_logps, _ = linear_token_logps(ref_hidden, matrix, labels, return_entropy=True, **scoring)
+    loss = _from_hidden(LOSSES[objective])
+    return loss(hidden, weight, labels, ref_logps, per_token_ref=per_token_ref, **options)
 
 
 LINEAR_LOSSES: dict[str, Function] = {

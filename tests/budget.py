@@ -143,10 +143,10 @@ def check_tokens(
 @contextlib.contextmanager
 def any_algorithm() -> Iterator[None]:
     """The oracle may take whatever algorithms torch has; only the code under test has to be deterministic."""
-    before = torch.are_deterministic_algorithms_enabled()
+    enabled = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(enabled)
 
 
 def _compare_gradient(result: dict, plain: dict, oracle: dict, epsilon: Tensor, dtype: torch.dtype) -> None:

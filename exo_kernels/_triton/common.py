@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NUM_WARPS = 4
@@ -49,9 +50,12 @@ def warp_size(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).warp_size) if device.type == "cuda" else 32
 
 
-def lanes(device: torch.device) -> int:
-    """Return the threads of a program."""
-    return NUM_WARPS * warp_size(device)
+def launch_options(rows: Tensor, unit: int, lanes: bool = True) -> dict[str, int]:
+    """Return launch options for rows that are read in accesses of `unit` elements; `lanes`: with their number."""
+    size, n_lanes = rows.element_size(), NUM_WARPS * warp_size(rows.device)
+    options = {"SIZE": size, "UNIT": unit, "BLOCK": n_lanes * LANE_BYTES // size, "num_warps": NUM_WARPS}
+    options["enable_fp_fusion"] = True  # explicit because triton is about to change its default
+    return options | {"LANES": n_lanes} if lanes else options
 
 
 def on_device(device: torch.device) -> torch.cuda.device:

@@ -10,17 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exo_kernels._triton.common import (
-    LANE_BYTES,
-    LOG2E,
-    NUM_WARPS,
-    WIDEST_ACCESS,
-    accumulate,
-    base_of,
-    lanes,
-    on_device,
-    rebase,
-)
+from exo_kernels._triton.common import LOG2E, WIDEST_ACCESS, accumulate, base_of, launch_options, on_device, rebase
 from exo_kernels.numerics import LogitTransform
 
 # Sizes change from call to call and tell the compiler nothing. And on AMD, triton addresses tensors below 2 GiB in a
@@ -151,7 +141,7 @@ def chunk_gradient_kernel(
 
 
 def chunk_logps(
-    a: Tensor,  # (M, V) accumulators, rows padded to whole accesses
+    a: Tensor,  # (M, V) accumulators, rows padded to full accesses
     bias: Tensor | None,  # (V,), padded likewise
     targets: Tensor,  # (M,) int64
     transform: LogitTransform,
@@ -164,7 +154,6 @@ def chunk_logps(
     n, vocab = a.shape
     stats = a.new_empty(3, n)
     entropies = a.new_empty(n if entropy else 0)
-    n_lanes = lanes(a.device)
     with on_device(a.device):
         chunk_logps_kernel[(n,)](
             a, a if bias is None else bias, targets,
@@ -172,7 +161,7 @@ def chunk_logps(
             vocab, n, a.stride(0),
             transform.outer, transform.inner,
             BIAS=bias is not None, CAPPED=transform.capped, ENTROPY=entropy,
-            LANES=n_lanes, num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, a, n_lanes),
+            **launch_options(a, WIDEST_ACCESS // a.element_size()),
         )  # fmt: skip
     return stats, entropies
 
@@ -190,6 +179,7 @@ def chunk_gradient(
 ) -> None:
     """Write the gradient of the negative log-probs up to a factor per row; or that of - g log p(target) - h H."""
     n, vocab = a.shape
+    unit = WIDEST_ACCESS // min(a.element_size(), out.element_size())  # fills an access in the narrower dtype
     with on_device(a.device):
         chunk_gradient_kernel[(n,)](
             out, a, a if bias is None else bias, targets,
@@ -197,7 +187,7 @@ def chunk_gradient(
             vocab, n, a.stride(0), out.stride(0),
             transform.outer, transform.inner,
             BIAS=bias is not None, CAPPED=transform.capped, WEIGHTED=h is not None,
-            OUT_SIZE=out.element_size(), num_warps=NUM_WARPS, enable_fp_fusion=True, **_shape(a, out, lanes(a.device)),
+            OUT_SIZE=out.element_size(), **launch_options(a, unit, lanes=False),
         )  # fmt: skip
 
 
@@ -209,9 +199,3 @@ def chunk_logps_and_gradient(
     stats[1].masked_fill_(stats[1] == -torch.inf, 0.0)
     chunk_gradient(out, a, bias, targets, transform, stats, None, None, None)
     return stats
-
-
-def _shape(a: Tensor, out: Tensor, n_lanes: int) -> dict[str, int]:
-    """Return launch options for rows of both; adjacent elements of a lane fill an access in the narrower dtype."""
-    size = a.element_size()
-    return {"SIZE": size, "UNIT": WIDEST_ACCESS // min(size, out.element_size()), "BLOCK": n_lanes * LANE_BYTES // size}

@@ -6,28 +6,16 @@ and the log of the sum above it are stored apart: their sum would round away a c
 one read and one write of the rows with loss, zeros elsewhere.
 
 A row is an aligned body and two edges. The body begins at the first 16-byte boundary, so its accesses are 128 bits wide
-for every vocabulary (50257 is odd, so its rows start anywhere) and every slice. tests/kernels/test_aot.py checks this
-in the machine code.
+for every vocabulary (50257 is odd, so its rows start anywhere) and every slice. tests/kernels/test_aot.py checks the
+machine code for all this.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from exo_kernels._triton.common import (
-    LANE_BYTES,
-    LOG2E,
-    NUM_WARPS,
-    WIDEST_ACCESS,
-    accumulate,
-    base_of,
-    lanes,
-    on_device,
-    rebase,
-)
+from exo_kernels._triton.common import LOG2E, WIDEST_ACCESS, accumulate, base_of, launch_options, on_device, rebase
 from exo_kernels.numerics import accumulator
 
 # Not worth separate kernels: UNIT says all that matters about alignment. And on AMD, triton addresses tensors below
@@ -203,7 +191,7 @@ def token_logps(
                 logits.shape[1], logits.shape[2], n_rows,
                 *logits.stride(),
                 1.0 / temperature, ignore_index,
-                ENTROPY=entropy, **_shape(logits, logits),
+                ENTROPY=entropy, **launch_options(logits, _unit(logits, logits)),
             )  # fmt: skip
     return logps, entropies, saved
 
@@ -242,18 +230,10 @@ def token_logps_backward(
             *grad.stride(), *logits.stride(),
             1.0 / temperature, ignore_index,
             SAME_ALIGNMENT=all(s % WIDEST_ACCESS == 0 for s in skew), ENTROPY=grad_entropies is not None,
-            **_shape(grad, logits),
+            **launch_options(grad, _unit(grad, logits)),
         )  # fmt: skip
 
 
-def _shape(x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return launch options for rows of x and y, of one dtype."""
-    size, n_lanes = x.element_size(), lanes(x.device)
-    return {
-        "SIZE": size,
-        "UNIT": WIDEST_ACCESS // size if x.stride(-1) == y.stride(-1) == 1 else 1,
-        "LANES": n_lanes,
-        "BLOCK": n_lanes * LANE_BYTES // size,
-        "num_warps": NUM_WARPS,
-        "enable_fp_fusion": True,  # explicit because triton is about to change its default
-    }
+def _unit(x: Tensor, y: Tensor) -> int:
+    """Return the elements of an access to rows of x and y, of one dtype."""
+    return WIDEST_ACCESS // x.element_size() if x.stride(-1) == y.stride(-1) == 1 else 1

@@ -41,7 +41,8 @@ def explain(
 
     Args:
         loss: True for `fused_linear_*_loss`; False for `linear_token_logps` and `linear_sequence_logps`.
-        The others are those of the call; which gradients are needed is read from the tensors.
+
+    The other arguments are those of the call; `requires_grad` of the tensors decides which gradients are needed.
 
     Returns:
         Plan, a named tuple that prints as a sentence. Floating-point operations and bytes are those of forward and

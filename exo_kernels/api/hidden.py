@@ -15,7 +15,7 @@ from exo_kernels.api.inputs import Head, HeadInputs, Layout, prepare, reference_
 from exo_kernels.api.options import LossOptions
 from exo_kernels.api.types import HeadKeywords, HiddenLoss, Reduction, Schedule
 from exo_kernels.dispatch import Impl
-from exo_kernels.objectives import LossStats
+from exo_kernels.objectives import LossResult, LossStats
 from exo_kernels.ops import hidden as hidden_ops
 from exo_kernels.ops.logits import sum_sequences
 from exo_kernels.schedules import plan
@@ -98,7 +98,7 @@ def linear_token_logps(
 
     Raises:
         ValueError: a wrong shape, dtype, device or option, a weight that is sharded or empty; on a CPU, or with
-        EXO_KERNELS_CHECK=1, a label out of range (unchecked, such a label makes its own row NaN).
+            EXO_KERNELS_CHECK=1, a label out of range (unchecked, such a label makes its own row NaN).
     """
     validation.flag("return_entropy", return_entropy)
     layout = Layout(cu_seqlens, shift, ignore_index)
@@ -175,14 +175,14 @@ def _fused_loss(objective: str) -> HiddenLoss:
         impl: Impl = "auto",
         compat: Literal["official"] | None = None,
         return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, LossStats]:
+    ) -> LossResult:
         """From hidden states and the LM head, without the full logits. Called as one function, the loss is known while
         a chunk's logits still exist: a trained head costs three matmuls (schedule "group"), a frozen one two
         ("deferred").
 
         Args:
-            hidden, weight, labels, bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index,
-                memory_budget, process_group, impl: as in `linear_token_logps`; packed input needs `cu_seqlens`.
+            hidden, weight, labels, bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index: as in
+                `linear_token_logps`, like memory_budget, process_group and impl; packed input needs `cu_seqlens`.
             ref_logps: as in `fused_exo_loss`; or None to score the reference in the same call, from
             ref_hidden: the reference model's hidden states, shaped like `hidden`, multiplied in its dtype. No gradient.
             ref_weight, ref_bias: its head; None means the policy's, whose matmul then takes both models' rows together.
@@ -268,20 +268,11 @@ def _by_schedule(
     offsets = groups.group_offsets(loss_options.group_size, rows.n_sequences, rows.scores.device)
     denominator = _as_scalar(loss_options.denominator(offsets.numel() - 1), rows.scores.device)
     tensors = (rows.scores, inputs.weight, inputs.bias, rows.targets, inputs.ref_hidden, ref_logps)
+    rewards, objective, betas = loss_options.constant_rewards, loss_options.objective, loss_options.betas
+    grouping = (rewards, rows.seq_offsets, offsets, denominator, objective, betas)
+    place = (list(needs[:3]), inputs.split(), inputs.shard.group, rows.impl)
     loss, losses, *results = hidden_ops.linear_group_loss(
-        *tensors,
-        loss_options.constant_rewards,
-        rows.seq_offsets,
-        offsets,
-        denominator,
-        loss_options.objective,
-        loss_options.betas,
-        inputs.transform,
-        inputs.ignore_index,
-        list(needs[:3]),
-        inputs.split(),
-        inputs.shard.group,
-        rows.impl,
+        *tensors, *grouping, inputs.transform, inputs.ignore_index, *place
     )
     return loss, loss_options.stats(losses, *results[:5])
 

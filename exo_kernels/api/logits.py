@@ -15,7 +15,7 @@ from exo_kernels.api.inputs import Layout, Rows, prepare_rows
 from exo_kernels.api.options import LossOptions
 from exo_kernels.api.types import LogitsLoss, Reduction, RowKeywords
 from exo_kernels.dispatch import Impl
-from exo_kernels.objectives import LossStats, ObjectiveName
+from exo_kernels.objectives import LossResult, ObjectiveName
 from exo_kernels.ops import logits as logits_ops
 
 
@@ -68,7 +68,7 @@ def token_logps(
 
     Raises:
         ValueError: a wrong shape, dtype, device or option; on a CPU, or with EXO_KERNELS_CHECK=1, a label out of range
-        (unchecked, such a label makes its own row NaN).
+            (unchecked, such a label makes its own row NaN).
     """
     validation.flag("return_entropy", return_entropy)
     layout = Layout(cu_seqlens, shift, ignore_index)
@@ -130,7 +130,8 @@ def preference_loss(
         policy_logps, ref_logps: (N,) fp32 or fp64 sums; N sequences, the completions of one prompt adjacent.
         objective: "exo" (reverse KL, eq. 15 and 18) or "dpo" (forward KL, eq. 19 and 7).
         label_smoothing: None means 1e-3 for "exo" and 0 for "dpo".
-        The others, the result and the errors are those of `fused_exo_loss`.
+
+    The other arguments, the result and the errors are those of `fused_exo_loss`.
     """
     validation.tensor("policy_logps", policy_logps, validation.SUMS)
     if policy_logps.dim() != 1:
@@ -173,7 +174,7 @@ def _fused_loss(objective: str) -> LogitsLoss:
         impl: Impl = "auto",
         compat: Literal["official"] | None = None,
         return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, LossStats]:
+    ) -> LossResult:
         """The policy's distribution is p = softmax_k(beta_pi S_k), S_k the summed log-ratio of policy to reference. The
         target's is q = softmax(rewards / beta_r), or 1 - eps on the chosen completion and eps / (K - 1) on the others.
         Arxiv 2402.00856, eq. 13-19. EXO of a single completion is 0.
@@ -204,8 +205,8 @@ def _fused_loss(objective: str) -> LogitsLoss:
 
         Raises:
             ValueError: a wrong shape, dtype, device or option; on a CPU, or with EXO_KERNELS_CHECK=1, wrong values
-            (labels out of range, rewards or references not finite, sizes that do not add up). Unchecked, a bad label
-            makes its own group NaN, as does a group of completions that are all impossible.
+                (labels out of range, rewards or references not finite, sizes that do not add up). Unchecked, a bad
+                label makes its own group NaN, as completions do that are all impossible.
 
         Warns:
             UserWarning: if values are checked, a sequence without labels in a group whose others have some.

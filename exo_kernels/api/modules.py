@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from exo_kernels import validation
 from exo_kernels.api import hidden as hidden_api
 from exo_kernels.api import logits as logits_api
-from exo_kernels.objectives import LossStats
+from exo_kernels.objectives import LossResult
 
 
 class _Loss(nn.Module):
     """One loss function with some of its options set."""
 
-    functions: ClassVar[Mapping[str, Callable[..., Any]]]
-    function: Callable[..., Any]
+    _functions: ClassVar[Mapping[str, Callable[..., LossResult]]]
+    function: Callable[..., LossResult]
     objective: str
     options: dict[str, Any]
 
     def __init__(self, *, objective: str = "exo", **options: Any) -> None:
         super().__init__()
-        validation.choice("objective", objective, tuple(self.functions))
-        self.function = self.functions[objective]
+        validation.choice("objective", objective, tuple(self._functions))
+        self.function = self._functions[objective]
         parameters = inspect.signature(self.function).parameters.values()
         names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         for name in options:
@@ -45,13 +45,10 @@ class EXOLoss(_Loss):
     of the construction. ValueError for an option that the function does not have.
     """
 
-    functions: ClassVar[Mapping[str, Callable[..., Any]]] = logits_api.LOSSES
+    _functions: ClassVar[Mapping[str, Callable[..., LossResult]]] = logits_api.LOSSES
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any
-    ) -> Tensor | tuple[Tensor, LossStats]:
-        result: Tensor | tuple[Tensor, LossStats] = self.function(logits, labels, ref_logps, **(self.options | options))
-        return result
+    def forward(self, logits: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> LossResult:
+        return self.function(logits, labels, ref_logps, **(self.options | options))
 
 
 class LinearEXOLoss(_Loss):
@@ -60,11 +57,9 @@ class LinearEXOLoss(_Loss):
     LinearEXOLoss(group_size=4)(hidden, lm_head.weight, labels, ref_logps, rewards=rewards). Options as in EXOLoss.
     """
 
-    functions: ClassVar[Mapping[str, Callable[..., Any]]] = hidden_api.LOSSES
+    _functions: ClassVar[Mapping[str, Callable[..., LossResult]]] = hidden_api.LOSSES
 
     def forward(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
-    ) -> Tensor | tuple[Tensor, LossStats]:
-        inputs = (hidden, weight, labels, ref_logps)
-        result: Tensor | tuple[Tensor, LossStats] = self.function(*inputs, **(self.options | options))
-        return result
+    ) -> LossResult:
+        return self.function(hidden, weight, labels, ref_logps, **(self.options | options))

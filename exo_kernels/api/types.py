@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exo_kernels.dispatch import Impl
-from exo_kernels.objectives import LossStats
+from exo_kernels.objectives import LossResult, LossStats
 
 Reduction = Literal["mean", "sum", "none"]
 Schedule = Literal["auto", "deferred", "group", "store", "recompute"]
@@ -94,7 +94,7 @@ class LogitsLoss(Protocol):
         *,
         return_stats: bool,
         **options: Unpack[LogitsLossKeywords],
-    ) -> Tensor | tuple[Tensor, LossStats]: ...
+    ) -> LossResult: ...
 
 
 class HiddenLoss(Protocol):
@@ -134,4 +134,4 @@ class HiddenLoss(Protocol):
         *,
         return_stats: bool,
         **options: Unpack[HiddenLossKeywords],
-    ) -> Tensor | tuple[Tensor, LossStats]: ...
+    ) -> LossResult: ...

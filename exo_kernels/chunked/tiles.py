@@ -39,7 +39,8 @@ def softmax(
     """
     top = z.amax(-1)
     p = torch.softmax(z, -1) if out is None else torch.softmax(z, -1, out=out)
-    total = _sum(p)
+    # torch would split a single row over threads and sum it in another order: it is summed as two
+    total = p.sum(-1) if len(p) != 1 else p.expand(2, -1).sum(-1)[:1]  # (c,)
     log_total = total.log() - p.amax(-1).log()  # the largest is 1 / torch's total
     off = (total - 1).abs() > 4 * torch.finfo(z.dtype).eps
     if off.any():  # decided per row, so that the cut into tiles changes no bit
@@ -49,11 +50,6 @@ def softmax(
         p[dead] = 0.0
         top, log_total = top.masked_fill(dead, 0.0), log_total.masked_fill(dead, 0.0)
     return Softmax(p, top, log_total, dead)
-
-
-def _sum(p: Tensor) -> Tensor:  # (c,)
-    """Sum each row. torch splits a single row over threads, in another order, so it is summed as two."""
-    return p.sum(-1) if len(p) != 1 else p.expand(2, -1).sum(-1)[:1]
 
 
 def log_probs(z: Tensor, top: Tensor, log_total: Tensor) -> Tensor:

@@ -20,21 +20,11 @@ from exo_kernels.schedules import matmul, passes, plan
 from exo_kernels.schedules.chunks import HeadCall
 from exo_kernels.schedules.vocab_parallel import Shard
 
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]  # the tensors of a HeadCall
 Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias, each (0,) unless needed
 
 
-def _call(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ref_hidden: Tensor | None,
-    transform: Sequence[float],
-    split: Sequence[int],
-    group: str,
-    impl: str,
-) -> HeadCall:
-    tensors = (hidden, weight, bias, targets, ref_hidden)
+def _call(tensors: Tensors, transform: Sequence[float], split: Sequence[int], group: str, impl: str) -> HeadCall:
     start, vocab, largest, chunk_rows = split
     shard = Shard(start, vocab, largest, group)
     return HeadCall(dispatch.implementation(impl), *tensors, LogitTransform(*transform), shard, chunk_rows)
@@ -65,7 +55,7 @@ def linear_token_logps(
     """Return log-probs (N, T), entropies and the reference's log-probs, (N, T) or (0,); then what backward needs."""
     if validation.check_values(hidden.device):
         value_checks.label_values(targets, split[1], ignore_index)
-    call = _call(hidden, weight, bias, targets, ref_hidden, transform, split, group, impl)
+    call = _call((hidden, weight, bias, targets, ref_hidden), transform, split, group, impl)
     with _no_autocast(hidden.device):
         logps, entropies, ref_logps, stats, saved = passes.forward(call, schedule, ignore_index, entropy)
     return logps, entropies, ref_logps, stats, saved
@@ -108,7 +98,7 @@ def linear_token_logps_backward(
     impl: str,
     needs: Sequence[bool],  # gradients of hidden, weight, bias
 ) -> Gradients:
-    call = _call(hidden, weight, bias, targets, None, transform, split, group, impl)
+    call = _call((hidden, weight, bias, targets, None), transform, split, group, impl)
     scores = passes.Scores(logps, entropies, logps.new_empty(0), stats, saved)
     with _no_autocast(hidden.device):
         gradients = passes.backward(call, schedule, scores, grad_logps, grad_entropies, ignore_index, needs)
@@ -198,7 +188,7 @@ def linear_group_loss(
     if validation.check_values(hidden.device):
         value_checks.label_values(targets, split[1], ignore_index)
     offsets = checked_groups(seq_offsets, group_offsets, rewards, ref_logps, targets, ignore_index)
-    call = _call(hidden, weight, bias, targets, ref_hidden, transform, split, group, impl)
+    call = _call((hidden, weight, bias, targets, ref_hidden), transform, split, group, impl)
     function = group_function(objective, impl)
     loss = passes.GroupLoss(function, ref_logps, rewards, *offsets, objective, Betas(*betas), ignore_index)
     with _no_autocast(hidden.device):
@@ -272,14 +262,11 @@ def _backward_group_loss(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[T
 
 def _is_one(grad: Tensor) -> bool:
     """Return True if it is known to be 1 at no cost (on a CPU), and the gradients may be handed out without a copy."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(grad) is not Tensor or _graph_is_kept():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(grad) is not Tensor:
+        return False
+    if getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)():  # may run again
         return False
     return grad.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(grad) and grad.item() == 1
-
-
-def _graph_is_kept() -> bool:
-    """Return False if this backward pass runs only once; True if torch does not tell."""
-    return bool(getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)())
 
 
 linear_group_loss.register_autograd(_backward_group_loss, setup_context=_save_group_loss)

@@ -110,7 +110,7 @@ def choose(schedule: str, needs: Needs, sizes: Sizes, budget: int) -> tuple[str,
     if not needs.any:
         return NO_GRAD, "nothing needs gradients"
     if schedule != "auto":
-        _refuse(schedule, needs)
+        _check_schedule(schedule, needs)
         return schedule, "asked for"
     if needs.entropy:
         return "recompute", "entropies with gradients need a second look at the logits"
@@ -123,7 +123,7 @@ def choose(schedule: str, needs: Needs, sizes: Sizes, budget: int) -> tuple[str,
     return "recompute", "a copy of the logits' gradients does not fit the budget"
 
 
-def _refuse(schedule: str, needs: Needs) -> None:
+def _check_schedule(schedule: str, needs: Needs) -> None:
     if needs.entropy and schedule != "recompute":
         validation.fail("schedule", "'recompute' or 'auto' for entropies with gradients", repr(schedule))
     if schedule == "deferred" and not needs.hidden:

@@ -87,11 +87,11 @@ def peak_beyond(function) -> int:
     """Peak bytes that the function takes on top of what is there before it."""
     function()  # compile, and fill the allocator's caches
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated() - allocated
 
 
 def test_peak_memory_is_the_gradient():

@@ -70,10 +70,10 @@ def test_memory_stays_within_the_budget(schedule):
     run()  # the libraries' workspaces
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()
     run()
     gradients = 2 * 2 * hidden.numel() + weight.requires_grad * (2 + 4) * weight.numel()
-    extra = torch.cuda.max_memory_allocated() - before - gradients
+    extra = torch.cuda.max_memory_allocated() - allocated - gradients
     assert extra <= 1.1 * 256 * MIB, f"{extra / MIB:.0f} MiB"
 
 

@@ -267,12 +267,12 @@ def test_reductions(impl, device, objective, sizes):
 def test_two_micro_batches_are_one(impl, device, objective):
     """With the step's number of groups as the denominator, gradients accumulate to those of one call, bit for bit."""
     case = make_case(6, 3, 128, torch.float64, objective=objective, seed=9).on(device)
-    whole = loss_answer(case, case.logits, impl)["grad"]
+    full = loss_answer(case, case.logits, impl)["grad"]
     parts = []
     for rows in (slice(0, 2), slice(2, 6)):
         part = case._replace(logits=case.logits[rows], labels=case.labels[rows], ref_logps=case.ref_logps[rows])
         parts.append(loss_answer(part.but(num_groups=3), part.logits, impl)["grad"])
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts), full)
 
 
 @both

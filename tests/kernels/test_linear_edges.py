@@ -125,13 +125,13 @@ def test_targets_outside_the_columns_have_no_logit(impl, device):
 def test_a_row_alone_has_the_bits_of_a_row_among_others():
     """With two threads torch would add up one row in another order."""
     tiles = importlib.import_module("exo_kernels.chunked.tiles")
-    before = torch.get_num_threads()
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         z = torch.randn(5, 2**18, generator=torch.Generator().manual_seed(0))
         among, by_itself = tiles.softmax(z), tiles.softmax(z[:1])
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(n_threads)
     assert all(torch.equal(a[:1], b) for a, b in zip(among, by_itself, strict=True))
 
 
@@ -178,10 +178,10 @@ def test_operations_and_bytes_of_every_schedule():
     for schedule, products, extra in (
         ("deferred", 4, 0), ("recompute", 4, 0), ("store", 3, 100 * sizes.stored_row_bytes),
     ):  # fmt: skip
-        found = plan.explain(schedule, "", needs, sizes, 2**29, [100])
-        assert found.flops == products * one and found.extra_bytes == 100 * sizes.row_bytes + extra
+        planned = plan.explain(schedule, "", needs, sizes, 2**29, [100])
+        assert planned.flops == products * one and planned.extra_bytes == 100 * sizes.row_bytes + extra
     assert narrow.fixed_bytes == matmul.BLOCK_BYTES
     assert narrow.chunk_rows(2**29) == (2**29 - matmul.BLOCK_BYTES) // narrow.row_bytes
-    found = plan.explain("store", "", needs, narrow, 2**29, [100])
-    assert found.extra_bytes == 100 * (narrow.row_bytes + narrow.stored_row_bytes) + narrow.fixed_bytes
+    planned = plan.explain("store", "", needs, narrow, 2**29, [100])
+    assert planned.extra_bytes == 100 * (narrow.row_bytes + narrow.stored_row_bytes) + narrow.fixed_bytes
     assert plan.explain("store", "", needs, narrow, 2**29, [0]).extra_bytes == 0

@@ -50,9 +50,9 @@ def test_the_budget_holds(peak, monkeypatch, schedule, group_size, dtype):
     returned = size + 4 * weight.numel() * weight.requires_grad  # one fp32 dW
     rows = 12 * 4 * labels.numel()  # numbers and indices of rows
     assert BUDGET / 2 < peak.peak - returned <= 1.1 * BUDGET + rows
-    found = exo_kernels.explain(hidden, weight, labels, **options)
-    assert found.schedule == schedule and (found.oversized_groups > 0) == (group_size == 8 and schedule == "group")
-    assert found.extra_bytes <= BUDGET
+    planned = exo_kernels.explain(hidden, weight, labels, **options)
+    assert planned.schedule == schedule and (planned.oversized_groups > 0) == (group_size == 8 and schedule == "group")
+    assert planned.extra_bytes <= BUDGET
 
 
 def test_a_frozen_head_keeps_nothing_but_the_gradient():

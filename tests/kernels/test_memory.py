@@ -24,22 +24,22 @@ class Peak(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.peak = 0
-        self.known: set[int] = set()
+        self.storages: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         results = function(*args, **(kwargs or {}))
         for x in tree_leaves(results):
-            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in given | self.known:
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in given | self.storages:
                 size = x.untyped_storage().nbytes()
-                self.known.add(key)
+                self.storages.add(key)
                 self.bytes += size
                 weakref.finalize(x.untyped_storage(), self.freed, key, size)
         self.peak = max(self.peak, self.bytes)
         return results
 
     def freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
+        self.storages.discard(key)
         self.bytes -= size
 
 

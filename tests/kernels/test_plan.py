@@ -35,7 +35,7 @@ def test_bad_budgets(bad):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "budget", "expected"),
+    ("needed", "budget", "expected"),
     [
         (needs(False, False), 512 * MIB, "score"),
         (needs(weight=False), 512 * MIB, "deferred"),
@@ -48,8 +48,8 @@ def test_bad_budgets(bad):
         (needs(weight=False, entropy=True, reduced_loss=False), 512 * MIB, "recompute"),
     ],
 )
-def test_auto(wanted, budget, expected):
-    assert plan.choose("auto", wanted, sizes(), budget)[0] == expected
+def test_auto(needed, budget, expected):
+    assert plan.choose("auto", needed, sizes(), budget)[0] == expected
 
 
 @pytest.mark.parametrize("schedule", ["deferred", "group", "store", "recompute"])
@@ -102,11 +102,11 @@ def test_explain_tells_what_happens():
     n = int((case.labels[:, 1:] != IGNORED).sum())
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
     one = 2 * n * 16 * 997
-    found = exo_kernels.explain(hidden, weight, case.labels, group_size=4)
-    assert (found.schedule, found.rows, found.rows_with_loss, found.chunks) == ("group", 48, n, 1)
-    assert found.flops == found.bound_flops == 3 * one
-    assert found.extra_bytes == n * (4 * 1008 + 16 * 12)
-    assert str(found).startswith("group: the head is trained and the loss is called as one.")
+    planned = exo_kernels.explain(hidden, weight, case.labels, group_size=4)
+    assert (planned.schedule, planned.rows, planned.rows_with_loss, planned.chunks) == ("group", 48, n, 1)
+    assert planned.flops == planned.bound_flops == 3 * one
+    assert planned.extra_bytes == n * (4 * 1008 + 16 * 12)
+    assert str(planned).startswith("group: the head is trained and the loss is called as one.")
     small = exo_kernels.explain(hidden, weight, case.labels, group_size=4, memory_budget=10 * 4300)
     assert small.oversized_groups == 2 and small.chunk_rows == 10 and small.flops == 4 * one
     assert small.extra_bytes <= 10 * 4300

@@ -117,8 +117,8 @@ def test_dtensors_elsewhere_are_refused(mesh, case, name):
 @pytest.mark.parametrize("argument", ["weight", "bias"])
 def test_a_dtensor_beside_a_process_group_is_refused(mesh, case, name, argument):
     """Either says how the rows are sharded: together they could contradict each other."""
-    whole = case.weight if argument == "weight" else case.options["bias"]
-    part = tensor.distribute_tensor(whole, mesh, [tensor.Shard(0)])
+    full = case.weight if argument == "weight" else case.options["bias"]
+    part = tensor.distribute_tensor(full, mesh, [tensor.Shard(0)])
     message = refusal(name, case, process_group=dist.group.WORLD, **{argument: part})
     assert message.startswith(f"{argument}: expected with process_group, a plain tensor") and "to_local()" in message
 
@@ -126,8 +126,8 @@ def test_a_dtensor_beside_a_process_group_is_refused(mesh, case, name, argument)
 @every_function
 @pytest.mark.parametrize("argument", ["weight", "bias"])
 def test_the_oracle_takes_plain_tensors(mesh, case, name, argument):
-    whole = case.weight if argument == "weight" else case.options["bias"]
-    part = tensor.distribute_tensor(whole, mesh, [tensor.Shard(0)])
+    full = case.weight if argument == "weight" else case.options["bias"]
+    part = tensor.distribute_tensor(full, mesh, [tensor.Shard(0)])
     message = refusal(name, case, impl="reference", **{argument: part})
     assert message.startswith(f"{argument}: expected a plain tensor")
 

@@ -225,34 +225,34 @@ def dtensor(rank: int) -> Answer:
     mesh = init_device_mesh("cpu", (2,))
     weight = distribute_tensor(case.weight, mesh, [Shard(0)]).requires_grad_()
     bias = distribute_tensor(case.options["bias"], mesh, [Shard(0)]).requires_grad_()
-    said = []
+    messages = []
     for options in ({}, {"process_group": mesh.get_group()}):
         try:
             exo_kernels.linear_token_logps(case.hidden, weight, case.labels, **options)
         except ValueError as error:
-            said.append(str(error))
+            messages.append(str(error))
     with torch.no_grad():
         scored = exo_kernels.fused_linear_exo_loss(
             case.hidden, weight, case.labels, case.ref_logps, **case.but(bias=bias).options
         )
     # data parallel: the first rank has the first group, the second the others, and the mean is over all
     sizes, first = case.options["group_size"], int(case.options["group_size"][0])
-    mine, groups = (slice(first), sizes[:1]) if rank == 0 else (slice(first, None), sizes[1:])
-    whole = weight.full_tensor(grad_placements=[Partial()]), bias.full_tensor(grad_placements=[Partial()])
-    options = case.but(bias=whole[1], num_groups=len(sizes), group_size=groups).options
-    options |= {"rewards": case.options["rewards"][mine]} if "rewards" in case.options else {}
+    local, groups = (slice(first), sizes[:1]) if rank == 0 else (slice(first, None), sizes[1:])
+    full = weight.full_tensor(grad_placements=[Partial()]), bias.full_tensor(grad_placements=[Partial()])
+    options = case.but(bias=full[1], num_groups=len(sizes), group_size=groups).options
+    options |= {"rewards": case.options["rewards"][local]} if "rewards" in case.options else {}
     exo_kernels.fused_linear_exo_loss(
-        case.hidden[mine], whole[0], case.labels[mine], case.ref_logps[mine], **options
+        case.hidden[local], full[0], case.labels[local], case.ref_logps[local], **options
     ).backward()
     assert weight.grad.placements == weight.placements and len(weight.grad.to_local()) < VOCAB
     gradients = {"d_weight": weight.grad.full_tensor(), "d_bias": bias.grad.full_tensor()}
-    return {"loss": scored, **gradients, "refusals": said}
+    return {"loss": scored, **gradients, "refusals": messages}
 
 
 def refusals(rank: int) -> Answer:
     """What is wrong for all ranks, each refuses: none is left waiting."""
     case = part_of(JOBS["loss-group-padded"].case(), CUTS["20+17"], rank)
-    said = {}
+    messages = {}
     labels = case.labels.clone()
     labels[2, 3] = VOCAB
     alone = [dist.new_group([i]) for i in range(2)][1 - rank]  # of which this rank is no part
@@ -267,8 +267,8 @@ def refusals(rank: int) -> Answer:
             try:
                 exo_kernels.fused_linear_exo_loss(hidden, weight, y, case.ref_logps, **options)
             except ValueError as error:
-                said[f"{name} {schedule}"] = str(error)
-    return said
+                messages[f"{name} {schedule}"] = str(error)
+    return messages
 
 
 def compiled(rank: int, folder: str) -> None:
