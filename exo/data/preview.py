@@ -1,4 +1,4 @@
-"""Print examples as a model is trained on them: their prompt, and the tokens that the loss is taken of.
+"""Print examples as a model is trained on them: their prompt, and the tokens that the loss covers.
 
 align and sft print such examples before they train, and inspect without training.
 """
@@ -16,9 +16,9 @@ from exo.data.text.tokenize import TokenizedExample
 
 Color = Literal["auto", "always", "never"]
 PROMPT, COMPLETION = 240, 160  # characters of a text that are shown
-LOSS = "the loss is taken of the tokens"
-LOSS_OF_DIFFERENCE = f"what all completions begin with is in the prompt; {LOSS}"
-SCORE = "the score is taken at the last of the tokens"
+LOSS = "the loss covers the tokens"
+LOSS_OF_DIFFERENCE = f"tokens that all completions start with count as prompt; {LOSS}"
+SCORE = "the score is computed at the last of the tokens"
 SCORED, PLAIN = "\x1b[1;32m", "\x1b[0m"  # ANSI: bold green, and back
 
 
