@@ -311,7 +311,7 @@ def test_one_row_and_an_unfinished_input(report, tmp_path, model):
     assert "duplicates: none\n" in out
     run = tmp_path / "scoring"
     run.mkdir()
-    run_record.write_run(run, align.Config(model="m", data="d"), "score")
+    run_record.write_run(run, align.Config(model="m", data="d"), "score", makes="scored.jsonl")
     code, out, err = report("--data", run, "--model", model)
     assert code == 2 and "its run did not finish" in err and err.removeprefix("error: ") in out
 
