@@ -1,4 +1,4 @@
-"""What a call on hidden states would do, without doing it."""
+"""The plan of a call on hidden states, without the call."""
 
 import torch
 import torch.distributed as dist
