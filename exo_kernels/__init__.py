@@ -15,7 +15,7 @@ from exo_kernels.api.logits import fused_dpo_loss, fused_exo_loss, preference_lo
 from exo_kernels.api.modules import EXOLoss, LinearEXOLoss
 from exo_kernels.objectives import LossStats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EXOLoss",

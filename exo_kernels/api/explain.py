@@ -1,4 +1,4 @@
-"""The plan of a call on hidden states, without the call."""
+"""The schedule and the cost of a call on hidden states, without running it."""
 
 import torch
 import torch.distributed as dist

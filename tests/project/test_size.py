@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 STAGES = "commands"
 BUDGET = {  # lines of Python
-    "exo_kernels": 4400, "cli": 1250, "runs": 830, "data": 4310, "distributed": 540, "evaluation": 1050, "models": 2220,
+    "exo_kernels": 4500, "cli": 1250, "runs": 830, "data": 4310, "distributed": 540, "evaluation": 1050, "models": 2220,
     "reporting": 1160, "rollouts": 1050, "experiments": 1380, "training": 2360, STAGES: 2350,
 }  # fmt: skip
 LONGEST = 300  # lines of a file

@@ -1,6 +1,6 @@
 """The public interface of exo_kernels: its signatures in api.txt, its types, its version.
 
-After an intended change: `python tests/kernels/test_api.py` writes api.txt again.
+After an intended change: `python tests/project/test_api.py` writes api.txt again.
 """
 
 import difflib
@@ -17,8 +17,8 @@ import torch
 
 import exo_kernels
 
-SNAPSHOT = Path(__file__).with_name("api.txt")
-ROOT = SNAPSHOT.parents[2]
+SNAPSHOT = Path(__file__).parents[1] / "api.txt"
+ROOT = SNAPSHOT.parents[1]
 LOSSES = [name for name in exo_kernels.__all__ if name.startswith("fused_")]
 
 
@@ -74,7 +74,7 @@ def current() -> str:
 def test_signatures_are_those_of_the_snapshot():
     before, after = SNAPSHOT.read_text(encoding="utf-8"), current()
     diff = "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), "api.txt", "now", lineterm=""))
-    advice = "If the change is intended, run `python tests/kernels/test_api.py` and note it in CHANGELOG.md."
+    advice = "If the change is intended, run `python tests/project/test_api.py` and note it in CHANGELOG.md."
     assert before == after, f"the public interface changed:\n{diff}\n{advice}"
 
 
