@@ -60,6 +60,8 @@ def forward(call: HeadCall, schedule: str, ignore_index: int, entropy: bool) -> 
         call.zeros(3, *(shape if schedule != plan.NO_GRAD else (0, 0))),
         _new_saved(call, schedule, n),
     )
+    if not n:  # no collectives either
+        return result
     parts = plan.even(n, call.chunk_rows)
     work = Workspace(call, _longest(parts))
     for part in parts:
