@@ -83,7 +83,7 @@ def forward(call: HeadCall, schedule: str, ignore_index: int, entropy: bool) -> 
         if schedule != plan.NO_GRAD:
             result.stats[(slice(None), *chunk)] = score.stats
         work.score_ref(ref, chunk, targets, result.ref_logps)
-    if schedule == "deferred" and n:
+    if schedule == "deferred":
         vocab_parallel.sum_(result.saved, call.shard)
     elif schedule == "store":
         result.saved[:, len(call.weight) :] = 0.0  # the padding is never read, but an operator's results are defined
