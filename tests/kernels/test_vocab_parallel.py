@@ -289,7 +289,7 @@ def compiled(rank: int, folder: str) -> None:
         value = function(*leaves)
         results.append([value.detach(), *torch.autograd.grad(value, leaves)])
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="process_group: ranks tell each other the sizes"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="process_group: ranks gather the sizes"):
         torch.compile(both, backend="aot_eager", fullgraph=True)(*leaves)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
