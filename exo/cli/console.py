@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from rich import progress as rich_progress
 
 _STARTED = time.perf_counter()
-
-
 _muted = os.environ.get("RANK", "0") != "0"
 
 
@@ -80,23 +78,23 @@ class Progress:
     def __init__(self, label: str, total: int, *, every: int, quiet: bool = False, done: int = 0) -> None:
         quiet = quiet or _muted
         self._label, self._total, self._every, self._quiet = label, total, every, quiet
-        self._done, self._before, self._began = done, done, time.perf_counter()
+        self._done, self._resumed_at, self._began = done, done, time.perf_counter()
         self._bar = None if quiet or sys.stdout is None or not sys.stdout.isatty() else _bar()
         if self._bar is not None:
             self._task = self._bar.add_task(label, total=total, completed=done, values="")
             self._bar.start()
 
     def advance(self, amount: int = 1, values: Mapping[str, float] | None = None) -> None:
-        before, self._done = self._done, self._done + amount
+        previous, self._done = self._done, self._done + amount
         finished = self._done >= self._total
         shown = "  ".join(f"{name} {_short(value)}" for name, value in (values or {}).items())
         if self._bar is not None:
             self._bar.update(self._task, advance=amount, values=shown)
             if finished:
                 self._bar.stop()
-        elif not self._quiet and (finished or self._done // self._every > before // self._every):
+        elif not self._quiet and (finished or self._done // self._every > previous // self._every):
             spent = max(time.perf_counter() - self._began, 1e-9)
-            rate_now = (self._done - self._before) / spent  # without the work of an earlier run
+            rate_now = (self._done - self._resumed_at) / spent  # without the work of an earlier run
             left = (self._total - self._done) / rate_now
             rate = f"{rate_now:,.1f}/s" + (f", {duration(left)} left" if not finished else "")
             log("  " + "  ".join(filter(None, (f"{self._label} {self._done}/{self._total}", shown, rate))))

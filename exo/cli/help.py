@@ -2,12 +2,12 @@
 
 # An option that is in no group is one of the command's own.
 GROUPS = {
-    "Model": "model ref_model reference reward_model oracle tokenizer",
+    "Model": "model ref_model reference reference_cache reward_model oracle tokenizer",
     "Data": "data eval_data eval_fraction samples baseline columns ignore_columns system_column data_weights "
     "skip_invalid chat_template template_kwargs max_length max_prompt_length max_completion_length truncate "
     "max_completions first prompts source rows",
     "Objective": "loss target beta_pi beta_r label_smoothing reward_norm temperature labels kl_coef gamma lam "
-    "clip_range clip_range_value value_coef ppo_epochs rollout_size reference_cache",
+    "clip_range clip_range_value value_coef ppo_epochs rollout_size",
     "Sampling": "k top_p max_new_tokens engine epochs",
     "Optimization": "batch_size learning_rate critic_learning_rate critic_warmup_steps lr_scheduler_type warmup_steps "
     "warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm dropout num_train_epochs max_steps "

@@ -17,6 +17,8 @@ from exo.cli.errors import ConfigError
 from exo.cli.fields import SHOWN, require, shortened
 from exo.cli.spelling import suggestion
 
+T = TypeVar("T")
+
 
 def as_flags(config: Any) -> list[str]:
     """Return flags for the options that differ from their defaults, and for output_dir."""
@@ -29,9 +31,6 @@ def as_flags(config: Any) -> list[str]:
 def command_line(config: Any) -> list[str]:
     """Return the flags that give this config."""
     return [*as_flags(config), *["--overwrite_output_dir"] * getattr(config, "overwrite_output_dir", False)]
-
-
-T = TypeVar("T")
 
 
 def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str | None) -> T:

@@ -1,6 +1,6 @@
 """Make standard output and error safe: closed, full or broken ones do not end a run or change its exit code.
 
-Needs only the standard library: `exo` prepares the streams before it loads anything else.
+Needs only the standard library, because it runs before anything else is loaded.
 """
 
 import contextlib

@@ -20,7 +20,7 @@ Answers = dict[Key, data.Example]
 
 
 def source(option: str, path: str) -> str:
-    """Return the file that an option names; the directory of a stage that samples stands for its samples."""
+    """Return the file that an option names; for the run directory of a sampling stage, its file of samples."""
     file = run_inputs.source(option, path, "sample", "best_of_n", "score")
     if not Path(file).is_file():
         raise ValueError(f"--{option} {path}: no such file; python -m exo.sample makes one")

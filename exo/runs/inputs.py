@@ -1,7 +1,7 @@
 """Find the inputs of a stage, and hash them.
 
-`source` finds an input: the directory of a stage stands for the file that the stage makes. `fingerprint` is the sha256
-of its content, which run.json records.
+`source` finds the file that an option names; a run directory may be given instead of the file in it. `fingerprint` is
+the sha256 of its content, which run.json records.
 """
 
 import hashlib
@@ -11,30 +11,20 @@ from typing import Any
 
 from exo.cli.errors import RunError
 from exo.cli.paths import DATA_SUFFIXES, split_paths
-from exo.runs.record import (
-    _IMMATERIAL,
-    OWN_FILES,
-    STAGES,
-    command,
-    digest,
-    is_temporary,
-    record,
-)
+from exo.runs.record import OWN_FILES, STAGES, command, digest, is_temporary, read_run, record
 
-_IMMATERIAL |= {"save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "on_nan", "nproc", "fsdp"}
-_DATA_FILES = DATA_SUFFIXES
-_READ_FILES = (*_DATA_FILES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
+_READ_FILES = (*DATA_SUFFIXES, ".safetensors", ".txt", ".pos", ".neg", ".model", ".jinja")
 
 
 def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
     """Return the file or model directory that an option names.
 
-    The directory of one of the `stages` stands for what that stage makes, and the directory of prepare for its file
+    For a run directory of one of the `stages` it is the file that the stage makes; for one of `prepare` it is the file
     `prepared`.
 
     Raises:
         RunError: if the run in the directory has not finished.
-        ValueError: if there is nothing, or what another stage has made.
+        ValueError: if there is nothing, or the run of another stage or of an older version.
     """
     if len(several := split_paths(path)) > 1:
         return ",".join(source(option, str(part), *stages, prepared=prepared) for part in several)
@@ -55,6 +45,8 @@ def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
             if not place.exists():
                 raise ValueError(f"--{option} {path}: expected {product} in it, which this task does not make")
             return str(place)
+    elif place.is_dir() and read_run(place) and not (place / "config.json").exists():
+        raise ValueError(f"--{option} {path}: a run of an older version; name the file in it, or run it again")
     if is_missing(path):
         makes = f"; {making} makes one" if making else ""
         raise ValueError(f"--{option} {path}: no such file or directory{makes}")
@@ -64,7 +56,7 @@ def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
 def is_missing(path: str) -> bool:
     """Return whether nothing is there. A possible hub name ("gpt2", "owner/name") is not missing."""
     place = Path(_directory(path))
-    local = path.startswith((".", "~", "/")) or place.suffix in _DATA_FILES
+    local = path.startswith((".", "~", "/")) or place.suffix in DATA_SUFFIXES
     return not place.exists() and (local or (place.parent != Path() and place.parent.is_dir()))
 
 

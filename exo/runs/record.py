@@ -20,7 +20,7 @@ RUN_FILE = "run.json"
 
 class StageFiles(NamedTuple):
     reads: tuple[str, ...]  # the options that name what the stage reads
-    makes: str  # the file that its directory stands for; "." if it is the directory itself
+    makes: str  # the file in its directory that later stages read; "." if they read the directory
 
 
 STAGES: dict[str, StageFiles] = {}  # of the stage modules that are imported: runs/stage.stage fills it
@@ -75,6 +75,13 @@ _RECORDED: dict[str, Callable[[Any], bool]] = {
     "makes": lambda value: _is_text(value) and _are_hashes({value: ""}),
 }
 STATES, PIECES = "checkpoints", "pieces.jsonl"  # an unfinished run resumes from them
+OWN_FILES = (RUN_FILE, "metrics.jsonl")  # not outputs of a stage
+_TEMPORARY = ("profile", STATES, PIECES)
+# options that do not change what a run computes
+_IMMATERIAL = {
+    *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "reference_cache", "profile", "save_steps"),
+    *("save_total_limit", "resume_from_checkpoint", "allow_changes", "on_nan", "nproc", "fsdp"),
+}
 PACKAGES = ("exo-kernels", "torch", "triton", "transformers", "tokenizers", "accelerate", "safetensors")
 
 
@@ -117,12 +124,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue  # an optional package, or a source tree that was not installed
     return result
-
-
-# The place of the results and the printed lines change nothing in them.
-OWN_FILES = (RUN_FILE, "metrics.jsonl")
-_PASSING = ("profile", STATES, PIECES)
-_IMMATERIAL = {"output_dir", "overwrite_output_dir", "logging_steps", "report_to", "reference_cache", "profile"}
 
 
 def record(directory: Path) -> dict[str, Any] | None:
@@ -169,7 +170,7 @@ def output_files(directory: Path) -> list[Path]:
 
 def is_temporary(directory: Path, file: Path) -> bool:
     """Return whether a file is unfinished, or belongs to an unfinished run."""
-    return any(part.startswith(".") or part in _PASSING for part in file.relative_to(directory).parts)
+    return any(part.startswith(".") or part in _TEMPORARY for part in file.relative_to(directory).parts)
 
 
 def digest(file: Path) -> str:

@@ -130,10 +130,10 @@ def status(directory: Path, config: Any, stage: str) -> tuple[Literal["new", "re
     return "changed" if changes else "done" if "finished" in run else "resume", changes
 
 
-def template_date(before: Mapping[str, Any] | None, inputs: Iterable[str]) -> str:
+def template_date(previous: Mapping[str, Any] | None, inputs: Iterable[str]) -> str:
     """Return the date of the earlier run that is resumed, or of the runs that made the inputs, or today's."""
     places = [place for place in map(Path, inputs) if place.exists()]
-    runs = [before, *(record(place if place.is_dir() else place.parent) for place in places)]
+    runs = [previous, *(record(place if place.is_dir() else place.parent) for place in places)]
     dates = [run["template_date"] for run in runs if run and "template_date" in run]
     return dates[0] if dates else datetime.date.today().isoformat()
 
@@ -149,20 +149,20 @@ def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
 
     Call it in one process after every check: it may remove an earlier run.
     """
-    config, directory, known = start.config, Path(start.config.output_dir), dict(start.facts)
+    config, directory, start_facts = start.config, Path(start.config.output_dir), dict(start.facts)
     if start.resumes and keep:
-        before = record(directory) or {}
-        again = [*before.get("again", []), known.pop("started")]
-        asked = run_record.describe_request(config, start.stage) | known  # until nothing has refused to resume
+        previous = record(directory) or {}
+        again = [*previous.get("again", []), start_facts.pop("started")]
+        asked = run_record.describe_request(config, start.stage) | start_facts  # until nothing refuses to resume
         run_record.update_run(directory, again=again, asked=asked, **facts)
         return directory
     run_directory.prepare(config.output_dir, overwrite=config.overwrite_output_dir or start.resumes)
-    run_record.write_run(directory, config, start.stage, **known, **facts)
+    run_record.write_run(directory, config, start.stage, **start_facts, **facts)
     return directory
 
 
 def finish(directory: Path, **facts: Any) -> None:
     """Record that the run is complete, and the hashes of its files."""
     run_record.confirm(directory)
-    made = {str(file.relative_to(directory)): digest(file) for file in output_files(directory)}
-    run_record.update_run(directory, **facts, outputs=made, finished=run_record.now())
+    outputs = {str(file.relative_to(directory)): digest(file) for file in output_files(directory)}
+    run_record.update_run(directory, **facts, outputs=outputs, finished=run_record.now())

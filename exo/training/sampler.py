@@ -32,7 +32,7 @@ def total_steps(n_examples: int, batch_size: int, epochs: float, max_steps: int 
 
 
 class BatchSampler(Generic[G]):
-    """Iterate over global batches, shuffled anew in each epoch by a generator that nothing else advances."""
+    """Iterate over global batches. Each epoch is shuffled by a separate random generator."""
 
     def __init__(self, examples: Sequence[G], steps: int, batch_size: int, seed: int) -> None:
         self.examples, self.steps, self.batch_size, self.seed = examples, steps, batch_size, seed

@@ -221,3 +221,16 @@ def test_every_stage_is_known():
     for name in stages:
         importlib.import_module(f"exo.{name}")
     assert set(run_record.STAGES) == stages
+
+
+def test_the_directory_of_a_run_of_an_older_version_is_refused_and_its_file_read(tmp_path):
+    """Such a record does not say which file the stage makes."""
+    run = tmp_path / "old"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"stage": "scoring", "command": [], "arguments": {}, "finished": "x"}))
+    (run / "scored.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="--data .*old: a run of an older version; name the file in it"):
+        run_inputs.source("data", str(run), "score")
+    assert run_inputs.source("data", str(run / "scored.jsonl"), "score") == str(run / "scored.jsonl")
+    (run / "config.json").write_text("{}")
+    assert run_inputs.source("model", str(run), "sft") == str(run), "a model directory is a model whoever made it"
