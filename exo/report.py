@@ -6,10 +6,9 @@ unfinished run, the report shows the results so far and lists the steps that are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exo.cli import console
 from exo.cli.fields import named, option
@@ -28,29 +27,29 @@ class Config(Stage):
 def run(config: Config, start: Start) -> Path:
     """Write report.html and return its directory."""
     from exo.reporting import methods, page, reading
+    from exo.reporting.results import FAILED_BELOW
     from exo.runs import stage as run_stage
     from exo.runs.atomic import atomic_file
 
     results = reading.read(Path(config.run))
-    overview = methods.overview(results)  # a ValueError leaves no directory
+    header, rows = methods.methods_table(results)  # a ValueError leaves no directory
     directory = run_stage.begin(start)
     context = page.build_context(results, directory, config.seed)
     with atomic_file(directory / "report.html") as file:
         file.write_text(page.render(context), encoding="utf-8")
-    _print(overview)
+    if rows:
+        _print_table([header, *rows])
+    for trial in context["failed_trials"]:
+        console.log(f"FAILED {trial}, not more than {FAILED_BELOW:g} standard errors above SFT")
     console.log(f"  page: {directory / 'report.html'}")
     run_stage.finish(directory)
     return directory
 
 
-def _print(overview: Mapping[str, Any]) -> None:
-    """Print the table of methods and the failed trials."""
-    rows = [overview["header"], *overview["rows"]] if overview["rows"] else []
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         console.log("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for line in overview["failed_trials"]:
-        console.log(f"FAILED {line}, not more than {overview['failed_below']:g} standard errors above SFT")
 
 
 main = command(Config, run)

@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from exo.reporting import figures
-from exo.reporting.formatting import interval, percent_interval
 from exo.reporting.results import Results, Setting
 from exo.reporting.statistics import Estimate, envelope, interpolate, mean_over_seeds
 
@@ -25,19 +24,12 @@ def frontier(results: Results, directory: Path) -> dict[str, Any] | None:
         if len(series) > 1:
             path = directory / f"frontier-{method}.png"
             by_size[method] = figures.frontier(results, lambda c: c.reward, ylabel, path, series)
-    rows = []
-    for trial in results.evaluated_with_start:
-        for c in trial.checkpoints:
-            kl = f"≤ {c.kl_bound:.2f}" if c.kl_bound is not None else interval(c.kl)
-            row = [trial.name, c.name, interval(c.reward, "+.2f"), kl, interval(c.kl_k3), f"{c.spread:.2f}"]
-            rows.append([*row, percent_interval(c.win_rates.get("reference"))])
     return {
         "at_equal_kl": _at_equal_kl(results),
         "reward": reward,
         "accuracy": accuracy,
         "by_size": by_size,
         "is_truncated": any((trial.evaluation["top_p"] or 1) < 1 for trial in results.evaluated),
-        "checkpoints": rows,
     }
 
 

@@ -1,40 +1,16 @@
-"""Compare the methods: the run's state, the table of methods, failed trials, win rates."""
+"""Compare methods: the table of methods, failed trials, win rates."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from exo.reporting.formatting import interval, percent, percent_interval, plus_minus, without_empty_columns
 from exo.reporting.reading import load_json
-from exo.reporting.results import FAILED_BELOW, Results, Setting
+from exo.reporting.results import Results, Setting
 from exo.reporting.statistics import Estimate
 
 
-def overview(results: Results) -> dict[str, Any]:
-    variants = results.best_per_series
-    best = max(variants, key=lambda setting: setting.gain.mean, default=None)
-    header, rows = methods_table(results)
-    return {
-        "started": results.record["started"],
-        "seeds": results.record["recipe"]["seeds"],
-        "sizes": list(dict.fromkeys(trial.k for trial in results.trials if trial.k)),
-        "evaluation": results.start.evaluation if results.start else None,
-        "num_steps": len(results.steps),
-        "unfinished": [f"{step.name}: {step.missing}" for step in results.steps if step.missing],
-        "stale": [f"{step.name}: {step.stale}" for step in results.steps if step.stale],
-        "best": best and {"series": best.first.series, "gain": best.gain, "kl": _kl(best)},
-        "num_variants": len(variants),
-        "num_better": sum(not setting.failed for setting in variants),
-        "failed_below": FAILED_BELOW,
-        "header": header,
-        "rows": rows,
-        "failed_rows": [i for i, setting in enumerate(variants, 1) if setting.failed],  # row 0 is SFT
-        "failed_trials": failed_trials(results),
-        "is_swept": any(trial.varied for trial in results.evaluated),
-    }
-
-
 def methods_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows: SFT, then the best setting of each method and K. Empty columns are left out."""
+    """Return header and rows: SFT and the best setting of each method and K; without the columns that are empty."""
     header = ["method", "best setting", "seeds", "reward", "gain over SFT", "KL (nats)"]
     header += ["wins over SFT", "wins over chosen", "accuracy"]
     rows = []
@@ -45,12 +21,12 @@ def methods_table(results: Results) -> tuple[list[str], list[list[str]]]:
     for setting in results.best_per_series:
         name = setting.first.series + " FAILED" * setting.failed
         row = [name, setting.first.setting, str(len(setting.trials)), plus_minus(setting.mean("reward"))]
-        row += [plus_minus(setting.gain), _kl(setting), percent(setting.win_rate("reference"))]
+        row += [plus_minus(setting.gain), kl(setting), percent(setting.win_rate("reference"))]
         rows.append([*row, percent(setting.win_rate("chosen")), percent(setting.mean("accuracy"))])
     return without_empty_columns(header, rows)
 
 
-def _kl(setting: Setting) -> str:
+def kl(setting: Setting) -> str:
     bound = setting.first.last.kl_bound
     return plus_minus(setting.mean("kl"), ".2f") if bound is None else f"≤ {bound:.2f}"
 

@@ -9,14 +9,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from exo.cli import console
 from exo.reporting import curves, formatting, methods, training
 from exo.reporting.densities import densities
-from exo.reporting.results import Results
+from exo.reporting.results import FAILED_BELOW, Results
+from exo.runs import record as run_record
 
 
 def build_context(results: Results, directory: Path, seed: int) -> dict[str, Any]:
     """Draw the pictures into a directory and return the values that the template shows, by section."""
     return {
-        "title": results.record["recipe"]["title"],
-        "overview": methods.overview(results),
+        "results": results,
+        "methods": methods.methods_table(results),
+        "failed_below": FAILED_BELOW,
+        "failed_trials": methods.failed_trials(results),
         "frontier": curves.frontier(results, directory),
         "win_rates": methods.win_rates(results),
         "progress": curves.progress(results, directory),
@@ -25,7 +28,6 @@ def build_context(results: Results, directory: Path, seed: int) -> dict[str, Any
         "training": training.training(results, directory),
         "data_rows": training.data_rows(results),
         "samples": training.samples(results, seed),
-        "commands": training.commands(results),
     }
 
 
@@ -40,10 +42,6 @@ def render(context: dict[str, Any]) -> str:
     )
     for name in ("date", "interval", "listed", "percent_interval", "plus_minus", "shorten"):
         environment.filters[name] = getattr(formatting, name)
-    environment.filters["duration"] = console.duration
-    environment.filters["base64"] = _base64
+    environment.filters |= {"kl": methods.kl, "duration": console.duration, "command": run_record.command}
+    environment.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     return environment.get_template("report.html.j2").render(context)
-
-
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()

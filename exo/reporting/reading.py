@@ -10,6 +10,8 @@ from exo.runs import directory as run_directory
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
 
+ESTIMATES = {"reward": "reward", "accuracy": "accuracy", "gain": "rise", "kl": "kl", "kl_k3": "kl_k3"}  # field -> key
+
 
 def read(directory: Path) -> Results:
     """Read the results that a recipe's run has so far. ValueError if it is no such run or a file is damaged."""
@@ -19,12 +21,16 @@ def read(directory: Path) -> Results:
     if not {"plan", "recipe"} <= record.keys():
         raise ValueError(f"--run {directory}: its run.json has no plan; run python -m exo.train --recipe again")
     try:
-        return _read(directory, record)
+        steps = _steps(directory, record["plan"])
+        by_name = {step.name: step for step in steps}
+        sft = next((step for step in steps if step.facts.get("method") == "sft" and not step.missing), None)
+        start = _trial(directory, sft, by_name) if sft else None
+        others = [step for step in steps if step.facts.get("method") not in (None, "sft")]
+        trials = [_trial(directory, step, by_name, comparable=start is not None) for step in others]
     except (LookupError, TypeError, AttributeError) as error:  # of JSON that no stage wrote
-        message = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"--run {directory}: expected files as exo.train and its stages write them; {message}"
-        ) from None
+        text = f"expected files as exo.train and its stages write them; {type(error).__name__}: {error}"
+        raise ValueError(f"--run {directory}: {text}") from None
+    return Results(directory, record, steps, start, trials)
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -36,19 +42,6 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object in JSON; got a {type(content).__name__}")
     return content
-
-
-def _read(directory: Path, record: dict[str, Any]) -> Results:
-    steps = _steps(directory, record["plan"])
-    by_name = {step.name: step for step in steps}
-    sft = next((step for step in steps if step.facts.get("method") == "sft"), None)
-    start = _trial(directory, sft, by_name) if sft and not sft.missing else None
-    trials = [
-        _trial(directory, step, by_name, comparable=start is not None)
-        for step in steps
-        if step.facts.get("method") not in (None, "sft")
-    ]
-    return Results(directory, record, steps, start, trials)
 
 
 def _steps(directory: Path, plan: Sequence[dict[str, Any]]) -> list[Step]:
@@ -98,22 +91,14 @@ def _trial(directory: Path, step: Step, steps: dict[str, Step], comparable: bool
 
 def _checkpoint(entry: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(
-        name=entry["name"],
-        step=entry["step"],
-        reward=_estimate(entry["reward"]),
-        accuracy=_estimate(entry["accuracy"]),
+        entry["name"],
+        entry["step"],
         win_rates={opponent: _estimate(rate) for opponent, rate in entry["win_rate"].items()},
         spread=entry["spread"],
         unfinished=entry["unfinished"],
-        gain=_optional_estimate(entry, "rise"),
-        kl=_optional_estimate(entry, "kl"),
-        kl_k3=_optional_estimate(entry, "kl_k3"),
         kl_bound=entry.get("kl_bound"),
+        **{name: _estimate(entry[key]) for name, key in ESTIMATES.items() if key in entry},
     )
-
-
-def _optional_estimate(entry: Mapping[str, Any], name: str) -> Estimate | None:
-    return _estimate(entry[name]) if name in entry else None
 
 
 def _estimate(values: Mapping[str, float]) -> Estimate:

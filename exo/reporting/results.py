@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +28,11 @@ class Step(NamedTuple):
     missing: str  # why there is no result to read, or ""
     stale: str  # the options and inputs that changed after it ran, or ""
 
+    @property
+    def seconds(self) -> float:
+        started, finished = (datetime.fromisoformat(self.record[name]) for name in ("started", "finished"))
+        return (finished - started).total_seconds()
+
 
 class Checkpoint(NamedTuple):
     name: str
@@ -36,10 +42,10 @@ class Checkpoint(NamedTuple):
     win_rates: dict[str, Estimate]
     spread: float
     unfinished: float
-    gain: Estimate | None  # over SFT; None for SFT itself
-    kl: Estimate | None
-    kl_k3: Estimate | None
-    kl_bound: float | None  # of Best-of-N, which has no log-probs
+    gain: Estimate | None = None  # over SFT; None for SFT itself
+    kl: Estimate | None = None
+    kl_k3: Estimate | None = None
+    kl_bound: float | None = None  # of Best-of-N, which has no log-probs
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,8 @@ class Results:
         return [trial for trial in self.trials if trial.checkpoints]
 
     @property
-    def evaluated_with_start(self) -> list[Trial]:
+    def with_start(self) -> list[Trial]:
+        """Return SFT, if it is evaluated, and all evaluated trials."""
         return [*([self.start] if self.start else []), *self.evaluated]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Draw training curves, and collect how a run was made: rows of data, samples, commands.
+"""Draw training curves, and collect how a run was made: rows of data and samples.
 
 Each function returns the values of its section, or None if the run has none.
 """
@@ -6,14 +6,12 @@ Each function returns the values of its section, or None if the run has none.
 import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from exo import data
 from exo.reporting import figures
 from exo.reporting.results import Results
-from exo.runs import record as run_record
 
 ALIGNMENT = (  # metrics of metrics.jsonl, drawn if a run has them
     ("loss", "loss (nats)"),
@@ -101,50 +99,19 @@ def data_rows(results: Results) -> dict[str, Any] | None:
             plain.append(row)
     if not plain and not noted:
         return None
-    truncated = [[name, f"{100 * share:.1f}%"] for name, share in _truncated(results) if share > 0]
+    sampled = [step for step in results.steps if step.stage == "sample" and not step.missing]
+    shares = [(step.name, step.record["result"]["unfinished"]) for step in sampled]
+    shares += [(f"{trial.name}, {c.name}", c.unfinished) for trial in results.with_start for c in trial.checkpoints]
+    truncated = [[name, f"{100 * share:.1f}%"] for name, share in shares if share > 0]
     return {"noted": noted, "plain": plain, "skipped": total, "truncated": truncated}
 
 
-def _truncated(results: Results) -> Iterator[tuple[str, float]]:
-    """Yield (name, share of the samples that reached the token limit)."""
-    for step in results.steps:
-        if step.stage == "sample" and not step.missing:
-            yield step.name, step.record["result"]["unfinished"]
-    for trial in results.evaluated_with_start:
-        yield from ((f"{trial.name}, {c.name}", c.unfinished) for c in trial.checkpoints)
-
-
 def samples(results: Results, seed: int) -> dict[str, Any] | None:
-    """Return random prompts, each with the first sample of SFT and of every method."""
+    """Return the samples of SFT and of every method, by name, and the indices of random prompts."""
     if not results.start:
         return None
-    trials = [("SFT", results.start), *((s.first.series, s.first) for s in results.best_per_method)]
-    examples = {name: trial.samples(trial.last) for name, trial in trials}
-    num_prompts = len(examples["SFT"])
-    prompts = []
-    for i in sorted(random.Random(seed).sample(range(num_prompts), min(NUM_PROMPTS, num_prompts))):
-        texts = [("prompt", examples["SFT"][i].prompt)]
-        for name, rows in examples.items():
-            scores = rows[i].rewards
-            label = f"{name}, reward {scores[0]:+.2f}" if scores else name
-            texts.append((label, rows[i].completions[0]))
-        prompts.append({"number": i + 1, "texts": texts})
-    return {"seed": seed, "num_prompts": num_prompts, "prompts": prompts}
-
-
-def commands(results: Results) -> dict[str, Any]:
-    steps = []
-    for step in results.steps:
-        if not step.missing:
-            started, finished = (datetime.fromisoformat(step.record[name]) for name in ("started", "finished"))
-            seconds = (finished - started).total_seconds()
-            command = run_record.command(step.record)
-            steps.append({"name": step.name, "started": step.record["started"], "seconds": seconds, "command": command})
-    return {
-        "command": run_record.command(results.record),
-        "versions": ", ".join(f"{name} {version}" for name, version in results.record["versions"].items()),
-        "platform": results.record["platform"],
-        "steps": steps,
-        "num_steps": len(results.steps),
-        "seconds": sum(step["seconds"] for step in steps),
-    }
+    trials = {"SFT": results.start} | {setting.first.series: setting.first for setting in results.best_per_method}
+    examples = {name: trial.samples(trial.last) for name, trial in trials.items()}
+    indices = range(len(examples["SFT"]))
+    shown = random.Random(seed).sample(indices, min(NUM_PROMPTS, len(indices)))
+    return {"seed": seed, "examples": examples, "indices": sorted(shown)}

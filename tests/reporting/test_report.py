@@ -113,14 +113,11 @@ def test_failed_lists_every_trial(results):
         f"dpo-rw K=2, beta_pi {beta:g}, seed 0: gain {gain.mean:+.2f} ± {gain.standard_error:.2f}"
         for beta, gain in zip((0.1, 0.5), gains, strict=True)
     ]
-    overview = methods.overview(results)
-    assert overview["failed_trials"] == lines
-    assert (overview["num_better"], overview["num_variants"], overview["failed_below"]) == (3, 4, 3)
-    assert [overview["rows"][i][0] for i in overview["failed_rows"]] == ["dpo-rw K=2 FAILED"]
+    assert methods.failed_trials(results) == lines
 
 
 def test_the_frontier_shows_every_checkpoint(results, drawn, tmp_path):
-    frontier = curves.frontier(results, tmp_path)
+    table = {(row[0], row[1]): row for row in cells(render(results, tmp_path)) if len(row) == 7 and row[0] != "run"}
     shown = {(round(x, 9), round(y, 9)) for c in drawn["frontier"].containers for x, y in c.lines[0].get_xydata()}
     entries = [e for t in results.trials for e in reading.load_json(t.folder / "evaluation.json")["checkpoints"]]
     files = {
@@ -131,7 +128,6 @@ def test_the_frontier_shows_every_checkpoint(results, drawn, tmp_path):
     thick = next(line for line in drawn["frontier"].lines if line.get_linewidth() == 2 and len(line.get_xdata()))
     points = [(c.kl.mean, c.reward.mean) for t in results.trials if t.method == "exo-rw" for c in t.checkpoints]
     assert [tuple(point) for point in thick.get_xydata().tolist()] == envelope(points)
-    table = {(row[0], row[1]): row for row in frontier["checkpoints"]}
     k3 = results.trials[0].last.kl_k3
     assert len(table) == 16
     assert table[results.trials[0].name, "final"][4] == f"{k3.mean:.2f} [{k3.low:.2f}, {k3.high:.2f}]"
@@ -270,19 +266,18 @@ def test_the_page_shows_every_section(results, drawn, tmp_path):
         "Reward versus KL", "Win rates", "Reward and KL during training", "Sweeps",
         "Density relative to the reference", "Training", "Data rows", "Samples", "Commands",
     ]  # fmt: skip
-    overview = context["overview"]
-    assert rows[: 1 + len(overview["rows"])] == [overview["header"], *overview["rows"]]
-    for section, table in (("frontier", "checkpoints"), ("win_rates", "rows"), ("data_rows", "truncated")):
+    header, methods_rows = context["methods"]
+    assert rows[: 1 + len(methods_rows)] == [header, *methods_rows]
+    for section, table in (("win_rates", "rows"), ("data_rows", "noted"), ("data_rows", "truncated")):
         assert all(row in rows for row in context[section][table]), section
     assert rendered.count("<img") == len(drawn) == len(set(drawn))
-    best = overview["best"]
-    gain = f"{best['gain'].mean:+.2f} ± {best['gain'].standard_error:.2f}"
+    gain = formatting.plus_minus(max(setting.gain for setting in results.best_per_series))
     winner, rate = context["win_rates"]["best"]
     for sentence in (
         "Started 02 January 2026, 03:04 UTC; seeds 0, 1; K 2, 4. Evaluated on 8 held-out prompts, 2 samples each at",
         f"bon N=4 gains the most over SFT: {gain} at KL ≤ {math.log(4) - 0.75:.2f} nats.",
         "3 of 4 methods (counting each K separately) beat SFT by more than 3 standard errors.",
-        "FAILED: all trials of these methods, at their last checkpoints " + " ".join(overview["failed_trials"]),
+        "FAILED: all trials of these methods, at their last checkpoints " + " ".join(context["failed_trials"]),
         f"{winner} has the highest win rate over the reference: {formatting.percent_interval(rate)} of all pairs",
         "beta_pi: the win rate is highest for exo-rw at 0.5",
         "The gradient was clipped in 50% (exo-rw K=2), 50% (dpo-rw K=2) and 50% (bon N=4) of the steps.",
@@ -294,8 +289,11 @@ def test_the_page_shows_every_section(results, drawn, tmp_path):
     ):
         assert sentence in text, sentence
     assert re.findall('<tr class="failed"><td>(.*?)</td>', rendered) == ["dpo-rw K=2 FAILED"]
-    for prompt in context["samples"]["prompts"]:
-        assert all(f"<dt>{name}</dt><dd>{content}</dd>" in rendered for name, content in prompt["texts"])
+    assert rendered.count("<dt>prompt</dt>") == 3
+    for name, examples in context["samples"]["examples"].items():
+        for i in context["samples"]["indices"]:
+            sample = f"<dt>{name}, reward {examples[i].rewards[0]:+.2f}</dt><dd>{examples[i].completions[0]}</dd>"
+            assert sample in rendered
 
 
 def test_the_report_is_one_file(tmp_path, capsys):
