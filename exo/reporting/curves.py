@@ -107,14 +107,10 @@ def sweeps(results: Results, directory: Path) -> list[dict[str, Any]]:
 
 def _along(results: Results, best: Setting, option: str) -> list[tuple[float, Estimate]]:
     """Return (value, win rate over the reference) of the settings that differ from the best only in the option."""
-
-    def options(setting: Setting) -> dict[str, Any]:
-        return {"K": setting.first.k} | setting.first.varied
-
     points = []
     for setting in results.settings:
-        values, rate = options(setting), setting.win_rate("reference")
-        others_equal = values | {option: None} == options(best) | {option: None}
-        if setting.first.method == best.first.method and others_equal and rate and values.get(option) is not None:
-            points.append((values[option], rate))
+        options, rate = setting.first.options, setting.win_rate("reference")
+        others_equal = options | {option: None} == best.first.options | {option: None}
+        if setting.first.method == best.first.method and others_equal and rate and options.get(option) is not None:
+            points.append((options[option], rate))
     return sorted(points)

@@ -23,8 +23,8 @@ def read(directory: Path) -> Results:
     try:
         steps = _steps(directory, record["plan"])
         by_name = {step.name: step for step in steps}
-        sft = next((step for step in steps if step.facts.get("method") == "sft" and not step.missing), None)
-        start = _trial(directory, sft, by_name) if sft else None
+        sft = next((step for step in steps if step.facts.get("method") == "sft"), None)
+        start = _trial(directory, sft, by_name) if sft and not sft.missing else None
         others = [step for step in steps if step.facts.get("method") not in (None, "sft")]
         trials = [_trial(directory, step, by_name, comparable=start is not None) for step in others]
     except (LookupError, TypeError, AttributeError) as error:  # of JSON that no stage wrote

@@ -74,6 +74,11 @@ class Trial:
     def setting(self) -> str:
         return ", ".join(f"{name} {value:g}" for name, value in self.varied.items())
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return K and the values of the swept options."""
+        return ({"K": self.k} if self.k else {}) | self.varied
+
     def samples(self, checkpoint: Checkpoint) -> list[data.Example]:
         return data.read(self.folder / "samples" / f"{checkpoint.name}.jsonl", purpose="samples").examples
 
@@ -163,9 +168,11 @@ class Results:
     @cached_property
     def varied(self) -> list[str]:
         """Return the options, K included, that have several values in the evaluated trials."""
-        rows = [({"K": trial.k} if trial.k else {}) | trial.varied for trial in self.evaluated]
-        names = dict.fromkeys(name for row in rows for name in row)
-        return [name for name in names if len({row[name] for row in rows if name in row}) > 1]
+        values: dict[str, set[float]] = {}
+        for trial in self.evaluated:
+            for name, value in trial.options.items():
+                values.setdefault(name, set()).add(value)
+        return [name for name in values if len(values[name]) > 1]
 
 
 def _highest_gain(settings: Iterable[tuple[str, Setting]]) -> dict[str, Setting]:
