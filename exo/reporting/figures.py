@@ -29,7 +29,6 @@ STYLES = {
     "dpo-pref": Style("#e69f00", "v", (0, (1, 1))),
     "ppo": Style("#009e73", "D", (0, (6, 2, 1, 2))),
     "bon": Style("#cc79a7", "*", "none"),
-    "sft": Style("#000000", "X", "none"),
 }
 SIZES = ((0, (1, 1)), (0, (3, 1)), "-", (0, (6, 1, 1, 1)))  # dashes by K, the smallest first
 Metric = Callable[[Checkpoint], Estimate]

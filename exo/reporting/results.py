@@ -6,11 +6,11 @@ a group of trials that differ only in the seed. A series is a method with its K 
 
 import json
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +126,9 @@ def _mean_rewards(trial: Trial) -> list[tuple[str, float]]:
     return [(example.prompt, statistics.fmean(example.rewards or ())) for example in examples]
 
 
+_mean_gain = attrgetter("gain.mean")  # of a setting
+
+
 @dataclass(frozen=True)
 class Results:
     directory: Path
@@ -157,13 +160,14 @@ class Results:
     @cached_property
     def best_per_series(self) -> list[Setting]:
         """Return the setting with the highest mean gain for each method and K, in the order of the plan."""
-        best = _highest_gain((setting.first.series, setting) for setting in self.settings)
-        return [best[series] for series in dict.fromkeys(trial.series for trial in self.trials) if series in best]
+        names = dict.fromkeys(trial.series for trial in self.evaluated)
+        return [max((s for s in self.settings if s.first.series == name), key=_mean_gain) for name in names]
 
     @cached_property
     def best_per_method(self) -> list[Setting]:
         """Return the setting with the highest mean gain for each method, in the order of the plan."""
-        return list(_highest_gain((setting.first.method, setting) for setting in self.best_per_series).values())
+        names = dict.fromkeys(trial.method for trial in self.evaluated)
+        return [max((s for s in self.best_per_series if s.first.method == name), key=_mean_gain) for name in names]
 
     @cached_property
     def varied(self) -> list[str]:
@@ -173,12 +177,3 @@ class Results:
             for name, value in trial.options.items():
                 values.setdefault(name, set()).add(value)
         return [name for name in values if len(values[name]) > 1]
-
-
-def _highest_gain(settings: Iterable[tuple[str, Setting]]) -> dict[str, Setting]:
-    """Return for each name the setting with the highest mean gain; the first one if several are equal."""
-    best: dict[str, Setting] = {}
-    for name, setting in settings:
-        if name not in best or setting.gain.mean > best[name].gain.mean:
-            best[name] = setting
-    return best
