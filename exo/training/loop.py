@@ -25,7 +25,7 @@ from exo.runs.jsonl import JsonlLog
 from exo.training import checkpoint, checkpoint_files
 from exo.training.optimizer import OptimizerSettings, checkpoint_layers, optimizer
 from exo.training.profiler import Profiler
-from exo.training.sampler import BatchSource
+from exo.training.sampler import BatchSampler, BatchSource, steps_per_epoch, total_steps
 from exo.training.step import COUNTERS, NonFiniteError, TrainStep
 
 
@@ -67,6 +67,25 @@ class Task(NamedTuple):
     after: Callable[[int, bool], None] | None = None  # (step, is_last) after an update, and after resuming at a step
     after_every: tuple[int, ...] = ()  # steps at which `after` reads the weights; 0: never
     parts: Mapping[str, checkpoint.Stateful] | None = None  # more state for the checkpoints
+
+    @classmethod
+    def over_epochs(
+        cls,
+        module: nn.Module,
+        examples: Sequence[Any],
+        collator: Collator,
+        *,
+        batch_size: int,
+        epochs: float,
+        max_steps: int,
+        seed: int,
+        **fields: Any,
+    ) -> "Task":
+        """Return the task of training on shuffled examples, for `max_steps` or, if that is -1, for `epochs`."""
+        steps = total_steps(len(examples), batch_size, epochs, max_steps)
+        source: BatchSampler[Any] = BatchSampler(examples, steps, batch_size, seed)
+        per_epoch = steps_per_epoch(len(examples), batch_size)
+        return cls(module, source, steps, collator, steps_per_epoch=per_epoch, **fields)
 
 
 def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: JsonlLog) -> nn.Module:

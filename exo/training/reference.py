@@ -72,6 +72,25 @@ def directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exo" / "reference"
 
 
+def score_as(
+    mode: str,
+    model: nn.Module,
+    parts: Sequence[list[TokenizedExample]],
+    accelerator: Accelerator,
+    collator: Collator,
+    temperature: float,
+    cache_directory: Path | None,
+) -> list[list[TokenizedExample]]:
+    """Return each list of examples with the `ref_logps` of a mode: cached ones, zeros (none), or as they are."""
+    if mode == "none":
+        return [[replace(example, ref_logps=(0.0,) * len(example.completions)) for example in part] for part in parts]
+    if mode != "cache":
+        return list(parts)
+    examples = [example for part in parts for example in part]
+    scored = iter(score(model, examples, accelerator, collator, temperature, cache_directory))
+    return [[next(scored) for _ in part] for part in parts]
+
+
 def score(
     model: nn.Module,
     examples: Sequence[TokenizedExample],

@@ -21,9 +21,9 @@ def describe(
     loss: str,
     steps: int,
     batch_size: int,
-    memory: int,
+    **memory: Any,
 ) -> None:
-    """Print the model, the objective, the size of the data and the memory, in bytes, that a rank needs."""
+    """Print the model, the objective, the size of the data and the memory of a rank; `memory`: see estimate_memory."""
     kind = "preferences" if examples[0].rewards is None else "rewards"
     sizes = sorted({len(example.completions) for example in examples})
     lengths = sorted(example.longest for example in examples)
@@ -33,7 +33,7 @@ def describe(
         f"{loss.upper()} on {kind}, K {sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''}, "
         f"{len(examples):,} prompts for training, {steps:,} steps of {batch_size}\n"
         f"longest row of a prompt: median {lengths[len(lengths) // 2]} tokens, most {lengths[-1]}\n"
-        f"memory: about {memory / 2**30:.2f} GiB a process "
+        f"memory: about {estimate_memory(model, examples, accelerator, **memory) / 2**30:.2f} GiB a process "
         "(weights, gradients, Adam, the head's working memory; activations come on top)"
     )
 

@@ -6,11 +6,11 @@ ROOT = Path(__file__).parents[2]
 STAGES = "commands"
 BUDGET = {  # lines of Python
     "exo_kernels": 4500, "cli": 1250, "runs": 830, "data": 4310, "distributed": 540, "evaluation": 1050, "models": 2220,
-    "reporting": 1160, "rollouts": 1050, "experiments": 1380, "training": 2360, STAGES: 2350,
+    "reporting": 1160, "rollouts": 1150, "experiments": 1380, "training": 2360, STAGES: 2280,
 }  # fmt: skip
 LONGEST = 300  # lines of a file
 MOST_FILES = 16  # in a package; training has two more
-TOO_LONG = {"reporting/results.py", "reporting/outcomes.py", "evaluate.py"}
+TOO_LONG = {"reporting/results.py", "reporting/outcomes.py"}
 
 
 def lines(path: Path) -> int:
