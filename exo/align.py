@@ -22,9 +22,9 @@ from exo.runs.stage import Start, stage
 
 if TYPE_CHECKING:
     from exo import data
+    from exo.data import comparison
     from exo.data.collate import Collator
     from exo.data.text.tokenize import TokenizedExample
-    from exo.training import examples as training_examples
     from exo.training.evaluator import Evaluator
     from exo.training.loop import Task
     from exo.training.preference import PreferenceLoss
@@ -90,7 +90,7 @@ class Rows(NamedTuple):
     dataset: data.Dataset  # with rendered prompts
     examples: list[TokenizedExample]
     eval_examples: list[TokenizedExample]  # of --eval_data
-    split: training_examples.Split
+    split: comparison.Split
     counts: Counter[str]  # rows cut, dropped or noted, by reason
 
 
@@ -100,7 +100,7 @@ def run(config: Config, start: Start) -> Path:
     import copy
 
     from exo import models
-    from exo.data import preview
+    from exo.data import comparison, preview
     from exo.data.collate import Collator
     from exo.distributed import fsdp, gather
     from exo.distributed.accelerator import Training, make_accelerator, place, set_seed
@@ -108,8 +108,7 @@ def run(config: Config, start: Start) -> Path:
     from exo.models.attention import choose
     from exo.runs import inputs as run_inputs
     from exo.runs import record as run_record
-    from exo.training import checks, evaluator, loop, preference, reference, sampler, summary
-    from exo.training import examples as training_examples
+    from exo.training import checks, evaluator, loop, preference, reference, sampler
     from exo.training import run as training_run
     from exo.training.optimizer import OptimizerSettings
 
@@ -130,7 +129,7 @@ def run(config: Config, start: Start) -> Path:
     read_model = partial(models.load, mapped=shards)
     all_examples = rows.examples + rows.eval_examples
     mode, other_model = reference.load(config.reference, config.ref_model, all_examples, tokenizer, read_model)
-    summary.describe(
+    training_run.describe(
         model, rows.split.train, accelerator, loss=config.loss, batch_size=config.batch_size,
         steps=sampler.total_steps(len(rows.split.train), **config.epochs()), max_tokens=config.max_tokens_per_batch,
         adapter=bool(config.lora_r), second_model=other_model is not None or (mode == "live" and not config.lora_r),
@@ -160,7 +159,7 @@ def run(config: Config, start: Start) -> Path:
         )  # fmt: skip
     if mode == "cache":
         checks.warn_of_other_sampler(rows.dataset.examples, examples)
-    split = training_examples.apply(_comparison(config), rows.split.lines, examples, eval_examples)
+    split = comparison.split_scored_rows(_comparison(config), rows.split.lines, examples, eval_examples)
 
     console.headline("Training")
     module = preference.PreferenceLoss(
@@ -243,8 +242,8 @@ def _tokenize(
     return Rows(dataset, examples, eval_examples, split, counts)
 
 
-def _comparison(config: Config) -> training_examples.Comparison:
-    from exo.training.examples import Comparison
+def _comparison(config: Config) -> comparison.Comparison:
+    from exo.data.comparison import Comparison
 
     return Comparison(config.max_completions, config.target == "pref", config.reward_norm)
 
@@ -255,11 +254,11 @@ def split_rows(
     examples: list[TokenizedExample],
     eval_examples: list[TokenizedExample],
     counts: Counter[str],
-) -> training_examples.Split:
+) -> comparison.Split:
     """Return the rows to train on and to evaluate on, as the options compare them; DataError if there are none."""
-    from exo.training import examples as training_examples
+    from exo.data import comparison
 
-    return training_examples.choose(
+    return comparison.split_rows(
         _comparison(config), dataset, examples, eval_examples, counts, path=config.data, eval_path=config.eval_data,
         eval_fraction=config.eval_fraction, seed=config.seed,
     )  # fmt: skip

@@ -5,11 +5,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 STAGES = "commands"
 BUDGET = {  # lines of Python
-    "exo_kernels": 4500, "cli": 1250, "runs": 830, "data": 4310, "distributed": 540, "evaluation": 1050, "models": 2220,
-    "reporting": 1160, "rollouts": 1150, "experiments": 1380, "training": 2360, STAGES: 2280,
+    "exo_kernels": 4500, "cli": 1250, "runs": 830, "data": 4390, "distributed": 540, "evaluation": 1050, "models": 2220,
+    "reporting": 1160, "rollouts": 1150, "experiments": 1380, "training": 2260, STAGES: 2300,
 }  # fmt: skip
 LONGEST = 300  # lines of a file
-MOST_FILES = 16  # in a package; training has two more
+MOST_FILES = 16  # in a package
 TOO_LONG = {"reporting/results.py", "reporting/outcomes.py"}
 
 
@@ -37,4 +37,4 @@ def test_files_are_short():
 
 def test_packages_have_few_files():
     for folder in {path.parent for path in (ROOT / "exo").rglob("*.py")} - {ROOT / "exo"}:
-        assert len(list(folder.glob("*.py"))) <= MOST_FILES + (folder.name == "training") * 2, folder
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
