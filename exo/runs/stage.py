@@ -153,8 +153,8 @@ def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
     if start.resumes and keep:
         previous = record(directory) or {}
         again = [*previous.get("again", []), start_facts.pop("started")]
-        asked = run_record.describe_request(config, start.stage) | start_facts  # until nothing refuses to resume
-        run_record.update_run(directory, again=again, asked=asked, **facts)
+        request = run_record.describe_request(config, start.stage) | start_facts  # confirm_resume makes it the record
+        run_record.update_run(directory, again=again, resume_request=request, **facts)
         return directory
     run_directory.prepare(config.output_dir, overwrite=config.overwrite_output_dir or start.resumes)
     run_record.write_run(directory, config, start.stage, **start_facts, **facts)
@@ -163,6 +163,6 @@ def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
 
 def finish(directory: Path, **facts: Any) -> None:
     """Record that the run is complete, and the hashes of its files."""
-    run_record.confirm(directory)
+    run_record.confirm_resume(directory)
     outputs = {str(file.relative_to(directory)): digest(file) for file in output_files(directory)}
     run_record.update_run(directory, **facts, outputs=outputs, finished=run_record.now())

@@ -105,7 +105,7 @@ def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: Jso
     )  # fmt: skip
     state = checkpointer.restore()
     if accelerator.is_main_process:
-        run_record.confirm(Path(settings.output_dir))
+        run_record.confirm_resume(Path(settings.output_dir))
     done, counters = (state.step, state.counters) if state else (0, dict.fromkeys(COUNTERS, 0.0))
     if done > task.steps:
         raise RunError(

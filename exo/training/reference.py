@@ -33,19 +33,19 @@ IDENTITY = "identity"  # the key of the entry with everything that the log-probs
 Sums = tuple[float, ...]  # log-probs of an example's completions, in fp64
 
 
-def mode(asked: ReferenceMode, examples: Sequence[TokenizedExample]) -> Literal["cache", "live", "none", "data"]:
+def mode(requested: ReferenceMode, examples: Sequence[TokenizedExample]) -> Literal["cache", "live", "none", "data"]:
     """Return how the reference is used; print it if the data have its log-probs."""
     having = sum(example.ref_logps is not None for example in examples)
-    if asked == "auto" and having == len(examples):
+    if requested == "auto" and having == len(examples):
         console.log("the reference's log-probs come from the data")
         return "data"
     if having:
         console.log(f"  {having:,} of {len(examples):,} rows have a reference's log-probs, which are not used")
-    return "cache" if asked == "auto" else asked
+    return "cache" if requested == "auto" else requested
 
 
 def load(
-    asked: ReferenceMode,
+    requested: ReferenceMode,
     name: str | None,
     examples: Sequence[TokenizedExample],
     tokenizer: Any,
@@ -55,7 +55,7 @@ def load(
 
     `read` returns the model and the tokenizer of a name. ValueError if the model does not fit.
     """
-    chosen = mode(asked, examples)
+    chosen = mode(requested, examples)
     if name is None:
         return chosen, None
     if chosen in ("none", "data"):
