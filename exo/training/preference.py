@@ -19,19 +19,11 @@ from exo.evaluation import metrics as evaluation_metrics
 from exo.models import lora
 from exo.models.lm_head import LMHead, eval_mode
 from exo.models.logps import TOKEN_NOISE, completion_hidden
-from exo.training.metrics import MEAN_SQUARE, METRICS, _sums, preference_metrics
+from exo.training.metrics import preference_metrics, sums
 from exo.training.step import LossOutput, evaluate_batches
-from exo_kernels import (
-    LossStats,
-    fused_linear_dpo_loss,
-    fused_linear_exo_loss,
-    preference_loss,
-)
+from exo_kernels import LossStats, fused_linear_dpo_loss, fused_linear_exo_loss, preference_loss
 
 LOSSES = {"exo": fused_linear_exo_loss, "dpo": fused_linear_dpo_loss}
-
-
-METRICS += ["logps/chosen", "logps/rejected", "target/entropy", "target/ess", MEAN_SQUARE]
 
 
 class PreferenceLoss(nn.Module):
@@ -106,7 +98,7 @@ class PreferenceLoss(nn.Module):
         if num_groups is None:
             return self.losses(batch, reduction="sum")
         loss, stats = self.losses(batch, num_groups=num_groups)
-        return LossOutput(loss, _sums(preference_metrics(stats, batch, self.betas["beta_pi"])))
+        return LossOutput(loss, sums(preference_metrics(stats, batch, self.betas["beta_pi"])))
 
     def expected_first_loss(self, examples: Sequence[TokenizedExample], mixed_precision: str) -> tuple[float, float]:
         """Return the mean loss where policy equals reference, and six sigma of rounding, to second order."""
