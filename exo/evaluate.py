@@ -1,27 +1,25 @@
-"""Evaluation: reward, accuracy, KL to the reference and win rates of a policy's checkpoints, on held-out prompts.
+"""Measure reward, accuracy, KL to the reference and win rates of a policy's checkpoints, on held-out prompts.
 
-python -m exo.evaluate --model RUN --reference DIR --data PROMPTS --reward_model DIR, or --oracle module:function. Every
-checkpoint of the run is sampled, k completions per prompt. --samples FILE evaluates completions that exist (of
-Best-of-N) instead. Writes evaluation.json, samples/, and with --density log-probs of the reference's own samples, for
-the picture of the density ratio. Chat models and human raters judge with exo.judge and exo.label.
+python -m exo.evaluate --model RUN --reference DIR --data PROMPTS --reward_model DIR, or --oracle module:function. It
+samples k completions per prompt from every model that the run saved. --samples FILE evaluates given completions
+instead, such as those of exo.best_of_n. Writes evaluation.json, samples/, and with --density the log-probs of the
+reference's samples, from which the report draws the density ratio. For a judge that is a chat model or a person, see
+exo.judge and exo.label.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from exo.data import Dataset, Example
-    from exo.data.text.limits import Limits
-    from exo.distributed.accelerator import Accelerator
-    from exo.evaluation.baseline import Settings
-    from exo.models.logps import ScoringModels
-    from exo.rollouts.samples import Settings as SamplingSettings
+    from exo.models.logps import ScoringModels, Tokens
+    from exo.rollouts.checkpoints import Checkpoint, CheckpointSampler
+    from exo.rollouts.scorers import Scores
 
 from exo.cli import console
 from exo.cli.fields import MODEL, POSITIVE, TOP_P, at_least, named, option, require
@@ -61,10 +59,14 @@ class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
 
 
-class Checkpoint(NamedTuple):
-    name: str
-    step: int | None
-    path: str
+class Inputs(NamedTuple):
+    """The prompts, and either a reference model or given completions."""
+
+    prompts: list[str]
+    chosen: list[Example]  # with --chosen
+    given: list[Example]  # with --samples
+    reference: Any  # with --model
+    tokenizer: Any
 
 
 @stage(
@@ -74,112 +76,72 @@ class Checkpoint(NamedTuple):
 )
 def run(config: Config, start: Start) -> Path:
     """Evaluate and return the run directory, which has evaluation.json."""
-    from exo import data, models
-    from exo.data.text import render, tokenize
+    from exo import data
     from exo.distributed import gather
     from exo.distributed.accelerator import make_accelerator
-    from exo.evaluation import baseline
-    from exo.evaluation import metrics as evaluation_metrics
+    from exo.evaluation import baseline, metrics
     from exo.rollouts import samples, scorers, shards
-    from exo.runs import inputs as run_inputs
+    from exo.rollouts.checkpoints import CheckpointSampler
     from exo.runs import stage as run_stage
     from exo.runs.atomic import atomic_file, write_json
 
     dataset = _read(config)
     accelerator = make_accelerator(**config.accelerator())
-    if config.model:
-        reference, known = models.load(run_inputs.source("reference", config.reference or "", "sft", "align", "ppo"))
-        (dataset,) = render.apply(
-            known, config.chat_template, config.template_kwargs, gather.template_date(start, accelerator), dataset
+    date = gather.template_date(start, accelerator)
+    inputs = _load_inputs(config, dataset, date)
+    sampling = samples.Settings(config.temperature, config.max_new_tokens, config.top_p)
+    settings = {"k": config.k} | sampling._asdict()
+    if config.samples:
+        settings = baseline.settings_of(inputs.given, config.samples)
+    baseline_scores = None
+    if config.baseline:
+        scorer_options = {"oracle": config.oracle, "reward_model": config.reward_model}
+        baseline_scores = baseline.read(
+            config.baseline, inputs.prompts, settings, scorer_options, start.facts["inputs"]
         )
-        usable, dropped = tokenize.usable_prompts(dataset, known, skip_invalid=config.skip_invalid)
-        console.counts(dropped)
-    else:
-        usable = dataset.examples
-    prompts = [example.prompt for example in usable[: config.prompts]]
-    chosen = usable[: config.prompts] if config.chosen else []
-    given = _given(config, prompts) if config.samples else []
-    prompts = [example.prompt for example in given] or prompts
-    settings = baseline.settings_of(given, config.samples) if config.samples else _settings(config)
-    before = _baseline(config, prompts, settings, start)
-    dense = _density(config) if config.density else None
-    scorer = scorers.load(
-        config.reward_model, config.oracle, accelerator, max_length=config.max_length,
-        max_prompt_length=config.max_length - config.max_new_tokens, max_tokens_per_batch=config.max_tokens_per_batch,
-        chat_template=render.of_another_model(config.chat_template) if config.model else config.chat_template,
-        template_kwargs=None if config.model else config.template_kwargs, date=gather.template_date(start, accelerator),
-    )  # fmt: skip
-    chosen_scores, remarks = shards.score_shared(scorer, chosen, accelerator)
-    if config.model:
-        reference.to(accelerator.device)
-        console.counts(tokenize.sampled_prompts(prompts, known, config.max_length - config.max_new_tokens)[1])
-        found = _checkpoints(config, known)
-        drawn = _sampled(config, prompts, accelerator, found, reference, gather.template_date(start, accelerator))
-    else:
-        drawn = iter([(Checkpoint("samples", None, config.samples or ""), given, None)])
-    directory, main = Path(config.output_dir), accelerator.is_main_process
-    if main:
+    density = _read_density(config) if config.density else None
+    scorer = scorers.load(config.reward_model, config.oracle, accelerator, **_scorer_options(config), date=date)
+    chosen_scores, counts = shards.score_shared(scorer, inputs.chosen, accelerator)
+    sampler = CheckpointSampler(
+        inputs.prompts,
+        sampling,
+        accelerator=accelerator,
+        **config.values("k seed batch_size max_length max_tokens_per_batch"),
+    )
+    sampled = _sample(config, inputs, sampler, date)
+    directory = Path(config.output_dir)
+    if accelerator.is_main_process:
         run_stage.begin(start)
         (directory / "samples").mkdir()
-    shown = "several numbers of" if settings["k"] is None else settings["k"]
-    console.log(f"{len(prompts):,} prompts x {shown} completions, scored by {scorer.name}")
+    size = settings["k"] or "several numbers of"
+    console.log(f"{len(inputs.prompts):,} prompts x {size} completions, scored by {scorer.name}")
     entries = []
-    for checkpoint, examples, pair in drawn:
-        scores, more = shards.score_shared(scorer, examples, accelerator)
-        remarks += more
-        entry = {"name": checkpoint.name, "step": checkpoint.step} | evaluation_metrics.of_rewards(
-            scores, before, chosen_scores or None
-        )
-        entry |= samples.describe(examples)
-        rows = [
-            samples.to_row(replace(example, rewards=values)) for example, values in zip(examples, scores, strict=True)
-        ]
-        if pair is not None:
-            entry |= _kl(config, pair, prompts, examples, rows)
-        else:
-            entry |= _bound(config)
-        if main:
-            with atomic_file(directory / "samples" / f"{checkpoint.name}.jsonl") as file:
-                data.write_jsonl(file, rows)
+    for checkpoint, examples, scoring_models in sampled:
+        scores, more_counts = shards.score_shared(scorer, examples, accelerator)
+        counts += more_counts
+        ratios = sampler.log_ratios(scoring_models, examples) if scoring_models else None
+        if accelerator.is_main_process:
+            _write_samples(directory / "samples" / f"{checkpoint.name}.jsonl", examples, scores, ratios and ratios[0])
+        entry = {"name": checkpoint.name, "step": checkpoint.step}
+        entry |= metrics.of_rewards(scores, baseline_scores, chosen_scores or None) | samples.describe(examples)
+        entry |= _kl(ratios[1]) if ratios else _kl_bound(config)
         console.log(f"  {checkpoint.name:10s} {_line(entry)}")
         samples.log_cut(examples)
         entries.append(entry)
-    console.counts(remarks)
-    density = pair.density(*dense) if dense and pair else []
-    if not main:
-        return directory
-    if density:
-        with atomic_file(directory / "density.jsonl") as file:
-            data.write_jsonl(file, density)
-    result = settings | {"scorer": scorer.name, "prompts": len(prompts), "checkpoints": entries}
-    write_json(directory / "evaluation.json", result)
-    run_stage.finish(directory)
+    console.counts(counts)
+    rows = scoring_models.density(*density) if density and scoring_models else []
+    if accelerator.is_main_process:
+        if rows:
+            with atomic_file(directory / "density.jsonl") as file:
+                data.write_jsonl(file, rows)
+        result = settings | {"scorer": scorer.name, "prompts": len(inputs.prompts), "checkpoints": entries}
+        write_json(directory / "evaluation.json", result)
+        run_stage.finish(directory)
     return directory
 
 
-def _kl(
-    config: Config,
-    pair: ScoringModels,
-    prompts: Sequence[str],
-    examples: Sequence[Example],
-    rows: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    """The KL of the whole distribution; each of the rows gets the log-ratios of its completions."""
-    from exo.evaluation import metrics as evaluation_metrics
-
-    ratios = pair.log_ratios(examples)
-    for row, of_row in zip(rows, ratios, strict=True):
-        row["log_ratios"] = [float(tokens.sum()) for tokens in of_row]
-    if config.top_p < 1:  # these completions are not of the whole distribution, and their mean would be biased
-        ratios = pair.log_ratios(_draw(config, pair.policy, pair.tokenizer, prompts, pair.accelerator, top_p=1.0))
-    return {
-        name: evaluation_metrics.summary(of(ratios))
-        for name, of in (("kl", evaluation_metrics.kl_k1), ("kl_k3", evaluation_metrics.kl_k3))
-    }
-
-
 def _read(config: Config) -> Dataset:
-    """Read held-out prompts, with their chosen completions if those are compared."""
+    """Read the held-out prompts, with their chosen completions if --chosen compares them."""
     from exo import data
     from exo.runs import inputs as run_inputs
 
@@ -187,111 +149,37 @@ def _read(config: Config) -> Dataset:
     dataset = data.read(path, purpose="texts" if config.chosen else "prompts", **config.reading(), **config.mixing())
     console.log(dataset.summary())
     if len(dataset.examples) < 2:
-        raise data.DataError(f"{path}: expected two prompts at least, or no mean has an error")
+        raise data.DataError(f"{path}: expected at least two prompts, because one has no standard error")
     return dataset
 
 
-def _settings(config: Config) -> Settings:
-    return {"k": config.k} | _sampling(config)._asdict()
-
-
-def _sampling(config: Config) -> SamplingSettings:
-    from exo.rollouts import samples
-
-    return samples.Settings(config.temperature, config.max_new_tokens, config.top_p)
-
-
-def _baseline(config: Config, prompts: Sequence[str], settings: Settings, start: Start) -> Any:
-    from exo.evaluation import baseline
-
-    if config.baseline is None:
-        return None
-    scorer = {name: getattr(config, name) for name in ("oracle", "reward_model")}
-    return baseline.read(config.baseline, prompts, settings, scorer, start.facts["inputs"])
-
-
-def checkpoints(model: str) -> list[Checkpoint]:
-    """Those that a run left, in order of their steps, and what it ended with, once."""
-    from exo import data
-
-    directory = Path(model)
-    log = directory / "metrics.jsonl"
-    steps = [row["step"] for _, row in data.read_jsonl(log)] if log.exists() else []
-    last = max(steps, default=None)
-    found = [Checkpoint(path.name, int(path.name[5:]), str(path)) for path in directory.glob("models/step-*")]
-    before = sorted((c for c in found if c.step != last), key=lambda c: c.step or 0)
-    return [*before, Checkpoint("final", last, model)]
-
-
-def _checkpoints(config: Config, known: Any) -> list[Checkpoint]:
-    """Those of the model; ValueError where the reference's tokenizer, `known`, is another: there is no KL then."""
+def _load_inputs(config: Config, dataset: Dataset, date: datetime.date) -> Inputs:
+    """Load the reference model and render the prompts for it, or read the given completions."""
     from exo import models
+    from exo.data.text import render, tokenize
     from exo.runs import inputs as run_inputs
 
-    name = run_inputs.source("model", config.model or "", "sft", "align", "ppo")
-    if models.load_tokenizer(name).get_vocab() != known.get_vocab():
-        raise ValueError(
-            f"--reference {config.reference}: expected the tokenizer of --model {name}; got another; name the model "
-            "that it was trained from"
-        )
-    return checkpoints(name)
+    if config.samples:
+        examples = dataset.examples[: config.prompts]
+        given = _read_samples(config, [example.prompt for example in examples])
+        return Inputs([example.prompt for example in given], examples if config.chosen else [], given, None, None)
+    reference, tokenizer = models.load(run_inputs.source("reference", config.reference or "", "sft", "align", "ppo"))
+    (dataset,) = render.apply(tokenizer, config.chat_template, config.template_kwargs, date, dataset)
+    usable, dropped = tokenize.usable_prompts(dataset, tokenizer, skip_invalid=config.skip_invalid)
+    console.counts(dropped)
+    examples = usable[: config.prompts]
+    prompts = [example.prompt for example in examples]
+    return Inputs(prompts, examples if config.chosen else [], [], reference, tokenizer)
 
 
-def _sampled(
-    config: Config,
-    prompts: Sequence[str],
-    accelerator: Accelerator,
-    found: Sequence[Checkpoint],
-    reference: Any,
-    date: datetime.date,
-) -> Iterator[tuple[Checkpoint, list[Example], ScoringModels | None]]:
-    """(checkpoint, its samples, its model with the reference), each loaded when its turn comes."""
-    from exo import models
-    from exo.data.text import render
-    from exo.models.logps import ScoringModels
-
-    for checkpoint in found:
-        model, tokenizer = models.load(checkpoint.path)
-        render.configure(tokenizer, config.chat_template, config.template_kwargs, date)
-        model.to(accelerator.device)
-        examples = _draw(config, model, tokenizer, prompts, accelerator, top_p=config.top_p)
-        yield (
-            checkpoint,
-            examples,
-            ScoringModels(
-                model,
-                reference,
-                tokenizer,
-                accelerator,
-                config.max_tokens_per_batch,
-                _limits(config),
-                config.temperature,
-            ),
-        )
-
-
-def _draw(
-    config: Config, model: Any, tokenizer: Any, prompts: Sequence[str], accelerator: Accelerator, *, top_p: float
-) -> list[Example]:
-    from exo.rollouts import samples, shards
-
-    with accelerator.autocast():
-        return samples.draw(
-            model, tokenizer, prompts, _sampling(config)._replace(top_p=top_p), k=config.k,
-            max_prompt_length=config.max_length - config.max_new_tokens, seed=config.seed,
-            batch_size=config.batch_size, run=partial(shards.sample_shared, accelerator=accelerator),
-        )  # fmt: skip
-
-
-def _given(config: Config, prompts: Sequence[str]) -> list[Example]:
-    """The completions of a file, for the prompts of the data and in their order."""
+def _read_samples(config: Config, prompts: Sequence[str]) -> list[Example]:
+    """Read the completions of --samples; ValueError if their prompts are not those of --data, in the same order."""
     from exo import data
     from exo.data import Example
     from exo.data.text import render
     from exo.runs import inputs as run_inputs
 
-    assert config.samples is not None
-    path = run_inputs.source("samples", config.samples, "sample", "score", "best_of_n")
+    path = run_inputs.source("samples", config.samples or "", "sample", "score", "best_of_n")
     examples = data.read(path, purpose="samples", columns_required=False, **config.reading()).examples[: len(prompts)]
     if isinstance(examples[0].prompt, data.Chat):  # sampled with --chat_template always
         prompts = [render.render(Example(prompt, (), None, 0)).prompt for prompt in prompts]
@@ -300,23 +188,8 @@ def _given(config: Config, prompts: Sequence[str]) -> list[Example]:
     return examples
 
 
-def _limits(config: Config) -> Limits:
-    """Of what was sampled: log-probs are conditional on as much of a prompt as its completions were."""
-    from exo.data.text.limits import Limits
-
-    return Limits(config.max_length, None, "prompt-left", config.max_length - config.max_new_tokens)
-
-
-def _bound(config: Config) -> dict[str, Any]:
-    """The KL that the maker of the samples knows, where it does."""
-    from exo.runs import record as run_record
-
-    run = run_record.record(Path(config.samples or "")) or run_record.record(Path(config.samples or "").parent) or {}
-    return {name: value for name, value in run.get("result", {}).items() if name in ("kl_bound", "n")}
-
-
-def _density(config: Config) -> tuple[list[Example], str]:
-    """The reference's samples for the density ratio, and their file."""
+def _read_density(config: Config) -> tuple[list[Example], str]:
+    """Return the reference's samples for the density ratio, and their path."""
     from exo import data
     from exo.rollouts import samples
     from exo.runs import inputs as run_inputs
@@ -325,6 +198,69 @@ def _density(config: Config) -> tuple[list[Example], str]:
     examples = data.read(path, purpose="samples", columns_required=False, **config.reading()).examples
     samples.check_temperature("density", path, examples, config.temperature)
     return examples, path
+
+
+def _scorer_options(config: Config) -> dict[str, Any]:
+    from exo.data.text import render
+
+    template = render.of_another_model(config.chat_template) if config.model else config.chat_template
+    return config.values("max_length max_tokens_per_batch") | {
+        "max_prompt_length": config.max_length - config.max_new_tokens,
+        "chat_template": template,
+        "template_kwargs": None if config.model else config.template_kwargs,
+    }
+
+
+def _sample(
+    config: Config, inputs: Inputs, sampler: CheckpointSampler, date: datetime.date
+) -> Iterable[tuple[Checkpoint, list[Example], ScoringModels | None]]:
+    """Return an iterator over checkpoints, their samples and models; ValueError if the reference has other tokens."""
+    from exo import models
+    from exo.data.text import tokenize
+    from exo.rollouts.checkpoints import Checkpoint, list_checkpoints
+    from exo.runs import inputs as run_inputs
+
+    if not config.model:
+        return [(Checkpoint("samples", None, config.samples or ""), inputs.given, None)]
+    model = run_inputs.source("model", config.model, "sft", "align", "ppo")
+    if models.load_tokenizer(model).get_vocab() != inputs.tokenizer.get_vocab():
+        raise ValueError(
+            f"--reference {config.reference}: expected the tokenizer of --model {model}; got another; pass the model "
+            "that it was trained from"
+        )
+    inputs.reference.to(sampler.accelerator.device)
+    max_prompt_length = config.max_length - config.max_new_tokens
+    console.counts(tokenize.sampled_prompts(inputs.prompts, inputs.tokenizer, max_prompt_length)[1])
+    template = config.values("chat_template template_kwargs")
+    return sampler.sample(list_checkpoints(model), inputs.reference, date=date, **template)
+
+
+def _kl(ratios: Tokens) -> dict[str, Any]:
+    from exo.evaluation import metrics
+
+    return {"kl": metrics.summary(metrics.kl_k1(ratios)), "kl_k3": metrics.summary(metrics.kl_k3(ratios))}
+
+
+def _kl_bound(config: Config) -> dict[str, Any]:
+    """Return the bound on the KL that the stage behind --samples recorded, if it did."""
+    from exo.runs import record
+
+    path = Path(config.samples or "")
+    run = record.record(path) or record.record(path.parent) or {}
+    return {name: value for name, value in run.get("result", {}).items() if name in ("kl_bound", "n")}
+
+
+def _write_samples(path: Path, examples: Sequence[Example], scores: Scores, ratios: Tokens | None) -> None:
+    """Write completions with their rewards and, if there are any, their log-ratios."""
+    from exo import data
+    from exo.rollouts import samples
+    from exo.runs.atomic import atomic_file
+
+    rows = [samples.to_row(replace(example, rewards=row)) for example, row in zip(examples, scores, strict=True)]
+    for row, per_completion in zip(rows, ratios or [], strict=bool(ratios)):
+        row["log_ratios"] = [float(tokens.sum()) for tokens in per_completion]
+    with atomic_file(path) as file:
+        data.write_jsonl(file, rows)
 
 
 def _line(entry: dict[str, Any]) -> str:

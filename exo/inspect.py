@@ -180,7 +180,7 @@ def _plan_run(options: Any, stage: Any, dataset: Dataset, held_out: Dataset | No
         rows = _training_rows(options, stage, dataset, held_out, tokenizer, model, counts)
     except ValueError as error:
         return Plan([], counts, "", error)
-    steps = sampler.total_steps(**options.steps(len(rows)))
+    steps = sampler.total_steps(len(rows), **options.epochs())
     return Plan(rows, counts, f"{len(rows):,} rows, {steps:,} steps of {options.batch_size}", None)
 
 
@@ -190,6 +190,7 @@ def _training_rows(
 ) -> list[TokenizedExample]:  # fmt: skip
     """Return the rows to train on, after the checks that the stage makes on all rows and on its reference model."""
     from exo import models
+    from exo.training import reference
 
     rows, others = stage.tokens(options, dataset, tokenizer, counts), []
     if options.stage == "reward":
@@ -199,8 +200,8 @@ def _training_rows(
     models.check_fits(model, rows + others)
     if options.stage != "align":
         return rows
-    train = stage.parted(options, dataset, rows, others, counts).train
-    stage.reference_model(options, rows + others, tokenizer, models.load_without_weights)
+    train = stage.split_rows(options, dataset, rows, others, counts).train
+    reference.load(options.reference, options.ref_model, rows + others, tokenizer, models.load_without_weights)
     return train
 
 

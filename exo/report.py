@@ -27,7 +27,6 @@ class Config(Stage):
 def run(config: Config, start: Start) -> Path:
     """Write report.html and return its directory."""
     from exo.reporting import methods, page, reading
-    from exo.reporting.results import FAILED_BELOW
     from exo.runs import stage as run_stage
     from exo.runs.atomic import atomic_file
 
@@ -40,7 +39,7 @@ def run(config: Config, start: Start) -> Path:
     if rows:
         _print_table([header, *rows])
     for trial in context["failed_trials"]:
-        console.log(f"FAILED {trial}, not more than {FAILED_BELOW:g} standard errors above SFT")
+        console.log(f"FAILED {trial}, not more than {context['failed_below']:g} standard errors above SFT")
     console.log(f"  page: {directory / 'report.html'}")
     run_stage.finish(directory)
     return directory

@@ -78,20 +78,14 @@ def run(config: Config, start: Start) -> Path:
         console.counts(counts)
     models.check_fits(model, examples + held_out)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
-    steps = sampler.total_steps(**config.steps(len(examples)))
+    steps = sampler.total_steps(len(examples), **config.epochs())
     console.log(f"{len(examples):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
     module = (losses.LabelLoss if config.labels else losses.PairLoss)(
         distributed.place(model, accelerator, config.fsdp)
     ).train(config.dropout)
     collator = Collator(tokenizer.pad_token_id, config.max_tokens_per_batch)
-    task = loop.Task(
-        module,
-        sampler.BatchSampler(examples, steps, config.batch_size, config.seed),
-        steps,
-        collator,
-        denominator=len,
-        shown=SHOWN,
-        steps_per_epoch=sampler.steps_per_epoch(len(examples), config.batch_size),
+    task = loop.Task.over_epochs(
+        module, examples, collator, **config.epochs(), seed=config.seed, denominator=len, shown=SHOWN
     )
     settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
     loop.train(task, settings, accelerator, metrics)

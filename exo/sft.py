@@ -72,7 +72,7 @@ def run(config: Config, start: Start) -> Path:
         console.counts(counts)
     models.check_fits(model, examples)
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
-    steps = sampler.total_steps(**config.steps(len(examples)))
+    steps = sampler.total_steps(len(examples), **config.epochs())
     console.log(
         f"{len(examples):,} texts, {steps:,} steps of {config.batch_size}, "
         f"{models.parameter_count(model) / 1e6:,.1f}M parameters"
@@ -86,15 +86,10 @@ def run(config: Config, start: Start) -> Path:
     if accelerator.is_main_process:
         run_record.update_run(Path(config.output_dir), layout=collator.layout)
     module = NextToken(adapted).train(config.dropout)
-    task = loop.Task(
-        module,
-        sampler.BatchSampler(examples, steps, config.batch_size, config.seed),
-        steps,
-        collator,
-        denominator=_scored_tokens,
+    task = loop.Task.over_epochs(
+        module, examples, collator, **config.epochs(), seed=config.seed, denominator=_scored_tokens,
         shown={"loss": "loss", "tokens_per_second": "tok/s"},
-        steps_per_epoch=sampler.steps_per_epoch(len(examples), config.batch_size),
-    )
+    )  # fmt: skip
     settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
     loop.train(task, settings, accelerator, metrics)
     finished = lora.merged(module.model, adapter, accelerator)

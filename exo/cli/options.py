@@ -250,14 +250,9 @@ class DataTraining(Training, ChatOptions):
         "rows over the limits: cut (the completion's end first, then the prompt's beginning), skip, or stop",
     )
 
-    def steps(self, n_examples: int) -> dict[str, Any]:
-        """Return the arguments of exo.training.sampler.total_steps."""
-        return {
-            "n_examples": n_examples,
-            "batch_size": self.batch_size,
-            "epochs": self.num_train_epochs,
-            "max_steps": self.max_steps,
-        }
+    def epochs(self) -> dict[str, Any]:
+        """Return the arguments of exo.training.sampler.total_steps but the number of examples."""
+        return self.values("batch_size max_steps") | {"epochs": self.num_train_epochs}
 
     def limits(self) -> dict[str, Any]:
         """Return the fields of exo.data.text.limits.Limits."""

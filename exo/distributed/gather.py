@@ -50,7 +50,7 @@ def map_over_ranks(
     local = []
     for first in range(0, len(items), world):
         if heeding:
-            _stop_if_asked(accelerator)
+            _stop_if_requested(accelerator)
         if first + rank < len(items):
             local.append(of(items[first + rank]))
         elif together:
@@ -59,12 +59,12 @@ def map_over_ranks(
     return [results[i % world][i // world] for i in range(len(items))]
 
 
-def _stop_if_asked(accelerator: Accelerator) -> None:
+def _stop_if_requested(accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1 or not signals.is_graceful():
         return signals.raise_if_stop_requested()
-    asked = int(_gather(torch.tensor([signals.stop_requested()], device=accelerator.device), accelerator).max())
-    if asked:
-        raise signals.Stopped(asked)
+    signum = int(_gather(torch.tensor([signals.stop_requested()], device=accelerator.device), accelerator).max())
+    if signum:
+        raise signals.Stopped(signum)
 
 
 def all_gather_json(value: Any, accelerator: Accelerator) -> list[Any]:

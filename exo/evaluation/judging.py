@@ -12,7 +12,7 @@ from exo.evaluation.win_rate import ORDERS, Judged, Judgement, Pair
 
 
 class Judge(NamedTuple):
-    """A template, the model that is asked, and what it has answered before."""
+    """A template, the model that answers, and its cached answers."""
 
     template: JudgeTemplate
     client: JudgeClient
@@ -22,10 +22,10 @@ class Judge(NamedTuple):
 def judge_pairs(judge: Judge, pairs: Sequence[Pair], concurrency: int) -> tuple[Judged, str]:
     """Return the judgement of each pair in each order, and an error message if the server stopped answering, or "".
 
-    Pairs with the same texts are asked about once.
+    Pairs with the same texts share one request.
     """
     tasks = [(number, order) for number in range(len(pairs)) for order in ORDERS]
-    judged: Judged = dict.fromkeys(tasks, Judgement(None, None, "not asked: the server was silent"))
+    judged: Judged = dict.fromkeys(tasks, Judgement(None, None, "not requested: the server did not answer"))
     by_question: dict[str, list[tuple[int, str]]] = {}
     for number, order in tasks:
         by_question.setdefault(pairs[number].question(judge.template, order), []).append((number, order))

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-pass
-
 Scores = Sequence[Sequence[float]]  # per prompt, per completion
 
 

@@ -69,7 +69,7 @@ def _are_hashes(value: object) -> bool:
 _RECORDED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("stage", "started", "finished"), _is_text),
     **dict.fromkeys(("command", "again"), _are_texts),
-    **dict.fromkeys(("arguments", "asked", "versions", "rows", "recipe"), _is_mapping),
+    **dict.fromkeys(("arguments", "resume_request", "versions", "rows", "recipe"), _is_mapping),
     **dict.fromkeys(("inputs", "outputs"), _are_hashes),
     "reads": _are_texts,
     "makes": lambda value: _is_text(value) and _are_hashes({value: ""}),
@@ -101,11 +101,11 @@ def describe_request(config: Any, stage: str) -> dict[str, Any]:
     }
 
 
-def confirm(directory: Path) -> None:
-    """Record the options of a resumed run as those of the run: nothing has refused them."""
+def confirm_resume(directory: Path) -> None:
+    """Record the options of a run that has resumed with them. Until now they were a request, which could fail."""
     record = read_json(directory / RUN_FILE)
-    if asked := record.pop("asked", None):
-        write_json(directory / RUN_FILE, record | asked)
+    if request := record.pop("resume_request", None):
+        write_json(directory / RUN_FILE, record | request)
 
 
 def now() -> str:

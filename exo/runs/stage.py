@@ -13,7 +13,7 @@ from exo.cli.errors import RunError
 from exo.cli.paths import split_paths
 from exo.runs import directory as run_directory
 from exo.runs import record as run_record
-from exo.runs.inputs import _directory, fingerprint, inputs
+from exo.runs.inputs import fingerprint, inputs, without_split
 from exo.runs.record import changed, digest, output_files, outputs_intact, record
 
 OLD_STATES = "resume"  # where versions before 0.2 saved checkpoints
@@ -73,7 +73,7 @@ def _start(config: Any, stage: str) -> Start | None:
     """Return the run to do, or None if it has been done."""
     directory, paths = Path(config.output_dir), inputs(config, stage)
     run_directory.check_inputs(
-        config.output_dir, [_directory(str(p)) for path in paths.values() for p in split_paths(path)]
+        config.output_dir, [without_split(str(p)) for path in paths.values() for p in split_paths(path)]
     )
     if paths.get("oracle", "").startswith("."):
         raise ValueError(f"--oracle {paths['oracle']}: expected a module's full name, as in package.module:function")
@@ -153,8 +153,8 @@ def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
     if start.resumes and keep:
         previous = record(directory) or {}
         again = [*previous.get("again", []), start_facts.pop("started")]
-        asked = run_record.describe_request(config, start.stage) | start_facts  # until nothing refuses to resume
-        run_record.update_run(directory, again=again, asked=asked, **facts)
+        request = run_record.describe_request(config, start.stage) | start_facts  # confirm_resume makes it the record
+        run_record.update_run(directory, again=again, resume_request=request, **facts)
         return directory
     run_directory.prepare(config.output_dir, overwrite=config.overwrite_output_dir or start.resumes)
     run_record.write_run(directory, config, start.stage, **start_facts, **facts)
@@ -163,6 +163,6 @@ def begin(start: Start, *, keep: bool = False, **facts: Any) -> Path:
 
 def finish(directory: Path, **facts: Any) -> None:
     """Record that the run is complete, and the hashes of its files."""
-    run_record.confirm(directory)
+    run_record.confirm_resume(directory)
     outputs = {str(file.relative_to(directory)): digest(file) for file in output_files(directory)}
     run_record.update_run(directory, **facts, outputs=outputs, finished=run_record.now())

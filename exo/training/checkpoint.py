@@ -108,7 +108,7 @@ class Checkpointer:
         return self.mark(facts["step"], facts["counters"])
 
     def _find(self) -> Path | None:
-        """Return the checkpoint to resume from, or None; RunError if it is damaged, or is asked for and not there."""
+        """Return the checkpoint to resume from, or None; RunError if all are damaged, or a requested one is missing."""
         if self.resume_from is not None and self.resume_from.lower() != "true":
             named = Path(self.resume_from)
             if damage := checkpoint_files.find_damage(named, self.accelerator):

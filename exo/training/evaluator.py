@@ -12,7 +12,7 @@ from exo.data.collate import Collator
 from exo.data.text.tokenize import TokenizedExample
 from exo.runs import plots
 from exo.runs.jsonl import JsonlLog
-from exo.training import preference, summary
+from exo.training import preference
 
 
 class Evaluator:
@@ -53,7 +53,7 @@ class Evaluator:
         if self.accelerator.is_main_process:
             self.metrics.write(step=step, **self.last)
             self.accelerator.log(self.last, step=step)
-        console.log(f"  evaluation after step {step}: {summary.evaluation(self.last, len(self.examples))}")
+        console.log(f"  evaluation after step {step}: {_line(self.last, len(self.examples))}")
         if self.eval_steps and self.last["eval_loss"] < self.best:
             self.best = self.last["eval_loss"]
             self.export("best")
@@ -62,7 +62,7 @@ class Evaluator:
         """Print what the finished run left in its directory."""
         console.headline("Done")
         if self.last:
-            console.log(f"held-out: {summary.evaluation(self.last, len(self.examples))}")
+            console.log(f"held-out: {_line(self.last, len(self.examples))}")
         console.log(f"model: {directory}  (AutoModelForCausalLM.from_pretrained({str(directory)!r}))")
         if self.best < float("inf"):
             console.log(f"best model by held-out loss: {directory / 'models' / 'best'}")
@@ -76,3 +76,15 @@ def export(
     finished = finish()
     if is_main:
         models.export_model(finished, tokenizer, directory, name, dtypes)
+
+
+def _line(result: Mapping[str, float], n: int) -> str:
+    """Return an evaluation of `n` held-out prompts on one line."""
+    parts = [f"loss {result['eval_loss']:.4f}"]
+    if "eval_rewards/accuracies" in result:
+        parts.append(
+            f"accuracy {100 * result['eval_rewards/accuracies']:.1f}% "
+            f"(95% interval {100 * result['eval_accuracy_low']:.1f} to {100 * result['eval_accuracy_high']:.1f}), "
+            f"margin {result['eval_rewards/margins']:+.4f}"
+        )
+    return ", ".join(parts) + f", {n:,} held-out prompts"

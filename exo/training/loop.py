@@ -25,7 +25,7 @@ from exo.runs.jsonl import JsonlLog
 from exo.training import checkpoint, checkpoint_files
 from exo.training.optimizer import OptimizerSettings, checkpoint_layers, optimizer
 from exo.training.profiler import Profiler
-from exo.training.sampler import BatchSource
+from exo.training.sampler import BatchSampler, BatchSource, steps_per_epoch, total_steps
 from exo.training.step import COUNTERS, NonFiniteError, TrainStep
 
 
@@ -68,6 +68,25 @@ class Task(NamedTuple):
     after_every: tuple[int, ...] = ()  # steps at which `after` reads the weights; 0: never
     parts: Mapping[str, checkpoint.Stateful] | None = None  # more state for the checkpoints
 
+    @classmethod
+    def over_epochs(
+        cls,
+        module: nn.Module,
+        examples: Sequence[Any],
+        collator: Collator,
+        *,
+        batch_size: int,
+        epochs: float,
+        max_steps: int,
+        seed: int,
+        **fields: Any,
+    ) -> "Task":
+        """Return the task of training on shuffled examples, for `max_steps` or, if that is -1, for `epochs`."""
+        steps = total_steps(len(examples), batch_size, epochs, max_steps)
+        source: BatchSampler[Any] = BatchSampler(examples, steps, batch_size, seed)
+        per_epoch = steps_per_epoch(len(examples), batch_size)
+        return cls(module, source, steps, collator, steps_per_epoch=per_epoch, **fields)
+
 
 def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: JsonlLog) -> nn.Module:
     """Train the task's module; return it as accelerate wrapped it.
@@ -86,7 +105,7 @@ def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: Jso
     )  # fmt: skip
     state = checkpointer.restore()
     if accelerator.is_main_process:
-        run_record.confirm(Path(settings.output_dir))
+        run_record.confirm_resume(Path(settings.output_dir))
     done, counters = (state.step, state.counters) if state else (0, dict.fromkeys(COUNTERS, 0.0))
     if done > task.steps:
         raise RunError(

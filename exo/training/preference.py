@@ -6,7 +6,7 @@ The loss runs inside the module's forward, so that gradient synchronization sees
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,19 +19,11 @@ from exo.evaluation import metrics as evaluation_metrics
 from exo.models import lora
 from exo.models.lm_head import LMHead, eval_mode
 from exo.models.logps import TOKEN_NOISE, completion_hidden
-from exo.training.metrics import MEAN_SQUARE, METRICS, _sums, preference_metrics
+from exo.training.metrics import preference_metrics, sums
 from exo.training.step import LossOutput, evaluate_batches
-from exo_kernels import (
-    LossStats,
-    fused_linear_dpo_loss,
-    fused_linear_exo_loss,
-    preference_loss,
-)
-
-LOSSES = {"exo": fused_linear_exo_loss, "dpo": fused_linear_dpo_loss}
-
-
-METRICS += ["logps/chosen", "logps/rejected", "target/entropy", "target/ess", MEAN_SQUARE]
+from exo_kernels import LossStats, preference_loss
+from exo_kernels.api.hidden import LOSSES
+from exo_kernels.objectives import ObjectiveName
 
 
 class PreferenceLoss(nn.Module):
@@ -41,7 +33,7 @@ class PreferenceLoss(nn.Module):
         self,
         model: nn.Module,
         *,
-        loss: Literal["exo", "dpo"],
+        loss: ObjectiveName,
         beta_pi: float,
         beta_r: float,
         label_smoothing: float,
@@ -58,7 +50,7 @@ class PreferenceLoss(nn.Module):
         below = reference is not None and reference.get_output_embeddings() is self.head.head  # type: ignore[operator]
         self.reference = None if reference is None or below else reference.requires_grad_(False)
         self.reference_head = self.head if below else None if reference is None else LMHead(reference)
-        self.loss: Literal["exo", "dpo"] = loss
+        self.loss: ObjectiveName = loss
         self.betas: dict[str, float] = {"beta_pi": beta_pi, "beta_r": beta_r}
         self.label_smoothing = label_smoothing
         self.temperature = temperature
@@ -106,7 +98,7 @@ class PreferenceLoss(nn.Module):
         if num_groups is None:
             return self.losses(batch, reduction="sum")
         loss, stats = self.losses(batch, num_groups=num_groups)
-        return LossOutput(loss, _sums(preference_metrics(stats, batch, self.betas["beta_pi"])))
+        return LossOutput(loss, sums(preference_metrics(stats, batch, self.betas["beta_pi"])))
 
     def expected_first_loss(self, examples: Sequence[TokenizedExample], mixed_precision: str) -> tuple[float, float]:
         """Return the mean loss where policy equals reference, and six sigma of rounding, to second order."""

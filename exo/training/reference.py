@@ -33,19 +33,19 @@ IDENTITY = "identity"  # the key of the entry with everything that the log-probs
 Sums = tuple[float, ...]  # log-probs of an example's completions, in fp64
 
 
-def mode(asked: ReferenceMode, examples: Sequence[TokenizedExample]) -> Literal["cache", "live", "none", "data"]:
+def mode(requested: ReferenceMode, examples: Sequence[TokenizedExample]) -> Literal["cache", "live", "none", "data"]:
     """Return how the reference is used; print it if the data have its log-probs."""
     having = sum(example.ref_logps is not None for example in examples)
-    if asked == "auto" and having == len(examples):
+    if requested == "auto" and having == len(examples):
         console.log("the reference's log-probs come from the data")
         return "data"
     if having:
         console.log(f"  {having:,} of {len(examples):,} rows have a reference's log-probs, which are not used")
-    return "cache" if asked == "auto" else asked
+    return "cache" if requested == "auto" else requested
 
 
 def load(
-    asked: ReferenceMode,
+    requested: ReferenceMode,
     name: str | None,
     examples: Sequence[TokenizedExample],
     tokenizer: Any,
@@ -55,7 +55,7 @@ def load(
 
     `read` returns the model and the tokenizer of a name. ValueError if the model does not fit.
     """
-    chosen = mode(asked, examples)
+    chosen = mode(requested, examples)
     if name is None:
         return chosen, None
     if chosen in ("none", "data"):
@@ -70,6 +70,25 @@ def load(
 def directory() -> Path:
     """Return the default directory of the cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exo" / "reference"
+
+
+def score_as(
+    mode: str,
+    model: nn.Module,
+    parts: Sequence[list[TokenizedExample]],
+    accelerator: Accelerator,
+    collator: Collator,
+    temperature: float,
+    cache_directory: Path | None,
+) -> list[list[TokenizedExample]]:
+    """Return each list of examples with the `ref_logps` of a mode: cached ones, zeros (none), or as they are."""
+    if mode == "none":
+        return [[replace(example, ref_logps=(0.0,) * len(example.completions)) for example in part] for part in parts]
+    if mode != "cache":
+        return list(parts)
+    examples = [example for part in parts for example in part]
+    scored = iter(score(model, examples, accelerator, collator, temperature, cache_directory))
+    return [[next(scored) for _ in part] for part in parts]
 
 
 def score(

@@ -80,7 +80,7 @@ class TrainStep(NamedTuple):
             n_padding,
         )
         with profiler.section("waiting"):
-            loss, sums, tokens, asked = _across_processes(accelerator, loss, sums, tokens)
+            loss, sums, tokens, signum = _across_processes(accelerator, loss, sums, tokens)
         values = {name: total / count for name, (total, count) in sums.items() if count}
         if step == 1 and first is not None:
             first(loss, values)
@@ -101,7 +101,7 @@ class TrainStep(NamedTuple):
         line = {"step": step, "loss": loss} | values
         line |= {"learning_rate": settings.learning_rate * share, "grad_norm": norm, "tokens": tokens}
         line |= {"clipped": clipped, "tokens_per_second": tokens / (time.perf_counter() - began)}
-        return line | ({} if finite or lost else {"skipped": 1.0}), asked
+        return line | ({} if finite or lost else {"skipped": 1.0}), signum
 
     def _parts(self, batch: list[Any]) -> tuple[list[list[Any]], int]:
         """Return this rank's micro-batches, and how many at the end are padding.

@@ -182,7 +182,7 @@ FOREIGN = [
         for change in (
             {"stage": ["align"]}, {"stage": "a\nb"}, {"command": "x"}, {"command": [1]}, {"arguments": []},
             {"inputs": []}, {"outputs": {"/etc/passwd": "x"}}, {"outputs": {"../x": "y"}}, {"outputs": {"a": 1}},
-            {"finished": 5}, {"again": "x"}, {"asked": []},
+            {"finished": 5}, {"again": "x"}, {"resume_request": []},
         )
     ),
 ]  # fmt: skip

@@ -8,9 +8,8 @@ import pytest
 
 from exo import align, data, models, reward
 from exo.cli import console
-from exo.data import split
+from exo.data import comparison, split
 from exo.data.split import hold_out, row_name, split_connected
-from exo.training import examples as training_examples
 from tests.tasks import WORDS, write_model, write_rows
 
 
@@ -129,7 +128,7 @@ def test_align_and_reward_train_on_no_text_that_they_hold_out(tmp_path):
     settings = align.Config(model=policy, data=source, eval_fraction=0.2)
     examples = align.tokens(settings, dataset, tokenizer, Counter())
     for train, held_out in (
-        align.parted(settings, dataset, examples, [], Counter())[:2],
+        align.split_rows(settings, dataset, examples, [], Counter())[:2],
         reward.tokens(reward.Config(model=policy, data=source, eval_fraction=0.2), dataset, tokenizer, Counter()),
     ):
         seen = [{example.prompt + example.completions[0] for example in part} for part in (train, held_out)]
@@ -141,7 +140,7 @@ def test_align_and_reward_train_on_no_text_that_they_hold_out(tmp_path):
 def test_align_chooses_what_it_holds_out_once(tmp_path, monkeypatch):
     """Before the reference scores the rows; the choice takes seconds for 100,000 rows."""
     calls, parts = [], []
-    for module, name in ((split, "hold_out"), (align, "parted"), (training_examples, "apply")):
+    for module, name in ((split, "hold_out"), (align, "split_rows"), (comparison, "split_scored_rows")):
         function = getattr(module, name)
         results = calls if name == "hold_out" else parts
         monkeypatch.setattr(module, name, lambda *args, f=function, r=results: r.append(f(*args)) or r[-1])

@@ -202,7 +202,7 @@ def test_one_prompt_is_too_few(run, tmp_path, capsys):
     arguments = ["--model", str(run[0] / "policy"), "--reference", str(run[0] / "reference"), "--data", prompts,
                  "--oracle", "tests.tasks:reward", "--output_dir", str(tmp_path / "x")]  # fmt: skip
     assert evaluate.main(arguments) == 2
-    assert "expected two prompts at least" in capsys.readouterr().err
+    assert "expected at least two prompts" in capsys.readouterr().err
 
 
 def test_the_kl_under_top_p_is_that_of_the_whole_distribution(run, tmp_path):

@@ -63,11 +63,11 @@ def test_a_run_from_16_bits_saves_the_rounding_of_what_it_trained_in_32(stage, g
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize(("asked", "expected"), [("float32", torch.float32), ("float16", torch.float16)])
-def test_another_dtype_can_be_asked_for(asked, expected, given, tmp_path):
-    run = trained("sft", given, tmp_path / "run", "half", "--save_dtype", asked, "--max_steps", "2")
+@pytest.mark.parametrize(("choice", "expected"), [("float32", torch.float32), ("float16", torch.float16)])
+def test_another_dtype_can_be_asked_for(choice, expected, given, tmp_path):
+    run = trained("sft", given, tmp_path / "run", "half", "--save_dtype", choice, "--max_steps", "2")
     assert dtypes(run) == {expected}
-    assert json.loads((run / "config.json").read_text())["dtype"] == asked
+    assert json.loads((run / "config.json").read_text())["dtype"] == choice
     assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(run).parameters()} == {expected}
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 STAGES = "commands"
 BUDGET = {  # lines of Python
-    "exo_kernels": 4500, "cli": 1250, "runs": 830, "data": 4310, "distributed": 540, "evaluation": 1050, "models": 2220,
-    "reporting": 1000, "rollouts": 1050, "experiments": 1380, "training": 2360, STAGES: 2350,
+    "exo_kernels": 4500, "cli": 1250, "runs": 830, "data": 4390, "distributed": 540, "evaluation": 1050, "models": 2220,
+    "reporting": 1000, "rollouts": 1150, "experiments": 1380, "training": 2260, STAGES: 2300,
 }  # fmt: skip
 LONGEST = 300  # lines of a file
-MOST_FILES = 16  # in a package; training has two more
-TOO_LONG = {"evaluate.py"}
+MOST_FILES = 16  # in a package
 
 
 def lines(path: Path) -> int:
@@ -32,9 +31,9 @@ def test_files_are_short():
     for package in ("exo", "exo_kernels"):
         folder = ROOT / package
         long |= {str(p.relative_to(folder)) for p in folder.rglob("*.py") if lines(p) > LONGEST}
-    assert long <= TOO_LONG, f"over {LONGEST} lines: {sorted(long - TOO_LONG)}"
+    assert not long, f"over {LONGEST} lines: {sorted(long)}"
 
 
 def test_packages_have_few_files():
     for folder in {path.parent for path in (ROOT / "exo").rglob("*.py")} - {ROOT / "exo"}:
-        assert len(list(folder.glob("*.py"))) <= MOST_FILES + (folder.name == "training") * 2, folder
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder

@@ -131,7 +131,7 @@ def test_no_held_out_prompt_is_trained_on(tmp_path):
     dataset = exo_data.read(config.data)
     _, tokenizer = models.load_or_tiny("tiny", dataset.texts, seed=0)
     examples = align.tokens(config, dataset, tokenizer, Counter())
-    train, held_out, _ = align.parted(config, dataset, examples, [], Counter())
+    train, held_out, _ = align.split_rows(config, dataset, examples, [], Counter())
     by_line = {i + 1: line["prompt"] for i, line in enumerate(lines)}
     assert {by_line[g.line] for g in train}.isdisjoint({by_line[g.line] for g in held_out})
     assert train and held_out and len(train) + len(held_out) == 40

@@ -1,12 +1,13 @@
-"""Split the rows of an alignment into those to train on and those held out, as the options compare them."""
+"""Select the completions that a loss compares, and split the rows into those to train on and those held out."""
 
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from exo import data
 from exo.cli.options import Norm
 from exo.data import split, transforms
+from exo.data.dataset import Dataset
+from exo.data.errors import DataError
 from exo.data.text.tokenize import TokenizedExample
 
 
@@ -17,7 +18,7 @@ class Comparison(NamedTuple):
     pairs: bool  # of rewards: the best completion and the worst
     reward_norm: Norm
 
-    def of(self, rows: list[TokenizedExample], counts: Counter[str]) -> list[TokenizedExample]:
+    def select(self, rows: list[TokenizedExample], counts: Counter[str]) -> list[TokenizedExample]:
         """Return the rows with fewer completions, as pairs, or with normalized rewards; count what is skipped."""
         if self.max_completions is not None:
             rows, skipped = transforms.take_first(rows, self.max_completions)
@@ -37,9 +38,9 @@ class Split(NamedTuple):
     lines: frozenset[int]  # of the rows of --data that are held out
 
 
-def choose(
+def split_rows(
     comparison: Comparison,
-    dataset: data.Dataset,
+    dataset: Dataset,
     rows: list[TokenizedExample],
     eval_rows: list[TokenizedExample],
     counts: Counter[str],
@@ -49,8 +50,8 @@ def choose(
     eval_fraction: float,
     seed: int,
 ) -> Split:
-    """Choose the rows to hold out. DataError if no row is left to train on, or to evaluate on with `eval_path`."""
-    compared, eval_compared = comparison.of(rows, counts), comparison.of(eval_rows, counts)
+    """Split the rows. DataError if no row is left to train on, or to evaluate on with `eval_path`."""
+    compared, eval_compared = comparison.select(rows, counts), comparison.select(eval_rows, counts)
     lines: frozenset[int] = frozenset()
     if eval_path is None:
         by_line = {example.line: example for example in dataset.examples}
@@ -58,18 +59,18 @@ def choose(
         lines = frozenset(compared[i].line for i in split.hold_out(texts, eval_fraction, seed, path))
     result = _split(compared, eval_compared, lines)
     if not result.train:
-        raise data.DataError(f"{path}: no row is left to train on")
+        raise DataError(f"{path}: no row is left to train on")
     if eval_path and not result.held_out:
-        raise data.DataError(f"{eval_path}: no held-out row is left to evaluate on")
+        raise DataError(f"{eval_path}: no held-out row is left to evaluate on")
     return result
 
 
-def apply(
+def split_scored_rows(
     comparison: Comparison, lines: frozenset[int], rows: Sequence[TokenizedExample], eval_rows: list[TokenizedExample]
 ) -> Split:
-    """Split the same rows by lines that were chosen before, once the reference has scored them."""
-    skipped: Counter[str] = Counter()  # counted before
-    return _split(comparison.of(list(rows), skipped), comparison.of(eval_rows, skipped), lines)
+    """Split the same rows, with the reference's log-probs now, by the lines that `split_rows` held out."""
+    skipped: Counter[str] = Counter()  # split_rows has counted them
+    return _split(comparison.select(list(rows), skipped), comparison.select(eval_rows, skipped), lines)
 
 
 def _split(rows: list[TokenizedExample], eval_rows: list[TokenizedExample], lines: frozenset[int]) -> Split:
