@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import same
+from budget import assert_same
 from cases import IGNORED, Case, make_case, make_labels, seeded
 
 import exo_kernels
@@ -50,7 +50,7 @@ def assert_equal(backend: str, results: list[torch.Tensor], expected: list[torch
     for a, b in zip(results, expected, strict=True):
         assert a.dtype == b.dtype and a.stride() == b.stride()
         if backend == "inductor" and a.is_floating_point():
-            same("result", a.detach(), b.detach().cpu(), b.detach().cpu().abs().clamp(min=1))
+            assert_same("result", a.detach(), b.detach().cpu(), b.detach().cpu().abs().clamp(min=1))
         else:
             assert torch.equal(a, b)
 
@@ -80,7 +80,7 @@ def test_compiled_variants(impl, device, backend):
     torch._dynamo.reset()
     sizes = torch.tensor([1, 2])
     packed = make_case(vocab=21, lengths=[3, 0, 4], per_token_ref=True, group_size=sizes, rewards=True).on(device)
-    pairs = make_case(4, 3, 21).on(device).but(inplace_backward=True)
+    pairs = make_case(4, 3, 21).on(device).with_options(inplace_backward=True)
 
     def exo(x: torch.Tensor, case: Case) -> torch.Tensor:
         return exo_kernels.fused_exo_loss(x, case.labels, case.ref_logps, impl=impl, **case.options)

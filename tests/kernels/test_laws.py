@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from budget import accumulator, compare, loss_answer, same, ulps_of
+from budget import accumulator, assert_same, compare, loss_answer, ulps_of
 from cases import DTYPES, IGNORED, aligned, make_case, make_labels, make_logits, seeded
 
 import exo_kernels
@@ -51,7 +51,7 @@ def test_gradient_of_a_row_sums_to_zero(impl, device, entropy):
     x = make_logits(aligned(labels), 300, torch.float64).to(device).requires_grad_()
     logps, entropies = exo_kernels.token_logps(x, labels.to(device), return_entropy=True, impl=impl)
     (grad,) = torch.autograd.grad((entropies if entropy else logps).sum(), x)
-    same("sums", grad.sum(-1), torch.zeros(2, 4), 10.0)
+    assert_same("sums", grad.sum(-1), torch.zeros(2, 4), 10.0)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -98,7 +98,7 @@ def test_packed_is_padded_bit_for_bit(impl, device, objective):
     assert all(torch.equal(a[name], b[name]) for name in a)
     # and shift=False with the labels moved by hand
     moved = padded._replace(labels=labels.roll(-1, 1).index_fill(1, torch.tensor([4], device=device), IGNORED))
-    c = loss_answer(moved.but(shift=False), logits, impl)
+    c = loss_answer(moved.with_options(shift=False), logits, impl)
     assert all(torch.equal(b[name], c[name]) for name in b)
 
 
@@ -189,7 +189,7 @@ def test_slopes_are_the_derivative(objective):
     log_q = torch.log_softmax(torch.randn(6, 5, generator=rng, dtype=torch.float64), -1)
     loss, slope = objectives.OBJECTIVES[objective].function(torch.log_softmax(z, -1), log_q)
     (expected,) = torch.autograd.grad(loss.sum(), z)
-    same("slope", slope.detach(), expected, 10.0)
+    assert_same("slope", slope.detach(), expected, 10.0)
 
 
 @both
@@ -199,7 +199,7 @@ def test_slopes_of_a_group_sum_to_zero(objective, rewards, k):
     policy, ref, r = scores(2 * k, seed=5)
     g = slopes(policy, ref, objective=objective, group_size=k, rewards=r if rewards else None, beta_pi=0.5)
     assert g.any()
-    same("sums", g.view(2, k).sum(-1), torch.zeros(2), g.abs().sum().item())
+    assert_same("sums", g.view(2, k).sum(-1), torch.zeros(2), g.abs().sum().item())
 
 
 @both
@@ -209,7 +209,7 @@ def test_sums_plus_a_constant_per_group(objective, rewards):
     options = {"objective": objective, "group_size": 3, "rewards": r if rewards else None, "reduction": "none"}
     constants = torch.tensor([64.0, -32.0], dtype=torch.float64).repeat_interleave(3)
     result = preference_loss(policy + constants, ref, **options)
-    same("loss", result, preference_loss(policy, ref, **options), 20.0)
+    assert_same("loss", result, preference_loss(policy, ref, **options), 20.0)
 
 
 @both
@@ -229,17 +229,17 @@ def test_permuting_a_group_permutes_its_slopes(objective):
     order = torch.tensor([3, 1, 4, 0, 2])
     options = {"objective": objective, "group_size": 5, "beta_pi": 0.3}
     g = slopes(policy, ref, rewards=r, **options)
-    same("rewards", slopes(policy[order], ref[order], rewards=r[order], **options), g[order])
+    assert_same("rewards", slopes(policy[order], ref[order], rewards=r[order], **options), g[order])
     order = torch.tensor([0, 3, 4, 1, 2])  # the chosen one stays first
     g = slopes(policy, ref, **options)
-    same("preferences", slopes(policy[order], ref[order], **options), g[order], 10.0)
+    assert_same("preferences", slopes(policy[order], ref[order], **options), g[order], 10.0)
 
 
 def test_swapping_a_tie_changes_nothing():
     policy, ref, _ = scores(2, seed=8)
     tie = torch.ones(2, dtype=torch.float64)
     a, b = preference_loss(policy, ref, rewards=tie), preference_loss(policy.flip(0), ref.flip(0), rewards=tie)
-    same("loss", a, b)
+    assert_same("loss", a, b)
 
 
 # Of the loss as a whole.
@@ -271,7 +271,7 @@ def test_two_micro_batches_are_one(impl, device, objective):
     parts = []
     for rows in (slice(0, 2), slice(2, 6)):
         part = case._replace(logits=case.logits[rows], labels=case.labels[rows], ref_logps=case.ref_logps[rows])
-        parts.append(loss_answer(part.but(num_groups=3), part.logits, impl)["grad"])
+        parts.append(loss_answer(part.with_options(num_groups=3), part.logits, impl)["grad"])
     assert torch.equal(torch.cat(parts), full)
 
 

@@ -57,9 +57,9 @@ def test_strided_vectors(impl, device, shift):
     """Labels, references and rewards as columns of other tensors; and a gradient that is one, of the log-probs."""
     case = make_case(4, 3, 33, seed=6, per_token_ref=True, rewards=True, shift=shift).on(device)
     rewards = torch.stack([case.options["rewards"], torch.full_like(case.options["rewards"], torch.nan)], 1)[:, 0]
-    strided = case._replace(labels=case.labels.t().contiguous().t(), ref_logps=case.ref_logps.t().contiguous().t()).but(
-        rewards=rewards
-    )
+    strided = case._replace(
+        labels=case.labels.t().contiguous().t(), ref_logps=case.ref_logps.t().contiguous().t()
+    ).with_options(rewards=rewards)
     assert not strided.labels.is_contiguous() and not rewards.is_contiguous()
     expected, result = (loss_answer(c, c.logits, impl) for c in (case, strided))
     assert all(torch.equal(expected[name], result[name]) for name in expected)

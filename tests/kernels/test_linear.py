@@ -119,7 +119,7 @@ def test_entropy_in_chunks(impl, device):
 def test_sequence_logps(impl, device, packed):
     """The sums of linear_token_logps, added up in float64; and with the coefficients of their rows, its gradients."""
     case = make_linear_case(4, 5, 8, 50, lengths=[4, 0, 9] if packed else None).to(torch.float32, device)
-    options = case.of(*HEAD, *LAYOUT)
+    options = case.selected(*HEAD, *LAYOUT)
     leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
     logps = exo_kernels.linear_token_logps(*leaves, case.labels, impl=impl, **options)
     sums = exo_kernels.linear_sequence_logps(*leaves, case.labels, impl=impl, **options)

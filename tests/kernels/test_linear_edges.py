@@ -37,7 +37,7 @@ def test_parts_of_the_references_own_head(impl, device, own, bias):
     case = make_linear_case(4, 4, 16, 37, reference_model="hidden", seed=3, bias=bias)
     rng = torch.Generator().manual_seed(9)
     parts = {"ref_weight": torch.randn(37, 16, generator=rng), "ref_bias": torch.randn(37, generator=rng)}
-    check_linear_loss(case.but(**{name: parts[name] for name in own}), impl, device)
+    check_linear_loss(case.with_options(**{name: parts[name] for name in own}), impl, device)
 
 
 def leaves(device: str, vocab: int = 7) -> list[torch.Tensor]:

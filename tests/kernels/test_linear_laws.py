@@ -109,7 +109,7 @@ def test_minus_infinity_in_the_bias(impl, device):
     labels = case.labels.where(case.labels % 2 == 0, case.labels - 1).where(case.labels != IGNORED, IGNORED)
     bias = case.options["bias"].clone()
     bias[1::2] = -torch.inf
-    check_linear_loss(case._replace(labels=labels).but(bias=bias), impl, device)
+    check_linear_loss(case._replace(labels=labels).with_options(bias=bias), impl, device)
     labels = torch.tensor([[1, 2]], device=device)
     result = exo_kernels.linear_token_logps(
         torch.ones(1, 2, 8, device=device), case.weight.to(device), labels, bias=bias.to(device), shift=False, impl=impl

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import check_loss, check_tokens, compare, same
+from budget import assert_same, check_loss, check_tokens, compare
 from cases import DTYPES, IGNORED, aligned, make_case, make_labels, make_logits, sums_of
 from torch.nn.functional import cross_entropy
 
@@ -65,7 +65,7 @@ def test_ragged_groups_of_ragged_sequences(impl, device, index, objective, rewar
         vocab=9, lengths=[2, 5, 0, 3, 1, 4, 0], objective=objective, rewards=rewards, beta_pi=0.7,
         group_size=torch.tensor([1, 4, 2], dtype=index), reduction="none", weights=True,
     )  # fmt: skip
-    case = case.but(cu_seqlens=case.options["cu_seqlens"].to(index))
+    case = case.with_options(cu_seqlens=case.options["cu_seqlens"].to(index))
     check_loss(case._replace(labels=case.labels.to(index)), impl, device)
 
 
@@ -149,10 +149,10 @@ def test_oracle_is_cross_entropy(temperature):
     shifted = cross_entropy(logits[:, :-1].flatten(0, 1) / temperature, labels[:, 1:].flatten(), reduction="none")
     logps = reference.token_logps(logits, labels, temperature=temperature)
     assert torch.equal(logps[:, -1], torch.zeros(3))
-    same("logps", logps[:, :-1].flatten(), -shifted.detach(), shifted.detach().clamp(min=1))
+    assert_same("logps", logps[:, :-1].flatten(), -shifted.detach(), shifted.detach().clamp(min=1))
     (expected,) = torch.autograd.grad(-shifted.sum(), logits)
     (grad,) = torch.autograd.grad(logps.sum(), logits)
-    same("grad", grad, expected)
+    assert_same("grad", grad, expected)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

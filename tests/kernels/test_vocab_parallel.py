@@ -52,7 +52,7 @@ def labels_within(first: int, end: int, case: LinearCase) -> LinearCase:
 def dead(first: int, end: int, case: LinearCase) -> LinearCase:
     bias = case.options["bias"].clone()
     bias[first:end] = -torch.inf
-    return case.but(bias=bias)
+    return case.with_options(bias=bias)
 
 
 def with_nan(case: LinearCase) -> LinearCase:
@@ -67,7 +67,7 @@ def on_a_grid(case: LinearCase) -> LinearCase:
     hidden, weight = (
         (4 * torch.randn(x.shape, generator=seeded(i))).round() / 4 for i, x in enumerate((case.hidden, case.weight))
     )
-    return case.but(bias=torch.full((VOCAB,), -32768.0))._replace(hidden=hidden, weight=weight)
+    return case.with_options(bias=torch.full((VOCAB,), -32768.0))._replace(hidden=hidden, weight=weight)
 
 
 TWISTS = {
@@ -152,7 +152,7 @@ def answer(job: Job, case: LinearCase, impl: str = IMPL, **options: Any) -> dict
         return linear_answer(case, impl, job.needs, **options)
     leaves = {"hidden": case.hidden, "weight": case.weight, "bias": case.options.get("bias")}
     leaves = {k: x.detach().requires_grad_(k in job.needs) for k, x in leaves.items() if x is not None}
-    arguments = case.of(*HEAD, *LAYOUT) | options | {"impl": impl, "bias": leaves["bias"]}
+    arguments = case.selected(*HEAD, *LAYOUT) | options | {"impl": impl, "bias": leaves["bias"]}
     if job.function == "sums":
         results = [exo_kernels.linear_sequence_logps(leaves["hidden"], leaves["weight"], case.labels, **arguments)]
     else:
@@ -209,8 +209,8 @@ def explain(job: Job, case: LinearCase, group: Any) -> Any:
     if group is None:  # then the labels are of the whole vocabulary
         case = case._replace(labels=case.labels.clamp(max=len(case.weight) - 1))
     loss = job.function == "loss"
-    options = case.of("bias", "ref_hidden", "ref_weight", "cu_seqlens", "shift")
-    options |= case.of("group_size", "reduction") if loss else {"loss": False}
+    options = case.selected("bias", "ref_hidden", "ref_weight", "cu_seqlens", "shift")
+    options |= case.selected("group_size", "reduction") if loss else {"loss": False}
     return exo_kernels.explain(
         case.hidden, case.weight, case.labels, process_group=group, schedule=job.schedule, memory_budget=job.budget,
         impl=IMPL, **options,
@@ -233,13 +233,13 @@ def dtensor(rank: int) -> Answer:
             messages.append(str(error))
     with torch.no_grad():
         scored = exo_kernels.fused_linear_exo_loss(
-            case.hidden, weight, case.labels, case.ref_logps, **case.but(bias=bias).options
+            case.hidden, weight, case.labels, case.ref_logps, **case.with_options(bias=bias).options
         )
     # data parallel: the first rank has the first group, the second the others, and the mean is over all
     sizes, first = case.options["group_size"], int(case.options["group_size"][0])
     local, groups = (slice(first), sizes[:1]) if rank == 0 else (slice(first, None), sizes[1:])
     full = weight.full_tensor(grad_placements=[Partial()]), bias.full_tensor(grad_placements=[Partial()])
-    options = case.but(bias=full[1], num_groups=len(sizes), group_size=groups).options
+    options = case.with_options(bias=full[1], num_groups=len(sizes), group_size=groups).options
     options |= {"rewards": case.options["rewards"][local]} if "rewards" in case.options else {}
     exo_kernels.fused_linear_exo_loss(
         case.hidden[local], full[0], case.labels[local], case.ref_logps[local], **options
