@@ -202,7 +202,7 @@ def test_opcheck_of_the_group_loss(impl, device):
     "schedule",
     ["auto"] if INTERPRETED else ["store", "group", *(pytest.param(s, marks=pytest.mark.slow) for s in OTHERS)],
 )
-def test_compiled_is_eager(impl, device, backend, dynamic, schedule):
+def test_compiled_equals_eager(impl, device, backend, dynamic, schedule):
     """In one graph, whatever the schedule; `store` keeps as many rows as carry loss, which no compiler can know."""
     torch._dynamo.reset()
 
@@ -227,7 +227,7 @@ def test_compiled_is_eager(impl, device, backend, dynamic, schedule):
             torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if backend == "aot_eager" else {}))
 
 
-def test_compiled_code_still_checks(impl, device):
+def test_compiled_code_checks_input(impl, device):
     torch._dynamo.reset()
     compiled = torch.compile(exo_kernels.linear_token_logps, backend="aot_eager")
     hidden, weight = torch.randn(2, 3, 4, device=device), torch.randn(5, 4, device=device)

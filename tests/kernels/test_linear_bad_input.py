@@ -36,7 +36,7 @@ def refused(argument: str, function: str, **changes) -> str:
 
 
 @every_function
-def test_the_good_arguments_are_good(function):
+def test_valid_arguments_are_accepted(function):
     assert getattr(exo_kernels, function)(**good(function)).isfinite().all()
 
 
