@@ -66,7 +66,7 @@ def test_explicit_schedule_is_used_or_refused(schedule):
 @pytest.mark.parametrize("limit", [1, 7, 10, 64, 1000])
 @pytest.mark.parametrize("counts", [[], [0], [5], [3, 0, 4, 9, 1, 1, 30, 2], [10] * 12, [64, 1, 64, 63]])
 def test_units_hold_complete_groups(counts, limit):
-    """Check that units hold all rows in order, and that only a group larger than a chunk is split, alone in its unit."""
+    """Check that units hold all rows in order, and that only a group larger than a chunk is split, in its own unit."""
     units = plan.group_chunks(counts, limit)
     assert [g for unit in units for g in range(unit.groups.start, unit.groups.stop)] == list(range(len(counts)))
     rows = [r for unit in units for part in unit.parts for r in range(part.start, part.stop)]

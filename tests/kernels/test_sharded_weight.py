@@ -142,7 +142,7 @@ SHARDED = {
 @every_function
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("kind", SHARDED)
-def test_an_empty_or_flat_weight_is_refused_by_its_cause(case, name, kind, impl):
+def test_empty_or_flat_weight_is_refused_with_the_cause(case, name, kind, impl):
     message = refusal(name, case, weight=SHARDED[kind].double(), impl=impl)
     assert message.startswith("weight: expected the whole head")
     assert "ZeRO-3" in message and "FSDP" in message and "summon_full_params" in message

@@ -68,7 +68,7 @@ def test_the_alignment_objective_is_a_reverse_kl(beta_pi, beta_r):
 
 @objectives
 @splits
-def test_both_losses_have_that_optimum_for_every_k(objective, beta_pi, beta_r):
+def test_optimum_is_that_of_both_losses_for_every_k(objective, beta_pi, beta_r):
     """Check that no group has a gradient at the optimum, where p = q, so that a small K has no bias."""
     world, _, _ = case(size=8)
     best = worlds.optimum(world, beta_pi * beta_r)
@@ -112,7 +112,7 @@ def directions(objective: str, k: int, beta_pi: float, beta_r: float) -> list[wo
 
 @objectives
 @pytest.mark.parametrize(("beta_pi", "beta_r"), SPLITS)
-def test_the_mean_gradient_turns_to_that_of_the_divergence(objective, beta_pi, beta_r):
+def test_mean_gradient_approaches_that_of_the_divergence(objective, beta_pi, beta_r):
     """Check that angle and length approach those of the exact gradient as K grows.
 
     For small betas, the length is near 1 - 1/K of the exact one.
@@ -126,14 +126,14 @@ def test_the_mean_gradient_turns_to_that_of_the_divergence(objective, beta_pi, b
 
 @objectives
 @pytest.mark.parametrize(("beta_pi", "beta_r"), SPLITS)
-def test_the_gradient_does_not_turn_to_the_other_divergence(objective, beta_pi, beta_r):
+def test_mean_gradient_does_not_approach_the_other_divergence(objective, beta_pi, beta_r):
     at = directions(objective, 1024, beta_pi, beta_r)
     assert min(each.other for each in at) < 0.8  # measured 0.13 to 0.72
     assert all(1 - each.other > 40 * (1 - each.own) for each in at)  # measured 120 to 8,400
 
 
 @objectives
-def test_fused_losses_have_that_gradient(objective):
+def test_fused_losses_have_the_same_gradient(objective):
     """Check the losses from logits and from hidden states, on the M = 9 completions of two tokens out of three.
 
     theta[v, c] is the logit of token v in context c: 0 at the start, then 1 + the first token.
