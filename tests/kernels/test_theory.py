@@ -28,7 +28,7 @@ def every_policy(world: worlds.World) -> worlds.Family:
     return worlds.Family(torch.eye(world.counts.numel(), dtype=torch.float64), world.log_ref)
 
 
-def hat_kl(world: worlds.World, one: torch.Tensor, other: torch.Tensor, beta_pi: float) -> torch.Tensor:
+def pi_hat_kl(world: worlds.World, one: torch.Tensor, other: torch.Tensor, beta_pi: float) -> torch.Tensor:
     """Return the KL between pi_hat of two policies, because pi* may be nearly one-hot and hide differences."""
     return worlds.kl(worlds.blend(world, one, beta_pi), worlds.blend(world, other, beta_pi))
 
@@ -52,8 +52,8 @@ def test_the_maximiser_of_the_alignment_objective(beta_pi, beta_r):
         other = torch.log_softmax(best + scale * torch.randn(8, dtype=torch.float64, generator=generator), 0)
         assert height(other) < height(best)
     reached = family(worlds.minimise(lambda theta: -height(family(theta)), torch.zeros(8, dtype=torch.float64)))
-    assert hat_kl(world, reached, best, beta_pi) < 1e-6
-    assert hat_kl(world, reached, worlds.optimum(world, 1.5 * beta_pi * beta_r), beta_pi) > 1e-3
+    assert pi_hat_kl(world, reached, best, beta_pi) < 1e-6
+    assert pi_hat_kl(world, reached, worlds.optimum(world, 1.5 * beta_pi * beta_r), beta_pi) > 1e-3
 
 
 @splits
@@ -82,7 +82,7 @@ def test_optimum_is_that_of_both_losses_for_every_k(objective, beta_pi, beta_r):
         lambda theta: worlds.loss(world, family(theta), worlds.everything(world), objective, beta_pi, beta_r),
         torch.zeros(8, dtype=torch.float64),
     )
-    assert hat_kl(world, family(reached), best, beta_pi) < 1e-6
+    assert pi_hat_kl(world, family(reached), best, beta_pi) < 1e-6
 
 
 # Theorems 3.2 and 3.3: the direction of the gradient.
