@@ -14,7 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from exo import label
-from exo.evaluation import raters as evaluation_raters
+from exo.evaluation import raters, sheets
 
 MATCHUPS = ("zeta:theta", "zeta:iota")
 SYSTEMS = ("zeta", "theta", "iota")
@@ -55,7 +55,7 @@ def fill(file: Path, rule, **dialect) -> None:
     """Write verdicts by `rule(row)`, as a program with its own idea of CSV would."""
     filled = [row | {"verdict": rule(row)} for row in sheet(file)]
     with open(file, "w", encoding=dialect.pop("encoding", "utf-8"), newline="") as handle:
-        writer = csv.DictWriter(handle, evaluation_raters.COLUMNS, **dialect)
+        writer = csv.DictWriter(handle, sheets.COLUMNS, **dialect)
         writer.writeheader()
         writer.writerows(filled)
 
@@ -89,7 +89,7 @@ def test_every_rater_judges_every_item_in_an_own_order(tmp_path):
     key = json.loads((run / "key.json").read_text())
     assert all(sorted(order) == sorted(key["items"]) for order in orders) and len(key["items"]) == 12
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert all(tuple(row) == evaluation_raters.COLUMNS and row["verdict"] == "" for row in sheet(files[0]))
+    assert all(tuple(row) == sheets.COLUMNS and row["verdict"] == "" for row in sheet(files[0]))
     assert "Helpfulness" in (run / "sheets" / "instructions.txt").read_text()
 
 
@@ -98,8 +98,8 @@ def test_the_key_says_which_side_is_which_and_sides_are_balanced(tmp_path):
     key = json.loads((run / "key.json").read_text())["items"]
     for row in sheet(run / "sheets" / "rater-1.csv"):
         about = key[row["item"]]
-        assert [SYSTEMS[number(row, side)] for side in label.SIDES] == [about[side] for side in label.SIDES]
-        assert set(about["matchup"].split(":")) == {about[side] for side in label.SIDES}
+        assert [SYSTEMS[number(row, side)] for side in sheets.SIDES] == [about[side] for side in sheets.SIDES]
+        assert set(about["matchup"].split(":")) == {about[side] for side in sheets.SIDES}
         assert row["instruction"] == f"p{about['line'] - 1}"
     sides = Counter((about["matchup"], about["answer 1"] == "zeta") for about in key.values())
     assert set(sides.values()) == {3} and len(sides) == 4
@@ -122,7 +122,7 @@ def test_sheets_cannot_be_unblinded_with_the_systems_files_and_the_seed(tmp_path
     assert sides[0].keys() == sides[1].keys() and sides[0] != sides[1]
     for item, about in keys[0]["items"].items():
         row = next(row for row in sheet(runs[0] / "sheets" / "rater-1.csv") if row["item"] == item)
-        shown = {column: row[column] for column in ("instruction", "reference answer", *label.SIDES)}
+        shown = {column: row[column] for column in ("instruction", "reference answer", *sheets.SIDES)}
         unsalted = hashlib.sha256(json.dumps([about, shown]).encode()).hexdigest()[:10]
         assert item != f"q{unsalted}"
     seen = b"".join(file.read_bytes() for file in (runs[0] / "sheets").iterdir()).decode()
@@ -143,9 +143,9 @@ def test_references_are_shown_and_limit_and_seed_choose(tmp_path):
 
 @pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "\t=1"])
 def test_no_cell_is_a_formula(tmp_path, text):
-    assert evaluation_raters.defused(text) == "'" + text
+    assert sheets.defused(text) == "'" + text
     file = tmp_path / "s.csv"
-    evaluation_raters.write(
+    sheets.write(
         file, [{"item": "q1", "instruction": text, "answer 1": 'a "quoted", one\nof two lines', "answer 2": "é"}]
     )
     assert file.read_bytes().startswith(b"\xef\xbb\xbf")
@@ -180,21 +180,21 @@ def test_an_export_does_not_remove_what_it_reads(tmp_path, capsys):
 # Back.
 
 
-@given(data=st.data(), prompts=st.integers(1, 4), raters=st.integers(1, 3))
+@given(data=st.data(), prompts=st.integers(1, 4), num_raters=st.integers(1, 3))
 @settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.generate))  # shrinking would take minutes
-def test_what_was_filled_in_is_what_is_counted(data, prompts, raters):
+def test_what_was_filled_in_is_what_is_counted(data, prompts, num_raters):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run = export(folder, f"--raters={raters}", prompts=prompts)
+        run = export(folder, f"--raters={num_raters}", prompts=prompts)
         names = sorted(json.loads((run / "key.json").read_text())["items"])
         outcome = st.sampled_from(["win", "tie", "lose", "", "?"])
-        wanted = {(item, r): data.draw(outcome) for item in names for r in range(1, raters + 1)}
+        wanted = {(item, r): data.draw(outcome) for item in names for r in range(1, num_raters + 1)}
         wanted[names[0], 1] = "win"  # at least one
         matchups = {}
-        for r in range(1, raters + 1):
+        for r in range(1, num_raters + 1):
 
             def rule(row, r=r):
-                matchups[row["item"]] = MATCHUPS[0] if 1 in (number(row, s) for s in label.SIDES) else MATCHUPS[1]
+                matchups[row["item"]] = MATCHUPS[0] if 1 in (number(row, s) for s in sheets.SIDES) else MATCHUPS[1]
                 side = {"win": first_wins(row), "lose": "12".replace(first_wins(row), "")}
                 return side.get(wanted[row["item"], r], wanted[row["item"], r])
 
@@ -202,12 +202,10 @@ def test_what_was_filled_in_is_what_is_counted(data, prompts, raters):
         assert back(folder, run) == 0
         found = counted(folder)
     for matchup in MATCHUPS:
-        items = [[wanted[i, r] for r in range(1, raters + 1)] for i in names if matchups[i] == matchup]
+        items = [[wanted[i, r] for r in range(1, num_raters + 1)] for i in names if matchups[i] == matchup]
         said = Counter(w for item in items for w in item if w not in ("", "?"))
         pooled = found["matchups"][matchup]["pooled"]
-        assert (
-            said == Counter() if pooled is None else said == Counter({n: pooled[n] for n in evaluation_raters.OUTCOMES})
-        )
+        assert said == Counter() if pooled is None else said == Counter({n: pooled[n] for n in raters.OUTCOMES})
     for kind, mark in (("missing", ""), ("unreadable", "?")):
         gone = {(entry["item"], f"{entry['rater']}") for entry in found[kind]}
         assert gone == {(item, f"rater-{r}") for (item, r), w in wanted.items() if w == mark}
@@ -232,7 +230,7 @@ def test_whatever_a_program_made_of_it(tmp_path, name):
     ]
     dialect = dict(DIALECTS[name])
     with open(file, "w", encoding=dialect.pop("encoding", "utf-8"), newline="") as handle:
-        writer = csv.DictWriter(handle, evaluation_raters.COLUMNS, **dialect)
+        writer = csv.DictWriter(handle, sheets.COLUMNS, **dialect)
         writer.writeheader()
         writer.writerows(noisy)
         handle.write("\r\n")
@@ -295,7 +293,7 @@ def test_the_table(tmp_path, capsys):
         fill(run / "sheets" / f"rater-{r}.csv", first_wins)
     assert back(tmp_path, run) == 0
     out = capsys.readouterr().out
-    assert "pairs of raters agree 100.0%, Fleiss' kappa undefined: everyone said the same" in out
+    assert "pairs of raters agree 100.0%, Fleiss' kappa undefined: all verdicts are equal" in out
     assert " ".join(["zeta:theta", "pooled", "18", "0", "0", "100.0%"]) in " ".join(out.split())
     assert counted(tmp_path)["matchups"][MATCHUPS[0]]["kappa"] is None
 
@@ -320,24 +318,24 @@ def test_kappa_of_fleiss_own_kind_of_table():
         (7, 7, 0, 0, 0), (3, 2, 6, 3, 0), (2, 5, 3, 2, 2), (6, 5, 2, 1, 0), (0, 2, 2, 3, 7),
     ]  # fmt: skip
     items = [[str(c) for c, n in enumerate(row) for _ in range(n)] for row in table]
-    agreed, kappa = evaluation_raters.agreement(items)
+    agreed, kappa = raters.agreement(items)
     assert agreed == pytest.approx(0.378, abs=5e-4) and kappa == pytest.approx(0.210, abs=5e-4)
 
 
 def test_kappa_at_its_ends():
-    assert evaluation_raters.agreement([["win", "win"], ["lose", "lose"]]) == (1.0, 1.0)
-    assert evaluation_raters.agreement([["win", "lose"], ["lose", "win"]]) == (0.0, -1.0)
-    assert evaluation_raters.agreement([["win", "win"], ["lose"]]) == (1.0, None)
-    assert evaluation_raters.agreement([["win"], ["lose"]]) == (None, None)
+    assert raters.agreement([["win", "win"], ["lose", "lose"]]) == (1.0, 1.0)
+    assert raters.agreement([["win", "lose"], ["lose", "win"]]) == (0.0, -1.0)
+    assert raters.agreement([["win", "win"], ["lose"]]) == (1.0, None)
+    assert raters.agreement([["win"], ["lose"]]) == (None, None)
 
 
 def test_majority_and_pooled_views():
     items = [["win", "win", "lose"], ["win", "tie", "lose"], ["tie", "tie", "lose"], ["lose"]]
-    most = evaluation_raters.majority(items, seed=0)
+    most = raters.majority(items, seed=0)
     assert [most[name] for name in ("win", "tie", "lose", "split")] == [1, 1, 1, 1]
     assert most["win_rate"]["mean"] == (1 + 0.5 + 0.5 + 0) / 4
-    pooled = evaluation_raters.pool(items, seed=0)
-    assert [pooled[name] for name in evaluation_raters.OUTCOMES] == [3, 3, 4]
+    pooled = raters.pool(items, seed=0)
+    assert [pooled[name] for name in raters.OUTCOMES] == [3, 3, 4]
     assert pooled["win_rate"]["mean"] == pytest.approx((2 / 3 + 1 / 2 + 1 / 3 + 0) / 4)
     assert pooled["win_rate"]["low"] < pooled["win_rate"]["mean"] < pooled["win_rate"]["high"]
 
@@ -364,4 +362,4 @@ def test_more_sheets_than_raters_are_refused(tmp_path, capsys):
     run = export(tmp_path, "--raters=1")
     (run / "sheets" / "rater-9.csv").write_bytes((run / "sheets" / "rater-1.csv").read_bytes())
     assert back(tmp_path, run) == 2
-    assert "expected at most 1, one a rater; got 2" in capsys.readouterr().err
+    assert "expected at most 1, one per rater; got 2" in capsys.readouterr().err
