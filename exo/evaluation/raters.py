@@ -57,25 +57,20 @@ def pool(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
     """Count every judgement. An item contributes the mean over its raters to the win rate."""
     counts = Counter(outcome for item in items for outcome in item)
     shares = [sum(_POINTS[outcome] for outcome in item) / len(item) for item in items]
-    return {name: counts[name] for name in OUTCOMES} | {"win_rate": _rate(shares, seed)}
+    return {name: counts[name] for name in OUTCOMES} | {"win_rate": metrics.interval(shares, seed)}
 
 
 def majority(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
     """Count every item once, with the verdict that most of its raters chose; without one it is split."""
     outcomes = [_most_frequent(item) for item in items]
     counts = Counter(outcomes)
-    rate = _rate([_POINTS[outcome] for outcome in outcomes], seed)
+    rate = metrics.interval([_POINTS[outcome] for outcome in outcomes], seed)
     return {name: counts[name] for name in (*OUTCOMES, "split")} | {"win_rate": rate}
 
 
 def _most_frequent(item: Sequence[str]) -> str:
     (first, most), *rest = Counter(item).most_common(2)
     return "split" if rest and rest[0][1] == most else first
-
-
-def _rate(values: Sequence[float], seed: int) -> dict[str, float]:
-    low, high = metrics.bootstrap(values, seed)
-    return {"mean": sum(values) / len(values), "low": low, "high": high}
 
 
 def agreement(items: Sequence[Sequence[str]]) -> tuple[float | None, float | None]:

@@ -159,7 +159,7 @@ def test_only_shared_prompts_are_judged(tmp_path, capsys):
         assert "a: 2 of 4 prompts left out" in out and "b: 1 of 3 prompts left out" in out
         other = rows(tmp_path / "c.jsonl", [{"prompt": "else", "completion": "c"}])
         assert run(tmp_path, server, "--a", a, "--b", other) == 2
-    assert "no prompt is in all of these files" in capsys.readouterr().err
+    assert "expected prompts that all files share; found none" in capsys.readouterr().err
 
 
 def test_limit_and_samples_are_chosen_by_seed(tmp_path):
@@ -182,7 +182,7 @@ def test_limit_and_samples_are_chosen_by_seed(tmp_path):
 def test_too_few_samples_for_the_asking(tmp_path, capsys):
     a = rows(tmp_path / "a.jsonl", [{"prompt": "p0", "completions": ["x", "y"]}])
     assert run(tmp_path, "http://127.0.0.1:1", "--a", a, "--b", a, "--samples_per_prompt=3") == 2
-    assert "a.jsonl: row 1 holds 2 completions; expected at least 3, or one" in capsys.readouterr().err
+    assert "a.jsonl:1: expected one completion, or at least 3; got 2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -393,7 +393,7 @@ def test_a_setting_that_the_server_refuses_is_left_out(tmp_path, files, monkeypa
         assert len(server.requests) <= 12, "the cache knows the question as it would be asked"
         server.refuses = lambda body: failed(400, "context too long")
         assert run(tmp_path, server, *files, "--seed=1", "--model=other") == 1
-    assert "HTTP 400 (context too long); the request was refused" in capsys.readouterr().err
+    assert "HTTP 400 (context too long); the server refuses this request" in capsys.readouterr().err
 
 
 def test_options_of_the_judge_go_into_the_request(tmp_path, files, capsys):

@@ -34,9 +34,9 @@ def test_braces_of_the_texts_survive(template):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{prompt} {a}", "expected a place {b} for an answer; found none"),
-        ("{prompt} {b}", "expected a place {a}"),
-        ("{prompt} {a} {b} {refrence}", "unknown place {refrence}; known: a, b, prompt, reference"),
+        ("{prompt} {a}", "expected {a} and {b} for the answers; add {b}"),
+        ("{prompt} {b}", "expected {a} and {b} for the answers; add {a}"),
+        ("{prompt} {a} {b} {refrence}", "unknown placeholder {refrence}; expected some of a, b, prompt, reference"),
     ],
 )
 def test_a_template_without_its_places(template, text, message):

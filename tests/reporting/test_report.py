@@ -387,7 +387,7 @@ def test_the_optimum_follows_rewards_over_beta():
 
 
 def test_samples_that_are_all_alike_have_no_curve():
-    with pytest.raises(ValueError, match="all are alike"):
+    with pytest.raises(ValueError, match="all are equal"):
         density.density_ratio([-3.0] * 5, torch.full((5,), 0.2, dtype=torch.float64))
 
 
