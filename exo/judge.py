@@ -50,8 +50,7 @@ class Config(Stage):
     timeout: float = option(120.0, "seconds to wait for the server", POSITIVE)
     max_tokens: int | None = option(512, "maximum tokens of an answer; none leaves it to the server", at_least(1))
     judge_options: str | None = option(
-        None,
-        'request parameters as JSON: {"reasoning_effort": "low"}; null removes a default: {"temperature": null}',
+        None, 'request parameters as JSON: {"reasoning_effort": "low"}; null removes a default: {"temperature": null}'
     )
     cache: str | None = option(None, "file that caches answers; none means judge-cache.jsonl beside output_dir")
 

@@ -29,11 +29,7 @@ def settings_of(examples: Sequence[Example], path: str) -> Settings:
 
 
 def read(
-    name: str,
-    prompts: Sequence[str],
-    settings: Settings,
-    scorer: Mapping[str, str | None],
-    inputs: Mapping[str, str],
+    name: str, prompts: Sequence[str], settings: Settings, scorer: Mapping[str, str | None], inputs: Mapping[str, str]
 ) -> list[tuple[float, ...]]:
     """Return the rewards of the completions of an earlier evaluation, a row per prompt.
 

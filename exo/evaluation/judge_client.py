@@ -151,10 +151,7 @@ class JudgeClient:
         settings = {name: value for name, value in accepted.items() if name not in RESERVED}
         try:
             response = self._client.chat.completions.with_raw_response.create(
-                model=accepted["model"],
-                messages=accepted["messages"],
-                extra_body=settings,
-                extra_headers=self._headers,
+                model=accepted["model"], messages=accepted["messages"], extra_body=settings, extra_headers=self._headers
             )
             answer = _parse_answer(response.http_response.text)
             return answer._replace(text=self._without_key(answer.text))

@@ -44,7 +44,7 @@ class Rollout(TokenizedExample):
 
 
 class RolloutBatch(NamedTuple):
-    """A batch of N rollouts with n tokens of completions in all, in the order of the batch's."""
+    """A batch of N rollouts whose completions have n tokens in total. Values per token are in the order of `batch`."""
 
     batch: Batch
     logps: Tensor  # (n,) float32
@@ -67,7 +67,7 @@ class RolloutBatch(NamedTuple):
 
 
 def collate(rollouts: Sequence[Rollout], collator: Collator) -> RolloutBatch:
-    """Return the batch of a few rollouts."""
+    """Return a batch of rollouts."""
     logps, values, advantages, returns = (
         torch.tensor([value for rollout in rollouts for value in getattr(rollout, name)])
         for name in ("logps", "values", "advantages", "returns")
@@ -86,7 +86,7 @@ class ExperienceCollector(NamedTuple):
     reference: Any
     tokenizer: Any
     scorer: Scorer
-    # From a micro-batch to the critic's values of the state before each token, a list per example.
+    # Returns the critic's values of the state before each token, a list per example of the micro-batch.
     values: Callable[[Sequence[TokenizedExample]], list[list[float]]]
     accelerator: Accelerator
     settings: samples.Settings
@@ -133,12 +133,10 @@ class ExperienceCollector(NamedTuple):
         ]
 
     def _sample_and_score(self, prompts: Sequence[str], numbers: Sequence[int]) -> tuple[list[Example], list[float]]:
-        run = partial(shards.sample_shared, accelerator=self.accelerator)
+        options: dict[str, Any] = {"max_prompt_length": self.max_prompt_length, "seed": self.seed, "numbers": numbers}
+        options["run"] = partial(shards.sample_shared, accelerator=self.accelerator)
         with self.accelerator.autocast(), fsdp.unsharded(self.model):
-            drawn = samples.draw(
-                self.model, self.tokenizer, prompts, self.settings, numbers=numbers, k=1, run=run,
-                max_prompt_length=self.max_prompt_length, seed=self.seed,
-            )  # fmt: skip
+            drawn = samples.draw(self.model, self.tokenizer, prompts, self.settings, k=1, **options)
         samples.warn_of_cut(samples.describe(drawn)["unfinished"])
         rewards, counts = shards.score_shared(self.scorer, drawn, self.accelerator, chunk_size=CHUNK_SIZE)
         self.counts.update(counts)

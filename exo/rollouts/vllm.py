@@ -1,4 +1,4 @@
-"""Sample with vLLM instead of PyTorch. Its random streams differ from those of `generate`."""
+"""Sample with vLLM instead of PyTorch. Its random streams are not those of `generate`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
