@@ -123,8 +123,8 @@ def _decoder(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Callable[...
     if not prompts or decoding.supports_cache(model, prompts):
         return decoding.CachedDecoder
     console.warn(
-        f"{type(model).__name__}: sampling without a key-value cache, which changes this model's logits; every new token "
-        "runs its sequence again from the beginning"
+        f"{type(model).__name__}: sampling without a key-value cache, which changes the logits of this model; every "
+        "new token runs its sequence again from the beginning"
     )
     return decoding.UncachedDecoder
 

@@ -81,7 +81,7 @@ def test_a_dry_run_needs_no_hub(name, tmp_path, capsys, monkeypatch):
     [
         (["--recipe", "imbd"], "expected one of custom, hh, imdb, instruct, polarity, quickstart, tldr"),
         (["--recipe", "hh", "--set", "align.beta_p=0.5"], "align: unknown option 'beta_p'; did you mean beta_pi?"),
-        (["--recipe", "polarity"], "--source: expected where the files are; got None"),
+        (["--recipe", "polarity"], "--source: expected the files of the task; got None"),
         (["--recipe", "custom", "--source", "rows.jsonl"], "--model: expected a directory or a hub name to begin with"),
         (["--recipe", "hh", "--methods", "exo"], "--methods: expected some of exo-rw"),
     ],

@@ -395,11 +395,11 @@ def test_another_encoding_names_the_file(tmp_path, tokenizer, name, encoding):
 
 
 def test_options_that_do_not_belong(tmp_path):
-    with pytest.raises(ValueError, match="--source: expected where the files are; got None"):
+    with pytest.raises(ValueError, match="--source: expected the files of the task; got None"):
         prepare.Config(task="preferences")
-    with pytest.raises(ValueError, match="--tokenizer: expected a model, whose tokens cut the texts; got None"):
+    with pytest.raises(ValueError, match="--tokenizer: expected a model, whose tokenizer cuts the texts; got None"):
         prepare.Config(task="imdb", source="x")
-    with pytest.raises(ValueError, match="--tokenizer: expected none: nothing is cut by tokens; got 'gpt2'"):
+    with pytest.raises(ValueError, match="--tokenizer: expected none, since this task needs no tokenizer; got 'gpt2'"):
         prepare.Config(task="tldr", source="x", tokenizer="gpt2")
     with pytest.raises(ValueError, match="--tokenizer: expected a model whose first 10 tokens .*; got 'tiny'"):
         prepare.run(prepare.Config(task="imdb", source="x", tokenizer="tiny", output_dir=str(tmp_path / "out")))

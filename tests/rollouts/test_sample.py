@@ -250,7 +250,10 @@ def test_the_bound_is_the_kl_where_all_completions_differ():
 @pytest.mark.parametrize(
     "row, said",
     [
-        ({"prompt": "p", "completions": ["a", "b"]}, "rows.jsonl:1: has no rewards; python -m exo.score makes them"),
+        (
+            {"prompt": "p", "completions": ["a", "b"]},
+            "rows.jsonl:1: expected rewards; got none; add them with python -m exo.score",
+        ),
         (
             {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]},
             "expected a multiple of --n 3 completions; got 2",

@@ -26,7 +26,7 @@ class TaskRequest(NamedTuple):
     source: str
     rows: int | None = None  # use at most this many rows of each part of the source
     seed: int = 0
-    tokenizer: str | None = None  # the model whose tokens cut the texts
+    tokenizer: str | None = None  # the model whose tokenizer cuts the texts
     reading: Mapping[str, Any] = {}  # options of data.read
 
 
