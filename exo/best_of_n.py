@@ -63,7 +63,7 @@ def _best(example: data.Example, n: int, path: str) -> data.Example:
 
     rewards = example.rewards
     if rewards is None:
-        raise DataError(f"{example.place(path)}: expected rewards; got none; add them with python -m exo.score")
+        raise DataError(f"{example.place(path)}: expected rewards; got none; run python -m exo.score")
     if len(rewards) % n:
         raise DataError(f"{example.place(path)}: expected a multiple of --n {n} completions; got {len(rewards)}")
     blocks = (range(start, start + n) for start in range(0, len(rewards), n))

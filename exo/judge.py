@@ -28,7 +28,7 @@ class Config(Stage):
     output_dir: str = option("runs/judge", "directory of the run")
     a: str = option(
         "",
-        "answers of the system to evaluate: samples, texts or preferences (their chosen)",
+        "answers of the system to judge: samples, texts or preferences (their chosen)",
         named("a file of answers"),
     )
     b: str = option("", "answers of the system to compare with", named("a file of answers"))

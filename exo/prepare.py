@@ -28,11 +28,9 @@ class Config(SourceOptions):
         super().__post_init__()
         require(self.task in tasks.TASKS, "task", f"one of {', '.join(tasks.TASKS)}", self.task)
         by_tokens = self.task in tasks.BY_TOKENS
-        expected = (
-            "a model, whose tokenizer cuts the texts" if by_tokens else "none, since this task needs no tokenizer"
-        )
+        expected = "a model, whose tokenizer cuts the texts" if by_tokens else "none, because this task needs none"
         require(by_tokens == (self.tokenizer is not None), "tokenizer", expected, self.tokenizer)
-        expected = "the files of the task" if self.source is None else "none, since this task generates its files"
+        expected = "the files of the task" if self.source is None else "none, because this task generates its files"
         require((self.task == "quickstart") == (self.source is None), "source", expected, self.source)
 
 

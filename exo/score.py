@@ -23,8 +23,8 @@ class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     max_prompt_length: int | None = option(
         None,
-        "keep at most this many last tokens of a prompt; none cuts the completion first, and leaves the prompt at least "
-        "half of max_length",
+        "keep at most this many last tokens of a prompt; none cuts the completion first, and leaves the prompt at "
+        "least half of max_length",
         at_least(1),
     )
 

@@ -174,7 +174,7 @@ def test_mistakes_in_a_recipe(tmp_path, change, said):
     [
         (["--recipe", "quickstartt"], "--recipe quickstartt: expected one of"),
         (["--set", "max_steps=3"], "--set: expected stage.option=value"),
-        (["--seeds", "0,x"], "--seeds: expected numbers, with commas; got 'x'"),
+        (["--seeds", "0,x"], "--seeds: expected numbers separated by commas; got 'x'"),
         (["--from", "smaples"], "--from: expected one of"),
         (["--jobs", "0"], "--jobs: expected >= 1"),
     ],

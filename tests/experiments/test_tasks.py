@@ -399,7 +399,7 @@ def test_options_that_do_not_belong(tmp_path):
         prepare.Config(task="preferences")
     with pytest.raises(ValueError, match="--tokenizer: expected a model, whose tokenizer cuts the texts; got None"):
         prepare.Config(task="imdb", source="x")
-    with pytest.raises(ValueError, match="--tokenizer: expected none, since this task needs no tokenizer; got 'gpt2'"):
+    with pytest.raises(ValueError, match="--tokenizer: expected none, because this task needs none; got 'gpt2'"):
         prepare.Config(task="tldr", source="x", tokenizer="gpt2")
     with pytest.raises(ValueError, match="--tokenizer: expected a model whose first 10 tokens .*; got 'tiny'"):
         prepare.run(prepare.Config(task="imdb", source="x", tokenizer="tiny", output_dir=str(tmp_path / "out")))

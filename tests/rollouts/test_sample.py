@@ -252,7 +252,7 @@ def test_the_bound_is_the_kl_where_all_completions_differ():
     [
         (
             {"prompt": "p", "completions": ["a", "b"]},
-            "rows.jsonl:1: expected rewards; got none; add them with python -m exo.score",
+            "rows.jsonl:1: expected rewards; got none; run python -m exo.score",
         ),
         (
             {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]},
