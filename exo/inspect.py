@@ -224,11 +224,11 @@ def _tokenize_uncut(options: Any, dataset: Dataset, tokenizer: Any) -> list[Toke
         with contextlib.suppress(DataError):
             return _tokenize_prompts(dataset.examples, tokenizer, sys.maxsize, Counter())
         return []
-    limits, encoding = (
-        Limits(sys.maxsize, None, "error"),
-        {"retokenize": options.stage == "reward", "skip_invalid": True},
+    limits, is_reward = Limits(sys.maxsize, None, "error"), options.stage == "reward"
+    rows, _ = tokenize.encode(
+        dataset.examples, tokenizer, limits, dataset.path, retokenize=is_reward, skip_invalid=True
     )
-    return tokenize.encode(dataset.examples, tokenizer, limits, dataset.path, **encoding)[0]
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

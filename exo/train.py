@@ -65,8 +65,8 @@ def run(config: Config) -> Path:
     for name in ("source", "model"):
         if (path := getattr(recipe, name)) and run_inputs.is_missing(path):
             raise ValueError(f"--{name} {path}: no such file or directory")
-    steps = experiment_run.up_to(all_steps, config.to)
-    rerun = experiment_run.from_on(steps, config.from_)
+    steps = experiment_run.steps_up_to(all_steps, config.to)
+    rerun = experiment_run.names_from(steps, config.from_)
     if config.dry_run:
         costs.print_plan(recipe, steps, directory, rerun)
         return directory

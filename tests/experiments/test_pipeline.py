@@ -189,10 +189,10 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, arguments, said):
 
 def test_from_takes_all_that_follows_with_it(tmp_path):
     steps = list(planned(tmp_path).values())
-    again = experiment_run.from_on(steps, "reward")
+    again = experiment_run.names_from(steps, "reward")
     assert {"reward", "scored", "exo-rw/k4-seed0", "evaluation/ppo/seed0", "report"} <= again
     assert not {"sft", "labelled", "exo-pref/seed0", "evaluation/sft"} & again
-    assert [step.name for step in experiment_run.up_to(steps, "samples")][-1] == "samples"
+    assert [step.name for step in experiment_run.steps_up_to(steps, "samples")][-1] == "samples"
 
 
 def test_a_dry_run_says_what_there_is_to_do_and_does_nothing(tmp_path, capsys):
@@ -207,7 +207,7 @@ def test_a_dry_run_knows_what_a_change_takes_with_it(tmp_path, capsys, monkeypat
     )
     assert train.main(["--dry_run", "--output_dir", str(tmp_path / "x")]) == 0
     plan = [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
-    there = {line.split()[0] for line in plan if line.endswith("already there")}
+    there = {line.split()[0] for line in plan if line.endswith("up to date")}
     assert {"sft", "labelled", "exo-pref/seed0"} <= there
     assert not there & {"reward", "scored", "exo-rw/k4-seed0", "evaluation/ppo/seed0", "report"}
 

@@ -76,7 +76,7 @@ def test_the_same_command_again_runs_nothing_but_the_report(quickstart, capsys):
     before = digests(quickstart)
     assert train.main(["--output_dir", str(quickstart), "--set", SHORT]) == 0
     record = json.loads((quickstart / "run.json").read_text())
-    assert record["steps_run"] == 1 and capsys.readouterr().out.count("already there") == len(record["plan"]) - 1
+    assert record["steps_run"] == 1 and capsys.readouterr().out.count("up to date") == len(record["plan"]) - 1
     after = digests(quickstart)
     assert {name: after[name] for name in before if name != "report"} == {
         n: b for n, b in before.items() if n != "report"

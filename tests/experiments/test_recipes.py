@@ -82,7 +82,7 @@ def test_a_dry_run_needs_no_hub(name, tmp_path, capsys, monkeypatch):
         (["--recipe", "imbd"], "expected one of custom, hh, imdb, instruct, polarity, quickstart, tldr"),
         (["--recipe", "hh", "--set", "align.beta_p=0.5"], "align: unknown option 'beta_p'; did you mean beta_pi?"),
         (["--recipe", "polarity"], "--source: expected the files of the task; got None"),
-        (["--recipe", "custom", "--source", "rows.jsonl"], "--model: expected a directory or a hub name to begin with"),
+        (["--recipe", "custom", "--source", "rows.jsonl"], "--model: expected a directory or a hub name to start from"),
         (["--recipe", "hh", "--methods", "exo"], "--methods: expected some of exo-rw"),
     ],
 )
@@ -105,7 +105,7 @@ def test_a_slip_is_one_line(arguments, expected, tmp_path, capsys):
         ({"common": {"temprature": 1}}, "common: unknown option 'temprature'; did you mean temperature?"),
         ({"stages": {"sft": {"learning_rate": "fast"}}}, "sft: --learning_rate: invalid float value: 'fast'"),
         ({"stages": {"sft": {"max_steps": 1.5}}}, "sft: --max_steps: invalid int value: '1.5'"),
-        ({"stages": {"align": {"loss": "dop"}}}, "align: loss is for the plan to set"),
+        ({"stages": {"align": {"loss": "dop"}}}, "align: loss is set by the plan"),
         ({"common": {"max_completion_length": True}}, "sft: --max_completion_length: invalid int value: 'True'"),
         ({"task": "polarty"}, "--task: expected one of quickstart, polarity"),
     ],

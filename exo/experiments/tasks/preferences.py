@@ -2,7 +2,7 @@
 
 The source is a file, a hub name or a directory: of shards, or with train.*, and perhaps test.* (or valid.*) and
 prompts.*. Without a test part, some prompts are held out. Without prompts.*, the prompts to sample for are those of the
-preferences. Of scored completions, the best of a row is chosen and the worst is rejected.
+preferences. In a row of scored completions, the best is chosen and the worst is rejected.
 """
 
 from pathlib import Path
@@ -44,7 +44,7 @@ def _pairs(paths: list[str], request: TaskRequest) -> list[Example]:
 
 
 def _prompts(request: TaskRequest, train: list[Example]) -> list[str]:
-    """Return the prompts to sample for: of prompts.*, or else of the preferences."""
+    """Return the prompts to sample for, from prompts.* or else from the preferences."""
     directory = Path(request.source)
     examples = train
     if paths := source.files_named(directory, "prompts") if directory.is_dir() else []:

@@ -1,4 +1,4 @@
-"""Prepare summaries of Reddit posts: preferences of people, and posts with the summaries of their authors.
+"""Prepare summaries of Reddit posts: human preferences, and posts with the summaries of their authors.
 
 The source is the hub, or a directory with both as files or folders of files: comparisons.* (openai/
 summarize_from_feedback, comparisons) and sft.* (UCL-DARK/openai-tldr-filtered, train). Each comparison names its split;
@@ -76,7 +76,7 @@ def _prompt(post: dict[str, Any]) -> str:
 
 
 def _pair(place: str, row: dict[str, Any], counts: Counter[str]) -> Pair | None:
-    """Return the pair of a comparison; None, which is counted, if it is of no use."""
+    """Return the pair of a comparison, or None, which is counted, if it cannot be used."""
     info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
     texts = [s.get("text") for s in summaries if isinstance(s, dict)] if isinstance(summaries, list) else []
     if isinstance(info, dict) and info.get("post") is None and isinstance(info.get("article"), str):
