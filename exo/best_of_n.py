@@ -72,6 +72,5 @@ def _best(example: data.Example, n: int, path: str) -> data.Example:
 
 main = command(Config, run)
 
-
 if __name__ == "__main__":
     raise SystemExit(main())

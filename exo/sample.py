@@ -109,6 +109,5 @@ def chosen(config: Config, total: int) -> list[int]:
 
 main = command(Config, run)
 
-
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -74,6 +74,5 @@ def run(config: Config, start: Start) -> Path:
 
 main = command(Config, run)
 
-
 if __name__ == "__main__":
     raise SystemExit(main())

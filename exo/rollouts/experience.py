@@ -173,31 +173,27 @@ def gae(
     return rewards.new_tensor(advantages[::-1])
 
 
+@dataclass
 class RolloutSampler:
-    """An endless iterator of batches: collects `rollout_size` rollouts, passes over them `epochs` times, repeats.
+    """An endless iterator of batches. Each phase collects `rollout_size` rollouts and passes over them `epochs` times.
 
     Rollouts of the first `warmup_steps` batches are frozen. A prompt that is drawn again gets new completions. The
     order comes from a generator of this object; global random state does not change.
     """
 
-    def __init__(
-        self,
-        collector: ExperienceCollector,
-        prompts: Sequence[str],
-        *,
-        rollout_size: int,
-        batch_size: int,
-        epochs: int,
-        warmup_steps: int,
-        seed: int,
-    ) -> None:
-        self.collector, self.prompts = collector, prompts
-        self.rollout_size, self.batch_size = rollout_size, batch_size
-        self.epochs, self.warmup_steps = epochs, warmup_steps
-        self.generator = torch.Generator().manual_seed(seed)
-        self.order: list[int] = []  # places of the next prompts
+    collector: ExperienceCollector
+    prompts: Sequence[str]
+    rollout_size: int
+    batch_size: int
+    epochs: int
+    warmup_steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.order: list[int] = []  # indices of the next prompts
         self.rollouts: list[Rollout] = []  # of this phase
-        self.remaining: list[int] = []  # places of the rollouts that are left in this pass
+        self.remaining: list[int] = []  # indices of the rollouts that are left in this pass
         self.phase = self.passes = self.num_batches = 0  # phases begun, passes of this one begun, batches returned
 
     def __next__(self) -> list[Rollout]:
@@ -206,8 +202,8 @@ class RolloutSampler:
                 self._collect()
             self.remaining = torch.randperm(self.rollout_size, generator=self.generator).tolist()
             self.passes += 1
-        places, self.remaining = self.remaining[: self.batch_size], self.remaining[self.batch_size :]
-        batch = [self.rollouts[i] for i in places]
+        indices, self.remaining = self.remaining[: self.batch_size], self.remaining[self.batch_size :]
+        batch = [self.rollouts[i] for i in indices]
         self.num_batches += 1
         return [replace(rollout, frozen=True) for rollout in batch] if self.num_batches <= self.warmup_steps else batch
 
@@ -221,7 +217,7 @@ class RolloutSampler:
         self.phase, self.passes = self.phase + 1, 0
 
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint. Later steps replace its lists and do not change them."""
+        """Return the state for a checkpoint. Later steps replace its lists, but do not change them."""
         state = {name: getattr(self, name) for name in STATE}
         return state | {"generator": self.generator.get_state().numpy().tobytes().hex()}
 

@@ -65,8 +65,8 @@ class Engine:
                 for number in numbers[chunk]
                 for j in range(k)
             ]
-            outputs = self.llm.generate([{"prompt_token_ids": row} for row in ids[chunk] for _ in range(k)], params)
-            return [self._sample(output.outputs[0]) for output in outputs]
+            token_ids = [{"prompt_token_ids": row} for row in ids[chunk] for _ in range(k)]
+            return [self._sample(output.outputs[0]) for output in self.llm.generate(token_ids, params)]
 
         size = max(1, CHUNK_SIZE // k)
         chunks = [slice(start, start + size) for start in range(0, len(ids), size)]

@@ -37,8 +37,7 @@ def preferences(request: TaskRequest) -> Files:
 
 
 def _pairs(paths: list[str], request: TaskRequest) -> list[Example]:
-    examples = [example for dataset in source.read(paths, "comparisons", request) for example in dataset.examples]
-    pairs, counts = transforms.to_pairs(examples)
+    pairs, counts = transforms.to_pairs(source.read(paths, "comparisons", request))
     console.counts(counts)
     return pairs
 
@@ -48,6 +47,5 @@ def _prompts(request: TaskRequest, train: list[Example]) -> list[str]:
     directory = Path(request.source)
     examples = train
     if paths := source.files_named(directory, "prompts") if directory.is_dir() else []:
-        datasets = source.read(paths, "prompts", request)
-        examples = source.subsample((example for dataset in datasets for example in dataset.examples), request)
+        examples = source.subsample(source.read(paths, "prompts", request), request)
     return list(dict.fromkeys(example.prompt for example in examples))

@@ -48,9 +48,7 @@ def imdb(request: TaskRequest) -> Files:
                 f"{request.source}: expected train/pos, train/neg, test/pos and test/neg with .txt files, as in "
                 "aclImdb, or train.* and test.* with rows of text and label"
             )
-        examples = (
-            [e for dataset in source.read(paths, "labels", request) for e in dataset.examples] for paths in parts
-        )
+        examples = [source.read(paths, "labels", request) for paths in parts]
         texts = [[(example.completions[0], example.label or 0) for example in part] for part in examples]
     texts = [[(text.replace("<br />", "\n").rstrip(), label) for text, label in part] for part in texts]
     train, test = (_reviews(source.subsample(part, request), prefix) for part in texts)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from exo import data, models
 from exo.cli import console
 from exo.cli.paths import DATA_SUFFIXES
-from exo.data import Dataset, Purpose, split
+from exo.data import Example, Purpose, split
 from exo.data.sources.tables import hub_name
 from exo.data.split import HasTexts
 
@@ -64,12 +64,12 @@ def files_named(directory: Path, prefix: str) -> list[str]:
     return sorted(map(str, files))
 
 
-def read(paths: Sequence[str], purpose: Purpose, request: TaskRequest) -> list[Dataset]:
-    """Read the paths and print a summary of each."""
+def read(paths: Sequence[str], purpose: Purpose, request: TaskRequest) -> list[Example]:
+    """Read the examples of all paths and print a summary of each path."""
     datasets = [data.read(path, purpose=purpose, **request.reading) for path in paths]
     for dataset in datasets:
         console.log(dataset.summary())
-    return datasets
+    return [example for dataset in datasets for example in dataset.examples]
 
 
 def subsample(items: Iterable[T], request: TaskRequest) -> list[T]:
