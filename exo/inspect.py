@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from exo.data.text.tokenize import TokenizedExample
 
 POLICIES = ("sft", "align", "ppo")
-MODEL_FROM = {"align": POLICIES, "sft": ("sft",), "reward": ("sft",), "sample": POLICIES}  # stages that make --model
+MODEL_FROM = {"align": POLICIES, "sft": ("sft",), "reward": ("sft",), "sample": POLICIES}  # stages that produce --model
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options that are not options of the stage."""
+    """Options that inspect adds to those of the stage."""
 
     stage: Literal["align", "sft", "reward", "sample"] = option("align", "stage that would read the data")
     eval_data: str | None = option(None, "held-out or test file; its texts should not be in --data")
@@ -90,7 +90,7 @@ def _report(options: Any, stage: Any) -> str:
     limits = {name: getattr(options, name) for name in vars(options) if name.endswith("_length")}
     _print(preview.length_lines(limits, uncut) or ["no row can be tokenized"])
     if plan.counts:
-        console.log("what is cut, dropped or noted:")
+        console.log("rows cut, dropped or noted:")
     elif not plan.error:
         console.log("the limits cut nothing")
     console.counts(plan.counts)
@@ -232,7 +232,7 @@ def _tokenize_uncut(options: Any, dataset: Dataset, tokenizer: Any) -> list[Toke
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, which has the options of the stage in --stage too."""
+    """Run the command line, whose options include those of the stage in --stage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     head = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     head.add_argument("--stage", default="align")

@@ -39,7 +39,7 @@ def optimum_weights(rewards: Sequence[float], beta: float) -> Tensor:
 def density_ratio(ref_logps: Sequence[float], weights: Tensor, points: int = 200) -> DensityRatio:
     """Return the density ratio against log pi_ref over the middle 96% of the reference's samples.
 
-    Outside of them there are too few samples. ValueError if all samples are equally probable.
+    Outside this range there are too few samples. ValueError if all samples are equally probable.
     """
     x = _double(ref_logps)
     width = silverman(x)

@@ -158,7 +158,6 @@ def _terminate_children_on_exit() -> Iterator[None]:
 
 
 def _set_up_process(threads: int | None, parent: int) -> None:
-    """Set up a process that runs steps."""
     streams.prepare()
     console.mute()
     signals.exit_with_parent(parent)

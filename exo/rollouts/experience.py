@@ -225,10 +225,12 @@ class RolloutSampler:
         """Restore a state that was stored as JSON."""
         for name in STATE:
             setattr(self, name, state[name])
-        self.rollouts = [Rollout(**{name: _tuples(value) for name, value in row.items()}) for row in state["rollouts"]]
+        self.rollouts = [
+            Rollout(**{name: _to_tuples(value) for name, value in row.items()}) for row in state["rollouts"]
+        ]
         self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
 
 
-def _tuples(value: Any) -> Any:
+def _to_tuples(value: Any) -> Any:
     """Return JSON lists as tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value

@@ -38,7 +38,7 @@ Job = Callable[[], list[Sample]]  # draws one batch
 
 
 class _TokenOptions(NamedTuple):
-    """Options of the draw of a token."""
+    """Options for drawing a token."""
 
     stop_ids: frozenset[int]  # they end a completion
     absent_ids: tuple[int, ...]  # they are never drawn

@@ -14,7 +14,7 @@ MOST_CUT = 0.2  # a run warns if a larger share of the completions is cut for le
 
 
 class Settings(NamedTuple):
-    """How completions are drawn. Every row records it, because files are copied without their runs."""
+    """Options of sampling. Every row records them, because files are copied without their runs."""
 
     temperature: float
     max_new_tokens: int
