@@ -1,22 +1,22 @@
-# make demo   the quickstart           make test      the tests (make test-all: the long ones too)
-# make bench  the benchmarks           make lint      ruff and mypy        make gpu   what needs a GPU
-# make soak   kills, damages, full disks by the hundred: hours      make docs  the site, in site/
+# make demo   the quickstart     make test   the tests; make test-all adds the slow ones     make gpu   the GPU tests
+# make bench  the benchmarks     make lint   ruff, mypy and codespell                        make docs  the site, in site/
+# make soak   hundreds of kills, damaged files and full disks: takes hours
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 INSTALLED := .venv/.installed
 DEMO_ARGS ?=
-# tests are spread over processes by their files, each on one thread
+# pytest-xdist runs the files of tests on two processes, each with one thread
 WORKERS ?= 2
-SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
-# waiting threads that spin take the core that others need; whoever set another policy is heard
+SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# a waiting thread must not spin: it would take the core that another process needs
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test test-all soak bench docs lint format gpu clean
 
 setup: $(INSTALLED)
 
-# the extras hold everything the commands below need; a second run finds the stamp and installs nothing
+# the extra `test` has everything that the commands below need; the stamp keeps a second run from installing again
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
@@ -25,7 +25,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m exo.train $(DEMO_ARGS)
 
-# The Triton kernels run for real in the second lane, on a CPU; TRITON_INTERPRET has to be set before triton is imported.
+# The second lane runs the Triton kernels on a CPU; TRITON_INTERPRET must be set before triton is imported.
 test: setup
 	$(SPREAD) -m "not gpu and not slow"
 	TRITON_INTERPRET=1 $(SPREAD) -m "kernel and not gpu and not slow"
@@ -34,7 +34,7 @@ test-all: setup
 	$(SPREAD) -m "not gpu"
 	TRITON_INTERPRET=1 $(SPREAD) -m "kernel and not gpu"
 
-# hours; it goes on where it stopped
+# a second call continues where the first one stopped
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 

@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 TRAIN = [
     "accelerate>=1.12",
     "datasets>=4.0",
+    "jinja2>=3.1",
     "matplotlib>=3.9",
     "pyyaml>=6.0",
     "rich>=13.0",
@@ -46,7 +47,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["exo", "exo.*", "exo_kernels", "exo_kernels.*"]),
     package_data={
-        "exo": ["py.typed", "evaluation/templates/*.txt", "presets/*.yaml", "experiments/recipes/*.yaml"],
+        "exo": [
+            "py.typed",
+            "evaluation/templates/*.txt",
+            "presets/*.yaml",
+            "experiments/recipes/*.yaml",
+            "reporting/*.j2",
+        ],
         "exo_kernels": ["py.typed"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],

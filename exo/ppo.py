@@ -8,6 +8,7 @@ C. The run directory is the model directory; the critic is not saved.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from exo.cli.options import ChatOptions, DataOptions, ScorerOptions, Training
 from exo.runs.stage import Start, stage
 
 if TYPE_CHECKING:
+    from exo.data.collate import Collator
     from exo.rollouts import experience
+    from exo.training.loop import Task
     from exo.training.ppo import ActorCritic
 
 SHOWN = {"score": "score", "kl": "kl", "cut": "cut", "value_loss": "value", "tokens_per_second": "update tok/s"}
@@ -53,18 +56,14 @@ class Config(Training, DataOptions, ChatOptions, ScorerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        still = not (self.critic_warmup_steps and self.weight_decay)
-        require(still, "weight_decay", "0 where --critic_warmup_steps freezes the actor: it decays", self.weight_decay)
+        no_decay = not (self.critic_warmup_steps and self.weight_decay)
+        require(no_decay, "weight_decay", "0 with --critic_warmup_steps: a frozen actor would decay", self.weight_decay)
         require(self.max_length > self.max_new_tokens, "max_length", "more than max_new_tokens", self.max_length)
-        learns = self.critic_warmup_steps < self.max_steps
-        require(
-            learns,
-            "critic_warmup_steps",
-            f"less than --max_steps {self.max_steps} (0 for short runs)",
-            self.critic_warmup_steps,
-        )
-        whole = self.rollout_size % self.batch_size == 0
-        require(whole, "rollout_size", f"a multiple of --batch_size {self.batch_size}", self.rollout_size)
+        warmup = self.critic_warmup_steps
+        expected = f"less than --max_steps {self.max_steps} (0 for short runs)"
+        require(warmup < self.max_steps, "critic_warmup_steps", expected, warmup)
+        divides = self.rollout_size % self.batch_size == 0
+        require(divides, "rollout_size", f"a multiple of --batch_size {self.batch_size}", self.rollout_size)
 
 
 @stage("ppo", reads=("model", "data", "reward_model", "oracle"), makes=".")
@@ -116,39 +115,50 @@ def run(config: Config, start: Start) -> Path:
         f"the critic alone; scored by {scorer.name}"
     )
     source = experience.RolloutSampler(
-        collector, prompts, rollout_size=config.rollout_size,
-        batch_size=config.batch_size, epochs=config.ppo_epochs, warmup_steps=config.critic_warmup_steps,
-        seed=config.seed,
+        collector, prompts, rollout_size=config.rollout_size, batch_size=config.batch_size, epochs=config.ppo_epochs,
+        warmup_steps=config.critic_warmup_steps, seed=config.seed,
     )  # fmt: skip
-
     finish = partial(fsdp.gather_model, model, accelerator.is_main_process)
-
-    def after(step: int, last: bool) -> None:
-        if config.export_steps and step % config.export_steps == 0:
-            evaluator.export(
-                f"step-{step}", Path(config.output_dir), finish, tokenizer, dtypes, accelerator.is_main_process
-            )
-
-    task = loop.Task(
-        module,
-        source,
-        config.max_steps,
-        collector.collator,
-        denominator=training_ppo.count_tokens,
-        shown=SHOWN,
-        collate=partial(experience.collate, collator=collector.collator),
-        rates={model: config.learning_rate, module.critic: config.critic_learning_rate},
-        first=None
-        if config.dropout
-        else training_ppo.first_ratio_check(config.temperature, accelerator.mixed_precision),
-        before_update=partial(training_ppo.reset_actor_steps, config.critic_warmup_steps),
-        after=after,
-        after_every=(config.export_steps,),
-    )
+    export = partial(
+        evaluator.export, directory=Path(config.output_dir), finish=finish, tokenizer=tokenizer, dtypes=dtypes,
+        is_main=accelerator.is_main_process,
+    )  # fmt: skip
+    task = _task(config, module, source, collector.collator, accelerator.mixed_precision, export)
     settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
     loop.train(task, settings, accelerator, metrics)
     console.counts(collector.counts)
     return training_run.end(metrics, finish(), tokenizer, accelerator, dtypes=dtypes)
+
+
+def _task(
+    config: Config,
+    module: ActorCritic,
+    source: experience.RolloutSampler,
+    collator: Collator,
+    mixed_precision: str,
+    export: Callable[[str], None],
+) -> Task:
+    from exo.rollouts import experience
+    from exo.training import loop, ppo
+
+    def after(step: int, last: bool) -> None:
+        if config.export_steps and step % config.export_steps == 0:
+            export(f"step-{step}")
+
+    return loop.Task(
+        module,
+        source,
+        config.max_steps,
+        collator,
+        denominator=ppo.count_tokens,
+        shown=SHOWN,
+        collate=partial(experience.collate, collator=collator),
+        rates={module.model: config.learning_rate, module.critic: config.critic_learning_rate},
+        first=None if config.dropout else ppo.first_ratio_check(config.temperature, mixed_precision),
+        before_update=partial(ppo.reset_actor_steps, config.critic_warmup_steps),
+        after=after,
+        after_every=(config.export_steps,),
+    )
 
 
 def actor_critic(config: Config, model: Any, critic: Any) -> ActorCritic:

@@ -1,7 +1,7 @@
-"""The report of a recipe's run: one HTML file with tables and pictures, and the pictures beside it.
+"""Write the report of a recipe's run: one HTML file with tables and pictures, and the pictures beside it.
 
-python -m exo.report --run RUN --output_dir RUN/report. Every number is read or computed from the run's files. A half
-finished run gives a report of what is there, and says what is not. Left out: what no file of the run holds.
+python -m exo.report --run RUN --output_dir RUN/report. Every number is read or computed from the run's files. For an
+unfinished run, the report shows the results so far and lists the steps that are missing.
 """
 
 from __future__ import annotations
@@ -26,36 +26,29 @@ class Config(Stage):
 @stage("report", reads=("run",), makes="report.html")
 def run(config: Config, start: Start) -> Path:
     """Write report.html and return its directory."""
-    from exo.reporting import html, outcomes, results
-    from exo.reporting import training as training_section
+    from exo.reporting import methods, page, reading
     from exo.runs import stage as run_stage
     from exo.runs.atomic import atomic_file
 
-    found = results.read(Path(config.run))
-    methods = outcomes.methods(found)
+    results = reading.read(Path(config.run))
+    header, rows = methods.methods_table(results)  # a ValueError leaves no directory
     directory = run_stage.begin(start)
-    title = found.record["recipe"]["title"]
-    body = [html.heading(title, 1), *outcomes.headline(found, methods)]
-    body += [outcomes.frontiers(found, directory), outcomes.win_rates(found), outcomes.progress(found, directory)]
-    body += [outcomes.sweeps(found, directory), outcomes.densities(found, directory)]
-    body += [training_section.training(found, directory), training_section.rows(found)]
-    body += [training_section.samples(found, config.seed), training_section.commands(found)]
+    context = page.build_context(results, directory, config.seed)
     with atomic_file(directory / "report.html") as file:
-        file.write_text(html.document(title, filter(None, body)), encoding="utf-8")
-    _tell(*methods, outcomes.trials_of_failed(found))
+        file.write_text(page.render(context), encoding="utf-8")
+    if rows:
+        _print_table([header, *rows])
+    for trial in context["failed_trials"]:
+        console.log(f"FAILED {trial}, not more than {context['failed_below']:g} standard errors above SFT")
     console.log(f"  page: {directory / 'report.html'}")
     run_stage.finish(directory)
     return directory
 
 
-def _tell(header: Sequence[str], rows: Sequence[Sequence[str]], failed: Sequence[str]) -> None:
-    from exo.reporting import results
-
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows) if rows else ():
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         console.log("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for line in failed:
-        console.log(f"FAILED {line}, not more than {results.FAILED_BELOW:g} standard errors above the SFT start")
 
 
 main = command(Config, run)

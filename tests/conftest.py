@@ -1,9 +1,9 @@
-"""Lanes and markers. `pytest tests` is the normal lane; `TRITON_INTERPRET=1 pytest tests -m kernel` the interpreter's.
+"""Lanes and markers: `pytest tests` is the normal lane, `TRITON_INTERPRET=1 pytest tests -m kernel` the interpreter's.
 
-In the normal lane the `impl` fixture is "chunked", and "triton" too where there is a GPU. With TRITON_INTERPRET=1 it is
-"triton" on CPU tensors: the real kernels, run by triton's interpreter at about a millisecond a program. A test that
-takes `impl` and `device` carries the marker `kernel`, so both lanes run the same tests.
-Every such test runs with uninitialised memory full of NaN: an output that no kernel wrote does not go unseen.
+In the normal lane the `impl` fixture is "chunked", and "triton" too on a GPU. With TRITON_INTERPRET=1 it is "triton" on
+CPU tensors: triton's interpreter runs the real kernels, at about a millisecond a program. A test that takes `impl` and
+`device` has the marker `kernel`, so both lanes run the same tests. Uninitialized memory is full of NaN in such a test,
+so that it fails if no kernel writes an output.
 """
 
 import importlib.util
@@ -16,12 +16,18 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
+# Files of tests that take more than ten seconds of their own process, whatever the number of their tests.
+LONGEST = {
+    "test_recipe", "test_parallel", "test_crashes", "test_aot", "test_resume", "test_attention", "test_imports",
+    "test_linear_autograd", "test_linear", "test_linear_laws", "test_logits", "test_generation", "test_stops",
+}  # fmt: skip
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic torch refuses to multiply
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Nothing of a test stays in the user's cache, and nothing of it comes into a test."""
+    """Give the tests an empty cache, and no network: a lookup on the hub would be retried for a minute."""
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="exo-tests-")
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def implementations() -> list[str]:
@@ -31,6 +37,7 @@ def implementations() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # so that no process ends long after the others
     for item in items:
         if {"impl", "device"} <= set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.kernel)
@@ -48,17 +55,19 @@ def impl(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For small tensors waking a second thread costs more than it does: twenty times more on a busy machine."""
-    before = torch.get_num_threads()
+    """Use one thread: for small tensors, waking a second one costs more than it saves."""
+    previous = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(previous)
 
 
 @pytest.fixture
 def device(impl: str, one_thread: None) -> Iterator[str]:
-    """Where this implementation's tensors live; fresh memory there is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, and refuses what is not deterministic
+    """Return the device of this implementation's tensors; uninitialized memory there is NaN."""
+    previous = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(
+        True
+    )  # fills torch.empty with NaN, and refuses operations that are not deterministic
     yield "cuda" if impl == "triton" and not INTERPRETED else "cpu"
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(previous)

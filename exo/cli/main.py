@@ -15,7 +15,7 @@ from exo.cli.parse import command_line, parse
 
 C = TypeVar("C")
 
-NEEDED = ("accelerate", "matplotlib", "rich", "safetensors", "tokenizers", "torch", "transformers", "yaml")
+NEEDED = ("accelerate", "jinja2", "matplotlib", "rich", "safetensors", "tokenizers", "torch", "transformers", "yaml")
 LOST_RANK = ("gloo", "NCCL", "Connection reset", "Connection closed")  # in errors of a rank that waits for another
 SAVE_SECONDS = "3600"  # from SIGTERM to SIGKILL: torchrun's 30 seconds are too few to save a large model
 

@@ -1,1 +1,1 @@
-"""The files of a run as one HTML page."""
+"""Show the run of a recipe as one HTML page."""

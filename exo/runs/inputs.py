@@ -55,15 +55,15 @@ def source(option: str, path: str, *stages: str, prepared: str = "") -> str:
 
 def is_missing(path: str) -> bool:
     """Return whether nothing is there. A possible hub name ("gpt2", "owner/name") is not missing."""
-    place = Path(_directory(path))
+    place = Path(without_split(path))
     local = path.startswith((".", "~", "/")) or place.suffix in DATA_SUFFIXES
     return not place.exists() and (local or (place.parent != Path() and place.parent.is_dir()))
 
 
-def _directory(path: str) -> str:
-    """Return the directory of a split, DIRECTORY@test; any other path as it is."""
-    before, at, _ = path.rpartition("@")
-    return before if at and not Path(path).exists() and Path(before).is_dir() else path
+def without_split(path: str) -> str:
+    """Return DIRECTORY for the path DIRECTORY@test of a split, and any other path as it is."""
+    directory, at, _ = path.rpartition("@")
+    return directory if at and not Path(path).exists() and Path(directory).is_dir() else path
 
 
 def inputs(config: Any, stage: str) -> dict[str, str]:
@@ -77,7 +77,7 @@ def fingerprint(path: str) -> str:
     """Return the sha256 of files, of a model directory or of one of shards; return a hub name as it is."""
     if len(several := split_paths(path)) > 1:
         return hashlib.sha256("".join(fingerprint(str(part)) for part in several).encode()).hexdigest()
-    place = Path(_directory(path))
+    place = Path(without_split(path))
     if place.is_file():
         return digest(place)
     if ":" in path and not place.exists() and (code := _code(path.partition(":")[0])):

@@ -13,7 +13,7 @@ from exo.cli.errors import RunError
 from exo.cli.paths import split_paths
 from exo.runs import directory as run_directory
 from exo.runs import record as run_record
-from exo.runs.inputs import _directory, fingerprint, inputs
+from exo.runs.inputs import fingerprint, inputs, without_split
 from exo.runs.record import changed, digest, output_files, outputs_intact, record
 
 OLD_STATES = "resume"  # where versions before 0.2 saved checkpoints
@@ -73,7 +73,7 @@ def _start(config: Any, stage: str) -> Start | None:
     """Return the run to do, or None if it has been done."""
     directory, paths = Path(config.output_dir), inputs(config, stage)
     run_directory.check_inputs(
-        config.output_dir, [_directory(str(p)) for path in paths.values() for p in split_paths(path)]
+        config.output_dir, [without_split(str(p)) for path in paths.values() for p in split_paths(path)]
     )
     if paths.get("oracle", "").startswith("."):
         raise ValueError(f"--oracle {paths['oracle']}: expected a module's full name, as in package.module:function")

@@ -6,7 +6,7 @@ The loss runs inside the module's forward, so that gradient synchronization sees
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,19 +19,9 @@ from exo.evaluation import metrics as evaluation_metrics
 from exo.models import lora
 from exo.models.lm_head import LMHead, eval_mode
 from exo.models.logps import TOKEN_NOISE, completion_hidden
-from exo.training.metrics import MEAN_SQUARE, METRICS, _sums, preference_metrics
+from exo.training.metrics import preference_metrics, sums
 from exo.training.step import LossOutput, evaluate_batches
-from exo_kernels import (
-    LossStats,
-    fused_linear_dpo_loss,
-    fused_linear_exo_loss,
-    preference_loss,
-)
-
-LOSSES = {"exo": fused_linear_exo_loss, "dpo": fused_linear_dpo_loss}
-
-
-METRICS += ["logps/chosen", "logps/rejected", "target/entropy", "target/ess", MEAN_SQUARE]
+from exo_kernels import LinearEXOLoss, LossStats, preference_loss
 
 
 class PreferenceLoss(nn.Module):
@@ -41,7 +31,7 @@ class PreferenceLoss(nn.Module):
         self,
         model: nn.Module,
         *,
-        loss: Literal["exo", "dpo"],
+        loss: str,  # an objective of exo_kernels
         beta_pi: float,
         beta_r: float,
         label_smoothing: float,
@@ -58,10 +48,9 @@ class PreferenceLoss(nn.Module):
         below = reference is not None and reference.get_output_embeddings() is self.head.head  # type: ignore[operator]
         self.reference = None if reference is None or below else reference.requires_grad_(False)
         self.reference_head = self.head if below else None if reference is None else LMHead(reference)
-        self.loss: Literal["exo", "dpo"] = loss
-        self.betas: dict[str, float] = {"beta_pi": beta_pi, "beta_r": beta_r}
-        self.label_smoothing = label_smoothing
-        self.temperature = temperature
+        self.options: dict[str, Any] = {"beta_pi": beta_pi, "beta_r": beta_r, "label_smoothing": label_smoothing}
+        self.loss = LinearEXOLoss(objective=loss, temperature=temperature, return_stats=True, **self.options)
+        self.beta_pi, self.temperature = beta_pi, temperature
 
     def train(self, mode: bool = True) -> "PreferenceLoss":
         """Set the mode of the policy; the reference stays in evaluation mode, without dropout."""
@@ -70,24 +59,11 @@ class PreferenceLoss(nn.Module):
             self.reference.eval()
         return self
 
-    @property
-    def objective(self) -> dict[str, Any]:
-        return self.betas | {"label_smoothing": self.label_smoothing}
-
     def losses(self, batch: Batch, **reduction: Any) -> tuple[Tensor, LossStats]:
-        return LOSSES[self.loss](
-            completion_hidden(self.head, batch),
-            self.head.weight,
-            **self._reference(batch),
-            **batch.loss_inputs(),
-            **self.head.options,
-            group_size=batch.group_size,
-            rewards=batch.rewards,
-            temperature=self.temperature,
-            return_stats=True,
-            **self.objective,
-            **reduction,
-        )
+        inputs = self._reference(batch) | batch.loss_inputs() | self.head.options
+        inputs |= {"group_size": batch.group_size, "rewards": batch.rewards}
+        loss, stats = self.loss(completion_hidden(self.head, batch), self.head.weight, **inputs, **reduction)
+        return loss, stats
 
     def _reference(self, batch: Batch) -> dict[str, Any]:
         if self.reference_head is None:
@@ -106,7 +82,7 @@ class PreferenceLoss(nn.Module):
         if num_groups is None:
             return self.losses(batch, reduction="sum")
         loss, stats = self.losses(batch, num_groups=num_groups)
-        return LossOutput(loss, _sums(preference_metrics(stats, batch, self.betas["beta_pi"])))
+        return LossOutput(loss, sums(preference_metrics(stats, batch, self.beta_pi)))
 
     def expected_first_loss(self, examples: Sequence[TokenizedExample], mixed_precision: str) -> tuple[float, float]:
         """Return the mean loss where policy equals reference, and six sigma of rounding, to second order."""
@@ -116,15 +92,13 @@ class PreferenceLoss(nn.Module):
             k = len(example.completions)
             start = torch.zeros(k, dtype=torch.float64, requires_grad=True)
             rewards = None if example.rewards is None else torch.tensor(example.rewards, dtype=torch.float64)
-            loss = preference_loss(
-                start, torch.zeros(k, dtype=torch.float64), objective=self.loss, group_size=k, rewards=rewards,
-                **self.objective,
-            )  # fmt: skip
+            options = self.options | {"group_size": k, "rewards": rewards}
+            loss = preference_loss(start, torch.zeros_like(start), objective=self.loss.objective, **options)
             (slope,) = torch.autograd.grad(loss, start)
             tokens = torch.tensor([len(completion) for completion in example.completions], dtype=torch.float64)
             losses.append(float(loss.detach()))
             variance += float((slope**2 * tokens).sum()) * noise**2
-            bend += (6 * self.betas["beta_pi"] * noise) ** 2 * float(tokens.max()) / 2
+            bend += (6 * self.beta_pi * noise) ** 2 * float(tokens.max()) / 2
         n = len(losses)
         return sum(losses) / n, 1e-6 + 6 * math.sqrt(variance) / n + bend / n
 
@@ -148,7 +122,7 @@ def evaluate(
             lines = ", ".join(str(example.line) for example in part[:10])
             raise RunError(f"evaluation: the loss is {float(total)}; held-out rows at lines {lines}")
         batch = collator.collate(part)
-        return float(total), preference_metrics(stats, batch, module.betas["beta_pi"])
+        return float(total), preference_metrics(stats, batch, module.beta_pi)
 
     with eval_mode(module):
         results = evaluate_batches(module, examples, accelerator, collator, reduce)

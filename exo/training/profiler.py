@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from exo.cli import console
 
-FROM = 2  # steps before the first profiled one, which compile and touch memory first
+WARMUP = 2  # steps that are not profiled: they compile, and touch memory for the first time
 SIZE = 2048  # largest matrix that the rate is compared with
-PATIENCE = 0.02  # seconds of a product after which no larger one is tried
+SLOW = 0.02  # seconds of a product, after which no larger one is tried
 
 _now: "_Profile | None" = None
 
@@ -124,18 +124,18 @@ def _operations(parameter: Tensor) -> float:
 @contextmanager
 def activations(module: nn.Module, tokens: int) -> Iterator[None]:
     """Log the memory that the forward pass saves for the backward pass, without the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    saved: dict[int, int] = {}  # bytes of a storage, by its address
 
-    def keep(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         yield
-    console.log(f"  activations: {sum(kept.values()) / 2**20:,.0f} MiB for a micro-batch of {tokens:,} tokens")
+    console.log(f"  activations: {sum(saved.values()) / 2**20:,.0f} MiB for a micro-batch of {tokens:,} tokens")
 
 
 class Profiler:
@@ -152,9 +152,9 @@ class Profiler:
         self.began = self.tokens = 0.0
 
     def step(self, number: int) -> None:
-        """Call it when a step begins, counted from 1; profiling begins with step FROM + 1."""
+        """Call it when a step begins, counted from 1; profiling begins with step WARMUP + 1."""
         global _now
-        if not self.steps or number != FROM + 1:
+        if not self.steps or number != WARMUP + 1:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [torch.profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
@@ -170,10 +170,10 @@ class Profiler:
         if _now is None:
             return
         self.tokens += tokens
-        if number < FROM + self.steps and not last:
+        if number < WARMUP + self.steps and not last:
             return
         _now.switch("other")
-        found, _now = _now, None
+        profile, _now = _now, None
         self._unwatch()
         seconds = time.perf_counter() - self.began
         self.trace.stop()
@@ -182,7 +182,7 @@ class Profiler:
         place = self.directory / "profile"
         place.mkdir(exist_ok=True)
         self.trace.export_chrome_trace(str(place / "trace.json"))
-        self._print(found, seconds, number - FROM, place)
+        self._print(profile, seconds, number - WARMUP, place)
 
     def close(self) -> None:
         """Stop profiling if the run ends early."""
@@ -192,20 +192,23 @@ class Profiler:
             self._unwatch()
             self.trace.stop()
         elif self.steps and self.trace is None:
-            console.log(f"  nothing was profiled: that begins with step {FROM + 1}")
+            console.log(f"  nothing was profiled: profiling begins with step {WARMUP + 1}")
 
     def _unwatch(self) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _print(self, found: _Profile, seconds: float, steps: int, place: Path) -> None:
+    def _print(self, profile: _Profile, seconds: float, steps: int, place: Path) -> None:
         console.log(f"  where a step's time goes ({steps} steps, {seconds / steps:.3g} s each):")
-        for name, spent in sorted(found.seconds.items(), key=lambda item: -item[1]):
-            console.log(f"    {name:16s} {100 * spent / seconds:5.1f}%  {spent / steps:8.4f} s")
-        rate, peak = (found.operations + found.per_row * found.rows) / seconds, _matmul_rate(self.device, self.dtype)
+        for name, duration in sorted(profile.seconds.items(), key=lambda item: -item[1]):
+            console.log(f"    {name:16s} {100 * duration / seconds:5.1f}%  {duration / steps:8.4f} s")
+        rate, peak = (
+            (profile.operations + profile.per_row * profile.rows) / seconds,
+            _matmul_rate(self.device, self.dtype),
+        )
         console.log(
             f"    {self.tokens / seconds:,.0f} tokens/s; {rate / 1e12:.3g} Tflop/s, {100 * rate / peak:.0f}% of a "
-            f"matrix product's {peak / 1e12:.3g} (6 a trained parameter and token, 4 a frozen one; no attention)"
+            f"matrix product's {peak / 1e12:.3g} (per token, 6 a trained parameter and 4 a frozen one; no attention)"
         )
         console.log(f"    trace: {place / 'trace.json'}")
 
@@ -220,7 +223,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         a = torch.ones(size, size, device=device, dtype=dtype)
         best = min(_seconds(a) for _ in range(5))
         rate = max(rate, 2 * size**3 / best)
-        if best > PATIENCE:
+        if best > SLOW:
             break
         size *= 2
     return rate

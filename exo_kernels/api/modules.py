@@ -5,14 +5,14 @@ A module has no parameters: the head's weight is an argument, so that it may be 
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from exo_kernels import validation
 from exo_kernels.api import hidden as hidden_api
 from exo_kernels.api import logits as logits_api
-from exo_kernels.objectives import LossResult
+from exo_kernels.objectives import LossResult, ObjectiveName
 
 
 class _Loss(nn.Module):
@@ -20,7 +20,7 @@ class _Loss(nn.Module):
 
     _functions: ClassVar[Mapping[str, Callable[..., LossResult]]]
     function: Callable[..., LossResult]
-    objective: str
+    objective: ObjectiveName
     options: dict[str, Any]
 
     def __init__(self, *, objective: str = "exo", **options: Any) -> None:
@@ -32,7 +32,7 @@ class _Loss(nn.Module):
         for name in options:
             if name not in names:
                 validation.fail(name, "an option: " + ", ".join(names), "an unknown one")
-        self.objective, self.options = objective, options
+        self.objective, self.options = cast(ObjectiveName, objective), options
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in ({"objective": self.objective} | self.options).items())

@@ -111,7 +111,7 @@ def choose(schedule: str, needs: Needs, sizes: Sizes, budget: int) -> tuple[str,
         return NO_GRAD, "nothing needs gradients"
     if schedule != "auto":
         _check_schedule(schedule, needs)
-        return schedule, "asked for"
+        return schedule, "requested"
     if needs.entropy:
         return "recompute", "entropies with gradients need a second look at the logits"
     if not needs.weight and not needs.bias:

@@ -13,7 +13,7 @@ from exo.cli.parse import parse
 from exo.data import DataError
 from exo.evaluation.judge_prompts import AnswerCache
 from exo.experiments import plan as experiment_plan
-from exo.reporting import results
+from exo.reporting import reading
 from exo.runs import directory as run_directory
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
@@ -211,13 +211,13 @@ def test_foreign_results_are_refused_in_a_line(tmp_path):
     for plan in (5, None, [1], [{}], [{"stage": "align"}], {"a": 1}, [{"stage": "sft", "name": 3}]):
         (tmp_path / "run.json").write_text(json.dumps(run | {"plan": plan}))
         with pytest.raises(ValueError) as caught:
-            results.read(tmp_path)
+            reading.read(tmp_path)
         assert len(str(caught.value).splitlines()) == 1, plan
     path = tmp_path / "evaluation.json"
     for text in ("[]", "[" * 100_000, "5", "{"):
         path.write_text(text)
         with pytest.raises(ValueError, match="evaluation.json: expected"):
-            results.load(path)
+            reading.load_json(path)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from budget import check_loss, check_tokens, loss_answer
 from cases import DTYPES, IGNORED, aligned, make_case, make_labels, make_logits
+from pairwise import pairwise
 
 import exo_kernels
 
@@ -19,9 +20,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 
 # No multiple of 16 bytes, of a block, or of anything else a tile could be. 1e4 leaves bf16 logits 64 apart.
-@dtypes
-@pytest.mark.parametrize("offset", [1e4, -1e4, -30.0])
-@pytest.mark.parametrize("vocab", [37, 1201, 4099])
+@pairwise({"vocab": [37, 1201, 4099], "offset": [1e4, -1e4, -30.0], "dtype": DTYPES})
 def test_common_offset(impl, device, vocab, offset, dtype):
     labels = make_labels((1, 5), vocab, ignored=0.0)
     logits = (make_logits(aligned(labels), vocab, torch.float64) + offset).to(dtype)

@@ -1,9 +1,10 @@
 """Every Triton kernel compiled for real chips, without one: nothing spills, and rows are walked at full width.
 
-What is asked of the main loops over a row, of logits or of a chunk behind the head's matmul, is what lets memory be the
-bound: accesses of 128 bits, one exponential an element (their unit is narrow: with three an element, it would be the
-bound for 16-bit logits), no fp64, and no thread waiting for another. Not here: speed, which takes a GPU.
-`pytest tests/kernels/test_aot.py -s` prints the table.
+The main loops over a row, of logits or of a chunk behind the head's matmul, must leave memory as the bound: accesses of
+128 bits, one exponential an element (their unit is narrow: with three an element, it would be the bound for 16-bit
+logits), no fp64, and no thread that waits for another. Speed is not tested here: it takes a GPU.
+The fast lane compiles each case for sm_90 and for one other chip, in turn; `make test-all` compiles all pairs.
+`python -m tests.aot` prints a table of all.
 """
 
 import itertools
@@ -39,34 +40,41 @@ PRODUCT += CHUNKS
 PRODUCT += [ChunkCase(*flags, dtype=torch.float64) for flags in itertools.product((False, True), repeat=4)]
 
 
-def cases(wanted, among):
-    """All that are wanted, slow where `among` leaves them out."""
-    return [case if case in among else pytest.param(case, marks=pytest.mark.slow) for case in wanted]
+def pairs(cases, fast=None):
+    """Parametrize a test by case and target; a pair is slow if the case is not in `fast` or it is not its turn."""
+    others = [target for target in aot.TARGETS if target != "sm_90"]
+    params = []
+    for i, case in enumerate(cases):
+        turn = ("sm_90", others[i % len(others)]) if fast is None or case in fast else ()
+        for target in aot.TARGETS:
+            marks = () if target in turn else pytest.mark.slow
+            params.append(pytest.param(case, target, marks=marks, id=f"{case}-{target}"))
+    return pytest.mark.parametrize(("case", "target"), params)
 
 
 FP64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|v_\w+_f64")
 OTHER_SPECIALS = re.compile(r"MUFU\.(?!EX2)|v_(rcp|rsq|sqrt|log|div_\w+)_f32")
 WAITING = re.compile(r"BAR|SHFL|LDS|STS|s_barrier|ds_|v_\w+_dpp")
 
-targets = pytest.mark.parametrize("target", aot.TARGETS)
+targets = pytest.mark.parametrize(
+    "target", [t if t == "sm_90" else pytest.param(t, marks=pytest.mark.slow) for t in aot.TARGETS]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Compiled here and now, whatever triton has seen before."""
+def empty_cache(tmp_path_factory):
+    """Compile every kernel, also one that triton has cached."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
 
 
-@targets
-@pytest.mark.parametrize("case", cases(dict.fromkeys(aot.CASES + PRODUCT), aot.CASES), ids=str)
+@pairs(dict.fromkeys(aot.CASES + PRODUCT), fast=aot.CASES)
 def test_nothing_spills(case, target):
     assert aot.compiled(case, target).spilled == 0
 
 
-@targets
-@pytest.mark.parametrize("case", aot.WALKED, ids=str)
+@pairs(aot.WALKED)
 def test_main_loop(case, target):
     code = aot.compiled(case, target)
     loop = code.loop
@@ -79,10 +87,9 @@ def test_main_loop(case, target):
     assert not [text for text in loop.instructions if WAITING.match(text)]
 
 
-@targets
-@pytest.mark.parametrize("case", cases(CHUNKS, aot.CHUNKS), ids=str)
+@pairs(CHUNKS, fast=aot.CHUNKS)
 def test_chunk_loop(case, target):
-    """As above, at 4 bytes an element, where three operations of the narrow unit are no bound.
+    """Check the same at 4 bytes an element, where three operations of the narrow unit are no bound.
 
     A softcap takes three: a second exponential, and a reciprocal square root. Measured instructions an element of
     log-probs and of bf16 gradients, sm_90: 10 and 12, with bias 14 and 14, with softcap 27 and 31, with both 29 and 33.
@@ -111,11 +118,11 @@ def test_fp64_chunks_are_walked_at_full_width(gradient, target):
 
 @targets
 def test_skewed_rows_are_stored_at_full_width(target):
-    """Where logits and gradient cannot both be aligned, the gradient is: its lines would be written in pieces."""
+    """The gradient is aligned if logits and gradient cannot both be: its lines would be written in pieces."""
     code = aot.compiled(TokenCase(True, torch.bfloat16, layout="skewed"), target)
     assert set(code.loop.stores) == {16}
 
 
+@pytest.mark.slow
 def test_table():
-    """Prints what the tests above looked at; `python -m tests.aot` does too."""
     print("\n" + aot.table())

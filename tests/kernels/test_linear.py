@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import DTYPES, sums_of
 from linear_cases import HEAD, LAYOUT, check_linear_loss, check_linear_tokens, make_linear_case
+from pairwise import pairwise
 
 import exo_kernels
 
@@ -12,9 +13,7 @@ schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-@schedules
-@dtypes
-@pytest.mark.parametrize("layout", ["shifted", "aligned", "packed"])
+@pairwise({"layout": ["shifted", "aligned", "packed"], "dtype": DTYPES, "schedule": SCHEDULES})
 def test_schedules_layouts_dtypes(impl, device, schedule, dtype, layout):
     options = {"packed": {"lengths": [2, 5, 0, 3]}, "aligned": {"shift": False}}.get(layout, {})
     case = make_linear_case(dtype=dtype, rewards=True, seed=1, **options)
@@ -64,9 +63,7 @@ def test_one_loss_a_group(impl, device, schedule, objective):
 
 
 # 1200 is no multiple of any tile; an offset of -30 makes whatever is read past the end by far the largest logit.
-@schedules
-@pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 1200])
-@pytest.mark.parametrize("offset", [-30.0, 1000.0])
+@pairwise({"offset": [-30.0, 1000.0], "vocab": [1, 2, 127, 128, 129, 1200], "schedule": SCHEDULES})
 def test_vocabularies_with_an_offset(impl, device, schedule, vocab, offset):
     case = make_linear_case(2, 4, 8, vocab, offset=offset, seed=vocab, reference_model="tokens")
     check_linear_loss(case, impl, device, schedule=schedule)
@@ -99,9 +96,7 @@ def test_as_many_rows_as_sequences(impl, device, schedule, reference_model):
 # The log-prob functions.
 
 
-@pytest.mark.parametrize("schedule", ["deferred", "store", "recompute"])
-@dtypes
-@pytest.mark.parametrize("layout", ["shifted", "aligned", "packed"])
+@pairwise({"layout": ["shifted", "aligned", "packed"], "dtype": DTYPES, "schedule": ["deferred", "store", "recompute"]})
 def test_token_logps(impl, device, schedule, dtype, layout):
     options = {"packed": {"lengths": [2, 5, 0, 3]}, "aligned": {"shift": False}}.get(layout, {})
     case = make_linear_case(dtype=dtype, seed=2, softcap=25.0, temperature=0.9, **options)

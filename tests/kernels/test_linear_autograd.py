@@ -12,6 +12,7 @@ from exo_kernels.numerics import LogitTransform
 from exo_kernels.ops import hidden as hidden_ops
 
 SCHEDULES = ["deferred", "group", "store", "recompute"]
+OTHERS = ["auto", "deferred", "recompute"]  # compiled in the slow tests
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
@@ -197,7 +198,10 @@ def test_opcheck_of_the_group_loss(impl, device):
 # True: shapes and numbers are symbols from the start. None: from the second shape on, as users get it.
 @pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("schedule", ["auto"] if INTERPRETED else ["auto", *SCHEDULES])
+@pytest.mark.parametrize(
+    "schedule",
+    ["auto"] if INTERPRETED else ["store", "group", *(pytest.param(s, marks=pytest.mark.slow) for s in OTHERS)],
+)
 def test_compiled_is_eager(impl, device, backend, dynamic, schedule):
     """In one graph, whatever the schedule; `store` keeps as many rows as carry loss, which no compiler can know."""
     torch._dynamo.reset()

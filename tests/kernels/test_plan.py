@@ -54,7 +54,7 @@ def test_auto(needed, budget, expected):
 
 @pytest.mark.parametrize("schedule", ["deferred", "group", "store", "recompute"])
 def test_explicit_is_taken_or_refused(schedule):
-    assert plan.choose(schedule, needs(), sizes(), MIB) == (schedule, "asked for")
+    assert plan.choose(schedule, needs(), sizes(), MIB) == (schedule, "requested")
     alone = needs(reduced_loss=False)
     if schedule == "group":
         with pytest.raises(ValueError, match="schedule: expected another than 'group'"):

@@ -6,11 +6,10 @@ ROOT = Path(__file__).parents[2]
 STAGES = "commands"
 BUDGET = {  # lines of Python
     "exo_kernels": 4500, "cli": 1250, "runs": 830, "data": 4390, "distributed": 540, "evaluation": 1050, "models": 2220,
-    "reporting": 1160, "rollouts": 1150, "experiments": 1380, "training": 2260, STAGES: 2300,
+    "reporting": 1000, "rollouts": 1150, "experiments": 1380, "training": 2260, STAGES: 2300,
 }  # fmt: skip
 LONGEST = 300  # lines of a file
 MOST_FILES = 16  # in a package
-TOO_LONG = {"reporting/results.py", "reporting/outcomes.py"}
 
 
 def lines(path: Path) -> int:
@@ -32,7 +31,7 @@ def test_files_are_short():
     for package in ("exo", "exo_kernels"):
         folder = ROOT / package
         long |= {str(p.relative_to(folder)) for p in folder.rglob("*.py") if lines(p) > LONGEST}
-    assert long <= TOO_LONG, f"over {LONGEST} lines: {sorted(long - TOO_LONG)}"
+    assert not long, f"over {LONGEST} lines: {sorted(long)}"
 
 
 def test_packages_have_few_files():

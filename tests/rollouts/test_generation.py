@@ -42,9 +42,13 @@ def naive(model, eos, prompt, uniforms, temperature):
     return ids[len(prompt) :], total
 
 
-def test_equals_a_naive_loop_with_the_same_streams(small):
+@pytest.fixture(scope="module")
+def drawn(small):
+    return draw(small, PROMPTS, k=6, **SETTINGS)
+
+
+def test_equals_a_naive_loop_with_the_same_streams(small, drawn):
     model, tokenizer = small
-    drawn = generate.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=6, **SETTINGS)
     finishes = set()
     for i, example in enumerate(drawn):
         for j, sample in enumerate(example):
@@ -57,13 +61,14 @@ def test_equals_a_naive_loop_with_the_same_streams(small):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7])
-def test_a_completion_does_not_depend_on_its_batch(small, batch_size):
-    whole = draw(small, PROMPTS, k=6, **SETTINGS)
+def test_a_completion_does_not_depend_on_its_batch(small, drawn, batch_size):
     parts = draw(small, PROMPTS, k=6, batch_size=batch_size, **SETTINGS)
-    assert [[s.token_ids for s in g] for g in parts] == [[s.token_ids for s in g] for g in whole]
-    # Nor on how many are drawn beside it, or on the prompts that follow.
+    assert [[s.token_ids for s in g] for g in parts] == [[s.token_ids for s in g] for g in drawn]
+
+
+def test_a_completion_does_not_depend_on_those_drawn_beside_it(small, drawn):
     fewer = draw(small, PROMPTS[:2], k=2, **SETTINGS)
-    assert [[s.token_ids for s in g] for g in fewer] == [[s.token_ids for s in g[:2]] for g in whole[:2]]
+    assert [[s.token_ids for s in g] for g in fewer] == [[s.token_ids for s in g[:2]] for g in drawn[:2]]
 
 
 def test_logprob_is_what_teacher_forcing_says(small):

@@ -248,7 +248,7 @@ def test_one_that_starts_off_policy_is_stopped(policy, tmp_path, monkeypatch, ca
         ("rollout_size", "100", "--rollout_size: expected a multiple of --batch_size 64; got 100"),
         ("kl_coef", "-1", "--kl_coef: expected >= 0"),
         ("lam", "1.5", "--lam: expected in [0, 1]"),
-        ("weight_decay", "0.1", "--weight_decay: expected 0 where --critic_warmup_steps freezes the actor"),
+        ("weight_decay", "0.1", "--weight_decay: expected 0 with --critic_warmup_steps: a frozen actor would decay"),
         ("max_length", "256", "--max_length: expected more than max_new_tokens; got 256"),
     ],
 )
