@@ -10,7 +10,8 @@ from typing import Any
 
 from exo import models
 from exo.cli import console
-from exo.experiments.plan import Recipe, Step
+from exo.experiments.plan import Step
+from exo.experiments.recipe import Recipe
 from exo.experiments.run import is_done
 
 DEPEND_ON_DATA = ("sft", "reward", "align", "sample")  # stages whose tokens may depend on the size of the data

@@ -17,10 +17,8 @@ from exo.cli.fields import require, shortened
 from exo.cli.parse import build
 from exo.cli.spelling import suggestion
 from exo.experiments import tasks
-from exo.experiments.recipe import METHODS, RECIPES, SHIPPED, Recipe, load
+from exo.experiments.recipe import Recipe
 from exo.runs import record as run_record
-
-__all__ = ["METHODS", "RECIPES", "SHIPPED", "Recipe", "Step", "load", "plan"]
 
 STAGES = ("prepare", "sft", "sample", "score", "reward", "align", "ppo", "best_of_n", "evaluate", "report")
 SECTIONS = {"prepare", "sft", "classifier", "sample", "density", "bon", "score", "reward", "align", "align.pref"}

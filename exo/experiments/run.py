@@ -19,7 +19,8 @@ from exo.cli.errors import RunError
 from exo.cli.fields import require
 from exo.cli.main import needs_ranks, print_error, run_ranks
 from exo.cli.parse import command_line
-from exo.experiments.plan import Recipe, Step
+from exo.experiments.plan import Step
+from exo.experiments.recipe import Recipe
 from exo.runs import directory as run_directory
 from exo.runs import record as run_record
 from exo.runs import stage as run_stage
@@ -29,31 +30,26 @@ RunStage = Callable[[str, Any], object]  # runs a stage, given its name and its 
 
 def steps_up_to(steps: list[Step], name: str | None) -> list[Step]:
     """Return the steps up to the last one with that name, or below it; all steps if the name is None."""
-    if name is None:
-        return steps
-    _check_name(steps, "to", name)
-    return steps[: max(i for i, step in enumerate(steps) if _is_below(step, name)) + 1]
+    return steps if name is None else steps[: _indices(steps, "to", name)[-1] + 1]
 
 
 def names_from(steps: list[Step], name: str | None) -> set[str]:
     """Return the names of the steps with that name, or below it, and of all that need them; none if it is None."""
     if name is None:
         return set()
-    _check_name(steps, "from", name)
-    names = {step.name for step in steps if _is_below(step, name)}
+    names = {steps[i].name for i in _indices(steps, "from", name)}
     for step in steps:
         if names & set(step.needs):
             names.add(step.name)
     return names
 
 
-def _is_below(step: Step, name: str) -> bool:
-    return step.name == name or step.name.startswith(f"{name}/")
-
-
-def _check_name(steps: list[Step], option: str, name: str) -> None:
+def _indices(steps: list[Step], option: str, name: str) -> list[int]:
+    """Return the indices of the steps with that name, or below it. ConfigError if there is none."""
+    indices = [i for i, step in enumerate(steps) if f"{step.name}/".startswith(f"{name}/")]
     names = {step.name for step in steps} | {step.name.split("/")[0] for step in steps}
-    require(any(_is_below(step, name) for step in steps), option, f"one of {', '.join(sorted(names))}", name)
+    require(bool(indices), option, f"one of {', '.join(sorted(names))}", name)
+    return indices
 
 
 def is_done(step: Step, rerun: Collection[str]) -> bool:

@@ -13,6 +13,7 @@ from exo.cli.parse import parse
 from exo.data import DataError
 from exo.evaluation.judge_prompts import AnswerCache
 from exo.experiments import plan as experiment_plan
+from exo.experiments import recipe as experiment_recipe
 from exo.reporting import reading
 from exo.runs import directory as run_directory
 from exo.runs import inputs as run_inputs
@@ -128,15 +129,15 @@ RECIPES = [
 
 
 def test_recipes_with_wrong_types(tmp_path):
-    text = (experiment_plan.RECIPES / "quickstart.yaml").read_text(encoding="utf-8")
+    text = (experiment_recipe.RECIPES / "quickstart.yaml").read_text(encoding="utf-8")
     values = yaml_files.parse(text, typed=True)
     path = tmp_path / "own.yaml"
     path.write_text(json.dumps(values))
-    assert experiment_plan.plan(experiment_plan.load(str(path)), tmp_path)  # JSON is YAML
+    assert experiment_plan.plan(experiment_recipe.load(str(path)), tmp_path)  # JSON is YAML
     for name, value in RECIPES:
         path.write_text(json.dumps(values | {name: value}))
         with pytest.raises(ConfigError) as caught:
-            experiment_plan.plan(experiment_plan.load(str(path)), tmp_path)
+            experiment_plan.plan(experiment_recipe.load(str(path)), tmp_path)
         assert len(str(caught.value).splitlines()) == 1, (name, value)
 
 

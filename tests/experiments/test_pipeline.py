@@ -15,13 +15,13 @@ from exo.runs import stage as run_stage
 
 
 def planned(tmp_path, **changes):
-    recipe = experiment_plan.load("quickstart", **changes)
+    recipe = experiment_recipe.load("quickstart", **changes)
     return {step.name: step for step in experiment_plan.plan(recipe, tmp_path)}
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_every_step_comes_after_what_it_needs_and_reads_only_that(tmp_path, full):
-    steps = experiment_plan.plan(experiment_plan.load("quickstart", full=full), tmp_path)
+    steps = experiment_plan.plan(experiment_recipe.load("quickstart", full=full), tmp_path)
     before = set()
     for step in steps:
         assert set(step.needs) <= before, step.name
@@ -75,8 +75,8 @@ def test_methods_are_treated_alike(tmp_path):
     assert len(aligned) == 4
     for name in fair:
         assert len({getattr(config, name) for config in aligned}) == 1, name
-    grid = experiment_plan.load("quickstart", full=True).sweep["learning_rate"]
-    full = experiment_plan.plan(experiment_plan.load("quickstart", full=True), tmp_path)
+    grid = experiment_recipe.load("quickstart", full=True).sweep["learning_rate"]
+    full = experiment_plan.plan(experiment_recipe.load("quickstart", full=True), tmp_path)
     for method in ("exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo"):
         runs = [s for s in full if s.name.startswith(f"{method}/") and s.stage in ("align", "ppo")]
         assert {s.config.learning_rate for s in runs} == set(grid) and {s.config.seed for s in runs} == {0, 1, 2}
@@ -117,14 +117,14 @@ def test_best_of_n_and_the_density_ratio_are_of_samples_drawn_as_evaluation_draw
         assert config.max_prompt_length == 50 - 32
     assert drawn.top_p == 0.9 and drawn.k == 15 and drawn.prompts == asked.prompts
     assert steps["density/samples"].config.top_p == 1
-    recipe = experiment_plan.Recipe(title="t", task="quickstart", model="m", common={"k": 7, "top_p": 0.8})
+    recipe = experiment_recipe.Recipe(title="t", task="quickstart", model="m", common={"k": 7, "top_p": 0.8})
     steps = {step.name: step for step in experiment_plan.plan(recipe, tmp_path)}
     assert steps["evaluation/bon/seed0"].config.k == 7 and steps["bon/seed0/samples"].config.k == 7 * 8
     assert steps["bon/seed0/samples"].config.top_p == 0.8
 
 
 def test_preferences_of_people_need_no_oracle(tmp_path):
-    recipe = experiment_plan.Recipe(title="t", task="quickstart", model="m")
+    recipe = experiment_recipe.Recipe(title="t", task="quickstart", model="m")
     steps = {step.name: step for step in experiment_plan.plan(recipe, tmp_path)}
     assert "labelled" not in steps
     assert steps["reward"].config.data == steps["exo-pref/seed0"].config.data == str(tmp_path / "data" / "pairs.jsonl")
@@ -160,12 +160,12 @@ def test_numbers_that_yaml_takes_for_texts(tmp_path):
     ],
 )
 def test_mistakes_in_a_recipe(tmp_path, change, said):
-    values = yaml.safe_load((experiment_plan.RECIPES / "quickstart.yaml").read_text())
+    values = yaml.safe_load((experiment_recipe.RECIPES / "quickstart.yaml").read_text())
     values = experiment_recipe.merge(values, change) if "sweep" not in change else values | change
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError) as error:
-        experiment_plan.plan(experiment_plan.load(str(path)), tmp_path)
+        experiment_plan.plan(experiment_recipe.load(str(path)), tmp_path)
     assert said in str(error.value)
 
 

@@ -7,16 +7,17 @@ import yaml
 
 from exo import train
 from exo.experiments import plan, tasks
+from exo.experiments import recipe as experiment_recipe
 
-NAMES = plan.SHIPPED
+NAMES = experiment_recipe.SHIPPED
 
 
 def planned(name: str, tmp_path: Path, **changes) -> dict[str, plan.Step]:
-    recipe = plan.load(name, **changes)
+    recipe = experiment_recipe.load(name, **changes)
     if recipe.model is None and recipe.task not in tasks.MODEL_MAKERS:
-        recipe = plan.load(name, **{"model": "owner/model"} | changes)
+        recipe = experiment_recipe.load(name, **{"model": "owner/model"} | changes)
     if recipe.source is None and recipe.task != "quickstart":
-        recipe = plan.load(name, **{"model": recipe.model, "source": "rows.jsonl"} | changes)
+        recipe = experiment_recipe.load(name, **{"model": recipe.model, "source": "rows.jsonl"} | changes)
     return {step.name: step for step in plan.plan(recipe, tmp_path)}
 
 
@@ -27,7 +28,7 @@ def test_the_shipped_recipes():
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_plans(name, full, tmp_path):
-    recipe = plan.load(name)
+    recipe = experiment_recipe.load(name)
     steps = planned(name, tmp_path, full=full)
     assert recipe.title and (recipe.notes or name == "quickstart")
     for method in recipe.methods:
@@ -42,7 +43,7 @@ def test_sampling_training_and_evaluation_agree(name, tmp_path):
     steps = planned(name, tmp_path)
     temperatures = {step.config.temperature for step in steps.values() if hasattr(step.config, "temperature")}
     assert len(temperatures) == 1
-    common = plan.load(name).common
+    common = experiment_recipe.load(name).common
     if "max_prompt_length" in common:  # which evaluation and PPO take from the other two
         assert common["max_prompt_length"] == common["max_length"] - common["max_new_tokens"]
     limit = steps["sft"].config.max_completion_length
@@ -54,7 +55,7 @@ def test_sampling_training_and_evaluation_agree(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_section_of_a_recipe_is_used(name, tmp_path):
     """A section that no step reads would be dropped in silence."""
-    values = yaml.safe_load((plan.RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    values = yaml.safe_load((experiment_recipe.RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     read = {"sft", "classifier", "sample", "reward", "score", "align", "align.rw", "align.pref", "ppo", "best_of_n"}
     read |= {"bon", "evaluate", "density", "prepare"}
     for stages in (values["stages"], values.get("full", {}).get("stages", {})):
@@ -121,7 +122,9 @@ def test_a_slip_in_a_recipe_of_ones_own(changed, expected, tmp_path, capsys):
 
 def test_numbers_as_yaml_has_them(tmp_path):
     """1e-4 is a text to YAML 1.1: without a dot it is no number there."""
-    recipe = plan.load("quickstart", stages=yaml.safe_load("{sft: {learning_rate: 1e-4, warmup_ratio: 0}}"))
+    recipe = experiment_recipe.load(
+        "quickstart", stages=yaml.safe_load("{sft: {learning_rate: 1e-4, warmup_ratio: 0}}")
+    )
     config = plan.plan(recipe, tmp_path)[1].config
     assert config.learning_rate == 1e-4 and type(config.warmup_ratio) is float
 
