@@ -45,7 +45,7 @@ def run(config: Config, start: Start) -> Path:
     path = run_inputs.source("data", config.data, "score")
     dataset = data.read(path, purpose="samples", **config.reading(), **config.mixing())
     console.log(dataset.summary())
-    best = [_best(example, config.n, path) for example in dataset.examples]
+    best = [_select_best(example, config.n, path) for example in dataset.examples]
     if num_ties := sum(len(set(example.rewards or ())) == 1 for example in dataset.examples):
         console.log(f"  {num_ties:,} rows with equal rewards: the first completion is kept")
     samples.log_cut(dataset.examples)
@@ -57,7 +57,7 @@ def run(config: Config, start: Start) -> Path:
     return directory
 
 
-def _best(example: data.Example, n: int, path: str) -> data.Example:
+def _select_best(example: data.Example, n: int, path: str) -> data.Example:
     """Keep the completion with the highest reward of every block of n."""
     from exo.data import DataError, transforms
 

@@ -93,21 +93,21 @@ def load_recipe(config: Config) -> Recipe:
     if config.sweep:
         changes["sweep"] = {
             name: [_number("sweep", text, float) for text in values.split(",")]
-            for name, values in (_assignment("sweep", part) for part in config.sweep.split())
+            for name, values in (_split_assignment("sweep", part) for part in config.sweep.split())
         }
     if config.set:
-        changes |= _settings(config.set)
+        changes |= _parse_settings(config.set)
     return recipe.load(config.recipe, full=config.full, **changes)
 
 
-def _settings(text: str) -> dict[str, Any]:
+def _parse_settings(text: str) -> dict[str, Any]:
     """Parse --set: options of stages, and of common."""
     from exo.cli import yaml_files
 
     common: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
     for part in text.split():
-        name, value = _assignment("set", part)
+        name, value = _split_assignment("set", part)
         stage, _, key = name.rpartition(".")
         require(bool(stage and key), "set", "stage.option=value", part)
         section = common if stage == "common" else stages.setdefault(stage, {})
@@ -119,7 +119,7 @@ def _settings(text: str) -> dict[str, Any]:
     return {key: value for key, value in (("common", common), ("stages", stages)) if value}
 
 
-def _assignment(name: str, text: str) -> tuple[str, str]:
+def _split_assignment(name: str, text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     require(bool(key and equals and value), name, "name=value", text)
     return key, value

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LITTLE = 10  # effective samples
+MIN_EFFECTIVE = 10  # effective samples of a curve that can be trusted
 
 
 class DensityRatio(NamedTuple):
@@ -23,7 +23,7 @@ class DensityRatio(NamedTuple):
     @property
     def thin(self) -> bool:
         """Return whether there are too few effective samples to trust the curve."""
-        return self.effective < LITTLE
+        return self.effective < MIN_EFFECTIVE
 
 
 def policy_weights(logps: Sequence[float], ref_logps: Sequence[float]) -> Tensor:

@@ -50,10 +50,10 @@ def write(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
     with open(path, "w", encoding="utf-8-sig", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", quoting=csv.QUOTE_ALL, lineterminator="\r\n")
         writer.writeheader()
-        writer.writerows({name: defused(text) for name, text in row.items()} for row in rows)
+        writer.writerows({name: escape_formula(text) for name, text in row.items()} for row in rows)
 
 
-def defused(text: str) -> str:
+def escape_formula(text: str) -> str:
     """Prefix text that a spreadsheet would run as a formula with an apostrophe."""
     return "'" + text if text.startswith(_FORMULA) else text
 
@@ -61,7 +61,7 @@ def defused(text: str) -> str:
 def read(path: Path, items: Iterable[str]) -> Sheet:
     """Read a filled sheet. Its items must be among `items`, each at most once; missing ones were not judged."""
     names = set(items)
-    header, rows = _table(path)
+    header, rows = _read_table(path)
     columns = [header.index("item"), header.index("verdict")]
     sheet, seen = Sheet({}, {}), set()
     for number, row in rows:
@@ -80,7 +80,7 @@ def read(path: Path, items: Iterable[str]) -> Sheet:
     return sheet
 
 
-def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Return the header, and the rows with their line numbers."""
     content = path.read_bytes()
     # Texts in another encoding come out garbled, but only ASCII is used.

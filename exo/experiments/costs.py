@@ -32,7 +32,7 @@ def print_plan(recipe: Recipe, steps: list[Step], directory: Path, rerun: Collec
             cost = "up to date"
         else:
             to_run.add(step.name)
-            trained, drawn = _tokens(step.stage, step.config)
+            trained, drawn = _bound_tokens(step.stage, step.config)
             operations = (6 * trained + 2 * drawn) * parameters
             total += operations
             parts = [f"trains on at most {trained:,} tokens"] * bool(trained)
@@ -45,7 +45,7 @@ def print_plan(recipe: Recipe, steps: list[Step], directory: Path, rerun: Collec
         console.log(f"{parameters / 1e6:,.0f}M parameters; {total:.1e} operations for the tokens above")
 
 
-def _tokens(stage: str, config: Any) -> tuple[int, int]:
+def _bound_tokens(stage: str, config: Any) -> tuple[int, int]:
     """Return upper bounds of the tokens that a step trains on and draws; 0 if they depend on the data."""
     match stage:
         case "sft" | "reward" | "align":

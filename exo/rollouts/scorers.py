@@ -58,7 +58,7 @@ def load(
     ValueError if the oracle cannot be imported.
     """
     if oracle is not None:
-        return Scorer(oracle, _oracle(oracle), Counter(), lambda *arguments: (frozenset(), Counter()))
+        return Scorer(oracle, _import_oracle(oracle), Counter(), lambda *arguments: (frozenset(), Counter()))
     assert reward_model is not None
     name = run_inputs.source("reward_model", reward_model, "reward")
     model, tokenizer = models.load_classifier(name)
@@ -94,7 +94,7 @@ def load(
     return Scorer(name, score, counts, refused)
 
 
-def _oracle(name: str) -> Callable[[Sequence[Example]], Scores]:
+def _import_oracle(name: str) -> Callable[[Sequence[Example]], Scores]:
     """Import module:function as a scoring function that names the row if the call fails or returns no number."""
     module, _, attribute = name.partition(":")
     try:

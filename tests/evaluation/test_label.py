@@ -143,7 +143,7 @@ def test_references_are_shown_and_limit_and_seed_choose(tmp_path):
 
 @pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "\t=1"])
 def test_no_cell_is_a_formula(tmp_path, text):
-    assert sheets.defused(text) == "'" + text
+    assert sheets.escape_formula(text) == "'" + text
     file = tmp_path / "s.csv"
     sheets.write(
         file, [{"item": "q1", "instruction": text, "answer 1": 'a "quoted", one\nof two lines', "answer 2": "é"}]

@@ -44,8 +44,6 @@ def _pairs(paths: list[str], request: TaskRequest) -> list[Example]:
 
 def _prompts(request: TaskRequest, train: list[Example]) -> list[str]:
     """Return the prompts to sample for, from prompts.* or else from the preferences."""
-    directory = Path(request.source)
-    examples = train
-    if paths := source.files_named(directory, "prompts") if directory.is_dir() else []:
-        examples = source.subsample(source.read(paths, "prompts", request), request)
+    paths = source.files_named(Path(request.source), "prompts")
+    examples = source.subsample(source.read(paths, "prompts", request), request) if paths else train
     return list(dict.fromkeys(example.prompt for example in examples))

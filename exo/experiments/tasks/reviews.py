@@ -40,7 +40,7 @@ def imdb(request: TaskRequest) -> Files:
     prefix = _first_tokens(request.tokenizer)
     directory = Path(request.source)
     if (directory / "train" / "pos").is_dir():
-        texts = [_unpacked(directory / part) for part in ("train", "test")]
+        texts = [_read_unpacked(directory / part) for part in ("train", "test")]
     else:
         parts = source.source_parts(request.source)
         if directory.is_dir() and not parts.test:
@@ -51,10 +51,10 @@ def imdb(request: TaskRequest) -> Files:
         examples = [source.read(paths, "labels", request) for paths in parts]
         texts = [[(example.completions[0], example.label or 0) for example in part] for part in examples]
     texts = [[(text.replace("<br />", "\n").rstrip(), label) for text, label in part] for part in texts]
-    train, test = (_reviews(source.subsample(part, request), prefix) for part in texts)
+    train, test = (_split_reviews(source.subsample(part, request), prefix) for part in texts)
     if not test:
         train, test = source.hold_out(train, request.seed)
-    return _files(train, test)
+    return _make_files(train, test)
 
 
 def polarity(request: TaskRequest) -> Files:
@@ -64,20 +64,20 @@ def polarity(request: TaskRequest) -> Files:
     sentences = [
         (line.strip(), int(name == "pos"))
         for name, file in files.items()
-        for line in _text(file, "cp1252").splitlines()
+        for line in _read_text(file, "cp1252").splitlines()
     ]
     distinct = dict.fromkeys(sentences)
     console.log(f"  {len(sentences):,} sentences, {len(sentences) - len(distinct):,} of them repeated")
-    train, test = source.hold_out(_reviews(source.subsample(distinct, request), _first_words), request.seed)
+    train, test = source.hold_out(_split_reviews(source.subsample(distinct, request), _first_words), request.seed)
 
     def base(directory: Path) -> int:
         texts = [review.prompt + review.rest for review in train]
         return source.model_files(*models.tiny(texts, seed=request.seed, **SMALL), directory)
 
-    return _files(train, test) | {"base": base}
+    return _make_files(train, test) | {"base": base}
 
 
-def _files(train: Sequence[Review], test: Sequence[Review]) -> Files:
+def _make_files(train: Sequence[Review], test: Sequence[Review]) -> Files:
     unseen = source.drop_seen(test, {review.prompt for review in train}, lambda review: review.prompt)
     return {
         "sft.jsonl": lines({"prompt": r.prompt, "completion": r.rest} for r in train),
@@ -87,7 +87,7 @@ def _files(train: Sequence[Review], test: Sequence[Review]) -> Files:
     }
 
 
-def _reviews(texts: Iterable[tuple[str, int]], prefix: Callable[[str], int]) -> list[Review]:
+def _split_reviews(texts: Iterable[tuple[str, int]], prefix: Callable[[str], int]) -> list[Review]:
     """Split each text after its first `prefix(text)` characters, and leave out texts that end there."""
     cut = [(text, prefix(text), label) for text, label in texts]
     reviews = [Review(text[:end], text[end:], label) for text, end, label in cut if text[end:].strip()]
@@ -96,16 +96,16 @@ def _reviews(texts: Iterable[tuple[str, int]], prefix: Callable[[str], int]) -> 
     return reviews
 
 
-def _unpacked(directory: Path) -> list[tuple[str, int]]:
+def _read_unpacked(directory: Path) -> list[tuple[str, int]]:
     """Return the (text, label) of the .txt files in pos/ and neg/."""
     files = {name: sorted((directory / name).glob("*.txt")) for name in ("pos", "neg")}
     for name, paths in files.items():
         if not paths:
             raise DataError(f"{directory / name}: expected the .txt files of aclImdb; found none")
-    return [(_text(file, "utf-8"), int(name == "pos")) for name, paths in files.items() for file in paths]
+    return [(_read_text(file, "utf-8"), int(name == "pos")) for name, paths in files.items() for file in paths]
 
 
-def _text(file: Path, encoding: str) -> str:
+def _read_text(file: Path, encoding: str) -> str:
     try:
         return file.read_bytes().decode(encoding)
     except UnicodeDecodeError as error:

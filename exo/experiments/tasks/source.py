@@ -51,7 +51,7 @@ def model_files(model: Any, tokenizer: Any, directory: Path) -> int:
 def source_parts(source: str) -> Parts:
     """Return the parts of a source: files of a directory by name, or splits of a hub name. A file is all train."""
     path = Path(source)
-    if path.is_dir() and (train := files_named(path, "train")):
+    if train := files_named(path, "train"):
         return Parts(train, files_named(path, "test") or files_named(path, "valid"))
     if not path.exists() and (hub := hub_name(source)) and "@" not in source:
         return Parts([f"{source}@{hub.split}"], [f"{source}@test"])
@@ -60,8 +60,8 @@ def source_parts(source: str) -> Parts:
 
 def files_named(directory: Path, prefix: str) -> list[str]:
     """Return the data files of a directory with a prefix: train.jsonl, or train-00000-of-00002.parquet."""
-    files = (f for f in directory.iterdir() if f.name.startswith(prefix) and f.suffix in DATA_SUFFIXES and f.is_file())
-    return sorted(map(str, files))
+    files = directory.iterdir() if directory.is_dir() else ()
+    return sorted(str(f) for f in files if f.name.startswith(prefix) and f.suffix in DATA_SUFFIXES and f.is_file())
 
 
 def read(paths: Sequence[str], purpose: Purpose, request: TaskRequest) -> list[Example]:
