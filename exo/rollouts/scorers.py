@@ -25,7 +25,7 @@ from exo.distributed.accelerator import Accelerator
 from exo.models.reward_head import RewardHead
 from exo.runs import inputs as run_inputs
 
-CHUNK_SIZE = 1024  # examples that are scored together; a kill loses at most one chunk a rank
+CHUNK_SIZE = 1024  # examples that are scored together; a kill loses at most one chunk per rank
 Scores = list[tuple[float, ...]]  # a tuple per example, a number per completion
 Refused = tuple[frozenset[int], Counter[str]]  # of tokenize.refused
 
