@@ -89,7 +89,7 @@ def sample(
     def draw(batch: list[tuple[int, int]]) -> list[Sample]:
         signals.raise_if_stop_requested()
         uniforms = torch.stack([_stream(seed, numbers[i], j, max_new_tokens) for i, j in batch])
-        samples = _draw(decoder, model, options, prompts, batch, uniforms)
+        samples = _draw(decoder_type(model, prompts, [i for i, _ in batch]), options, uniforms)
         for (i, _), completion in zip(batch, samples, strict=True):
             if math.isnan(completion.logprob):
                 name = getattr(model, "name_or_path", "") or type(model).__name__
@@ -100,7 +100,7 @@ def sample(
 
     jobs = [partial(draw, batch) for batch in batches]
     with eval_mode(model), torch.no_grad():
-        decoder = _decoder(model, prompts)
+        decoder_type = _choose_decoder(model, prompts)
         results = [job() for job in jobs] if run is None else run(jobs)
     drawn = dict(zip(rows, (completion for samples in results for completion in samples), strict=True))
     return [[drawn[i, j] for j in range(k)] for i in range(len(prompts))]
@@ -119,7 +119,7 @@ def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_t
         )
 
 
-def _decoder(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Callable[..., Decoder]:
+def _choose_decoder(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Callable[..., Decoder]:
     if not prompts or decoding.supports_cache(model, prompts):
         return decoding.CachedDecoder
     console.warn(
@@ -130,15 +130,12 @@ def _decoder(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Callable[...
 
 
 def _draw(
-    decoder_type: Callable[..., Decoder],
-    model: nn.Module,
+    decoder: Decoder,
     options: _TokenOptions,
-    prompts: Sequence[Sequence[int]],
-    batch: list[tuple[int, int]],
     uniforms: Tensor,  # (B, max_new_tokens)
 ) -> list[Sample]:
     """Draw the completions of one batch. `alive` has the indices of the rows that have not ended."""
-    device = next(model.parameters()).device
+    device = decoder.logits.device
     size, steps = uniforms.shape
     uniforms = uniforms.to(device)
     tokens = torch.zeros((size, steps), dtype=torch.long, device=device)  # (B, max_new_tokens)
@@ -147,7 +144,6 @@ def _draw(
     lengths = torch.full((size,), steps, device=device)  # (B,)
     stops = torch.tensor(sorted(options.stop_ids), device=device)
     absent = torch.tensor(options.absent_ids, dtype=torch.long, device=device)
-    decoder = decoder_type(model, prompts, [i for i, _ in batch])
     for step in range(steps):
         signals.raise_if_stop_requested()
         logprobs = torch.log_softmax(decoder.logits.float() / options.temperature, -1)  # (alive, V)
