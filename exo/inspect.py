@@ -204,11 +204,11 @@ def _training_rows(
 
 
 def _tokenize_prompts(
-    examples: Sequence[Example], tokenizer: Any, most: int, counts: Counter[str]
+    examples: Sequence[Example], tokenizer: Any, max_length: int, counts: Counter[str]
 ) -> list[TokenizedExample]:
     from exo.data.text import tokenize
 
-    prompts, cut = tokenize.sampled_prompts([example.prompt for example in examples], tokenizer, most)
+    prompts, cut = tokenize.sampled_prompts([example.prompt for example in examples], tokenizer, max_length)
     counts.update(cut)
     pairs = zip(prompts, examples, strict=True)
     return [tokenize.TokenizedExample(tuple(ids), (), None, example.line) for ids, example in pairs]
