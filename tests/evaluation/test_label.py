@@ -93,7 +93,7 @@ def test_every_rater_judges_every_item_in_a_different_order(tmp_path):
     assert "Helpfulness" in (run / "sheets" / "instructions.txt").read_text()
 
 
-def test_the_key_says_which_side_is_which_and_sides_are_balanced(tmp_path):
+def test_the_key_names_the_system_of_each_side_and_sides_are_balanced(tmp_path):
     run = export(tmp_path)
     key = json.loads((run / "key.json").read_text())["items"]
     for row in sheet(run / "sheets" / "rater-1.csv"):
@@ -112,7 +112,7 @@ def test_the_sheets_name_no_system(tmp_path):
 
 
 def test_sheets_cannot_be_unblinded_with_the_systems_files_and_the_seed(tmp_path, monkeypatch):
-    """Check that the names and the sides of items depend on a secret salt that nobody can reconstruct."""
+    """Check that the names and the sides of items depend on a secret salt, and not on the files and the seed alone."""
     salts = iter(["a" * 32, "b" * 32])  # fixed, because two random ones may give the same sides
     monkeypatch.setattr(label.secrets, "token_hex", lambda size: next(salts))
     runs = [export(tmp_path, name=name) for name in ("one", "same")]
@@ -276,7 +276,7 @@ def test_sheets_that_do_not_match_the_key_are_refused(tmp_path, capsys, change):
     assert message in capsys.readouterr().err and not (tmp_path / "counted").exists()
 
 
-def test_a_deleted_row_is_missing_and_nothing_filled_is_an_error(tmp_path, capsys):
+def test_a_deleted_row_is_missing_and_empty_sheets_are_an_error(tmp_path, capsys):
     run = export(tmp_path)
     assert import_sheets(tmp_path, run) == 2 and "no verdict could be read" in capsys.readouterr().err
     fill(run / "sheets" / "rater-2.csv", first_wins)

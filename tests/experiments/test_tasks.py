@@ -80,7 +80,7 @@ def labelled(part: str) -> list[dict]:
     return [{"text": t, "label": int(k == "pos")} for (p, k), texts in RAW.items() if p == part for t in texts]
 
 
-def test_a_review_is_cut_after_ten_tokens_and_nothing_is_lost(tmp_path, tokenizer):
+def test_a_review_is_cut_after_ten_tokens_and_no_text_is_lost(tmp_path, tokenizer):
     made = prepared(tmp_path, "imdb", unpacked(tmp_path), tokenizer=tokenizer)
     assert made["labelled"] and is_disjoint(made)
     clean = {
