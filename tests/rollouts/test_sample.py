@@ -12,7 +12,7 @@ import torch
 from exo import best_of_n, data, models, sample, score
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
-from exo.models import loading
+from exo.models import files
 from exo.rollouts import generate as rollout_generate
 from exo.rollouts import samples, scorers
 from tests.tasks import PROMPTS, lines, write_model, write_rows
@@ -213,9 +213,10 @@ def test_what_is_sampled_after_or_scored_in_part_is_counted(drawn, tmp_path, cap
 
 
 def test_a_model_that_is_nowhere_is_one_line(drawn, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        loading.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
-    )
+    def offline(*arguments, **options):
+        raise OSError("offline")
+
+    monkeypatch.setattr(files, "cached_file", offline)
     assert sample.main(["--model", "nowhere", "--data", str(drawn[1]), "--output_dir", str(tmp_path / "x")]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said == "error: model 'nowhere': expected a directory, and there is none; or a hub name; got: offline"
