@@ -59,7 +59,7 @@ def logits(model):
         return model.eval()(input_ids=ids).logits
 
 
-def test_the_reference_is_the_model_below_the_adapter(start, tmp_path):
+def test_the_reference_is_the_model_without_the_adapter(start, tmp_path):
     """Live, it is the adapter switched off; kept, it was made before there was one. The runs are the same."""
     kept, live = (aligned(start, tmp_path, mode, "--reference", mode) for mode in ("cache", "live"))
     for a, b in zip(lines(kept / "metrics.jsonl"), lines(live / "metrics.jsonl"), strict=True):
@@ -69,7 +69,7 @@ def test_the_reference_is_the_model_below_the_adapter(start, tmp_path):
     assert lines(live / "metrics.jsonl")[5]["log_ratios/mean_square"] > 0.01, "the policy has moved"
 
 
-def test_switched_off_it_is_the_model_that_was_to_the_last_bit(start):
+def test_a_disabled_adapter_gives_the_bits_of_the_base_model(start):
     model, _ = models.load(start)
     before = logits(model)
     adapted = model_lora.apply(model, lora_settings(4), start)
@@ -85,7 +85,7 @@ def test_switched_off_it_is_the_model_that_was_to_the_last_bit(start):
 
 
 @pytest.mark.parametrize("output", ["merged", "adapter"])
-def test_what_a_run_leaves_is_the_model_that_was_trained(start, tmp_path, output):
+def test_the_saved_model_is_the_trained_model(start, tmp_path, output):
     """The metrics' held-out loss is that of what is loaded again."""
     run = aligned(start, tmp_path, output, "--lora_output", output, "--export_steps", "3")
     assert models.is_adapter(str(run)) == models.is_adapter(str(run / "models/step-3")) == (output == "adapter")
@@ -98,7 +98,7 @@ def test_what_a_run_leaves_is_the_model_that_was_trained(start, tmp_path, output
         assert torch.allclose(logits(models.load(str(other))[0]), logits(again), atol=1e-5)
 
 
-def test_a_policy_that_comes_with_an_adapter_begins_and_is_referred_to_with_it(start, tmp_path, capsys):
+def test_a_policy_that_is_an_adapter_is_also_the_reference(start, tmp_path, capsys):
     texts = write_rows(tmp_path / "texts.jsonl", [{"prompt": p, "completion": " good small good"} for p in PROMPTS])
     arguments = ["--model", start, "--data", texts, "--output_dir", str(tmp_path / "sft"), "--device", "cpu"]
     arguments += ["--max_steps", "8", "--learning_rate", "1e-2", "--lora_r", "4", "--lora_output", "adapter"]
@@ -122,7 +122,7 @@ def test_a_policy_that_comes_with_an_adapter_begins_and_is_referred_to_with_it(s
     assert "--lora_output adapter: expected a --model with weights of its own on disk" in capsys.readouterr().err
 
 
-def test_a_frozen_head_takes_the_schedule_for_it(start, tmp_path, monkeypatch):
+def test_a_frozen_head_uses_the_deferred_schedule(start, tmp_path, monkeypatch):
     taken = []
     choose = plan.choose
 
@@ -147,7 +147,7 @@ def start_of_size(request, tmp_path_factory):
     return str(directory)
 
 
-def test_weights_in_four_bits_compute_alike_on_every_cpu(start_of_size):
+def test_4_bit_weights_compute_like_their_fp32_values(start_of_size):
     """As the same numbers in fp32 do, with gradients and without, before a pass without them and after."""
     pytest.importorskip("bitsandbytes")
     model = models.load(start_of_size, four_bits=torch.float32)[0]
@@ -161,9 +161,7 @@ def test_weights_in_four_bits_compute_alike_on_every_cpu(start_of_size):
     assert embedded.grad.abs().max() > 0
 
 
-def test_weights_in_four_bits_are_the_reference_too_and_what_is_left_computes_what_was_trained(
-    start_of_size, tmp_path, monkeypatch
-):
+def test_a_4_bit_policy_has_a_4_bit_reference_and_saves_what_it_trained(start_of_size, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     start = start_of_size
     trained = []
@@ -185,7 +183,7 @@ def test_weights_in_four_bits_are_the_reference_too_and_what_is_left_computes_wh
     assert models.is_adapter(str(alone))
 
 
-def test_a_live_reference_below_an_adapter_drops_nothing_out(tmp_path):
+def test_a_live_reference_without_its_adapter_has_no_dropout(tmp_path):
     interruptions.write_start(tmp_path / "model")
     interruptions.write_data(tmp_path)
     found = []
@@ -197,7 +195,7 @@ def test_a_live_reference_below_an_adapter_drops_nothing_out(tmp_path):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
-def test_an_adapter_that_fits_in_part_is_refused(start, tmp_path):
+def test_an_adapter_that_fits_only_in_part_is_refused(start, tmp_path):
     run = aligned(start, tmp_path, "run", "--lora_output", "adapter")
     weights = load_file(run / "adapter_model.safetensors")
     for odd in (
@@ -209,7 +207,7 @@ def test_an_adapter_that_fits_in_part_is_refused(start, tmp_path):
             models.load(str(run))
 
 
-def test_the_start_of_an_adapter_is_found_from_elsewhere(start, tmp_path, monkeypatch):
+def test_an_adapter_loads_from_another_working_directory(start, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(start).parent)
     run = aligned(Path(start).name, tmp_path, "run", "--lora_output", "adapter")
     monkeypatch.chdir(tmp_path)
@@ -242,14 +240,14 @@ def test_weights_that_are_quantised_already_are_refused(start, tmp_path):
         ),
     ],
 )
-def test_four_bits_without_what_they_need_are_one_line(start, tmp_path, capsys, options, said):
+def test_4_bit_and_adapter_output_require_lora(start, tmp_path, capsys, options, said):
     arguments = ["--model", start, "--data", write_rows(tmp_path / "rows.jsonl", rows())]
     with pytest.raises(SystemExit) if "tiny" not in options else nullcontext():
         assert align.main([*arguments, "--output_dir", str(tmp_path / "run"), *options]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_names_of_layers_that_are_not_there_are_one_line(start, tmp_path, capsys):
+def test_unknown_lora_targets_are_a_one_line_error(start, tmp_path, capsys):
     arguments = ["--model", start, "--data", write_rows(tmp_path / "rows.jsonl", rows()), "--lora_r", "4"]
     arguments += ["--output_dir", str(tmp_path / "run"), "--device", "cpu", "--lora_targets", "absent"]
     assert align.main(arguments) == 2
@@ -257,7 +255,7 @@ def test_names_of_layers_that_are_not_there_are_one_line(start, tmp_path, capsys
     assert said.startswith("error: --lora_targets absent: ")
 
 
-def test_a_damaged_adapter_and_one_of_pickles_are_one_line(start, tmp_path):
+def test_damaged_and_pickled_adapters_are_refused(start, tmp_path):
     run = aligned(start, tmp_path, "run", "--lora_output", "adapter")
     weights = run / "adapter_model.safetensors"
     whole = weights.read_bytes()
@@ -275,7 +273,7 @@ def test_a_damaged_adapter_and_one_of_pickles_are_one_line(start, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [0, 4])
-def test_checkpointing_changes_no_gradient_keeps_less_and_outlives_an_evaluation(start, lora):
+def test_gradient_checkpointing_saves_memory_and_keeps_the_gradients_after_an_evaluation(start, lora):
     found, kept = {}, []
     for checkpointed in (False, True):
         torch.manual_seed(0)

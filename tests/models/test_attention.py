@@ -73,7 +73,7 @@ def scored(model, found, collator):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", masks.SEGMENTS])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("all_in_fp64")
-def test_every_layout_gives_the_same(family, implementation):
+def test_every_layout_gives_the_same_log_probs_and_gradients(family, implementation):
     if family == "gemma2" and implementation != "eager":
         pytest.skip("it has a softcap in its attention")
     if family == "stablelm" and implementation == masks.SEGMENTS:
@@ -90,7 +90,7 @@ def test_every_layout_gives_the_same(family, implementation):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_neox"])
-def test_flex_attention_sees_the_same(family):
+def test_flex_attention_gives_the_same_log_probs(family):
     """Uncompiled, as it runs on a CPU, forward alone; softcap and windows among them."""
     model = tiny(family, "eager").float()
     accelerator = Accelerator(cpu=True)
@@ -102,7 +102,7 @@ def test_flex_attention_sees_the_same(family):
             assert (mine - theirs).abs().max() < 1e-5
 
 
-def test_flash_attention_is_told_where_the_texts_of_a_row_begin():
+def test_flash_attention_gets_the_sequence_lengths_of_a_row():
     found = examples()[:2]
     batch = Collator(0, 60, "packed", True).collate(found)
     config = tiny("llama", "eager").config

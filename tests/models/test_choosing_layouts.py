@@ -41,7 +41,7 @@ def choose(model, found, share="auto"):
     return attention_choose.choose_layout([model], found, Accelerator(cpu=True), PADDED, share, 1.0)
 
 
-def test_sharing_is_taken_where_it_saves(capsys):
+def test_prompts_are_shared_if_that_saves_tokens(capsys):
     model = tiny("llama")
     assert choose(model, examples()) == PADDED._replace(layout="shared", one_row=True)
     assert model.config._attn_implementation == masks.SEGMENTS
@@ -52,14 +52,14 @@ def test_sharing_is_taken_where_it_saves(capsys):
     )
 
 
-def test_it_is_not_where_it_does_not_or_nobody_wants_it(capsys):
+def test_prompts_are_not_shared_if_that_saves_nothing_or_is_off(capsys):
     assert choose(tiny("llama"), examples(prompt=1, answer=30)) == PADDED
     assert choose(tiny("llama"), examples(), "off") == PADDED
     assert choose(tiny("llama"), examples(prompt=1, answer=30), "on").layout == "shared"
     assert capsys.readouterr().out.count("each prompt is encoded once") == 1
 
 
-def test_a_model_that_hands_no_arguments_on_to_its_attention_gets_a_dense_mask(capsys):
+def test_a_model_that_passes_no_arguments_to_its_attention_gets_a_dense_mask(capsys):
     model = tiny("stablelm", num_key_value_heads=4)
     assert choose(model, examples()) == PADDED._replace(layout="shared")
     assert model.config._attn_implementation == "sdpa"
@@ -68,7 +68,7 @@ def test_a_model_that_hands_no_arguments_on_to_its_attention_gets_a_dense_mask(c
     assert choose(model, examples(prompt=8, answer=30, k=8)) == PADDED, "all pairs of tokens would cost more"
 
 
-def test_every_model_that_sees_the_rows_is_tried(capsys):
+def test_every_model_must_support_the_layout(capsys):
     """A reference of another kind, which cannot have them, keeps both at padded rows."""
     seeing = [tiny("llama"), tiny("bloom")]
     assert attention_choose.choose_layout(seeing, examples(), Accelerator(cpu=True), PADDED, "on", 1.0) == PADDED
@@ -88,12 +88,12 @@ def test_every_model_that_sees_the_rows_is_tried(capsys):
         ("qwen3_next", {"num_hidden_layers": 4}, "layers of the kind linear_attention"),
     ],
 )
-def test_a_model_that_cannot_have_it_is_said_and_padded(family, options, said, capsys):
+def test_an_unsupported_model_is_reported_and_gets_padded_rows(family, options, said, capsys):
     assert choose(tiny(family, **options), examples(), "on") == PADDED
     assert said in capsys.readouterr().out
 
 
-def test_a_window_that_only_the_longest_row_reaches_is_tried(capsys):
+def test_the_trial_includes_the_longest_row(capsys):
     """One row in a thousand is longer than what a hidden window sees; the longest is among those tried."""
     model = tiny("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=30, num_layers=2)
     short = examples(prompt=8, answer=3)
@@ -101,7 +101,7 @@ def test_a_window_that_only_the_longest_row_reaches_is_tried(capsys):
     assert choose(model, [*short, *examples(prompt=60)[:1]]) == PADDED
 
 
-def test_a_run_shares_and_is_the_run_that_does_not(tmp_path, capsys):
+def test_sharing_prompts_does_not_change_a_run(tmp_path, capsys):
     start = write_model(tmp_path / "model", scale=2.0)
     rows = [
         {

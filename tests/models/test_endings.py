@@ -31,7 +31,7 @@ def ends(path):
     return GenerationConfig.from_pretrained(path).eos_token_id
 
 
-def test_a_turn_ends_where_the_generation_config_says_and_its_mark_is_no_text(instruct):
+def test_a_turn_ends_at_the_eos_tokens_of_the_generation_config(instruct):
     directory, model, prompts = instruct
     run = sample.run(sample.Config(model=model, data=prompts, k=8, max_new_tokens=40, output_dir=str(directory / "s")))
     finishes = set()
@@ -44,7 +44,7 @@ def test_a_turn_ends_where_the_generation_config_says_and_its_mark_is_no_text(in
     assert {(TURN, "eos"), ("<eos>", "eos")} <= finishes
 
 
-def test_ppo_and_evaluate_end_there_too(instruct, capsys, monkeypatch):
+def test_ppo_and_evaluate_use_the_same_end_tokens(instruct, capsys, monkeypatch):
     monkeypatch.setattr(console, "_warned", set())
     directory, model, prompts = instruct
     common = {"data": prompts, "oracle": "tests.tasks:reward", "max_new_tokens": 40, "max_length": 60, "device": "cpu"}
@@ -65,7 +65,7 @@ def test_ppo_and_evaluate_end_there_too(instruct, capsys, monkeypatch):
     assert ends(run) == ends(model)
 
 
-def test_a_trained_model_keeps_its_ends(instruct):
+def test_a_trained_model_keeps_its_end_tokens(instruct):
     directory, model, _ = instruct
     texts = write_rows(directory / "texts.jsonl", [{"prompt": p, "completion": " good red"} for p in PROMPTS])
     rows = [{"prompt": p, "chosen": " good red", "rejected": " bad"} for p in PROMPTS]
@@ -77,7 +77,7 @@ def test_a_trained_model_keeps_its_ends(instruct):
     assert ends(tuned) == ends(aligned) == ends(model) and len(ends(model)) == 2
 
 
-def test_the_ends_of_a_model_that_is_not_loaded_are_the_same(instruct):
+def test_end_tokens_are_the_same_from_a_model_and_from_its_directory(instruct):
     model, tokenizer = models.load(instruct[1])
     assert models.stop_ids(model, tokenizer) == models.stop_ids(instruct[1], tokenizer) == (2, 2 + len(WORDS))
     assert models.absent_ids(model, tokenizer) == models.absent_ids(instruct[1], tokenizer) == ()
@@ -86,7 +86,7 @@ def test_the_ends_of_a_model_that_is_not_loaded_are_the_same(instruct):
 
 
 @torch.no_grad()
-def test_rows_of_the_embedding_that_are_no_tokens_are_never_drawn(instruct):
+def test_unused_rows_of_the_embedding_are_never_sampled(instruct):
     """4,000 draws against the exact probabilities of the others, by chi-square; the log-probs are the model's own."""
     model, tokenizer = models.load(instruct[1])
     size = len(tokenizer)

@@ -52,7 +52,7 @@ EVERY = pytest.mark.parametrize(
 
 
 @EVERY
-def test_weights_that_are_mapped_are_those_that_are_read(family, tmp_path):
+def test_mapped_weights_equal_loaded_weights(family, tmp_path):
     """Of files in 16 bits, made fp32: every parameter, and every buffer that a model in 16 bits would have rounded."""
     skip_unless_known(family)
     _, tokenizer = models.word_level(["a", "b"])
@@ -69,17 +69,17 @@ def test_weights_that_are_mapped_are_those_that_are_read(family, tmp_path):
     assert mapped.config.to_dict() == read.config.to_dict()
 
 
-def known(family):
+def is_available(family):
     return hasattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")
 
 
 def skip_unless_known(family):
-    if not known(family):
+    if not is_available(family):
         pytest.skip(f"this transformers has no {family}")
 
 
 @EVERY
-def test_log_probs_of_the_model(family):
+def test_log_probs_match_the_model(family):
     skip_unless_known(family)
     model = tiny(family)
     head = LMHead(model)
@@ -96,7 +96,7 @@ def test_log_probs_of_the_model(family):
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi"])
-def test_gradients_of_the_model(family):
+def test_gradients_match_the_model(family):
     """Through head, body and (Gemma) the tied embedding."""
     model = tiny(family)
     head = LMHead(model)
@@ -114,7 +114,7 @@ def test_gradients_of_the_model(family):
         torch.testing.assert_close({name: grads[1][name]}, {name: grad}, rtol=1e-6, atol=1e-9)
 
 
-def test_measuring_leaves_no_trace():
+def test_measuring_the_head_keeps_modes_and_random_state():
     """Modes and random state are as they were, in a model with dropout that is training."""
     model = tiny("GPT2").train()
     model.transformer.h[0].eval()
@@ -125,7 +125,7 @@ def test_measuring_leaves_no_trace():
     assert "forward" not in vars(model.lm_head)
 
 
-def test_other_logits_are_refused():
+def test_unsupported_logits_are_refused():
     class Squared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -223,7 +223,7 @@ def test_a_reparametrized_head_gives_the_log_probs_and_gradients_of_the_model():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_plain_head_in_16_bits_is_taken(dtype):
+def test_a_plain_head_in_16_bits_is_accepted(dtype):
     LMHead(tiny("Gemma2").to(dtype))
     with pytest.raises(ValueError, match="expected logits softcap"):
         LMHead(with_head(Normalised, dtype=dtype))

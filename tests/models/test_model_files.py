@@ -72,7 +72,7 @@ def test_a_value_head_beside_the_model_is_named_and_not_used(start, model, name,
     assert all(torch.equal(p, q) for p, q in zip(found.parameters(), expected.parameters(), strict=True))
 
 
-def test_what_old_checkpoints_hold_beside_their_weights_is_taken(model, tmp_path):
+def test_extra_buffers_of_old_checkpoints_are_accepted(model, tmp_path):
     """Rotary frequencies, position ids, causal masks and a tied head, as transformers of many years wrote them."""
 
     def old(tensors):
@@ -147,7 +147,7 @@ def test_files_and_kernels_elsewhere_are_refused(model, file, entries, named, mo
     assert f": {file}: {named}: expected" in refusal(model, models.load_tokenizer)
 
 
-def test_what_a_config_says_of_code_is_not_run(model, monkeypatch):
+def test_code_named_by_a_config_is_not_run(model, monkeypatch):
     canary = model.parent / "canary"
     (model / "code.py").write_text(f"import os; os.mkdir({str(canary)!r})\nclass Model: pass\n")
     (model / "custom_generate").mkdir()
@@ -182,7 +182,7 @@ def write_adapter(base, directory, **changes):
     return str(directory)
 
 
-def test_an_adapter_that_leads_nowhere_is_one_line(start, tmp_path):
+def test_an_adapter_without_a_usable_base_is_refused_in_one_line(start, tmp_path):
     itself = write_adapter(start, tmp_path / "itself")
     edit(tmp_path / "itself/adapter_config.json", base_model_name_or_path=itself + "/../itself")
     assert "adapter whose base is, in the end, itself" in refusal(itself)
@@ -233,7 +233,7 @@ def test_a_config_that_is_odd_in_one_entry_is_loaded_or_refused_in_one_line(star
     "text", ["[]", "5", "", "{", "[" * 100_000, '{"a": ' * 20_000, "\x00", '"x"', "null", "é".encode("latin-1")]
 )
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"])
-def test_a_file_that_is_no_json_object_is_one_line(model, file, text):
+def test_a_file_that_is_no_json_object_is_refused_in_one_line(model, file, text):
     (model / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     try:
         models.load(model)
@@ -243,7 +243,7 @@ def test_a_file_that_is_no_json_object_is_one_line(model, file, text):
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_a_bad_header_of_the_weights_is_one_line(model, mapped):
+def test_a_bad_header_of_the_weights_is_refused_in_one_line(model, mapped):
     whole = (model / "model.safetensors").read_bytes()
     for bad in (b"", b"\xff" * 64, whole[:40], whole[:-10], (2**40).to_bytes(8, "little") + whole[8:]):
         (model / "model.safetensors").write_bytes(bad)
@@ -264,7 +264,7 @@ PANICS = {
 
 
 @pytest.mark.parametrize("when", PANICS)
-def test_a_tokenizer_that_panics_is_one_line(model, when):
+def test_a_tokenizer_that_panics_is_refused_in_one_line(model, when):
     edit(model / "tokenizer.json", **PANICS[when])
     assert "expected a tokenizer beside the weights" in refusal(model, models.load_tokenizer)
     assert "expected a tokenizer beside the weights" in refusal(model)
@@ -290,7 +290,7 @@ def test_all_weights_are_trained_from_an_adapter(stage, start, tmp_path):
             assert not torch.equal(tensor, before[name]), name
 
 
-def test_a_reward_model_begins_with_the_body_that_an_adapter_made(start, tmp_path):
+def test_a_reward_model_starts_from_the_body_merged_with_the_adapter(start, tmp_path):
     adapter = write_adapter(start, tmp_path / "adapter")
     found, _ = models.classifier_from(adapter, 1, seed=3)
     expected, plain = models.load(adapter)[0], models.classifier_from(start, 1, seed=3)[0]

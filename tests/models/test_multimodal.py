@@ -137,7 +137,7 @@ def test_log_probs_of_text_are_those_of_the_wrapper(family, tmp_path, capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_a_wrapper_that_needs_another_library_is_one_line(tmp_path):
+def test_a_wrapper_that_needs_another_library_is_a_one_line_error(tmp_path):
     with without_timm():
         write_wrapper("Gemma3n", tmp_path / "wrapper")
     with pytest.raises(ValueError, match="Gemma3nForConditionalGeneration.*requires the timm library") as caught:
@@ -145,7 +145,7 @@ def test_a_wrapper_that_needs_another_library_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_part_that_computes_something_else_is_refused(tmp_path):
+def test_a_text_part_with_other_logits_is_refused(tmp_path):
     """transformers caps the logits of Gemma 3's text model alone, and not those of the wrapper."""
     write_wrapper("Gemma3", tmp_path / "wrapper", final_logit_softcapping=5.0)
     with pytest.raises(ValueError, match="other logits than the wrapper's own") as caught:
@@ -159,7 +159,7 @@ def test_a_text_part_that_computes_something_else_is_refused(tmp_path):
     ("Phi4Multimodal", "no text part of its own"),
     ("CLIP", "no causal LM for its text part .model type 'clip_text_model'"),
 ])  # fmt: skip
-def test_a_wrapper_without_a_text_part_that_stands_alone_is_refused(kind, reason):
+def test_a_wrapper_without_a_causal_lm_is_refused(kind, reason):
     with pytest.raises(ValueError, match=f"it is multimodal.*{reason}") as caught:
         models.refuse_unsupported(getattr(transformers, f"{kind}Config")())
     assert "\n" not in str(caught.value)
@@ -187,7 +187,7 @@ def rows(path):
     pytest.param("Llama4", ["--reference", "live"], marks=pytest.mark.slow),
     ("Qwen3_5", ["--share_prompt", "auto"]),
 ])  # fmt: skip
-def test_an_alignment_from_a_wrapper_leaves_a_text_model(family, options, tmp_path, capsys):
+def test_an_alignment_from_a_wrapper_saves_a_text_model(family, options, tmp_path, capsys):
     write_wrapper(family, tmp_path / "wrapper")
     arguments = ["--model", str(tmp_path / "wrapper"), "--data", rows(tmp_path / "rows.jsonl"), "--device", "cpu"]
     arguments += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--batch_size", "4", *options]
@@ -207,7 +207,7 @@ def test_a_reward_model_from_a_wrapper(tmp_path):
     assert model.config.num_labels == 1 and not any("vision" in name for name in model.state_dict())
 
 
-def test_weights_of_a_wrapper_that_are_mapped_are_those_that_are_read(tmp_path):
+def test_mapped_weights_of_a_wrapper_equal_loaded_weights(tmp_path):
     wrapper = write_wrapper("Gemma3", tmp_path / "wrapper")
     models.save(wrapper.to(torch.bfloat16), models.load_tokenizer(str(tmp_path / "wrapper")), tmp_path / "wrapper")
     mapped, read = (models.load(tmp_path / "wrapper", mapped=mapped)[0] for mapped in (True, False))
@@ -217,7 +217,7 @@ def test_weights_of_a_wrapper_that_are_mapped_are_those_that_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["Gemma3", "Llama4"])
-def test_the_text_part_in_four_bits_is_trained_and_merged(family, tmp_path):
+def test_the_text_part_is_trained_in_4_bits_and_merged(family, tmp_path):
     pytest.importorskip("bitsandbytes")
     write_wrapper(family, tmp_path / "wrapper")
     arguments = ["--model", str(tmp_path / "wrapper"), "--data", rows(tmp_path / "rows.jsonl"), "--device", "cpu"]

@@ -74,7 +74,7 @@ def test_rewards_are_those_of_each_row_alone(name):
         assert float(expected.std()) > 1e-2 and torch.allclose(found.double(), expected, atol=2e-6)
 
 
-def test_16_bits_make_no_ties():
+def test_rewards_of_a_16_bit_model_have_no_ties():
     """200 completions that differ; a head in bfloat16 gives many of them one reward, and half a point each."""
     model = make("llama", pad_token_id=23).float()
     examples = [TokenizedExample((3,), tuple((i % 20, 1 + i // 20) for i in range(200)), None, 1)]
@@ -85,7 +85,7 @@ def test_16_bits_make_no_ties():
     assert found.dtype == torch.float32 and len(found.unique()) >= 199 > 180 > len(rounded.unique())
 
 
-def test_a_pad_id_in_the_config_alone_moves_no_reward(tmp_path):
+def test_a_pad_id_in_the_config_alone_changes_no_reward(tmp_path):
     """The tokenizer has none: its end of sequence was made the pad, and the token before the end was scored."""
     _, tokenizer = models.load(write_model(tmp_path / "policy"))
     torch.manual_seed(0)

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    return interruptions.given(tmp_path_factory.mktemp("given"))
+def inputs(tmp_path_factory):
+    return interruptions.write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def ends(stage, given, run, capsys, *options):
+def ends(stage, inputs, run, capsys, *options):
     """(exit code, its last line on stderr) of a run with these options."""
-    code = STAGES[stage].main(interruptions.arguments(stage, given, run, *options))
+    code = STAGES[stage].main(interruptions.arguments(stage, inputs, run, *options))
     return code, capsys.readouterr().err.splitlines()[-1:]
 
 
@@ -31,10 +31,10 @@ def written(run):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_changes_no_weight_fails(stage, given, tmp_path, capsys):
+def test_a_run_that_changes_no_weight_fails(stage, inputs, tmp_path, capsys):
     """A learning rate that is 0 in fp32; the same command fails again, from its last checkpoint too."""
     for _ in range(2):
-        code, (line,) = ends(stage, given, tmp_path / "run", capsys, "--learning_rate", "1e-60")
+        code, (line,) = ends(stage, inputs, tmp_path / "run", capsys, "--learning_rate", "1e-60")
         assert code == 1 and "no weight has changed after 10 steps" in line
     assert not [file for file in written(tmp_path / "run") if "/" not in file], "no model of the end"
 
@@ -45,19 +45,19 @@ def test_a_run_that_changes_no_weight_fails(stage, given, tmp_path, capsys):
     ("reward", ["--max_steps", "1"]),
     ("ppo", ["--critic_warmup_steps", "0", "--max_steps", "1"]),
 ])  # fmt: skip
-def test_weights_that_are_not_finite_are_never_written(stage, options, given, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_never_written(stage, options, inputs, tmp_path, capsys):
     options = ["--learning_rate", "1e300", "--save_steps", "1", "--export_steps", "1", *options]
     if stage in ("sft", "reward"):
         options = [option for option in options if option not in ("--export_steps",)]
         options.remove("1")
-    code, (line,) = ends(stage, given, tmp_path / "run", capsys, *options)
+    code, (line,) = ends(stage, inputs, tmp_path / "run", capsys, *options)
     assert code == 1 and "the weights are not finite (model." in line
     assert written(tmp_path / "run") == []
-    code, _ = ends(stage, given, tmp_path / "run", capsys, *options[2:], "--allow_changes")
+    code, _ = ends(stage, inputs, tmp_path / "run", capsys, *options[2:], "--allow_changes")
     assert code == 0, "a command that differs in the learning rate begins again"
 
 
-def test_a_poisoned_last_step_keeps_the_checkpoint_before_it(given, tmp_path, capsys, monkeypatch):
+def test_a_poisoned_last_step_keeps_the_checkpoint_before_it(inputs, tmp_path, capsys, monkeypatch):
     own = training_step.update
 
     def poisoning(module, optim, config, accelerator, step, *rest):
@@ -68,10 +68,10 @@ def test_a_poisoned_last_step_keeps_the_checkpoint_before_it(given, tmp_path, ca
 
     monkeypatch.setattr(training_step, "update", poisoning)
     poisoned = True
-    code, (line,) = ends("sft", given, tmp_path / "run", capsys, "--save_steps", "2")
+    code, (line,) = ends("sft", inputs, tmp_path / "run", capsys, "--save_steps", "2")
     assert code == 1 and "step-4" in line
     poisoned = False
-    code, _ = ends("sft", given, tmp_path / "run", capsys, "--save_steps", "2")
+    code, _ = ends("sft", inputs, tmp_path / "run", capsys, "--save_steps", "2")
     assert code == 0
 
 

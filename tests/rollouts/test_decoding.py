@@ -87,7 +87,7 @@ def alone(model, prompt, uniforms):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_completions_are_those_of_each_sequence_by_itself(name, monkeypatch, capsys):
+def test_completions_match_sampling_each_sequence_alone_without_a_cache(name, monkeypatch, capsys):
     """Mamba, RWKV and GPT ended in a traceback; MiniMax drew from wrong logits."""
     monkeypatch.setattr(console, "_warned", set())
     model = make(name)
@@ -99,7 +99,7 @@ def test_completions_are_those_of_each_sequence_by_itself(name, monkeypatch, cap
     assert ("without a key-value cache" in capsys.readouterr().out) != KINDS[name][1]
 
 
-def test_whether_a_cache_is_used_depends_on_its_logits(monkeypatch):
+def test_a_cache_that_gives_other_logits_is_not_used(monkeypatch):
     """A cache that forgets its order, or its padding, is found out whatever the model is called."""
     model = make("mistral")
     assert decoding.supports_cache(model, PROMPTS) and decoding.supports_cache(model, [[3]])

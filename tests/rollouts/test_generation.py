@@ -47,7 +47,7 @@ def drawn(small):
     return draw(small, PROMPTS, k=6, **SETTINGS)
 
 
-def test_equals_a_naive_loop_with_the_same_streams(small, drawn):
+def test_samples_equal_a_naive_loop_with_the_same_random_numbers(small, drawn):
     model, tokenizer = small
     finishes = set()
     for i, example in enumerate(drawn):
@@ -71,7 +71,7 @@ def test_a_completion_does_not_depend_on_those_drawn_beside_it(small, drawn):
     assert [[s.token_ids for s in g] for g in fewer] == [[s.token_ids for s in g[:2]] for g in drawn[:2]]
 
 
-def test_logprob_is_what_teacher_forcing_says(small):
+def test_logprob_matches_teacher_forcing(small):
     model, tokenizer = small
     for prompt, example in zip(
         PROMPTS, generate.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=4, **SETTINGS), strict=True
@@ -93,13 +93,13 @@ def test_eos_ends_a_completion_and_is_part_of_it(small):
         assert sample.finish == "eos" or len(sample.token_ids) == SETTINGS["max_new_tokens"]
 
 
-def test_seed_decides(small):
+def test_the_seed_determines_the_samples(small):
     again = draw(small, PROMPTS, k=2, **SETTINGS)
     assert again == draw(small, PROMPTS, k=2, **SETTINGS)
     assert again != draw(small, PROMPTS, k=2, **(SETTINGS | {"seed": 6}))
 
 
-def test_frequencies_are_the_models(small):
+def test_frequencies_match_the_probabilities_of_the_model(small):
     """One step from one prompt: 4000 draws lie within 5 standard errors of every probability."""
     model, tokenizer = small
     settings = SETTINGS | {"max_new_tokens": 1}
@@ -110,7 +110,7 @@ def test_frequencies_are_the_models(small):
     assert ((seen - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
 
 
-def test_modes_and_the_global_stream_are_left_as_they_were(small):
+def test_sampling_keeps_modes_and_the_global_random_state(small):
     model, _ = small
     model.train()
     model.model.norm.eval()

@@ -34,7 +34,7 @@ def options(model, prompts):
     return {"model": model, "data": prompts, "k": 4, "max_new_tokens": 6, "temperature": 0.8, "seed": 3}
 
 
-def test_rows_hold_what_was_drawn(drawn):
+def test_rows_hold_texts_tokens_and_log_probs_of_the_samples(drawn):
     model, _, run = drawn
     _, tokenizer = models.load(model)
     rows = lines(run / "samples.jsonl")
@@ -76,7 +76,7 @@ def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by
             assert (len(ids) > 0 and ids[-1] == tokenizer.eos_token_id) == (how == "eos")
 
 
-def test_a_part_of_the_prompts_gets_what_it_gets_among_all(drawn, tmp_path):
+def test_a_subset_of_the_prompts_gets_the_same_completions(drawn, tmp_path):
     model, prompts, run = drawn
     part = sample.run(sample.Config(output_dir=str(tmp_path / "part"), first=2, prompts=3, **options(model, prompts)))
     whole = lines(run / "samples.jsonl")[2:5]
@@ -84,7 +84,7 @@ def test_a_part_of_the_prompts_gets_what_it_gets_among_all(drawn, tmp_path):
         assert mine["token_ids"] == theirs["token_ids"]
 
 
-def test_a_prompt_that_comes_round_again_gets_new_completions(drawn, tmp_path):
+def test_every_epoch_draws_new_completions(drawn, tmp_path):
     model, prompts, run = drawn
     twice = sample.run(sample.Config(output_dir=str(tmp_path / "twice"), epochs=2, **options(model, prompts)))
     rows = lines(twice / "samples.jsonl")
@@ -104,7 +104,7 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
     assert shuffled.isfinite()[0].tolist() == [False, True, False, True]
 
 
-def test_top_p_keeps_the_log_probs_of_the_whole_distribution(drawn):
+def test_top_p_keeps_the_log_probs_of_the_full_distribution(drawn):
     model, tokenizer = models.load(drawn[0])
     ids = [tokenize.prompt_ids(PROMPTS[0], tokenizer)]
     row = rollout_generate.sample(model, (2,), ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
@@ -114,7 +114,7 @@ def test_top_p_keeps_the_log_probs_of_the_whole_distribution(drawn):
     assert row.logprob == pytest.approx(float(logprobs.max()), abs=1e-5) and row.logprob < -0.1
 
 
-def test_vllm_gets_each_completion_with_its_own_seed_and_gives_the_same_rows(drawn, tmp_path, monkeypatch):
+def test_vllm_gets_a_distinct_seed_per_completion_and_gives_the_same_rows(drawn, tmp_path, monkeypatch):
     """Against a stand-in: what is asked of it and what is made of its answer. The real one has not been run here."""
     asked = []
 
@@ -144,7 +144,7 @@ def test_vllm_gets_each_completion_with_its_own_seed_and_gives_the_same_rows(dra
     assert rows[0]["logprobs"] == [-1.0] * 4
 
 
-def test_vllm_that_is_not_installed_is_said(drawn, tmp_path, monkeypatch, capsys):
+def test_missing_vllm_is_an_error(drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
     model, prompts, _ = drawn
     arguments = [f"--{name}={value}" for name, value in options(model, prompts).items()]
@@ -160,7 +160,7 @@ def scored(run, tmp_path, **how):
     return score.run(score.Config(data=str(run), output_dir=str(tmp_path / "scored"), **how))
 
 
-def test_an_oracle_scores_every_completion_and_the_tokens_go_along(drawn, tmp_path):
+def test_an_oracle_scores_every_completion_and_keeps_the_tokens(drawn, tmp_path):
     run = scored(drawn[2], tmp_path, oracle="tests.tasks:reward")
     for row, before in zip(lines(run / "scored.jsonl"), lines(drawn[2] / "samples.jsonl"), strict=True):
         assert row["rewards"] == [text.split().count("good") for text in row["completions"]]
@@ -181,7 +181,7 @@ def test_degenerate_rows_are_counted(tmp_path):
     "name",
     ["tests.tasks:absent", "absent:f", "tests.tasks", ":", "tests.tasks:not_a_number", "os:getcwd", "operator:add"],
 )
-def test_an_oracle_that_is_none_is_said(drawn, tmp_path, capsys, monkeypatch, name):
+def test_an_invalid_oracle_is_an_error(drawn, tmp_path, capsys, monkeypatch, name):
     assert score.main(["--data", str(drawn[2]), "--oracle", name, "--output_dir", str(tmp_path / "x")]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert f"--oracle {name}: " in said and "expected" in said
@@ -193,14 +193,14 @@ def test_an_oracle_that_is_none_is_said(drawn, tmp_path, capsys, monkeypatch, na
     assert score.main(again) == 0, "a run that failed before it began stands in nobody's way"
 
 
-def test_one_scorer_and_not_two(drawn, capsys):
+def test_exactly_one_scorer_is_required(drawn, capsys):
     for arguments in ([], ["--oracle", "a:b", "--reward_model", "m"]):
         with pytest.raises(SystemExit):
             score.main(["--data", str(drawn[2]), *arguments])
         assert "--reward_model: expected this or --oracle, and not both" in capsys.readouterr().err
 
 
-def test_what_is_sampled_after_or_scored_in_part_is_counted(drawn, tmp_path, capsys):
+def test_truncated_prompts_are_counted(drawn, tmp_path, capsys):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "red green blue red green"}, {"prompt": "red"}])
     arguments = ["--model", str(drawn[0]), "--data", prompts, "--max_prompt_length", "3", "--max_new_tokens", "4"]
     assert sample.main([*arguments, "--output_dir", str(tmp_path / "samples"), "--device", "cpu"]) == 0
@@ -212,7 +212,7 @@ def test_what_is_sampled_after_or_scored_in_part_is_counted(drawn, tmp_path, cap
     assert "completions scored with the prompt cut on the left" in capsys.readouterr().out
 
 
-def test_a_model_that_is_nowhere_is_one_line(drawn, tmp_path, capsys, monkeypatch):
+def test_a_missing_model_is_a_one_line_error(drawn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         loading.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
     )
@@ -224,7 +224,7 @@ def test_a_model_that_is_nowhere_is_one_line(drawn, tmp_path, capsys, monkeypatc
 # Best-of-N.
 
 
-def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path, capsys):
+def test_the_best_of_every_block_keeps_its_tokens_and_log_probs(tmp_path, capsys):
     rewards = [1.0, 3.0, 2.0, 5.0, 5.0, 4.0]
     row = {"prompt": "p", "completions": list("abcdef"), "rewards": rewards, "tokenizer": "t"}
     row |= {"token_ids": [[i] for i in range(6)], "logprobs": [-float(i) for i in range(6)], "finish": ["eos"] * 6}
@@ -238,7 +238,7 @@ def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path, 
     assert "  0.0% of the completions were cut for length" in capsys.readouterr().out
 
 
-def test_the_bound_is_the_kl_where_all_completions_differ():
+def test_the_kl_bound_is_exact_if_all_completions_differ():
     """Best of n of a uniform distribution over many: KL = E[log(n F^(n-1))], F uniform on (0, 1) to the power 1/n."""
     n, points = 5, 200_000
     F = (torch.arange(points, dtype=torch.float64) + 0.5) / points
@@ -257,13 +257,13 @@ def test_the_bound_is_the_kl_where_all_completions_differ():
         ),
     ],
 )
-def test_rows_without_what_is_needed_are_said(tmp_path, capsys, row, said):
+def test_rows_without_rewards_or_of_the_wrong_size_are_refused(tmp_path, capsys, row, said):
     source = write_rows(tmp_path / "rows.jsonl", [row])
     assert best_of_n.main(["--data", source, "--n", "3", "--output_dir", str(tmp_path / "x")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_a_row_of_samples_and_back(tmp_path):
+def test_a_row_of_samples_survives_a_round_trip(tmp_path):
     example = data.Example(
         "p", ("a", "b"), (1.0, 2.0), 1, data.Tokens("t", ((1,), (2, 3)), (-1.0, -2.0), ("eos", "length"))
     )

@@ -40,7 +40,7 @@ def changed(scored, tmp_path, **values):
     return write_rows(tmp_path / "changed.jsonl", rows)
 
 
-def test_every_row_says_how_it_was_drawn(scored):
+def test_every_row_records_its_sampling_settings(scored):
     for row in lines(scored[2]):
         assert (row["temperature"], row["top_p"], row["max_new_tokens"]) == (0.4, 1.0, 5)
 
@@ -53,7 +53,7 @@ def test_samples_of_another_temperature_are_refused_in_one_line(scored, tmp_path
     assert run_align(scored, tmp_path, scored[2], "--temperature", "0.4") == 0
 
 
-def test_samples_that_do_not_say_and_truncated_ones_are_warned_of(scored, tmp_path, capsys, quiet):
+def test_samples_without_a_temperature_or_with_top_p_give_a_warning(scored, tmp_path, capsys, quiet):
     silent = changed(scored, tmp_path, temperature=None, top_p=None)
     assert run_align(scored, tmp_path, silent, "--temperature", "0.4") == 0
     out = capsys.readouterr().out
@@ -64,12 +64,12 @@ def test_samples_that_do_not_say_and_truncated_ones_are_warned_of(scored, tmp_pa
 
 
 @pytest.mark.parametrize("bad", ["hot", 0, -1.0, True, [1.0]])
-def test_a_temperature_that_is_none_is_refused_with_its_line(scored, tmp_path, capsys, bad):
+def test_an_invalid_temperature_is_refused_with_its_line(scored, tmp_path, capsys, bad):
     assert run_align(scored, tmp_path, changed(scored, tmp_path, temperature=bad)) == 2
     assert "changed.jsonl:1: temperature must be" in capsys.readouterr().err
 
 
-def test_samples_of_another_policy_than_the_reference_are_warned_of(scored, tmp_path, capsys, quiet):
+def test_samples_of_another_policy_than_the_reference_give_a_warning(scored, tmp_path, capsys, quiet):
     """With --ref_model, or simply from another model than --model; not where the reference drew them."""
     other = write_model(tmp_path / "other", seed=5, scale=2.0)
     at = ("--temperature", "0.4")
@@ -79,7 +79,7 @@ def test_samples_of_another_policy_than_the_reference_are_warned_of(scored, tmp_
     assert capsys.readouterr().out.count("drawn by another policy than the reference: their log-probs differ by") == 1
 
 
-def test_the_density_ratio_wants_samples_of_its_temperature(scored, tmp_path, capsys):
+def test_the_density_ratio_requires_samples_of_its_temperature(scored, tmp_path, capsys):
     arguments = ["--model", scored[1], "--reference", scored[1], "--data", str(scored[0] / "prompts.jsonl")]
     arguments += ["--oracle", "tests.tasks:reward", "--max_new_tokens", "5", "--max_length", "16", "--device", "cpu"]
     arguments += ["--density", str(scored[2]), "--output_dir", str(tmp_path / "x")]
@@ -90,7 +90,7 @@ def test_the_density_ratio_wants_samples_of_its_temperature(scored, tmp_path, ca
     assert settings["temperature"] == 0.4
 
 
-def test_a_model_of_nan_is_one_line_that_names_it_and_a_prompt_and_leaves_no_file(scored, tmp_path, capsys):
+def test_nonfinite_logits_are_a_one_line_error_and_leave_no_file(scored, tmp_path, capsys):
     model, tokenizer = models.load(scored[1])
     model.model.norm.weight.data.fill_(3e38)  # finite, or it would be refused when it is read
     models.save(model, tokenizer, tmp_path / "broken")
