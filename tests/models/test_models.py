@@ -1,4 +1,4 @@
-"""Models: a round trip changes nothing, and what we would get wrong is refused with its reason."""
+"""Models: saving and loading changes nothing; unsupported models and bad directories are refused with a reason."""
 
 import json
 
@@ -34,8 +34,8 @@ def saved(request, tmp_path_factory):
     return model, tokenizer, directory
 
 
-def changed(directory, tmp_path, drop=(), **config):
-    """A copy of a saved model without some files and with other entries in its config."""
+def changed_copy(directory, tmp_path, drop=(), **config):
+    """Copy a saved model without the files in `drop` and with changed config entries; return the copy."""
     for file in directory.iterdir():
         if file.name not in drop:
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -93,7 +93,7 @@ def test_parameters_of_a_tied_head_count_once():
 
 def test_a_missing_pad_token_becomes_eos(saved, tmp_path):
     _, _, directory = saved
-    changed(directory, tmp_path)
+    changed_copy(directory, tmp_path)
     path = tmp_path / "tokenizer_config.json"
     entries = json.loads(path.read_text())
     del entries["pad_token"]
@@ -121,13 +121,13 @@ def test_a_missing_pad_token_becomes_eos(saved, tmp_path):
 def test_a_bad_directory_is_refused_in_one_line(saved, tmp_path, drop, config, message):
     _, _, directory = saved
     with pytest.raises(ValueError, match=message) as caught:
-        models.load(changed(directory, tmp_path, drop, **config))
+        models.load(changed_copy(directory, tmp_path, drop, **config))
     assert "\n" not in str(caught.value)
 
 
 def test_a_pickle_is_not_read(saved, tmp_path):
     model, _, directory = saved
-    changed(directory, tmp_path, drop=("model.safetensors",))
+    changed_copy(directory, tmp_path, drop=("model.safetensors",))
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickles are not read"):
         models.load(tmp_path)

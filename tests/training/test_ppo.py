@@ -237,7 +237,7 @@ def test_a_run_raises_its_score_and_freezes_the_actor_during_critic_warmup(polic
 
 
 def test_an_off_policy_first_update_is_an_error(policy, tmp_path, monkeypatch, capsys):
-    """Check it for rollouts whose log-probs are at another temperature."""
+    """Check this for rollouts whose log-probs are at another temperature."""
     wrong = logps.shared_token_logps
     monkeypatch.setattr(logps, "shared_token_logps", lambda *a, **k: wrong(*a, **(k | {"temperature": 1.0})))
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])

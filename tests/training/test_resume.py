@@ -192,7 +192,7 @@ def test_a_run_without_an_intact_checkpoint_stops_and_changes_nothing(
 
 
 def test_a_checkpoint_may_span_many_files(inputs, undisturbed, tmp_path, monkeypatch):
-    """Check it as for a large model, whose checkpoint is split into files small enough to be in memory twice."""
+    """Check this as for a large model, whose checkpoint is split into files small enough to be in memory twice."""
     monkeypatch.setattr(checkpoint_files, "FILE", 4000)
     argv = interruptions.arguments("sft", inputs, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -124,7 +124,7 @@ def test_a_truncated_completion_is_scored_without_an_end_of_sequence(trained):
 
 @pytest.mark.parametrize("has_pad", [True, False], ids=["with a padding token", "without a padding token"])
 def test_a_pad_token_equal_to_eos_does_not_hide_eos(policy, tmp_path, has_pad):
-    """Check it as for gpt2 and pythia: pooling at the last non-padding token would skip the end of sequence."""
+    """Check this as for gpt2 and pythia: pooling at the last non-padding token would skip the end of sequence."""
     model, tokenizer = models.load(policy)
     if not has_pad:
         backend = json.loads(tokenizer.backend_tokenizer.to_str().replace("<pad>", "<other>"))
@@ -227,7 +227,9 @@ def test_a_long_completion_truncates_the_prompt_and_not_the_completion(trained):
     """Check that max_prompt_length cuts the prompt as in sampling (ppo, evaluate) and keeps the completion."""
     prompt, completion = " ".join(["red", "green"] * 20), "good blue bad " * 17
     row, seen = example(prompt, completion), example(" ".join(prompt.split()[-12:]), completion)
-    assert load_scorer(trained, 64, 12).score([row]) == [pytest.approx(load(trained, 512).score([seen])[0], abs=1e-6)]
+    assert load_scorer(trained, 64, 12).score([row]) == [
+        pytest.approx(load_scorer(trained, 512).score([seen])[0], abs=1e-6)
+    ]
     assert load_scorer(trained, 64).score([row]) != load_scorer(trained, 64, 12).score([row])
 
 

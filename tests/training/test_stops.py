@@ -125,7 +125,7 @@ def test_a_full_disk_at_the_final_save_names_the_last_checkpoint(
 
 
 def test_a_partially_written_line_is_removed(tmp_path):
-    """As a full disk does it: a part is taken, and no error inputs."""
+    """Check this for a full disk, where `write` accepts a part of the line without an error."""
 
     class Half(io.FileIO):
         def write(self, data):
