@@ -99,7 +99,7 @@ def test_an_unsupported_model_is_reported_and_gets_padded_rows(family, options, 
 
 
 def test_the_trial_includes_the_longest_row(capsys):
-    """Check a window that is not in the config and that only the longest row exceeds."""
+    """Check a local attention window that only the longest row exceeds."""
     model = tiny("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=30, num_layers=2)
     short = examples(prompt=8, answer=3)
     assert choose(model, short).layout == "shared"

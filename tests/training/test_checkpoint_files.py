@@ -90,4 +90,4 @@ def test_a_save_killed_at_every_file_system_call_leaves_an_intact_checkpoint(pre
         assert names == [f"step-{step}" for step in range(max(1, new - 1), new + 1)]
         if not killed:
             break
-    assert n > 15, "the calls of a save"
+    assert n > 15, "a save makes more than 15 file-system calls"

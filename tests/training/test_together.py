@@ -22,17 +22,8 @@ peft = pytest.importorskip("peft")
 NAMES = ("share_prompt", "reference", "lora_r", "gradient_checkpointing", "max_tokens_per_batch", "ranks")
 PLAIN = ("off", "cache", 0, False, 8192, 1)
 OTHER = ("on", "live", 4, True, 48, 2)
-ROWS = [
-    "111110",
-    "110001",
-    "101010",
-    "011101",
-    "100111",
-    "001011",
-    "010110",
-    "000000",
-    "001101",
-]  # 1: the value of OTHER, 0: of PLAIN
+# 1: the value of OTHER, 0: of PLAIN
+ROWS = ["111110", "110001", "101010", "011101", "100111", "001011", "010110", "000000", "001101"]
 
 
 def test_rows_cover_every_pair_of_settings():
