@@ -12,7 +12,7 @@ import torch
 from exo import best_of_n, data, models, sample, score
 from exo.data.text import tokenize
 from exo.data.text.limits import Limits
-from exo.models import loading
+from exo.models import files
 from exo.rollouts import generate as rollout_generate
 from exo.rollouts import samples, scorers
 from tests.tasks import PROMPTS, lines, write_model, write_rows
@@ -213,9 +213,10 @@ def test_truncated_prompts_are_counted(drawn, tmp_path, capsys):
 
 
 def test_a_missing_model_is_a_one_line_error(drawn, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        loading.AutoConfig, "from_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
-    )
+    def offline(*arguments, **options):
+        raise OSError("offline")
+
+    monkeypatch.setattr(files, "cached_file", offline)
     assert sample.main(["--model", "nowhere", "--data", str(drawn[1]), "--output_dir", str(tmp_path / "x")]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error == "error: model 'nowhere': expected a directory, and there is none; or a hub name; got: offline"
