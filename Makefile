@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 DEMO_ARGS ?=
 # pytest-xdist runs the files of tests on two processes, each with one thread
 WORKERS ?= 2
-SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
+SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # a waiting thread must not spin: it would take the core that another process needs
 export OMP_WAIT_POLICY ?= passive
 

@@ -1,5 +1,6 @@
-"""Add the figures and files outside of docs/ to the site, where the pages link to them."""
+"""Add the README, as the overview, and the figures outside of docs/ to the site."""
 
+import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -15,4 +16,9 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
+    if page.file.src_uri == "index.md":
+        markdown = (ROOT / "README.md").read_text(encoding="utf-8").replace("](benchmarks/", "](../benchmarks/")
+        markdown = markdown.replace("](docs/", "](")
+        # the site has no page for a file of the repository, such as constraints.txt
+        markdown = re.sub(r"\[([^]]*)\]\((?!http|\.\./|#)(?![\w/-]+\.(?:md|png))[^)]*\)", r"\1", markdown)
     return markdown.replace("../benchmarks/results/", "figures/benchmarks/")

@@ -15,14 +15,23 @@ from torch import Tensor
 
 
 class LossStats(NamedTuple):
-    """Statistics of a loss, detached: N sequences, G groups; fp32 (fp64 for fp64 input) except `tokens`."""
+    """Statistics of a loss, detached: N sequences, G groups; fp32 (fp64 for fp64 input) except `tokens`.
 
-    policy_logps: Tensor  # (N,) sum of the policy's log-probs over tokens with loss
-    implicit_rewards: Tensor  # (N,) beta_pi S_k
-    p: Tensor  # (N,) the policy's distribution over each group, eq. 13
-    q: Tensor  # (N,) the target distribution, eq. 14 or 16-18
-    losses: Tensor  # (G,)
-    tokens: Tensor  # (N,) int64, tokens with loss
+    Attributes:
+        policy_logps: (N,) sum of the policy's log-probs over tokens with loss.
+        implicit_rewards: (N,) beta_pi S_k.
+        p: (N,) the policy's distribution over each group, eq. 13.
+        q: (N,) the target distribution, eq. 14 or 16-18.
+        losses: (G,) the loss of each group.
+        tokens: (N,) int64, tokens with loss.
+    """
+
+    policy_logps: Tensor
+    implicit_rewards: Tensor
+    p: Tensor
+    q: Tensor
+    losses: Tensor
+    tokens: Tensor
 
 
 class Betas(NamedTuple):

@@ -16,6 +16,11 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
+# Files of tests that take more than ten seconds of their own process, whatever the number of their tests.
+LONGEST = {
+    "test_recipe", "test_parallel", "test_crashes", "test_aot", "test_resume", "test_attention", "test_imports",
+    "test_linear_autograd", "test_linear", "test_linear_laws", "test_logits", "test_generation", "test_stops",
+}  # fmt: skip
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic torch refuses to multiply
 
 
@@ -32,6 +37,7 @@ def implementations() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # so that no process ends long after the others
     for item in items:
         if {"impl", "device"} <= set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.kernel)

@@ -39,16 +39,16 @@ def check(name: str) -> None:
 
 
 def find(name: str, file: str) -> Path | None:
-    """Return the path of a model's file; None if it has none. ValueError if its hub config cannot be reached."""
+    """Return the path of a model's file, or None; ValueError if a hub name has no config.json that can be reached."""
     if Path(name).is_dir():
         return Path(name) / file if (Path(name) / file).is_file() else None
-    needed = file == "config.json"  # asked for first: without it nothing else is tried
+    required = file == "config.json"  # checked first: each lookup without a network is retried for 20 s
     with explained(name, "a hub name"):
-        found = cached_file(
-            name, file, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=needed,
+        path = cached_file(
+            name, file, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=required,
+            _raise_exceptions_for_connection_errors=required,
         )  # fmt: skip
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def read(name: str, path: Path) -> dict[str, Any]:

@@ -75,14 +75,14 @@ def linear_token_logps(
     c tanh(a / c). Rows of ignored labels are dropped before the first matmul; counting the others synchronises a GPU.
 
     Args:
-        hidden: fp16, bf16, fp32 or fp64, any strides: the input of the head.
+        hidden: (N, T, D), or packed (n, D), the input of the head; fp16, bf16, fp32 or fp64, any strides.
         weight: (V, D). Hidden and weight are multiplied in autocast's dtype if it is on, else in the wider of both;
             logits, softmax and sums are fp32 (fp64 for fp64) for every dtype of the operands. A DTensor without
             gradients is gathered; one that requires them must be gathered by the caller.
         labels, temperature, cu_seqlens, shift, ignore_index: as in `token_logps`.
         bias: (V,) or None.
-        logit_scale: multiplies the logits, > 0 (Cohere's logit_scale; 1 / Granite's logits_scaling).
-        softcap: caps them, > 0 (Gemma 2's final_logit_softcapping).
+        logit_scale: multiplies the logits, above 0 (Cohere's logit_scale; 1 / Granite's logits_scaling).
+        softcap: caps them, above 0 (Gemma 2's final_logit_softcapping).
         memory_budget: bytes, as an integer or as "512MiB", beyond inputs, gradients and one fp32 copy of the weight's;
             hidden and weight as converted for autocast or mixed dtypes count as inputs.
         schedule: "auto", or "deferred", "store" or "recompute" (see `explain`); used only if gradients are needed.
@@ -183,7 +183,7 @@ def _fused_loss(objective: str) -> HiddenLoss:
         Args:
             hidden, weight, labels, bias, logit_scale, softcap, temperature, cu_seqlens, shift, ignore_index: as in
                 `linear_token_logps`, like memory_budget, process_group and impl; packed input needs `cu_seqlens`.
-            ref_logps: as in `fused_exo_loss`; or None to score the reference in the same call, from
+            ref_logps: as in `fused_exo_loss`; None scores the reference in the same call, from `ref_hidden`.
             ref_hidden: the reference model's hidden states, shaped like `hidden`, multiplied in its dtype. No gradient.
             ref_weight, ref_bias: its head; None means the policy's, whose matmul then takes both models' rows together.
             schedule: "auto", "deferred", "group", "store" or "recompute" (see `explain`). A group whose rows exceed the

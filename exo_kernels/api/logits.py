@@ -39,8 +39,8 @@ def token_logps(
     logits: Tensor, labels: Tensor, *, return_entropy: bool, **options: Unpack[RowKeywords]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logps(
-    logits: Tensor,  # (N, T, V), or packed (n, V)
-    labels: Tensor,  # (N, T), or packed (n,)
+    logits: Tensor,
+    labels: Tensor,
     *,
     temperature: float = 1.0,
     cu_seqlens: Tensor | None = None,
@@ -52,9 +52,10 @@ def token_logps(
     """Return the log-probability of every label, at the row that predicts it; differentiable.
 
     Args:
-        logits: fp16, bf16, fp32 or fp64, any strides; read once, never written. Rows of ignored labels are not read.
-        labels: int64 or int32 in [0, V), or `ignore_index`.
-        temperature: divides the logits, > 0.
+        logits: (N, T, V), or packed (n, V); fp16, bf16, fp32 or fp64, any strides. Read once, never written; rows of
+            ignored labels are not read.
+        labels: (N, T), or packed (n,); int64 or int32 in [0, V), or `ignore_index`.
+        temperature: divides the logits, above 0.
         cu_seqlens: (N+1,) int boundaries of packed sequences; accepted for uniformity, not needed here.
         shift: None means True for padded input (row t scores labels[:, t+1], as Hugging Face labels have it) and False
             for packed input, whose labels are aligned with their rows.
@@ -84,8 +85,8 @@ def token_logps(
 
 
 def sequence_logps(
-    logits: Tensor,  # (N, T, V), or packed (n, V)
-    labels: Tensor,  # (N, T), or packed (n,)
+    logits: Tensor,
+    labels: Tensor,
     *,
     temperature: float = 1.0,
     cu_seqlens: Tensor | None = None,
@@ -180,15 +181,16 @@ def _fused_loss(objective: str) -> LogitsLoss:
         Arxiv 2402.00856, eq. 13-19. EXO of a single completion is 0.
 
         Args:
-            logits: N sequences, the completions of one prompt adjacent; fp16, bf16, fp32 or fp64, any strides.
-            labels: int64 or int32 in [0, V); `ignore_index` on prompt and padding.
-            ref_logps: the reference's log-probs at the same temperature, fp32 or fp64, as sums (N,) or per token in the
-                layout of `token_logps` (more exact in fp32). No gradient. (n,) counts as sums if n = N.
+            logits: (N, T, V), or packed (n, V); fp16, bf16, fp32 or fp64, any strides. N sequences, the completions of
+                one prompt adjacent.
+            labels: (N, T), or packed (n,); int64 or int32 in [0, V), or `ignore_index` on prompt and padding.
+            ref_logps: the reference's log-probs at the same temperature, fp32 or fp64: sums (N,), or per token in the
+                shape of `labels` (more exact in fp32). No gradient. (n,) counts as sums if n = N.
             group_size: K, or a (G,) int tensor of ragged sizes that sum to N.
             rewards: (N,) finite floats; None means preferences, the first completion of each group being the chosen
                 one. If they saturate EXO's target, so that the loss exceeds its dtype, the group's loss is inf and its
                 gradient 0.
-            beta_pi, beta_r: > 0 and within fp32's range, like all such options; beta_r is used only with rewards.
+            beta_pi, beta_r: above 0 and within fp32's range, like all such options; beta_r is used only with rewards.
             label_smoothing: eps in [0, 1), for EXO > 0; used only with preferences, as is `compat`.
             temperature, cu_seqlens, shift, ignore_index, impl: as in `token_logps`; packed input needs `cu_seqlens`.
             reduction: "mean" over `num_groups` (default: the groups of this call; pass the number in the whole
