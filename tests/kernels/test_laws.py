@@ -309,3 +309,9 @@ def test_unchecked_offsets_stay_within_bounds():
     assert groups.spread(values, inside, 6).tolist() == [1, 1, 3, 3, 3, 3]
     assert groups.spread(values, bad, 6).shape == (6,)
     assert groups.spread(values[:0], inside[:1], 3).tolist() == [0, 0, 0]
+
+
+def test_spread_of_offsets_that_end_too_early():
+    """Check that members behind the last segment get its value: unvalidated offsets must not read out of bounds."""
+    spread = groups.spread(torch.tensor([1.0, 2.0]), torch.tensor([0, 2, 3]), 6)
+    assert spread.tolist() == [1, 1, 2, 2, 2, 2]

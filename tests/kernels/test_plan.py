@@ -118,3 +118,9 @@ def test_explain_describes_the_call():
     assert frozen.schedule == "deferred" and frozen.flops == 2 * one
     with torch.no_grad():
         assert exo_kernels.explain(hidden, weight, case.labels).flops == one
+
+
+def test_a_group_that_fills_a_chunk_counts_for_the_target():
+    """Check that 20 rows in chunks of 8 are filled to 7 each, not to 6 as the 12 rows of the smaller groups would."""
+    chunks = plan.group_chunks([3, 3, 1, 3, 2, 8], 8)
+    assert [chunk.groups for chunk in chunks] == [slice(0, 3), slice(3, 5), slice(5, 6)]
