@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from exo.data import Dataset, Example
     from exo.models.logps import ScoringModels, Tokens
-    from exo.rollouts.checkpoints import Checkpoint, CheckpointSampler
+    from exo.rollouts.saved_models import SavedModel, SavedModelSampler
     from exo.rollouts.scorers import Scores
 
 from exo.cli import console
@@ -81,7 +81,7 @@ def run(config: Config, start: Start) -> Path:
     from exo.distributed.accelerator import make_accelerator
     from exo.evaluation import baseline, metrics
     from exo.rollouts import samples, scorers, shards
-    from exo.rollouts.checkpoints import CheckpointSampler
+    from exo.rollouts.saved_models import SavedModelSampler
     from exo.runs import stage as run_stage
     from exo.runs.atomic import atomic_file, write_json
 
@@ -102,7 +102,7 @@ def run(config: Config, start: Start) -> Path:
     density = _read_density(config) if config.density else None
     scorer = scorers.load(config.reward_model, config.oracle, accelerator, **_scorer_options(config), date=date)
     chosen_scores, counts = shards.score_shared(scorer, inputs.chosen, accelerator)
-    sampler = CheckpointSampler(
+    sampler = SavedModelSampler(
         inputs.prompts,
         sampling,
         accelerator=accelerator,
@@ -115,7 +115,7 @@ def run(config: Config, start: Start) -> Path:
         (directory / "samples").mkdir()
     size = settings["k"] or "several numbers of"
     console.log(f"{len(inputs.prompts):,} prompts x {size} completions, scored by {scorer.name}")
-    entries = []
+    entries, rows = [], []
     for checkpoint, examples, scoring_models in sampled:
         scores, more_counts = shards.score_shared(scorer, examples, accelerator)
         counts += more_counts
@@ -128,8 +128,10 @@ def run(config: Config, start: Start) -> Path:
         console.log(f"  {checkpoint.name:10s} {_line(entry)}")
         samples.log_cut(examples)
         entries.append(entry)
+        if density and scoring_models and checkpoint.name == "final":
+            rows = scoring_models.density(*density)
+        del scoring_models  # before the next model is loaded
     console.counts(counts)
-    rows = scoring_models.density(*density) if density and scoring_models else []
     if accelerator.is_main_process:
         if rows:
             with atomic_file(directory / "density.jsonl") as file:
@@ -212,16 +214,16 @@ def _scorer_options(config: Config) -> dict[str, Any]:
 
 
 def _sample(
-    config: Config, inputs: Inputs, sampler: CheckpointSampler, date: datetime.date
-) -> Iterable[tuple[Checkpoint, list[Example], ScoringModels | None]]:
-    """Return an iterator over checkpoints, their samples and models; ValueError if the reference has other tokens."""
+    config: Config, inputs: Inputs, sampler: SavedModelSampler, date: datetime.date
+) -> Iterable[tuple[SavedModel, list[Example], ScoringModels | None]]:
+    """Return an iterator over saved models and their samples; ValueError if the reference has other tokens."""
     from exo import models
     from exo.data.text import tokenize
-    from exo.rollouts.checkpoints import Checkpoint, list_checkpoints
+    from exo.rollouts.saved_models import SavedModel, list_saved_models
     from exo.runs import inputs as run_inputs
 
     if not config.model:
-        return [(Checkpoint("samples", None, config.samples or ""), inputs.given, None)]
+        return [(SavedModel("samples", None, config.samples or ""), inputs.given, None)]
     model = run_inputs.source("model", config.model, "sft", "align", "ppo")
     if models.load_tokenizer(model).get_vocab() != inputs.tokenizer.get_vocab():
         raise ValueError(
@@ -232,7 +234,7 @@ def _sample(
     max_prompt_length = config.max_length - config.max_new_tokens
     console.counts(tokenize.sampled_prompts(inputs.prompts, inputs.tokenizer, max_prompt_length)[1])
     template = config.values("chat_template template_kwargs")
-    return sampler.sample(list_checkpoints(model), inputs.reference, date=date, **template)
+    return sampler.sample(list_saved_models(model), inputs.reference, date=date, **template)
 
 
 def _kl(ratios: Tokens) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from exo.cli import console
-from exo.cli.errors import RunError
+from exo.cli.errors import RunError, describe
 from exo.cli.fields import NOT_NEGATIVE, option
 from exo.cli.main import prepare_process, run_command
 from exo.cli.parse import parse
@@ -60,9 +60,7 @@ def run(options: Any) -> None:
     try:
         summary = _report(options, importlib.import_module(f"exo.{options.stage}"))
     except (ValueError, RunError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError):
-            message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        message = describe(error) if isinstance(error, OSError) else str(error)
         console.log(f"\n{work} would not start: {message}")
         raise ValueError(message) from None
     console.log(f"\n{work} would start: {summary}")

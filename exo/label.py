@@ -57,6 +57,10 @@ class Config(Stage):
         require(valid, "systems", "name=FILE,name=FILE,... with every name once", self.systems)
         return dict(entries)
 
+    def input_files(self) -> dict[str, str]:
+        """Return what the stage reads besides its `reads`, by name: the files in --systems."""
+        return {f"systems {name}": file for name, file in self.files().items()} if self.systems else {}
+
     def pairs(self) -> list[tuple[str, str]]:
         """Return the two systems of each matchup."""
         entries = [tuple(entry.split(":")) for entry in (self.matchups or "").split(",")]
@@ -75,7 +79,7 @@ class Item(NamedTuple):
     texts: dict[str, str]  # by column of the sheets
 
 
-@stage("label", reads=("references", "key"), makes="label.json")
+@stage("label", reads=("references", "key", "sheets"), makes="label.json")
 def run(config: Config, start: Start) -> Path:
     """Make the sheets or count them, and return the run directory."""
     return _export(config, start) if config.mode == "export" else _import(config, start)
@@ -84,7 +88,6 @@ def run(config: Config, start: Start) -> Path:
 def _export(config: Config, start: Start) -> Path:
     from exo.evaluation import answers, judge_prompts, sheets
     from exo.runs import directory as run_directory
-    from exo.runs import inputs as run_inputs
     from exo.runs import stage as run_stage
     from exo.runs.atomic import atomic_directory, write_json
 
@@ -100,7 +103,7 @@ def _export(config: Config, start: Start) -> Path:
         for key in keys
     }
     items = _blind_items(config, systems, texts, references, keys, salt)
-    directory = run_stage.begin(start, systems={name: run_inputs.fingerprint(file) for name, file in files.items()})
+    directory = run_stage.begin(start)
     key = {"matchups": [":".join(pair) for pair in matchups], "raters": config.raters, "salt": salt}
     write_json(directory / "key.json", key | {"items": {name: item.entry for name, item in items.items()}})
     with atomic_directory(directory / "sheets") as staging:
@@ -129,7 +132,7 @@ def _blind_items(
     """Return the items by name, one for each matchup and prompt; `texts` has the answer of each system to each prompt.
 
     The name of an item is a hash of its content, so a sheet of another export does not fit this key. Only the key has
-    the salt: without it, nobody can compute names or sides from the systems' files and the seed.
+    the salt: without it, names and sides cannot be computed from the systems' files and the seed.
     """
     from exo.evaluation.sheets import SIDES
 
@@ -154,7 +157,6 @@ def _import(config: Config, start: Start) -> Path:
     from exo.data import DataError
     from exo.evaluation import raters, sheets
     from exo.runs import directory as run_directory
-    from exo.runs import inputs as run_inputs
     from exo.runs import stage as run_stage
     from exo.runs.atomic import write_json
 
@@ -167,7 +169,7 @@ def _import(config: Config, start: Start) -> Path:
     result = raters.count(key, {file.stem: sheets.read(file, key["items"]) for file in files}, config.seed)
     if not any(statistics["items"] for statistics in result["matchups"].values()):
         raise DataError(f"--sheets {config.sheets}: no verdict could be read; expected 1, 2 or tie in 'verdict'")
-    directory = run_stage.begin(start, sheets={file.name: run_inputs.fingerprint(str(file)) for file in files})
+    directory = run_stage.begin(start)
     write_json(directory / "label.json", result)
     run_stage.finish(directory)
     raters.show(result, key["raters"])

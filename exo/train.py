@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     alignment = {field.name for field in dataclasses.fields(align.Config)} - {"output_dir", "seed"}
     options = given(arguments)
     if "recipe" not in options and options & alignment:
-        return align.main(arguments)
+        return align.main(arguments, prog="python -m exo.train")
     return run_command(run, parse(Config, arguments, prog="python -m exo.train", description=None))
 
 

@@ -104,7 +104,7 @@ class Soak:
         """Damage a checkpoint in 25 ways; from the last one the run must resume with the previous checkpoint."""
         argv, rng = self._new_run("sft"), random.Random(round_number)
         assert self.server.run("sft", argv, self.log, crash=80) == 9
-        checkpoint = checkpoint_files.newest(self.directory / "run" / run_record.STATES)
+        checkpoint = checkpoint_files.newest(self.directory / "run" / run_record.CHECKPOINTS)
         assert checkpoint is not None
         detected = 0
         for _ in range(25):
@@ -131,7 +131,7 @@ class Soak:
             if code == 0:
                 return 1, fingerprint(disk / "run") == self.undisturbed["sft"], {"runs_it_was_enough_for": 1}
             reported = "No space left" in output and "Traceback" not in output
-            checkpoint = checkpoint_files.newest(disk / "run" / run_record.STATES)
+            checkpoint = checkpoint_files.newest(disk / "run" / run_record.CHECKPOINTS)
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             resumed = (
                 self.server.run("sft", argv, self.log) == 0 and fingerprint(disk / "run") == self.undisturbed["sft"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from exo.cli import signals, streams
-from exo.cli.errors import RunError
+from exo.cli.errors import RunError, describe
 from exo.cli.parse import command_line, parse
 
 C = TypeVar("C")
@@ -26,8 +26,8 @@ def command(config: type[C], run: Callable[[C], object]) -> Callable[..., int]:
     prepare_process(config.__module__)
     name = module.__spec__.name if module.__spec__ else module.__name__  # __main__ has the name of its file there
 
-    def main(argv: Sequence[str] | None = None) -> int:
-        options = parse(config, argv, prog=f"python -m {name}", description=module.__doc__)
+    def main(argv: Sequence[str] | None = None, prog: str = f"python -m {name}") -> int:
+        options = parse(config, argv, prog=prog, description=module.__doc__)
         if needs_ranks(options):
             return run_ranks(name, command_line(options), options.nproc)  # type: ignore[attr-defined]
         return run_command(run, options)
@@ -120,8 +120,7 @@ def run_command(run: Callable[[C], object], options: C) -> int:
         print_error(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        print_error(f"error: {error.strerror or error}{where}")
+        print_error(f"error: {describe(error)}")
         return 1
     except RuntimeError as error:
         if not (advice := _advice(error)):

@@ -82,7 +82,7 @@ def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> Js
     if accelerator.is_main_process:
         run_stage.begin(start, keep=True, rows=rows)
     check_shared_directory(start, accelerator)
-    cache = JsonlCache(Path(start.config.output_dir) / run_record.PIECES, writes=accelerator.is_main_process)
+    cache = JsonlCache(Path(start.config.output_dir) / run_record.PARTIAL_RESULTS, writes=accelerator.is_main_process)
     accelerator.wait_for_everyone()  # no rank writes before all have read
     return cache
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from exo.cli.errors import RunError
 from exo.runs.atomic import STAGING
-from exo.runs.record import PIECES, RUN_FILE, STATES, read_run
+from exo.runs.record import CHECKPOINTS, PARTIAL_RESULTS, RUN_FILE, read_run
 
 LOCK = ".lock"
 
@@ -51,7 +51,7 @@ def prepare(directory: str, *, overwrite: bool) -> Path:
 
 def _empty(run: Path) -> None:
     """Remove all files of a run, its record last, so that it is still a run if this is interrupted."""
-    shutil.rmtree(run / STATES, ignore_errors=True)  # first: a run that is half removed must not resume
+    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)  # first: a run that is half removed must not resume
     for entry in run.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -104,5 +104,5 @@ def is_run(directory: Path, stage: str | None = None) -> bool:
 
 def remove_resume_files(run: Path) -> None:
     """Remove the files from which a run resumes, when it has finished."""
-    shutil.rmtree(run / STATES, ignore_errors=True)
-    (run / PIECES).unlink(missing_ok=True)
+    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+    (run / PARTIAL_RESULTS).unlink(missing_ok=True)

@@ -67,8 +67,10 @@ def without_split(path: str) -> str:
 
 
 def inputs(config: Any, stage: str) -> dict[str, str]:
-    """Return the options that name what a stage reads: those that it declares, and a chat template that is a file."""
+    """Return what a stage reads, by name: options that it declares, `input_files`, a template file."""
     inputs = {name: getattr(config, name) for name in STAGES[stage].reads if getattr(config, name)}
+    if hasattr(config, "input_files"):
+        inputs |= config.input_files()
     template = getattr(config, "chat_template", None)
     return inputs | ({"chat_template": template} if template and Path(template).is_file() else {})
 

@@ -74,9 +74,9 @@ _RECORDED: dict[str, Callable[[Any], bool]] = {
     "reads": _are_texts,
     "makes": lambda value: _is_text(value) and _are_hashes({value: ""}),
 }
-STATES, PIECES = "checkpoints", "pieces.jsonl"  # an unfinished run resumes from them
+CHECKPOINTS, PARTIAL_RESULTS = "checkpoints", "pieces.jsonl"  # an unfinished run resumes from them
 OWN_FILES = (RUN_FILE, "metrics.jsonl")  # not outputs of a stage
-_TEMPORARY = ("profile", STATES, PIECES)
+_TEMPORARY = ("profile", CHECKPOINTS, PARTIAL_RESULTS)
 # options that do not change what a run computes
 _IMMATERIAL = {
     *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "reference_cache", "profile", "save_steps"),

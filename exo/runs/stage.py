@@ -16,7 +16,7 @@ from exo.runs import record as run_record
 from exo.runs.inputs import fingerprint, inputs, without_split
 from exo.runs.record import changed, digest, output_files, outputs_intact, record
 
-OLD_STATES = "resume"  # where versions before 0.2 saved checkpoints
+OLD_CHECKPOINTS = "resume"  # where versions before 0.2 saved checkpoints
 C = TypeVar("C")
 
 
@@ -59,7 +59,7 @@ def stage(
             with run_directory.lock(directory):
                 start = _start(config, name)
                 if start is None:
-                    run_directory.remove_resume_files(Path(directory))  # it may have been killed just then
+                    run_directory.remove_resume_files(Path(directory))  # the process may have died before this
                     console.log(f"{directory}: this run has finished; pass --overwrite_output_dir to run it again")
                     return Path(directory)
                 return run(config, start)
@@ -88,13 +88,13 @@ def _start(config: Any, stage: str) -> Start | None:
         run_directory.check(config.output_dir, overwrite=config.overwrite_output_dir)
         return Start(config, stage, False, facts)
     assert previous is not None
-    if "finished" not in previous and (directory / OLD_STATES).is_dir():
+    if "finished" not in previous and (directory / OLD_CHECKPOINTS).is_dir():
         raise RunError(
             f"--output_dir {directory}: an unfinished run of an older version; finish it with that version or pass "
             "--overwrite_output_dir"
         )
     if state == "changed" and "finished" not in previous:
-        if not _left_anything(directory):  # it failed before it began
+        if not _left_anything(directory):  # it failed before its first result
             return Start(replace(config, overwrite_output_dir=True), stage, False, facts)
         if getattr(config, "allow_changes", False):
             console.log(f"resuming with changes: {'; '.join(changes)}")
@@ -132,7 +132,8 @@ def status(directory: Path, config: Any, stage: str) -> tuple[Literal["new", "re
 
 def template_date(previous: Mapping[str, Any] | None, inputs: Iterable[str]) -> str:
     """Return the date of the earlier run that is resumed, or of the runs that made the inputs, or today's."""
-    places = [place for place in map(Path, inputs) if place.exists()]
+    paths = [Path(without_split(str(part))) for path in inputs for part in split_paths(path)]
+    places = [path for path in paths if path.exists()]
     runs = [previous, *(record(place if place.is_dir() else place.parent) for place in places)]
     dates = [run["template_date"] for run in runs if run and "template_date" in run]
     return dates[0] if dates else datetime.date.today().isoformat()

@@ -70,7 +70,7 @@ class Checkpointer:
         resume_from: str | None = None,
     ) -> None:
         """`resume_from` is a checkpoint's directory, "true" for the newest, which must exist, or None."""
-        self.directory = run / run_record.STATES
+        self.directory = run / run_record.CHECKPOINTS
         self.module, self.accelerator = accelerator.unwrap_model(module), accelerator
         self.zero, self.stage = optim, deepspeed.stage(optim)
         self.optim: torch.optim.Optimizer = getattr(optim, "optimizer", optim)

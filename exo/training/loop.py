@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from exo.cli import console, signals
-from exo.cli.errors import RunError
+from exo.cli.errors import RunError, describe
 from exo.data.collate import Collator
 from exo.distributed import deepspeed, fsdp
 from exo.distributed.accelerator import compute_dtype, set_seed
@@ -23,7 +23,7 @@ from exo.models import weights
 from exo.runs import record as run_record
 from exo.runs.jsonl import JsonlLog
 from exo.training import checkpoint, checkpoint_files
-from exo.training.optimizer import OptimizerSettings, checkpoint_layers, optimizer
+from exo.training.optimizer import OptimizerSettings, enable_gradient_checkpointing, optimizer
 from exo.training.profiler import Profiler
 from exo.training.sampler import BatchSampler, BatchSource, steps_per_epoch, total_steps
 from exo.training.step import COUNTERS, NonFiniteError, TrainStep
@@ -109,7 +109,8 @@ def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: Jso
     done, counters = (state.step, state.counters) if state else (0, dict.fromkeys(COUNTERS, 0.0))
     if done > task.steps:
         raise RunError(
-            f"{checkpointer.directory}: holds the checkpoint of step {done:,}; expected --max_steps {done:,} or more"
+            f"{checkpointer.directory}: holds the checkpoint of step {done:,}; this run has {task.steps:,} "
+            "steps: raise --max_steps or --num_train_epochs"
         )
     movement.begin()
     step = TrainStep(
@@ -125,7 +126,7 @@ def train(task: Task, settings: Settings, accelerator: Accelerator, metrics: Jso
                 _save(checkpointer)
             raise RunError(f"{error}{checkpointer.hint()}") from error
         except (RunError, OSError) as error:
-            message = error if isinstance(error, RunError) else f"{error.strerror}: {error.filename}"
+            message = error if isinstance(error, RunError) else describe(error)
             raise RunError(f"{message}{checkpointer.hint()}") from error
         except signals.Stopped as stopped:
             raise signals.Stopped(stopped.signum, _where(_save(checkpointer), task.steps)) from None
@@ -139,7 +140,7 @@ def _save_memory(module: nn.Module, settings: Settings) -> None:
     models: list[Any] = [child for child in module.children() if hasattr(child, "gradient_checkpointing_enable")]
     for model in models:
         if settings.gradient_checkpointing:
-            checkpoint_layers(model, settings.dropout)
+            enable_gradient_checkpointing(model, settings.dropout)
         if settings.compile:
             base = model.get_base_model() if hasattr(model, "get_base_model") else model  # below an adapter
             base.base_model.compile(dynamic=True)
@@ -224,7 +225,8 @@ def _where(saved: Path | None, steps: int) -> str:
 
 
 def _conclude(max_grad_norm: float, counters: Mapping[str, float], steps: int) -> None:
-    share = 100 * counters["clipped"] / steps
-    console.log(f"  the gradient norm was clipped to {max_grad_norm:g} in {share:.0f}% of the steps")
+    if max_grad_norm:
+        share = 100 * counters["clipped"] / steps
+        console.log(f"  the gradient norm was clipped to {max_grad_norm:g} in {share:.0f}% of the steps")
     if counters["not_finite"]:
         console.log(f"  {counters['not_finite']:,.0f} updates were skipped: their loss or gradient was not finite")

@@ -52,7 +52,7 @@ def learning_rate_share(settings: OptimizerSettings, steps: int, step: int) -> f
     return 1.0 - progress if settings.lr_scheduler_type == "linear" else 1.0
 
 
-def checkpoint_layers(model: Any, dropout: bool) -> None:
+def enable_gradient_checkpointing(model: Any, dropout: bool) -> None:
     """Recompute the activations of each layer in the backward pass; transformers does so in training mode only."""
     with warnings.catch_warnings():  # the new name is unknown to the oldest transformers that we support
         warnings.simplefilter("ignore", FutureWarning)

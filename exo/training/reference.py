@@ -109,7 +109,7 @@ def score(
         with accelerator.main_process_first():  # it repairs the file before others read it
             cache = _open_cache(cache_directory, identity, writes=accelerator.is_main_process)
         number = len(cache.entries.keys() - {IDENTITY})
-        console.log(f"  {number:,} of {len(examples):,} prompts are cached in {cache.path}, which may be deleted")
+        console.log(f"  {number:,} of {len(examples):,} prompts are cached in {cache.path} (safe to delete)")
     places = {id(example): place for place, example in enumerate(examples)}
     progress = console.Progress("prompts", len(examples), every=max(1, len(examples) // 5))
     with logps.logps_function(model, accelerator, collator, temperature) as of:

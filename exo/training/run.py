@@ -43,8 +43,8 @@ def describe(
         f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}\n"
         f"{loss.upper()} on {kind}, K {sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''}, "
         f"{len(examples):,} prompts for training, {steps:,} steps of {batch_size}\n"
-        f"longest row of a prompt: median {lengths[len(lengths) // 2]} tokens, most {lengths[-1]}\n"
-        f"memory: about {estimate_memory(model, examples, accelerator, **memory) / 2**30:.2f} GiB a process "
+        f"prompt and longest completion: median {lengths[len(lengths) // 2]} tokens, most {lengths[-1]}\n"
+        f"memory: about {estimate_memory(model, examples, accelerator, **memory) / 2**30:.2f} GiB per process "
         "(weights, gradients, Adam, the head's working memory; activations come on top)"
     )
 
@@ -107,7 +107,7 @@ def end(
             with atomic_files(directory) as staging:
                 models.save(model, tokenizer, staging, dtypes=dtypes)
         except (OSError, RunError) as error:
-            newest = checkpoint_files.newest(directory / run_record.STATES)
+            newest = checkpoint_files.newest(directory / run_record.CHECKPOINTS)
             raise RunError(f"{error}{checkpoint_files.resume_hint(newest)}") from error
         plots.training_curves(directory)
         run_stage.finish(directory, **({} if result is None else {"result": result}))

@@ -96,7 +96,7 @@ class TrainStep(NamedTuple):
         if counters["lost"] == MOST_SKIPPED:
             raise RunError(f"step {step}: {MOST_SKIPPED} updates in a row overflowed float16; use bfloat16")
         counters["not_finite"] += not finite and not lost
-        clipped = float(0 < settings.max_grad_norm < norm)
+        clipped = float(finite and 0 < settings.max_grad_norm < norm)
         counters["clipped"] += clipped
         line = {"step": step, "loss": loss} | values
         line |= {"learning_rate": settings.learning_rate * share, "grad_norm": norm, "tokens": tokens}
@@ -212,7 +212,7 @@ def update(
         norm = float(fsdp.full_tensor(accelerator.clip_grad_norm_(module.parameters(), limit)))
     finite = math.isfinite(norm) and math.isfinite(loss)
     if not finite and accelerator.scaler is None and stop_on_nan:
-        raise _not_finite(step, "the gradient of all processes together is not finite", batch)
+        raise _not_finite(step, "the gradient norm is NaN or Inf", batch)
     if not engine and (finite or accelerator.scaler is not None):
         optim.step()
     optim.zero_grad(set_to_none=True)

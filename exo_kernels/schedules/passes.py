@@ -3,7 +3,7 @@
 deferred   forward stores the gradient of every row's log-prob in the hidden state; backward multiplies by a scalar
 group      takes groups together, so that the loss and its slopes are known while the chunk exists (group_pass)
 store      forward stores the gradients of all logits; backward multiplies them out
-recompute  forward stores three numbers per row; backward makes the logits again
+recompute  forward stores three numbers per row; backward recomputes the logits
 
 In all of them a chunk's logits turn in place into d, the gradient of the rows' negative log-probs. The coefficient of a
 row (its sequence's slope, all that the loss decides) never touches d: it goes to the thin side of the matmuls,
@@ -213,7 +213,7 @@ def group_pass(
         slopes = groups.spread(results[-1][1], loss.seq_offsets[s.start : s.stop + 1], r.stop - r.start)
         coefficients = (slopes / denominator * -call.transform.factor).to(call.acc)
         for chunk in chunks:
-            if not fits:  # a group larger than a chunk: now that its slopes are known, make its logits again
+            if not fits:  # a group larger than a chunk: now that its slopes are known, recompute its logits
                 chunk = work.recompute(chunk)
             index = chunk.rows[0] * call.targets.shape[1] + chunk.rows[1] - r.start
             sums.add(chunk.rows, chunk.d, chunk.hidden, coefficients[index], logps[chunk.rows])

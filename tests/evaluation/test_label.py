@@ -14,6 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from exo import label
+from exo.cli.errors import RunError
 from exo.evaluation import raters, sheets
 
 MATCHUPS = ("zeta:theta", "zeta:iota")
@@ -363,3 +364,18 @@ def test_more_sheets_than_raters_are_refused(tmp_path, capsys):
     (run / "sheets" / "rater-9.csv").write_bytes((run / "sheets" / "rater-1.csv").read_bytes())
     assert import_sheets(tmp_path, run) == 2
     assert "expected at most 1, one per rater; got 2" in capsys.readouterr().err
+
+
+def test_changed_answers_and_sheets_are_not_taken_for_the_finished_run(tmp_path, capsys):
+    run = export(tmp_path)
+    fill(run / "sheets" / "rater-1.csv", lambda row: "1")
+    assert import_sheets(tmp_path, run) == 0
+    fill(run / "sheets" / "rater-1.csv", lambda row: "2")
+    flags = [f"--sheets={run / 'sheets'}", f"--key={run / 'key.json'}", f"--output_dir={tmp_path / 'counted'}"]
+    capsys.readouterr()
+    assert label.main(["--mode=import", *flags]) == 1
+    assert "holds an earlier run, with another sheets" in capsys.readouterr().err
+    rows(tmp_path / "iota.jsonl", [{"prompt": "p0", "completions": ["changed"]}])
+    config = json.loads((run / "run.json").read_text())["arguments"]
+    with pytest.raises(RunError, match="holds an earlier run, with another systems iota"):
+        label.run(label.Config(**config | {"overwrite_output_dir": False}))

@@ -274,3 +274,13 @@ def test_the_fingerprint_of_a_function_covers_its_module_and_its_name(tmp_path, 
 def test_a_command_with_unprintable_characters_is_escaped():
     run = {"command": ["python", "-m", "exo.sft", "--data=a\u2028b"]}
     assert run_record.command(run) == "python -m exo.sft '--data=a\\u2028b'"
+
+
+def test_the_template_date_of_several_files_and_of_a_split_is_that_of_their_runs(tmp_path):
+    (tmp_path / "train-0.jsonl").write_text("{}")
+    write_json(
+        tmp_path / "run.json", FILES | {"stage": "x", "command": [], "arguments": {}, "template_date": "2020-01-01"}
+    )
+    file = str(tmp_path / "train-0.jsonl")
+    for path in (file, f"{file},{file}", f"{tmp_path}@train"):
+        assert run_stage.template_date(None, [path]) == "2020-01-01"

@@ -101,7 +101,7 @@ def test_a_checkpoint_damaged_anywhere_is_detected(server, inputs, tmp_path):
     directory, _ = inputs
     argv, log = interruptions.arguments("sft", directory, tmp_path / "run"), tmp_path / "log"
     assert server.run("sft", argv, log, crash=80) == 9
-    checkpoint = checkpoint_files.newest(tmp_path / "run" / run_record.STATES)
+    checkpoint = checkpoint_files.newest(tmp_path / "run" / run_record.CHECKPOINTS)
     assert checkpoint is not None
     rng = random.Random(0)
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file())

@@ -76,7 +76,7 @@ def test_a_killed_run_resumes_to_the_same_bits(stage, place, inputs, undisturbed
     resumed = "resuming after step" in capsys.readouterr().out
     assert resumed == (place not in ("before the first update", "before a checkpoint"))
     assert fingerprint(tmp_path / "run") == undisturbed(stage)
-    assert not (tmp_path / "run" / run_record.STATES).exists()
+    assert not (tmp_path / "run" / run_record.CHECKPOINTS).exists()
 
 
 def test_a_finished_run_is_not_repeated(inputs, undisturbed, tmp_path, capsys):
@@ -113,7 +113,7 @@ def test_changed_options_are_shown_and_refused_unless_allowed(killed_run, undist
 def test_fewer_steps_than_were_taken_are_refused(killed_run, capsys):
     run, argv = killed_run
     assert STAGES["sft"].main([*argv, "--allow_changes", "--max_steps", "3"]) == 1
-    assert "holds the checkpoint of step 6; expected --max_steps 6 or more" in capsys.readouterr().err
+    assert "holds the checkpoint of step 6; this run has 3 steps: raise --max_steps" in capsys.readouterr().err
 
 
 def test_max_steps_may_be_raised_on_resume(killed_run, capsys):

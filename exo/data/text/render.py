@@ -103,8 +103,8 @@ def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Li
             answer = first.completions[0][:40] if first.completions else ""
             console.log(
                 "  the tokenizer has a chat template, but these prompts are plain texts, which are used as they are: "
-                f"{first.prompt[-60:]!r}{f' + {answer!r}' if answer else ''}\n  --chat_template always renders them as "
-                "a user's turn; none hides this line"
+                f"{first.prompt[-60:]!r}{f' + {answer!r}' if answer else ''}\n  pass --chat_template always to render "
+                "them as user turns, or none to silence this note"
             )
         return dataset
     elif not has_template(tokenizer):

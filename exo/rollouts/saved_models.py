@@ -17,26 +17,26 @@ from exo.rollouts import samples, shards
 from exo.rollouts.samples import Settings
 
 
-class Checkpoint(NamedTuple):
-    """A model of a run."""
+class SavedModel(NamedTuple):
+    """A model that a run exported, or its final model."""
 
     name: str
     step: int | None
     path: str  # a model directory
 
 
-def list_checkpoints(model: str) -> list[Checkpoint]:
+def list_saved_models(model: str) -> list[SavedModel]:
     """Return the models that a run exported while it trained, in order of their steps, and then its final model."""
     directory = Path(model)
     log = directory / "metrics.jsonl"
     last = max((row["step"] for _, row in data.read_jsonl(log)), default=None) if log.exists() else None
-    exported = [Checkpoint(path.name, int(path.name[5:]), str(path)) for path in directory.glob("models/step-*")]
+    exported = [SavedModel(path.name, int(path.name[5:]), str(path)) for path in directory.glob("models/step-*")]
     earlier = sorted((c for c in exported if c.step != last), key=lambda c: c.step or 0)
-    return [*earlier, Checkpoint("final", last, model)]
+    return [*earlier, SavedModel("final", last, model)]
 
 
 @dataclass(frozen=True)
-class CheckpointSampler:
+class SavedModelSampler:
     """Sample completions of the prompts, `k` per prompt, from one model after another."""
 
     prompts: Sequence[str]
@@ -50,23 +50,27 @@ class CheckpointSampler:
 
     def sample(
         self,
-        checkpoints: Sequence[Checkpoint],
+        saved_models: Sequence[SavedModel],
         reference: Any,
         chat_template: str,
         template_kwargs: str | None,
         date: datetime.date,
-    ) -> Iterator[tuple[Checkpoint, list[Example], ScoringModels]]:
-        """Yield each checkpoint with its samples, and its model with the reference; load one model at a time."""
+    ) -> Iterator[tuple[SavedModel, list[Example], ScoringModels]]:
+        """Yield each saved model, its samples, and its weights beside the reference.
+
+        One model is in memory at a time if the caller drops it before the next one.
+        """
         limits = Limits(self.max_length, None, "prompt-left", self._max_prompt_length)
         temperature = self.settings.temperature
-        for checkpoint in checkpoints:
-            model, tokenizer = models.load(checkpoint.path)
+        for saved in saved_models:
+            model, tokenizer = models.load(saved.path)
             render.configure(tokenizer, chat_template, template_kwargs, date)
             model.to(self.accelerator.device)
             scoring_models = ScoringModels(
                 model, reference, tokenizer, self.accelerator, self.max_tokens_per_batch, limits, temperature
             )
-            yield checkpoint, self._draw(scoring_models, self.settings), scoring_models
+            yield saved, self._draw(scoring_models, self.settings), scoring_models
+            del model, scoring_models
 
     def log_ratios(self, scoring_models: ScoringModels, examples: Sequence[Example]) -> tuple[Tokens, Tokens]:
         """Return log pi - log ref of each token of the examples, and of samples of the full distribution.
