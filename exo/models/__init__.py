@@ -6,14 +6,7 @@ Everything else sees a torch module, its config and a tokenizer.
 from exo.models.attention.flex import attend
 from exo.models.classifiers import classifier_from, classifier_without_weights, load_classifier
 from exo.models.files import is_adapter
-from exo.models.loading import (
-    check_fits,
-    in_full,
-    load,
-    load_or_tiny,
-    load_tokenizer,
-    parameter_count,
-)
+from exo.models.loading import check_fits, in_full, load, load_or_tiny, load_tokenizer, parameter_count
 from exo.models.meta import load_without_weights, parameters_of
 from exo.models.saving import Dtypes, dtypes_of, export_model, save
 from exo.models.stop_tokens import absent_ids, stop_ids

@@ -47,12 +47,7 @@ def tiny(
 
 
 def word_level(
-    words: Iterable[str],
-    *,
-    seed: int = 0,
-    hidden_size: int = 128,
-    num_layers: int = 2,
-    num_heads: int = 4,
+    words: Iterable[str], *, seed: int = 0, hidden_size: int = 128, num_layers: int = 2, num_heads: int = 4
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Build a small Llama with a tokenizer that splits at blanks; the vocabulary is `words` in order."""
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([PAD, UNKNOWN, END, *words]))}

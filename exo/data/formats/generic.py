@@ -1,7 +1,7 @@
-"""Row formats that no particular data set owns: preferences, scored completions, conversations, texts, prompts.
+"""Row formats of no particular data set: preferences, scored completions, conversations, texts, prompts.
 
-A `RowFormat` is a name, the columns it needs, and a function from a row to a `ParsedRow`. Formats of particular data
-sets are in public_datasets.py.
+A `RowFormat` is a name, the columns it needs, and a function from a row to a `ParsedRow`. Formats of public data sets
+are in public_datasets.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,12 +9,11 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from exo.data.errors import Malformed, array, names, number, string
-from exo.data.formats import split_prompt
+from exo.data.formats import split_prompt as split
 from exo.data.formats.columns import CHAT_NAMES
 from exo.data.formats.messages import Chat, Message, answer_of, decoded, is_chat, parse_messages
 from exo.data.formats.parsed_row import ParsedRow, Row, parse_tokens
 from exo.data.formats.prompts import parse_prompt
-from exo.data.formats.split_prompt import check_prompt, is_complete
 
 Purpose = Literal["comparisons", "samples", "texts", "prompts", "labels"]
 COMPARED: tuple[Purpose, ...] = ("comparisons", "texts", "prompts")  # of formats with several completions to compare
@@ -48,11 +47,21 @@ class RowFormat(NamedTuple):
         return self._replace(keys=keys, is_chat=self.is_chat or (self.is_turn and fields.get("prompt") in CHAT_NAMES))
 
 
-# A prompt and its answers.
+def row_format(
+    name: str,
+    keys: str,
+    parse: Callable[[Row], ParsedRow],
+    fits: Callable[[Row], bool] = lambda row: True,
+    *,
+    unused: str = "",
+    **fields: Any,
+) -> RowFormat:
+    """Return a format; `keys` and `unused` are columns separated by blanks."""
+    return RowFormat(name, tuple(keys.split()), parse, fits, unused=tuple(unused.split()), **fields)
 
 
 def answered(prompt: Any, answers: Mapping[str, Any]) -> ParsedRow:
-    """Return a prompt with its answers, texts or messages. If one is a message, a prompt that is a text is a user's."""
+    """Return a prompt with its answers, texts or messages. Beside a message, a text prompt becomes a user's turn."""
     prompt = parse_prompt(prompt)
     texts = []
     later_turns = False
@@ -93,9 +102,16 @@ def items_have(key: str, *item_keys: str) -> Callable[[Row], bool]:
     return fits
 
 
+_is_rated, _is_ranked = items_have("completions", "response"), items_have("completions", "completion", "rank")
+
+
+def _is_unscored(row: Row) -> bool:
+    return not (_is_rated(row) or _is_ranked(row))
+
+
 def _preference(row: Row) -> ParsedRow:
-    if is_complete(row["chosen"]) and is_complete(row["rejected"]):
-        return check_prompt(row["prompt"], split_prompt.split_chats(row))
+    if split.is_complete(row["chosen"]) and split.is_complete(row["rejected"]):
+        return split.check_prompt(row["prompt"], split.chats(row))
     return answered(row["prompt"], {key: row[key] for key in ("chosen", "rejected")})
 
 
@@ -120,8 +136,8 @@ def _scored(row: Row) -> ParsedRow:
 def _answer(key: str, row: Row) -> ParsedRow:
     if is_chat(row[key]) and not any(message.learned for message in parse_messages(key, row[key])):
         return ParsedRow(skip="no message of the assistant with a weight")
-    if is_complete(row[key]):
-        return check_prompt(row["prompt"], split_prompt.split_last_turn(key, row))
+    if split.is_complete(row[key]):
+        return split.check_prompt(row["prompt"], split.last_turn(key, row))
     return answered(row["prompt"], {key: row[key]})
 
 
@@ -134,6 +150,22 @@ def _labelled(row: Row) -> ParsedRow:
     if type(label) is not int or not 0 <= label <= 1:
         raise Malformed("label must be 0 or 1")
     return _text(row)._replace(label=label)
+
+
+def _ranked(row: Row) -> ParsedRow:
+    return listed(row["prompt"], "completions", row, "completion", "rank", sign=-1)  # rank 0 or 1 is the best
+
+
+def _conversations(key: str) -> RowFormat:
+    return row_format(
+        "conversations",
+        key,
+        partial(split.last_turn, key),
+        parse_opening=partial(split.opening, key),
+        purposes=_LEARNED,
+        unused="topic avatarUrl",
+        has_prompt=False,
+    )
 
 
 def parse_ref_logps(parsed: ParsedRow, row: Row) -> ParsedRow:
@@ -154,78 +186,74 @@ def parse_ref_logps(parsed: ParsedRow, row: Row) -> ParsedRow:
     return parsed._replace(ref_logps=values)
 
 
-_is_rated, _is_ranked = items_have("completions", "response"), items_have("completions", "completion", "rank")
-_CONVERSATIONS = tuple(
-    RowFormat(
-        "conversations", (key,), partial(split_prompt.split_last_turn, key), purposes=("texts", "prompts"),
-        parse_opening=partial(split_prompt.opening, key), unused=("topic", "avatarUrl"), has_prompt=False,
-    )
-    for key in ("messages", "conversations")
-)  # fmt: skip
+_LEARNED, _ALL_SAMPLES = ("texts", "prompts"), (*COMPARED, "samples")
+_PLAIN: dict[str, Any] = {"is_turn": False, "has_prompt": False}
+_UNSCORED = {
+    "comparisons": "samples without rewards; python -m exo.score makes them",
+    "texts": "several completions a row, and no rewards that tell which to learn; exo.score makes them",
+}
+_UNPAIRED = (
+    "completions labelled good or bad one by one need a loss such as --loss kto, which does not exist yet; sft learns "
+    "the good ones with --columns keep=label"
+)
 FORMATS = (
-    RowFormat("prompts", ("prompt",), lambda row: ParsedRow(parse_prompt(row["prompt"])), purposes=("prompts",)),
-    *(
-        RowFormat("texts", ("prompt", key), partial(_answer, key), purposes=("texts", "prompts"))
-        for key in ("completion", "chosen")
-    ),
-    RowFormat(
-        "samples", ("prompt", "completions"), _samples, lambda row: not (_is_rated(row) or _is_ranked(row)),
-        ("prompts", "samples"),
-        {
-            "comparisons": "samples without rewards; python -m exo.score makes them",
-            "texts": "several completions a row, and no rewards that tell which to learn; exo.score makes them",
-        },
+    row_format("prompts", "prompt", lambda row: ParsedRow(parse_prompt(row["prompt"])), purposes=("prompts",)),
+    row_format("texts", "prompt completion", partial(_answer, "completion"), purposes=_LEARNED),
+    row_format("texts", "prompt chosen", partial(_answer, "chosen"), purposes=_LEARNED),
+    row_format(
+        "samples",
+        "prompt completions",
+        _samples,
+        _is_unscored,
+        purposes=("prompts", "samples"),
+        refused=_UNSCORED,
         has_ref_logps=True,
     ),
-    RowFormat("preferences", ("prompt", "chosen", "rejected"), _preference, has_ref_logps=True),
-    RowFormat(
-        "completions with rewards", ("prompt", "completions", "rewards"), _scored, purposes=(*COMPARED, "samples"),
+    row_format("preferences", "prompt chosen rejected", _preference, has_ref_logps=True),
+    row_format(
+        "completions with rewards", "prompt completions rewards", _scored, purposes=_ALL_SAMPLES, has_ref_logps=True
+    ),
+    row_format("ShareGPT preferences", "conversations chosen rejected", _sharegpt, has_ref_logps=True),
+    row_format("Anthropic HH dialogues", "chosen rejected", split.transcripts, split.are_transcripts, **_PLAIN),
+    row_format(
+        "pairs of conversations", "chosen rejected", split.chats, split.are_chats, has_ref_logps=True, has_prompt=False
+    ),
+    row_format(
+        "texts with an implicit prompt",
+        "chosen rejected",
+        split.common_prefix,
+        split.are_plain,
+        columns_hint="prompt={}",
+        **_PLAIN,
+    ),
+    row_format(
+        "UltraFeedback completions with scores",
+        "prompt completions",
+        lambda row: listed(row["prompt"], "completions", row, "response", "overall_score"),
+        _is_rated,
+        is_chat=True,
         has_ref_logps=True,
+        unused="models correct_answers incorrect_answers",
     ),
-    RowFormat("ShareGPT preferences", ("conversations", "chosen", "rejected"), _sharegpt, has_ref_logps=True),
-    RowFormat(
-        "Anthropic HH dialogues", ("chosen", "rejected"), split_prompt.split_transcripts,
-        lambda row: not split_prompt.are_plain(row) and not split_prompt.are_chats(row), is_turn=False,
-        has_prompt=False,
+    row_format("completions with ranks", "prompt completions", _ranked, _is_ranked, is_chat=True, has_ref_logps=True),
+    _conversations("messages"),
+    _conversations("conversations"),
+    row_format(
+        "conversations",
+        "prompt messages",
+        lambda row: split.check_prompt(row["prompt"], split.last_turn("messages", row)),
+        parse_opening=lambda row: split.check_prompt(row["prompt"], split.opening("messages", row)),
+        purposes=_LEARNED,
     ),
-    RowFormat(
-        "pairs of conversations", ("chosen", "rejected"), split_prompt.split_chats, split_prompt.are_chats,
-        has_ref_logps=True, has_prompt=False,
+    row_format(
+        "texts without a prompt", "text", _text, purposes=("texts",), columns_hint="prompt={},completion=text", **_PLAIN
     ),
-    RowFormat(
-        "texts with an implicit prompt", ("chosen", "rejected"), split_prompt.split_common_prefix,
-        split_prompt.are_plain, is_turn=False, has_prompt=False, columns_hint="prompt={}",
+    row_format("labelled texts", "text label", _labelled, purposes=("labels",), **_PLAIN),
+    row_format(
+        "completions with a label each",
+        "prompt completion label",
+        _text,
+        purposes=(),
+        refused=dict.fromkeys(("comparisons", "texts"), _UNPAIRED),
     ),
-    RowFormat(
-        "UltraFeedback completions with scores", ("prompt", "completions"),
-        lambda row: listed(row["prompt"], "completions", row, "response", "overall_score"), _is_rated, is_chat=True,
-        has_ref_logps=True, unused=("models", "correct_answers", "incorrect_answers"),
-    ),
-    RowFormat(
-        "completions with ranks", ("prompt", "completions"),  # rank 0 or 1 is the best
-        lambda row: listed(row["prompt"], "completions", row, "completion", "rank", sign=-1), _is_ranked, is_chat=True,
-        has_ref_logps=True,
-    ),
-    *_CONVERSATIONS,
-    RowFormat(
-        "conversations", ("prompt", "messages"),
-        lambda row: check_prompt(row["prompt"], split_prompt.split_last_turn("messages", row)),
-        purposes=("texts", "prompts"),
-        parse_opening=lambda row: check_prompt(row["prompt"], split_prompt.opening("messages", row)),
-    ),
-    RowFormat(
-        "texts without a prompt", ("text",), _text, purposes=("texts",), is_turn=False, has_prompt=False,
-        columns_hint="prompt={},completion=text",
-    ),
-    RowFormat(
-        "labelled texts", ("text", "label"), _labelled, purposes=("labels",), is_turn=False, has_prompt=False,
-    ),
-    RowFormat(
-        "completions with a label each", ("prompt", "completion", "label"), _text, purposes=(),
-        refused=dict.fromkeys(
-            ("comparisons", "texts"),
-            "completions labelled good or bad one by one need a loss such as --loss kto, which does not exist yet; sft "
-            "learns the good ones with --columns keep=label",
-        ),
-    ),
-)  # fmt: skip
+)

@@ -30,6 +30,10 @@ def are_plain(row: Row) -> bool:
     return all(isinstance(text, str) and "\n\nAssistant:" not in text for text in (row["chosen"], row["rejected"]))
 
 
+def are_transcripts(row: Row) -> bool:
+    return not are_plain(row) and not are_chats(row)
+
+
 def check_prompt(prompt: Any, parsed: ParsedRow) -> ParsedRow:
     """Return the content of a conversation; Malformed if it does not hold the prompt of the row."""
     if isinstance(parsed.prompt, Chat):
@@ -40,7 +44,7 @@ def check_prompt(prompt: Any, parsed: ParsedRow) -> ParsedRow:
     return parsed
 
 
-def split_chats(row: Row) -> ParsedRow:
+def chats(row: Row) -> ParsedRow:
     """Split two conversations at their first message that differs in any key."""
     chosen, rejected = ([(m.role, m) for m in parse_messages(key, row[key])] for key in ("chosen", "rejected"))
     shared, good, bad, later, skip = _split(chosen, rejected, speaker="assistant")
@@ -50,7 +54,7 @@ def split_chats(row: Row) -> ParsedRow:
     return ParsedRow(Chat(message for _, message in shared), answers, later_turns=later)
 
 
-def split_last_turn(key: str, row: Row) -> ParsedRow:
+def last_turn(key: str, row: Row) -> ParsedRow:
     """Split a conversation to learn from before the assistant's last turn of weight 1."""
     messages = parse_messages(key, row[key])
     end = last_answer(messages)
@@ -70,7 +74,7 @@ def opening(key: str, row: Row) -> ParsedRow:
     return ParsedRow(Chat(asked))
 
 
-def split_transcripts(row: Row) -> ParsedRow:
+def transcripts(row: Row) -> ParsedRow:
     """Split two Anthropic HH dialogues at their first turn that differs.
 
     Every marker starts a turn, even one inside an answer, because nothing tells it from a change of speaker and no
@@ -112,7 +116,7 @@ def _split(chosen: Sequence[tuple[str, Any]], rejected: Sequence[tuple[str, Any]
     return _Split(chosen[:at], good, bad, max(len(chosen), len(rejected)) > at + 1)
 
 
-def split_common_prefix(row: Row) -> ParsedRow:
+def common_prefix(row: Row) -> ParsedRow:
     """Split two plain texts after their common prefix, cut back so that no word is cut in two.
 
     A blank there goes to the completions, as tokenizers have it.
