@@ -6,17 +6,15 @@ same with a prompt for each completion. In every layout a batch lists the comple
 that losses need not know the layout. models/attention makes the masks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from exo.cli import signals
 from exo.data.text.tokenize import TokenizedExample
 
 E = TypeVar("E", bound=TokenizedExample)
-R = TypeVar("R")
 
 
 class SegmentIds(NamedTuple):
@@ -163,14 +161,6 @@ class Collator(NamedTuple):
         if self.layout == "padded":
             return tokens + len(example.completions) * part[0].longest
         return tokens + self.tokens([example]) if self.one_row else self.tokens([*part, example])
-
-    def each(self, examples: Sequence[E], function: Callable[[list[E]], Sequence[R]]) -> list[R]:
-        """Return the result of each example, in their order; `function` returns those of a micro-batch."""
-        results: dict[int, R] = {}
-        for part in self.micro_batches(examples):
-            signals.raise_if_stop_requested()
-            results.update(zip(map(id, part), function(part), strict=True))
-        return [results[id(example)] for example in examples]
 
     def collate(self, examples: Sequence[TokenizedExample]) -> Batch:
         """Return the batch of these examples."""
