@@ -17,7 +17,5 @@ from exo.data.formats.parsed_row import Tokens
 from exo.data.jsonl import read_jsonl, read_rows, write_jsonl
 from exo.data.reader import read
 
-__all__ = [
-    "Chat", "DataError", "Dataset", "Example", "Message", "Purpose", "Reply", "Tokens", "read", "read_jsonl",
-    "read_rows", "write_jsonl",
-]  # fmt: skip
+__all__ = ["Chat", "DataError", "Dataset", "Example", "Message", "Purpose", "Reply", "Tokens"]
+__all__ += ["read", "read_jsonl", "read_rows", "write_jsonl"]

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -185,7 +185,6 @@ def _read_manifest(state: Path) -> tuple[dict[str, tuple[int, str]], str]:
 def _digests(state: Path, accelerator: Accelerator | None = None) -> dict[str, tuple[int, str]]:
     """Return size and sha256 of every file but the manifest."""
     names = sorted(str(f.relative_to(state)) for f in state.rglob("*") if f.is_file() and f.name != MANIFEST)
-
 
     def digest(name: str) -> tuple[int, str]:
         return (state / name).stat().st_size, _sha256(state / name)

@@ -151,7 +151,7 @@ def test_weights_in_four_bits_compute_alike_on_every_cpu(start_of_size):
     """As the same numbers in fp32 do, with gradients and without, before a pass without them and after."""
     pytest.importorskip("bitsandbytes")
     model = models.load(start_of_size, four_bits=torch.float32)[0]
-    expected = logits(models.in_full(copy.deepcopy(model)))
+    expected = logits(models.dequantize(copy.deepcopy(model)))
     assert (logits(model) - expected).abs().max() < 1e-5
     ids = torch.tensor([[3, 5, 7, 4, 8]])
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
