@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from exo.data.errors import StrPath, show
+from exo.cli.paths import StrPath
+from exo.data.errors import show
 from exo.data.formats.parsed_row import Tokens
 from exo.data.formats.transcripts import as_answers, as_chat
 

@@ -77,7 +77,8 @@ def apply(model: Any, settings: LoraSettings, name: str) -> Any:
         raise ValueError(f"--lora_targets {settings.targets}: {str(error).splitlines()[0]}") from None
     if any(hasattr(end, "base_layer") for end in (adapted.get_input_embeddings(), adapted.get_output_embeddings())):
         raise ValueError(
-            f"--lora_targets {settings.targets}: expected layers between embedding and head; got one of these two"
+            f"--lora_targets {settings.targets}: expected layers between the embedding and the head; got one of these "
+            "two"
         )
     if Path(name).is_dir():  # the adapter must find its base model from any directory
         adapted.peft_config["default"].base_model_name_or_path = str(Path(name).resolve())

@@ -227,7 +227,7 @@ def test_weights_that_are_quantised_already_are_refused(start, tmp_path):
     pytest.importorskip("bitsandbytes")
     model, tokenizer = models.load(start, four_bits=torch.float32)
     models.save(model, tokenizer, tmp_path / "four")
-    with pytest.raises(ValueError, match="its weights are quantised"):
+    with pytest.raises(ValueError, match="its weights are quantized"):
         models.load(str(tmp_path / "four"))
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from exo.data.errors import Malformed, array, names, number, string
+from exo.data.errors import Malformed, Row, array, names, number, string
 from exo.data.formats import split_prompt as split
 from exo.data.formats.columns import CHAT_NAMES
 from exo.data.formats.messages import Chat, Message, answer_of, decoded, is_chat, parse_messages
-from exo.data.formats.parsed_row import ParsedRow, Row, parse_tokens
+from exo.data.formats.parsed_row import ParsedRow, parse_tokens
 from exo.data.formats.prompts import parse_prompt
 
 Purpose = Literal["comparisons", "samples", "texts", "prompts", "labels"]
@@ -20,18 +20,16 @@ COMPARED: tuple[Purpose, ...] = ("comparisons", "texts", "prompts")  # of format
 
 
 class RowFormat(NamedTuple):
-    """A format of rows, the purposes that its rows serve, and how to read them."""
-
     name: str
     keys: tuple[str, ...]  # the columns it needs, by the names of ALIASES
     parse: Callable[[Row], ParsedRow]
     fits: Callable[[Row], bool] = lambda row: True  # for formats of the same columns
     purposes: tuple[Purpose, ...] = COMPARED
-    refused: Mapping[str, str] = {}  # further purposes, with the error that says why the rows do not serve them
+    refused: Mapping[str, str] = {}  # purposes that the rows do not serve, with the error
     parse_opening: Callable[[Row], ParsedRow] | None = None  # used instead of `parse` to read prompts
     is_turn: bool = True  # a prompt that is a text is a user's turn, which a system prompt may precede
-    is_chat: bool = False  # of a chat data set: prompts that are texts are meant for the chat template
-    has_ref_logps: bool = False  # reference log-probs in the row belong to these completions
+    is_chat: bool = False  # prompts that are texts are meant for the chat template
+    has_ref_logps: bool = False  # reference log-probs in the row are of these completions
     unused: tuple[str, ...] = ()  # columns of the data set that are safe to leave unread
     has_prompt: bool = True  # a column holds the prompt
     columns_hint: str = ""  # value of --columns that reads the column {} as the prompt, if the format has none
@@ -40,7 +38,7 @@ class RowFormat(NamedTuple):
         return f"{self.name} ({'/'.join(self.keys)})"
 
     def with_columns(self, fields: Mapping[str, str]) -> "RowFormat":
-        """Return the format with the columns' names in the data; a question or an instruction is for the template."""
+        """Return the format with the names of the data; a question or an instruction is meant for the template."""
         keys = tuple(fields.get(key, key) for key in self.keys)
         if keys == self.keys:
             return self
@@ -81,7 +79,7 @@ def answered(prompt: Any, answers: Mapping[str, Any]) -> ParsedRow:
 
 
 def listed(prompt: Any, key: str, row: Row, text: str, score: str, sign: int = 1) -> ParsedRow:
-    """Return a prompt with the objects of a list, each a completion with its score."""
+    """Return a prompt with a list of objects, each a completion with its score."""
     items = array(key, row[key])
     for i, item in enumerate(items):
         if not isinstance(item, dict) or not {text, score} <= item.keys():
@@ -93,7 +91,7 @@ def listed(prompt: Any, key: str, row: Row, text: str, score: str, sign: int = 1
 
 
 def items_have(key: str, *item_keys: str) -> Callable[[Row], bool]:
-    """Return a test of whether a column is a list of objects with these keys."""
+    """Return a predicate: the column is a list of objects with these keys."""
 
     def fits(row: Row) -> bool:
         items = row[key]
@@ -169,7 +167,7 @@ def _conversations(key: str) -> RowFormat:
 
 
 def parse_ref_logps(parsed: ParsedRow, row: Row) -> ParsedRow:
-    """Return the content with the log-probs of a reference model in the row, one a completion."""
+    """Return the content with the row's log-probs of a reference model, one per completion."""
     pair: dict[str, Any] = {key: row[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in row}
     if "ref_logps" not in row and not pair:
         return parsed

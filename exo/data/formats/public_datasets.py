@@ -1,4 +1,4 @@
-"""Row formats of particular public data sets: two answers and a vote, or several answers with scores.
+"""Row formats of public data sets: two answers and a vote, or several answers with scores.
 
 Ties are skipped. The strength of a preference is not used.
 """
@@ -7,16 +7,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from exo.data.errors import Malformed, number, string
+from exo.data.errors import Malformed, Row, number, string
 from exo.data.formats.generic import RowFormat, answered, items_have, listed, row_format
 from exo.data.formats.messages import Chat, parse_messages
-from exo.data.formats.parsed_row import ParsedRow, Row
+from exo.data.formats.parsed_row import ParsedRow
 from exo.data.formats.prompts import parse_speakers
 from exo.data.formats.transcripts import as_answers
 
 
 def _pair(prompt: Any, first: str, second: str, row: Row, better: int | None) -> ParsedRow:
-    """Return two answers, the better one first; `better` is 0, 1 or None for a tie."""
+    """Return two answers, the better one first; `better` is 0 or 1, or None for a tie."""
     parsed = answered(prompt, {first: row[first], second: row[second]})
     if better is None:
         return ParsedRow(skip="tie")
@@ -30,7 +30,7 @@ def _choice(name: str, value: Any) -> int:
 
 
 def _strength(name: str, value: Any) -> int | None:
-    """Return which answer a scale from -3 (the first is much better) to 3 prefers."""
+    """Return the answer that a scale from -3 (the first is much better) to 3 prefers."""
     strength = number(name, value)
     return None if strength == 0 else int(strength > 0)
 
@@ -62,7 +62,7 @@ def _webgpt(row: Row) -> ParsedRow:
 
 
 def _summaries(row: Row) -> ParsedRow:
-    """Build the prompt of the published scripts, which a blank and the summary follow. News have no post: skip them."""
+    """Build the prompt of the published scripts; a blank and the summary follow. News have no post and are skipped."""
     info, summaries = row["info"], row["summaries"]
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
         raise Malformed("info must be an object and summaries an array of two")

@@ -1,32 +1,31 @@
 """Split conversations and texts into a prompt and its answers.
 
-Two that are compared are split at their first difference, which must be an answer; one that is learned from, before the
-last turn of the assistant. Turns after the answer are dropped.
+A pair is split at its first difference, which must be an answer, and a single conversation before the assistant's last
+turn. Turns after the answer are dropped.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from exo.data.errors import Malformed, string
+from exo.data.errors import Malformed, Row, string
 from exo.data.formats.messages import Chat, answer_of, is_chat, last_answer, parse_messages
-from exo.data.formats.parsed_row import ParsedRow, Row
+from exo.data.formats.parsed_row import ParsedRow
 from exo.data.formats.transcripts import split_turns
 
 
 def is_complete(value: Any) -> bool:
-    """Return whether a column holds a conversation from its beginning, and not an answer alone."""
+    """Return whether a value is a conversation from its beginning, not only an answer."""
     if not (isinstance(value, list) and is_chat(value) and isinstance(value[0], dict)):
         return False
     return value[0].get("role", value[0].get("from")) not in ("assistant", "gpt", "chatgpt", "function_call")
 
 
 def are_chats(row: Row) -> bool:
-    """Return whether a pair is two conversations of messages."""
     return is_chat(row["chosen"]) and is_chat(row["rejected"])
 
 
 def are_plain(row: Row) -> bool:
-    """Return whether a pair is two texts that are no Anthropic HH transcripts."""
+    """Return whether both texts of a pair are no Anthropic HH transcripts."""
     return all(isinstance(text, str) and "\n\nAssistant:" not in text for text in (row["chosen"], row["rejected"]))
 
 
@@ -38,14 +37,14 @@ def check_prompt(prompt: Any, parsed: ParsedRow) -> ParsedRow:
     """Return the content of a conversation; Malformed if it does not hold the prompt of the row."""
     if isinstance(parsed.prompt, Chat):
         turns = {(message.content or "").strip() for message in parsed.prompt.messages}
-        asked = [m.content for m in parse_messages("prompt", prompt)] if is_chat(prompt) else [string("prompt", prompt)]
-        if not {(text or "").strip() for text in asked} <= turns:
+        texts = [m.content for m in parse_messages("prompt", prompt)] if is_chat(prompt) else [string("prompt", prompt)]
+        if not {(text or "").strip() for text in texts} <= turns:
             raise Malformed("the prompt is not part of the conversation before the answer")
     return parsed
 
 
 def chats(row: Row) -> ParsedRow:
-    """Split two conversations at their first message that differs in any key."""
+    """Split a pair of conversations at the first message that differs in any key."""
     chosen, rejected = ([(m.role, m) for m in parse_messages(key, row[key])] for key in ("chosen", "rejected"))
     shared, good, bad, later, skip = _split(chosen, rejected, speaker="assistant")
     if skip or not shared:
@@ -55,7 +54,7 @@ def chats(row: Row) -> ParsedRow:
 
 
 def last_turn(key: str, row: Row) -> ParsedRow:
-    """Split a conversation to learn from before the assistant's last turn of weight 1."""
+    """Split a conversation before the assistant's last turn of weight 1."""
     messages = parse_messages(key, row[key])
     end = last_answer(messages)
     if not end:
@@ -66,19 +65,18 @@ def last_turn(key: str, row: Row) -> ParsedRow:
 
 
 def opening(key: str, row: Row) -> ParsedRow:
-    """Return a conversation to continue: up to its last message, without it if that is the assistant's already."""
+    """Return a conversation to continue, without a last message of the assistant."""
     messages = parse_messages(key, row[key])
-    asked = messages[:-1] if messages[-1].role == "assistant" else messages
-    if not asked or asked[-1].role == "assistant":
+    turns = messages[:-1] if messages[-1].role == "assistant" else messages
+    if not turns or turns[-1].role == "assistant":
         return ParsedRow(skip="nothing to answer")
-    return ParsedRow(Chat(asked))
+    return ParsedRow(Chat(turns))
 
 
 def transcripts(row: Row) -> ParsedRow:
-    """Split two Anthropic HH dialogues at their first turn that differs.
+    """Split two Anthropic HH dialogues at the first turn that differs.
 
-    Every marker starts a turn, even one inside an answer, because nothing tells it from a change of speaker and no
-    model should learn to write markers.
+    Every marker starts a turn, even inside an answer, because no model should learn to write markers.
     """
     shared, good, bad, later, skip = _split(_turns("chosen", row), _turns("rejected", row), speaker="Assistant")
     if skip:
@@ -88,7 +86,7 @@ def transcripts(row: Row) -> ParsedRow:
 
 
 def _turns(key: str, row: Row) -> list[tuple[str, str]]:
-    """Return (role, text) of each turn; text before the first marker, such as a system prompt, has role ""."""
+    """Return (role, text) of each turn; text before the first marker (a system prompt) has role ""."""
     preamble, turns = split_turns(string(key, row[key]))
     if not any(role == "Assistant" for role, _ in turns):
         expected = "the row must hold two complete Anthropic HH dialogues, two plain texts or two lists of messages"
@@ -105,7 +103,7 @@ class _Split(NamedTuple):
 
 
 def _split(chosen: Sequence[tuple[str, Any]], rejected: Sequence[tuple[str, Any]], speaker: str) -> _Split:
-    """Split two conversations of (role, text or message) where they differ, if that is a turn of the speaker."""
+    """Split two conversations of (role, text or message) at the first difference, if that is a turn of the speaker."""
     at = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if at is None:
         same = len(chosen) == len(rejected)
@@ -117,9 +115,9 @@ def _split(chosen: Sequence[tuple[str, Any]], rejected: Sequence[tuple[str, Any]
 
 
 def common_prefix(row: Row) -> ParsedRow:
-    """Split two plain texts after their common prefix, cut back so that no word is cut in two.
+    """Split two plain texts after their common prefix, at the start of a word.
 
-    A blank there goes to the completions, as tokenizers have it.
+    The blank before the word goes to the completions, as in tokens.
     """
     chosen, rejected = string("chosen", row["chosen"]), string("rejected", row["rejected"])
     if chosen == rejected:
