@@ -10,6 +10,7 @@ from exo.data import Chat, DataError, Example, Message, read, write_jsonl
 from exo.data.text import chat_template, render, tokenize
 from exo.data.text.limits import Limits
 from exo.models import tiny_models
+from tests.tokenizer_kinds import prompt_ids
 
 OPENED = "{% if add_generation_prompt %}"
 CHATML = (
@@ -85,7 +86,7 @@ def test_the_template_alone_decides_on_bos(tokenizer, template, eos, times):
     tokenizer = adds_bos(set_up(tokenizer, template, eos, "<bos>"))
     [example], _ = encode(tokenizer, "ab", "abcd")
     assert example.prompt.count(tokenizer.bos_token_id) == times
-    assert tokenize.prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
+    assert prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
 
 
 def test_bos_stays_when_the_prompt_is_cut(tokenizer):
@@ -116,7 +117,7 @@ def test_a_template_that_ends_no_turn_is_ended_by_eos(tokenizer, content, second
 def test_sampling_sees_the_prompt_of_training_and_both_make_the_rendering(tokenizer, template, eos):
     set_up(tokenizer, template, eos, "<bos>")
     [example], _ = encode(tokenizer, "ab", "abcd")
-    assert tuple(tokenize.prompt_ids(CHAT, tokenizer)) == example.prompt
+    assert tuple(prompt_ids(CHAT, tokenizer)) == example.prompt
     messages = [*CHAT.messages, Message("assistant", "ab")]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     text = tokenizer.decode(example.prompt + example.completions[0])
@@ -134,7 +135,7 @@ def test_prompts_read_for_sampling_and_written_with_samples_keep_their_tokens(to
     write_jsonl(tmp_path / "b.jsonl", [row])
     [example] = read(tmp_path / "b.jsonl").examples
     [encoded], _ = tokenize.encode([example], tokenizer, Limits(99, None, "error"), "b.jsonl")
-    assert encoded.prompt == tuple(tokenize.prompt_ids(CHAT, tokenizer))
+    assert encoded.prompt == tuple(prompt_ids(CHAT, tokenizer))
     assert encoded.completions == (tuple(ids), tuple(other))
 
 
