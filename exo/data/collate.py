@@ -138,7 +138,7 @@ class Collator(NamedTuple):
         parts: list[list[E]] = []
         tokens = 0
         for example in sorted(examples, key=lambda example: (-example.longest, example.line)):
-            tokens = self._tokens_with(parts[-1], tokens, example) if parts else self.max_tokens + 1
+            tokens = self._size_with(parts[-1], tokens, example) if parts else self.max_tokens + 1
             if tokens <= self.max_tokens:
                 parts[-1].append(example)
             else:
@@ -146,7 +146,7 @@ class Collator(NamedTuple):
                 tokens = self.tokens([example])
         return parts
 
-    def _tokens_with(self, part: Sequence[TokenizedExample], tokens: int, example: TokenizedExample) -> int:
+    def _size_with(self, part: Sequence[TokenizedExample], tokens: int, example: TokenizedExample) -> int:
         """Return the size of a part of size `tokens` with one more example, which is no longer than the others."""
         if self.layout == "padded":
             return tokens + len(example.completions) * part[0].longest

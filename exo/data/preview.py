@@ -62,11 +62,11 @@ def _lines(row: Row, tokenizer: Any, colored: bool) -> Iterator[str]:
     example = row.example
     yield f"  line {example.line} ({row.reason}, {example.longest:,} tokens)"
     prompt = subwords.decode(list(example.prompt), tokenizer)
-    yield from _wrapped("prompt", _shortened(prompt, PROMPT_LENGTH), False)
+    yield from _wrap("prompt", _shorten(prompt, PROMPT_LENGTH), False)
     for i, ids in enumerate(example.completions):
         text = subwords.decoded_after(list(example.prompt), list(ids), tokenizer, special=True)
-        text = _shortened(text, COMPLETION_LENGTH)
-        yield from _wrapped(_name(example, i), text if colored else f"[[{text}]]", colored)
+        text = _shorten(text, COMPLETION_LENGTH)
+        yield from _wrap(_name(example, i), text if colored else f"[[{text}]]", colored)
 
 
 def _name(example: TokenizedExample, i: int) -> str:
@@ -79,14 +79,14 @@ def _name(example: TokenizedExample, i: int) -> str:
     return "rejected" if i else "chosen"
 
 
-def _shortened(text: str, length: int) -> str:
+def _shorten(text: str, length: int) -> str:
     """Return a text as a literal, without control characters for the terminal; a long one without its middle."""
     if len(text) <= length:
         return repr(text)
     return f"{text[: length // 2]!r} ... {text[-(length // 2) :]!r}"
 
 
-def _wrapped(name: str, text: str, colored: bool) -> Iterator[str]:
+def _wrap(name: str, text: str, colored: bool) -> Iterator[str]:
     for i, part in enumerate(textwrap.wrap(text, console.width() - 15, break_on_hyphens=False)):
         yield f"    {'' if i else name:<10}{f'{SCORED}{part}{PLAIN}' if colored else part}"
 

@@ -110,13 +110,13 @@ class _Reader:
                 try:
                     parsed = ParsedRow(skip=row) if isinstance(row, str) else self._parse(row, place)
                 except (Malformed, RecursionError) as error:
-                    message = self._malformed(error, place)
+                    message = self._message(error, place)
                     if not self.skip_invalid:
                         raise DataError(message) from None
                     first_malformed = first_malformed or message
                     skipped["malformed"] += count
                     continue
-                if reason := parsed.skip or _useless(parsed, self.purpose):
+                if reason := parsed.skip or _skip_reason(parsed, self.purpose):
                     skipped[reason] += count
                     continue
                 merged += count - 1
@@ -156,7 +156,7 @@ class _Reader:
                 self.unused.names |= dict.fromkeys(name for name in row if name in self.options.ignored)
             yield place, self.options.apply(row)
 
-    def _malformed(self, error: Exception, place: str) -> str:
+    def _message(self, error: Exception, place: str) -> str:
         """Return the message of an error, with the nulls or options that may be its cause."""
         message = f"{place}: {error if isinstance(error, Malformed) else 'nested too deeply'}"
         if nulls := [name for name in self.nulls if repr(name) in message]:
@@ -184,16 +184,16 @@ class _Reader:
         parse = format.parse_opening if self.purpose == "prompts" and format.parse_opening else format.parse
         parsed = parse(normalized)
         if not parsed.skip:
-            parsed = self._complete(parsed, normalized, format, schema.has_context)
+            parsed = self._add_context(parsed, normalized, format, schema.has_context)
         self.format = format
         if columns not in self.unused_columns:
-            self.unused_columns[columns] = self._unused_of(columns, schema, format)
+            self.unused_columns[columns] = self._classify_unused(columns, schema, format)
             self.unused.names |= dict.fromkeys(name for name in format.unused if name in normalized)
         if not parsed.skip:
             self.unused.check(place, row, self.unused_columns[columns], parsed, format)
         return parsed
 
-    def _complete(self, parsed: ParsedRow, row: Row, format: RowFormat, has_context: bool) -> ParsedRow:
+    def _add_context(self, parsed: ParsedRow, row: Row, format: RowFormat, has_context: bool) -> ParsedRow:
         """Add the reference log-probs and the context of the prompt, and reduce the content to the purpose."""
         if format.has_ref_logps and self.has_samples:
             parsed = parse_ref_logps(parsed, row)
@@ -217,7 +217,7 @@ class _Reader:
             return parsed
         return parsed._replace(prompt=prompt, completions=as_answers(parsed.prompt, parsed.completions))
 
-    def _unused_of(self, columns: tuple[str, ...], schema: Schema, format: RowFormat) -> Unused:
+    def _classify_unused(self, columns: tuple[str, ...], schema: Schema, format: RowFormat) -> Unused:
         context: tuple[str, ...] = BESIDE
         if format.has_ref_logps or not self.has_samples:
             context += (*REFERENCE, *TOKENS, *SETTINGS) if self.has_samples else REFERENCE
@@ -231,7 +231,7 @@ def _example(parsed: ParsedRow, line: int, source: str) -> Example:
     return Example(parsed.prompt, parsed.completions, rewards, line, tokens, parsed.label, ref_logps, source)
 
 
-def _useless(parsed: ParsedRow, purpose: Purpose) -> str:
+def _skip_reason(parsed: ParsedRow, purpose: Purpose) -> str:
     """Return why a row does not serve the purpose, or "". White space is a difference, because code needs it."""
     if purpose in ("texts", "labels"):
         return "" if parsed.completions[0].strip() else "empty text"

@@ -10,6 +10,7 @@ from exo.data import Example, split, transforms
 from exo.data.text.tokenize import TokenizedExample
 
 MAX_LISTED = 10  # rows in a line
+MAX_BINS = 6
 BAR_LENGTH = 24  # characters of the longest bar
 Places = list[tuple[str, str]]  # a row, and an earlier row or a row of other data with the same text
 
@@ -31,13 +32,13 @@ def percentile(values: Iterable[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def histogram(lengths: Sequence[int], max_bins: int = 6) -> list[Bin]:
-    """Return at most `max_bins` bins of a round width up to the 95th percentile, and one for longer rows.
+def histogram(lengths: Sequence[int]) -> list[Bin]:
+    """Return at most MAX_BINS bins of a round width up to the 95th percentile, and one for longer rows.
 
     Empty bins before the first length are left out.
     """
     top = int(percentile(lengths, 0.95))
-    width = next(digit * 10**power for power in range(20) for digit in (1, 2, 5) if digit * 10**power * max_bins > top)
+    width = next(digit * 10**power for power in range(20) for digit in (1, 2, 5) if digit * 10**power * MAX_BINS > top)
     last = top // width
     counts = Counter(min(length // width, last + 1) for length in lengths)
     bins = [Bin(i * width, (i + 1) * width - 1, counts[i]) for i in range(min(counts), last + 1)]
@@ -138,10 +139,10 @@ def duplicate_lines(examples: Sequence[Example]) -> list[str]:
     repeated = [count for count in prompts.values() if count > 1]
     within = sum(len(set(example.completions)) < len(example.completions) for example in examples)
     lines = {
-        f"rows equal to an earlier one: {len(equal):,}{_list(equal)}": equal,
+        f"rows equal to an earlier one: {len(equal):,}{_listed(equal)}": equal,
         f"prompts of several rows: {len(repeated):,}, in {sum(repeated):,} rows": repeated,
         f"rows with a completion repeated: {within:,}": within,
-        f"rows that prefer what an earlier one rejects: {len(contradicting):,}{_list(contradicting)}": contradicting,
+        f"rows that prefer what an earlier one rejects: {len(contradicting):,}{_listed(contradicting)}": contradicting,
     }
     return [line for line, count in lines.items() if count] or ["duplicates: none"]
 
@@ -150,12 +151,12 @@ def leak_lines(examples: Sequence[Example], held_out: Sequence[Example]) -> list
     """Describe the held-out rows that share texts with the data."""
     leaks = find_leaks(examples, held_out)
     return [
-        f"held-out rows with a {kind} of --data: {len(places):,} of {len(held_out):,}{_list(places)}"
+        f"held-out rows with a {kind} of --data: {len(places):,} of {len(held_out):,}{_listed(places)}"
         for kind, places in (("prompt", leaks.prompts), ("completion", leaks.completions))
     ]
 
 
-def _list(places: Places) -> str:
+def _listed(places: Places) -> str:
     listed = [f"{row} = {other}" for row, other in places[:MAX_LISTED]] + ["..."] * (len(places) > MAX_LISTED)
     return f" ({', '.join(listed)})" if listed else ""
 

@@ -70,7 +70,7 @@ def _join_tree(root: Any, purpose: str) -> Iterator[tuple[Any, JoinedRow]]:
     stack: list[tuple[Any, list[Row], str]] = [(root, [], _NO_PROMPT)]
     while stack:
         node, earlier_turns, reason = stack.pop()
-        if problem := _problem(node):
+        if problem := _check_node(node):
             yield node, JoinedRow(problem)
             if below := len(_descendants(node)):
                 yield node, JoinedRow(_BELOW, below)
@@ -79,14 +79,14 @@ def _join_tree(root: Any, purpose: str) -> Iterator[tuple[Any, JoinedRow]]:
         replies = _replies(node)
         reasons = [_NO_PROMPT] * len(replies)
         if node["role"] == "prompter":
-            content, reasons = _answered(turns, replies, purpose)
+            content, reasons = _join_replies(turns, replies, purpose)
             yield node, JoinedRow(content, 1 + reasons.count(""))
         elif reason:
             yield node, JoinedRow(reason)
         stack += [(reply, turns, why) for reply, why in zip(replies, reasons, strict=True)][::-1]
 
 
-def _problem(node: Any) -> Malformed | str:
+def _check_node(node: Any) -> Malformed | str:
     """Return the error of a message of a tree, or the reason to skip it, or ""."""
     if not isinstance(node, dict):
         return Malformed("a message of a tree must be an object")
@@ -119,10 +119,9 @@ def _descendants(node: Any) -> list[Any]:
     return nodes
 
 
-def _answered(turns: list[Row], replies: list[Any], purpose: str) -> tuple[Row | str, list[str]]:
+def _join_replies(turns: list[Row], replies: list[Any], purpose: str) -> tuple[Row | str, list[str]]:
     """Return the row of a user's message, or the reason to skip it; and for each reply why the row lacks it, or ""."""
-    usable = [not _problem(reply) and reply["role"] == "assistant" for reply in replies]
-    answers = [reply for reply, is_usable in zip(replies, usable, strict=True) if is_usable]
+    answers = [reply for reply in replies if not _check_node(reply) and reply["role"] == "assistant"]
     ranked = [reply for reply in answers if reply.get("rank") is not None]
     if purpose == "prompts":
         return {"prompt": turns}, ["reply, and no prompt"] * len(replies)
@@ -132,13 +131,14 @@ def _answered(turns: list[Row], replies: list[Any], purpose: str) -> tuple[Row |
         best = min(ranked, key=_rank) if ranked else answers[0]
         reasons = ["" if reply is best else "not the best reply" for reply in replies]
         return {"prompt": turns, "completion": best["text"]}, reasons
-    unranked = [is_usable and reply.get("rank") is None for reply, is_usable in zip(replies, usable, strict=True)]
-    if len(ranked) < 2:
-        return _TOO_FEW, ["reply without a rank" if is_unranked else _TOO_FEW for is_unranked in unranked]
+    is_comparison = len(ranked) > 1
+    by_reply = dict.fromkeys(map(id, answers), "reply without a rank")
+    by_reply |= dict.fromkeys(map(id, ranked), "" if is_comparison else _TOO_FEW)
+    reasons = [by_reply.get(id(reply), _NO_PROMPT if is_comparison else _TOO_FEW) for reply in replies]
+    if not is_comparison:
+        return _TOO_FEW, reasons
     rewards = [0.0 - _rank(reply) for reply in ranked]
-    row = {"prompt": turns, "completions": [reply["text"] for reply in ranked], "rewards": rewards}
-    pairs = zip(usable, unranked, strict=True)
-    return row, ["reply without a rank" if is_unranked else "" if use else _NO_PROMPT for use, is_unranked in pairs]
+    return {"prompt": turns, "completions": [reply["text"] for reply in ranked], "rewards": rewards}, reasons
 
 
 def _rank(reply: Row) -> float:

@@ -56,7 +56,7 @@ class Source(NamedTuple):
 def open_source(path: StrPath) -> Source:
     """Open a path, or a hub name if no such path exists; DataError if it is neither."""
     try:
-        local, split = _split_of(path)
+        local, split = _parse_split(path)
         if local.is_dir():
             return _directory(local, split)
         if name := tables.hub_name(path):
@@ -73,7 +73,7 @@ def open_source(path: StrPath) -> Source:
         raise DataError(f"{show(path)}: no such file or directory; {_ACCEPTED}") from None
 
 
-def _split_of(path: StrPath) -> tuple[Path, str | None]:
+def _parse_split(path: StrPath) -> tuple[Path, str | None]:
     """Return the path and the split of DIRECTORY@split; other paths have no split."""
     local = Path(path)
     directory, _, split = os.fspath(path).rpartition("@")
@@ -127,7 +127,7 @@ def _directory(directory: Path, split: str | None) -> Source:
     sources = [_file(file, show(file)) for file in files]
     kinds = sorted({source.container or "JSON" for source in sources})
     container = f"{len(files)} {' and '.join(kinds)} file{'s' * (len(files) > 1)}{remark}"
-    return Source(_chained(sources), container)
+    return Source(_chain(sources), container)
 
 
 def _files_of_split(directory: Path, files: list[Path], split: str | None) -> tuple[list[Path], str]:
@@ -150,7 +150,7 @@ def _files_of_split(directory: Path, files: list[Path], split: str | None) -> tu
     return by_split[chosen], f" of split {chosen}, out of {', '.join(splits)}" if len(splits) > 1 else ""
 
 
-def _chained(sources: list[Source]) -> Rows:
+def _chain(sources: list[Source]) -> Rows:
     number = 0
     for source in sources:
         for (_, place), row in source.rows:

@@ -66,14 +66,14 @@ class Renderer:
 
     def prompt(self, chat: Chat) -> str:
         """Return the text of a prompt, up to and including the template's opening of an answer."""
-        messages, tools = self._marked_chat(chat)
+        messages, tools = self._mark_chat(chat)
         return self._render(messages, tools, opened=True)
 
     def answer(self, chat: Chat, prompt: str, answer: str) -> "Answer":
         """Render a completion of `chat`, whose rendering is `prompt`."""
         message = answer.message if isinstance(answer, Reply) else Message("assistant", answer)
-        messages, tools = self._marked_chat(chat)
-        rendered = self._render([*messages, self._marked(message)], tools, opened=False)
+        messages, tools = self._mark_chat(chat)
+        rendered = self._render([*messages, self._mark(message)], tools, opened=False)
         if not rendered.startswith(prompt):
             raise DataError(
                 "the chat template renders the prompt differently once it is answered, so nothing tells where the "
@@ -131,7 +131,7 @@ class Renderer:
             written = ""
         template = template_source(self.tokenizer)
         tokens = {t.content for t in added if t.special or t.content in written}
-        read = {token for token in tokens if _reads(template, token)}
+        read = {token for token in tokens if _searches(template, token)}
         read |= {token.replace("</", "<") for token in read}
         return tuple(sorted((t for t in tokens - read if t.strip()), key=len, reverse=True))
 
@@ -139,12 +139,12 @@ class Renderer:
     def _control_pattern(self) -> re.Pattern[str] | None:
         return re.compile("|".join(map(re.escape, self.control_tokens))) if self.control_tokens else None
 
-    def _marked_chat(self, chat: Chat) -> tuple[list[Any], list[Any]]:
+    def _mark_chat(self, chat: Chat) -> tuple[list[Any], list[Any]]:
         if self._last[0] is not chat:
-            self._last = chat, self._marked(list(chat.messages)), self._marked(list(chat.tools))
+            self._last = chat, self._mark(list(chat.messages)), self._mark(list(chat.tools))
         return self._last[1:]
 
-    def _marked(self, value: Any) -> Any:
+    def _mark(self, value: Any) -> Any:
         """Return messages or tools with the control tokens in their texts marked."""
         pattern = self._control_pattern
         if isinstance(value, str):
@@ -152,8 +152,8 @@ class Renderer:
             return pattern.sub(lambda match: f"{LEFT}{match[0]}{RIGHT}", text) if pattern else text
         if isinstance(value, Mapping):
             present = {key: item for key, item in value.items() if item is not None}  # templates would write "None"
-            return {self._marked(key): item if key == "role" else self._marked(item) for key, item in present.items()}
-        return [self._marked(item) for item in value] if isinstance(value, list | tuple) else value
+            return {self._mark(key): item if key == "role" else self._mark(item) for key, item in present.items()}
+        return [self._mark(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _render(self, messages: list[Any], tools: list[Any], *, opened: bool) -> str:
         if not has_template(self.tokenizer):
@@ -167,14 +167,8 @@ class Renderer:
             template = _strftime(template, settings.date) + template
         try:
             with limited(SECONDS, MAX_BYTES):
-                rendered = self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools or None,
-                    chat_template=template,
-                    add_generation_prompt=opened,
-                    tokenize=False,
-                    **settings.arguments,
-                )
+                options = {"tools": tools or None, "chat_template": template, "add_generation_prompt": opened}
+                rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **settings.arguments)
         except Exception as error:  # the template is code that may raise anything
             lines = str(error).splitlines() or [type(error).__name__]
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
@@ -214,7 +208,7 @@ def stop_id(tokenizer: Any) -> int | None:
         return None
 
 
-def _reads(template: str, token: str) -> bool:
+def _searches(template: str, token: str) -> bool:
     """Return whether the template searches a token in a content: `'</think>' in content`, `split('</think>')`."""
     quoted = f"""['"]{re.escape(token)}['"]"""
     return bool(re.search(rf"{quoted}\s+in\b|split\(\s*{quoted}", template))

@@ -62,7 +62,7 @@ def configure(tokenizer: Any, template: str, arguments: str | None, date: dateti
     tokenizer.template_settings = Settings(values, date)
 
 
-def of_another_model(template: str) -> str:
+def second_model_option(template: str) -> str:
     """Return --chat_template for a second model of a run, which keeps the template of its tokenizer."""
     return template if template in MODES else "always"
 

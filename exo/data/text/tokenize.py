@@ -234,7 +234,9 @@ class _Encoder:
             self.counts["prompts with special tokens in their text, which are read as such"] += 1
         tokens = example.tokens
         if tokens is None:
-            completions = [self._ended(example.prompt, prompt, answer, check) for answer in example.completions]
+            completions = [
+                self._completion_ids(example.prompt, prompt, answer, check) for answer in example.completions
+            ]
         elif not self.retokenize:
             if tokens.tokenizer != tokenizer_hash(self.tokenizer):
                 raise DataError(
@@ -243,19 +245,19 @@ class _Encoder:
                 )
             completions = [list(ids) for ids in tokens.ids]
         else:
-            completions = [self._sampled(example, prompt, i) for i in range(len(example.completions))]
+            completions = [self._sampled_ids(example, prompt, i) for i in range(len(example.completions))]
         return prompt.start + prompt.ids, completions
 
-    def _ended(self, prompt: str, rendered: _Prompt, answer: str, check: bool) -> list[int]:
+    def _completion_ids(self, prompt: str, rendered: _Prompt, answer: str, check: bool) -> list[int]:
         """Return the tokens of a completion with its end: the template's end of turn, or the end of sequence."""
         if isinstance(prompt, Chat):
             text, end, needs_eos = self.renderer.answer(prompt, rendered.text, answer)
             if not chat_template.is_written(answer, text):
                 self.counts["completions with text or calls that the chat template does not write"] += 1
-            ids = self._continued(rendered, text + end, check)
+            ids = self._continuation_ids(rendered, text + end, check)
             return [*ids, self.tokenizer.eos_token_id] if needs_eos else ids
         text = answer.rstrip()
-        ids = self._continued(rendered, text if text.endswith(self._end_texts) else answer, check)
+        ids = self._continuation_ids(rendered, text if text.endswith(self._end_texts) else answer, check)
         end_at = len(ids)
         while end_at and ids[end_at - 1] in self.ends:
             end_at -= 1
@@ -271,7 +273,7 @@ class _Encoder:
     def _end_texts(self) -> tuple[str, ...]:
         return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends)))
 
-    def _sampled(self, example: Example, prompt: _Prompt, i: int) -> list[int]:
+    def _sampled_ids(self, example: Example, prompt: _Prompt, i: int) -> list[int]:
         """Return the tokens of a sampled completion for a reward model, with the same end as in training."""
         tokens, text = example.tokens, example.completions[i]
         assert tokens is not None
@@ -282,10 +284,10 @@ class _Encoder:
         if tokens.tokenizer == tokenizer_hash(self.tokenizer):
             ids = list(tokens.ids[i][: len(tokens.ids[i]) - finished])
         else:
-            ids = self._continued(prompt, text, False)
+            ids = self._continuation_ids(prompt, text, False)
         return [*ids, end] if finished or not ids else ids
 
-    def _continued(self, prompt: _Prompt, text: str, check: bool) -> list[int]:
+    def _continuation_ids(self, prompt: _Prompt, text: str, check: bool) -> list[int]:
         ids = subwords.continued(prompt.ids, prompt.text, text, self.tokenizer)
         if check:
             subwords.check(prompt.ids, prompt.text, ids, text, self.tokenizer)
