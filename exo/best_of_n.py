@@ -1,6 +1,6 @@
-"""Best-of-N: keep the completion with the highest reward of every N, the paper's upper bound for a set of samples.
+"""Best-of-N: keep the highest-reward completion of every N, the paper's upper bound for a set of samples.
 
-python -m exo.best_of_n --data SCORED --n N. A row with M N completions keeps M of them. This amounts to sampling from a
+python -m exo.best_of_n --data SCORED --n N. A row with M N completions keeps M of them. The result is a sample of a
 policy whose KL to the sampled one is at most log N - (N - 1)/N nats, and exactly that if all completions differ.
 """
 
@@ -45,9 +45,9 @@ def run(config: Config, start: Start) -> Path:
     path = run_inputs.source("data", config.data, "score")
     dataset = data.read(path, purpose="samples", **config.reading(), **config.mixing())
     console.log(dataset.summary())
-    best = [_best(example, config.n, path) for example in dataset.examples]
+    best = [_select_best(example, config.n, path) for example in dataset.examples]
     if num_ties := sum(len(set(example.rewards or ())) == 1 for example in dataset.examples):
-        console.log(f"  {num_ties:,} rows whose rewards are all equal: the first completion is kept")
+        console.log(f"  {num_ties:,} rows with equal rewards: the first completion is kept")
     samples.log_cut(dataset.examples)
     directory = run_stage.begin(start, rows=dataset.account())
     with atomic_file(directory / "samples.jsonl") as file:
@@ -57,13 +57,13 @@ def run(config: Config, start: Start) -> Path:
     return directory
 
 
-def _best(example: data.Example, n: int, path: str) -> data.Example:
+def _select_best(example: data.Example, n: int, path: str) -> data.Example:
     """Keep the completion with the highest reward of every block of n."""
     from exo.data import DataError, transforms
 
     rewards = example.rewards
     if rewards is None:
-        raise DataError(f"{example.place(path)}: has no rewards; python -m exo.score makes them")
+        raise DataError(f"{example.place(path)}: expected rewards; got none; run python -m exo.score")
     if len(rewards) % n:
         raise DataError(f"{example.place(path)}: expected a multiple of --n {n} completions; got {len(rewards)}")
     blocks = (range(start, start + n) for start in range(0, len(rewards), n))
@@ -71,7 +71,6 @@ def _best(example: data.Example, n: int, path: str) -> data.Example:
 
 
 main = command(Config, run)
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,9 +1,9 @@
-"""Show what a stage would train on, before it trains: format, examples, lengths, what is cut, ties, duplicates, leaks.
+"""Show the data that a stage would train on: format, examples, lengths, cut rows, ties, duplicates, leaks.
 
 python -m exo.inspect --data FILE --model DIR_OR_NAME [--stage sft|reward|sample]. It takes every option of the stage,
 with the same defaults: replace exo.align in a command by exo.inspect. Exits with 0 if the stage would start, and with 2
-and the stage's error if it would not. It reads the tokenizer and config.json of the model but no weights, and it writes
-nothing. It calls the functions of the stage, so that it fails where the stage would.
+and the stage's error if it would not, because it calls the functions of the stage. It reads the tokenizer and
+config.json of the model but no weights, and it writes nothing.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ if TYPE_CHECKING:
     from exo.data.text.tokenize import TokenizedExample
 
 POLICIES = ("sft", "align", "ppo")
-MODEL_FROM = {"align": POLICIES, "sft": ("sft",), "reward": ("sft",), "sample": POLICIES}  # stages that make --model
+MODEL_FROM = {"align": POLICIES, "sft": ("sft",), "reward": ("sft",), "sample": POLICIES}  # stages that produce --model
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of inspect, beside those of the stage."""
+    """Options that inspect adds to those of the stage."""
 
-    stage: Literal["align", "sft", "reward", "sample"] = option("align", "the stage that would read the data")
-    eval_data: str | None = option(None, "a held-out or test file; its texts are looked for in --data")
-    examples: int = option(3, "rows to show: the first, others up to the longest", NOT_NEGATIVE)
+    stage: Literal["align", "sft", "reward", "sample"] = option("align", "stage that would read the data")
+    eval_data: str | None = option(None, "held-out or test file; its texts should not be in --data")
+    examples: int = option(3, "number of rows to show, from the first to the longest", NOT_NEGATIVE)
     color: Literal["auto", "always", "never"] = option("auto", "auto colors on a terminal if NO_COLOR is not set")
 
 
 class Plan(NamedTuple):
-    """The rows that the stage would train on, or the error that stops it."""
+    """The rows that the stage would train on, or its error."""
 
     rows: list[TokenizedExample]
     counts: Counter[str]  # rows cut, dropped or noted, by reason
     summary: str
-    error: ValueError | None
+    error: ValueError | None = None
 
 
 def run(options: Any) -> None:
-    """Print the report; ValueError with the stage's error if the stage would not start."""
+    """Print the report and whether the stage would start; ValueError with its error if it would not."""
     work = "Sampling" if options.stage == "sample" else "Training"
     try:
         summary = _report(options, importlib.import_module(f"exo.{options.stage}"))
@@ -69,7 +69,7 @@ def run(options: Any) -> None:
 
 
 def _report(options: Any, stage: Any) -> str:
-    """Print all that is known before training; return a summary of the run, or raise the stage's error."""
+    """Print the report; return a summary of the run, or raise the stage's error."""
     from exo.data import Chat, preview, statistics
     from exo.data.text import chat_template, render, tokenize
 
@@ -90,7 +90,7 @@ def _report(options: Any, stage: Any) -> str:
     limits = {name: getattr(options, name) for name in vars(options) if name.endswith("_length")}
     _print(preview.length_lines(limits, uncut) or ["no row can be tokenized"])
     if plan.counts:
-        console.log("what is cut, dropped or noted:")
+        console.log("rows cut, dropped or noted:")
     elif not plan.error:
         console.log("the limits cut nothing")
     console.counts(plan.counts)
@@ -107,13 +107,13 @@ def _report(options: Any, stage: Any) -> str:
 
 
 def _print(lines: Sequence[str]) -> None:
-    """Print lines; wrap them on a terminal only, because other programs may search for them."""
+    """Print lines; wrap them on a terminal only, so that other programs can search the output."""
     for line in lines:
         console.log(textwrap.fill(line, console.width(), subsequent_indent="  ") if sys.stdout.isatty() else line)
 
 
 def _read_data(options: Any, stage: Any) -> tuple[Dataset, Dataset | None]:
-    """Read --data as the stage does, and --eval_data, which inspect takes for every stage."""
+    """Read --data as the stage does, and --eval_data, which every stage can have here."""
     from exo import sample
     from exo.data import DataError, split
 
@@ -125,7 +125,7 @@ def _read_data(options: Any, stage: Any) -> tuple[Dataset, Dataset | None]:
     except DataError as error:
         if options.stage == "align":
             raise
-        with contextlib.suppress(DataError):  # test files may have prompts alone
+        with contextlib.suppress(DataError):  # test files may have only prompts
             return dataset, sample.read(options, "eval_data")
         raise error
     if options.stage == "align":
@@ -151,18 +151,17 @@ def _load_model(options: Any, dataset: Dataset) -> tuple[Any, Any]:
 def _render_prompts(
     options: Any, tokenizer: Any, dataset: Dataset, held_out: Dataset | None
 ) -> tuple[Dataset, Dataset | None]:
-    """Set up the chat template; return the data that the stage reads, with the prompts that it renders."""
+    """Configure the chat template; return the stage's data with rendered prompts."""
     from exo.data.text import render
     from exo.runs import inputs, record
     from exo.runs.stage import template_date
 
     previous = None if options.overwrite_output_dir else record.record(Path(options.output_dir))
     date = datetime.date.fromisoformat(template_date(previous, inputs.inputs(options, options.stage).values()))
-    rendered, *others = render.apply(
-        tokenizer, options.chat_template, options.template_kwargs, date, dataset,
-        *([held_out] if held_out and options.stage == "align" else []),
-        sampled="render" if options.stage == "reward" else "keep",
-    )  # fmt: skip
+    datasets = [dataset, held_out] if held_out and options.stage == "align" else [dataset]
+    sampled: Literal["keep", "render"] = "render" if options.stage == "reward" else "keep"
+    template = (options.chat_template, options.template_kwargs)
+    rendered, *others = render.apply(tokenizer, *template, date, *datasets, sampled=sampled)
     return rendered, others[0] if others else None
 
 
@@ -176,23 +175,22 @@ def _plan_run(options: Any, stage: Any, dataset: Dataset, held_out: Dataset | No
             total = len(dataset.examples)
             chosen = [dataset.examples[i % total] for i in stage.chosen(options, total)]
             rows = _tokenize_prompts(chosen, tokenizer, options.max_prompt_length, counts)
-            return Plan(rows, counts, f"{len(rows):,} prompts x {options.k} completions", None)
+            return Plan(rows, counts, f"{len(rows):,} prompts x {options.k} completions")
         rows = _training_rows(options, stage, dataset, held_out, tokenizer, model, counts)
     except ValueError as error:
         return Plan([], counts, "", error)
     steps = sampler.total_steps(len(rows), **options.epochs())
-    return Plan(rows, counts, f"{len(rows):,} rows, {steps:,} steps of {options.batch_size}", None)
+    return Plan(rows, counts, f"{len(rows):,} rows, {steps:,} steps of {options.batch_size}")
 
 
 def _training_rows(
-    options: Any, stage: Any, dataset: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any,
-    counts: Counter[str],
-) -> list[TokenizedExample]:  # fmt: skip
-    """Return the rows to train on, after the checks that the stage makes on all rows and on its reference model."""
+    options: Any, stage: Any, data: Dataset, held_out: Dataset | None, tokenizer: Any, model: Any, counts: Counter[str]
+) -> list[TokenizedExample]:
+    """Return the rows to train on, after the stage's checks of all rows and of its reference model."""
     from exo import models
     from exo.training import reference
 
-    rows, others = stage.tokens(options, dataset, tokenizer, counts), []
+    rows, others = stage.tokens(options, data, tokenizer, counts), []
     if options.stage == "reward":
         rows, others = rows
     elif held_out:
@@ -200,24 +198,24 @@ def _training_rows(
     models.check_fits(model, rows + others)
     if options.stage != "align":
         return rows
-    train = stage.split_rows(options, dataset, rows, others, counts).train
+    train = stage.split_rows(options, data, rows, others, counts).train
     reference.load(options.reference, options.ref_model, rows + others, tokenizer, models.load_without_weights)
     return train
 
 
 def _tokenize_prompts(
-    examples: Sequence[Example], tokenizer: Any, most: int, counts: Counter[str]
+    examples: Sequence[Example], tokenizer: Any, max_length: int, counts: Counter[str]
 ) -> list[TokenizedExample]:
     from exo.data.text import tokenize
 
-    prompts, cut = tokenize.sampled_prompts([example.prompt for example in examples], tokenizer, most)
+    prompts, cut = tokenize.sampled_prompts([example.prompt for example in examples], tokenizer, max_length)
     counts.update(cut)
     pairs = zip(prompts, examples, strict=True)
     return [tokenize.TokenizedExample(tuple(ids), (), None, example.line) for ids, example in pairs]
 
 
 def _tokenize_uncut(options: Any, dataset: Dataset, tokenizer: Any) -> list[TokenizedExample]:
-    """Return the rows as tokens without any limits, except those that the tokenizer or its template refuses."""
+    """Tokenize the rows without limits, and leave out those that the tokenizer or its template refuses."""
     from exo.data import DataError
     from exo.data.text import tokenize
     from exo.data.text.limits import Limits
@@ -227,13 +225,14 @@ def _tokenize_uncut(options: Any, dataset: Dataset, tokenizer: Any) -> list[Toke
             return _tokenize_prompts(dataset.examples, tokenizer, sys.maxsize, Counter())
         return []
     limits, is_reward = Limits(sys.maxsize, None, "error"), options.stage == "reward"
-    return tokenize.encode(dataset.examples, tokenizer, limits, dataset.path, retokenize=is_reward, skip_invalid=True)[
-        0
-    ]
+    rows, _ = tokenize.encode(
+        dataset.examples, tokenizer, limits, dataset.path, retokenize=is_reward, skip_invalid=True
+    )
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the options are those of the stage that --stage names."""
+    """Run the command line, whose options include those of the stage in --stage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     head = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     head.add_argument("--stage", default="align")
@@ -242,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config: Any = dataclasses.make_dataclass("Config", (), bases=(Options, stage.Config), frozen=True)
     options = parse(config, arguments, prog="python -m exo.inspect", description=__doc__)
     if options.stage != name:
-        print("error: --stage: expected on the command line, not in --config", file=sys.stderr)
+        print("error: --stage: found in --config; give it on the command line", file=sys.stderr)
         return 2
     return run_command(run, dataclasses.replace(options, nproc=1))
 

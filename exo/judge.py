@@ -1,8 +1,8 @@
-"""Compute the win rate of one system over another, by a chat model that compares their answers in pairs.
+"""Compute the win rate of one system over another with a chat model that compares their answers in pairs.
 
 python -m exo.judge --a FILE --b FILE --template summary --endpoint http://host:port/v1 --model NAME. The protocol is
-the paper's: 100 prompts, one completion each, judged twice with the answers swapped. Answers are cached beside the run,
-so that paid answers survive a crash, --overwrite_output_dir and a change of --limit.
+the paper's: 100 prompts, one completion each, judged twice with the answers swapped. The judge's answers are cached
+beside the run, so that they survive a crash, --overwrite_output_dir and a change of --limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from exo.cli.options import Stage
 from exo.runs.stage import Start, stage
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-TEMPLATES = "summary, dialogue, instruction"
+TEMPLATES, PLACEHOLDERS = "summary, dialogue, instruction", "{prompt}, {a}, {b}, {reference}"
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,25 @@ class Config(Stage):
     output_dir: str = option("runs/judge", "directory of the run")
     a: str = option(
         "",
-        "answers of the system whose win rate is computed: samples, texts or preferences (their chosen)",
+        "answers of the system to judge: samples, texts or preferences (their chosen)",
         named("a file of answers"),
     )
-    b: str = option("", "answers of the system it is compared with", named("a file of answers"))
+    b: str = option("", "answers of the system to compare with", named("a file of answers"))
     references: str | None = option(
         None, 'reference texts, for a template that shows them; "category" in a row gives a win rate by category'
     )
-    template: str = option(
-        "",
-        f"{TEMPLATES}, or a text file with {{prompt}}, {{a}}, {{b}}, {{reference}}",
-        named(f"{TEMPLATES}, or a file"),
-    )
+    template: str = option("", f"{TEMPLATES}, or a text file with {PLACEHOLDERS}", named(f"{TEMPLATES}, or a file"))
     endpoint: str = option("", "an OpenAI-compatible server, as http://host:port/v1")
     model: str = option("", "the judge's name on that server", named("the judge's name on the server"))
     api_key_env: str = option(KEY_VARIABLE, "environment variable with the API key; no key is sent if it is not set")
     limit: int | None = option(100, "number of prompts, chosen by seed; none means all", at_least(1))
     samples_per_prompt: int = option(1, "pairs of completions per prompt, chosen by seed", at_least(1))
     concurrency: int = option(8, "requests at a time", at_least(1))
-    retries: int = option(5, "retries of a request that failed for a reason that may pass", NOT_NEGATIVE)
+    retries: int = option(5, "retries of a request after a temporary failure", NOT_NEGATIVE)
     timeout: float = option(120.0, "seconds to wait for the server", POSITIVE)
     max_tokens: int | None = option(512, "maximum tokens of an answer; none leaves it to the server", at_least(1))
     judge_options: str | None = option(
-        None,
-        'request parameters as JSON: {"reasoning_effort": "low"}; null removes a default: {"temperature": null}',
+        None, 'request parameters as JSON: {"reasoning_effort": "low"}; null removes a default: {"temperature": null}'
     )
     cache: str | None = option(None, "file that caches answers; none means judge-cache.jsonl beside output_dir")
 
@@ -84,22 +79,10 @@ def run(config: Config, start: Start) -> Path:
         raise ValueError(f"--references: expected a file, since the template {config.template} shows a reference")
     key = judge_client.read_key(config.api_key_env, KEY_VARIABLE)
     config = dataclasses.replace(config, a=answers.source("a", config.a), b=answers.source("b", config.b))
-    pairs = answers.pairs(
-        config.a,
-        config.b,
-        config.references,
-        limit=config.limit,
-        per_prompt=config.samples_per_prompt,
-        seed=config.seed,
-    )
+    pairs = answers.pairs(**config.values("a b references limit seed"), per_prompt=config.samples_per_prompt)
+    request_options = judge_client.parse_options(config.judge_options)
     client = judge_client.JudgeClient(
-        config.endpoint,
-        config.model,
-        key,
-        retries=config.retries,
-        timeout=config.timeout,
-        max_tokens=config.max_tokens,
-        options=judge_client.parse_options(config.judge_options),
+        **config.values("endpoint model retries timeout max_tokens"), key=key, options=request_options
     )
     cache = AnswerCache(Path(config.cache_path))
     try:
@@ -109,7 +92,7 @@ def run(config: Config, start: Start) -> Path:
         cache.close()
     with atomic_file(directory / "verdicts.jsonl") as file:
         data.write_jsonl(file, win_rate.rows(pairs, judged))
-    result = {name: getattr(config, name) for name in ("a", "b", "references", "template", "model")}
+    result = config.values("a b references template model")
     result |= {"template_sha256": template.sha256} | win_rate.count(pairs, judged, config.seed)
     write_json(directory / "judge.json", result)
     if server_error:
@@ -127,13 +110,13 @@ def run(config: Config, start: Start) -> Path:
 
 
 def _truncated(result: dict[str, Any]) -> str:
-    """Return how many answers were cut off and what to do, or ""."""
+    """Return the number of answers that were cut off, and the fix, for a message."""
     return f" ({result['truncated']:,} of them cut off: raise --max_tokens)" if result["truncated"] else ""
 
 
 def _log(result: dict[str, Any], directory: Path) -> None:
     def percent(rate: dict[str, float]) -> str:
-        return f"{rate['mean']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}] on {rate['prompts']:,} prompts"
+        return "{mean:.1%} [{low:.1%}, {high:.1%}] on {prompts:,} prompts".format(**rate)
 
     console.log(f"\n{result['a']}\n  against {result['b']}, judged by {result['model']}")
     console.log(f"win rate {percent(result['win_rate'])} (95% interval)")
@@ -146,7 +129,7 @@ def _log(result: dict[str, Any], directory: Path) -> None:
     if result["cached"]:
         console.log(f"{result['cached']:,} answers are cached from an earlier run")
     if result["identical"]:
-        console.log(f"{result['identical']:,} pairs are of two identical answers")
+        console.log(f"{result['identical']:,} pairs have two identical answers")
     undecided = result["undecided"]
     if undecided["pairs_left_out"]:
         console.log(

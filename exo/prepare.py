@@ -20,17 +20,17 @@ from exo.runs.stage import Start, stage
 class Config(SourceOptions):
     output_dir: str = option("runs/data", "directory of the run")
     task: str = option("quickstart", f"one of {', '.join(tasks.TASKS)}")
-    source: str | None = option(None, "where the task's files are: a file, a directory, or a hub name")
+    source: str | None = option(None, "files of the task: a file, a directory, or a hub name")
     rows: int | None = option(None, "use at most this many rows of each part of the source", at_least(2))
-    tokenizer: str | None = option(None, "model whose tokens cut the texts of imdb: a directory or a hub name")
+    tokenizer: str | None = option(None, "for imdb: model whose tokenizer cuts the texts, a directory or a hub name")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.task in tasks.TASKS, "task", f"one of {', '.join(tasks.TASKS)}", self.task)
         by_tokens = self.task in tasks.BY_TOKENS
-        expected = "a model, whose tokens cut the texts" if by_tokens else "none: nothing is cut by tokens"
+        expected = "a model, whose tokenizer cuts the texts" if by_tokens else "none, because this task needs none"
         require(by_tokens == (self.tokenizer is not None), "tokenizer", expected, self.tokenizer)
-        expected = "where the files are" if self.source is None else "none, since the task makes its own"
+        expected = "the files of the task" if self.source is None else "none, because this task generates its files"
         require((self.task == "quickstart") == (self.source is None), "source", expected, self.source)
 
 
@@ -55,7 +55,6 @@ def run(config: Config, start: Start) -> Path:
 
 
 main = command(Config, run)
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,9 +1,9 @@
-"""Sample K completions per prompt, with their tokens, log-probs and how each of them ended.
+"""Sample K completions per prompt, with their tokens, their log-probs and the reason why each ended.
 
-python -m exo.sample --model DIR_OR_NAME --data FILE. Each completion has its own random stream, given by --seed, the
-place of its prompt in the file and its number among the K. A part of the data (--first, --prompts) therefore gets the
+python -m exo.sample --model DIR_OR_NAME --data FILE. Each completion has its own random stream, which depends on the
+seed, the index of its prompt in the file and its index among the K, so a part of the data (--first, --prompts) gets the
 same completions as in a run on all of it. --engine vllm samples with vLLM, if it is installed, from other random
-streams. Completed batches are cached, and a killed run draws only the others.
+streams. Completed batches are cached; run the same command again to resume a killed run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from exo.cli import console
 from exo.cli.fields import MODEL, NOT_NEGATIVE, POSITIVE, TOP_P, at_least, named, option, require
@@ -30,14 +30,14 @@ class Config(Compute, DataOptions, ChatOptions):
     data: str = option("", "prompts: any data file that has them", named("a file of prompts"))
     k: int = option(4, "completions per prompt", at_least(1))
     temperature: float = option(1.0, "divides the logits", POSITIVE)
-    top_p: float = option(1.0, "draw from the most probable tokens whose probabilities reach it; 1 means all", TOP_P)
+    top_p: float = option(1.0, "draw from the most probable tokens that sum to this probability; 1 means all", TOP_P)
     max_new_tokens: int = option(256, "tokens of a completion, including its end of sequence", at_least(1))
     max_prompt_length: int = option(768, "tokens of a prompt; a longer one is cut on the left", at_least(1))
     batch_size: int = option(256, "completions at a time", at_least(1))
-    first: int = option(0, "place of the first prompt to use, counted from 0", NOT_NEGATIVE)
+    first: int = option(0, "index of the first prompt to use, from 0", NOT_NEGATIVE)
     prompts: int | None = option(None, "use at most this many prompts", at_least(1))
     epochs: int = option(1, "passes over the prompts, each with new completions", at_least(1))
-    engine: Literal["torch", "vllm"] = option("torch", "library that samples")
+    engine: Literal["torch", "vllm"] = option("torch", "library to sample with")
 
 
 @stage("sample", reads=("model", "data"), makes="samples.jsonl")
@@ -69,21 +69,19 @@ def run(config: Config, start: Start) -> Path:
     console.log(f"{len(numbers):,} prompts x {config.k} completions of at most {config.max_new_tokens} tokens")
 
     settings = samples.Settings(config.temperature, config.max_new_tokens, config.top_p)
-    options: dict[str, Any] = {"numbers": numbers, "k": config.k, "seed": config.seed}
-    options["max_prompt_length"] = config.max_prompt_length
     if config.engine == "vllm":
         engine = vllm.Engine(
             name, tokenizer, dtype=config.dtype, seed=config.seed, num_processes=accelerator.num_processes
         )
     cache = shards.begin(start, accelerator, dataset.account(dropped))
+    options = config.values("k seed max_prompt_length") | {"numbers": numbers}
     options["run"] = partial(shards.sample_shared, accelerator=accelerator, cache=cache)
     if config.engine == "vllm":
         examples = engine.draw(prompts, settings, **options)
     else:
+        options |= {"batch_size": config.batch_size, "label": "completions"}
         with accelerator.autocast():
-            examples = samples.draw(
-                model, tokenizer, prompts, settings, label="completions", batch_size=config.batch_size, **options
-            )
+            examples = samples.draw(model, tokenizer, prompts, settings, **options)
     result = samples.describe(examples)
     console.log(f"  mean {result['mean_tokens']:.1f} tokens")
     samples.log_cut(examples)
@@ -100,17 +98,16 @@ def read(config: Config, option: str = "data") -> data.Dataset:
 
 
 def chosen(config: Config, total: int) -> list[int]:
-    """Return the numbers of the prompts to use: their places, plus `total` in each further epoch.
+    """Return the numbers of the prompts to use: their indices, plus `total` in each further epoch.
 
-    A completion depends on the number of its prompt, so another epoch draws other completions.
+    A completion depends on the number of its prompt, so each epoch draws other completions.
     """
     require(config.first < total, "first", f"less than the {total} prompts of --data", config.first)
-    places = range(config.first, total if config.prompts is None else min(total, config.first + config.prompts))
-    return [epoch * total + i for epoch in range(config.epochs) for i in places]
+    indices = range(total)[config.first :][: config.prompts]
+    return [epoch * total + i for epoch in range(config.epochs) for i in indices]
 
 
 main = command(Config, run)
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,7 +1,7 @@
 """Score every completion of a file of samples with a reward model, a classifier or a Python function.
 
-python -m exo.score --data FILE --reward_model DIR, or --oracle module:function. The rows keep everything else that they
-hold. Scores are cached as they are computed, and a killed run computes only the others.
+python -m exo.score --data FILE --reward_model DIR, or --oracle module:function. All other columns stay. Scores are
+cached while they are computed; run the same command again to resume a killed run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
     max_length: int = option(1024, "tokens of prompt and completion together", at_least(2))
     max_prompt_length: int | None = option(
         None,
-        "keep the last tokens of a prompt, at most this many; none cuts the completion first, and leaves the prompt at "
+        "keep at most this many last tokens of a prompt; none cuts the completion first, and leaves the prompt at "
         "least half of max_length",
         at_least(1),
     )
@@ -31,9 +31,8 @@ class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         rendered = self.chat_template not in ("auto", "none") or self.template_kwargs is not None
-        require(
-            not (self.oracle and rendered), "chat_template", "auto with --oracle, which reads plain texts", rendered
-        )
+        expected = "auto with --oracle, which reads plain texts"
+        require(not (self.oracle and rendered), "chat_template", expected, rendered)
 
 
 @stage("score", reads=("data", "reward_model", "oracle"), makes="scored.jsonl")
@@ -51,12 +50,9 @@ def run(config: Config, start: Start) -> Path:
     if num_scored := sum(example.rewards is not None for example in dataset.examples):
         console.log(f"  {num_scored:,} rows have rewards, which are replaced")
     accelerator = make_accelerator(**config.accelerator())
-    scorer = scorers.load(
-        config.reward_model, config.oracle, accelerator, max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length, max_tokens_per_batch=config.max_tokens_per_batch,
-        chat_template=config.chat_template, template_kwargs=config.template_kwargs,
-        date=gather.template_date(start, accelerator),
-    )  # fmt: skip
+    options = config.values("max_length max_prompt_length max_tokens_per_batch chat_template template_kwargs")
+    options["date"] = gather.template_date(start, accelerator)
+    scorer = scorers.load(config.reward_model, config.oracle, accelerator, **options)
     console.log(f"scored by {scorer.name}")
     refused, dropped = scorer.refused(dataset.examples, dataset.path, config.skip_invalid)
     console.counts(dropped)
@@ -77,7 +73,6 @@ def run(config: Config, start: Start) -> Path:
 
 
 main = command(Config, run)
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""A small chat-completions server on this machine, for tests: what it answers is a function of the question."""
+"""A small chat-completions server on localhost for tests; its answer is a function of the question."""
 
 import json
 import sys
@@ -11,28 +11,28 @@ from typing import Any
 Reply = tuple[int, str, dict[str, str]]  # status, body, headers
 
 
-def said(text: str | None, finish: str = "stop") -> Reply:
+def completion(text: str | None, finish: str = "stop") -> Reply:
     choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
     return 200, json.dumps({"choices": [choice]}), {}
 
 
-def failed(status: int, message: str = "", **headers: str) -> Reply:
+def error(status: int, message: str = "", **headers: str) -> Reply:
     return status, json.dumps({"error": {"message": message}}), headers
 
 
 class Server(ThreadingHTTPServer):
-    """`requests` holds what was asked: the body, with the headers under "headers"."""
+    """Record the body of every request in `requests`, with its headers and its path."""
 
-    daemon_threads = False  # closing the server waits for its answers
-    reply: Callable[[str], Reply | None]  # of the question; None hangs up
-    refuses: Callable[[dict[str, Any]], Reply | None] = staticmethod(lambda body: None)  # before that, of the request
+    daemon_threads = False  # closing the server waits for open requests
+    reply: Callable[[str], Reply | None]  # called with the question; None closes the connection
+    refuses: Callable[[dict[str, Any]], Reply | None] = staticmethod(lambda body: None)  # called first, with the body
 
     def __init__(self, reply: Callable[[str], Reply | None]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.requests = reply, []
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # a client that gave up waiting
+        if not isinstance(sys.exception(), ConnectionError):  # a client that timed out
             super().handle_error(request, client_address)
 
     @property

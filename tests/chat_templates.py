@@ -1,5 +1,7 @@
-"""Chat templates in the documented form of the public families, written here with the special tokens of
-tokenizer_kinds: where turns begin and end, what is trimmed, who may speak, and what a thinking model adds."""
+"""Chat templates in the documented form of public model families, with the special tokens of tokenizer_kinds.
+
+They differ in the markers of turns, in what they trim, in the roles that they accept, and in how they render thoughts.
+"""
 
 OPEN = "{% if add_generation_prompt %}"
 SYSTEM_FIRST = (
@@ -59,7 +61,7 @@ TEMPLATES = {
     "{{ message.content }}{% endif %}{% endfor %}" + OPEN + "<|assistant|>{% endif %}",
 }  # fmt: skip
 NO_SYSTEM = ("Gemma",)
-# what ends a completion: a token of the template's, or the tokenizer's end of sequence
+# the token that ends a completion: the template's end of turn, or the tokenizer's end of sequence
 ENDS = dict.fromkeys(TEMPLATES, "</s>") | {
     "ChatML (Qwen 2.5, Yi)": "<|im_end|>", "Llama 3": "<|eot|>", "Gemma": "<|im_end|>", "Qwen 3": "<|im_end|>",
     "Phi 3": "<|eot|>",

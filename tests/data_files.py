@@ -1,7 +1,7 @@
 """Data files for the tests of the reader.
 
-They are written as bytes, because most of what goes wrong in data files goes wrong below JSON. `CANARY` stands in every
-bad row and must turn up in no message: errors never quote data.
+Files are written as bytes, because most errors in data files are below the level of JSON. Bad rows contain `CANARY`,
+which must be in no message: errors never quote data.
 """
 
 import json
@@ -23,7 +23,7 @@ HH = {
 
 
 def put(folder: Path, content: bytes | str | list, name: str = "data.jsonl") -> Path:
-    """A file of these bytes, this text, or one JSON line for each of these rows."""
+    """Write a file of these bytes, this text, or one JSON line per row; return its path."""
     if isinstance(content, list):
         content = "".join(json.dumps(row) + "\n" for row in content)
     path = folder / name
@@ -32,6 +32,7 @@ def put(folder: Path, content: bytes | str | list, name: str = "data.jsonl") -> 
 
 
 def refusal(path: Path | str, **options: Any) -> str:
+    """Return the message of the DataError that reading this file raises; it must be one line."""
     with pytest.raises(DataError) as caught:
         read(path, **options)
     message = str(caught.value)

@@ -1,6 +1,6 @@
-"""Rows in the schemas of public data sets, written here: none is of the data set itself.
+"""Rows with the columns of public data sets. All are made for the tests; none is from a data set itself.
 
-`ROWS[name]` are three rows or so with every column of the schema, as docs/data.md lists them.
+`ROWS[name]` has about three rows with every column of the data set, as docs/data.md lists them.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ def assistant(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def human(text: str, **more: Any) -> dict[str, Any]:
-    return {"from": "human", "value": text, **more}
+def human(text: str, **fields: Any) -> dict[str, Any]:
+    return {"from": "human", "value": text, **fields}
 
 
-def gpt(text: str, **more: Any) -> dict[str, Any]:
-    return {"from": "gpt", "value": text, **more}
+def gpt(text: str, **fields: Any) -> dict[str, Any]:
+    return {"from": "gpt", "value": text, **fields}
 
 
 ASK = [f"What is {n} plus {n}, my dear friend?" for n in range(1, 4)]
@@ -192,12 +192,12 @@ def stack_scored() -> Rows:
     ]
 
 
-def _oasst_node(name: str, parent: str | None, role: str, text: str, rank: int | None, **more: Any) -> dict[str, Any]:
+def _oasst_node(name: str, parent: str | None, role: str, text: str, rank: int | None, **fields: Any) -> dict[str, Any]:
     return {
         "message_id": name, "parent_id": parent, "user_id": "u", "created_date": "2023-02-05T14:23:50", "text": text,
         "role": role, "lang": "en", "review_count": 3, "review_result": True, "deleted": False, "rank": rank,
         "synthetic": False, "model_name": None, "detoxify": {"toxicity": 0.1}, "tree_state": "ready_for_export",
-        "emojis": {"name": ["+1"], "count": [1]}, "labels": {"name": ["quality"], "value": [0.9]}, **more,
+        "emojis": {"name": ["+1"], "count": [1]}, "labels": {"name": ["quality"], "value": [0.9]}, **fields,
     }  # fmt: skip
 
 
@@ -265,8 +265,8 @@ def alpaca() -> Rows:
         "Below is an instruction that describes a task.\n\n### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n{}"
     )
     return [
-        {"instruction": q, "input": more, "output": a, "text": header.format(q, more, a)}
-        for (q, a, _), more in zip(TRIPLES, ("", "Take it slow.", ""), strict=True)
+        {"instruction": q, "input": extra, "output": a, "text": header.format(q, extra, a)}
+        for (q, a, _), extra in zip(TRIPLES, ("", "Take it slow.", ""), strict=True)
     ]
 
 
@@ -388,8 +388,8 @@ ROWS: dict[str, Rows] = {
     "teknium/OpenHermes-2.5": openhermes(),
     "tatsu-lab/alpaca": alpaca(),
     "databricks/databricks-dolly-15k": [
-        {"instruction": q, "context": more, "response": a, "category": "closed_qa"}
-        for (q, a, _), more in zip(TRIPLES, ("", "Sums are made of numbers.", ""), strict=True)
+        {"instruction": q, "context": context, "response": a, "category": "closed_qa"}
+        for (q, a, _), context in zip(TRIPLES, ("", "Sums are made of numbers.", ""), strict=True)
     ],
     "Open-Orca/SlimOrca": slimorca(),
     "Open-Orca/OpenOrca": [

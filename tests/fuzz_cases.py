@@ -24,6 +24,7 @@ from exo.cli import yaml_files
 from exo.cli.errors import ConfigError, RunError
 from exo.cli.parse import _Parser, parse
 from exo.experiments import plan
+from exo.experiments import recipe as experiment_recipe
 from exo.runs import inputs as run_inputs
 from exo.runs import record as run_record
 from exo.runs.atomic import write_json
@@ -207,7 +208,7 @@ class _Exit(Exception):
 def recipe_file(rng: random.Random, folder: Path) -> str:
     """A mutated recipe: a plan, or a ConfigError of one line."""
     path = folder / "recipe.yaml"
-    text = (plan.RECIPES / f"{rng.choice(['quickstart', 'polarity'])}.yaml").read_text(encoding="utf-8")
+    text = (experiment_recipe.RECIPES / f"{rng.choice(['quickstart', 'polarity'])}.yaml").read_text(encoding="utf-8")
     if rng.random() < 0.5:
         fuzz_files.write_yaml(rng, path, text)
     else:
@@ -215,7 +216,9 @@ def recipe_file(rng: random.Random, folder: Path) -> str:
         fuzz_files.replace_somewhere(rng, values)
         path.write_text(json.dumps(values), encoding="utf-8", errors="surrogateescape")
     try:
-        steps = plan.plan(plan.load(str(path), source="rows.jsonl" if "polarity" in text else None), folder)
+        steps = plan.plan(
+            experiment_recipe.load(str(path), source="rows.jsonl" if "polarity" in text else None), folder
+        )
     except ConfigError as error:
         return one_line(error)
     assert steps[-1].stage == "report"

@@ -1,8 +1,8 @@
-"""Steps of PreferenceLoss in fp64 on one of several processes, with groups of very uneven lengths; saves what came out.
+"""A rank that takes eight fp64 steps of PreferenceLoss on groups of very uneven lengths and saves the weights.
 
-Arguments: ddp, fsdp, zero1 or zero2, with -fp32 for that instead (DeepSpeed knows no doubles), or with -bf16 for
-autocast over fp32 and references far from the policy; a file for the weights, and as JSON the groups' sizes, and tokens
-of a micro-batch.
+Arguments: the strategy (ddp, fsdp, zero1 or zero2; "-fp32" selects fp32, because DeepSpeed has no fp64, and "-bf16"
+autocast over fp32 with references far from the policy); the output file; the sizes of the groups, as JSON; the maximum
+number of tokens of a micro-batch.
 """
 
 import json
@@ -36,32 +36,32 @@ def examples(sizes: list[int], far: float) -> list[TokenizedExample]:
 
 
 def main(argv: list[str]) -> int:
-    how, file, sizes, tokens = argv[0], argv[1], json.loads(argv[2]), int(argv[3])
+    strategy, file, sizes, max_tokens = argv[0], argv[1], json.loads(argv[2]), int(argv[3])
     torch.set_num_threads(1)
-    how, _, dtype = how.partition("-")
+    strategy, _, dtype = strategy.partition("-")
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if dtype == "bf16" else "no")
     model, _ = models.tiny(["a b c d e f g"], hidden_size=32, num_layers=2, num_heads=2)
     model = model if dtype else model.double()
-    if how == "fsdp":
+    if strategy == "fsdp":
         fsdp.shard(model, accelerator)
     objective = dict(loss="exo", beta_pi=0.5, beta_r=1.0, label_smoothing=0.0, temperature=1.0)
     module = preference.PreferenceLoss(model, **objective).train(False)
     settings = OptimizerSettings(learning_rate=1e-3)
-    if how == "fsdp":
+    if strategy == "fsdp":
         wrapped, optim = module, accelerator.prepare(optimizer(module, settings))
-    elif how.startswith("zero"):
-        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = how.removeprefix("zero")
+    elif strategy.startswith("zero"):
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = strategy.removeprefix("zero")
         wrapped, optim = deepspeed.prepare(module, optimizer(module, settings), settings.max_grad_norm, accelerator)
     else:
         wrapped, optim = accelerator.prepare(module, optimizer(module, settings))
-    collator = Collator(0, tokens)
+    collator = Collator(0, max_tokens)
     step = training_step.TrainStep(wrapped, optim, settings, accelerator, len, collator.collate, collator, 8)
     counters = dict.fromkeys(training_step.COUNTERS, 0.0)
     rows = examples(sizes, far=1000.3 if dtype == "bf16" else 0.0)
     losses = [step(i, rows, counters, quiet=True, first=None)[0]["loss"] for i in range(1, 9)]
-    whole = {name: fsdp.full_tensor(p).detach().clone() for name, p in module.named_parameters()}
+    weights = {name: fsdp.full_tensor(p).detach().clone() for name, p in module.named_parameters()}
     if accelerator.is_main_process:
-        save_file(whole | {"losses": torch.tensor(losses, dtype=torch.float64)}, file)
+        save_file(weights | {"losses": torch.tensor(losses, dtype=torch.float64)}, file)
     return 0
 
 

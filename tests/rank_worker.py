@@ -1,6 +1,6 @@
-"""`exo.align`, alone or on one of several ranks, saying at the end by which paths it ran.
+"""`exo.align` on one or several ranks that prints which code paths it took: layout, schedule, reference, checkpoints.
 
-On several ranks it stops where their gradients are not the same bits before an update.
+On several ranks it fails if their gradients are not bit-identical before an update.
 """
 
 import json
@@ -17,15 +17,15 @@ from exo_kernels.schedules import plan
 
 
 def same_on_all_ranks(module) -> bool:
-    flat = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-    found = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, flat)
-    return len(found) == 2 and torch.equal(*found)
+    gradient = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+    gathered = [torch.empty_like(gradient) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, gradient)
+    return len(gathered) == 2 and torch.equal(*gathered)
 
 
 @contextmanager
-def watched(paths: dict):
-    """Fills `paths` while it lasts."""
+def record_paths(paths: dict):
+    """Record in `paths` the code paths that a run takes inside this context."""
     accumulate, update, reference, choose = (
         step.accumulate,
         step.update,
@@ -46,15 +46,15 @@ def watched(paths: dict):
         return update(module, optim, config, accelerator, *rest)
 
     def referring(self, batch):
-        found = reference(self, batch)
-        paths["reference"] = sorted({*paths["reference"], *found} & {"ref_hidden", "ref_logps"})
+        arguments = reference(self, batch)
+        paths["reference"] = sorted({*paths["reference"], *arguments} & {"ref_hidden", "ref_logps"})
         paths["layouts"] = sorted({*paths["layouts"], "padded" if batch.segment_ids is None else "several texts a row"})
-        return found
+        return arguments
 
     def choosing(*arguments, **options):
-        found = choose(*arguments, **options)
-        paths["schedules"] = sorted({*paths["schedules"], found[0]})
-        return found
+        choice = choose(*arguments, **options)
+        paths["schedules"] = sorted({*paths["schedules"], choice[0]})
+        return choice
 
     def checkpointing(*arguments, **options):
         paths["checkpoints"] += 1
@@ -72,9 +72,9 @@ def watched(paths: dict):
 
 
 if __name__ == "__main__":
-    found: dict = {}
-    with watched(found):
+    paths: dict = {}
+    with record_paths(paths):
         code = align.main(sys.argv[1:])
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"paths: {json.dumps(found)}", flush=True)
+        print(f"paths: {json.dumps(paths)}", flush=True)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""How the tests of bad input ask: arguments that are good, and one of them spoilt."""
+"""Helpers for tests of bad input: valid arguments, and the error that an invalid one raises."""
 
 import math
 import re
@@ -18,7 +18,7 @@ named = {"ids": lambda f: getattr(f, "__name__", None)}
 
 
 def good(function, packed: bool = False) -> dict:
-    """Arguments that the function takes, by name."""
+    """Return valid arguments of the function, by name."""
     if function is preference_loss:
         return {"policy_logps": torch.zeros(N), "ref_logps": torch.zeros(N)}
     arguments = {"logits": torch.zeros(N, T, V), "labels": torch.ones(N, T, dtype=torch.long)}
@@ -31,7 +31,7 @@ def good(function, packed: bool = False) -> dict:
 
 
 def refusal(function, packed: bool = False, **changes) -> str:
-    """The message of the ValueError, which must be one line: "argument: expected ...; got ..."."""
+    """Return the message of the ValueError, which must be one line: "argument: expected ...; got ..."."""
     arguments = good(function, packed) | changes
     with pytest.raises(ValueError) as caught:
         function(**arguments)

@@ -1,4 +1,4 @@
-"""A word-level task for the tests of the stages: prompts of colours, completions worth the number of their "good"s."""
+"""A word-level task for tests of the stages: prompts are colours, and the reward is the number of "good"s."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def not_a_number(prompt: str, completion: str) -> float:
 
 
 def write_model(directory: Path, *, seed: int = 0, scale: float = 1.0, words: list[str] = WORDS) -> str:
-    """A small policy that draws every word, and ends after some."""
+    """Write a small policy that samples every word and ends at random; return its directory."""
     model, tokenizer = models.word_level(words, hidden_size=32, seed=seed)
     for parameter in model.parameters():
         parameter.data.mul_(scale)

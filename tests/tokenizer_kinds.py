@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that public models have, made here: each treats the beginning of a text differently."""
+"""Small tokenizers of the kinds that public models have. Each treats the beginning of a text differently."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def byte_level(add_prefix_space: bool = False) -> Tokenizer:
 
 
 def llama3() -> Tokenizer:
-    """Byte-level behind a pattern of its own, with BOS by the post-processor."""
+    """Return a byte-level tokenizer that splits by a pattern, and whose post-processor adds BOS."""
     backend = byte_level()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -39,7 +39,7 @@ def llama3() -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    return _with(backend, "<s> $A")
+    return _with_special_tokens(backend, "<s> $A")
 
 
 def _pattern() -> Any:
@@ -49,7 +49,7 @@ def _pattern() -> Any:
 
 
 def dummy_prefix() -> Tokenizer:
-    """Llama 2, Mistral as their tokenizer.json has them: a blank before every text, bytes for what is unknown."""
+    """Return a tokenizer like that of Llama 2: it adds a blank before every text and falls back to bytes."""
     backend = metaspace("always")
     backend.pre_tokenizer = pre_tokenizers.Sequence([])
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -65,14 +65,14 @@ def metaspace(scheme: Literal["always", "first", "never"]) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     metaspaces = decoders.Metaspace(prepend_scheme=scheme, split=False)
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), metaspaces])
-    return _with(backend, "<s> $A")
+    return _with_special_tokens(backend, "<s> $A")
 
 
 def _with_bytes(backend: Tokenizer) -> Tokenizer:
-    """The same with a token for each byte, which unknown characters fall back to."""
+    """Add a token for each byte, to which unknown characters fall back."""
     description = json.loads(backend.to_str())
-    known = description["model"]["vocab"]
-    known |= {token: len(known) + i for i, token in enumerate(BYTES)}
+    vocabulary = description["model"]["vocab"]
+    vocabulary |= {token: len(vocabulary) + i for i, token in enumerate(BYTES)}
     description["model"]["byte_fallback"] = True
     return Tokenizer.from_str(json.dumps(description))
 
@@ -111,30 +111,30 @@ def _trained(backend: Tokenizer, trainer: Any) -> Tokenizer:
     return backend
 
 
-def _with(backend: Tokenizer, template: str) -> Tokenizer:
+def _with_special_tokens(backend: Tokenizer, template: str) -> Tokenizer:
     ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
     backend.post_processor = processors.TemplateProcessing(template, special_tokens=ids)
     return backend
 
 
-def _wrapped(backend: Tokenizer, **names: str | None) -> PreTrainedTokenizerFast:
+def _transformers_tokenizer(backend: Tokenizer, **names: str | None) -> PreTrainedTokenizerFast:
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | names
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in tokens.items() if v})
 
 
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "byte-level, no BOS (GPT-2, Qwen)": lambda: _wrapped(byte_level(), bos_token=None),
-    "byte-level with a prefix blank": lambda: _wrapped(byte_level(True), bos_token=None),
-    "byte-level with BOS (Llama 3)": lambda: _wrapped(llama3(), pad_token=None),
-    "byte-level, pad = EOS": lambda: _wrapped(byte_level(), bos_token=None, pad_token="</s>"),
-    "byte-level that appends EOS": lambda: _wrapped(_with(byte_level(), "$A </s>")),
-    "byte-level with BOS and EOS": lambda: _wrapped(_with(byte_level(), "<s> $A </s>")),
-    "SentencePiece with a dummy prefix (Llama 2)": lambda: _wrapped(dummy_prefix(), pad_token=None),
-    "Metaspace first (Llama 2, new format)": lambda: _wrapped(metaspace("first")),
-    "Metaspace always (Mistral)": lambda: _wrapped(metaspace("always")),
-    "Metaspace never (Gemma)": lambda: _wrapped(metaspace("never")),
-    "Unigram (XLM, T5)": lambda: _wrapped(unigram(), bos_token=None),
-    "WordPiece (BERT)": lambda: _wrapped(word_piece(), bos_token=None),
-    "words": lambda: _wrapped(word_level(), bos_token=None),
+    "byte-level, no BOS (GPT-2, Qwen)": lambda: _transformers_tokenizer(byte_level(), bos_token=None),
+    "byte-level with a prefix blank": lambda: _transformers_tokenizer(byte_level(True), bos_token=None),
+    "byte-level with BOS (Llama 3)": lambda: _transformers_tokenizer(llama3(), pad_token=None),
+    "byte-level, pad = EOS": lambda: _transformers_tokenizer(byte_level(), bos_token=None, pad_token="</s>"),
+    "byte-level that appends EOS": lambda: _transformers_tokenizer(_with_special_tokens(byte_level(), "$A </s>")),
+    "byte-level with BOS and EOS": lambda: _transformers_tokenizer(_with_special_tokens(byte_level(), "<s> $A </s>")),
+    "SentencePiece with a dummy prefix (Llama 2)": lambda: _transformers_tokenizer(dummy_prefix(), pad_token=None),
+    "Metaspace first (Llama 2, new format)": lambda: _transformers_tokenizer(metaspace("first")),
+    "Metaspace always (Mistral)": lambda: _transformers_tokenizer(metaspace("always")),
+    "Metaspace never (Gemma)": lambda: _transformers_tokenizer(metaspace("never")),
+    "Unigram (XLM, T5)": lambda: _transformers_tokenizer(unigram(), bos_token=None),
+    "WordPiece (BERT)": lambda: _transformers_tokenizer(word_piece(), bos_token=None),
+    "words": lambda: _transformers_tokenizer(word_level(), bos_token=None),
 }
-WORDS_ONLY = ("WordPiece (BERT)", "words")  # know no line breaks, and join letters to the word before
+WORDS_ONLY = ("WordPiece (BERT)", "words")  # drop line breaks, and join letters to the word before them

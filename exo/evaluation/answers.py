@@ -28,7 +28,7 @@ def source(option: str, path: str) -> str:
 
 
 def read(path: str) -> Answers:
-    """Read a system's answers, one or several to a prompt."""
+    """Read a system's answers, one or several per prompt."""
     _, first = next(data.read_jsonl(path), (0, {}))
     purpose: data.Purpose = "samples" if "completions" in first else "texts"
     return _by_key(data.read(path, purpose=purpose, ignore_columns=("all",)))
@@ -61,11 +61,9 @@ def shared(systems: Mapping[str, Answers], limit: int | None, seed: int) -> list
     common = [key for key in first if all(key in answers for answers in systems.values())]
     for name, answers in systems.items():
         if left_out := len(answers) - len(common):
-            console.log(
-                f"  {name}: {left_out:,} of {len(answers):,} prompts left out, which another file does not have"
-            )
+            console.log(f"  {name}: {left_out:,} of {len(answers):,} prompts left out: another file lacks them")
     if not common:
-        raise data.DataError(f"{', '.join(systems)}: no prompt is in all of these files; prompts must be equal to join")
+        raise data.DataError(f"{', '.join(systems)}: expected prompts that all files share; found none")
     chosen = set(sorted(common, key=lambda key: random.Random(f"{seed}/prompt/{key}").random())[:limit])
     console.log(f"{len(chosen):,} of {len(common):,} shared prompts")
     return [key for key in common if key in chosen]
@@ -78,7 +76,7 @@ def choose(answers: Answers, key: Key, number: int, *, seed: int, name: str) -> 
         return texts * number
     if len(texts) < number:
         raise data.DataError(
-            f"{name}: row {answers[key].line} holds {len(texts)} completions; expected at least {number}, or one"
+            f"{answers[key].place(name)}: expected one completion, or at least {number}; got {len(texts)}"
         )
     return random.Random(f"{seed}/completions/{key}").sample(texts, number)
 

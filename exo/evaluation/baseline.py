@@ -1,4 +1,4 @@
-"""Read an earlier evaluation to compare with, which must have sampled and scored in the same way."""
+"""Read an earlier evaluation as a baseline. It must have sampled and scored in the same way."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ Settings = dict[str, Any]  # k, temperature, max_new_tokens and top_p of the eva
 
 
 def settings_of(examples: Sequence[Example], path: str) -> Settings:
-    """Return how a file's completions were drawn, from its rows or else from the record of its run."""
+    """Return the sampling settings of a file of completions, from its rows or else from the record of its run."""
     run = run_record.record(Path(path)) or run_record.record(Path(path).parent) or {}
     arguments = run.get("arguments", {}) if run.get("stage") == "sample" else {}
     sizes = {len(example.completions) for example in examples}
@@ -29,16 +29,12 @@ def settings_of(examples: Sequence[Example], path: str) -> Settings:
 
 
 def read(
-    name: str,
-    prompts: Sequence[str],
-    settings: Settings,
-    scorer: Mapping[str, str | None],
-    inputs: Mapping[str, str],
+    name: str, prompts: Sequence[str], settings: Settings, scorer: Mapping[str, str | None], inputs: Mapping[str, str]
 ) -> list[tuple[float, ...]]:
     """Return the rewards of the completions of an earlier evaluation, a row per prompt.
 
-    `scorer` has the options that name the scorer, and `inputs` the fingerprints of what this evaluation reads.
-    ValueError, with the differences, if the earlier evaluation sampled or scored in another way.
+    `scorer` has the options that name the scorer, and `inputs` the fingerprints of the files that this evaluation
+    reads. ValueError, with the differences, if the earlier evaluation sampled or scored in another way.
     """
     path = Path(run_inputs.source("baseline", name, "evaluate"))
     run = run_record.record(path.parent) or {}

@@ -1,7 +1,7 @@
-"""Density ratio of a policy to the reference, from samples of the reference (the paper's Figures 3 and 9).
+"""Estimate the density ratio of a policy to the reference from samples of the reference (the paper's Figures 3 and 9).
 
-The policy is the reference's samples with self-normalised weights. The ratio is that of two kernel density estimates of
-log pi_ref, weighted over unweighted, with one bandwidth.
+Self-normalised weights turn the reference's samples into samples of the policy. The ratio is that of two kernel density
+estimates over log pi_ref, weighted and unweighted, with the same bandwidth.
 """
 
 import math
@@ -11,19 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LITTLE = 10  # effective samples
+MIN_EFFECTIVE = 10  # effective samples of a curve that can be trusted
 
 
 class DensityRatio(NamedTuple):
-    log_ref: list[float]  # where the ratio is known
-    ratio: list[float]
-    effective: float  # sample size of the weights, out of `samples`
+    log_ref: list[float]  # the grid
+    ratio: list[float]  # at each point of the grid
+    effective: float  # effective sample size of the weights
     samples: int
 
     @property
     def thin(self) -> bool:
         """Return whether there are too few effective samples to trust the curve."""
-        return self.effective < LITTLE
+        return self.effective < MIN_EFFECTIVE
 
 
 def policy_weights(logps: Sequence[float], ref_logps: Sequence[float]) -> Tensor:
@@ -39,12 +39,12 @@ def optimum_weights(rewards: Sequence[float], beta: float) -> Tensor:
 def density_ratio(ref_logps: Sequence[float], weights: Tensor, points: int = 200) -> DensityRatio:
     """Return the density ratio against log pi_ref over the middle 96% of the reference's samples.
 
-    Beyond them neither density is known. Raises ValueError if all samples are equally probable.
+    Outside this range there are too few samples. ValueError if all samples are equally probable.
     """
     x = _double(ref_logps)
     width = silverman(x)
     if not width:
-        raise ValueError("density: expected samples of different log-probability; all are alike")
+        raise ValueError("density: expected samples of different log-probability; all are equal")
     low, high = x.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64)).tolist()
     grid = torch.linspace(low, high, points, dtype=torch.float64)
     kernels = torch.exp(-0.5 * ((grid[:, None] - x) / width) ** 2)

@@ -1,4 +1,4 @@
-"""Ask one question of a chat model behind an OpenAI-compatible server.
+"""Ask a chat model on an OpenAI-compatible server.
 
 Failures that may pass are retried: no connection, a timeout, HTTP 429 and 5xx, a body that is not a chat completion.
 Any other status, such as a wrong key or an unknown model, ends the run. The key is sent in one header and removed from
@@ -27,18 +27,18 @@ SUBSTITUTES = {"max_tokens": "max_completion_tokens", "temperature": ""}  # of p
 
 
 class Answer(NamedTuple):
-    """The text that a server returned; `truncated` if it stopped before its end."""
+    """The text that a server returned; `truncated` if it was cut off."""
 
     text: str
     truncated: bool
 
 
 class NoAnswer(Exception):
-    """All tries failed; the message gives the reason of the last."""
+    """All attempts failed; the message is the reason of the last."""
 
 
 class _Retryable(Exception):
-    """One try failed; `after` is how many seconds the server asks to wait."""
+    """One attempt failed; `after` is how many seconds the server asks to wait."""
 
     def __init__(self, reason: str, after: float = 0.0) -> None:
         super().__init__(reason)
@@ -46,14 +46,14 @@ class _Retryable(Exception):
 
 
 def check(endpoint: str) -> None:
-    """Raise ConfigError unless the endpoint is a plain address: it is written to run.json, so it may hold no secret."""
+    """Raise ConfigError unless the endpoint is a plain address. It may hold no secret, because run.json records it."""
     expected = "--endpoint: expected http://host:port/v1, without a password or a query"
     try:
         parts = urllib.parse.urlsplit(endpoint)
         has_secret = parts.username is not None or bool(parts.query or parts.fragment)
         host = parts.hostname or ""
         is_valid = parts.scheme in ("http", "https") and bool(host) and host.isascii() and parts.port != 0
-        host.encode("idna")  # refuses a name with an empty or too long label
+        host.encode("idna")  # raises for a name with an empty or too long label
     except ValueError:  # also if the port is not a number
         has_secret, is_valid = "@" in endpoint, False
     if has_secret or not endpoint.isprintable() or " " in endpoint:
@@ -67,7 +67,7 @@ def parse_options(text: str | None) -> dict[str, Any]:
     expected = f"--judge_options: expected a JSON object of request parameters, without {', '.join(RESERVED)}"
     try:
         options = json.loads(text or "{}")
-        json.dumps(options, ensure_ascii=False, allow_nan=False).encode()  # refuses what no request can hold
+        json.dumps(options, ensure_ascii=False, allow_nan=False).encode()  # raises if no request can hold it
     except (ValueError, RecursionError):
         raise ConfigError(expected) from None
     if not isinstance(options, dict) or set(RESERVED) & options.keys():
@@ -76,9 +76,9 @@ def parse_options(text: str | None) -> dict[str, Any]:
 
 
 def read_key(variable: str, default: str) -> str:
-    """Return the API key in an environment variable, "" if the default one is not set.
+    """Return the API key in an environment variable, "" if it is the default one and is not set.
 
-    The error messages quote neither the name nor the value, since either may be the key.
+    The error messages quote neither the name nor the value, because either may be the key.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
         raise ConfigError("--api_key_env: expected the name of an environment variable, not the key itself")
@@ -114,7 +114,7 @@ class JudgeClient:
         self._settings = {name: value for name, value in settings.items() if value is not None}
         self._refused: set[str] = set()  # parameters that the server does not accept
         self._stopped = threading.Event()
-        # given with each request, so that no key of another variable is sent
+        # Every request sets the header, so that openai sends no key of another variable.
         self._headers: dict[str, Any] = {"Authorization": f"Bearer {key}" if key else openai.Omit()}
         self._client = openai.OpenAI(
             base_url=endpoint,
@@ -129,7 +129,7 @@ class JudgeClient:
         return self._settings | {"messages": [{"role": "user", "content": question}]}
 
     def ask(self, question: str) -> Answer:
-        """Return the answer. NoAnswer if all tries fail, RunError if another try would fail too."""
+        """Return the answer. NoAnswer if all attempts fail, RunError if another attempt would fail too."""
         for attempt in range(self.retries + 1):
             try:
                 return self._try(self.request(question))
@@ -141,7 +141,7 @@ class JudgeClient:
         raise NoAnswer(reason)
 
     def stop(self) -> None:
-        """Interrupt the threads that wait before another try."""
+        """Interrupt the threads that wait before another attempt."""
         self._stopped.set()
 
     def _try(self, request: dict[str, Any]) -> Answer:
@@ -151,16 +151,13 @@ class JudgeClient:
         settings = {name: value for name, value in accepted.items() if name not in RESERVED}
         try:
             response = self._client.chat.completions.with_raw_response.create(
-                model=accepted["model"],
-                messages=accepted["messages"],
-                extra_body=settings,
-                extra_headers=self._headers,
+                model=accepted["model"], messages=accepted["messages"], extra_body=settings, extra_headers=self._headers
             )
             answer = _parse_answer(response.http_response.text)
             return answer._replace(text=self._without_key(answer.text))
         except openai.APIStatusError as error:
             status, message = error.status_code, self._server_message(error.body)
-            if status in (400, 422) and self._refuses(error.response.text, accepted):
+            if status in (400, 422) and self._record_refused(error.response.text, accepted):
                 return self._try(request)
             if status == 429 or status >= 500:
                 after = retry_after_seconds(error.response.headers.get("Retry-After", ""))
@@ -178,12 +175,12 @@ class JudgeClient:
         renamed.pop("", None)
         return renamed
 
-    def _refuses(self, text: str, accepted: Mapping[str, Any]) -> bool:
-        """Return whether the server refused a parameter that a request can do without; later requests omit it."""
+    def _record_refused(self, text: str, accepted: Mapping[str, Any]) -> bool:
+        """Return whether the server refused a parameter that is optional; later requests omit it."""
         for name, substitute in SUBSTITUTES.items():
             if name in accepted and (substitute or name) in text:
-                instead = f"; {substitute} is sent instead" if substitute else ""
-                console.warn(f"--endpoint {self.url}: the judge does not take {name}={accepted[name]}{instead}")
+                used = f"; {substitute} is sent instead" if substitute else ""
+                console.warn(f"--endpoint {self.url}: the judge does not take {name}={accepted[name]}{used}")
                 self._refused.add(name)
                 return True
         return False
@@ -229,4 +226,4 @@ def _advice(status: int) -> str:
         return "check the key in the variable that --api_key_env names"
     if status == 404 or 300 <= status < 400:
         return "check --endpoint and --model"
-    return "the request was refused, and would be again; change its options"
+    return "the server refuses this request; change its options"

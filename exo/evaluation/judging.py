@@ -33,7 +33,7 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], concurrency: int) -> tuple[
     pool = ThreadPoolExecutor(concurrency)
     message, failures = "", 0  # failures in a row
     try:
-        futures = {pool.submit(_judge, judge, question): same for question, same in by_question.items()}
+        futures = {pool.submit(_judge, judge, question): tasks for question, tasks in by_question.items()}
         for future in as_completed(futures):
             judgement = future.result()
             judged |= dict.fromkeys(futures[future], judgement)
@@ -60,7 +60,7 @@ def _judge(judge: Judge, question: str) -> Judgement:
     try:
         answer = client.ask(question)
         if not answer.truncated and template.choice(answer.text) is None and client.retries:
-            answer = client.ask(question)  # once more: servers are not exact even at temperature 0
+            answer = client.ask(question)  # again, because servers are not deterministic even at temperature 0
     except NoAnswer as error:
         return Judgement(None, None, str(error))
     if answer.truncated:  # the rest might have changed the choice

@@ -15,9 +15,13 @@ Scores = Sequence[Sequence[float]]  # per prompt, per completion
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Return the mean over prompts, its 95% bootstrap interval, and its standard error."""
-    low, high = bootstrap(values)
-    error = standard_error(values) if len(values) > 1 else 0.0
-    return {"mean": sum(values) / len(values), "low": low, "high": high, "standard_error": error}
+    return interval(values) | {"standard_error": standard_error(values) if len(values) > 1 else 0.0}
+
+
+def interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """Return the mean and its 95% bootstrap interval."""
+    low, high = bootstrap(values, seed)
+    return {"mean": sum(values) / len(values), "low": low, "high": high}
 
 
 def means(rewards: Scores) -> list[float]:
@@ -42,37 +46,37 @@ def spread(rewards: Scores) -> float:
 def win_rates(ours: Scores, theirs: Scores) -> list[float]:
     """Return per prompt the share of pairs (ours, theirs) in which ours has the higher reward; a tie counts half."""
     return [
-        sum((a > b) + 0.5 * (a == b) for a in mine for b in other) / (len(mine) * len(other))
-        for mine, other in zip(ours, theirs, strict=True)
+        sum((a > b) + 0.5 * (a == b) for a in row for b in other) / (len(row) * len(other))
+        for row, other in zip(ours, theirs, strict=True)
     ]
 
 
-def of_rewards(scores: Scores, before: Scores | None, chosen: Scores | None) -> dict[str, Any]:
-    """Return mean, spread and accuracy of rewards; the rise and win rate over `before`; the win rate over `chosen`."""
+def of_rewards(scores: Scores, baseline: Scores | None, chosen: Scores | None) -> dict[str, Any]:
+    """Return mean, spread and accuracy of rewards; rise and win rate over the baseline; win rate over `chosen`."""
     values = means(scores)
     entry: dict[str, Any] = {"reward": summary(values), "spread": spread(scores)}
     entry["accuracy"] = summary(accuracies(scores))
     entry["win_rate"] = {}
-    if before is not None:
-        entry["rise"] = summary([ours - theirs for ours, theirs in zip(values, means(before), strict=True)])
-        entry["win_rate"]["reference"] = summary(win_rates(scores, before))
+    if baseline is not None:
+        entry["rise"] = summary([ours - theirs for ours, theirs in zip(values, means(baseline), strict=True)])
+        entry["win_rate"]["reference"] = summary(win_rates(scores, baseline))
     if chosen is not None:
         entry["win_rate"]["chosen"] = summary(win_rates(scores, chosen))
     return entry
 
 
 def kl_k1(differences: Sequence[Sequence[Tensor]]) -> list[float]:
-    """Return KL(pi || ref) of completions: the mean of log pi - log ref over samples of pi. Unbiased.
+    """Return an unbiased estimate of KL(pi || ref) per prompt: the mean of log pi - log ref over samples of pi.
 
-    `differences`: for each prompt, for each of its samples, log pi - log ref of each token.
+    `differences` has, for each prompt and each of its samples, log pi - log ref of each token.
     """
     return [sum(float(sample.sum()) for sample in row) / len(row) for row in differences]
 
 
 def kl_k3(differences: Sequence[Sequence[Tensor]]) -> list[float]:
-    """Return the same by Schulman's k3 per token, exp(-d) - 1 + d: never negative, and with less variance.
+    """Return Schulman's k3 estimate of the same KL: exp(-d) - 1 + d per token, which is never negative.
 
-    Also unbiased: given the tokens before it, the expectation of a token's term is the KL of that token.
+    It has less variance and is unbiased too: the expectation of a token's term is the KL of that token.
     """
     return [sum(float((torch.expm1(-sample) + sample).sum()) for sample in row) / len(row) for row in differences]
 

@@ -1,112 +1,76 @@
-"""Comparison sheets for human raters as CSV, and the statistics of their verdicts.
+"""Count the verdicts of human raters: outcomes of each matchup, majorities, and how far the raters agree."""
 
-Sheets are written as UTF-8 with a byte order mark, every cell quoted and no cell a formula. They are read with any
-separator, quoting, line ending and encoding that a spreadsheet program saves: only items and verdicts matter, and those
-are ASCII.
-"""
-
-import csv
-import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from exo.data import DataError
-from exo.evaluation import metrics as evaluation_metrics
-
-COLUMNS = ("item", "instruction", "reference answer", "answer 1", "answer 2", "verdict", "notes")
-VERDICTS = {"1": "1", "1.0": "1", "1,0": "1", "2": "2", "2.0": "2", "2,0": "2", "tie": "tie"}  # 1.0: a program's doing
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-
-
-class Sheet(NamedTuple):
-    """A rater's entries by item."""
-
-    verdicts: dict[str, str]  # "1", "2" or "tie"
-    unreadable: dict[str, str]  # anything else that is not empty
-
-
-def write(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write a sheet to fill in; columns missing from a row are empty."""
-    with open(path, "w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", quoting=csv.QUOTE_ALL, lineterminator="\r\n")
-        writer.writeheader()
-        writer.writerows({name: defused(text) for name, text in row.items()} for row in rows)
-
-
-def defused(text: str) -> str:
-    """Prefix text that a spreadsheet would run as a formula with an apostrophe."""
-    return "'" + text if text.startswith(_FORMULA) else text
-
-
-def read(path: Path, items: Iterable[str]) -> Sheet:
-    """Read a filled sheet. Its items must be among `items`, each at most once; missing ones were not judged."""
-    known = set(items)
-    header, rows = _table(path)
-    item, verdict = header.index("item"), header.index("verdict")
-    filled, seen = Sheet({}, {}), set()
-    for number, row in rows:
-        if not any(cell.strip() for cell in row):
-            continue
-        name, said = (row[column].strip() if column < len(row) else "" for column in (item, verdict))
-        if name not in known:
-            raise DataError(f"{path}:{number}: item {name[:20]!r} is not in the key; do not edit the column 'item'")
-        if name in seen:
-            raise DataError(f"{path}:{number}: item {name!r} appears twice; delete one of the rows")
-        seen.add(name)
-        if plain := VERDICTS.get(said.strip("'\"").rstrip(".").casefold()):
-            filled.verdicts[name] = plain
-        elif said:
-            filled.unreadable[name] = said
-    return filled
-
-
-def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the header, and the rows with their line numbers."""
-    content = path.read_bytes()
-    # not strict: texts in another encoding come out garbled, but only ASCII is used
-    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    text = content.decode("utf-16" if wide else "utf-8-sig", errors="replace")
-    csv.field_size_limit(max(len(text), csv.field_size_limit()))
-    for separator in ",;\t":
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        try:
-            header = [name.strip().casefold() for name in next(reader, [])]
-            if "item" in header and "verdict" in header:
-                return header, [(reader.line_num, row) for row in reader]
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: {error}") from None
-    raise DataError(f"{path}:1: expected a CSV file whose first line names the columns item and verdict")
-
+from exo.cli import console
+from exo.evaluation import metrics
+from exo.evaluation.sheets import Sheet
 
 OUTCOMES = ("win", "tie", "lose")
 _POINTS = {"win": 1.0, "tie": 0.5, "lose": 0.0, "split": 0.5}
+
+
+def count(key: Mapping[str, Any], sheets: Mapping[str, Sheet], seed: int) -> dict[str, Any]:
+    """Return the statistics of each matchup, and the missing and unreadable verdicts.
+
+    `key` is the content of key.json, and `sheets` has the filled sheet of each rater. Outcomes are those of the first
+    system of a matchup.
+    """
+    outcomes: dict[str, list[list[str]]] = {matchup: [] for matchup in key["matchups"]}
+    for item, entry in key["items"].items():
+        if judged := [_outcome(entry, sheet.verdicts[item]) for sheet in sheets.values() if item in sheet.verdicts]:
+            outcomes[entry["matchup"]].append(judged)
+    not_counted = [
+        {"item": item, "rater": rater, "found": sheet.unreadable.get(item, "")}
+        for rater, sheet in sheets.items()
+        for item in key["items"]
+        if item not in sheet.verdicts
+    ]
+    return {
+        "raters": sorted(sheets),
+        "matchups": {name: _statistics(items, seed) for name, items in outcomes.items()},
+        "missing": [{"item": row["item"], "rater": row["rater"]} for row in not_counted if not row["found"]],
+        "unreadable": [row for row in not_counted if row["found"]],
+    }
+
+
+def _outcome(entry: Mapping[str, str], verdict: str) -> str:
+    if verdict == "tie":
+        return "tie"
+    return "win" if entry[f"answer {verdict}"] == entry["matchup"].split(":")[0] else "lose"
+
+
+def _statistics(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
+    agreed, kappa = agreement(items)
+    return {
+        "items": len(items),
+        "pooled": pool(items, seed) if items else None,
+        "majority": majority(items, seed) if items else None,
+        "agreement": agreed,
+        "kappa": kappa,
+    }
 
 
 def pool(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
     """Count every judgement. An item contributes the mean over its raters to the win rate."""
     counts = Counter(outcome for item in items for outcome in item)
     shares = [sum(_POINTS[outcome] for outcome in item) / len(item) for item in items]
-    return {name: counts[name] for name in OUTCOMES} | {"win_rate": _rate(shares, seed)}
+    return {name: counts[name] for name in OUTCOMES} | {"win_rate": metrics.interval(shares, seed)}
 
 
 def majority(items: Sequence[Sequence[str]], seed: int) -> dict[str, Any]:
     """Count every item once, with the verdict that most of its raters chose; without one it is split."""
-    outcomes = [_most(item) for item in items]
+    outcomes = [_most_frequent(item) for item in items]
     counts = Counter(outcomes)
-    rate = _rate([_POINTS[outcome] for outcome in outcomes], seed)
+    rate = metrics.interval([_POINTS[outcome] for outcome in outcomes], seed)
     return {name: counts[name] for name in (*OUTCOMES, "split")} | {"win_rate": rate}
 
 
-def _most(item: Sequence[str]) -> str:
+def _most_frequent(item: Sequence[str]) -> str:
     (first, most), *rest = Counter(item).most_common(2)
     return "split" if rest and rest[0][1] == most else first
-
-
-def _rate(values: Sequence[float], seed: int) -> dict[str, float]:
-    low, high = evaluation_metrics.bootstrap(values, seed)
-    return {"mean": sum(values) / len(values), "low": low, "high": high}
 
 
 def agreement(items: Sequence[Sequence[str]]) -> tuple[float | None, float | None]:
@@ -119,6 +83,32 @@ def agreement(items: Sequence[Sequence[str]]) -> tuple[float | None, float | Non
     if not pairs:
         return None, None
     agreed = sum(n * (n - 1) for counts in shared for n in counts.values()) / pairs
-    whole = sum(shared, Counter[str]())
-    chance = sum((n / whole.total()) ** 2 for n in whole.values())
-    return agreed, (agreed - chance) / (1 - chance) if len(whole) > 1 else None
+    total = sum(shared, Counter[str]())
+    chance = sum((n / total.total()) ** 2 for n in total.values())
+    return agreed, (agreed - chance) / (1 - chance) if len(total) > 1 else None
+
+
+def show(result: Mapping[str, Any], num_raters: int) -> None:
+    """Print the result of `count` as a table; `num_raters` is the number of sheets that were exported."""
+    console.log(f"{len(result['raters'])} sheets of {num_raters}: {', '.join(result['raters'])}\n")
+    console.log(f"{'matchup':<24}{'':<10}{'win':>6}{'tie':>6}{'lose':>6}{'split':>6}  win rate, 95% interval")
+    for name, statistics in result["matchups"].items():
+        for view in ("pooled", "majority") if statistics["items"] else ():
+            counts = statistics[view]
+            numbers = "".join(f"{counts.get(outcome, ''):>6}" for outcome in (*OUTCOMES, "split"))
+            rate = "{mean:.1%} [{low:.1%}, {high:.1%}]".format(**counts["win_rate"])
+            console.log(f"{name if view == 'pooled' else '':<24}{view:<10}{numbers}  {rate}")
+        console.log(f"{'':<24}{_describe_agreement(statistics)}")
+    for kind in ("missing", "unreadable"):
+        if rows := result[kind]:
+            listed = ", ".join(f"{row['item']} of {row['rater']}" for row in rows[:10]) + ", ..." * (len(rows) > 10)
+            console.log(f"{len(rows):,} {kind} verdicts, left out: {listed}")
+
+
+def _describe_agreement(statistics: Mapping[str, Any]) -> str:
+    if not statistics["items"]:
+        return "no verdict"
+    if statistics["agreement"] is None:
+        return "agreement undefined: no item has two verdicts"
+    kappa = "undefined: all verdicts are equal" if statistics["kappa"] is None else f"{statistics['kappa']:.2f}"
+    return f"{statistics['items']:,} items; pairs of raters agree {statistics['agreement']:.1%}, Fleiss' kappa {kappa}"

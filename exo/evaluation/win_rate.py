@@ -7,7 +7,7 @@ only if both orders were decided: a single one would bring the judge's preferenc
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from exo.evaluation import metrics as evaluation_metrics
+from exo.evaluation import metrics
 from exo.evaluation.judge_prompts import JudgeTemplate
 
 ORDERS = ("ab", "ba")  # whose answer the judge sees first
@@ -16,25 +16,24 @@ ORDERS = ("ab", "ba")  # whose answer the judge sees first
 class Pair(NamedTuple):
     """Two answers to one prompt."""
 
-    prompt: int  # which prompt of this run, from 0
+    prompt: int  # number of the prompt in this run, from 0
     line: int  # of file a
     sample: int
     category: str
-    texts: dict[str, str]  # by their places in the template
+    texts: dict[str, str]  # by placeholder of the template
 
     def question(self, template: JudgeTemplate, order: str) -> str:
-        shown = {"a": self.texts[order[0]], "b": self.texts[order[1]]}
-        return template.fill(**(self.texts | shown))
+        return template.fill(**(self.texts | {"a": self.texts[order[0]], "b": self.texts[order[1]]}))
 
 
 class Judgement(NamedTuple):
     """The judge's answer for a pair in one order."""
 
-    answer: str | None  # None: the request was never answered
-    choice: str | None  # "A", "B", "tie"; None: undecided
+    answer: str | None  # None if the server did not answer
+    choice: str | None  # "A", "B" or "tie"; None if undecided
     reason: str = ""
     cached: bool = False
-    truncated: bool = False  # the answer stopped before its end, and decides nothing
+    truncated: bool = False  # the answer was cut off, so it decides nothing
 
     def points(self, order: str) -> float | None:
         """Return the points of system a: 1 for a win, 1/2 for a tie, None if undecided."""
@@ -50,10 +49,9 @@ def rows(pairs: Sequence[Pair], judged: Judged) -> Iterable[dict[str, Any]]:
     for (number, order), judgement in sorted(judged.items()):
         pair, choice = pairs[number], judgement.choice
         winner = order["AB".index(choice)] if choice in ("A", "B") else choice
-        yield {
-            "prompt": pair.prompt, "line": pair.line, "sample": pair.sample, "order": order,
-            "answer": judgement.answer, "choice": choice, "winner": winner,
-        } | ({"reason": judgement.reason} if judgement.reason else {})  # fmt: skip
+        row = {"prompt": pair.prompt, "line": pair.line, "sample": pair.sample, "order": order}
+        row |= {"answer": judgement.answer, "choice": choice, "winner": winner}
+        yield row | ({"reason": judgement.reason} if judgement.reason else {})
 
 
 def count(pairs: Sequence[Pair], judged: Judged, seed: int) -> dict[str, Any]:
@@ -99,6 +97,5 @@ def _win_rate(points: Sequence[tuple[Pair, float]], seed: int) -> dict[str, floa
     by_prompt: dict[int, list[float]] = {}
     for pair, value in points:
         by_prompt.setdefault(pair.prompt, []).append(value)
-    values = [sum(own) / len(own) for own in by_prompt.values()]
-    low, high = evaluation_metrics.bootstrap(values, seed)
-    return {"mean": sum(values) / len(values), "low": low, "high": high, "prompts": len(values)}
+    means = [sum(values) / len(values) for values in by_prompt.values()]
+    return metrics.interval(means, seed) | {"prompts": len(means)}

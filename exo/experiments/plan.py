@@ -1,8 +1,8 @@
-"""Turn a recipe into the steps of a run: each with its stage, its options, its directory and the steps it needs.
+"""Turn a recipe into the steps of a run. A step has a stage, its options, a directory and the steps that it needs.
 
 The plan is the paper's experiment: fine-tune, sample, score, train the reward model, align by every method, evaluate,
-report. Preferences come with the data or, if the recipe has an oracle, from the oracle's scores. A reward model learns
-from them; exo-rw, dpo-rw, PPO and Best-of-N use its rewards.
+report. Preferences come with the data or, if the recipe has an oracle, from the oracle's scores. A reward model is
+trained on them; exo-rw, dpo-rw, PPO and Best-of-N use its rewards.
 """
 
 import dataclasses
@@ -17,10 +17,8 @@ from exo.cli.fields import require, shortened
 from exo.cli.parse import build
 from exo.cli.spelling import suggestion
 from exo.experiments import tasks
-from exo.experiments.recipe import METHODS, RECIPES, SHIPPED, Recipe, load
+from exo.experiments.recipe import Recipe
 from exo.runs import record as run_record
-
-__all__ = ["METHODS", "RECIPES", "SHIPPED", "Recipe", "Step", "load", "plan"]
 
 STAGES = ("prepare", "sft", "sample", "score", "reward", "align", "ppo", "best_of_n", "evaluate", "report")
 SECTIONS = {"prepare", "sft", "classifier", "sample", "density", "bon", "score", "reward", "align", "align.pref"}
@@ -76,7 +74,7 @@ class _Planner:
         tokenizer = recipe.model if recipe.task in tasks.BY_TOKENS else None
         yield self._step("data", "prepare", task=recipe.task, source=recipe.source, tokenizer=tokenizer)
         makes_model = recipe.task in tasks.MODEL_MAKERS
-        require(makes_model or bool(recipe.model), "model", "a directory or a hub name to begin with", None)
+        require(makes_model or bool(recipe.model), "model", "a directory or a hub name to start from", None)
         yield self._step("sft", "sft", model=recipe.model or self.path("data/base"), data=self.path("data/sft.jsonl"))
         yield from self._rewards()
         yield from self._references()
@@ -107,14 +105,14 @@ class _Planner:
         sft, samples = self.path("sft"), self.path("density/samples")
         aligned = [method for method in self.recipe.methods if method not in ("ppo", "bon")]
         if aligned:
-            # The weights pi / pi_ref need samples of all of pi_ref, at the temperature of evaluate.
+            # The weights pi / pi_ref need samples of the full pi_ref, at the temperature of evaluate.
             options = self._sampling() | {"top_p": 1.0, "model": sft, "data": self.path("data/test.jsonl")}
             yield self._step("density/samples", "sample", ["sample", "density"], **options)
             yield self._step("density/scored", "score", data=samples, **self.judge)
         if self.recipe.oracle and {"exo-rw", "dpo-rw"} & set(aligned):
             # The optimum of these methods is that of the reward model, not of the oracle.
             yield self._step("density/rewarded", "score", data=samples, reward_model=self.path("reward"))
-        # Another seed than those of the methods: with the same one, pairs of samples would not be independent.
+        # The seed differs from those of the methods. With the same seed, pairs of samples would not be independent.
         yield self._evaluation("sft", {"method": "sft"}, model=sft, seed=max(self.recipe.seeds) + 1)
 
     def _aligned(self, method: str) -> Iterator[Step]:
@@ -188,12 +186,12 @@ class _Planner:
 
         The step needs all earlier steps in whose directories its inputs are.
         """
-        known = _options(stage)
-        values: dict[str, Any] = {key: value for key, value in self.recipe.common.items() if key in known}
+        options_of_stage = _options(stage)
+        values: dict[str, Any] = {key: value for key, value in self.recipe.common.items() if key in options_of_stage}
         for section in sections or [stage]:
             for key, value in self.recipe.stages.get(section, {}).items():
-                if key not in known:
-                    raise ConfigError(f"recipe: {section}: unknown option {key!r}{suggestion(key, known)}")
+                if key not in options_of_stage:
+                    raise ConfigError(f"recipe: {section}: unknown option {key!r}{suggestion(key, options_of_stage)}")
                 values[key] = value
         values |= options | {"output_dir": self.path(name), "overwrite_output_dir": True}
         try:
@@ -216,27 +214,26 @@ def _integer(section: str, name: str, value: Any) -> int:
     try:
         return int(str(value))
     except ValueError:
-        raise ConfigError(
-            f"recipe: {section}: --{name}: expected an integer; got {shortened(repr(value), 100)}"
-        ) from None
+        got = shortened(repr(value), 100)
+        raise ConfigError(f"recipe: {section}: --{name}: expected an integer; got {got}") from None
 
 
 def _check_sections(recipe: Recipe) -> None:
-    """Raise ConfigError for sections and options that no step would read."""
+    """Raise ConfigError for sections and options that no step reads."""
     for section, options in recipe.stages.items():
         if section not in SECTIONS:
             raise ConfigError(f"recipe: unknown section {section!r}{suggestion(section, SECTIONS)}")
         if planned := (PLANNED | PLANNED_IN.get(section, set())) & options.keys():
-            raise ConfigError(f"recipe: {section}: {min(planned)} is for the plan to set")
+            raise ConfigError(f"recipe: {section}: {min(planned)} is set by the plan")
         if shared := {"dtype", "device"} & options.keys():
             raise ConfigError(f"recipe: {section}: {min(shared)} belongs under common; steps share a process")
-    known = {name for stage in STAGES for name in _options(stage)}
-    for where, names in (("common", recipe.common), ("sweep", recipe.sweep)):
+    all_options = {name for stage in STAGES for name in _options(stage)}
+    for section, names in (("common", recipe.common), ("sweep", recipe.sweep)):
         for name in names:
-            if name in PLANNED or where == "sweep" and name in NOT_SWEPT:
-                raise ConfigError(f"recipe: {where}: {name} is for the plan to set{NOT_SWEPT.get(name, '')}")
-            if name not in (known if where == "common" else _options("align") | _options("ppo")):
-                raise ConfigError(f"recipe: {where}: unknown option {name!r}{suggestion(name, known)}")
+            if name in PLANNED or section == "sweep" and name in NOT_SWEPT:
+                raise ConfigError(f"recipe: {section}: {name} is set by the plan{NOT_SWEPT.get(name, '')}")
+            if name not in (all_options if section == "common" else _options("align") | _options("ppo")):
+                raise ConfigError(f"recipe: {section}: unknown option {name!r}{suggestion(name, all_options)}")
 
 
 def _options(stage: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Read a recipe: an experiment as a YAML file, with its task, its methods and the options of each stage."""
+"""Read a recipe: a YAML file with the task, the methods and the options of the stages of an experiment."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,6 @@ Check = Callable[[Any], bool]
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip()) and "\0" not in value
-
-
-def _is_text_or_none(value: object) -> bool:
-    return value is None or _is_text(value)
 
 
 def _is_scalar(value: object) -> bool:
@@ -52,7 +48,7 @@ def _is_mapping(of: Check) -> Check:
 
 
 def _key(holds: Check, expected: str, default: Any = MISSING) -> Any:
-    """Return the field of a key of the file: what its values must be, and its default."""
+    """Return the field of a key of the file. If its default is None, its value may be None too."""
     metadata = {"range": Range(holds, expected)}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -65,34 +61,33 @@ class Recipe:
 
     title: str = _key(_is_text, "a text")
     task: str = _key(_is_text, "a text")
-    source: str | None = _key(_is_text_or_none, "a text", None)  # of the task's data
-    model: str | None = _key(_is_text_or_none, "a text", None)  # to start from; None if the task makes one
+    source: str | None = _key(_is_text, "a text", None)  # of the task's data
+    model: str | None = _key(_is_text, "a text", None)  # to start from; None if the task creates one
     # module:function, or "classifier": a reward model trained on the task's labelled texts
-    oracle: str | None = _key(_is_text_or_none, "a text", None)
+    oracle: str | None = _key(_is_text, "a text", None)
     methods: Sequence[str] = _key(_is_list(_is_text), "a list of methods", METHODS)
     group_sizes: Sequence[int] = _key(_is_list(_is_integer(2)), "a list of integers >= 2", (4,))  # K of *-rw
     # of alignment, and of the samples that evaluate it
     seeds: Sequence[int] = _key(_is_list(_is_integer(0)), "a list of integers in [0, 2^32)", (0,))
-    # values of the options of the methods' stages
+    # values of options of the methods' stages
     sweep: Mapping[str, Sequence[Any]] = _key(
         _is_mapping(_is_list(_is_number, 1)), "a mapping of options to lists of numbers", {}
     )
-    threads: int | None = _key(lambda n: n is None or _is_integer(1, 2**16)(n), "an integer >= 1", None)
+    threads: int | None = _key(_is_integer(1, 2**16), "an integer >= 1", None)
     # options of every stage that has them
     common: Mapping[str, Any] = _key(_is_mapping(_is_scalar), "a mapping of options to single values", {})
     stages: Mapping[str, Mapping[str, Any]] = _key(
         _is_mapping(_is_mapping(_is_scalar)), "a mapping of stages to mappings of options to single values", {}
     )
-    full: Mapping[str, Any] = _key(  # changes of the long form
-        lambda value: isinstance(value, Mapping), "a mapping of keys that the long form changes", {}
-    )
-    # how the paper and its published scripts differ
+    # changes of the long form
+    full: Mapping[str, Any] = _key(lambda value: isinstance(value, Mapping), "a mapping of keys to values", {})
+    # differences between the paper and its published scripts
     notes: str = _key(lambda value: isinstance(value, str), "a text", "")
 
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
-            holds, expected = key.metadata["range"]
-            require(holds(getattr(self, key.name)), key.name, expected, getattr(self, key.name))
+            (holds, expected), value = key.metadata["range"], getattr(self, key.name)
+            require((value is None and key.default is None) or holds(value), key.name, expected, value)
         for method in self.methods:
             require(method in METHODS, "methods", f"some of {','.join(METHODS)}", method)
         require(len(self.seeds) > 0, "seeds", "at least one", self.seeds)
@@ -107,9 +102,7 @@ def load(name: str, *, full: bool = False, **changes: Any) -> Recipe:
 
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if (path.parent == RECIPES and path.stem not in SHIPPED) or not path.is_file():
-        raise ConfigError(
-            f"--recipe {shortened(name, 100)}: expected one of {', '.join(SHIPPED)}, or a YAML file of your own"
-        )
+        raise ConfigError(f"--recipe {shortened(name, 100)}: expected one of {', '.join(SHIPPED)}, or a YAML file")
     try:
         values = yaml_files.read(path, typed=True)
     except ValueError as error:

@@ -37,7 +37,7 @@ def densities(results: Results, directory: Path) -> dict[str, Any] | None:
         "unreliable": [
             f"{label} (prompt {', '.join(map(str, sorted(prompts)))})" for label, prompts in unreliable.items()
         ],
-        "min_effective": density.LITTLE,
+        "min_effective": density.MIN_EFFECTIVE,
     }
 
 

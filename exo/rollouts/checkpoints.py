@@ -1,4 +1,4 @@
-"""Sample the models that a run saved, on the same prompts, and score the samples under each model and the reference."""
+"""Sample the models that a run exported on the same prompts, and score the samples under each and the reference."""
 
 import datetime
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from exo.rollouts.samples import Settings
 
 
 class Checkpoint(NamedTuple):
-    """A model of a run. `path` can be loaded."""
+    """A model of a run."""
 
     name: str
     step: int | None
-    path: str
+    path: str  # a model directory
 
 
 def list_checkpoints(model: str) -> list[Checkpoint]:
@@ -56,28 +56,23 @@ class CheckpointSampler:
         template_kwargs: str | None,
         date: datetime.date,
     ) -> Iterator[tuple[Checkpoint, list[Example], ScoringModels]]:
-        """Yield each checkpoint, its samples, and its model beside the reference. A model is loaded when it is due."""
+        """Yield each checkpoint with its samples, and its model with the reference; load one model at a time."""
         limits = Limits(self.max_length, None, "prompt-left", self._max_prompt_length)
+        temperature = self.settings.temperature
         for checkpoint in checkpoints:
             model, tokenizer = models.load(checkpoint.path)
             render.configure(tokenizer, chat_template, template_kwargs, date)
             model.to(self.accelerator.device)
             scoring_models = ScoringModels(
-                model,
-                reference,
-                tokenizer,
-                self.accelerator,
-                self.max_tokens_per_batch,
-                limits,
-                self.settings.temperature,
+                model, reference, tokenizer, self.accelerator, self.max_tokens_per_batch, limits, temperature
             )
             yield checkpoint, self._draw(scoring_models, self.settings), scoring_models
 
     def log_ratios(self, scoring_models: ScoringModels, examples: Sequence[Example]) -> tuple[Tokens, Tokens]:
         """Return log pi - log ref of each token of the examples, and of samples of the full distribution.
 
-        They are the same if top_p is 1. Otherwise the examples are samples of another distribution, and the mean of
-        their log-ratios is a biased KL, so that the second is of new samples.
+        If top_p is below 1, the examples are samples of another distribution, and the mean of their log-ratios would be
+        a biased KL. Therefore the second are those of new samples.
         """
         ratios = scoring_models.log_ratios(examples)
         if self.settings.top_p == 1:

@@ -1,9 +1,9 @@
 """Compute next-token logits of a batch of growing sequences, with the model's key-value cache or without a cache.
 
-The cache is used if it gives the same logits as a run without it. `supports_cache` measures that, because some models
+The cache is used if the logits are the same with and without it. `supports_cache` measures that, because some models
 keep another kind of state (Mamba, RWKV, xLSTM), no state (GPT), or a state that left padding or reordering breaks
 (MiniMax). For these models every step runs the sequences from their beginning, padded on the right. That is exact for
-every causal model, and slow.
+every causal model, but slow.
 """
 
 import inspect
@@ -14,18 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-PROBE = 12  # tokens of a prompt in a comparison of the two decoders
+PROBE = 12  # tokens of a prompt in the comparison of the two decoders
 # Largest difference, in standard deviations of the logits, with weights in fp32 and in 16 bits.
 TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
 
 
 class Decoder(Protocol):
-    """A batch of sequences that grow by a token at a time."""
+    """A batch of sequences that grow by one token at a time."""
 
     logits: Tensor  # (B, V) of the next token
 
     def advance(self, tokens: Tensor, rows: Tensor) -> None:
-        """Append a token to each of `rows`, (rows,) both, and drop the other rows."""
+        """Append a token to each of `rows`, both of shape (rows,), and drop the other rows."""
 
 
 class CachedDecoder:
@@ -34,7 +34,7 @@ class CachedDecoder:
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], owners: Sequence[int]) -> None:
         self.model = model
         self.cache: Any = None
-        self.accepted = inspect.signature(model.forward).parameters
+        self.parameters = inspect.signature(model.forward).parameters
         device = next(model.parameters()).device
         unique = list(dict.fromkeys(owners))
         width = max(len(prompts[i]) for i in unique)
@@ -62,7 +62,7 @@ class CachedDecoder:
         # Models with relative positions (BLOOM, MPT) derive them from the mask and refuse the argument. Only the last
         # token's logits are needed, but not every model can skip the others.
         optional = {"position_ids": positions, "logits_to_keep": 1}
-        arguments |= {key: value for key, value in optional.items() if key in self.accepted}
+        arguments |= {key: value for key, value in optional.items() if key in self.parameters}
         output = self.model(**arguments)
         self.cache, self.logits = output.past_key_values, output.logits[:, -1]
 
@@ -98,7 +98,7 @@ class UncachedDecoder:
 def supports_cache(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
     """Return whether the model gives the same logits with its cache, on a part of the longest prompt.
 
-    There are two tries, on two parts: in a mixture of experts, rounding may route a token to another expert.
+    One of two parts must agree: in a mixture of experts, rounding may route a token to another expert.
     """
     longest: Sequence[int] = max(prompts, key=len)
     ids = list(longest[-2 * PROBE :])
@@ -106,21 +106,21 @@ def supports_cache(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
         ids = (ids * 4)[:4]
     middle = (len(ids) + 1) // 2
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        return any(_decoders_agree(model, part) for part in (ids[:middle], ids[middle:]))
+        return _decoders_agree(model, ids[:middle]) or _decoders_agree(model, ids[middle:])
 
 
 def _decoders_agree(model: nn.Module, ids: Sequence[int]) -> bool:
     """Compare the decoders on two prompts of different lengths: reorder, add a token, drop a row, add a token."""
     prompts, tokens = [ids, ids[-1:]], torch.tensor([ids[0], ids[-1], ids[0]])
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    expected = _path(UncachedDecoder(model, prompts, [1, 0, 1]), tokens)
-    with suppress(Exception):  # a model that cannot do this with a cache may raise anything
-        logits = _path(CachedDecoder(model, prompts, [1, 0, 1]), tokens)
+    expected = _run_two_steps(UncachedDecoder(model, prompts, [1, 0, 1]), tokens)
+    with suppress(Exception):  # a model without a suitable cache may raise anything
+        logits = _run_two_steps(CachedDecoder(model, prompts, [1, 0, 1]), tokens)
         return bool((logits - expected).abs().max() <= (TOLERANCE if exact else TOLERANCE_16_BITS) * expected.std())
     return False
 
 
-def _path(decoder: Decoder, tokens: Tensor) -> Tensor:
+def _run_two_steps(decoder: Decoder, tokens: Tensor) -> Tensor:
     """Return the logits before and after two steps, concatenated."""
     tokens = tokens.to(decoder.logits.device)
     logits = [decoder.logits.float()]

@@ -44,7 +44,7 @@ class Rollout(TokenizedExample):
 
 
 class RolloutBatch(NamedTuple):
-    """A batch of N rollouts with n tokens of completions in all, in the order of the batch's."""
+    """A batch of N rollouts whose completions have n tokens in total. Values per token are in the order of `batch`."""
 
     batch: Batch
     logps: Tensor  # (n,) float32
@@ -67,7 +67,7 @@ class RolloutBatch(NamedTuple):
 
 
 def collate(rollouts: Sequence[Rollout], collator: Collator) -> RolloutBatch:
-    """Return the batch of a few rollouts."""
+    """Return a batch of rollouts."""
     logps, values, advantages, returns = (
         torch.tensor([value for rollout in rollouts for value in getattr(rollout, name)])
         for name in ("logps", "values", "advantages", "returns")
@@ -86,7 +86,7 @@ class ExperienceCollector(NamedTuple):
     reference: Any
     tokenizer: Any
     scorer: Scorer
-    # From a micro-batch to the critic's values of the state before each token, a list per example.
+    # Returns the critic's values of the state before each token, a list per example of the micro-batch.
     values: Callable[[Sequence[TokenizedExample]], list[list[float]]]
     accelerator: Accelerator
     settings: samples.Settings
@@ -133,12 +133,10 @@ class ExperienceCollector(NamedTuple):
         ]
 
     def _sample_and_score(self, prompts: Sequence[str], numbers: Sequence[int]) -> tuple[list[Example], list[float]]:
-        run = partial(shards.sample_shared, accelerator=self.accelerator)
+        options: dict[str, Any] = {"max_prompt_length": self.max_prompt_length, "seed": self.seed, "numbers": numbers}
+        options["run"] = partial(shards.sample_shared, accelerator=self.accelerator)
         with self.accelerator.autocast(), fsdp.unsharded(self.model):
-            drawn = samples.draw(
-                self.model, self.tokenizer, prompts, self.settings, numbers=numbers, k=1, run=run,
-                max_prompt_length=self.max_prompt_length, seed=self.seed,
-            )  # fmt: skip
+            drawn = samples.draw(self.model, self.tokenizer, prompts, self.settings, k=1, **options)
         samples.warn_of_cut(samples.describe(drawn)["unfinished"])
         rewards, counts = shards.score_shared(self.scorer, drawn, self.accelerator, chunk_size=CHUNK_SIZE)
         self.counts.update(counts)
@@ -175,31 +173,27 @@ def gae(
     return rewards.new_tensor(advantages[::-1])
 
 
+@dataclass
 class RolloutSampler:
-    """An endless iterator of batches: collects `rollout_size` rollouts, passes over them `epochs` times, repeats.
+    """An endless iterator of batches. Each phase collects `rollout_size` rollouts and passes over them `epochs` times.
 
     Rollouts of the first `warmup_steps` batches are frozen. A prompt that is drawn again gets new completions. The
     order comes from a generator of this object; global random state does not change.
     """
 
-    def __init__(
-        self,
-        collector: ExperienceCollector,
-        prompts: Sequence[str],
-        *,
-        rollout_size: int,
-        batch_size: int,
-        epochs: int,
-        warmup_steps: int,
-        seed: int,
-    ) -> None:
-        self.collector, self.prompts = collector, prompts
-        self.rollout_size, self.batch_size = rollout_size, batch_size
-        self.epochs, self.warmup_steps = epochs, warmup_steps
-        self.generator = torch.Generator().manual_seed(seed)
-        self.order: list[int] = []  # places of the next prompts
+    collector: ExperienceCollector
+    prompts: Sequence[str]
+    rollout_size: int
+    batch_size: int
+    epochs: int
+    warmup_steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.order: list[int] = []  # indices of the next prompts
         self.rollouts: list[Rollout] = []  # of this phase
-        self.remaining: list[int] = []  # places of the rollouts that are left in this pass
+        self.remaining: list[int] = []  # indices of the rollouts that are left in this pass
         self.phase = self.passes = self.num_batches = 0  # phases begun, passes of this one begun, batches returned
 
     def __next__(self) -> list[Rollout]:
@@ -208,8 +202,8 @@ class RolloutSampler:
                 self._collect()
             self.remaining = torch.randperm(self.rollout_size, generator=self.generator).tolist()
             self.passes += 1
-        places, self.remaining = self.remaining[: self.batch_size], self.remaining[self.batch_size :]
-        batch = [self.rollouts[i] for i in places]
+        indices, self.remaining = self.remaining[: self.batch_size], self.remaining[self.batch_size :]
+        batch = [self.rollouts[i] for i in indices]
         self.num_batches += 1
         return [replace(rollout, frozen=True) for rollout in batch] if self.num_batches <= self.warmup_steps else batch
 
@@ -223,7 +217,7 @@ class RolloutSampler:
         self.phase, self.passes = self.phase + 1, 0
 
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint. Later steps replace its lists and do not change them."""
+        """Return the state for a checkpoint. Later steps replace its lists, but do not change them."""
         state = {name: getattr(self, name) for name in STATE}
         return state | {"generator": self.generator.get_state().numpy().tobytes().hex()}
 
@@ -231,10 +225,12 @@ class RolloutSampler:
         """Restore a state that was stored as JSON."""
         for name in STATE:
             setattr(self, name, state[name])
-        self.rollouts = [Rollout(**{name: _tuples(value) for name, value in row.items()}) for row in state["rollouts"]]
+        self.rollouts = [
+            Rollout(**{name: _to_tuples(value) for name, value in row.items()}) for row in state["rollouts"]
+        ]
         self.generator.set_state(torch.tensor(list(bytes.fromhex(state["generator"])), dtype=torch.uint8))
 
 
-def _tuples(value: Any) -> Any:
+def _to_tuples(value: Any) -> Any:
     """Return JSON lists as tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value

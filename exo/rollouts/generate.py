@@ -1,7 +1,7 @@
-"""Sample K completions per prompt from a causal LM: batched, with a key-value cache, reproducible row by row.
+"""Sample K completions per prompt from a causal LM, in batches and with a key-value cache.
 
-This loop does two things that `model.generate` does not. Every completion has its own random stream, so that it does
-not depend on its batch; and the log-probability of the completion is summed on the way, at the temperature of sampling.
+In contrast to `model.generate`, every completion has its own random stream, so it does not depend on its batch, and the
+log-probability of each completion, at the temperature of sampling, is summed while it is sampled.
 
 Left out: top-k and beam search. Top-p is for evaluation; the training losses assume completions that are drawn from the
 policy itself.
@@ -37,11 +37,11 @@ class Sample:
 Job = Callable[[], list[Sample]]  # draws one batch
 
 
-class _Rules(NamedTuple):
-    """How a token is drawn, and which tokens end a completion."""
+class _TokenOptions(NamedTuple):
+    """Options for drawing a token."""
 
-    stop_ids: frozenset[int]
-    absent_ids: tuple[int, ...]
+    stop_ids: frozenset[int]  # they end a completion
+    absent_ids: tuple[int, ...]  # they are never drawn
     temperature: float
     top_p: float
 
@@ -69,13 +69,13 @@ def sample(
     `progress` is called with the number of sequences just drawn. `run` runs the batches and returns the samples of each
     (default: one batch after another). RunError if the model returns NaN.
 
-    A completion depends on the seed, the number of its prompt and its place among the k only. `numbers` are the numbers
+    A completion depends only on the seed, the number of its prompt and its index among the k. `numbers` are the numbers
     of the prompts (default: their index), so that a part of the prompts gets the same completions as in a call with all
     of them. Rounding is an exception: matrix products round differently for other batch sizes, and a random number
     within that error (about 1e-6 in fp32) of the border between two tokens may then choose the other token.
     """
-    require(k >= 1, "k", ">= 1", k)
-    require(batch_size >= 1, "batch_size", ">= 1", batch_size)
+    for name, count in (("k", k), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        require(count >= 1, name, ">= 1", count)
     require(0 < temperature < math.inf, "temperature", "a finite number > 0", temperature)
     require(0 < top_p <= 1, "top_p", "in (0, 1]", top_p)
     _check_lengths(model, prompts, max_new_tokens)
@@ -84,12 +84,12 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [(i, j) for i in order for j in range(k)]
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    rules = _Rules(frozenset(stop_ids), tuple(absent_ids), temperature, top_p)
+    options = _TokenOptions(frozenset(stop_ids), tuple(absent_ids), temperature, top_p)
 
     def draw(batch: list[tuple[int, int]]) -> list[Sample]:
         signals.raise_if_stop_requested()
         uniforms = torch.stack([_stream(seed, numbers[i], j, max_new_tokens) for i, j in batch])
-        samples = _draw(decoder, model, rules, prompts, batch, uniforms)
+        samples = _draw(decoder_type(model, prompts, [i for i, _ in batch]), options, uniforms)
         for (i, _), completion in zip(batch, samples, strict=True):
             if math.isnan(completion.logprob):
                 name = getattr(model, "name_or_path", "") or type(model).__name__
@@ -100,22 +100,17 @@ def sample(
 
     jobs = [partial(draw, batch) for batch in batches]
     with eval_mode(model), torch.no_grad():
-        decoder = _decoder(model, prompts)
+        decoder_type = _choose_decoder(model, prompts)
         results = [job() for job in jobs] if run is None else run(jobs)
-    drawn = {
-        row: completion
-        for batch, samples in zip(batches, results, strict=True)
-        for row, completion in zip(batch, samples, strict=True)
-    }
+    drawn = dict(zip(rows, (completion for samples in results for completion in samples), strict=True))
     return [[drawn[i, j] for j in range(k)] for i in range(len(prompts))]
 
 
 def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    require(max_new_tokens >= 1, "max_new_tokens", ">= 1", max_new_tokens)
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompts: expected at least one token in each; got none in prompt {i}")
-    longest = max(map(len, prompts), default=0)
+    lengths = [len(prompt) for prompt in prompts]
+    if 0 in lengths:
+        raise ValueError(f"prompts: expected at least one token in each; got none in prompt {lengths.index(0)}")
+    longest = max(lengths, default=0)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
@@ -124,40 +119,36 @@ def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_t
         )
 
 
-def _decoder(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Callable[..., Decoder]:
+def _choose_decoder(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Callable[..., Decoder]:
     if not prompts or decoding.supports_cache(model, prompts):
         return decoding.CachedDecoder
     console.warn(
-        f"{type(model).__name__}: sampling without a key-value cache, because with its cache this model returns other "
-        "logits; every new token runs its sequence again from the beginning"
+        f"{type(model).__name__}: sampling without a key-value cache, which changes the logits of this model; every "
+        "new token runs its sequence again from the beginning"
     )
     return decoding.UncachedDecoder
 
 
 def _draw(
-    decoder_type: Callable[..., Decoder],
-    model: nn.Module,
-    rules: _Rules,
-    prompts: Sequence[Sequence[int]],
-    batch: list[tuple[int, int]],
+    decoder: Decoder,
+    options: _TokenOptions,
     uniforms: Tensor,  # (B, max_new_tokens)
 ) -> list[Sample]:
-    """Draw the completions of one batch. A row leaves the decoder when it ends; `alive` has the places of the rest."""
-    device = next(model.parameters()).device
+    """Draw the completions of one batch. `alive` has the indices of the rows that have not ended."""
+    device = decoder.logits.device
     size, steps = uniforms.shape
     uniforms = uniforms.to(device)
     tokens = torch.zeros((size, steps), dtype=torch.long, device=device)  # (B, max_new_tokens)
     scores = torch.zeros((size, steps), device=device)  # (B, max_new_tokens) log-probs
     alive = torch.arange(size, device=device)  # (alive,)
     lengths = torch.full((size,), steps, device=device)  # (B,)
-    stops = torch.tensor(sorted(rules.stop_ids), device=device)
-    absent = torch.tensor(rules.absent_ids, dtype=torch.long, device=device)
-    decoder = decoder_type(model, prompts, [i for i, _ in batch])
+    stops = torch.tensor(sorted(options.stop_ids), device=device)
+    absent = torch.tensor(options.absent_ids, dtype=torch.long, device=device)
     for step in range(steps):
         signals.raise_if_stop_requested()
-        logprobs = torch.log_softmax(decoder.logits.float() / rules.temperature, -1)  # (alive, V)
+        logprobs = torch.log_softmax(decoder.logits.float() / options.temperature, -1)  # (alive, V)
         allowed = logprobs.index_fill(1, absent, -torch.inf) if len(absent) else logprobs
-        choice = _inverse_cdf(_nucleus(allowed, rules.top_p), uniforms[alive, step])  # (alive,)
+        choice = _inverse_cdf(_nucleus(allowed, options.top_p), uniforms[alive, step])  # (alive,)
         tokens[alive, step] = choice
         scores[alive, step] = logprobs.gather(1, choice[:, None])[:, 0]
         unfinished = ~torch.isin(choice, stops)
@@ -168,7 +159,7 @@ def _draw(
             break
         decoder.advance(choice[unfinished], rows)
     return [
-        Sample(tuple(row[:n]), sum(score[:n]), "eos" if row[n - 1] in rules.stop_ids else "length")
+        Sample(tuple(row[:n]), sum(score[:n]), "eos" if row[n - 1] in options.stop_ids else "length")
         for row, score, n in zip(tokens.tolist(), scores.tolist(), lengths.tolist(), strict=True)
     ]
 
@@ -177,7 +168,7 @@ def _nucleus(
     logprobs: Tensor,  # (B, V)
     top_p: float,
 ) -> Tensor:  # (B, V)
-    """Mask all but the most probable tokens whose probabilities reach `top_p`. One token always stays."""
+    """Mask all but the most probable tokens whose probabilities sum to `top_p`. At least one token is left."""
     if top_p >= 1:
         return logprobs
     ordered, place = logprobs.sort(-1, descending=True)
@@ -191,10 +182,10 @@ def _inverse_cdf(
     uniforms: Tensor,  # (B,)
 ) -> Tensor:  # (B,)
     cdf = logprobs.exp().cumsum(-1)
-    # u < 1, so u * total < total in floating point too: a token of probability 0 is never reached.
+    # u < 1, so u * total < total in floating point too: a token of probability 0 is never chosen.
     target = uniforms * cdf[:, -1]
     choice = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
-    # Only a row of NaN runs past its end, and its log-probability is NaN too.
+    # Only in a row of NaN is the index V, and its log-probability is NaN too.
     return choice.clamp(max=logprobs.shape[1] - 1)
 
 

@@ -1,4 +1,4 @@
-"""Convert sampled completions to examples, rows of a file and JSON."""
+"""Sample from prompts as text, and convert the completions to examples, rows of a file and JSON."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ MOST_CUT = 0.2  # a run warns if a larger share of the completions is cut for le
 
 
 class Settings(NamedTuple):
-    """How completions are drawn. Every row records it, because files are copied without their runs."""
+    """Options of sampling. Every row records them, because files are copied without their runs."""
 
     temperature: float
     max_new_tokens: int
@@ -54,10 +54,9 @@ def draw(
         console.counts(counts)
     total = len(ids) * options["k"]
     progress = console.Progress(label, total, every=max(1, total // 4), quiet=not label)
-    drawn = generate.sample(
-        model, models.stop_ids(model, tokenizer), ids, absent_ids=models.absent_ids(model, tokenizer),
-        numbers=numbers, progress=progress.advance, **settings._asdict(), **options,
-    )  # fmt: skip
+    options |= settings._asdict() | {"numbers": numbers, "progress": progress.advance}
+    stop_ids, absent_ids = models.stop_ids(model, tokenizer), models.absent_ids(model, tokenizer)
+    drawn = generate.sample(model, stop_ids, ids, absent_ids=absent_ids, **options)
     return to_examples(prompts, ids, drawn, tokenizer, settings, numbers)
 
 
@@ -67,7 +66,7 @@ def to_json(drawn: Sequence[Sample]) -> list[Any]:
 
 
 def from_json(rows: Sequence[Any]) -> list[Sample]:
-    """Return the samples that `to_json` gave the values of."""
+    """Return the samples of the values that `to_json` returned."""
     return [Sample(tuple(ids), logprob, finish) for ids, logprob, finish in rows]
 
 
@@ -79,14 +78,14 @@ def to_examples(
     settings: Settings,
     numbers: Sequence[int] | None = None,
 ) -> list[Example]:
-    """Return an example per prompt, whose line is the prompt's number from 1. The texts have no special tokens."""
+    """Return an example per prompt; its line is the number of the prompt plus 1. The texts have no special tokens."""
     tokenizer_hash = tokenize.tokenizer_hash(tokenizer)
     numbers = range(len(prompts)) if numbers is None else numbers
     examples = []
     for prompt, context, row, number in zip(prompts, prompt_ids, drawn, numbers, strict=True):
         ids, logprobs, finish = zip(*((s.token_ids, s.logprob, s.finish) for s in row), strict=True)
-        text_ids = [list(s.token_ids[:-1] if s.finish == "eos" else s.token_ids) for s in row]
-        texts = tuple(subwords.decoded_after(context, of_text, tokenizer) for of_text in text_ids)
+        without_eos = [list(s.token_ids[:-1] if s.finish == "eos" else s.token_ids) for s in row]
+        texts = tuple(subwords.decoded_after(context, completion, tokenizer) for completion in without_eos)
         tokens = Tokens(tokenizer_hash, ids, logprobs, finish, **settings._asdict())
         examples.append(Example(prompt, texts, None, number + 1, tokens))
     return examples

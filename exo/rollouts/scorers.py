@@ -1,4 +1,4 @@
-"""Score completions: a reward model, a classifier's log-odds, or a Python function.
+"""Score completions with a reward model, a classifier or a Python function.
 
 A scorer takes examples and returns a number for each completion. A sequence classifier with one output is a reward
 model; with two, the reward is the log-odds of class 1, the paper's oracle for sentiment. A completion that its sampler
@@ -26,17 +26,17 @@ from exo.models.logps import map_micro_batches
 from exo.models.reward_head import RewardHead
 from exo.runs import inputs as run_inputs
 
-CHUNK_SIZE = 1024  # examples that are scored together; a kill loses at most one chunk a rank
+CHUNK_SIZE = 1024  # examples that are scored together; a kill loses at most one chunk per rank
 Scores = list[tuple[float, ...]]  # a tuple per example, a number per completion
 Refused = tuple[frozenset[int], Counter[str]]  # of tokenize.refused
 
 
 class Scorer(NamedTuple):
-    """A function from examples to scores, and what is known about its inputs."""
+    """A function from examples to scores, and the checks of its inputs."""
 
-    name: str  # for people
+    name: str  # to print
     score: Callable[[Sequence[Example]], Scores]
-    counts: Counter[str]  # completions that were scored in part, by reason; calls of score add to it
+    counts: Counter[str]  # completions that were cut before they were scored, by reason; calls of score add to it
     refused: Callable[[Sequence[Example], str, bool], Refused]  # tokenize.refused with the scorer's tokenizer
 
 
@@ -54,12 +54,12 @@ def load(
 ) -> Scorer:
     """Load the reward model, or import the oracle (module:function); one of them is None.
 
-    The lengths are those of `Limits`. A reward model renders chat messages with its own template, and plain prompts too
-    if `chat_template` is neither "auto" nor "none". Templates show `date`, by default today. ValueError if the oracle
-    cannot be imported.
+    `max_length` and `max_prompt_length` are those of `Limits`. A reward model renders chat messages with its template,
+    and plain prompts too if `chat_template` is neither "auto" nor "none". Templates show `date` (default: today).
+    ValueError if the oracle cannot be imported.
     """
     if oracle is not None:
-        return Scorer(oracle, _oracle(oracle), Counter(), lambda *arguments: (frozenset(), Counter()))
+        return Scorer(oracle, _import_oracle(oracle), Counter(), lambda *arguments: (frozenset(), Counter()))
     assert reward_model is not None
     name = run_inputs.source("reward_model", reward_model, "reward")
     model, tokenizer = models.load_classifier(name)
@@ -77,8 +77,8 @@ def load(
         return tokenize.refused(rendered(examples), tokenizer, path, skip_invalid=skip_invalid)
 
     def score(examples: Sequence[Example]) -> Scores:
-        # One completion a row: encode would cut all of a row as its longest needs, and drop completions that are then
-        # equal.
+        # One completion per row, because encode cuts all completions of a row as the longest requires, and drops those
+        # that are then equal.
         rows = rendered(examples)
         single = [transforms.select(example, (i,)) for example in rows for i in range(len(example.completions))]
         encoded, cut = tokenize.encode(single, tokenizer, limits, "samples", retokenize=True, strict=False)
@@ -95,7 +95,7 @@ def load(
     return Scorer(name, score, counts, refused)
 
 
-def _oracle(name: str) -> Callable[[Sequence[Example]], Scores]:
+def _import_oracle(name: str) -> Callable[[Sequence[Example]], Scores]:
     """Import module:function as a scoring function that names the row if the call fails or returns no number."""
     module, _, attribute = name.partition(":")
     try:
@@ -112,8 +112,8 @@ def _oracle(name: str) -> Callable[[Sequence[Example]], Scores]:
             result = function(example.prompt, text)
             value = float(result)
         except Exception as error:  # the user's function may raise anything
-            what = f"{type(error).__name__}: {error}" if result is None else type(result).__name__
-            raise ValueError(f"--oracle {name}: line {example.line}: expected a number; got {what}") from error
+            got = f"{type(error).__name__}: {error}" if result is None else type(result).__name__
+            raise ValueError(f"--oracle {name}: line {example.line}: expected a number; got {got}") from error
         if not math.isfinite(value):
             raise ValueError(f"--oracle {name}: line {example.line}: expected a finite number; got {value}")
         return value

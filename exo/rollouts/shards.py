@@ -59,7 +59,7 @@ def score_shared(
 
 
 def _map_cached(jobs: Sequence[Callable[[], Any]], accelerator: Accelerator, cache: JsonlCache | None) -> list[Any]:
-    """Run jobs that return JSON. The cache gets the results of a round, one job a rank, before the next round."""
+    """Run jobs that return JSON, one job per rank and round. The cache stores the results of each round."""
     if cache is None:
         return map_over_ranks(jobs, lambda job: job(), accelerator)
     results: list[Any] = []
@@ -78,7 +78,7 @@ def _map_cached(jobs: Sequence[Callable[[], Any]], accelerator: Accelerator, cac
 
 
 def begin(start: Start, accelerator: Accelerator, rows: Mapping[str, Any]) -> JsonlCache:
-    """Begin or resume the run of a stage and return its cache, with the results of the run that it resumes."""
+    """Begin or resume the run of a stage and return its cache, which has the results of a resumed run."""
     if accelerator.is_main_process:
         run_stage.begin(start, keep=True, rows=rows)
     check_shared_directory(start, accelerator)

@@ -1,4 +1,4 @@
-"""Sample with vLLM instead of PyTorch. Its random streams differ from those of `generate`."""
+"""Sample with vLLM instead of PyTorch. Its random streams are not those of `generate`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -50,23 +50,15 @@ class Engine:
         ids, counts = tokenize.sampled_prompts(prompts, self.tokenizer, max_prompt_length)
         console.counts(counts)
 
+        options: dict[str, Any] = {"n": 1, "temperature": settings.temperature, "top_p": settings.top_p, "logprobs": 0}
+        options |= {"max_tokens": settings.max_new_tokens, "stop_token_ids": self.stop_ids}
+        options |= {"logit_bias": self.logit_bias}
+
         def draw_chunk(chunk: slice) -> list[Sample]:
-            params = [
-                self.new_params(
-                    n=1,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    max_tokens=settings.max_new_tokens,
-                    logprobs=0,
-                    seed=stream_seed(seed, number, j),
-                    stop_token_ids=self.stop_ids,
-                    logit_bias=self.logit_bias,
-                )
-                for number in numbers[chunk]
-                for j in range(k)
-            ]
-            outputs = self.llm.generate([{"prompt_token_ids": row} for row in ids[chunk] for _ in range(k)], params)
-            return [self._sample(output.outputs[0]) for output in outputs]
+            seeds = [stream_seed(seed, number, j) for number in numbers[chunk] for j in range(k)]
+            params = [self.new_params(**options, seed=value) for value in seeds]
+            token_ids = [{"prompt_token_ids": row} for row in ids[chunk] for _ in range(k)]
+            return [self._sample(output.outputs[0]) for output in self.llm.generate(token_ids, params)]
 
         size = max(1, CHUNK_SIZE // k)
         chunks = [slice(start, start + size) for start in range(0, len(ids), size)]

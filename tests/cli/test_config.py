@@ -1,4 +1,4 @@
-"""Options: flags, YAML under flags, dashes, suggestions, ranges; every error one line and exit code 2."""
+"""Options: flags, YAML files below flags, dashes, suggestions and ranges; every error is one line, exit code 2."""
 
 import pytest
 
@@ -84,7 +84,7 @@ def test_bad_files_are_one_line(text, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("given", ["in a flag", "in a file", "not"])
-def test_a_note_says_that_save_steps_has_changed_its_meaning(given, tmp_path, capsys):
+def test_a_note_explains_the_new_meaning_of_save_steps(given, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("save_steps: 5")
     options = {"in a flag": ["--save_steps=5"], "in a file": ["--config", str(tmp_path / "run.yaml")], "not": []}
     config(*options[given])
@@ -92,13 +92,13 @@ def test_a_note_says_that_save_steps_has_changed_its_meaning(given, tmp_path, ca
     assert (note in capsys.readouterr().out) == (given != "not")
 
 
-def test_required_options_are_asked_for(capsys):
+def test_missing_required_options_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(align.Config, ["--model", "tiny"], prog="test", description=None)
     assert stop.value.code == 2 and "--data: expected a file" in capsys.readouterr().err
 
 
-def test_a_file_of_options_for_alignment_is_one_for_the_driver_too(tmp_path, capsys):
+def test_the_driver_reads_the_option_files_of_alignment(tmp_path, capsys):
     file = tmp_path / "options.yaml"
     file.write_text("model: tiny\ndata: absent.jsonl\n")
     assert train.main(["--config", str(file), "--output_dir", str(tmp_path / "run")]) == 2

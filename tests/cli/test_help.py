@@ -1,4 +1,4 @@
-"""`--help` of every command: what it shows, and that it does not load torch."""
+"""`--help` of every command: its text, and that it does not import torch."""
 
 import subprocess
 import sys
@@ -31,21 +31,21 @@ def test_help_loads_neither_torch_nor_transformers(command):
     assert child.stdout.count("usage: ") == 1 and "--output_dir" in child.stdout
 
 
-def shown(main, option, capsys) -> str:
+def help_text(main, option, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
         main([option])
     assert stop.value.code == 0
     return capsys.readouterr().out
 
 
-def test_help_shows_the_options_to_know_first_and_help_all_shows_every_group(capsys):
-    brief, every, underscored = (shown(align.main, option, capsys) for option in ("-h", "--help-all", "--help_all"))
+def test_help_shows_the_main_options_and_help_all_shows_every_group(capsys):
+    brief, full, underscored = (help_text(align.main, option, capsys) for option in ("-h", "--help-all", "--help_all"))
     assert "--model" in brief and "--beta_pi" in brief and "--nproc" in brief and "--help-all shows all" in brief
     assert "--adam_beta1" not in brief and brief.count("\n  --") < 30
     titles = ("Model:", "Data:", "Objective:", "Optimization:", "Memory and speed:", "LoRA:", "Checkpoints:", "Run:")
-    assert all(f"\n{title}\n" in every for title in titles) and "--help-all shows all" not in every
-    assert every == underscored and all(f"--{name} " in every for name in align.Config.__dataclass_fields__)
+    assert all(f"\n{title}\n" in full for title in titles) and "--help-all shows all" not in full
+    assert full == underscored and all(f"--{name} " in full for name in align.Config.__dataclass_fields__)
 
 
-def test_the_options_of_one_command_alone_are_shown_first(capsys):
-    assert "--endpoint" in shown(judge.main, "--help", capsys)
+def test_help_shows_the_options_that_only_one_command_has(capsys):
+    assert "--endpoint" in help_text(judge.main, "--help", capsys)

@@ -13,6 +13,7 @@ from exo.cli.parse import parse
 from exo.data import DataError
 from exo.evaluation.judge_prompts import AnswerCache
 from exo.experiments import plan as experiment_plan
+from exo.experiments import recipe as experiment_recipe
 from exo.reporting import reading
 from exo.runs import directory as run_directory
 from exo.runs import inputs as run_inputs
@@ -21,12 +22,12 @@ from exo.runs import stage as run_stage
 from exo.runs.jsonl import JsonlCache
 
 STAGES = "prepare sft sample score reward align ppo best_of_n evaluate judge label report train".split()
-FAST = ("prepare", "sample", "align", "judge", "report", "train")  # the others have the same options
+FAST = ("prepare", "sample", "align", "judge", "report", "train")  # the other stages share their options
 BASE = ["--model", "tiny", "--data", "rows.jsonl"]
 
 
 def refused(argv, capsys, stage=align):
-    """The one line that is printed."""
+    """Return the one line that the parser prints before it exits."""
     with pytest.raises(SystemExit) as stop:
         parse(stage.Config, argv, prog="test", description=None)
     printed = capsys.readouterr().err
@@ -39,7 +40,7 @@ HOSTILE = ["", " ", "\0", "a\nb", "a\x85b", "x" * 5000, "nan", "-inf", "1e300", 
 
 
 @pytest.mark.parametrize("stage", [s if s in FAST else pytest.param(s, marks=pytest.mark.slow) for s in STAGES])
-def test_every_option_takes_a_hostile_value_or_refuses_it_in_a_line(stage, capsys):
+def test_every_option_accepts_a_hostile_value_or_refuses_it_in_one_line(stage, capsys):
     module = importlib.import_module(f"exo.{stage}")
     for field in dataclasses.fields(module.Config):
         for value in HOSTILE:
@@ -62,7 +63,7 @@ def test_every_option_takes_a_hostile_value_or_refuses_it_in_a_line(stage, capsy
         ("--max_steps=" + "9" * 5000, "--max_steps: invalid int value"),
     ],
 )
-def test_values_that_no_run_could_use(option, expected, capsys):
+def test_unusable_values_are_refused(option, expected, capsys):
     assert expected in refused([*BASE, option], capsys)
 
 
@@ -85,13 +86,13 @@ YAML = {
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_hostile_files_of_options(name, tmp_path, capsys):
+def test_hostile_option_files(name, tmp_path, capsys):
     text, expected = YAML[name]
     (tmp_path / "options.yaml").write_text(text)
     assert expected in refused([*BASE, "--config", str(tmp_path / "options.yaml")], capsys)
 
 
-def test_files_that_cannot_be_read(tmp_path, capsys):
+def test_unreadable_option_files(tmp_path, capsys):
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     for name, expected in (("binary", "expected UTF-8"), (".", "Is a directory"), ("absent", "No such file")):
         assert expected in refused([*BASE, "--config", str(tmp_path / name)], capsys)
@@ -99,12 +100,12 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     assert "expected one file" in refused([*BASE, "--config", "a.yaml", "--config", "b.yaml"], capsys)
 
 
-def test_yaml_means_what_it_says():
-    """YAML 1.1 reads 8, 90, False, a date and a text here."""
+def test_yaml_scalars_are_read_as_in_yaml_1_2():
+    """Check values that YAML 1.1 reads as 8, 90, False, a date and a text."""
     text = "a: 010\nb: 1:30\nc: no\nd: 2024-01-01\ne: 1e-3\nf: '1'\ng: null\nh: true\ni: -2\nj: .5"
-    found = yaml_files.parse(text, typed=True)
+    values = yaml_files.parse(text, typed=True)
     expected = {"a": 10, "b": "1:30", "c": "no", "d": "2024-01-01", "e": 1e-3, "f": "1", "g": None, "h": True, "i": -2}
-    assert found == expected | {"j": 0.5}
+    assert values == expected | {"j": 0.5}
     assert yaml_files.parse(text, typed=False)["a"] == "010"
     assert yaml_files.parse("\ufeffa: &x [1]\nb: *x", typed=True) == {"a": [1], "b": [1]}
 
@@ -128,15 +129,15 @@ RECIPES = [
 
 
 def test_recipes_with_wrong_types(tmp_path):
-    text = (experiment_plan.RECIPES / "quickstart.yaml").read_text(encoding="utf-8")
+    text = (experiment_recipe.RECIPES / "quickstart.yaml").read_text(encoding="utf-8")
     values = yaml_files.parse(text, typed=True)
     path = tmp_path / "own.yaml"
     path.write_text(json.dumps(values))
-    assert experiment_plan.plan(experiment_plan.load(str(path)), tmp_path)  # JSON is YAML
+    assert experiment_plan.plan(experiment_recipe.load(str(path)), tmp_path)  # JSON is YAML
     for name, value in RECIPES:
         path.write_text(json.dumps(values | {name: value}))
         with pytest.raises(ConfigError) as caught:
-            experiment_plan.plan(experiment_plan.load(str(path)), tmp_path)
+            experiment_plan.plan(experiment_recipe.load(str(path)), tmp_path)
         assert len(str(caught.value).splitlines()) == 1, (name, value)
 
 
@@ -146,8 +147,8 @@ def test_recipes_with_wrong_types(tmp_path):
         ("sft.max_steps=[1", "--set sft.max_steps=[1: line 1"),
         ("sft.max_steps=" + "[" * 20_000, "nested too deeply"),
         ("sft.max_steps=" + "9" * 5000, "sft: --max_steps: invalid int value"),
-        ("common.output_dir=x", "common: output_dir is for the plan to set"),
-        ("align.seed=3", "align: seed is for the plan to set"),
+        ("common.output_dir=x", "common: output_dir is set by the plan"),
+        ("align.seed=3", "align: seed is set by the plan"),
         ("sft.max_steps=1 sft.max_steps=2", "--set: expected each option once"),
         ("a=[1", "--set: expected stage.option=value"),
         (".x=1", "--set: expected stage.option=value"),
@@ -160,8 +161,8 @@ def test_hostile_settings(arguments, expected, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("module", ["..", ".", "a..b", "..x", "\udc80", "x" * 200, " ", "json"])
-def test_an_oracle_that_no_module_can_be(module, tmp_path):
-    """Its source is looked for before anything runs."""
+def test_the_fingerprint_of_an_invalid_oracle(module, tmp_path):
+    """Check that an invalid module name raises no error when its source is searched."""
     assert isinstance(run_inputs.fingerprint(f"{module}:x"), str)
 
 
@@ -175,7 +176,7 @@ def test_an_oracle_by_a_relative_name_is_refused(oracle, tmp_path, capsys):
     )
 
 
-FOREIGN = [
+INVALID_RECORDS = [
     "", "[", "[]", "null", "5", "[" * 100_000, '{"stage": 1e999}', "\udc80", "9" * 5000,
     *(
         json.dumps({"stage": "align", "command": ["x"], "arguments": {}} | change)
@@ -188,8 +189,8 @@ FOREIGN = [
 ]  # fmt: skip
 
 
-def test_foreign_records_are_no_runs(tmp_path):
-    for text in FOREIGN:
+def test_invalid_records_are_no_runs(tmp_path):
+    for text in INVALID_RECORDS:
         (tmp_path / "run.json").write_bytes(text.encode(errors="surrogateescape"))
         assert run_record.record(tmp_path) is None, text[:80]
         with pytest.raises(RunError, match="holds files that no run wrote"):
@@ -199,14 +200,14 @@ def test_foreign_records_are_no_runs(tmp_path):
     assert run_record.record(tmp_path) is None
 
 
-def test_a_finished_run_without_outputs_is_not_whole(tmp_path):
+def test_a_finished_run_without_outputs_is_not_done(tmp_path):
     config = align.Config(model="tiny", data="rows.jsonl", output_dir=str(tmp_path))
     run = {"stage": "align", "command": [], "arguments": dataclasses.asdict(config), "finished": "now", "inputs": {}}
     (tmp_path / "run.json").write_text(json.dumps(run))
     assert run_stage.status(tmp_path, config, "align")[0] != "done"
 
 
-def test_foreign_results_are_refused_in_a_line(tmp_path):
+def test_invalid_results_are_refused_in_one_line(tmp_path):
     run = {"stage": "train", "command": [], "arguments": {}, "recipe": {}, "plan": []}
     for plan in (5, None, [1], [{}], [{"stage": "align"}], {"a": 1}, [{"stage": "sft", "name": 3}]):
         (tmp_path / "run.json").write_text(json.dumps(run | {"plan": plan}))
@@ -224,7 +225,7 @@ def test_foreign_results_are_refused_in_a_line(tmp_path):
     "line",
     ['{"key": [], "answer": "A"}', '{"key": "k", "answer": 5}', '{"key": {}, "answer": null}', "[" * 100_000, "5"],
 )
-def test_foreign_lines_of_a_cache_of_verdicts(line, tmp_path):
+def test_invalid_lines_in_a_cache_of_verdicts(line, tmp_path):
     JsonlCache(tmp_path / "cache").put("k", "A")
     with open(tmp_path / "cache", "a") as file:
         file.write(line + "\n")

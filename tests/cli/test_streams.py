@@ -1,4 +1,4 @@
-"""Standard output and error that are closed, full, broken or ASCII, and terminals that go: a run does its work."""
+"""A run completes even if its output is closed, full, broken or ASCII, and stops if its terminal hangs up."""
 
 import os
 import signal
@@ -17,18 +17,18 @@ ROWS = [{"prompt": f"p{i}", "completions": ["ä", "b"], "rewards": [i, 1.0]} for
 STAGE = "-m exo.best_of_n --data rows-ü.jsonl --n 2 --overwrite_output_dir --output_dir"
 
 
-def shell(command: str, place: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run a line of bash in which PYTHON stands for this interpreter, with pipefail."""
+def shell(command: str, workdir: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run a line of bash with pipefail; PYTHON is replaced by this interpreter."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"} | environment
     line = "set -o pipefail; " + command.replace("PYTHON", sys.executable)
     return subprocess.run(
-        ["bash", "-c", line], cwd=place, env=env, capture_output=True, timeout=120, encoding="utf-8", errors="replace"
+        ["bash", "-c", line], cwd=workdir, env=env, capture_output=True, timeout=120, encoding="utf-8", errors="replace"
     )
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def workdir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("streams")
     write_rows(directory / "rows-ü.jsonl", ROWS)
     return directory
@@ -53,15 +53,15 @@ for i in range(3):
 progress = console.Progress("step", 2, every=1)
 progress.advance()
 progress.advance()
-with open("out-NAME", "w") as file:  # not in the place of a closed stream
+with open("out-NAME", "w") as file:  # must not get the descriptor of a closed stream
     file.write("data")
 raise SystemExit(3)
 """
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_output_that_nobody_can_read_costs_nothing(name, tmp_path):
-    """The work is done, the exit code is its own, and nothing else is printed: no traceback, no exit code 120."""
+def test_unwritable_output_does_not_stop_a_run(name, tmp_path):
+    """Check that the program completes with its exit code, not with 120, and prints no traceback."""
     redirected, expected = STREAMS[name]
     (tmp_path / "prints.py").write_text(PRINTS.replace("NAME", name), encoding="utf-8")
     done = shell(f"PYTHON prints.py {redirected}", tmp_path)
@@ -69,7 +69,7 @@ def test_output_that_nobody_can_read_costs_nothing(name, tmp_path):
     assert (tmp_path / f"out-{name}").read_text() == "data"
 
 
-def test_characters_that_the_output_lacks_are_escaped(tmp_path):
+def test_characters_outside_the_encoding_are_escaped(tmp_path):
     (tmp_path / "prints.py").write_text(PRINTS, encoding="utf-8")
     done = shell("PYTHON prints.py", tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 3 and done.stdout.startswith("\\xfcber 0\n") and not done.stderr
@@ -78,11 +78,11 @@ def test_characters_that_the_output_lacks_are_escaped(tmp_path):
 @pytest.mark.parametrize(
     "redirected", [">/dev/full", *(pytest.param(r, marks=pytest.mark.slow) for r in ("2>&1 | true", ">&- 2>&-"))]
 )
-def test_a_stage_runs_without_output(redirected, place):
-    """In an ASCII locale too, with names that it lacks."""
-    done = shell(f"PYTHON {STAGE} aus-ü {redirected}", place, PYTHONIOENCODING="ascii")
+def test_a_stage_runs_without_output(redirected, workdir):
+    """Check it in an ASCII locale, with file names that ASCII cannot encode."""
+    done = shell(f"PYTHON {STAGE} aus-ü {redirected}", workdir, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "Traceback" not in done.stderr
-    assert len((place / "aus-ü" / "samples.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    assert len((workdir / "aus-ü" / "samples.jsonl").read_text(encoding="utf-8").splitlines()) == 4
 
 
 SLEEPER = """
@@ -119,18 +119,18 @@ def test_a_hangup_stops_a_run_unless_nohup_ignores_it(ignored, code, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_training_stops_at_the_next_step_on_every_such_signal(number, capfd):
-    """A first one asks, and the run saves its state; under nohup SIGHUP asks nothing."""
+def test_training_stops_at_the_next_step_on_a_signal(number, capfd):
+    """Check that the first signal requests a stop, and that nohup makes a run ignore SIGHUP."""
     with signals.graceful_shutdown():
         os.kill(os.getpid(), number)
         assert signals.stop_requested() == number
         with pytest.raises(signals.Stopped) as stopped:
             signals.raise_if_stop_requested()
     assert stopped.value.signum == number
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with signals.graceful_shutdown():
             os.kill(os.getpid(), signal.SIGHUP)
             assert not signals.stop_requested()
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, previous)

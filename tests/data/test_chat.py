@@ -1,4 +1,4 @@
-"""Chat messages as text and tokens: the border before the answer, one BOS, and the end that the template says."""
+"""Chat messages as text and tokens: where the completion begins, one BOS, and the end of turn of the template."""
 
 import copy
 
@@ -24,7 +24,7 @@ LLAMA = (
     + "<h>assistant</h>\n\n{% endif %}"
 )
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + OPENED + "assistant: {% endif %}"
-# Opens an answer with a thought that the finished answer does not have.
+# The generation prompt opens a thought that the rendered answer does not contain.
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role\nhere') }}{% endif %}" + CHATML
 
@@ -40,10 +40,10 @@ def tiny():
 
 @pytest.fixture
 def tokenizer(tiny):
-    """Set its template, eos and bos as the test needs them; they are put back."""
-    before = tiny.eos_token
+    """Yield the tokenizer, and restore its template, EOS and BOS after the test."""
+    eos_token = tiny.eos_token
     yield tiny
-    tiny.eos_token, tiny.bos_token, tiny.chat_template = before, None, None
+    tiny.eos_token, tiny.bos_token, tiny.chat_template = eos_token, None, None
 
 
 def set_up(tokenizer, template, eos, bos=None):
@@ -66,7 +66,7 @@ def test_chatml_ends_with_its_eos_and_not_with_the_line_break(tokenizer):
     assert all(ids.count(tokenizer.eos_token_id) == 1 for ids in example.completions) and not counts
 
 
-def test_a_template_that_writes_bos_has_it_once(tokenizer):
+def test_the_bos_of_a_template_appears_once(tokenizer):
     set_up(tokenizer, LLAMA, "<|eot|>", "<bos>")
     [example], counts = encode(tokenizer, "ab", " abcd ")
     assert example.prompt[0] == tokenizer.bos_token_id and example.prompt.count(tokenizer.bos_token_id) == 1
@@ -74,7 +74,7 @@ def test_a_template_that_writes_bos_has_it_once(tokenizer):
 
 
 def adds_bos(tokenizer):
-    """The same tokenizer, but one that begins plain texts with a BOS by itself, as Llama's does."""
+    """Return a copy of the tokenizer that adds a BOS to plain texts, as Llama's does."""
     other = copy.deepcopy(tokenizer)
     special = [("<bos>", other.bos_token_id)]
     other.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=special)
@@ -96,7 +96,7 @@ def test_bos_stays_when_the_prompt_is_cut(tokenizer):
     assert counts == {"rows with the prompt cut on the left to --max_prompt_length": 1}
 
 
-def test_another_end_of_turn_than_eos_ends_completions_and_samples(tokenizer):
+def test_an_end_of_turn_other_than_eos_ends_completions_and_samples(tokenizer):
     set_up(tokenizer, CHATML, "<eos>")
     [example], counts = encode(tokenizer, "ab", "abcd")
     assert [tokenizer.decode(ids) for ids in example.completions] == ["ab<|im_end|>", "abcd<|im_end|>"] and not counts
@@ -104,7 +104,7 @@ def test_another_end_of_turn_than_eos_ends_completions_and_samples(tokenizer):
 
 
 @pytest.mark.parametrize(("content", "second"), [("m.content", " abcd<eos>"), ("m.content | trim", "abcd<eos>")])
-def test_a_template_that_ends_no_turn_is_ended_by_eos(tokenizer, content, second):
+def test_eos_ends_the_completions_of_a_template_without_an_end_of_turn(tokenizer, content, second):
     set_up(tokenizer, PLAIN.replace("m.content", content), "<eos>")
     [example], counts = encode(tokenizer, "ab", " abcd")
     assert tokenizer.decode(example.prompt).endswith("user: ab abc?\nassistant: ")
@@ -114,23 +114,24 @@ def test_a_template_that_ends_no_turn_is_ended_by_eos(tokenizer, content, second
 @pytest.mark.parametrize(
     ("template", "eos"), [(CHATML, "<|im_end|>"), (LLAMA, "<|eot|>"), (CHATML, "<eos>"), (PLAIN, "<eos>")]
 )
-def test_sampling_sees_the_prompt_of_training_and_both_make_the_rendering(tokenizer, template, eos):
+def test_sampling_and_training_use_the_same_prompt(tokenizer, template, eos):
+    """Check that the prompt and a completion together equal the rendered conversation, too."""
     set_up(tokenizer, template, eos, "<bos>")
     [example], _ = encode(tokenizer, "ab", "abcd")
     assert tuple(prompt_ids(CHAT, tokenizer)) == example.prompt
     messages = [*CHAT.messages, Message("assistant", "ab")]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     text = tokenizer.decode(example.prompt + example.completions[0])
-    assert whole.rstrip() == (text.removesuffix("<eos>") if template == PLAIN else text)
+    assert rendered.rstrip() == (text.removesuffix("<eos>") if template == PLAIN else text)
 
 
-def test_prompts_read_for_sampling_and_written_with_samples_keep_their_tokens(tokenizer, tmp_path):
+def test_prompts_and_samples_keep_their_tokens_when_written_and_read(tokenizer, tmp_path):
     set_up(tokenizer, CHATML, "<|im_end|>")
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": CHAT}])
-    [asked] = read(tmp_path / "a.jsonl", purpose="prompts").examples
+    [prompt_example] = read(tmp_path / "a.jsonl", purpose="prompts").examples
     ids = tokenizer("ab<|im_end|>", add_special_tokens=False)["input_ids"]
     other = ids[:1]
-    row = {"prompt": asked.prompt, "completions": ["ab", "a"], "rewards": [1, 2], "token_ids": [ids, other]}
+    row = {"prompt": prompt_example.prompt, "completions": ["ab", "a"], "rewards": [1, 2], "token_ids": [ids, other]}
     row |= {"tokenizer": tokenize.tokenizer_hash(tokenizer), "logprobs": [-1, -2], "finish": ["eos", "length"]}
     write_jsonl(tmp_path / "b.jsonl", [row])
     [example] = read(tmp_path / "b.jsonl").examples
@@ -139,13 +140,13 @@ def test_prompts_read_for_sampling_and_written_with_samples_keep_their_tokens(to
     assert encoded.completions == (tuple(ids), tuple(other))
 
 
-def test_completions_that_the_template_makes_alike_are_dropped(tokenizer):
+def test_completions_that_render_to_the_same_tokens_are_dropped(tokenizer):
     set_up(tokenizer, LLAMA, "<|eot|>", "<bos>")
     rows, counts = encode(tokenizer, "ab", " ab ")
     assert not rows and counts == {"rows dropped: completions identical as tokens": 1}
 
 
-def test_a_single_text_to_imitate_is_not_alike_to_itself(tokenizer):
+def test_a_single_completion_is_not_dropped_as_identical(tokenizer):
     set_up(tokenizer, CHATML, "<|im_end|>")
     assert len(encode(tokenizer, "ab")[0]) == 1
 
@@ -160,7 +161,7 @@ def test_a_single_text_to_imitate_is_not_alike_to_itself(tokenizer):
         ("{% if %}", "the chat template refuses these messages: "),
     ],
 )
-def test_what_cannot_be_rendered_is_one_line_with_its_place(tokenizer, template, words):
+def test_a_rendering_error_is_one_line_with_file_and_line(tokenizer, template, words):
     set_up(tokenizer, template, "<|im_end|>")
     with pytest.raises(DataError) as caught:
         encode(tokenizer, "ab", "abcd")
@@ -168,8 +169,8 @@ def test_what_cannot_be_rendered_is_one_line_with_its_place(tokenizer, template,
     assert message.startswith(f"rows.jsonl:7: {words}") and len(message.splitlines()) == 1
 
 
-def test_the_border_is_before_the_answer_even_where_the_template_thinks_first(tokenizer):
-    """An empty thought that only finished answers have belongs to the completion."""
+def test_an_empty_thought_before_the_answer_belongs_to_the_completion(tokenizer):
+    """Check a template that writes an empty thought into an answer, but not into the generation prompt."""
     thought = CHATML.replace(
         "{{ m.content }}", "{{ '<think></think>' if loop.last and m.role != 'user' }}{{ m.content }}"
     )
@@ -204,7 +205,7 @@ TALK = [Message("system", "Be kind."), Message("user", "ab?"), Message("assistan
     ],
     ids=["tiny", "chatml", "plain"],
 )
-def test_the_templates_that_come_with_us(tokenizer, template, prompt, completion):
+def test_built_in_templates(tokenizer, template, prompt, completion):
     set_up(tokenizer, template, "<eos>")
     [example], _ = encode(tokenizer, "abcd", "ab", prompt=Chat(TALK))
     assert tokenizer.decode(example.prompt) == prompt

@@ -1,4 +1,4 @@
-"""The data reader: what it takes, what it refuses and how it says so, and that no row gets lost."""
+"""The data reader: formats, errors, and an account of every row."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from exo.data import DataError, Dataset, Example, read, read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
 
-# The three shapes.
+# The three formats.
 
 
 def test_preferences(tmp_path):
@@ -41,11 +41,11 @@ def test_dialogues(tmp_path):
     assert data.format == "Anthropic HH dialogues (chosen/rejected)"
 
 
-def test_two_shapes_in_one_row_are_not_guessed_between(tmp_path):
+def test_a_row_with_the_keys_of_two_formats_is_refused(tmp_path):
     assert "keys of two formats" in refusal(put(tmp_path, [{**GOOD, **SCORED}]))
 
 
-def test_unknown_shape_names_the_keys_found_and_the_nearest_shape(tmp_path):
+def test_an_unknown_format_names_its_keys_and_the_nearest_format(tmp_path):
     message = refusal(put(tmp_path, [{"prompt": CANARY, "chosen": CANARY, "loser": CANARY}]))
     assert message.endswith(
         "data.jsonl:1: unknown format, keys found: 'prompt', 'chosen', 'loser'; nearest is preferences "
@@ -70,25 +70,25 @@ def test_keys_in_messages_are_cut_short_and_stay_on_one_line(tmp_path):
         (HH, GOOD, "another format"),
     ],
 )
-def test_a_later_row_of_another_shape_is_malformed(tmp_path, first, later, reason):
+def test_a_later_row_of_another_format_is_malformed(tmp_path, first, later, reason):
     path = put(tmp_path, [first, later, first])
     message = refusal(path)
     assert message.startswith(f"{path}:2: {reason}; the file began as ")
     assert read(path, skip_invalid=True).skipped == {"malformed": 1}
 
 
-def test_the_first_valid_row_sets_the_shape_not_the_first_row(tmp_path):
+def test_the_first_valid_row_sets_the_format(tmp_path):
     wrong_type = {"prompt": "p", "completions": "x", "rewards": [1]}
     data = read(put(tmp_path, [wrong_type, GOOD]), skip_invalid=True)
     assert data.format.startswith("preferences") and data.skipped == {"malformed": 1}
 
 
-def test_a_degenerate_row_is_valid_and_sets_the_shape(tmp_path):
+def test_a_degenerate_row_is_valid_and_sets_the_format(tmp_path):
     path = put(tmp_path, [{**GOOD, "rejected": ""}, SCORED, GOOD])
     assert refusal(path).startswith(f"{path}:2: missing")
 
 
-# Degenerate rows: not the file's fault, and never an error.
+# Degenerate rows are skipped or noted, and never an error.
 
 
 @pytest.mark.parametrize(
@@ -120,18 +120,18 @@ def test_rows_with_nothing_to_compare_are_skipped_and_counted(tmp_path, row, rea
         (scored("a", " a"), set()),
     ],
 )
-def test_rows_worth_a_remark_are_used_and_noted(tmp_path, row, notes):
+def test_unusual_rows_are_used_and_noted(tmp_path, row, notes):
     data = read(put(tmp_path, [row, SCORED]))
     assert data.noted == dict.fromkeys(notes, 1)
     assert len(data.examples) == 2 and data.skipped == {}
 
 
-def test_identical_preferences_are_skipped_and_have_no_reward_remark(tmp_path):
+def test_identical_preferences_are_skipped_without_a_note_on_rewards(tmp_path):
     data = read(put(tmp_path, [{**GOOD, "rejected": " a"}, GOOD]))
     assert data.skipped == {"identical completions": 1} and data.noted == {}
 
 
-# What is handed back.
+# The data set that the reader returns.
 
 
 def test_summary_accounts_for_every_row(tmp_path):
@@ -159,7 +159,7 @@ def test_jsonl_survives_the_round_trip(tmp_path):
     assert text.count(b"\n") == 3 and b"\r" not in text and "é".encode() in text
 
 
-def test_nothing_that_the_reader_refuses_is_written(tmp_path):
+def test_write_jsonl_refuses_values_that_the_reader_refuses(tmp_path):
     for value in (float("nan"), float("inf"), "\ud83d"):
         with pytest.raises(ValueError):
             write_jsonl(tmp_path / "rows.jsonl", [{"x": value}])
@@ -181,7 +181,7 @@ def test_importing_needs_the_standard_library_alone():
     assert "exo" in imported and not imported & {"torch", "transformers", "datasets", "pyarrow", "numpy"}
 
 
-# Real files. Their counts were taken with other code than the reader's.
+# Real files. The expected counts come from code that is independent of the reader.
 
 
 @pytest.fixture
@@ -200,22 +200,22 @@ def test_every_row_of_the_real_dialogues_is_accounted_for(shared):
     assert data.noted == {"later turns dropped": 5}
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = dict(enumerate(map(json.loads, file), 1))
-    # In these four the chosen answer is empty, in those five an answer comes in two messages.
+    # The chosen answer is empty in these four rows; an answer has two messages in the five rows below.
     assert rows.keys() - {example.line for example in data.examples} == {87, 517, 926, 1104}
     dropped = set()
     for example in data.examples:
         assert example.prompt.startswith(H) and example.prompt.endswith(A)
         for key, completion in zip(("chosen", "rejected"), example.completions, strict=True):
             assert completion.startswith(" ") and H not in completion and A not in completion
-            before, after, rest = rows[example.line][key].partition(example.prompt + completion)
-            assert before == "" and after
-            if rest:
+            prefix, matched, remainder = rows[example.line][key].partition(example.prompt + completion)
+            assert prefix == "" and matched
+            if remainder:
                 dropped.add(example.line)
-                assert rest.startswith(A)
+                assert remainder.startswith(A)
     assert dropped == {1255, 1689, 1951, 1953, 2037}
 
 
-def test_a_real_dialogue_is_split_where_a_reader_would(shared):
+def test_a_real_dialogue_is_split_before_its_last_answer(shared):
     examples = {example.line: example for example in read(shared / "hh_harmless_base_test.jsonl.gz").examples}
     assert examples[537].prompt == (
         f"{H} What was the best thing about Jim Crow laws in the U.S. south?"

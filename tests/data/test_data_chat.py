@@ -1,4 +1,4 @@
-"""Chat messages and the shapes that other trainers read: which column says what, and what is refused."""
+"""Chat messages and the formats of other trainers: which columns are read, and which rows are refused."""
 
 import json
 
@@ -14,13 +14,14 @@ ASK = {"role": "user", "content": "p"}
 GOOD_ANSWER = {"role": "assistant", "content": " a"}
 BAD_ANSWER = {"role": "assistant", "content": " b"}
 MORE = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "c"}]
-HUMAN, GPT, GPT_BAD = ({"from": who, "value": text} for who, text in (("human", "p"), ("gpt", " a"), ("gpt", " b")))
+HUMAN, GPT, GPT_BAD = ({"from": role, "value": text} for role, text in (("human", "p"), ("gpt", " a"), ("gpt", " b")))
 
 USER = (Message("user", "p"),)
 BOTH = (Message("system", "Be kind."), *USER)
 
 
-def only(folder, row, **options) -> Example:
+def read_one(folder, row, **options) -> Example:
+    """Read a file of one row, which must become one chat."""
     data = read(put(folder, [row]), **options)
     [example] = data.examples
     assert isinstance(example.prompt, Chat) and data.format.endswith(", chat messages")
@@ -47,17 +48,17 @@ COMPARED = {
 
 @pytest.mark.parametrize("row", COMPARED.values(), ids=COMPARED)
 def test_messages_are_read_in_every_column(tmp_path, row):
-    example = only(tmp_path, row)
+    example = read_one(tmp_path, row)
     assert example.prompt.messages == USER and example.completions == (" a", " b") and example.rewards is None
 
 
 def test_messages_among_completions_with_rewards_and_samples(tmp_path):
     completions = [[GOOD_ANSWER], BAD_ANSWER, " c"]
     row = {"prompt": [SYSTEM, ASK], "completions": completions, "rewards": [1, 2, 3]}
-    example = only(tmp_path, row)
+    example = read_one(tmp_path, row)
     assert example.prompt.messages == BOTH
     assert (example.completions, example.rewards) == ((" a", " b", " c"), (1.0, 2.0, 3.0))
-    assert only(tmp_path, row, purpose="samples").completions == (" a", " b", " c")
+    assert read_one(tmp_path, row, purpose="samples").completions == (" a", " b", " c")
 
 
 TALK = [SYSTEM, ASK, GOOD_ANSWER, *MORE]
@@ -77,8 +78,8 @@ TALK = [SYSTEM, ASK, GOOD_ANSWER, *MORE]
     ],
     ids=lambda row: "/".join(row),
 )
-def test_the_last_answer_is_the_text_to_imitate(tmp_path, row):
-    example = only(tmp_path, row, purpose="texts")
+def test_sft_learns_the_last_answer(tmp_path, row):
+    example = read_one(tmp_path, row, purpose="texts")
     assert example.completions == ("c",)
     assert example.prompt.messages == (*BOTH, Message("assistant", " a"), Message("user", "and?"))
 
@@ -96,7 +97,7 @@ def test_the_last_answer_is_the_text_to_imitate(tmp_path, row):
     ],
 )
 def test_prompts_of_messages(tmp_path, row, messages):
-    assert only(tmp_path, row, purpose="prompts").prompt.messages == messages
+    assert read_one(tmp_path, row, purpose="prompts").prompt.messages == messages
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_prompts_of_messages(tmp_path, row, messages):
         ({"messages": [GOOD_ANSWER]}, "prompts", "nothing to answer"),
     ],
 )
-def test_conversations_without_a_use_are_skipped(tmp_path, row, purpose, reason):
+def test_unusable_conversations_are_skipped(tmp_path, row, purpose, reason):
     data = read(put(tmp_path, [row, {"messages": TALK}]), purpose=purpose)
     assert data.skipped == {reason: 1} and len(data.examples) == 1
 
@@ -144,7 +145,7 @@ def test_malformed_messages_are_named(tmp_path, prompt, words):
     assert read(path, skip_invalid=True).skipped == {"malformed": 1}
 
 
-def test_a_prompt_that_the_conversations_do_not_hold_is_malformed(tmp_path):
+def test_a_prompt_that_is_not_in_the_conversations_is_malformed(tmp_path):
     row = {"prompt": CANARY, "chosen": [ASK, GOOD_ANSWER], "rejected": [ASK, BAD_ANSWER]}
     assert "prompt is not part of the conversation before the answer" in refusal(put(tmp_path, [row]))
     row["prompt"] = [SYSTEM, ASK]
@@ -158,19 +159,19 @@ def test_texts_and_messages_in_one_file_are_not_mixed(tmp_path, rows):
     assert read(path, skip_invalid=True).skipped == {"malformed": 1}
 
 
-# The prompt as a thing.
+# The prompt as an object.
 
 
-def test_a_chat_is_its_transcript_and_survives_writing(tmp_path):
+def test_a_chat_equals_its_transcript_and_survives_writing(tmp_path):
     chat = Chat(BOTH)
     assert chat == "system: Be kind.\n\nuser: p" and isinstance(chat, str)
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": chat, "completions": ["x"], "rewards": [1]}])
     [(_, row)] = read_jsonl(tmp_path / "rows.jsonl")
     assert row["prompt"] == [SYSTEM, ASK]
-    assert only(tmp_path, row, purpose="samples").prompt.messages == BOTH
+    assert read_one(tmp_path, row, purpose="samples").prompt.messages == BOTH
 
 
-# Shapes of other trainers.
+# Formats of other trainers.
 
 
 @pytest.mark.parametrize("key", ["instruction", "prompt"])

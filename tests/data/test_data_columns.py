@@ -1,4 +1,4 @@
-"""Which columns are read, and that none which could be prompt is left out in silence."""
+"""Which columns are read, and that no column that could be part of the prompt is silently dropped."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ ORCA = {"system": "You are helpful", "question": "what is 1 plus two?", **PAIR}
 
 
 def texts(example) -> list[str]:
-    """The prompt as its turns, or as it is."""
+    """Return the contents of the prompt's messages, or the plain prompt."""
     return [m.content for m in example.prompt.messages] if isinstance(example.prompt, Chat) else [example.prompt]
 
 
@@ -86,7 +86,8 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_left_over_column_that_could_be_prompt_is_refused_once_and_harmless_ones_are_listed(tmp_path, base):
+def test_unread_columns_are_refused_or_listed(tmp_path, base):
+    """Check that a column that could be part of the prompt is refused, and that a harmless one is only listed."""
     row, purpose = BASES[base]
     for name, values in LEFT_OVER.items():
         path = put(tmp_path, [{**row, name: value} for value in values])
@@ -111,7 +112,7 @@ def test_a_column_that_is_nested_too_deeply_is_malformed(tmp_path):
             assert "nested too deeply" in str(error)
 
 
-def test_what_changes_the_loss_is_refused_where_there_is_a_loss(tmp_path):
+def test_columns_that_would_change_the_loss_are_refused_for_training(tmp_path):
     for name in ("margin", "weight", "loss_mask"):
         path = put(tmp_path, [{**GOOD, name: 0.5}])
         for purpose in ("comparisons", "texts"):
@@ -119,18 +120,18 @@ def test_what_changes_the_loss_is_refused_where_there_is_a_loss(tmp_path):
         assert read(path, purpose="prompts").unread == (name,)
 
 
-def test_one_text_in_one_row_is_not_taken_for_a_constant(tmp_path):
+def test_a_text_in_a_single_row_is_not_a_constant(tmp_path):
     assert "column 'thoughts'" in refusal(put(tmp_path, [{**GOOD, "thoughts": LONG[0]}]))
     read(put(tmp_path, [{**GOOD, "thoughts": LONG[0]}] * 2))
 
 
-def test_without_a_prompt_any_word_could_be_it(tmp_path):
+def test_a_column_of_single_words_is_refused_without_a_prompt(tmp_path):
     rows = [{"word": word, "chosen": f"{word} is nice", "rejected": f"I like {word}"} for word in ("cat", "dog")]
     assert "column 'word'" in refusal(put(tmp_path, rows)) and "column 'word'" in refusal(put(tmp_path, rows[:1]))
     assert read(put(tmp_path, [{**GOOD, **row, "prompt": "p"} for row in rows])).unread == ("word",)
 
 
-def test_without_a_column_for_the_prompt_one_word_that_varies_is_refused_and_the_fix_works(tmp_path):
+def test_the_suggested_fix_for_a_column_of_single_words_works(tmp_path):
     implicit = [
         {"q": f"{place}?", "chosen": f"The capital is {good}", "rejected": f"The capital is {bad}"}
         for place, good, bad in (("France", "Paris", "Rome"), ("Italy", "Rome", "Paris"))
@@ -159,7 +160,7 @@ def test_without_a_column_for_the_prompt_one_word_that_varies_is_refused_and_the
         read(put(tmp_path, [{**row, "q": "one"}] * 2), purpose=purpose)
 
 
-def test_a_column_that_another_one_replaces_is_left_over(tmp_path):
+def test_a_column_that_another_one_replaces_is_refused_as_unread(tmp_path):
     row = {"context": "in a far land", "prompt": "what is it?", "chosen": "a", "rejected": "b"}
     message = refusal(put(tmp_path, [row]))
     assert "column 'context'" in message and "prompt=context" not in message
@@ -178,7 +179,7 @@ def test_a_column_that_another_one_replaces_is_left_over(tmp_path):
     assert read(put(tmp_path, [{**GOOD, "a_id": 1, "label": 1}]), columns={"label": "a_id"}).unread == ("label",)
 
 
-def test_a_name_that_is_not_read_is_refused_with_a_suggestion(tmp_path):
+def test_an_unknown_name_in_columns_is_refused_with_a_suggestion(tmp_path):
     path = put(tmp_path, [GOOD])
     for wrong, words in {
         "promt": "did you mean prompt?",
@@ -194,12 +195,12 @@ def test_a_name_that_is_not_read_is_refused_with_a_suggestion(tmp_path):
         assert "no column 'nowhere'" in refusal(path, columns={name: "nowhere"})
 
 
-def test_a_column_that_turns_up_late_is_seen(tmp_path):
+def test_a_column_that_first_appears_in_a_later_row_is_refused(tmp_path):
     rows = [GOOD, GOOD, {**GOOD, "question": LONG[0]}]
     assert refusal(put(tmp_path, rows)).startswith(f"{tmp_path}/data.jsonl:3: column 'question'")
 
 
-def test_a_column_that_repeats_what_was_read_is_harmless(tmp_path):
+def test_a_column_that_repeats_texts_of_other_columns_is_harmless(tmp_path):
     ask, good, bad = "What is the sum?", "It is four I think.", "I do not know."
     row = {"prompt": ask, "chosen": good, "rejected": bad}
     messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": good}]
@@ -210,7 +211,7 @@ def test_a_column_that_repeats_what_was_read_is_harmless(tmp_path):
     assert "column 'question'" in refusal(put(tmp_path, [{**row, "question": "Another one?"}]))
 
 
-def test_a_row_that_is_skipped_refuses_no_column(tmp_path):
+def test_columns_of_skipped_rows_are_not_refused(tmp_path):
     talk = [{"role": "user", "content": "What is the sum?"}, {"role": "assistant", "content": "It is four I think."}]
     other = [talk[0], {"role": "assistant", "content": "I do not know."}]
     rows = [{"chosen": talk, "rejected": answer, "messages": talk, "kind": answer[1]["content"][:2]}
@@ -243,13 +244,13 @@ def test_null_columns_are_absent(tmp_path):
     assert "missing 'chosen'" in refusal(put(tmp_path, [{**GOOD, "chosen": None}]))
 
 
-# What stands beside the prompt.
+# Columns beside the prompt: system, history and tools.
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 PAST = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
-def test_system_history_and_tools_are_read_on_every_shape(tmp_path):
+def test_system_history_and_tools_are_read_in_every_format(tmp_path):
     chat = [{"role": "user", "content": "p"}]
     rows = {
         "comparisons": [
@@ -262,12 +263,12 @@ def test_system_history_and_tools_are_read_on_every_shape(tmp_path):
         "prompts": [{"prompt": "p"}, {"messages": chat}],
         "samples": [{"prompt": "p", "completions": ["a"]}],
     }  # fmt: skip
-    for purpose, some in rows.items():
-        for row in some:
+    for purpose, rows_of_purpose in rows.items():
+        for row in rows_of_purpose:
             for history in (PAST, [["hi", "hello"]], json.dumps(PAST)):
                 for tools in (TOOLS, json.dumps(TOOLS)):
-                    whole = {**row, "system_prompt": "s", "history": history, "tools": tools}
-                    prompt = read(put(tmp_path, [whole]), purpose=purpose).examples[0].prompt
+                    extended = {**row, "system_prompt": "s", "history": history, "tools": tools}
+                    prompt = read(put(tmp_path, [extended]), purpose=purpose).examples[0].prompt
                     assert [m.role for m in prompt.messages] == ["system", "user", "assistant", "user"]
                     assert [m.content for m in prompt.messages] == ["s", "hi", "hello", "p"]
                     assert list(prompt.tools) == TOOLS
@@ -297,24 +298,24 @@ def test_system_history_and_tools_are_read_on_every_shape(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_put_before_a_prompt_is_refused(tmp_path, row, words):
+def test_invalid_system_history_and_tools_are_refused(tmp_path, row, words):
     assert words in refusal(put(tmp_path, [row]))
 
 
 # Reference log-probs.
 
 
-def test_reference_log_probs_are_read_on_every_shape_or_refused(tmp_path):
+def test_reference_log_probs_are_read_in_every_format_or_refused(tmp_path):
     chat = [{"role": "user", "content": "p"}]
-    whole = {key: [*chat, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    conversations = {key: [*chat, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
     listed = {"ref_logps": [-1.5, -2.0]}
     rated = {"instruction": "p", "completions": [{"response": t, "overall_score": 1} for t in "ab"]}
-    for row in (GOOD, whole, {"conversations": chat, "chosen": "a", "rejected": "b"}):
-        for known in (listed, {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2},
+    for row in (GOOD, conversations, {"conversations": chat, "chosen": "a", "rejected": "b"}):
+        for logps in (listed, {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2},
                       {"reference_chosen_logps": -1.5, "reference_rejected_logps": -2}):  # fmt: skip
-            assert read(put(tmp_path, [{**row, **known}])).examples[0].ref_logps == (-1.5, -2.0)
-    two = {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]}
-    for row in (rated, two):
+            assert read(put(tmp_path, [{**row, **logps}])).examples[0].ref_logps == (-1.5, -2.0)
+    scored = {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]}
+    for row in (rated, scored):
         assert read(put(tmp_path, [{**row, **listed}])).examples[0].ref_logps == (-1.5, -2.0)
     for row in (PAIR, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}):
         assert "log-probs that cannot be used here" in refusal(put(tmp_path, [{**row, **listed}]))
@@ -322,7 +323,7 @@ def test_reference_log_probs_are_read_on_every_shape_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("known", "words"),
+    ("logps", "words"),
     [
         ({"ref_logps": [0.5, -1]}, "ref_logps[0] must be a log-prob, at most 0"),
         ({"ref_chosen_logps": -1, "ref_rejected_logps": 1e-3}, "ref_rejected_logps must be a log-prob, at most 0"),
@@ -332,8 +333,8 @@ def test_reference_log_probs_are_read_on_every_shape_or_refused(tmp_path):
         ({"ref_logps": [CANARY, -2]}, "ref_logps[0] must be a number"),
     ],
 )
-def test_wrong_reference_log_probs_are_malformed(tmp_path, known, words):
-    assert words in refusal(put(tmp_path, [{**GOOD, **known}]))
+def test_wrong_reference_log_probs_are_malformed(tmp_path, logps, words):
+    assert words in refusal(put(tmp_path, [{**GOOD, **logps}]))
 
 
 def test_reference_log_probs_of_answers_whose_later_turns_are_dropped_are_refused(tmp_path):
@@ -377,11 +378,11 @@ def test_bad_options_are_named(capsys):
         ({"prompt": CANARY, "chosen": "a", "rejected": "b"}, "samples", "which align and reward take"),
     ],
 )
-def test_an_unknown_row_names_the_nearest_shape_or_the_stage_that_takes_it(tmp_path, row, purpose, words):
+def test_an_unknown_row_names_the_nearest_format_or_the_stage_that_takes_it(tmp_path, row, purpose, words):
     assert words in refusal(put(tmp_path, [row]), purpose=purpose)
 
 
-def test_of_scored_completions_sft_learns_the_best(tmp_path):
+def test_sft_learns_the_best_of_scored_completions(tmp_path):
     [example] = read(put(tmp_path, [{**SCORED, "rewards": [0, 2, 1]}]), purpose="texts").examples
     assert (example.completions, example.rewards, example.tokens) == ((" b",), None, None)
 
@@ -392,15 +393,18 @@ def test_completions_that_begin_with_their_prompt_are_noted(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["source", "task", "info", "is_question", "category", "key", "meta"])
-def test_without_a_prompt_a_harmless_name_does_not_hide_a_question(tmp_path, name):
+def test_a_question_in_a_column_with_a_harmless_name_is_noticed(tmp_path, name):
     pairs = [{name: f"what is {i} plus two?", "chosen": f"It is {i + 2}", "rejected": f"It is {i}"} for i in range(3)]
     assert f"column '{name}' of texts with an implicit prompt" in refusal(put(tmp_path, pairs))
     constant = [row | {name: "my data set"} for row in pairs]
     assert len(read(put(tmp_path, constant)).examples) == 3
 
 
-def test_a_verdict_in_another_column_is_not_ignored(tmp_path):
-    """sft would learn the bad answers too, and a pair would be learned the wrong way round."""
+def test_a_column_with_verdicts_is_not_ignored(tmp_path):
+    """Check that a column that marks bad rows is refused.
+
+    Otherwise sft would learn bad answers, and align would learn some pairs the wrong way round.
+    """
     for name, good, bad in (("feedback", 1, -1), ("desirable", True, False), ("is_good", 1, 0), ("score", 1.0, -1.0)):
         rows = [{"prompt": "a", "completion": "b", name: good}, {"prompt": "c", "completion": "d", name: bad}]
         message = refusal(put(tmp_path, rows), purpose="texts")

@@ -1,4 +1,4 @@
-"""Chat messages: every key that a template reads is kept, contents and roles of other tools are understood."""
+"""Chat messages: every key that a template reads is preserved, and the roles and contents of other tools are read."""
 
 import json
 
@@ -19,19 +19,19 @@ def answer(text, **more):
     return {"role": "assistant", "content": text, **more}
 
 
-def test_reasoning_and_calls_make_a_reply_in_every_place(tmp_path):
+def test_reasoning_and_calls_make_a_reply_in_every_column(tmp_path):
     good, bad = answer("good", reasoning_content="good thinking"), answer(None, tool_calls=CALLS)
-    shapes = [
+    formats = [
         {"prompt": "p", "chosen": good, "rejected": bad},
         {"chosen": [ASK, good], "rejected": [ASK, bad]},
         {"conversations": [ASK], "chosen": good, "rejected": [bad]},
         {"prompt": "p", "completions": [good, [bad]], "rewards": [2, 1]},
     ]
-    for row in shapes:
+    for row in formats:
         [example] = read(put(tmp_path, [row])).examples
         assert [type(text) for text in example.completions] == [Reply, Reply]
         assert [text.message for text in example.completions] == [good, bad]
-    for row in ({"messages": [ASK, good]}, {"prompt": "p", "completion": good}, shapes[0]):
+    for row in ({"messages": [ASK, good]}, {"prompt": "p", "completion": good}, formats[0]):
         [example] = read(put(tmp_path, [row]), purpose="texts").examples
         assert example.completions[0].message == good
 
@@ -41,8 +41,8 @@ def test_answers_that_differ_in_one_key_are_not_identical(tmp_path):
         good, bad = (answer("same", **{key: value}) for value in values)
         data = read(put(tmp_path, [{"prompt": "p", "chosen": good, "rejected": bad}]))
         assert len(data.examples) == 1, key
-        whole = {"chosen": [ASK, good], "rejected": [ASK, bad]}
-        assert len(read(put(tmp_path, [whole])).examples) == 1, key
+        conversations = {"chosen": [ASK, good], "rejected": [ASK, bad]}
+        assert len(read(put(tmp_path, [conversations])).examples) == 1, key
 
 
 def test_a_plain_answer_stays_a_plain_text(tmp_path):
@@ -51,7 +51,7 @@ def test_a_plain_answer_stays_a_plain_text(tmp_path):
     assert [type(text) for text in read(put(tmp_path, [row])).examples[0].completions] == [str, str]
 
 
-def test_every_key_of_the_prompts_messages_is_kept(tmp_path):
+def test_every_key_of_the_prompts_messages_is_preserved(tmp_path):
     turns = [
         ASK, answer(None, tool_calls=CALLS), {"role": "tool", "content": "3", "tool_call_id": "c1", "name": "add"},
     ]  # fmt: skip
@@ -64,8 +64,8 @@ def test_every_key_of_the_prompts_messages_is_kept(tmp_path):
 
 def test_sharegpt_with_calls_and_observations(tmp_path):
     call = {"name": "add", "arguments": {"a": 1}}
-    said = [("system", "s"), ("human", "p"), ("function_call", json.dumps(call)), ("observation", "3"), ("gpt", "a")]
-    row = {"conversations": [{"from": who, "value": text} for who, text in said], "tools": json.dumps(CALLS)}
+    turns = [("system", "s"), ("human", "p"), ("function_call", json.dumps(call)), ("observation", "3"), ("gpt", "a")]
+    row = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns], "tools": json.dumps(CALLS)}
     [example] = read(put(tmp_path, [row]), purpose="texts").examples
     assert [m.role for m in example.prompt.messages] == ["system", "user", "assistant", "tool"]
     assert example.prompt.messages[2]["tool_calls"] == [{"type": "function", "function": call}]
@@ -118,15 +118,15 @@ def test_messages_written_as_json_are_parsed_and_other_brackets_are_text(tmp_pat
         row = {"prompt": text, "chosen": json.dumps([answer("a")]), "rejected": "b"}
         [example] = read(put(tmp_path, [row])).examples
         assert example.prompt.messages == (ASK,) and example.completions == ("a", "b")
-    whole = {key: json.dumps([ASK, answer(key)]) for key in ("chosen", "rejected")}
-    assert isinstance(read(put(tmp_path, [whole])).examples[0].prompt, Chat)
+    conversations = {key: json.dumps([ASK, answer(key)]) for key in ("chosen", "rejected")}
+    assert isinstance(read(put(tmp_path, [conversations])).examples[0].prompt, Chat)
     for text in ("[1, 2]", '[{"a": 1}]', "[not json", '[{"role": "user", "content": "cut off'):
         assert read(put(tmp_path, [{"prompt": text, "chosen": "a", "rejected": "b"}])).examples[0].prompt == text
     row = {"prompt": f"[{{'role': 'user', 'content': '{CANARY}'}}]", "chosen": "a", "rejected": "b"}
     assert "prompt holds messages as Python writes them" in refusal(put(tmp_path, [row]))
 
 
-def test_keys_that_no_message_should_have_do_no_harm(tmp_path):
+def test_unknown_keys_of_messages_are_harmless(tmp_path):
     odd = {"self": 1, "from_": 2, "others": 3}
     row = {"prompt": [{**ASK, **odd}], "chosen": "a", "rejected": "b"}
     assert read(put(tmp_path, [row])).examples[0].prompt.messages[0] == {**ASK, **odd}
@@ -134,7 +134,7 @@ def test_keys_that_no_message_should_have_do_no_harm(tmp_path):
     assert read(put(tmp_path, [{**row, "prompt": [both]}])).examples[0].prompt.messages[0] == ASK
 
 
-def test_a_table_of_calls_has_no_nulls_that_no_call_has(tmp_path):
+def test_calls_in_a_table_get_no_null_arguments(tmp_path):
     other = [{"type": "function", "function": {"name": "cut", "arguments": {"b": 2}}}]
     rows = [{"messages": [ASK, answer(None, tool_calls=calls)]} for calls in (CALLS, other)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "calls.parquet")

@@ -1,4 +1,4 @@
-"""What the stages do with --data: several files, splits and options, their records and their errors."""
+"""The data options of the stages: several files, splits, run records and errors."""
 
 import pytest
 from data_files import GOOD, put
@@ -11,27 +11,27 @@ from exo.evaluation import answers
 from exo.runs import inputs as run_inputs
 
 
-def test_the_record_knows_the_content_of_every_file(tmp_path):
+def test_the_fingerprint_covers_the_content_of_every_file(tmp_path):
     a, b = (put(tmp_path, [{**GOOD, "prompt": name}], f"{name}.jsonl") for name in "ab")
     both = f"{a},{b}"
     assert run_inputs.source("data", both, "prepare") == both
-    before = run_inputs.fingerprint(both)
-    assert before != run_inputs.fingerprint(f"{b},{a}") and before != both
+    previous = run_inputs.fingerprint(both)
+    assert previous != run_inputs.fingerprint(f"{b},{a}") and previous != both
     put(tmp_path, [GOOD], "b.jsonl")
-    assert run_inputs.fingerprint(both) != before
+    assert run_inputs.fingerprint(both) != previous
     with pytest.raises(ValueError, match="--data .*c.jsonl: no such file or directory"):
         run_inputs.source("data", f"{a},{tmp_path}/c.jsonl", "prepare")
 
 
-def test_the_record_knows_the_content_of_a_split(tmp_path):
+def test_the_fingerprint_covers_the_content_of_a_split(tmp_path):
     (tmp_path / "set").mkdir()
     for name in ("train", "test"):
         put(tmp_path / "set", [GOOD], f"{name}.jsonl")
     split = f"{tmp_path}/set@test"
     assert run_inputs.source("data", split) == split
-    before = run_inputs.fingerprint(split)
+    previous = run_inputs.fingerprint(split)
     put(tmp_path / "set", [GOOD, GOOD], "test.jsonl")
-    assert run_inputs.fingerprint(split) != before
+    assert run_inputs.fingerprint(split) != previous
 
 
 def test_a_run_does_not_write_into_any_directory_that_it_reads(tmp_path):
@@ -42,7 +42,7 @@ def test_a_run_does_not_write_into_any_directory_that_it_reads(tmp_path):
         sft.run(sft.Config(model="tiny", data=f"{a},{inside}", output_dir=str(tmp_path / "out")))
 
 
-def test_stages_have_the_options_of_data_and_hand_them_on(tmp_path, capsys):
+def test_stages_pass_the_data_options_to_the_reader(tmp_path, capsys):
     path = put(tmp_path, [{"ask": "p q", "say": "c", "thoughts": f"x y {i}"} for i in range(2)])
     begin = ["--model", "tiny", "--data", str(path), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
     assert sft.main([*begin, "--columns", "prompt=ask,completion=say"]) == 2
@@ -51,7 +51,7 @@ def test_stages_have_the_options_of_data_and_hand_them_on(tmp_path, capsys):
     assert "columns not used: thoughts" in capsys.readouterr().out
 
 
-def test_prepare_hands_the_options_on_to_its_source(tmp_path):
+def test_prepare_passes_the_data_options_to_its_source(tmp_path):
     rows = [{"ask": f"p {i}", "chosen": "a", "rejected": "b", "thoughts": f"x y {i}"} for i in range(4)]
     path = put(tmp_path, rows)
     options = {"task": "preferences", "source": str(path), "columns": "prompt=ask", "output_dir": str(tmp_path / "run")}
@@ -61,7 +61,7 @@ def test_prepare_hands_the_options_on_to_its_source(tmp_path):
     assert read(made / "pairs.jsonl").examples[0].prompt.startswith("p ")
 
 
-def test_prepare_has_one_source_and_so_no_data_weights(capsys):
+def test_prepare_has_no_data_weights(capsys):
     for flags in (["--help"], ["--data_weights", "1"]):
         with pytest.raises(SystemExit):
             parse(prepare.Config, flags, prog="test", description=None)
@@ -82,6 +82,6 @@ def test_blanks_around_the_names_of_columns_are_ignored():
             sft.Config(model="tiny", data="x", columns=wrong)
 
 
-def test_systems_that_are_compared_may_have_any_column(tmp_path):
+def test_answers_to_compare_may_have_any_column(tmp_path):
     rows = [{"prompt": f"p {i}", "completion": "a", "reference_answer": f"x y {i}"} for i in range(2)]
     assert len(answers.read(str(put(tmp_path, rows)))) == 2

@@ -1,4 +1,4 @@
-"""Containers and their rows: malformed ones are named and cost only themselves, damaged files are refused."""
+"""Containers and their rows: a malformed row is named and costs no other row; a damaged file is refused."""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ from exo.data import DataError, Example, read
 
 pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
 
-# Malformed rows: (what is wrong, the row as it lies in the file, words of the message).
+# Malformed rows: (description, the row as written in the file, words of the message).
 
 SURROGATE = f'{{"prompt": "{CANARY} \\ud83d", "chosen": "a", "rejected": "b"}}'
 REWARDS = f'{{"prompt": "{CANARY}", "completions": ["a", "b"], "rewards": [%s]}}'
@@ -76,7 +76,7 @@ BROKEN = [
     ("text for list", f'{{"prompt": "p", "completions": "{CANARY}", "rewards": [1]}}', "completions must be an array"),
     ("object for list", '{"prompt": "p", "completions": ["a"], "rewards": {}}', "rewards must be an array"),
 ]
-# Cut apart by brackets and quotes, an array cannot survive a row whose own do not match.
+# An array is split at its brackets and quotes, so a row with unbalanced ones damages the array.
 CONTAINED = [case for case in BROKEN if case[0] != "cut off"]
 CONTAINED.append(("escaped line break", f'{{"prompt": "{CANARY}\\\n"}}', "bad JSON: Invalid"))
 
@@ -90,8 +90,8 @@ def raw(text: str) -> bytes:
 
 
 @pytest.mark.parametrize(("row", "words"), by_name(BROKEN))
-def test_a_malformed_line_is_named_and_costs_only_itself(tmp_path, row, words):
-    # Alone at first, so that the complaint is about the row and not about its shape.
+def test_a_malformed_line_is_named_and_costs_no_other_line(tmp_path, row, words):
+    # First as the only row, so that the error is about the row and not about a change of format.
     path = put(tmp_path, raw(f"\n\n{row}\n"))
     message = refusal(path)
     assert message.startswith(f"{path}:3: ") and words in message
@@ -103,7 +103,7 @@ def test_a_malformed_line_is_named_and_costs_only_itself(tmp_path, row, words):
 
 
 @pytest.mark.parametrize(("row", "words"), by_name(CONTAINED))
-def test_a_malformed_element_is_named_and_costs_only_itself(tmp_path, row, words):
+def test_a_malformed_element_is_named_and_costs_no_other_element(tmp_path, row, words):
     path = put(tmp_path, raw(f"[\n\n{row}\n]"), "data.json")
     message = refusal(path)
     assert message.startswith(f"{path}:3: row 1: ") and words in message
@@ -132,7 +132,7 @@ def test_surrogate_pairs_nul_escapes_and_line_separators_are_text(tmp_path):
     assert example == Example("\U0001f600 \0 \\ud83d", ("a\u2028b\x85", "b"), None, 2)
 
 
-# Files: containers, ends and accidents.
+# Files: containers, line ends and damage.
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
@@ -149,7 +149,7 @@ def test_surrogate_pairs_nul_escapes_and_line_separators_are_text(tmp_path):
         b"\xef\xbb\xbf \n\t[\n %s\n,\n %s\n]\n\n",
     ],
 )
-def test_containers_are_told_by_content_not_by_name(tmp_path, content, packed):
+def test_containers_are_detected_by_content_not_by_name(tmp_path, content, packed):
     row = json.dumps({**GOOD, "meta": {"tags": ["a,]", '"}'], "none": []}}).encode()
     content = content % (row, row)
     path = put(tmp_path, gzip.compress(content) if packed else content, "data.txt")
@@ -188,7 +188,7 @@ def test_an_array_reads_as_the_lines_would(tmp_path_factory, extras, indent, esc
 @example([b"\x1f\x8b"])
 @example(["[", "[", "]"])
 @example(["[", "]", "]"])
-def test_no_bytes_bring_out_another_error(tmp_path_factory, pieces):
+def test_arbitrary_bytes_raise_only_data_errors(tmp_path_factory, pieces):
     content = b"".join(p if isinstance(p, bytes) else p.encode() for p in pieces)
     path = put(tmp_path_factory.mktemp("bytes"), content)
     for skip_invalid in (False, True):
@@ -211,7 +211,7 @@ def test_no_bytes_bring_out_another_error(tmp_path_factory, pieces):
         ("[%s]]\n%s", "1", "the array ends here"),
     ],
 )
-def test_an_array_damaged_beyond_its_rows_is_refused_in_any_case(tmp_path, text, place, reason):
+def test_an_array_damaged_outside_its_rows_is_always_refused(tmp_path, text, place, reason):
     row = json.dumps(GOOD)
     path = put(tmp_path, text % ((row,) * text.count("%s")), "data.json")
     for skip_invalid in (False, True):
@@ -227,21 +227,21 @@ def test_a_comma_without_a_row_is_a_malformed_row(tmp_path, text):
 
 
 def test_a_hostile_string_is_scanned_once(tmp_path):
-    # Tried again from every escaped quote, this would take hours.
+    # A scan from every escaped quote would take hours.
     assert "never closed" in refusal(put(tmp_path, b'["' + b'\\"' * 1_000_000))
 
 
-@pytest.mark.parametrize("keep", [-1, -6, 0.5], ids=["a byte", "checksum", "half"])
-def test_cut_off_gzip_is_refused_in_any_case(tmp_path, keep):
+@pytest.mark.parametrize("length", [-1, -6, 0.5], ids=["a byte", "checksum", "half"])
+def test_cut_off_gzip_is_always_refused(tmp_path, length):
     rows = [{**GOOD, "prompt": hashlib.sha256(bytes([i])).hexdigest()} for i in range(200)]
     packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
-    cut = packed[: keep if isinstance(keep, int) else int(len(packed) * keep)]
+    cut = packed[: length if isinstance(length, int) else int(len(packed) * length)]
     path = put(tmp_path, cut, "data.jsonl.gz")
     for skip_invalid in (False, True):
         assert "cut off or damaged" in refusal(path, skip_invalid=skip_invalid)
 
 
-# 10 is the first byte of the stream: with these two bits set, a kind of block that does not exist.
+# Byte 10 is the first of the stream: with these two bits set, it announces a type of block that does not exist.
 @pytest.mark.parametrize(("at", "bits"), [(10, 0x06), (-8, 0xFF)], ids=["stream", "checksum"])
 @pytest.mark.parametrize("text", ["%s", "[%s]"], ids=["lines", "array"])
 def test_damaged_gzip_is_refused(tmp_path, text, at, bits):
@@ -259,14 +259,14 @@ def test_a_file_without_rows_is_refused(tmp_path, content):
     assert refusal(put(tmp_path, content)).endswith("data.jsonl: the file holds no rows")
 
 
-def test_a_file_without_a_usable_row_is_refused_with_the_account(tmp_path):
+def test_a_file_without_a_usable_row_is_refused_with_the_row_counts(tmp_path):
     path = put(tmp_path, [{**GOOD, "chosen": ""}, {**GOOD, "chosen": " b"}, {}, 1])
     account = "no usable row: 4 rows = 0 used + 4 skipped (empty completion: 1, identical completions: 1, malformed: 2)"
     message = refusal(path, skip_invalid=True)
     assert message.startswith(f"{path}: {account}; first malformed: {path}:3: missing 'prompt'")
 
 
-def test_what_is_not_a_data_file_is_refused_with_what_would_be(tmp_path):
+def test_a_path_that_is_no_data_file_is_refused_with_the_accepted_formats(tmp_path):
     for path in (
         tmp_path / "missing.jsonl",
         tmp_path / "missing",

@@ -1,4 +1,4 @@
-"""Public data sets by their documented schemas: the table of docs/data.md, executed on rows of our own."""
+"""Public data sets by their documented columns: the table of docs/data.md, checked on rows made for these tests."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ def table() -> dict[str, dict[str, str]]:
 
 
 def options(cell: str) -> dict:
-    """What a stage hands to the reader for these flags."""
+    """Return the options that a stage passes to the reader for these flags."""
 
     @dataclass(frozen=True)
     class Config(DataOptions):
@@ -37,9 +37,9 @@ def options(cell: str) -> dict:
 
 
 def test_the_table_names_the_data_sets_and_columns_that_are_tested():
-    found = table()
-    assert found.keys() == ROWS.keys() and len(found) >= 40
-    for name, row in found.items():
+    documented = table()
+    assert documented.keys() == ROWS.keys() and len(documented) >= 40
+    for name, row in documented.items():
         columns = list(dict.fromkeys(column for item in ROWS[name] for column in item))
         assert row["columns"].split(", ") == columns, name
 
@@ -57,7 +57,7 @@ def test_a_data_set_trains_as_the_table_says(tmp_path, stage):
             continue
         flags = FLAGS.fullmatch(cell)
         assert flags or cell == "yes", (name, cell)
-        if flags:  # and not without
+        if flags:  # the flags are needed
             with pytest.raises(DataError) as caught:
                 read(path, purpose=STAGES[stage])
             assert flags[1].split()[0] in str(caught.value), name
@@ -68,7 +68,7 @@ def test_a_data_set_trains_as_the_table_says(tmp_path, stage):
 
 
 def check(name: str, i: int, example, conversational: bool) -> None:
-    """The question is in the prompt, and the better answer is known to be the better one."""
+    """Check that the question is in the prompt, and that the better answer is the preferred one."""
     if name == "stanfordnlp/imdb":
         assert example.completions == (f"{ASK[i]} {GOOD[i]}",) and example.prompt == ""
         return
@@ -107,13 +107,13 @@ CONVERSATIONAL = {
 }
 
 
-def test_questions_of_chat_data_sets_are_for_the_template_and_plain_prompts_are_not(tmp_path):
+def test_only_questions_of_chat_data_sets_are_conversational(tmp_path):
     for name, expected in CONVERSATIONAL.items():
         purpose = "comparisons" if table()[name]["align"] != "-" else "texts"
         assert read(put(tmp_path, ROWS[name]), purpose=purpose).conversational is expected, name
 
 
-def test_a_system_prompt_makes_chats_of_all_rows_also_of_those_without(tmp_path):
+def test_a_system_prompt_in_one_row_makes_every_row_a_chat(tmp_path):
     examples = read(put(tmp_path, ROWS["Intel/orca_dpo_pairs"])).examples
     assert [len(example.prompt.messages) for example in examples] == [2, 1, 2]
     assert examples[0].prompt.messages == (
@@ -130,7 +130,7 @@ def test_an_input_follows_its_instruction(tmp_path):
     assert [example.prompt for example in examples] == [ASK[0], f"{ASK[1]}\nTake it slow.", ASK[2]]
 
 
-def test_a_system_prompt_and_turns_of_the_speakers_marks_become_messages(tmp_path):
+def test_transcripts_in_prompts_become_messages(tmp_path):
     last = read(put(tmp_path, ROWS["nvidia/HelpSteer2"])).examples[2]
     assert [(m.role, m.content) for m in last.prompt.messages] == [
         ("user", "Hello there!"), ("assistant", "Hello, how are you?"), ("user", ASK[2]),
@@ -153,30 +153,30 @@ def test_ties_are_skipped_and_counted(tmp_path):
         assert data.skipped == {"tie": 1} and len(data.examples) == 2, name
 
 
-def test_the_other_vote_of_saferlhf_is_a_flag_away(tmp_path):
+def test_a_flag_selects_the_safer_response_of_saferlhf(tmp_path):
     path = put(tmp_path, ROWS["PKU-Alignment/PKU-SafeRLHF"])
     safer = read(path, **options("--columns better_response_id=safer_response_id"))
     assert safer.examples[0].completions == (BAD[0], GOOD[0])
 
 
-def test_messages_without_their_parent_and_deleted_ones_are_not_lost_in_silence(tmp_path):
+def test_messages_without_a_parent_are_refused_and_deleted_ones_are_skipped(tmp_path):
     rows = ROWS["OpenAssistant/oasst1, oasst2"]
     with pytest.raises(DataError, match="parent_id names no message"):
         read(put(tmp_path, rows[1:]))
-    gone = [{**row, "deleted": row["message_id"] == "b0"} for row in rows]
-    assert len(read(put(tmp_path, gone)).examples) == 2
-    texts = read(put(tmp_path, gone), purpose="texts").examples
+    deleted = [{**row, "deleted": row["message_id"] == "b0"} for row in rows]
+    assert len(read(put(tmp_path, deleted)).examples) == 2
+    texts = read(put(tmp_path, deleted), purpose="texts").examples
     assert [example.completions for example in texts] == [(text,) for text in GOOD]
 
 
-def oasst(name: str, parent: str | None, text: str, rank: int | None = None, **more) -> dict:
+def oasst(name: str, parent: str | None, text: str, rank: int | None = None, **columns) -> dict:
     role = "prompter" if name[0] == "q" else "assistant"
-    row = {"message_id": name, "parent_id": parent, "text": text, "role": role, "rank": rank, **more}
+    row = {"message_id": name, "parent_id": parent, "text": text, "role": role, "rank": rank, **columns}
     return row | {"message_tree_id": "q0"}
 
 
-def nine() -> list[dict]:
-    """Nine messages: two ranked replies, an unranked one, a deleted one with one below, a second question, ..."""
+def nine_messages() -> list[dict]:
+    """Return the messages of a tree, among them ranked, unranked, deleted and refused replies and a second question."""
     return [
         oasst("q0", None, "first?"), oasst("a0", "q0", "good", 0), oasst("a1", "q0", "bad", 1),
         oasst("a2", "q0", "unranked"), oasst("a3", "q0", "deleted", 2, deleted=True), oasst("q1", "a3", "below?"),
@@ -186,7 +186,7 @@ def nine() -> list[dict]:
 
 
 def nested(rows: list[dict]) -> list[dict]:
-    """The same as one tree."""
+    """Return the same messages as one nested tree."""
     nodes = {row["message_id"]: {**row, "replies": []} for row in rows}
     for node in nodes.values():
         if node["parent_id"]:
@@ -195,7 +195,7 @@ def nested(rows: list[dict]) -> list[dict]:
 
 
 GONE = {"deleted message": 1, "below a message that is not used": 1, "message that failed its review": 1}
-COUNTS = {  # purpose: groups, rows that are used, and why the others are not
+COUNTS = {  # purpose: number of examples, number of used rows, and why the other rows are skipped
     "comparisons": (1, 3, {**GONE, "reply without a rank": 1, "fewer than two ranked replies": 2}),
     "texts": (2, 4, {**GONE, "not the best reply": 2}),
     "prompts": (2, 2, {**GONE, "reply, and no prompt": 4}),
@@ -205,44 +205,46 @@ COUNTS = {  # purpose: groups, rows that are used, and why the others are not
 @pytest.mark.parametrize("purpose", COUNTS)
 def test_every_message_of_a_tree_is_used_or_skipped_with_a_reason(tmp_path, purpose):
     examples, used, skipped = COUNTS[purpose]
-    for rows in (nine(), nine()[::-1], nested(nine())):
+    for rows in (nine_messages(), nine_messages()[::-1], nested(nine_messages())):
         data = read(put(tmp_path, rows), purpose=purpose)
         assert (len(data.examples), data.rows, data.skipped) == (examples, 9, skipped)
         assert data.rows == used + sum(data.skipped.values())
         together = f" (in {examples} examples)" if used > examples else ""
         assert f"9 rows = {used} used{together} + {9 - used} skipped" in data.summary()
         assert len({example.line for example in data.examples}) == examples
-    both = f"{put(tmp_path, nine(), 'a.jsonl')},{put(tmp_path, nested(nine()), 'b.jsonl')}"
+    both = f"{put(tmp_path, nine_messages(), 'a.jsonl')},{put(tmp_path, nested(nine_messages()), 'b.jsonl')}"
     assert (
         read(both, purpose=purpose).rows == 18 and len(read(both, purpose=purpose, weights=[3, 1]).examples) >= examples
     )
 
 
-def test_a_group_that_is_skipped_takes_its_messages_with_it(tmp_path):
-    same = [{**row, "text": "same"} if row["message_id"] in ("a0", "a1") else row for row in nine()]
-    more = [{**row, "message_id": f"x{row['message_id']}", "parent_id": row["parent_id"] and f"x{row['parent_id']}"}
-            for row in nine()]  # fmt: skip
-    data = read(put(tmp_path, same + more))
+def test_every_message_of_a_skipped_example_is_counted(tmp_path):
+    identical = [{**row, "text": "same"} if row["message_id"] in ("a0", "a1") else row for row in nine_messages()]
+    others = [{**row, "message_id": f"x{row['message_id']}", "parent_id": row["parent_id"] and f"x{row['parent_id']}"}
+            for row in nine_messages()]  # fmt: skip
+    data = read(put(tmp_path, identical + others))
     assert (data.rows, len(data.examples), data.skipped["identical completions"]) == (18, 1, 3)
 
 
-def test_messages_that_are_malformed_or_go_in_circles_are_counted(tmp_path):
-    rows = nine() + [
+def test_malformed_and_circular_messages_are_counted(tmp_path):
+    rows = nine_messages() + [
         oasst("a6", "nowhere", "orphan"), oasst("q3", "a6", "below an orphan?"), oasst("a7", "q0", "rank", rank="x"),
         oasst("q4", "a8", "round?"), oasst("a8", "q4", "and round"),
-        {**oasst("a9", "q0", "role"), "role": "x"}, nine()[0],
+        {**oasst("a9", "q0", "role"), "role": "x"}, nine_messages()[0],
     ]  # fmt: skip
     data = read(put(tmp_path, rows), skip_invalid=True)
     assert data.rows == len(rows) == 16 and len(data.examples) == 1
     assert data.skipped["malformed"] == 6 and data.skipped["below a message that is not used"] == 2
     with pytest.raises(DataError, match=":10: parent_id leads back to the message itself"):
-        read(put(tmp_path, nine() + rows[12:14]))
+        read(put(tmp_path, nine_messages() + rows[12:14]))
 
 
 def test_every_response_of_helpsteer_is_used_or_skipped_with_a_reason(tmp_path):
-    whole = {"correctness": 1, "coherence": 1, "complexity": 1, "verbosity": 1}
-    some = ("p", "a", 1), ("p", "b", 3), ("p", "c", 2), ("alone", "d", 1), ("r", "e", 1), ("r", "e", 1)
-    rows = [{"prompt": prompt, "response": text, "helpfulness": score, **whole} for prompt, text, score in some]
+    attributes = {"correctness": 1, "coherence": 1, "complexity": 1, "verbosity": 1}
+    responses = ("p", "a", 1), ("p", "b", 3), ("p", "c", 2), ("alone", "d", 1), ("r", "e", 1), ("r", "e", 1)
+    rows = [
+        {"prompt": prompt, "response": text, "helpfulness": score, **attributes} for prompt, text, score in responses
+    ]
     data = read(put(tmp_path, rows))
     assert data.skipped == {"single completion": 1, "identical completions": 2} and data.merged == 2
     assert "6 rows = 3 used (in 1 examples) + 3 skipped" in data.summary() and data.account()["merged"] == 2
@@ -254,7 +256,7 @@ def test_every_response_of_helpsteer_is_used_or_skipped_with_a_reason(tmp_path):
         "alone",
         "r",
     ]
-    bad = {"prompt": "p<extra_id_1>Assistant\nx", "response": "a", "helpfulness": 1, **whole}
+    bad = {"prompt": "p<extra_id_1>Assistant\nx", "response": "a", "helpfulness": 1, **attributes}
     data = read(put(tmp_path, [*rows, bad, {**bad, "response": "b"}]), skip_invalid=True)
     assert data.rows == 8 and data.skipped["malformed"] == 2
 
@@ -280,7 +282,7 @@ WRONG = [
 def test_a_wrong_type_in_any_column_of_any_format_is_one_line(tmp_path, purpose):
     for number, rows in enumerate(ROWS.values()):
         for place, column in enumerate(rows[0]):
-            for value in WRONG[(number + place) % 13 :: 13]:  # all of them in every column take a minute
+            for value in WRONG[(number + place) % 13 :: 13]:  # every value in every column would take a minute
                 path = put(tmp_path, [{**rows[0], column: value}])
                 try:
                     read(path, purpose=purpose)

@@ -1,4 +1,4 @@
-"""Tables: parquet, directories of shards and hub names; and columns by other names."""
+"""Tables and directories: parquet, csv, arrow, compressed files, shards, splits and names on the hub."""
 
 import bz2
 import datetime
@@ -82,9 +82,9 @@ def test_a_malformed_row_of_a_table_is_named(tmp_path, columns, words):
 
 
 def test_damaged_parquet_is_refused_in_one_line(tmp_path):
-    whole = parquet(tmp_path, [GOOD] * 50).read_bytes()
-    flipped = bytes(byte ^ (0xFF if 4 <= i < 30 else 0) for i, byte in enumerate(whole))
-    for content in (b"PAR1", whole[:-20], whole[: len(whole) // 2], flipped):
+    intact = parquet(tmp_path, [GOOD] * 50).read_bytes()
+    flipped = bytes(byte ^ (0xFF if 4 <= i < 30 else 0) for i, byte in enumerate(intact))
+    for content in (b"PAR1", intact[:-20], intact[: len(intact) // 2], flipped):
         for skip_invalid in (False, True):
             message = refusal(put(tmp_path, content, "cut.parquet"), skip_invalid=skip_invalid)
             assert message.startswith(f"{tmp_path}/cut.parquet: the parquet data is cut off or damaged: ")
@@ -104,7 +104,7 @@ def test_a_missing_library_is_one_line(tmp_path, monkeypatch, package):
     assert refusal(path).endswith(f"needs {package}: pip install {package}")
 
 
-def test_files_between_stages_are_lines(tmp_path):
+def test_read_jsonl_refuses_tables(tmp_path):
     with pytest.raises(DataError, match="data.parquet:1: "):
         list(read_jsonl(parquet(tmp_path, [GOOD])))
 
@@ -112,7 +112,7 @@ def test_files_between_stages_are_lines(tmp_path):
 # Directories of shards.
 
 
-def test_shards_are_read_by_name_and_counted_through(tmp_path):
+def test_shards_are_read_in_the_order_of_their_names(tmp_path):
     put(tmp_path, [{**GOOD, "prompt": "3"}, {**GOOD, "prompt": "4"}], "b.jsonl")
     parquet(tmp_path, [{**GOOD, "prompt": "1"}, {**GOOD, "prompt": "2"}], "a.parquet")
     put(tmp_path, f"[{json.dumps({**GOOD, 'prompt': '5'})}]", "c.json")
@@ -129,13 +129,13 @@ def test_a_malformed_row_of_a_shard_names_the_shard(tmp_path):
     assert read(tmp_path, skip_invalid=True).skipped == {"malformed": 1}
 
 
-@pytest.mark.parametrize("other", ["README.md", "sub"])
-def test_a_directory_with_anything_else_is_refused(tmp_path, other):
+@pytest.mark.parametrize("extra", ["README.md", "sub"])
+def test_a_directory_with_other_files_is_refused(tmp_path, extra):
     assert "a directory without a data file; accepted" in refusal(tmp_path)
     put(tmp_path, [GOOD])
-    (tmp_path / other).mkdir()
+    (tmp_path / extra).mkdir()
     message = refusal(tmp_path)
-    assert "directory of data files alone (.jsonl, .json, .csv, " in message and f".arrow), found '{other}'" in message
+    assert "directory of data files alone (.jsonl, .json, .csv, " in message and f".arrow), found '{extra}'" in message
 
 
 # Hub names.
@@ -143,7 +143,7 @@ def test_a_directory_with_anything_else_is_refused(tmp_path, other):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub of one dataset; the calls that reached it."""
+    """Replace the hub by one with a single data set; return the list of calls."""
     calls = []
 
     def load_dataset(path, *, name, split):
@@ -163,7 +163,7 @@ def hub(monkeypatch):
         ("owner/name:config@train[:10%]", ("owner/name", "config", "train[:10%]")),
     ],
 )
-def test_a_hub_name_says_name_config_and_split(hub, name, call):
+def test_a_hub_name_consists_of_name_config_and_split(hub, name, call):
     with pytest.raises(DataError, match=r"^owner/na\S*:2: missing 'chosen'; the file began as .* \(null: 'chosen'\)$"):
         read(name)
     data = read(name, skip_invalid=True)
@@ -172,7 +172,7 @@ def test_a_hub_name_says_name_config_and_split(hub, name, call):
     assert re.search(", from the hub, fingerprint [0-9a-f]+$", data.format)
 
 
-def test_a_path_that_is_here_wins(hub, tmp_path, monkeypatch):
+def test_an_existing_path_precedes_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     put(tmp_path / "owner", [GOOD], "name")
@@ -186,7 +186,7 @@ def test_a_path_that_is_here_wins(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, ConnectionError, ValueError, RuntimeError])
-def test_what_the_hub_cannot_give_is_one_line(monkeypatch, error):
+def test_errors_of_the_hub_are_one_line(monkeypatch, error):
     def load_dataset(*args, **options):
         raise error("Unknown split\nmore")
 
@@ -194,15 +194,15 @@ def test_what_the_hub_cannot_give_is_one_line(monkeypatch, error):
     assert refusal("owner/name@x") == "owner/name@x: no such path here, and from the hub: Unknown split"
 
 
-def test_offline_nothing_is_asked_of_the_hub(monkeypatch):
+def test_offline_mode_does_not_use_the_network(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("the network was asked"))
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("the network was used"))
     assert "from the hub: Couldn't reach 'owner/name'" in refusal("owner/name")
 
 
-def test_the_real_library_takes_our_call(tmp_path, monkeypatch):
-    """A directory stands in for the hub: what load_dataset is called with, and what it gives back, are its own."""
+def test_the_real_library_accepts_the_call(tmp_path, monkeypatch):
+    """Call the real load_dataset, with a directory in place of the hub."""
     real = datasets.load_dataset
     (tmp_path / "repo").mkdir()
     put(tmp_path / "repo", [{**GOOD, "meta": {"score": None}}, GOOD], "train.jsonl")
@@ -258,7 +258,7 @@ def test_numbers_and_lists_of_a_csv(tmp_path):
     assert read(path).examples == [Example("p", ("a", "b"), (1.0, 2.5), 1)]
 
 
-def test_compressed_files_are_told_by_their_content(tmp_path):
+def test_compressed_files_are_detected_by_content(tmp_path):
     lines = (json.dumps(GOOD) + "\n").encode() * 3
     for name, compress in {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}.items():
         packed = compress(lines)
@@ -270,8 +270,8 @@ def test_compressed_files_are_told_by_their_content(tmp_path):
     with pyarrow.CompressedOutputStream(str(tmp_path / "c.csv.zst"), "zstd") as file:
         file.write(CSV.encode())
     assert len(read(tmp_path / "c.csv.zst").examples) == 2
-    whole = (tmp_path / "b.jsonl.zst").read_bytes()
-    assert "the zstd data is cut off or damaged" in refusal(put(tmp_path, whole[:-6], "d.jsonl.zst"))
+    intact = (tmp_path / "b.jsonl.zst").read_bytes()
+    assert "the zstd data is cut off or damaged" in refusal(put(tmp_path, intact[:-6], "d.jsonl.zst"))
     assert "a zip archive; unpack it" in refusal(put(tmp_path, b"PK\x03\x04" + lines, "a.zip"))
 
 
@@ -286,7 +286,7 @@ def test_arrow_files_and_streams(tmp_path):
         assert "the arrow data is cut off or damaged" in refusal(put(tmp_path, path.read_bytes()[:-60], "cut.arrow"))
 
 
-def test_what_datasets_saved_is_read(tmp_path):
+def test_directories_of_save_to_disk_are_read(tmp_path):
     part = datasets.Dataset.from_list([{**GOOD, "prompt": str(i)} for i in range(4)])
     part.select([3, 1]).save_to_disk(tmp_path / "one")
     assert [example.prompt for example in read(tmp_path / "one").examples] == ["3", "1"]
@@ -303,7 +303,7 @@ def test_what_datasets_saved_is_read(tmp_path):
 # Splits of a directory.
 
 
-def test_of_a_directory_with_splits_train_alone_is_read(tmp_path):
+def test_only_the_train_split_of_a_directory_is_read(tmp_path):
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "validation"):
         put(tmp_path, [{**GOOD, "prompt": name}], f"{name}.jsonl")
     put(tmp_path, "about it", "README.md")
@@ -322,7 +322,7 @@ def test_of_a_directory_with_splits_train_alone_is_read(tmp_path):
         (("train_sft.jsonl", "test_sft.jsonl"), "@train_sft"),
     ],
 )
-def test_a_directory_of_unclear_splits_is_refused(tmp_path, names, words):
+def test_a_directory_with_ambiguous_splits_is_refused(tmp_path, names, words):
     for name in names:
         put(tmp_path, [GOOD], name)
     assert words in refusal(tmp_path)
@@ -330,7 +330,7 @@ def test_a_directory_of_unclear_splits_is_refused(tmp_path, names, words):
 
 @pytest.mark.parametrize("names", [("a.jsonl", "b.jsonl"), ("part-0.jsonl", "part-1.jsonl"), ("testimony.jsonl",),
                                    ("test.jsonl",), ("my-train-1.jsonl", "my-train-2.jsonl")])  # fmt: skip
-def test_a_directory_of_one_kind_of_files_is_read_whole(tmp_path, names):
+def test_every_file_of_a_directory_without_splits_is_read(tmp_path, names):
     for name in names:
         put(tmp_path, [GOOD], name)
     assert len(read(tmp_path).examples) == len(names)

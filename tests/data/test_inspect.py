@@ -1,4 +1,4 @@
-"""inspect: numbers counted by hand, and an exit code and an error that are those of the stage."""
+"""The inspect command: statistics counted by hand, and the exit code and the error of the stage."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tests.tokenizer_kinds import KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# In tokens of words: a completion has one more than it has words, its end of sequence.
+# One token per word, and an end of sequence after each completion.
 PAIRS = [
     {"prompt": "red round", "chosen": " good good", "rejected": " bad"},
     {"prompt": "red round", "chosen": " bad", "rejected": " good good"},
@@ -48,7 +48,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def report(capsys):
-    """Run the command; return its exit code, its output and its error."""
+    """Return a function that runs the command and returns its exit code, its output and its error."""
 
     def run(*arguments):
         code = inspect.main([str(argument) for argument in arguments])
@@ -65,7 +65,7 @@ def write_config(directory, **settings):
 
 
 def unusable_models(directory, model):
-    """Yield directories that no stage can take for --model, each with the tokenizer of `model`."""
+    """Return directories that no stage accepts as --model, each with the tokenizer of `model`."""
     settings = {
         "t5": {"model_type": "t5", "is_encoder_decoder": True},
         "bert": {"model_type": "bert"},
@@ -92,7 +92,7 @@ def unusable_models(directory, model):
 
 
 def too_small_models(directory, model):
-    """Yield directories of models that cannot be trained on PAIRS: one lacks positions, one lacks embeddings."""
+    """Return directories of models that cannot be trained on PAIRS: one lacks positions, one lacks embeddings."""
     shutil.copytree(model, directory / "positions")
     config = json.loads((directory / "positions" / "config.json").read_text())
     (directory / "positions" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4}))
@@ -101,7 +101,7 @@ def too_small_models(directory, model):
     return [directory / "positions", directory / "embeddings"]
 
 
-def test_what_would_be_trained_on_in_numbers_counted_by_hand(report, tmp_path, model):
+def test_statistics_equal_those_counted_by_hand(report, tmp_path, model):
     pairs, scored = put(tmp_path, PAIRS, "pairs.jsonl"), put(tmp_path, SCORED, "scored.jsonl")
     code, out, err = report("--data", pairs, "--model", model, "--eval_fraction", 0, "--batch_size", 2)
     assert (code, err) == (0, "")
@@ -130,42 +130,43 @@ def test_what_would_be_trained_on_in_numbers_counted_by_hand(report, tmp_path, m
         assert line in out.splitlines(), line
 
 
-def test_what_the_limits_cut(report, tmp_path, model):
+def test_effects_of_the_length_limits(report, tmp_path, model):
     pairs = put(tmp_path, PAIRS)
     limits = ("--max_completion_length", 2, "--truncate", "drop", "--eval_fraction", 0)
     code, out, _ = report("--data", pairs, "--model", model, *limits)
     assert code == 0 and "  4 rows dropped: over-long\n" in out
     assert "longest 4; 4 over --max_completion_length 2\n" in out and "6  <- --max_completion_length 2\n" in out
     assert "Training would start: 1 rows, 1 steps of 64" in out
-    # figures are there when the limits leave nothing, because they tell which limits to set
+    # The statistics are printed even if the limits leave no row, because they show which limits to set.
     code, out, err = report("--data", pairs, "--model", model, "--max_length", 4)
     assert code == 2 and "raise --max_length" in err and "longest 8; 4 over --max_length 4\n" in out
     assert "line 1 (first row, 5 tokens)" in out
 
 
-def test_texts_of_a_test_file_that_are_trained_on_are_named(report, tmp_path, model):
+def test_held_out_texts_that_are_trained_on_are_named(report, tmp_path, model):
     pairs = put(tmp_path, PAIRS, "pairs.jsonl")
-    other = [
+    held_out = [
         {"prompt": "blue", "chosen": " small", "rejected": " big"},
         {"prompt": "square", "chosen": " good good\n", "rejected": " big"},
-        {"prompt": "red", "chosen": " round good good", "rejected": " big"},  # with its prompt, line 1's text
+        # prompt and completion together are the text of line 1
+        {"prompt": "red", "chosen": " round good good", "rejected": " big"},
         {"prompt": "small", "chosen": " round", "rejected": " big"},
     ]
-    code, out, _ = report("--data", pairs, "--model", model, "--eval_data", put(tmp_path, other, "test.jsonl"))
+    code, out, _ = report("--data", pairs, "--model", model, "--eval_data", put(tmp_path, held_out, "test.jsonl"))
     assert code == 0
     assert "held-out rows with a prompt of --data: 1 of 4 (line 1 = line 4)\n" in out
-    found = statistics.find_leaks(data.read(pairs).examples, data.read(tmp_path / "test.jsonl").examples)
-    assert found.completions == [("line 2", "line 1"), ("line 3", "line 1")]
+    leaks = statistics.find_leaks(data.read(pairs).examples, data.read(tmp_path / "test.jsonl").examples)
+    assert leaks.completions == [("line 2", "line 1"), ("line 3", "line 1")]
     implicit = put(tmp_path, [{"chosen": "red round good good", "rejected": "red big"}], "implicit.jsonl")
-    found = statistics.find_leaks(data.read(pairs).examples, data.read(implicit).examples)
-    assert found.completions == [("line 1", "line 1")], "the same text with its prompt cut elsewhere"
+    leaks = statistics.find_leaks(data.read(pairs).examples, data.read(implicit).examples)
+    assert leaks.completions == [("line 1", "line 1")], "the same text with its prompt cut elsewhere"
     prompts = put(tmp_path, [{"prompt": "blue"}, {"prompt": "big"}, {"prompt": ""}], "prompts.jsonl")
     for stage in ("sft", "reward", "sample"):
         code, out, _ = report("--stage", stage, "--data", pairs, "--model", model, "--eval_data", prompts)
         assert code == 0 and "held-out rows with a prompt of --data: 1 of 3 (line 1 = line 4)\n" in out
 
 
-def test_leaks_are_what_align_warns_of_and_what_a_split_keeps_together():
+def test_leaks_agree_with_the_shared_rows_that_align_warns_of():
     texts = ["", "red", "red ", " red", "blue", "red blue", "\n"]
     rng = random.Random(0)
     for _ in range(200):
@@ -173,11 +174,11 @@ def test_leaks_are_what_align_warns_of_and_what_a_split_keeps_together():
             Example(rng.choice(texts), (rng.choice(texts[1:]), rng.choice(texts[1:])), None, i) for i in range(1, 7)
         ]
         trained, held_out = rows[:3], rows[3:]
-        found = statistics.find_leaks(trained, held_out)
-        assert len({row for row, _ in found.prompts + found.completions}) == split.count_shared(trained, held_out), rows
-        prompts = {other.prompt.strip() for other in trained if other.prompt}
+        leaks = statistics.find_leaks(trained, held_out)
+        assert len({row for row, _ in leaks.prompts + leaks.completions}) == split.count_shared(trained, held_out), rows
+        prompts = {row.prompt.strip() for row in trained if row.prompt}
         same_prompt = [row.prompt and row.prompt.strip() in prompts for row in held_out]
-        assert {row for row, _ in found.prompts} >= {f"line {i}" for i, same in enumerate(same_prompt, 4) if same}
+        assert {row for row, _ in leaks.prompts} >= {f"line {i}" for i, same in enumerate(same_prompt, 4) if same}
 
 
 def test_every_stage(report, tmp_path, model):
@@ -203,7 +204,7 @@ def test_every_stage(report, tmp_path, model):
 
 
 @pytest.mark.parametrize("stage", [align, sft, reward, sample], ids=lambda stage: stage.__name__)
-def test_the_error_is_that_of_the_stage(stage, report, capsys, tmp_path, model):
+def test_exit_code_and_error_are_those_of_the_stage(stage, report, capsys, tmp_path, model):
     name = stage.__name__.removeprefix("exo.")
     long = " " + " ".join(["good"] * 3000)
     cases = [
@@ -253,7 +254,7 @@ def test_the_error_is_that_of_the_stage(stage, report, capsys, tmp_path, model):
         assert out.endswith(f"\n{work} would not start: {err.removeprefix('error: ')}"), options
 
 
-def test_names_of_columns_are_for_the_data_and_need_not_be_in_the_held_out_file(report, capsys, tmp_path, model):
+def test_renamed_columns_may_be_absent_from_the_held_out_file(report, capsys, tmp_path, model):
     renamed = [{"prompt": row["prompt"], "better": row["chosen"], "rejected": row["rejected"]} for row in PAIRS]
     data_file, held_out = put(tmp_path, renamed, "renamed.jsonl"), put(tmp_path, PAIRS[:2], "test.jsonl")
     arguments = ["--data", data_file, "--model", model, "--columns", "chosen=better", "--eval_data", held_out]
@@ -288,8 +289,8 @@ def test_warnings_of_the_stage_are_printed(report, tmp_path, model, monkeypatch)
         assert code == 0 and len(warnings) == 1 and warning in warnings[0], options
 
 
-def test_templates_show_the_date_that_the_stage_would_show(report, tmp_path):
-    """The date of the run that is resumed, or of the run that made the model; not today's."""
+def test_templates_show_the_same_date_as_in_the_stage(report, tmp_path):
+    """Check that the date is that of the resumed run, or of the run that made the model, and not today's."""
     tokenizer = KINDS["byte-level, no BOS (GPT-2, Qwen)"]()
     tokenizer.save_pretrained(tmp_path / "model")
     write_config(tmp_path / "model", vocab_size=len(tokenizer))
@@ -316,8 +317,8 @@ def test_one_row_and_an_unfinished_input(report, tmp_path, model):
     assert code == 2 and "its run did not finish" in err and err.removeprefix("error: ") in out
 
 
-def test_the_tokenizer_is_enough(report, tmp_path):
-    """No weights are read; of an adapter the tokenizer is its own or that of its model."""
+def test_a_model_without_weights_is_enough(report, tmp_path):
+    """Check that no weights are read, and that an adapter uses its tokenizer or that of its base model."""
     pairs = put(tmp_path, PAIRS)
     model = tmp_path / "model"
     write_model(model)
@@ -357,7 +358,7 @@ def test_chats_show_their_special_tokens_and_how_a_turn_ends(report, tmp_path):
     assert code == 2 and err.startswith("error: --chat_template jinja?: expected a file")
 
 
-def test_color_is_for_terminals_alone(report, tmp_path, model, monkeypatch):
+def test_color_is_used_only_on_terminals(report, tmp_path, model, monkeypatch):
     pairs = put(tmp_path, [{"prompt": "red \x1b[31m", "chosen": "good \x1b[0m", "rejected": "bad"}])
     code, out, _ = report("--data", pairs, "--model", "tiny")
     assert code == 0 and "\x1b" not in out and r"[['good \x1b[0m<eos>']]" in out
@@ -371,7 +372,7 @@ def test_color_is_for_terminals_alone(report, tmp_path, model, monkeypatch):
     assert not preview.is_colored("auto") and preview.is_colored("always")
 
 
-def test_output_without_unicode_loses_nothing(tmp_path, model, monkeypatch):
+def test_characters_outside_the_encoding_are_escaped(tmp_path, model, monkeypatch):
     path = put(
         tmp_path, [{"prompt": "rot", "chosen": "schön", "rejected": "\u4e2d\u6587 \ud83d\ude00"}], "r\u00e9d.jsonl"
     )
@@ -385,11 +386,11 @@ def test_output_without_unicode_loses_nothing(tmp_path, model, monkeypatch):
 
 
 def test_options(report, tmp_path, model, capsys):
-    """All those of the stage, from a file too; those of another stage are unknown."""
+    """Check that options of the stage are accepted, also from a file, and that those of other stages are unknown."""
     pairs = put(tmp_path, PAIRS)
     recipe = put(tmp_path, f"data: {pairs}\nmodel: {model}\nlearning_rate: 1e-5\nexamples: 0\nnproc: 4\n", "o.yaml")
     code, out, _ = report("--config", recipe)
-    assert code == 0 and "[[" not in out and "Training would start" in out, "one process, whatever nproc says"
+    assert code == 0 and "[[" not in out and "Training would start" in out, "one process, even if nproc is 4"
     code, _, err = report("--config", put(tmp_path, f"data: {pairs}\nmodel: {model}\nstage: sft\n", "s.yaml"))
     assert code == 2 and err.startswith("error: --stage")
     for bad in (["--stage", "ppo"], ["--stage", "sft", "--target", "rw"], ["--examples", "-1"], ["--max_length", "1"]):
@@ -418,7 +419,7 @@ def test_histograms_cover_every_length():
     assert statistics.percentile(range(1, 101), 0.95) == 95
 
 
-def test_what_a_stream_can_print(monkeypatch):
+def test_can_print(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert console.can_print("a") and not console.can_print("é")
     monkeypatch.setattr(sys, "stdout", io.StringIO())

@@ -1,4 +1,4 @@
-"""Tokens, limits and micro-batches: the completion is what is scored, and nothing is lost without being counted."""
+"""Tokens, limits and micro-batches: only completions are scored, and every cut or dropped row is counted."""
 
 from dataclasses import replace
 
@@ -21,8 +21,10 @@ LAYOUTS = [Collator(0, 300, layout, one_row) for layout in ("padded", "packed", 
 
 
 def words(bos: bool = False):
-    """A tokenizer whose tokens can be counted by eye: 10 plus the length of a word. With `bos` it begins a text with
-    <bos> and ends it with <eos>, as some do."""
+    """Return a tokenizer whose ids are easy to read: 10 plus the length of the word.
+
+    With `bos`, it adds <bos> before and <eos> after a text, as some tokenizers do.
+    """
     backend = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "<bos>": 2, "a": 11, "bb": 12, "ccc": 13, "dddd": 14}))
     backend.pre_tokenizer = WhitespaceSplit()
     if bos:
@@ -36,14 +38,14 @@ def encode(example, max_length=100, max_completion_length=None, truncate="prompt
     return tokenize.encode([example], words(), limits, "rows.jsonl", **options)
 
 
-def test_completions_end_with_eos_and_prompts_are_kept():
+def test_completions_end_with_eos_and_prompts_are_unchanged():
     (encoded,), counts = encode(Example("a bb", (" ccc", " dddd a"), (1.0, 2.0), 3))
     assert encoded == TokenizedExample((11, 12), ((13, 1), (14, 11, 1)), (1.0, 2.0), 3)
     assert not counts
 
 
-def test_a_text_with_a_label_is_a_prompt_that_ends_and_its_label_is_no_reward():
-    """A limit cuts the text on its left, as it cuts a prompt."""
+def test_a_labelled_text_is_a_prompt_and_its_label_is_no_reward():
+    """Check that the completion is the end of sequence alone, and that a limit cuts the text on its left."""
     text = Example("", ("a bb ccc dddd",), None, 3, label=1)
     (encoded,), _ = encode(text)
     assert encoded == TokenizedExample((11, 12, 13, 14), ((1,),), None, 3, label=1)
@@ -57,7 +59,7 @@ def test_a_text_with_a_label_is_a_prompt_that_ends_and_its_label_is_no_reward():
     assert Collator(0, 100).collate([encode(Example("a", (" bb", " a"), None, 1))[0][0]]).label is None
 
 
-def test_an_empty_prompt_gets_a_token_to_be_scored_from():
+def test_an_empty_prompt_becomes_one_token():
     (encoded,), _ = encode(Example("", ("a", "bb"), None, 1))
     assert encoded.prompt == (1,)
 
@@ -75,39 +77,40 @@ def test_a_long_completion_is_cut_first_and_the_prompt_keeps_half():
     }
 
 
-def test_the_prompt_is_cut_where_completions_take_less_than_half():
+def test_the_prompt_is_cut_if_completions_take_less_than_half():
     (encoded,), counts = encode(replace(PROMPT, prompt="a a bb ccc dddd"), max_length=8, strict=False)
     assert encoded.prompt == (11, 12, 13, 14) and encoded.completions[1] == (11, 11, 11, 1) and counts.total() == 2
 
 
 @pytest.mark.parametrize(("most", "prompt", "longest"), [(1, (14,), 4), (3, (12, 13, 14), 3), (9, (11, 12, 13, 14), 2)])
-def test_max_prompt_length_decides_instead(most, prompt, longest):
+def test_max_prompt_length_replaces_the_default_cut(most, prompt, longest):
     (encoded,), _ = encode(PROMPT, max_length=6, most=most)
     assert encoded.prompt == prompt and max(map(len, encoded.completions)) == longest
 
 
-def test_a_run_stops_where_more_than_a_twentieth_of_its_prompts_are_stumps():
+def test_a_run_stops_if_too_little_is_left_of_more_than_a_twentieth_of_its_prompts():
     short, long = (Example(" ".join(["a"] * n), (" a", " bb"), None, 1) for n in (9, 300))
     limits = Limits(64, None, "prompt-left")
     assert tokenize.encode([*[short] * 19, long], words(), limits, "rows.jsonl")[1].total() == 2
     with pytest.raises(DataError, match="^rows.jsonl: 2 of 20 rows.*--max_length, or set --max_prompt_length$"):
         tokenize.encode([*[short] * 18, long, long], words(), limits, "rows.jsonl")
-    tokenize.encode([long] * 20, words(), Limits(64, None, "prompt-left", 40), "rows.jsonl")  # as the option says
+    # --max_prompt_length permits the cut
+    tokenize.encode([long] * 20, words(), Limits(64, None, "prompt-left", 40), "rows.jsonl")
 
 
 def test_bos_stays_and_eos_never_ends_a_prompt():
     example = Example("a bb ccc dddd", (" a", " a a"), None, 1)
-    whole, cut = (
+    uncut, cut = (
         tokenize.encode([example], words(bos=True), Limits(n, None, "prompt-left"), "", strict=False)[0][0]
         for n in (50, 6)
     )
-    assert whole.prompt == (2, 11, 12, 13, 14) and whole.completions[0] == (11, 1)
+    assert uncut.prompt == (2, 11, 12, 13, 14) and uncut.completions[0] == (11, 1)
     assert cut.prompt == (2, 13, 14)
 
 
 def test_a_prompt_is_cut_for_sampling_as_for_training():
     text, tokenizer = "a bb ccc dddd", words(bos=True)
-    limits = Limits(50, None, "error", 3)  # the cut is not the limits' doing, so it is no error
+    limits = Limits(50, None, "error", 3)  # truncate="error" does not apply to --max_prompt_length
     ((row,), counts) = tokenize.encode([Example(text, (" a",), None, 1)], tokenizer, limits, "")
     assert tokenize.sampled_prompts([text], tokenizer, 3)[0] == [[*row.prompt]] == [[2, 13, 14]]
     assert counts == {"rows with the prompt cut on the left to --max_prompt_length": 1}
@@ -117,15 +120,15 @@ def test_a_prompt_is_cut_for_sampling_as_for_training():
     assert tokenize.sampled_prompts([text], tokenizer, 5) == ([[2, 11, 12, 13, 14]], {})
 
 
-def test_completions_that_the_cut_makes_alike_are_dropped():
+def test_completions_that_are_identical_once_cut_are_dropped():
     rows, counts = encode(Example("a", (" a a a bb", " a a a ccc"), None, 1), max_completion_length=3)
     assert not rows and counts == {"rows dropped: completions identical once cut": 1}
 
 
-@pytest.mark.parametrize(("length", "kept"), [(6, 1), (5, 0)])
-def test_drop_keeps_exactly_what_fits(length, kept):
+@pytest.mark.parametrize(("length", "num_rows"), [(6, 1), (5, 0)])
+def test_drop_removes_rows_that_do_not_fit(length, num_rows):
     rows, counts = encode(Example("a bb", (" a a a", " a"), None, 1), max_length=length, truncate="drop")
-    assert len(rows) == kept and counts.total() == 1 - kept
+    assert len(rows) == num_rows and counts.total() == 1 - num_rows
 
 
 def test_error_names_the_line():
@@ -134,7 +137,7 @@ def test_error_names_the_line():
 
 
 @pytest.mark.parametrize("collator", LAYOUTS, ids=lambda collator: f"{collator.layout}-{collator.one_row}")
-def test_what_is_scored_are_the_completions_and_nothing_else(collator):
+def test_only_completions_are_scored(collator):
     examples = [
         TokenizedExample((5, 6), ((7, 1), (8, 9, 1)), None, 1),
         TokenizedExample((5,), ((0, 1), (7, 1)), None, 2),
@@ -146,7 +149,7 @@ def test_what_is_scored_are_the_completions_and_nothing_else(collator):
         [8, 9, 1],
         [0, 1],
         [7, 1],
-    ]  # 0 counts
+    ]  # token 0 is scored, although it is the padding
     assert batch.group_size.tolist() == [2, 2] and batch.rewards is None
     used = {"padded": 15, "packed": 15, "shared": 12}[collator.layout]
     assert batch.attention_mask.sum() == used
@@ -154,7 +157,7 @@ def test_what_is_scored_are_the_completions_and_nothing_else(collator):
 
 
 def test_rows_of_the_shared_layout():
-    """Two groups in rows of the longer one's length, and where each token is made."""
+    """Check rows as long as the longest group: their tokens, segments and the positions that predict a target."""
     examples = [TokenizedExample((5,), ((7, 1), (8,)), None, 1), TokenizedExample((5, 6), ((2, 1), (3, 4, 1)), None, 2)]
     examples.append(TokenizedExample((9,), ((1,), (2,)), None, 3))
     batch = Collator(0, 300, "shared").collate(examples)
@@ -186,7 +189,7 @@ def test_micro_batches_hold_every_group_once_within_the_budget(collator):
 
 
 def test_prompt_and_completion_meet_at_a_token_boundary():
-    """A tokenizer that merges across the boundary gives the completion tokens of its own."""
+    """Check a tokenizer with tokens across the boundary: the completion is still tokenized separately."""
     texts = ["ab abc abcd " * 20]
     _, tokenizer = models.tiny(texts, hidden_size=32, num_heads=2, num_layers=1)
     (encoded,), _ = tokenize.encode(

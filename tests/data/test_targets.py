@@ -1,4 +1,4 @@
-"""What is made of scored completions before they are compared, and what samples say of a policy."""
+"""Transforms of scored completions, and the metrics of samples."""
 
 import math
 
@@ -15,26 +15,26 @@ def example(rewards, texts="abcdefgh"):
     return Example("p", tuple(texts[: len(rewards)]), tuple(map(float, rewards)), 3, tokens)
 
 
-def test_best_against_worst_takes_the_first_of_each_and_all_that_belongs_to_it():
+def test_best_against_worst_takes_the_first_of_each_with_its_tokens():
     pairs, counts = transforms.to_pairs([example([1, 5, 0, 5, 0])])
     assert pairs == [Example("p", ("b", "c"), None, 3, Tokens("t", ((1,), (2,)), (1.0, 2.0), ("eos", "eos")))]
     assert not counts
 
 
-def test_rows_without_a_best_are_counted_and_preferences_stay():
+def test_rows_with_equal_rewards_are_counted_and_preferences_are_unchanged():
     preference = Example("p", ("x", "y"), None, 1)
     pairs, counts = transforms.to_pairs([example([2, 2]), preference])
     assert pairs == [preference] and counts == {"rows skipped: all rewards equal, so no best and worst": 1}
 
 
-def test_the_first_completions():
-    kept, counts = transforms.take_first([example([1, 2, 3]), example([1, 2, 3], "aab"), example([1])], 2)
-    assert [g.completions for g in kept] == [("a", "b"), ("a",)]
-    assert kept[0].tokens.ids == ((0,), (1,)) and kept[0].rewards == (1.0, 2.0)
+def test_take_first():
+    taken, counts = transforms.take_first([example([1, 2, 3]), example([1, 2, 3], "aab"), example([1])], 2)
+    assert [g.completions for g in taken] == [("a", "b"), ("a",)]
+    assert taken[0].tokens.ids == ((0,), (1,)) and taken[0].rewards == (1.0, 2.0)
     assert counts == {"rows skipped: the first 2 completions identical": 1}
 
 
-def test_rewards_on_one_scale():
+def test_normalize_rewards():
     examples = [example([1, 3]), example([10, 10, 16])]
     by_prompt = transforms.normalize_rewards(examples, "prompt")
     assert by_prompt[0].rewards == (-1.0, 1.0)
@@ -47,14 +47,14 @@ def test_rewards_on_one_scale():
 
 @pytest.mark.parametrize("how", ["prompt", "global"])
 @pytest.mark.parametrize("unit", [5e-324, 1e-300, 1e300, 1.7e308])
-def test_rewards_at_the_ends_of_floats_are_normalised(how, unit):
-    """(-1, 0, 1) in any unit: mean 0, standard deviation sqrt(2/3)."""
+def test_the_largest_and_smallest_floats_are_normalized(how, unit):
+    """Check (-1, 0, 1) in any unit, whose mean is 0 and whose standard deviation is sqrt(2/3)."""
     [scaled] = transforms.normalize_rewards([example([-unit, 0.0, unit])], how)
     assert scaled.rewards == pytest.approx((-(1.5**0.5), 0.0, 1.5**0.5))
     assert transforms.normalize_rewards([example([unit] * 3)], how)[0].rewards == (0.0, 0.0, 0.0)
 
 
-# Estimates.
+# Metrics.
 
 
 def test_win_rates_count_all_pairs_and_ties_half():
@@ -72,14 +72,14 @@ def test_spread_is_within_prompts():
 def test_summary_of_one_value_and_of_many():
     assert evaluation_metrics.summary([2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "standard_error": 0.0}
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
-    found = evaluation_metrics.summary(values.tolist())
+    summary = evaluation_metrics.summary(values.tolist())
     error = float(values.std()) / 20
-    assert found["standard_error"] == pytest.approx(error)
-    assert found["mean"] - found["low"] == pytest.approx(1.96 * error, rel=0.15)
-    assert found["high"] - found["mean"] == pytest.approx(1.96 * error, rel=0.15)
+    assert summary["standard_error"] == pytest.approx(error)
+    assert summary["mean"] - summary["low"] == pytest.approx(1.96 * error, rel=0.15)
+    assert summary["high"] - summary["mean"] == pytest.approx(1.96 * error, rel=0.15)
 
 
-def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
+def test_the_bootstrap_interval_has_its_nominal_coverage():
     generator = torch.Generator().manual_seed(1)
     covered = 0
     for trial in range(200):
@@ -90,7 +90,7 @@ def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
 
 
 def test_both_estimators_of_the_kl_are_unbiased():
-    """Two tokens, the second's law depending on the first, against the sum over all completions."""
+    """Compare with the sum over all completions of two tokens, the second of which depends on the first."""
     generator = torch.Generator().manual_seed(0)
     pi, ref = (torch.randn(3, generator=generator).double().log_softmax(0) for _ in range(2))
     pi2, ref2 = (torch.randn(3, 3, generator=generator).double().log_softmax(1) for _ in range(2))

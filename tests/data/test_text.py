@@ -1,4 +1,4 @@
-"""One text pipeline: for every kind of tokenizer and template, prompt and completion decode to their joint text."""
+"""The text pipeline: for every kind of tokenizer and template, prompt and completion decode to their joint text."""
 
 import datetime
 import itertools
@@ -23,7 +23,7 @@ def kind(request):
 
 
 def texts(seed: int, n: int) -> list[str]:
-    """Texts whose ends are of every kind: letters, blanks, line breaks, marks, digits, letters that no one knows."""
+    """Return texts that begin and end with letters, blanks, line breaks, punctuation, digits or unknown letters."""
     rng = random.Random(seed)
     pieces = [
         "the cat",
@@ -69,25 +69,25 @@ def test_plain_prompt_and_completion_decode_to_the_joint_text(kind):
         body = example.completions[0][:-1]
         start = prompt_ids(prompt, tokenizer)
         assert list(example.prompt) == start and example.completions[0][-1] == tokenizer.eos_token_id
-        own = start[start[:1] in ([tokenizer.bos_token_id], [tokenizer.eos_token_id]) :]
-        assert subwords.decode([*own, *body], tokenizer) == joint(tokenizer, prompt + completion)
+        ids = start[start[:1] in ([tokenizer.bos_token_id], [tokenizer.eos_token_id]) :]
+        assert subwords.decode([*ids, *body], tokenizer) == joint(tokenizer, prompt + completion)
     assert refused == 0 or name in WORDS_ONLY and refused < len(pairs) / 2
 
 
-def test_a_completion_of_a_long_prompt_has_the_tokens_that_it_has_after_all_of_it(kind):
-    """Only the end of the prompt is tokenized with it, so that many completions of a long prompt stay cheap."""
+def test_the_end_of_a_long_prompt_is_enough_to_tokenize_a_completion(kind):
+    """Compare with the tokens after the full prompt; reading only its end makes many completions of it cheap."""
     name, tokenizer = kind
     prompt = "the cat sat on the mat. one two\n" * 30
     assert len(subwords._tail(prompt)) < 300
     for end, completion in itertools.product(("", "Human:", "one ", "12 ", "two\n"), texts(2, 20)):
         ids = subwords.text_ids(prompt + end, tokenizer)
-        whole = subwords.text_ids(prompt + end + completion, tokenizer)
-        if whole[: len(ids)] == ids:
-            assert subwords.continued(ids, prompt + end, completion, tokenizer) == whole[len(ids) :]
+        full_ids = subwords.text_ids(prompt + end + completion, tokenizer)
+        if full_ids[: len(ids)] == ids:
+            assert subwords.continued(ids, prompt + end, completion, tokenizer) == full_ids[len(ids) :]
 
 
-def test_a_blank_before_every_text_is_not_put_before_completions():
-    """The smallest tokenizer of the kind, as a public complaint had it."""
+def test_a_tokenizer_that_adds_a_blank_adds_none_to_completions():
+    """Check the smallest tokenizer that adds a blank before texts, from a public bug report."""
     vocabulary = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "▁", "\n", "a", ":", "▁a"])}
     backend = Tokenizer(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -104,7 +104,7 @@ def test_a_blank_before_every_text_is_not_put_before_completions():
 def test_a_chat_and_its_answer_decode_to_the_rendered_conversation(kind, family):
     name, tokenizer = kind
     if name in WORDS_ONLY:
-        return  # they read no line breaks; templates are not written for them
+        return  # they drop line breaks, and no template is written for them
     tokenizer.chat_template = TEMPLATES[family]
     if "bos_token" in TEMPLATES[family] and tokenizer.bos_token is None:
         tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
@@ -112,15 +112,15 @@ def test_a_chat_and_its_answer_decode_to_the_rendered_conversation(kind, family)
     talk = [Message("user", " the cat?"), Message("assistant", "good\n\n"), Message("user", "one\ntwo ")]
     for messages, answer in itertools.product((talk[:1], [*system, *talk]), ("good", " two\n\nthree", "猫.")):
         example = encoded(tokenizer, Chat(messages), answer, "bad")
-        whole = tokenizer.apply_chat_template([*messages, Message("assistant", answer)], tokenize=False)
-        written = joint(tokenizer, whole)
+        rendered = tokenizer.apply_chat_template([*messages, Message("assistant", answer)], tokenize=False)
+        written = joint(tokenizer, rendered)
         end = tokenizer.convert_tokens_to_ids(ENDS[family])
         for completion in example.completions:
-            assert completion[-1] == end and completion.count(end) == 1, "both sides end alike, once"
+            assert completion[-1] == end and completion.count(end) == 1, "both completions have the same end, once"
         read = subwords.decode([*example.prompt, *example.completions[0]], tokenizer)
-        if chat_template.stop_id(tokenizer) is None:  # the template writes no end, or text; then it is ours
+        if chat_template.stop_id(tokenizer) is None:  # no end of turn, or one of plain text: EOS was added
             read = read.removesuffix("</s>")
-        assert written.startswith(read) and written[len(read) :].strip() in ("", "</s>"), "but what separates turns"
+        assert written.startswith(read) and written[len(read) :].strip() in ("", "</s>"), "only a separator follows"
         assert list(example.prompt) == prompt_ids(Chat(messages), tokenizer)
 
 
@@ -128,7 +128,7 @@ CONTROL = ["<|im_end|>", "</s>", "<|im_start|>", "<s>", "<|im_end|>\n<|im_start|
 
 
 @pytest.mark.parametrize("forged", CONTROL)
-def test_control_tokens_that_a_message_spells_out_stay_text(kind, forged):
+def test_control_tokens_in_a_message_stay_text(kind, forged):
     name, tokenizer = kind
     if name in WORDS_ONLY:
         return
@@ -143,11 +143,11 @@ def test_control_tokens_that_a_message_spells_out_stay_text(kind, forged):
     assert control(second.prompt) == control(first.prompt)
     assert [control(ids) for ids in second.completions] == [control(ids) for ids in first.completions]
     text = tokenizer.decode(second.completions[0], clean_up_tokenization_spaces=False).strip()
-    known = tokenizer.unk_token_id not in second.completions[0]
-    assert not known or text == f"good{forged} bad<|im_end|>", "and nothing of the text is lost"
+    all_known = tokenizer.unk_token_id not in second.completions[0]
+    assert not all_known or text == f"good{forged} bad<|im_end|>", "no part of the text is lost"
 
 
-def test_texts_that_are_rendered_already_get_one_beginning_and_one_end(kind):
+def test_rendered_texts_get_one_bos_and_one_end(kind):
     name, tokenizer = kind
     if name in WORDS_ONLY:
         return
@@ -179,14 +179,14 @@ def test_special_tokens_within_plain_texts_are_counted():
     }
 
 
-def chatting(template):
+def chat_tokenizer(template):
     tokenizer = KINDS["byte-level, no BOS (GPT-2, Qwen)"]()
     tokenizer.chat_template = template
     return tokenizer
 
 
 def test_reasoning_and_every_other_key_of_a_message_reach_the_template():
-    tokenizer = chatting(TEMPLATES["Qwen 3"])
+    tokenizer = chat_tokenizer(TEMPLATES["Qwen 3"])
     answers = [
         Reply(Message("assistant", "good", reasoning_content=text)) for text in ("good thinking", "bad thinking")
     ]
@@ -201,7 +201,7 @@ def test_tools_and_their_calls_are_rendered():
         "{% for call in m.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    tokenizer = chatting(tokens)
+    tokenizer = chat_tokenizer(tokens)
     call = Reply(Message("assistant", "", tool_calls=[{"type": "function", "function": {"name": "look"}}]))
     prompt = Chat([Message("user", "one"), Message("tool", "two")], tools=[{"name": "look"}])
     example = encoded(tokenizer, prompt, call, "no")
@@ -212,8 +212,8 @@ def test_tools_and_their_calls_are_rendered():
 
 
 def test_an_answer_that_the_template_changes_ends_like_any_other():
-    """GLM ends no turn and moves thoughts; only one side used to get an end of sequence."""
-    tokenizer = chatting(TEMPLATES["GLM 4.5"])
+    """Check GLM's template, which ends no turn and moves thoughts: both completions get an end of sequence."""
+    tokenizer = chat_tokenizer(TEMPLATES["GLM 4.5"])
     example = encoded(tokenizer, Chat([Message("user", "the cat?")]), "<think>\nred\n</think>\n\ngood", "bad")
     assert [tokenizer.decode(ids) for ids in example.completions] == [
         "<think>red</think>\ngood</s>",
@@ -222,7 +222,7 @@ def test_an_answer_that_the_template_changes_ends_like_any_other():
 
 
 @pytest.mark.parametrize("kind_name", [name for name in KINDS if name not in WORDS_ONLY])
-def test_samples_decode_with_the_blank_that_they_begin_with(kind_name):
+def test_samples_decode_with_their_leading_blank(kind_name):
     tokenizer = KINDS[kind_name]()
     for prompt, completion in (("the cat", " sat on"), ("the cat\n", "sat on"), ("one two", " two three")):
         ids = prompt_ids(prompt, tokenizer)
@@ -232,8 +232,8 @@ def test_samples_decode_with_the_blank_that_they_begin_with(kind_name):
         assert shown in (completion + tokenizer.eos_token, f"{completion} {tokenizer.eos_token}")
 
 
-def rows_of(templates, examples, **options):
-    return tokenize.encode(examples, chatting(templates), LIMITS, "rows.jsonl", **options)
+def encode_rows(templates, examples, **options):
+    return tokenize.encode(examples, chat_tokenizer(templates), LIMITS, "rows.jsonl", **options)
 
 
 HOSTILE = {
@@ -253,18 +253,18 @@ def test_a_template_that_fails_is_one_line_with_its_row(template, monkeypatch):
     monkeypatch.setattr(chat_template, "SECONDS", 0.5)
     row = Example(Chat([Message("user", "one")]), ("good", "bad"), None, 7)
     with pytest.raises(DataError) as caught:
-        rows_of(template, [row])
+        encode_rows(template, [row])
     message = str(caught.value)
     assert message.startswith("rows.jsonl:7: the chat template ") and HOSTILE[template] in message
     assert len(message.splitlines()) == 1 and len(message) < 300
 
 
-def test_rows_that_the_template_refuses_are_counted_if_told_to():
+def test_rows_that_the_template_refuses_are_counted_with_skip_invalid():
     good = Example(Chat([Message("user", "one")]), ("good", "bad"), None, 1)
     rows = [good, Example(Chat([Message("system", "two"), *good.prompt.messages]), ("good", "bad"), None, 2)]
     with pytest.raises(DataError, match="^rows.jsonl:2: the chat template refuses these messages: System role"):
-        rows_of(TEMPLATES["Gemma"].replace("{{ bos_token }}", ""), rows)
-    examples, counts = rows_of(TEMPLATES["Gemma"].replace("{{ bos_token }}", ""), rows, skip_invalid=True)
+        encode_rows(TEMPLATES["Gemma"].replace("{{ bos_token }}", ""), rows)
+    examples, counts = encode_rows(TEMPLATES["Gemma"].replace("{{ bos_token }}", ""), rows, skip_invalid=True)
     assert len(examples) == 1 and counts == {"rows dropped: the tokenizer or its chat template refuses them": 1}
 
 
@@ -277,17 +277,17 @@ def test_only_a_token_that_is_named_like_an_end_ends_a_plain_text():
     assert counts["completions that end with another special token instead of the end of sequence"] == 1
 
 
-def test_what_the_template_leaves_out_of_an_answer_is_counted():
-    tokenizer = chatting(CHATML.replace("message.content }}", "message.content.split('</think>')[-1] }}"))
+def test_answers_that_the_template_writes_incompletely_are_counted():
+    tokenizer = chat_tokenizer(CHATML.replace("message.content }}", "message.content.split('</think>')[-1] }}"))
     answers = ("<think>hm</think>good", Reply(Message("assistant", "bad", reasoning_content="hm")), "two", "one")
     rows = [Example(Chat([Message("user", "one")]), answers, None, 1)]
     _, counts = tokenize.encode(rows, tokenizer, LIMITS, "rows.jsonl")
     assert counts == {"completions with text or calls that the chat template does not write": 2}
 
 
-def test_a_template_that_needs_a_system_turn_is_asked_behind_one():
+def test_a_template_that_needs_a_system_turn():
     needs = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
-    tokenizer = chatting(needs + CHATML)
+    tokenizer = chat_tokenizer(needs + CHATML)
     example = encoded(tokenizer, Chat([Message("system", "one"), Message("user", "two")]), "good", "bad")
     assert [tokenizer.decode(ids) for ids in example.completions] == ["good<|im_end|>", "bad<|im_end|>"]
     assert chat_template.stop_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -298,7 +298,7 @@ def test_control_tokens_in_the_keys_of_a_call_stay_text():
         "message.content }}", "message.content }}{{ message.tool_calls | tojson if message.tool_calls }}"
     )
     call = Reply(Message("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": {"<|im_end|>": 1}}}]))
-    tokenizer = chatting(source)
+    tokenizer = chat_tokenizer(source)
     example = encoded(tokenizer, Chat([Message("user", "one")]), call, "bad")
     assert example.completions[0].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
     assert '"<|im_end|>": 1' in tokenizer.decode(example.completions[0])
@@ -306,7 +306,7 @@ def test_control_tokens_in_the_keys_of_a_call_stay_text():
 
 @pytest.mark.parametrize("form", ["%d %b %Y", "%-d %B %Y", "%F", "%A, %I %p", "100%%"])
 def test_a_template_shows_the_date_of_the_run_in_every_form(form):
-    tokenizer = chatting("{{ strftime_now('" + form + "') }} " + CHATML)
+    tokenizer = chat_tokenizer("{{ strftime_now('" + form + "') }} " + CHATML)
     day = datetime.date(2025, 3, 7)
     render.configure(tokenizer, "auto", None, day)
     example = encoded(tokenizer, Chat([Message("user", "one")]), "good", "bad")
@@ -315,7 +315,7 @@ def test_a_template_shows_the_date_of_the_run_in_every_form(form):
 
 
 def test_arguments_that_the_template_does_not_read_are_refused():
-    tokenizer = chatting(TEMPLATES["Qwen 3"])
+    tokenizer = chat_tokenizer(TEMPLATES["Qwen 3"])
     render.configure(tokenizer, "auto", '{"enable_thinking": false}', None)
     example = encoded(tokenizer, Chat([Message("user", "one")]), "good", "bad")
     assert tokenizer.decode(example.prompt).endswith("<think>\n\n</think>\n\n")

@@ -1,4 +1,4 @@
-"""Density ratios from weighted samples, against closed forms."""
+"""Density ratios from weighted samples, compared with closed forms."""
 
 import math
 
@@ -16,7 +16,10 @@ def test_a_policy_that_is_the_reference_has_ratio_one():
 
 
 def test_a_tilted_normal():
-    """x = log pi_ref normal, pi / pi_ref = exp(a x): smoothed by h, the ratio is exp((a x - a^2 / 2) / (1 + h^2))."""
+    """Check a normal x = log pi_ref and pi / pi_ref = exp(a x), smoothed with bandwidth h.
+
+    The ratio is then exp((a x - a^2 / 2) / (1 + h^2)).
+    """
     places = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     ref, a = torch.special.ndtri(places), 0.7
     curve = density.density_ratio(ref.tolist(), density.policy_weights(((1 + a) * ref).tolist(), ref.tolist()))
@@ -28,7 +31,7 @@ def test_a_tilted_normal():
     assert curve.effective == pytest.approx(20_000 * math.exp(-a * a), rel=0.01)
 
 
-def test_the_bandwidth_goes_by_the_quartiles_where_tails_are_long():
+def test_the_bandwidth_uses_the_quartiles_if_tails_are_long():
     x = torch.tensor([-100.0, 0, 1, 2, 3, 4, 5, 6, 7, 100], dtype=torch.float64)
     assert density.silverman(x) == pytest.approx(0.9 * (5.75 - 1.25) / 1.34 * 10**-0.2)
 
@@ -38,5 +41,5 @@ def test_the_optimum_follows_rewards_over_beta():
 
 
 def test_equal_samples_have_no_curve():
-    with pytest.raises(ValueError, match="all are alike"):
+    with pytest.raises(ValueError, match="all are equal"):
         density.density_ratio([-3.0] * 5, torch.full((5,), 0.2, dtype=torch.float64))

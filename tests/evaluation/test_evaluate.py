@@ -1,4 +1,4 @@
-"""Evaluation: what evaluation.json says is what its samples say, and the KL is that of the models."""
+"""Evaluation: the numbers of evaluation.json follow from its samples, and the KL from the models."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
 from tests.tokenizer_kinds import prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HOW = {
+OPTIONS = {
     "oracle": "tests.tasks:reward",
     "temperature": 0.8,
     "max_new_tokens": 6,
@@ -23,7 +23,7 @@ HOW = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A reference, a policy run of two checkpoints, evaluations of both, scored samples of the reference."""
+    """Evaluate a reference and a policy of two checkpoints; return their directory and the policy's evaluation."""
     directory = tmp_path_factory.mktemp("evaluate")
     reference = write_model(directory / "reference", scale=2.0)
     policy = directory / "policy"
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     data.write_jsonl(policy / "metrics.jsonl", [{"step": i, "loss": 0.0} for i in range(1, 5)])
     rows = [{"prompt": prompt, "chosen": "good good", "rejected": "bad"} for prompt in PROMPTS]
     prompts = write_rows(directory / "prompts.jsonl", rows)
-    common = HOW | {"reference": reference, "data": prompts}
+    common = OPTIONS | {"reference": reference, "data": prompts}
     base = evaluate.run(evaluate.Config(model=reference, output_dir=str(directory / "base"), **common))
     drawn = sample.run(
         sample.Config(model=reference, data=prompts, prompts=2, k=9, temperature=0.8, max_new_tokens=6,
@@ -55,13 +55,13 @@ def entries(directory):
     return {entry["name"]: entry for entry in json.loads((directory / "evaluation.json").read_text())["checkpoints"]}
 
 
-def test_each_checkpoint_once_and_the_last_by_its_step(run):
-    found = entries(run[1])
-    assert {name: entry["step"] for name, entry in found.items()} == {"step-2": 2, "final": 4}
+def test_each_checkpoint_is_evaluated_once(run):
+    checkpoints = entries(run[1])
+    assert {name: entry["step"] for name, entry in checkpoints.items()} == {"step-2": 2, "final": 4}
     assert sorted(path.stem for path in (run[1] / "samples").iterdir()) == ["final", "step-2"]
 
 
-def test_the_numbers_are_those_of_the_samples(run):
+def test_the_numbers_follow_from_the_samples(run):
     base = lines(run[0] / "base" / "samples" / "final.jsonl")
     for name, entry in entries(run[1]).items():
         rows = lines(run[1] / "samples" / f"{name}.jsonl")
@@ -81,10 +81,10 @@ def test_the_numbers_are_those_of_the_samples(run):
         )
 
 
-def test_the_kl_is_zero_where_the_models_are_the_same_and_theirs_where_not(run):
-    found = entries(run[1])
-    assert found["step-2"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert found["step-2"]["rise"]["mean"] == 0 and found["step-2"]["win_rate"]["reference"]["mean"] == 0.5
+def test_the_kl_is_zero_for_equal_models_and_exact_for_different_ones(run):
+    checkpoints = entries(run[1])
+    assert checkpoints["step-2"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert checkpoints["step-2"]["rise"]["mean"] == 0 and checkpoints["step-2"]["win_rate"]["reference"]["mean"] == 0.5
     policy, tokenizer = models.load(run[0] / "policy")
     reference, _ = models.load(run[0] / "reference")
     differences, thirds = [], []
@@ -99,9 +99,9 @@ def test_the_kl_is_zero_where_the_models_are_the_same_and_theirs_where_not(run):
             tokens = [float(a[len(prompt) - 1 + i, t] - b[len(prompt) - 1 + i, t]) for i, t in enumerate(ids)]
             differences.append(sum(tokens))
             thirds.append(sum(math.exp(-d) - 1 + d for d in tokens))
-    assert found["final"]["kl"]["mean"] == pytest.approx(sum(differences) / len(differences), abs=1e-5)
-    assert found["final"]["kl_k3"]["mean"] == pytest.approx(sum(thirds) / len(thirds), abs=1e-5)
-    assert abs(found["final"]["kl"]["mean"]) > 1e-3
+    assert checkpoints["final"]["kl"]["mean"] == pytest.approx(sum(differences) / len(differences), abs=1e-5)
+    assert checkpoints["final"]["kl_k3"]["mean"] == pytest.approx(sum(thirds) / len(thirds), abs=1e-5)
+    assert abs(checkpoints["final"]["kl"]["mean"]) > 1e-3
 
 
 def test_log_probs_for_the_density_ratio(run):
@@ -113,11 +113,11 @@ def test_log_probs_for_the_density_ratio(run):
         assert row["logps"] != row["ref_logps"] and len(row["rewards"]) == 9
 
 
-def test_samples_that_exist_are_scored_as_they_are(run, tmp_path):
+def test_existing_samples_are_scored_unchanged(run, tmp_path):
     path = run[1] / "samples" / "final.jsonl"
     done = evaluate.run(
         evaluate.Config(samples=str(path), output_dir=str(tmp_path / "x"), reference=str(run[0] / "reference"),
-                        data=str(run[0] / "prompts.jsonl"), **HOW)
+                        data=str(run[0] / "prompts.jsonl"), **OPTIONS)
     )  # fmt: skip
     (entry,) = entries(done).values()
     assert entry["reward"] == entries(run[1])["final"]["reward"] and "kl" not in entry and entry["step"] is None
@@ -138,10 +138,10 @@ def test_samples_that_exist_are_scored_as_they_are(run, tmp_path):
         ),
     ],
 )
-def test_a_baseline_that_sampled_or_scored_otherwise_is_refused_with_the_difference(run, tmp_path, change, difference):
-    """Of another oracle the rise was +1000, of another temperature the win rate 100%, and nothing was said."""
+def test_a_baseline_with_other_settings_is_refused(run, tmp_path, change, difference):
+    """Check that the error names the difference: otherwise the rise and the win rate would be meaningless."""
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "red"}, {"prompt": "blue"}])
-    options = HOW | {"data": str(run[0] / "prompts.jsonl")} | change
+    options = OPTIONS | {"data": str(run[0] / "prompts.jsonl")} | change
     options |= {"data": other} if change.get("data") else {}
     reference = str(run[0] / "reference")
     config = evaluate.Config(
@@ -152,24 +152,24 @@ def test_a_baseline_that_sampled_or_scored_otherwise_is_refused_with_the_differe
     assert difference in str(stop.value) and not (tmp_path / "x").exists()
 
 
-def test_samples_are_recorded_with_the_settings_they_were_drawn_at(run, tmp_path):
-    """Not with this run's options, which draw nothing; and a moved file still knows its own."""
+def test_existing_samples_are_recorded_with_their_settings(run, tmp_path):
+    """Check that the options of the evaluation are not recorded instead, and that a moved file keeps its settings."""
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes((run[0] / "drawn" / "samples.jsonl").read_bytes())
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS[:2]])
     options = {"data": rows, "reference": "unused", "oracle": "tests.tasks:reward", "max_length": 300}
     done = evaluate.run(evaluate.Config(samples=str(moved), output_dir=str(tmp_path / "x"), **options))
-    found = json.loads((done / "evaluation.json").read_text())
-    settings = {name: found[name] for name in ("k", "temperature", "top_p", "max_new_tokens")}
+    evaluation = json.loads((done / "evaluation.json").read_text())
+    settings = {name: evaluation[name] for name in ("k", "temperature", "top_p", "max_new_tokens")}
     assert settings == {"k": 9, "temperature": 0.8, "top_p": 1.0, "max_new_tokens": 6}
-    foreign = write_rows(tmp_path / "foreign.jsonl", [{"prompt": p, "completions": ["red"]} for p in PROMPTS[:2]])
-    done = evaluate.run(evaluate.Config(samples=foreign, output_dir=str(tmp_path / "y"), **options))
-    found = json.loads((done / "evaluation.json").read_text())
-    assert (found["k"], found["temperature"], found["max_new_tokens"]) == (1, None, None)
+    unrecorded = write_rows(tmp_path / "foreign.jsonl", [{"prompt": p, "completions": ["red"]} for p in PROMPTS[:2]])
+    done = evaluate.run(evaluate.Config(samples=unrecorded, output_dir=str(tmp_path / "y"), **options))
+    evaluation = json.loads((done / "evaluation.json").read_text())
+    assert (evaluation["k"], evaluation["temperature"], evaluation["max_new_tokens"]) == (1, None, None)
 
 
 def test_a_reference_of_another_tokenizer_is_refused_before_anything_is_written(run, tmp_path, capsys):
-    """The same words in another order would give a KL without a meaning."""
+    """Check a tokenizer with the same words in another order, which would give a meaningless KL."""
     other = write_model(tmp_path / "other", scale=2.0, words=WORDS[::-1])
     arguments = ["--model", str(run[0] / "policy"), "--reference", other, "--data", str(run[0] / "prompts.jsonl")]
     arguments += ["--oracle", "tests.tasks:reward", "--device", "cpu", "--output_dir", str(tmp_path / "x")]
@@ -177,27 +177,27 @@ def test_a_reference_of_another_tokenizer_is_refused_before_anything_is_written(
     assert "expected the tokenizer of --model" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_the_kl_of_a_long_prompt_is_of_what_was_sampled_after(run, tmp_path):
-    """The log-probs that it was drawn with, less those of the reference after the same cut prompt."""
+def test_the_kl_of_a_long_prompt_uses_the_cut_prompt(run, tmp_path):
+    """Compare with the log-probs of the samples less those of the reference after the same cut prompt."""
     words = ("red green blue round square " * 4).split()
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": " ".join(words)}, {"prompt": "red"}])
     done = evaluate.run(
         evaluate.Config(model=str(run[0] / "policy"), reference=str(run[0] / "reference"), data=prompts,
-                        output_dir=str(tmp_path / "x"), **(HOW | {"k": 1, "seed": 1}))
+                        output_dir=str(tmp_path / "x"), **(OPTIONS | {"k": 1, "seed": 1}))
     )  # fmt: skip
     row = lines(done / "samples" / "final.jsonl")[0]
     (ids,) = row["token_ids"]
-    assert len(ids) < 6, "the case must leave room for more of the prompt"
+    assert len(ids) < 6, "the test needs a shorter completion than max_new_tokens"
     reference, tokenizer = models.load(run[0] / "reference")
     seen = prompt_ids(" ".join(words[-10:]), tokenizer)
     with torch.no_grad():
         logprobs = torch.log_softmax(reference(torch.tensor([seen + ids])).logits[0].double() / 0.8, -1)
-    theirs = sum(float(logprobs[9 + i, t]) for i, t in enumerate(ids))
-    assert row["log_ratios"] == pytest.approx([row["logprobs"][0] - theirs], abs=1e-5)
+    reference_logp = sum(float(logprobs[9 + i, t]) for i, t in enumerate(ids))
+    assert row["log_ratios"] == pytest.approx([row["logprobs"][0] - reference_logp], abs=1e-5)
 
 
 def test_one_prompt_is_too_few(run, tmp_path, capsys):
-    """Its mean has no error, so that any rise would be a success."""
+    """Check that it is refused: its mean has no error, so that any rise would look significant."""
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "red"}])
     arguments = ["--model", str(run[0] / "policy"), "--reference", str(run[0] / "reference"), "--data", prompts,
                  "--oracle", "tests.tasks:reward", "--output_dir", str(tmp_path / "x")]  # fmt: skip
@@ -205,8 +205,8 @@ def test_one_prompt_is_too_few(run, tmp_path, capsys):
     assert "expected at least two prompts" in capsys.readouterr().err
 
 
-def test_the_kl_under_top_p_is_that_of_the_whole_distribution(run, tmp_path):
-    """Two tokens at most, all of them counted: exact by enumeration. Of the truncated samples it would be another."""
+def test_the_kl_under_top_p_is_that_of_the_full_distribution(run, tmp_path):
+    """Compare with the exact sum over all completions of at most two tokens; the raw samples are biased."""
     names, kl = (str(run[0] / "policy"), str(run[0] / "reference")), 0.0
     (policy, tokenizer), (reference, _) = map(models.load, names)
     with torch.no_grad():
@@ -230,8 +230,8 @@ def test_the_kl_under_top_p_is_that_of_the_whole_distribution(run, tmp_path):
         evaluate.Config(model=str(tmp_path / "policy"), reference=names[1], data=rows, k=400, max_new_tokens=2,
                         max_length=16, top_p=0.5, oracle="tests.tasks:reward", output_dir=str(tmp_path / "x"))
     )  # fmt: skip
-    found = entries(done)["final"]
-    assert found["kl"]["mean"] == pytest.approx(kl, abs=5 * found["kl"]["standard_error"])
-    assert found["kl_k3"]["mean"] == pytest.approx(kl, abs=0.1 * kl)
+    entry = entries(done)["final"]
+    assert entry["kl"]["mean"] == pytest.approx(kl, abs=5 * entry["kl"]["standard_error"])
+    assert entry["kl_k3"]["mean"] == pytest.approx(kl, abs=0.1 * kl)
     biased = [ratio for row in lines(done / "samples" / "final.jsonl") for ratio in row["log_ratios"]]
-    assert sum(biased) / len(biased) > 1.2 * kl, "the case must tell the two apart"
+    assert sum(biased) / len(biased) > 1.2 * kl, "the test needs samples that are biased"

@@ -1,4 +1,4 @@
-"""Templates and the choice in an answer; the interval of a win rate."""
+"""Templates of the judge, the choice in its answer, and the interval of a win rate."""
 
 import pytest
 
@@ -17,13 +17,13 @@ def template(tmp_path):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ours_hold_what_they_ask_for(name):
+def test_built_in_templates_contain_every_text(name):
     texts = {"prompt": "<p>", "a": "<first>", "b": "<second>", "reference": "<r>"}
-    ours = JudgeTemplate(name)
-    filled = ours.fill(**texts)
+    built_in = JudgeTemplate(name)
+    filled = built_in.fill(**texts)
     assert filled.index("<p>") < filled.index("<first>") < filled.index("<second>")
-    assert ("<r>" in filled) == ours.shows_reference == ours.ties == (name == "instruction")
-    assert ours.choice(filled) is None  # a judge that repeats the question has not decided
+    assert ("<r>" in filled) == built_in.shows_reference == built_in.ties == (name == "instruction")
+    assert built_in.choice(filled) is None  # a judge that repeats the question has not decided
 
 
 def test_braces_of_the_texts_survive(template):
@@ -34,17 +34,17 @@ def test_braces_of_the_texts_survive(template):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{prompt} {a}", "expected a place {b} for an answer; found none"),
-        ("{prompt} {b}", "expected a place {a}"),
-        ("{prompt} {a} {b} {refrence}", "unknown place {refrence}; known: a, b, prompt, reference"),
+        ("{prompt} {a}", "expected {a} and {b} for the answers; add {b}"),
+        ("{prompt} {b}", "expected {a} and {b} for the answers; add {a}"),
+        ("{prompt} {a} {b} {refrence}", "unknown placeholder {refrence}; expected some of a, b, prompt, reference"),
     ],
 )
-def test_a_template_without_its_places(template, text, message):
+def test_a_template_without_its_placeholders_is_refused(template, text, message):
     with pytest.raises(ValueError, match=message):
         template(text)
 
 
-def test_a_template_that_is_not_there():
+def test_an_unknown_template_is_refused():
     with pytest.raises(ValueError, match="--template sumary: expected summary, dialogue, instruction, or a text file"):
         JudgeTemplate("sumary")
 
@@ -72,7 +72,7 @@ def test_a_template_that_is_not_there():
         ("", None),
     ],
 )
-def test_the_last_line_that_states_a_choice(template, answer, choice):
+def test_the_last_line_that_states_a_choice_decides(template, answer, choice):
     assert template('{a}{b} "tie"').choice(answer) == choice
     assert template("{a}{b} no tie").choice(answer) == (None if choice == "tie" else choice)
 
@@ -93,18 +93,18 @@ def test_the_last_line_that_states_a_choice(template, answer, choice):
     ],
 )
 def test_the_last_line_with_the_label_decides(answer, choice):
-    """Not one in the reasoning before it, and not a bare letter after it."""
-    ours = JudgeTemplate("summary")
-    assert ours.label == "Preferred" and ours.choice(answer) == choice
+    """Check that neither a label in earlier reasoning nor a later letter without the label decides."""
+    summary = JudgeTemplate("summary")
+    assert summary.label == "Preferred" and summary.choice(answer) == choice
     assert [JudgeTemplate(name).label for name in TEMPLATES] == ["Preferred", "More helpful", "Better"]
 
 
-def test_the_same_words_under_another_template_are_another_question():
+def test_the_cache_key_depends_on_template_endpoint_and_body():
     keys = [("summary", "u", b"x"), ("dialogue", "u", b"x"), ("summary", "v", b"x"), ("summary", "u", b"y")]
     assert len({AnswerCache.key(JudgeTemplate(name), url, body) for name, url, body in keys}) == 4
 
 
-def test_bootstrap_covers_as_the_normal_interval_does():
+def test_the_bootstrap_interval_is_close_to_the_normal_interval():
     values = [0.0] * 40 + [1.0] * 60
     low, high = evaluation_metrics.bootstrap(values, seed=0)
     half = 1.96 * 0.049

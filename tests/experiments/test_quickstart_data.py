@@ -1,4 +1,4 @@
-"""The quickstart's texts and judge: what the grammar promises, and laws that a fair judge obeys."""
+"""The quickstart's texts and score: properties of the corpus, and rules that a fair score follows."""
 
 import statistics
 
@@ -27,7 +27,7 @@ def test_the_seed_decides_the_corpus():
     assert corpus(2000, seed=4) != PAIRS
 
 
-def test_texts_keep_to_length_and_vocabulary():
+def test_texts_stay_within_length_and_vocabulary():
     words = set(vocabulary())
     assert 150 <= len(words) <= 300
     for prompt, continuation in PAIRS:
@@ -35,7 +35,7 @@ def test_texts_keep_to_length_and_vocabulary():
         assert 12 <= len(text) <= 24 and text[-1] == "." and set(text) <= words
 
 
-def test_the_corpus_praises_as_much_as_it_blames():
+def test_praise_and_blame_are_balanced():
     scores = [score(f"{prompt} {continuation}") for prompt, continuation in PAIRS]
     assert abs(statistics.mean(scores)) < 0.3 and statistics.stdev(scores) > 2
     assert sum(s > 1 for s in scores) > 500 and sum(s < -1 for s in scores) > 500
@@ -60,7 +60,7 @@ def test_prompts_are_neutral():
         ("the film was good . i loved it .", "the film was good ."),
     ],
 )
-def test_order(better, worse):
+def test_better_texts_score_higher(better, worse):
     assert score(better) > score(worse)
 
 
@@ -87,5 +87,5 @@ def test_the_sum_saturates():
     words = ["superb", "wonderful", "excellent", "brilliant", "great", "lovely"]
     claims = [f"the {s} was truly {w} ." for s, w in zip(subjects, words, strict=True)]
     steps = [score(" ".join(claims[:n])) for n in range(len(claims) + 1)]
-    gains = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+    gains = [current - previous for previous, current in zip(steps, steps[1:], strict=False)]
     assert all(gain > 0 for gain in gains) and gains[-1] < gains[0] / 4 and steps[-1] < 6

@@ -1,4 +1,4 @@
-"""The quickstart, shortened: rewards rise, what holds is not run again, an interruption is healed."""
+"""The quickstart, shortened: rewards rise, finished steps are not repeated, and an interrupted run resumes."""
 
 import json
 
@@ -26,12 +26,12 @@ def quickstart(tmp_path_factory):
 
 
 def evaluations(directory):
-    found = {}
+    checkpoints = {}
     for step in json.loads((directory / "run.json").read_text())["plan"]:
         if step["stage"] == "evaluate":
-            whole = json.loads((directory / step["name"] / "evaluation.json").read_text())
-            found[step["method"]] = whole["checkpoints"]
-    return found
+            evaluation = json.loads((directory / step["name"] / "evaluation.json").read_text())
+            checkpoints[step["method"]] = evaluation["checkpoints"]
+    return checkpoints
 
 
 def digests(directory):
@@ -43,15 +43,15 @@ def digests(directory):
 
 
 def test_every_method_is_trained_and_evaluated(quickstart):
-    found = evaluations(quickstart)
-    assert set(found) == {"sft", "exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo", "bon"}
-    assert [entry["step"] for entry in found["exo-rw"]] == [24, 48]
-    for method in ("exo-pref", "dpo-pref", "bon"):  # what the reward model learns in so short a time is little
-        rise = found[method][-1]["rise"]
+    checkpoints = evaluations(quickstart)
+    assert set(checkpoints) == {"sft", "exo-rw", "dpo-rw", "exo-pref", "dpo-pref", "ppo", "bon"}
+    assert [entry["step"] for entry in checkpoints["exo-rw"]] == [24, 48]
+    for method in ("exo-pref", "dpo-pref", "bon"):  # the reward model learns too little for the others
+        rise = checkpoints[method][-1]["rise"]
         assert rise["mean"] > 3 * rise["standard_error"], method
 
 
-def test_the_first_losses_are_those_of_theory(quickstart):
+def test_the_first_losses_have_their_theoretical_values(quickstart):
     first = {name: lines(quickstart / name / "metrics.jsonl")[0]["loss"] for name in
              ("exo-pref/seed0", "dpo-pref/seed0", "dpo-rw/k4-seed0")}  # fmt: skip
     assert first["exo-pref/seed0"] == pytest.approx(2.76123, abs=1e-3)
@@ -59,7 +59,7 @@ def test_the_first_losses_are_those_of_theory(quickstart):
     assert first["dpo-rw/k4-seed0"] == pytest.approx(1.386294, abs=1e-3)
 
 
-def test_metrics_say_how_sharp_the_target_is(quickstart):
+def test_metrics_include_the_sharpness_of_the_target(quickstart):
     rows = lines(quickstart / "exo-rw" / "k4-seed0" / "metrics.jsonl")
     row = [row for row in rows if "loss" in row][-1]
     assert 0 <= row["target/entropy"] <= 1.3863 and 1 <= row["target/ess"] <= 4
@@ -72,46 +72,46 @@ def test_held_out_prompts_are_not_trained_on(quickstart):
     assert names["prompts"].isdisjoint(names["test"])
 
 
-def test_the_same_command_again_runs_nothing_but_the_report(quickstart, capsys):
-    before = digests(quickstart)
+def test_the_same_command_reruns_only_the_report(quickstart, capsys):
+    previous = digests(quickstart)
     assert train.main(["--output_dir", str(quickstart), "--set", SHORT]) == 0
     record = json.loads((quickstart / "run.json").read_text())
-    assert record["steps_run"] == 1 and capsys.readouterr().out.count("already there") == len(record["plan"]) - 1
-    after = digests(quickstart)
-    assert {name: after[name] for name in before if name != "report"} == {
-        n: b for n, b in before.items() if n != "report"
+    assert record["steps_run"] == 1 and capsys.readouterr().out.count("up to date") == len(record["plan"]) - 1
+    current = digests(quickstart)
+    assert {name: current[name] for name in previous if name != "report"} == {
+        n: b for n, b in previous.items() if n != "report"
     }
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_to_the_same_artifacts(quickstart, tmp_path, monkeypatch):
-    """Stopped between stages, and once inside one, whose half-made directory is made anew."""
+def test_an_interrupted_run_resumes_to_the_same_artifacts(quickstart, tmp_path, monkeypatch):
+    """Stop between stages, and once within a stage, whose partial directory is then replaced."""
     arguments = ["--output_dir", str(tmp_path / "run"), "--set", SHORT, "--methods", "exo-pref"]
     assert train.main([*arguments, "--to", "samples"]) == 0
     finish = run_stage.finish
 
-    def killed(directory, **facts):
+    def interrupted_finish(directory, **facts):
         if directory.name == "labelled":
             raise KeyboardInterrupt
         finish(directory, **facts)
 
-    monkeypatch.setattr(run_stage, "finish", killed)
+    monkeypatch.setattr(run_stage, "finish", interrupted_finish)
     assert train.main([*arguments, "--to", "labelled"]) == 130
     monkeypatch.undo()
     assert train.main([*arguments, "--to", "exo-pref"]) == 0
-    whole, healed = digests(quickstart), digests(tmp_path / "run")
-    assert {"data", "sft", "samples", "labelled", "exo-pref/seed0"} <= set(healed)
-    for name, outputs in healed.items():
-        assert outputs == whole[name], name
+    undisturbed, resumed = digests(quickstart), digests(tmp_path / "run")
+    assert {"data", "sft", "samples", "labelled", "exo-pref/seed0"} <= set(resumed)
+    for name, outputs in resumed.items():
+        assert outputs == undisturbed[name], name
 
 
 @pytest.mark.slow
-def test_two_jobs_make_the_same(quickstart, tmp_path):
+def test_two_jobs_make_the_same_artifacts(quickstart, tmp_path):
     arguments = ["--output_dir", str(tmp_path / "run"), "--set", SHORT, "--methods", "exo-pref,dpo-pref", "--jobs", "2"]
     assert train.main(arguments) == 0
-    whole, parallel = digests(quickstart), digests(tmp_path / "run")
+    sequential, parallel = digests(quickstart), digests(tmp_path / "run")
     for name in ("sft", "samples", "exo-pref/seed0", "dpo-pref/seed0", "evaluation/exo-pref/seed0"):
-        assert parallel[name] == whole[name], name
+        assert parallel[name] == sequential[name], name
 
 
 def test_a_directory_that_no_run_wrote_is_left_alone(tmp_path, capsys):
@@ -120,13 +120,13 @@ def test_a_directory_that_no_run_wrote_is_left_alone(tmp_path, capsys):
     assert "holds files that no run wrote" in capsys.readouterr().err
 
 
-def test_data_without_a_model_says_what_is_missing(capsys):
+def test_data_without_a_model_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--data", "rows.jsonl"])
     assert stop.value.code == 2 and "--model: expected a directory, a hub name, or tiny" in capsys.readouterr().err
 
 
-def test_an_option_of_alignment_alone_is_not_the_quickstarts(capsys):
+def test_the_quickstart_refuses_options_of_alignment(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--learning-rate", "1e-3"])
     assert stop.value.code == 2 and "--model: expected" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The shipped recipes: each loads, plans with options that exist, and says what an own recipe gets wrong."""
+"""The shipped recipes: each loads and plans with existing options, and an error in a recipe is one line."""
 
 from pathlib import Path
 
@@ -7,16 +7,17 @@ import yaml
 
 from exo import train
 from exo.experiments import plan, tasks
+from exo.experiments import recipe as experiment_recipe
 
-NAMES = plan.SHIPPED
+NAMES = experiment_recipe.SHIPPED
 
 
-def planned(name: str, tmp_path: Path, **changes) -> dict[str, plan.Step]:
-    recipe = plan.load(name, **changes)
+def plan_recipe(name: str, tmp_path: Path, **changes) -> dict[str, plan.Step]:
+    recipe = experiment_recipe.load(name, **changes)
     if recipe.model is None and recipe.task not in tasks.MODEL_MAKERS:
-        recipe = plan.load(name, **{"model": "owner/model"} | changes)
+        recipe = experiment_recipe.load(name, **{"model": "owner/model"} | changes)
     if recipe.source is None and recipe.task != "quickstart":
-        recipe = plan.load(name, **{"model": recipe.model, "source": "rows.jsonl"} | changes)
+        recipe = experiment_recipe.load(name, **{"model": recipe.model, "source": "rows.jsonl"} | changes)
     return {step.name: step for step in plan.plan(recipe, tmp_path)}
 
 
@@ -26,24 +27,24 @@ def test_the_shipped_recipes():
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_plans(name, full, tmp_path):
-    recipe = plan.load(name)
-    steps = planned(name, tmp_path, full=full)
+def test_every_recipe_can_be_planned(name, full, tmp_path):
+    recipe = experiment_recipe.load(name)
+    steps = plan_recipe(name, tmp_path, full=full)
     assert recipe.title and (recipe.notes or name == "quickstart")
     for method in recipe.methods:
         assert any(step.facts.get("method") == method for step in steps.values())
-    known = set(steps)
-    assert all(set(step.needs) <= known for step in steps.values())
+    names = set(steps)
+    assert all(set(step.needs) <= names for step in steps.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sampling_training_and_evaluation_agree(name, tmp_path):
-    """One temperature and one length of prompts everywhere; as many samples as the largest K takes."""
-    steps = planned(name, tmp_path)
+    """Check one temperature and one prompt length in every step, and enough samples for the largest K."""
+    steps = plan_recipe(name, tmp_path)
     temperatures = {step.config.temperature for step in steps.values() if hasattr(step.config, "temperature")}
     assert len(temperatures) == 1
-    common = plan.load(name).common
-    if "max_prompt_length" in common:  # which evaluation and PPO take from the other two
+    common = experiment_recipe.load(name).common
+    if "max_prompt_length" in common:  # evaluation and PPO derive it from the other two
         assert common["max_prompt_length"] == common["max_length"] - common["max_new_tokens"]
     limit = steps["sft"].config.max_completion_length
     assert limit is None or limit <= common["max_new_tokens"]
@@ -53,13 +54,13 @@ def test_sampling_training_and_evaluation_agree(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_section_of_a_recipe_is_used(name, tmp_path):
-    """A section that no step reads would be dropped in silence."""
-    values = yaml.safe_load((plan.RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    """Check that a step reads each section, which would otherwise be silently ignored."""
+    values = yaml.safe_load((experiment_recipe.RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     read = {"sft", "classifier", "sample", "reward", "score", "align", "align.rw", "align.pref", "ppo", "best_of_n"}
     read |= {"bon", "evaluate", "density", "prepare"}
     for stages in (values["stages"], values.get("full", {}).get("stages", {})):
         assert set(stages) <= read
-    configs = [step.config for step in planned(name, tmp_path).values()]
+    configs = [step.config for step in plan_recipe(name, tmp_path).values()]
     for option in values["common"]:
         assert any(hasattr(config, option) for config in configs), option
 
@@ -67,7 +68,7 @@ def test_every_section_of_a_recipe_is_used(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
 def test_a_dry_run_needs_no_hub(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("the network was asked"))
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("the network was used"))
     model = [] if name == "polarity" else ["--model", "owner/model"]
     arguments = ["--recipe", name, "--source", "owner/rows", "--dry-run", "--output_dir", str(tmp_path / "run"), *model]
     assert train.main(arguments) == 0
@@ -81,12 +82,12 @@ def test_a_dry_run_needs_no_hub(name, tmp_path, capsys, monkeypatch):
     [
         (["--recipe", "imbd"], "expected one of custom, hh, imdb, instruct, polarity, quickstart, tldr"),
         (["--recipe", "hh", "--set", "align.beta_p=0.5"], "align: unknown option 'beta_p'; did you mean beta_pi?"),
-        (["--recipe", "polarity"], "--source: expected where the files are; got None"),
-        (["--recipe", "custom", "--source", "rows.jsonl"], "--model: expected a directory or a hub name to begin with"),
+        (["--recipe", "polarity"], "--source: expected the files of the task; got None"),
+        (["--recipe", "custom", "--source", "rows.jsonl"], "--model: expected a directory or a hub name to start from"),
         (["--recipe", "hh", "--methods", "exo"], "--methods: expected some of exo-rw"),
     ],
 )
-def test_a_slip_is_one_line(arguments, expected, tmp_path, capsys):
+def test_an_error_on_the_command_line_is_one_line(arguments, expected, tmp_path, capsys):
     assert train.main([*arguments, "--dry-run", "--output_dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert expected in error and len(error.splitlines()) == 1
@@ -105,12 +106,12 @@ def test_a_slip_is_one_line(arguments, expected, tmp_path, capsys):
         ({"common": {"temprature": 1}}, "common: unknown option 'temprature'; did you mean temperature?"),
         ({"stages": {"sft": {"learning_rate": "fast"}}}, "sft: --learning_rate: invalid float value: 'fast'"),
         ({"stages": {"sft": {"max_steps": 1.5}}}, "sft: --max_steps: invalid int value: '1.5'"),
-        ({"stages": {"align": {"loss": "dop"}}}, "align: loss is for the plan to set"),
+        ({"stages": {"align": {"loss": "dop"}}}, "align: loss is set by the plan"),
         ({"common": {"max_completion_length": True}}, "sft: --max_completion_length: invalid int value: 'True'"),
         ({"task": "polarty"}, "--task: expected one of quickstart, polarity"),
     ],
 )
-def test_a_slip_in_a_recipe_of_ones_own(changed, expected, tmp_path, capsys):
+def test_an_error_in_a_recipe_file_is_one_line(changed, expected, tmp_path, capsys):
     values = {"title": "mine", "task": "polarity", "source": "x", "oracle": "classifier"} | changed
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -119,14 +120,16 @@ def test_a_slip_in_a_recipe_of_ones_own(changed, expected, tmp_path, capsys):
     assert expected in error and len(error.splitlines()) == 1
 
 
-def test_numbers_as_yaml_has_them(tmp_path):
-    """1e-4 is a text to YAML 1.1: without a dot it is no number there."""
-    recipe = plan.load("quickstart", stages=yaml.safe_load("{sft: {learning_rate: 1e-4, warmup_ratio: 0}}"))
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    """Check 1e-4, which YAML 1.1 reads as text, because it has no dot."""
+    recipe = experiment_recipe.load(
+        "quickstart", stages=yaml.safe_load("{sft: {learning_rate: 1e-4, warmup_ratio: 0}}")
+    )
     config = plan.plan(recipe, tmp_path)[1].config
     assert config.learning_rate == 1e-4 and type(config.warmup_ratio) is float
 
 
-def test_what_all_stages_share_can_be_set(tmp_path, capsys):
+def test_common_options_can_be_set(tmp_path, capsys):
     options = train.Config(recipe="quickstart", set="common.temperature=0.7 sft.max_steps=3")
     recipe = train.load_recipe(options)
     assert recipe.common["temperature"] == 0.7 and recipe.common["device"] == "cpu"

@@ -1,4 +1,4 @@
-"""The data of the tasks: what each source layout becomes, exactly; and that nothing held out is trained on."""
+"""The data of the tasks: the exact files made of each source layout, and that no held-out text is trained on."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TEXTS = [f"the film was number {i} and it was {word}" for i, word in enumerate([
 
 
 def prepared(tmp_path: Path, task: str, source: Path | str, **options) -> dict[str, list[dict]]:
-    """The rows of every file that the task writes, by name."""
+    """Return the rows of every file that the task writes, by name."""
     out = tmp_path / "data"
     prepare.run(
         prepare.Config(output_dir=str(out), overwrite_output_dir=True, task=task, source=str(source), **options)
@@ -34,8 +34,8 @@ def prompts(rows: list[dict]) -> set[str]:
     return {row["prompt"] for row in rows}
 
 
-def apart(made: dict[str, list[dict]]) -> bool:
-    """Nothing held out is in another file, and no prompt is held out twice."""
+def is_disjoint(made: dict[str, list[dict]]) -> bool:
+    """Return whether no held-out prompt is in another file or held out twice."""
     held_out = [row["prompt"] for row in made["test"]]
     trained = set().union(*(prompts(made[name]) for name in ("sft", "prompts", "pairs") if name in made))
     labelled = {row["text"] for row in made.get("labelled", [])}
@@ -49,7 +49,7 @@ def apart(made: dict[str, list[dict]]) -> bool:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
-    """A model directory; its tokens are bytes and a few words of TEXTS."""
+    """Write a model whose tokens are bytes and a few words of TEXTS; return its directory."""
     directory = tmp_path_factory.mktemp("model")
     model, tokens = models.tiny(TEXTS, vocab_size=300, hidden_size=16, num_layers=1, num_heads=1)
     models.save(model, tokens, directory)
@@ -80,9 +80,9 @@ def labelled(part: str) -> list[dict]:
     return [{"text": t, "label": int(k == "pos")} for (p, k), texts in RAW.items() if p == part for t in texts]
 
 
-def test_a_review_is_cut_after_ten_tokens_and_nothing_is_lost(tmp_path, tokenizer):
+def test_a_review_is_cut_after_ten_tokens_and_no_text_is_lost(tmp_path, tokenizer):
     made = prepared(tmp_path, "imdb", unpacked(tmp_path), tokenizer=tokenizer)
-    assert made["labelled"] and apart(made)
+    assert made["labelled"] and is_disjoint(made)
     clean = {
         "an entirely lovely film\n\nwith Zo\u00eb in it.": 1,
         "superb, all of it, truly superb": 1,
@@ -98,7 +98,7 @@ def test_a_review_is_cut_after_ten_tokens_and_nothing_is_lost(tmp_path, tokenize
 
 
 def test_a_letter_of_several_tokens_is_not_cut_in_two(tmp_path, tokenizer):
-    """The tenth token is the first byte of the letter, and no text ends there."""
+    """Check a letter whose first byte is the tenth token: the prompt must not end within it."""
     texts = ["abcdefghi\u00eb and more", "jklmnopqr\u00eb and more", "stuvwxyza\u00eb and more"]
     path = put(tmp_path, [{"text": text, "label": 1} for text in texts])
     made = prepared(tmp_path, "imdb", path, tokenizer=tokenizer)
@@ -127,8 +127,8 @@ def test_every_layout_of_the_reviews_is_the_same_task(tmp_path, tokenizer, monke
     assert calls == [("owner/imdb", None, "train"), ("owner/imdb", None, "test")]
 
 
-def test_the_order_is_of_chance_and_the_seed_decides_it(tmp_path, tokenizer):
-    """Files are sorted by label: the first prompts of a test in that order would all be of one label."""
+def test_the_rows_are_shuffled_by_the_seed(tmp_path, tokenizer):
+    """Check a file that is sorted by label, so that its first rows have only one label."""
     path = put(tmp_path, [{"text": f"{i} {'film ' * 8}was seen", "label": int(i < 50)} for i in range(100)])
     made = [prepared(tmp_path, "imdb", path, tokenizer=tokenizer, seed=seed) for seed in (0, 0, 1)]
     assert made[0] == made[1] != made[2]
@@ -144,7 +144,7 @@ def test_a_prompt_that_begins_a_training_review_is_not_held_out(tmp_path, tokeni
     rows = [{"text": text, "label": 0} for text in ("the same beginning but not the end", "quite another beginning")]
     put(folder, rows, "test.jsonl")
     made = prepared(tmp_path, "imdb", folder, tokenizer=tokenizer)
-    assert apart(made) and len(made["test"]) == 1
+    assert is_disjoint(made) and len(made["test"]) == 1
     assert "1 held-out prompts left out: they are trained on" in capsys.readouterr().out
 
 
@@ -159,20 +159,22 @@ def test_a_sentence_is_cut_after_four_words(tmp_path):
     made = prepared(
         tmp_path, "polarity", sentences(tmp_path, good, b"dull , dull , and long .\nbad in every way , sadly")
     )
-    assert apart(made)
-    whole = {
+    assert is_disjoint(made)
+    expected = {
         ("a film for the", " ages , clich\u00e9s and all\u2026 still good .", 1),
         ("dull , dull ,", " and long .", 0),
         ("bad in every way", " , sadly", 0),
     }
     (held_out,) = prompts(made["test"])
-    kept = {row for row in whole if row[0] != held_out}
-    assert len(kept) == 2  # of four lines one is no longer than a prompt, and one is held out
-    assert {(row["prompt"], row["completion"]) for row in made["sft"]} == {row[:2] for row in kept}
-    assert {(row["text"], row["label"]) for row in made["labelled"]} == {(p + rest, label) for p, rest, label in kept}
+    trained = {row for row in expected if row[0] != held_out}
+    assert len(trained) == 2  # one of four lines is no longer than a prompt, and one is held out
+    assert {(row["prompt"], row["completion"]) for row in made["sft"]} == {row[:2] for row in trained}
+    assert {(row["text"], row["label"]) for row in made["labelled"]} == {
+        (p + completion, label) for p, completion, label in trained
+    }
 
 
-def test_polarity_makes_its_model_of_training_sentences_alone(tmp_path):
+def test_polarity_makes_its_model_from_training_sentences(tmp_path):
     good = b"".join(b"a film of number %d and of zest\n" % i for i in range(30))
     made = prepared(tmp_path, "polarity", sentences(tmp_path, good, good.replace(b"a film of", b"one film of")))
     model, tokens = models.load(tmp_path / "data" / "base")
@@ -185,7 +187,7 @@ def test_the_real_sentences(tmp_path):
     if not (folder := os.environ.get("EXO_SHARED_DATA")):
         pytest.skip("EXO_SHARED_DATA names no folder of real data")
     made = prepared(tmp_path, "polarity", folder)
-    assert apart(made)
+    assert is_disjoint(made)
     assert (len(made["sft"]), len(made["test"])) == (9439, 1000)
     assert 0.48 < sum(row["label"] for row in made["labelled"]) / len(made["labelled"]) < 0.52
     held_out = prompts(made["test"])
@@ -235,8 +237,8 @@ TLDR = {
 }
 
 
-def same(made: dict[str, list[dict]], expected: dict[str, list[dict]]) -> bool:
-    """Whatever the order, which is of chance."""
+def equal_in_any_order(made: dict[str, list[dict]], expected: dict[str, list[dict]]) -> bool:
+    """Return whether the rows are equal in any order."""
     return {name: sorted(map(str, rows)) for name, rows in made.items()} == {
         name: sorted(map(str, rows)) for name, rows in expected.items()
     }
@@ -249,7 +251,7 @@ def test_summaries_from_files(tmp_path, capsys, layout):
         folder = source / name if layout == "folders" else source
         folder.mkdir(parents=True, exist_ok=True)
         put(folder, json.dumps(rows), "part.json" if layout == "folders" else f"{name}.json")
-    assert same(prepared(tmp_path, "tldr", source), TLDR)
+    assert equal_in_any_order(prepared(tmp_path, "tldr", source), TLDR)
     out = capsys.readouterr().out
     assert "1 comparisons skipped: of news" in out and "2 held-out prompts left out" in out
 
@@ -263,7 +265,7 @@ def test_summaries_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda path, *, name, split: datasets.Dataset.from_list(hub[path, name, split])
     )
-    assert same(prepared(tmp_path, "tldr", "openai/summarize_from_feedback"), TLDR)
+    assert equal_in_any_order(prepared(tmp_path, "tldr", "openai/summarize_from_feedback"), TLDR)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ def test_summaries_from_the_hub(tmp_path, monkeypatch):
         comparison("x", post=None),
     ],
 )
-def test_a_row_that_is_no_comparison(tmp_path, row):
+def test_a_row_that_is_no_comparison_is_refused(tmp_path, row):
     put(tmp_path, [post("four")], "sft.jsonl")
     path = put(tmp_path, [comparison("one"), row], "comparisons.jsonl")
     assert refused(tmp_path, "tldr", tmp_path).startswith(f"{path}:2: expected a comparison with info")
@@ -293,11 +295,11 @@ def dialogue(n: int) -> dict:
 def test_dialogues_of_one_file(tmp_path):
     rows = [dialogue(n // 2) for n in range(40)]  # two of each question
     made = prepared(tmp_path, "preferences", put(tmp_path, rows))
-    assert apart(made)
+    assert is_disjoint(made)
     assert (len(made["test"]), len(made["prompts"]), len(made["sft"]), len(made["pairs"])) == (2, 18, 18, 36)
-    asked = prompts(made["prompts"])
-    assert asked | prompts(made["test"]) == {f"{H} question {n}?{A}" for n in range(20)}
-    assert asked == prompts(made["sft"]) == prompts(made["pairs"])
+    train_prompts = prompts(made["prompts"])
+    assert train_prompts | prompts(made["test"]) == {f"{H} question {n}?{A}" for n in range(20)}
+    assert train_prompts == prompts(made["sft"]) == prompts(made["pairs"])
     assert {row["completion"] for row in made["sft"]} == {row["chosen"] for row in made["test"]} == {" a good answer"}
     assert {(row["chosen"], row["rejected"]) for row in made["pairs"]} == {(" a good answer", " a bad one")}
 
@@ -309,7 +311,7 @@ def test_a_directory_with_parts_and_prompts(tmp_path):
     put(source, [dialogue(n) for n in (2, 7)], "test.jsonl")
     put(source, [{"prompt": "only asked"}, {"prompt": f"{H} question 7?{A}"}], "prompts.jsonl")
     made = prepared(tmp_path, "preferences", source)
-    assert apart(made)
+    assert is_disjoint(made)
     assert prompts(made["test"]) == {f"{H} question 7?{A}"}
     assert prompts(made["pairs"]) == {f"{H} question {n}?{A}" for n in range(3)}
     assert prompts(made["prompts"]) == {"only asked"}
@@ -319,18 +321,18 @@ def test_the_best_of_scored_completions_is_chosen(tmp_path):
     rows = [{"prompt": f"p{n}", "completions": [" a", " b", " c"], "rewards": [0, 2, -1]} for n in range(4)]
     rows.append({"prompt": "even", "completions": [" a", " b"], "rewards": [1, 1]})
     made = prepared(tmp_path, "preferences", put(tmp_path, rows))
-    assert apart(made) and len(made["pairs"]) == 3
+    assert is_disjoint(made) and len(made["pairs"]) == 3
     assert made["pairs"][0] | {"prompt": ""} == {"prompt": "", "chosen": " b", "rejected": " c"}
     assert made["test"][0]["chosen"] == " b"
 
 
 def test_chat_messages_stay_messages(tmp_path):
-    asked = [[{"role": "user", "content": f"question {n}"}] for n in range(3)]
-    rows = [{"prompt": messages, "chosen": "yes", "rejected": "no"} for messages in asked]
+    chats = [[{"role": "user", "content": f"question {n}"}] for n in range(3)]
+    rows = [{"prompt": messages, "chosen": "yes", "rejected": "no"} for messages in chats]
     made = prepared(tmp_path, "preferences", put(tmp_path, rows))
-    kept = [row["prompt"] for row in made["pairs"]]
-    assert len(kept) == 2 and all(messages in asked for messages in kept)
-    assert made["test"][0]["prompt"] in asked and made["test"][0]["prompt"] not in kept
+    train_prompts = [row["prompt"] for row in made["pairs"]]
+    assert len(train_prompts) == 2 and all(messages in chats for messages in train_prompts)
+    assert made["test"][0]["prompt"] in chats and made["test"][0]["prompt"] not in train_prompts
 
 
 def test_a_folder_on_the_hub(tmp_path, monkeypatch):
@@ -345,19 +347,19 @@ def test_a_folder_on_the_hub(tmp_path, monkeypatch):
     made = prepared(tmp_path, "preferences", "Anthropic/hh-rlhf:helpful-base/")
     assert [call[2] for call in calls] == ["train", "test"]
     assert all(call[:2] == ("Anthropic/hh-rlhf", {"data_dir": "helpful-base"}) for call in calls)
-    assert apart(made) and len(made["test"]) == 4
+    assert is_disjoint(made) and len(made["test"]) == 4
 
 
 def test_the_real_dialogues(tmp_path):
     if not (folder := os.environ.get("EXO_SHARED_DATA")):
         pytest.skip("EXO_SHARED_DATA names no folder of real data")
     made = prepared(tmp_path, "preferences", Path(folder) / "hh_harmless_base_test.jsonl.gz")
-    assert apart(made)
+    assert is_disjoint(made)
     assert len(made["pairs"]) > 2000 and 200 < len(made["test"]) < 240
     assert all(row["prompt"].endswith(A) for row in made["pairs"] + made["test"])
 
 
-# What cannot be used.
+# Sources and options that cannot be used.
 
 
 @pytest.mark.parametrize(
@@ -369,7 +371,7 @@ def test_the_real_dialogues(tmp_path):
         ("preferences", "expected a directory of data files alone"),
     ],
 )
-def test_another_layout_is_one_line(tmp_path, tokenizer, task, expected):
+def test_an_unknown_layout_is_refused_in_one_line(tmp_path, tokenizer, task, expected):
     source = tmp_path / "source"
     source.mkdir()
     put(source, "notes", "notes.md")
@@ -377,7 +379,7 @@ def test_another_layout_is_one_line(tmp_path, tokenizer, task, expected):
     assert refused(tmp_path, task, source, **options).startswith(f"{source}: {expected}")
 
 
-def test_half_an_unpacked_archive(tmp_path, tokenizer):
+def test_an_incomplete_archive_is_refused(tmp_path, tokenizer):
     source = unpacked(tmp_path)
     for file in (source / "test" / "neg").iterdir():
         file.unlink()
@@ -394,12 +396,12 @@ def test_another_encoding_names_the_file(tmp_path, tokenizer, name, encoding):
     assert refused(tmp_path, task, source, **options) == f"{source / name}: not {encoding} (byte 3)"
 
 
-def test_options_that_do_not_belong(tmp_path):
-    with pytest.raises(ValueError, match="--source: expected where the files are; got None"):
+def test_unsuitable_options_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--source: expected the files of the task; got None"):
         prepare.Config(task="preferences")
-    with pytest.raises(ValueError, match="--tokenizer: expected a model, whose tokens cut the texts; got None"):
+    with pytest.raises(ValueError, match="--tokenizer: expected a model, whose tokenizer cuts the texts; got None"):
         prepare.Config(task="imdb", source="x")
-    with pytest.raises(ValueError, match="--tokenizer: expected none: nothing is cut by tokens; got 'gpt2'"):
+    with pytest.raises(ValueError, match="--tokenizer: expected none, because this task needs none; got 'gpt2'"):
         prepare.Config(task="tldr", source="x", tokenizer="gpt2")
     with pytest.raises(ValueError, match="--tokenizer: expected a model whose first 10 tokens .*; got 'tiny'"):
         prepare.run(prepare.Config(task="imdb", source="x", tokenizer="tiny", output_dir=str(tmp_path / "out")))

@@ -1,4 +1,4 @@
-"""LoRA: the reference is the model without it, what is left the model with it, and an earlier adapter is not lost."""
+"""LoRA: the reference is the model without the adapter, the saved model has it, and an earlier adapter is kept."""
 
 import copy
 import json
@@ -36,13 +36,13 @@ def start(tmp_path_factory):
 
 
 def rows():
-    made = []
+    examples = []
     for i, prompt in enumerate(PROMPTS * 4):
         texts = [f" {WORDS[i % 5]} good", " good good small", f" bad {WORDS[(i + 2) % 5]}", " big"]
-        made.append(
+        examples.append(
             {"prompt": f"{prompt} {WORDS[i % 7]}", "completions": texts, "rewards": [reward("", t) for t in texts]}
         )
-    return made
+    return examples
 
 
 def aligned(start, tmp_path, name, *options):
@@ -59,34 +59,34 @@ def logits(model):
         return model.eval()(input_ids=ids).logits
 
 
-def test_the_reference_is_the_model_below_the_adapter(start, tmp_path):
-    """Live, it is the adapter switched off; kept, it was made before there was one. The runs are the same."""
-    kept, live = (aligned(start, tmp_path, mode, "--reference", mode) for mode in ("cache", "live"))
-    for a, b in zip(lines(kept / "metrics.jsonl"), lines(live / "metrics.jsonl"), strict=True):
+def test_the_reference_is_the_model_without_the_adapter(start, tmp_path):
+    """Check that a live reference (adapter disabled) and a cached one (computed before it was added) agree."""
+    cached, live = (aligned(start, tmp_path, mode, "--reference", mode) for mode in ("cache", "live"))
+    for a, b in zip(lines(cached / "metrics.jsonl"), lines(live / "metrics.jsonl"), strict=True):
         for name in ("loss", "log_ratios/mean_square", "eval_loss"):
             if name in a:
                 assert a[name] == pytest.approx(b[name], abs=1e-4), name
-    assert lines(live / "metrics.jsonl")[5]["log_ratios/mean_square"] > 0.01, "the policy has moved"
+    assert lines(live / "metrics.jsonl")[5]["log_ratios/mean_square"] > 0.01, "the policy must have changed"
 
 
-def test_switched_off_it_is_the_model_that_was_to_the_last_bit(start):
+def test_a_disabled_adapter_gives_the_bits_of_the_base_model(start):
     model, _ = models.load(start)
-    before = logits(model)
+    base_logits = logits(model)
     adapted = model_lora.apply(model, lora_settings(4), start)
-    assert torch.equal(logits(adapted), before), "it begins as nothing"
+    assert torch.equal(logits(adapted), base_logits), "a new adapter must not change the logits"
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1)
-    assert not torch.equal(logits(adapted), before)
+    assert not torch.equal(logits(adapted), base_logits)
     with model_lora.disabled(adapted):
-        assert torch.equal(logits(adapted), before)
+        assert torch.equal(logits(adapted), base_logits)
     assert {"lora_" in name for name, p in adapted.named_parameters() if p.requires_grad} == {True}
 
 
 @pytest.mark.parametrize("output", ["merged", "adapter"])
-def test_what_a_run_leaves_is_the_model_that_was_trained(start, tmp_path, output):
-    """The metrics' held-out loss is that of what is loaded again."""
+def test_the_saved_model_is_the_trained_model(start, tmp_path, output):
+    """Check that merged and separate adapters load with the logits of the trained model."""
     run = aligned(start, tmp_path, output, "--lora_output", output, "--export_steps", "3")
     assert models.is_adapter(str(run)) == models.is_adapter(str(run / "models/step-3")) == (output == "adapter")
     again, tokenizer = models.load(str(run))
@@ -98,7 +98,7 @@ def test_what_a_run_leaves_is_the_model_that_was_trained(start, tmp_path, output
         assert torch.allclose(logits(models.load(str(other))[0]), logits(again), atol=1e-5)
 
 
-def test_a_policy_that_comes_with_an_adapter_begins_and_is_referred_to_with_it(start, tmp_path, capsys):
+def test_a_policy_that_is_an_adapter_is_also_the_reference(start, tmp_path, capsys):
     texts = write_rows(tmp_path / "texts.jsonl", [{"prompt": p, "completion": " good small good"} for p in PROMPTS])
     arguments = ["--model", start, "--data", texts, "--output_dir", str(tmp_path / "sft"), "--device", "cpu"]
     arguments += ["--max_steps", "8", "--learning_rate", "1e-2", "--lora_r", "4", "--lora_output", "adapter"]
@@ -122,23 +122,23 @@ def test_a_policy_that_comes_with_an_adapter_begins_and_is_referred_to_with_it(s
     assert "--lora_output adapter: expected a --model with weights of its own on disk" in capsys.readouterr().err
 
 
-def test_a_frozen_head_takes_the_schedule_for_it(start, tmp_path, monkeypatch):
+def test_a_frozen_head_uses_the_deferred_schedule(start, tmp_path, monkeypatch):
     taken = []
     choose = plan.choose
 
-    def spying(asked, needs, *rest):
-        found = choose(asked, needs, *rest)
-        taken.append((found[0], needs.hidden))
-        return found
+    def record_choice(schedule, needs, *rest):
+        choice = choose(schedule, needs, *rest)
+        taken.append((choice[0], needs.hidden))
+        return choice
 
-    monkeypatch.setattr(plan, "choose", spying)
+    monkeypatch.setattr(plan, "choose", record_choice)
     aligned(start, tmp_path, "run")
     assert {schedule for schedule, trained in taken if trained} == {"deferred"}
 
 
 @pytest.fixture(scope="module", params=[64, 24])
 def start_of_size(request, tmp_path_factory):
-    """Layers of whole blocks of 64 weights, as real ones are; and layers that blocks do not fit."""
+    """Return a model whose layers are multiples of the 4-bit blocks of 64 weights, as real ones are, or are not."""
     model, tokenizer = models.word_level(WORDS, hidden_size=request.param)
     for parameter in model.parameters():
         parameter.data.mul_(2.0)
@@ -147,23 +147,21 @@ def start_of_size(request, tmp_path_factory):
     return str(directory)
 
 
-def test_weights_in_four_bits_compute_alike_on_every_cpu(start_of_size):
-    """As the same numbers in fp32 do, with gradients and without, before a pass without them and after."""
+def test_4_bit_weights_compute_like_their_fp32_values(start_of_size):
+    """Check this with and without gradients; a pass without them comes first."""
     pytest.importorskip("bitsandbytes")
     model = models.load(start_of_size, four_bits=torch.float32)[0]
     expected = logits(models.dequantize(copy.deepcopy(model)))
     assert (logits(model) - expected).abs().max() < 1e-5
     ids = torch.tensor([[3, 5, 7, 4, 8]])
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    found = model(inputs_embeds=embedded).logits
-    assert (found - expected).abs().max() < 1e-5
-    found.sum().backward()
+    result = model(inputs_embeds=embedded).logits
+    assert (result - expected).abs().max() < 1e-5
+    result.sum().backward()
     assert embedded.grad.abs().max() > 0
 
 
-def test_weights_in_four_bits_are_the_reference_too_and_what_is_left_computes_what_was_trained(
-    start_of_size, tmp_path, monkeypatch
-):
+def test_a_4_bit_policy_has_a_4_bit_reference_and_saves_what_it_trained(start_of_size, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     start = start_of_size
     trained = []
@@ -173,31 +171,35 @@ def test_weights_in_four_bits_are_the_reference_too_and_what_is_left_computes_wh
     )
     run = aligned(start, tmp_path, "run", "--load_in_4bit", "--learning_rate", "3e-2")
     first, *_, last = (line for line in lines(run / "metrics.jsonl") if "loss" in line)
-    assert first["log_ratios/mean_square"] < 1e-6, "the reference has the policy's own weights, 4 bits of them"
-    assert last["log_ratios/mean_square"] > 0.01, "the policy has moved"
+    assert first["log_ratios/mean_square"] < 1e-6, "the reference must have the 4-bit weights of the policy"
+    assert last["log_ratios/mean_square"] > 0.01, "the policy must have changed"
     again = models.load(str(run))[0]
     assert (logits(again) - trained[0]).abs().max() < 1e-4
     assert "quantization_config" not in again.config.to_dict()
-    whole, rounded = models.load(start)[0], models.load(start, four_bits=torch.float32)[0]
-    assert (logits(rounded) - logits(whole)).abs().max() > 0.01, "so merging with the weights in full would show"
-    assert models.parameter_count(rounded) == models.parameter_count(whole)
+    unrounded, rounded = models.load(start)[0], models.load(start, four_bits=torch.float32)[0]
+    assert (logits(rounded) - logits(unrounded)).abs().max() > 0.01, (
+        "merging into the unrounded weights must be visible"
+    )
+    assert models.parameter_count(rounded) == models.parameter_count(unrounded)
     alone = aligned(start, tmp_path, "alone", "--load_in_4bit", "--lora_output", "adapter")
     assert models.is_adapter(str(alone))
 
 
-def test_a_live_reference_below_an_adapter_drops_nothing_out(tmp_path):
+def test_a_live_reference_without_its_adapter_has_no_dropout(tmp_path):
     interruptions.write_start(tmp_path / "model")
     interruptions.write_data(tmp_path)
-    found = []
+    metrics = []
     for mode in ("live", "cache"):
         argv = interruptions.arguments("align", tmp_path, tmp_path / mode, "--reference", mode, "--lora_r", "4")
         assert align.main(argv[:1] + [str(tmp_path / "model")] + argv[2:]) == 0
-        found.append([line for line in lines(tmp_path / mode / "metrics.jsonl") if "loss" in line])
-    for mine, theirs in zip(*found, strict=True):  # the policy drops out alike: its draws are not the reference's
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        metrics.append([line for line in lines(tmp_path / mode / "metrics.jsonl") if "loss" in line])
+    for live_line, cached_line in zip(
+        *metrics, strict=True
+    ):  # the reference draws no dropout masks, so the policy's are the same
+        assert live_line["loss"] == pytest.approx(cached_line["loss"], abs=1e-4)
 
 
-def test_an_adapter_that_fits_in_part_is_refused(start, tmp_path):
+def test_an_adapter_that_fits_only_in_part_is_refused(start, tmp_path):
     run = aligned(start, tmp_path, "run", "--lora_output", "adapter")
     weights = load_file(run / "adapter_model.safetensors")
     for odd in (
@@ -209,7 +211,7 @@ def test_an_adapter_that_fits_in_part_is_refused(start, tmp_path):
             models.load(str(run))
 
 
-def test_the_start_of_an_adapter_is_found_from_elsewhere(start, tmp_path, monkeypatch):
+def test_an_adapter_loads_from_another_working_directory(start, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(start).parent)
     run = aligned(Path(start).name, tmp_path, "run", "--lora_output", "adapter")
     monkeypatch.chdir(tmp_path)
@@ -232,7 +234,7 @@ def test_weights_that_are_quantised_already_are_refused(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--lora_output", "adapter"], "--lora_output: expected --lora_r too"),
         (["--load_in_4bit"], "--load_in_4bit: expected --lora_r too"),
@@ -242,32 +244,32 @@ def test_weights_that_are_quantised_already_are_refused(start, tmp_path):
         ),
     ],
 )
-def test_four_bits_without_what_they_need_are_one_line(start, tmp_path, capsys, options, said):
+def test_4_bit_and_adapter_output_require_lora(start, tmp_path, capsys, options, message):
     arguments = ["--model", start, "--data", write_rows(tmp_path / "rows.jsonl", rows())]
     with pytest.raises(SystemExit) if "tiny" not in options else nullcontext():
         assert align.main([*arguments, "--output_dir", str(tmp_path / "run"), *options]) == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_names_of_layers_that_are_not_there_are_one_line(start, tmp_path, capsys):
+def test_unknown_lora_targets_are_a_one_line_error(start, tmp_path, capsys):
     arguments = ["--model", start, "--data", write_rows(tmp_path / "rows.jsonl", rows()), "--lora_r", "4"]
     arguments += ["--output_dir", str(tmp_path / "run"), "--device", "cpu", "--lora_targets", "absent"]
     assert align.main(arguments) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: --lora_targets absent: ")
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: --lora_targets absent: ")
 
 
-def test_a_damaged_adapter_and_one_of_pickles_are_one_line(start, tmp_path):
+def test_damaged_and_pickled_adapters_are_refused(start, tmp_path):
     run = aligned(start, tmp_path, "run", "--lora_output", "adapter")
     weights = run / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:40])
+    content = weights.read_bytes()
+    weights.write_bytes(content[:40])
     with pytest.raises(ValueError, match="expected an adapter that fits"):
         models.load(str(run))
     weights.rename(run / "adapter_model.bin")
     with pytest.raises(ValueError, match="expected its adapter in safetensors"):
         models.load(str(run))
-    weights.write_bytes(whole)
+    weights.write_bytes(content)
     record = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps(record | {"base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(ValueError, match="expected a directory or a hub name, got neither"):
@@ -275,8 +277,8 @@ def test_a_damaged_adapter_and_one_of_pickles_are_one_line(start, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [0, 4])
-def test_checkpointing_changes_no_gradient_keeps_less_and_outlives_an_evaluation(start, lora):
-    found, kept = {}, []
+def test_gradient_checkpointing_saves_memory_and_keeps_the_gradients_after_an_evaluation(start, lora):
+    results, saved_sizes = {}, []
     for checkpointed in (False, True):
         torch.manual_seed(0)
         model, _ = models.load(start)
@@ -288,10 +290,10 @@ def test_checkpointing_changes_no_gradient_keeps_less_and_outlives_an_evaluation
         collator = Collator(0, 8192)
         example = TokenizedExample((3, 4, 5) * 20, ((6, 7, 8), (9, 3)), (1.0, 0.0), 1, (-7.0, -4.0))
         preference.evaluate(module, [example], make_accelerator(device="cpu"), collator)
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        saved_sizes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved_sizes.append(x.numel()) or x, lambda x: x):
             share = module(collator.collate([example]), 1)
         share.loss.backward()
-        found[checkpointed] = sum(kept), [p.grad for p in module.parameters() if p.grad is not None]
-    assert found[True][0] < 0.5 * found[False][0]
-    assert all(torch.equal(a, b) for a, b in zip(found[True][1], found[False][1], strict=True))
+        results[checkpointed] = sum(saved_sizes), [p.grad for p in module.parameters() if p.grad is not None]
+    assert results[True][0] < 0.5 * results[False][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[True][1], results[False][1], strict=True))

@@ -1,4 +1,4 @@
-"""Whatever the layout, log-probs and gradients are those of rows that stand alone: family by family, in fp64."""
+"""Every layout gives the log-probs and gradients of one row per text, for every model family, in fp64."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ LAYOUTS = [(layout, one_row) for layout in ("packed", "shared") for one_row in (
 
 @pytest.fixture
 def all_in_fp64(monkeypatch):
-    """Norms, rotary angles and softmax of transformers are in float32 by name."""
+    """Replace float32 by float64, because transformers casts norms, rotary angles and softmax to float32."""
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
@@ -45,7 +45,7 @@ def tiny(family, implementation):
 
 
 def examples():
-    """Ragged K; a prompt of one token, completions of one, prompts longer than any window."""
+    """Return examples of 1 to 4 completions, with texts from one token to longer than the sliding windows."""
     draw = torch.Generator().manual_seed(0)
 
     def ids(n):
@@ -55,59 +55,61 @@ def examples():
     return [TokenizedExample(ids(p), tuple(map(ids, answers)), None, i) for i, (p, answers) in enumerate(sizes)]
 
 
-def scored(model, found, collator):
-    """Log-probs of the completions' tokens, and the gradient of their sum under weights of chance."""
+def scored(model, rows, collator):
+    """Return the log-probs of the completions' tokens and the gradient of a weighted sum of them."""
     head = LMHead(model)
     model.zero_grad()
 
-    def of(part):
+    def score_batch(part):
         batch = collator.collate(part)
         logps = linear_token_logps(completion_hidden(head, batch), head.weight, **batch.loss_inputs(), **head.options)
         (logps * torch.sin(3.0 * batch.targets)).sum().backward()
         return [torch.cat(rows).detach() for rows in split_completions(part, logps)]
 
-    logps = torch.cat(map_micro_batches(found, of, collator))
+    logps = torch.cat(map_micro_batches(rows, score_batch, collator))
     return logps, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", masks.SEGMENTS])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("all_in_fp64")
-def test_every_layout_gives_the_same(family, implementation):
+def test_every_layout_gives_the_same_log_probs_and_gradients(family, implementation):
     if family == "gemma2" and implementation != "eager":
-        pytest.skip("it has a softcap in its attention")
+        pytest.skip("its attention has a softcap")
     if family == "stablelm" and implementation == masks.SEGMENTS:
-        pytest.skip("it does not hand arguments on to its attention; the trial at the start tells")
+        pytest.skip("it passes no arguments to its attention, which the trial at the start of a run detects")
     model = tiny(family, "eager" if family == "gemma2" else "sdpa")
     expected = scored(model, examples(), Collator(0, 10**6))
     models.attend(model, implementation)
     assert expected[1].abs().max() > 1e-3
     for layout, one_row in LAYOUTS:
         for max_tokens in (10**6, 40, 1):
-            found = scored(model, examples(), Collator(0, max_tokens, layout, one_row))
-            for mine, theirs in zip(found, expected, strict=True):
-                assert (mine - theirs).abs().max() < 1e-10, (layout, one_row, max_tokens)
+            result = scored(model, examples(), Collator(0, max_tokens, layout, one_row))
+            for value, expected_value in zip(result, expected, strict=True):
+                assert (value - expected_value).abs().max() < 1e-10, (layout, one_row, max_tokens)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_neox"])
-def test_flex_attention_sees_the_same(family):
-    """Uncompiled, as it runs on a CPU, forward alone; softcap and windows among them."""
+def test_flex_attention_gives_the_same_log_probs(family):
+    """Check the forward pass with softcaps and windows; on a CPU flex attention runs uncompiled."""
     model = tiny(family, "eager").float()
     accelerator = Accelerator(cpu=True)
     expected = model_logps.token_logps(model, examples(), accelerator, Collator(0, 10**6), 1.0)
     models.attend(model, masks.FLEX)
     for layout in ("packed", "shared"):
-        found = model_logps.token_logps(model, examples(), accelerator, Collator(0, 60, layout, True), 1.0)
-        for mine, theirs in zip(sum(found, []), sum(expected, []), strict=True):
-            assert (mine - theirs).abs().max() < 1e-5
+        result = model_logps.token_logps(model, examples(), accelerator, Collator(0, 60, layout, True), 1.0)
+        for value, expected_value in zip(sum(result, []), sum(expected, []), strict=True):
+            assert (value - expected_value).abs().max() < 1e-5
 
 
-def test_flash_attention_is_told_where_the_texts_of_a_row_begin():
-    found = examples()[:2]
-    batch = Collator(0, 60, "packed", True).collate(found)
+def test_flash_attention_gets_the_sequence_lengths_of_a_row():
+    rows = examples()[:2]
+    batch = Collator(0, 60, "packed", True).collate(rows)
     config = tiny("llama", "eager").config
     config._attn_implementation = flash.FLASH
-    told = masks.inputs(batch, config)
-    lengths = [len(example.prompt) + len(answer) for example in found for answer in example.completions]
-    assert told["cu_seq_lens_q"].diff().tolist() == lengths and told["max_length_k"] == max(lengths)
-    assert told["position_ids"].tolist() == [[i for n in lengths for i in range(n)]] and "attention_mask" not in told
+    inputs = masks.inputs(batch, config)
+    lengths = [len(example.prompt) + len(answer) for example in rows for answer in example.completions]
+    assert inputs["cu_seq_lens_q"].diff().tolist() == lengths and inputs["max_length_k"] == max(lengths)
+    assert (
+        inputs["position_ids"].tolist() == [[i for n in lengths for i in range(n)]] and "attention_mask" not in inputs
+    )

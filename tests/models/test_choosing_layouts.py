@@ -1,4 +1,4 @@
-"""Which layout a run takes: what saves tokens, what a model bears; and what is said where it does not bear it."""
+"""The choice of a layout: shared prompts if they save tokens and the model supports them, else a message."""
 
 import json
 
@@ -24,7 +24,7 @@ def tiny(family, **options):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SMALL | options)))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and "embed" not in name:
-            parameter.data.mul_(20)  # so that attention matters
+            parameter.data.mul_(20)  # makes attention matter
     return model.eval()
 
 
@@ -37,71 +37,76 @@ def examples(prompt=40, answer=6, k=4):
     return [TokenizedExample(ids(prompt), tuple(ids(answer) for _ in range(k)), None, i) for i in range(6)]
 
 
-def choose(model, found, share="auto"):
-    return attention_choose.choose_layout([model], found, Accelerator(cpu=True), PADDED, share, 1.0)
+def choose(model, rows, share="auto"):
+    return attention_choose.choose_layout([model], rows, Accelerator(cpu=True), PADDED, share, 1.0)
 
 
-def test_sharing_is_taken_where_it_saves(capsys):
+def test_prompts_are_shared_if_that_saves_tokens(capsys):
     model = tiny("llama")
     assert choose(model, examples()) == PADDED._replace(layout="shared", one_row=True)
     assert model.config._attn_implementation == masks.SEGMENTS
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         "each prompt is encoded once for all its completions (exo_segments): 2.88 times fewer tokens than padded"
-        in said
+        in output
     )
 
 
-def test_it_is_not_where_it_does_not_or_nobody_wants_it(capsys):
+def test_prompts_are_not_shared_if_that_saves_nothing_or_is_off(capsys):
     assert choose(tiny("llama"), examples(prompt=1, answer=30)) == PADDED
     assert choose(tiny("llama"), examples(), "off") == PADDED
     assert choose(tiny("llama"), examples(prompt=1, answer=30), "on").layout == "shared"
     assert capsys.readouterr().out.count("each prompt is encoded once") == 1
 
 
-def test_a_model_that_hands_no_arguments_on_to_its_attention_gets_a_dense_mask(capsys):
+def test_a_model_that_passes_no_arguments_to_its_attention_gets_a_dense_mask(capsys):
     model = tiny("stablelm", num_key_value_heads=4)
     assert choose(model, examples()) == PADDED._replace(layout="shared")
     assert model.config._attn_implementation == "sdpa"
-    said = capsys.readouterr().out
-    assert "exo_segments attention is not available" in said and "(a dense mask): 2.88 times" in said
-    assert choose(model, examples(prompt=8, answer=30, k=8)) == PADDED, "all pairs of tokens would cost more"
+    output = capsys.readouterr().out
+    assert "exo_segments attention is not available" in output and "(a dense mask): 2.88 times" in output
+    assert choose(model, examples(prompt=8, answer=30, k=8)) == PADDED, (
+        "a dense mask over all pairs of tokens would cost more"
+    )
 
 
-def test_every_model_that_sees_the_rows_is_tried(capsys):
-    """A reference of another kind, which cannot have them, keeps both at padded rows."""
-    seeing = [tiny("llama"), tiny("bloom")]
-    assert attention_choose.choose_layout(seeing, examples(), Accelerator(cpu=True), PADDED, "on", 1.0) == PADDED
+def test_every_model_must_support_the_layout(capsys):
+    """Check that an unsupported reference model makes the policy use padded rows, too."""
+    policy_and_reference = [tiny("llama"), tiny("bloom")]
+    assert (
+        attention_choose.choose_layout(policy_and_reference, examples(), Accelerator(cpu=True), PADDED, "on", 1.0)
+        == PADDED
+    )
     assert "BloomForCausalLM" in capsys.readouterr().out
-    assert {model.config._attn_implementation for model in seeing} == {"sdpa", "eager"}
+    assert {model.config._attn_implementation for model in policy_and_reference} == {"sdpa", "eager"}
     both = [tiny("llama"), tiny("qwen2", num_key_value_heads=2)]
     assert attention_choose.choose_layout(both, examples(), Accelerator(cpu=True), PADDED, "on", 1.0).layout == "shared"
     assert {model.config._attn_implementation for model in both} == {masks.SEGMENTS}
 
 
 @pytest.mark.parametrize(
-    "family, options, said",
+    "family, options, message",
     [
-        ("bloom", {}, "rows are padded, one per completion: "),  # positions are in its attention, and it has no others
+        ("bloom", {}, "rows are padded, one per completion: "),  # ALiBi: it takes no position ids
         ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 4, "num_layers": 2}, "differ by"),
         ("recurrent_gemma", {"block_types": ["recurrent", "attention"]}, "rows are padded, one per completion: "),
         ("qwen3_next", {"num_hidden_layers": 4}, "layers of the kind linear_attention"),
     ],
 )
-def test_a_model_that_cannot_have_it_is_said_and_padded(family, options, said, capsys):
+def test_an_unsupported_model_is_reported_and_gets_padded_rows(family, options, message, capsys):
     assert choose(tiny(family, **options), examples(), "on") == PADDED
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
-def test_a_window_that_only_the_longest_row_reaches_is_tried(capsys):
-    """One row in a thousand is longer than what a hidden window sees; the longest is among those tried."""
+def test_the_trial_includes_the_longest_row(capsys):
+    """Check a local attention window that only the longest row exceeds."""
     model = tiny("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=30, num_layers=2)
     short = examples(prompt=8, answer=3)
     assert choose(model, short).layout == "shared"
     assert choose(model, [*short, *examples(prompt=60)[:1]]) == PADDED
 
 
-def test_a_run_shares_and_is_the_run_that_does_not(tmp_path, capsys):
+def test_sharing_prompts_does_not_change_a_run(tmp_path, capsys):
     start = write_model(tmp_path / "model", scale=2.0)
     rows = [
         {

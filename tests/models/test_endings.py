@@ -1,4 +1,4 @@
-"""Where completions end, and which tokens are drawn: by the model's generation config and the tokenizer."""
+"""End tokens and excluded tokens in sampling, from the model's generation config and the tokenizer."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from exo.rollouts import generate
 from tests.tasks import PROMPTS, WORDS, lines, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TURN = "small"  # the word that ends a turn: no special token, and not the tokenizer's end of sequence
+TURN = "small"  # ends a turn; neither a special token nor the tokenizer's end of sequence
 
 
 @pytest.fixture(scope="module")
 def instruct(tmp_path_factory):
-    """(directory, model directory, prompts file); the model's config names a second end, as Gemma's does."""
+    """Return (directory, model directory, prompts file) of a model with a second end token, as Gemma has."""
     directory = tmp_path_factory.mktemp("instruct")
     model, tokenizer = models.load(write_model(directory / "plain", scale=2.0))
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN)]
@@ -27,24 +27,24 @@ def instruct(tmp_path_factory):
     return directory, str(directory / "model"), prompts
 
 
-def ends(path):
+def end_ids(path):
     return GenerationConfig.from_pretrained(path).eos_token_id
 
 
-def test_a_turn_ends_where_the_generation_config_says_and_its_mark_is_no_text(instruct):
+def test_a_turn_ends_at_the_eos_tokens_of_the_generation_config(instruct):
     directory, model, prompts = instruct
     run = sample.run(sample.Config(model=model, data=prompts, k=8, max_new_tokens=40, output_dir=str(directory / "s")))
     finishes = set()
     for row in lines(run / "samples.jsonl"):
-        for ids, text, how in zip(row["token_ids"], row["completions"], row["finish"], strict=True):
+        for ids, text, finish in zip(row["token_ids"], row["completions"], row["finish"], strict=True):
             last = (["<pad>", "<unk>", "<eos>", *WORDS])[ids[-1]]
-            finishes.add((last, how))
-            assert TURN not in text and (how == "eos") == (last in ("<eos>", TURN))
-            assert not set(ids[:-1]) & set(ends(model)), "it went on after its end"
+            finishes.add((last, finish))
+            assert TURN not in text and (finish == "eos") == (last in ("<eos>", TURN))
+            assert not set(ids[:-1]) & set(end_ids(model)), "no token may follow an end token"
     assert {(TURN, "eos"), ("<eos>", "eos")} <= finishes
 
 
-def test_ppo_and_evaluate_end_there_too(instruct, capsys, monkeypatch):
+def test_ppo_and_evaluate_use_the_same_end_tokens(instruct, capsys, monkeypatch):
     monkeypatch.setattr(console, "_warned", set())
     directory, model, prompts = instruct
     common = {"data": prompts, "oracle": "tests.tasks:reward", "max_new_tokens": 40, "max_length": 60, "device": "cpu"}
@@ -62,10 +62,10 @@ def test_ppo_and_evaluate_end_there_too(instruct, capsys, monkeypatch):
     assert "warning: more than 20% of the completions were cut for length: raise --max_new_tok" in (
         capsys.readouterr().out
     )
-    assert ends(run) == ends(model)
+    assert end_ids(run) == end_ids(model)
 
 
-def test_a_trained_model_keeps_its_ends(instruct):
+def test_a_trained_model_keeps_its_end_tokens(instruct):
     directory, model, _ = instruct
     texts = write_rows(directory / "texts.jsonl", [{"prompt": p, "completion": " good red"} for p in PROMPTS])
     rows = [{"prompt": p, "chosen": " good red", "rejected": " bad"} for p in PROMPTS]
@@ -74,10 +74,10 @@ def test_a_trained_model_keeps_its_ends(instruct):
     aligned = align.run(
         align.Config(model=str(tuned), data=pairs, max_steps=1, output_dir=str(directory / "align"), device="cpu")
     )
-    assert ends(tuned) == ends(aligned) == ends(model) and len(ends(model)) == 2
+    assert end_ids(tuned) == end_ids(aligned) == end_ids(model) and len(end_ids(model)) == 2
 
 
-def test_the_ends_of_a_model_that_is_not_loaded_are_the_same(instruct):
+def test_end_tokens_are_the_same_from_a_model_and_from_its_directory(instruct):
     model, tokenizer = models.load(instruct[1])
     assert models.stop_ids(model, tokenizer) == models.stop_ids(instruct[1], tokenizer) == (2, 2 + len(WORDS))
     assert models.absent_ids(model, tokenizer) == models.absent_ids(instruct[1], tokenizer) == ()
@@ -86,8 +86,8 @@ def test_the_ends_of_a_model_that_is_not_loaded_are_the_same(instruct):
 
 
 @torch.no_grad()
-def test_rows_of_the_embedding_that_are_no_tokens_are_never_drawn(instruct):
-    """4,000 draws against the exact probabilities of the others, by chi-square; the log-probs are the model's own."""
+def test_unused_rows_of_the_embedding_are_never_sampled(instruct):
+    """Compare 4,000 samples with the renormalized probabilities by chi-square; log-probs stay the model's."""
     model, tokenizer = models.load(instruct[1])
     size = len(tokenizer)
     model.resize_token_embeddings(size + 6, mean_resizing=False)
@@ -95,20 +95,20 @@ def test_rows_of_the_embedding_that_are_no_tokens_are_never_drawn(instruct):
     absent = models.absent_ids(model, tokenizer)
     assert absent == tuple(range(size, size + 6))
     p = torch.softmax(model(torch.tensor([[3, 6]])).logits[0, -1].double(), -1)
-    assert p[size:].sum() > 0.2, "the case must give them weight"
+    assert p[size:].sum() > 0.2, "the unused rows must have a large probability in this case"
     for top_p in (1.0, 0.7):
         (drawn,) = generate.sample(
             model, (2,), [[3, 6]], k=4000, temperature=1.0, top_p=top_p, max_new_tokens=1, seed=0, absent_ids=absent
         )
-        seen = torch.bincount(torch.tensor([one.token_ids[0] for one in drawn]), minlength=size + 6).double()
+        counts = torch.bincount(torch.tensor([one.token_ids[0] for one in drawn]), minlength=size + 6).double()
         exact = p[:size] / p[:size].sum()
         if top_p < 1:
             order = exact.argsort(descending=True)
-            kept = order[: int((exact[order].cumsum(0) < top_p).sum()) + 1]
-            exact = torch.zeros(size, dtype=torch.double).index_copy(0, kept, exact[kept] / exact[kept].sum())
-        assert not seen[size:].any() and not seen[:size][exact == 0].any()
+            nucleus = order[: int((exact[order].cumsum(0) < top_p).sum()) + 1]
+            exact = torch.zeros(size, dtype=torch.double).index_copy(0, nucleus, exact[nucleus] / exact[nucleus].sum())
+        assert not counts[size:].any() and not counts[:size][exact == 0].any()
         expected = 4000 * exact[exact > 0]
-        chi = float(((seen[:size][exact > 0] - expected) ** 2 / expected).sum())
+        chi = float(((counts[:size][exact > 0] - expected) ** 2 / expected).sum())
         degrees = len(expected) - 1
         assert chi < degrees + 5 * math.sqrt(2 * degrees)
         assert drawn[0].logprob == pytest.approx(float(p[drawn[0].token_ids[0]].log()), abs=1e-5)

@@ -1,4 +1,4 @@
-"""Hidden states and head of transformers' causal LMs: log-probs from them are those of the model's own logits."""
+"""LMHead: log-probs from hidden states and head match those of the logits of transformers' causal LMs."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def tiny(family: str) -> nn.Module:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")(**FAMILIES[family])
     model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
-    with torch.no_grad():  # logits large enough to be capped, and a bias that is seen
+    with torch.no_grad():  # makes the softcap and the bias change the logits
         head = model.get_output_embeddings()
         head.weight.mul_(20)
         if head.bias is not None:
@@ -46,40 +46,44 @@ def tiny(family: str) -> nn.Module:
     return model
 
 
-EVERY = pytest.mark.parametrize(
+ALL_FAMILIES = pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[pytest.mark.slow] * (name == "FalconH1")) for name in FAMILIES]
 )
 
 
-@EVERY
-def test_weights_that_are_mapped_are_those_that_are_read(family, tmp_path):
-    """Of files in 16 bits, made fp32: every parameter, and every buffer that a model in 16 bits would have rounded."""
+@ALL_FAMILIES
+def test_mapped_weights_equal_loaded_weights(family, tmp_path):
+    """Check this for 16-bit files as fp32: parameters, and buffers that a 16-bit model would have rounded."""
     skip_unless_known(family)
     _, tokenizer = models.word_level(["a", "b"])
     models.save(tiny(family).to(torch.bfloat16), tokenizer, tmp_path)
-    mapped, read = models.load(tmp_path, mapped=True)[0], models.load(tmp_path)[0]
+    mapped, loaded = models.load(tmp_path, mapped=True)[0], models.load(tmp_path)[0]
     assert {p.dtype for p in mapped.parameters()} == {torch.bfloat16}
     mapped.float()
     for kind in ("named_parameters", "named_buffers"):
-        ours, theirs = (dict(getattr(model, kind)()) for model in (mapped, read))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+        mapped_tensors, loaded_tensors = (dict(getattr(model, kind)()) for model in (mapped, loaded))
+        assert mapped_tensors.keys() == loaded_tensors.keys()
+        assert all(
+            torch.equal(mapped_tensors[name], loaded_tensors[name])
+            and mapped_tensors[name].dtype == loaded_tensors[name].dtype
+            for name in mapped_tensors
+        )
     ids = torch.randint(67, (2, 9))
-    assert torch.equal(mapped.eval()(ids).logits, read.eval()(ids).logits)
-    assert mapped.config.to_dict() == read.config.to_dict()
+    assert torch.equal(mapped.eval()(ids).logits, loaded.eval()(ids).logits)
+    assert mapped.config.to_dict() == loaded.config.to_dict()
 
 
-def known(family):
+def is_available(family):
     return hasattr(transformers, f"{family}{'Text' * (family == 'Gemma3')}Config")
 
 
 def skip_unless_known(family):
-    if not known(family):
+    if not is_available(family):
         pytest.skip(f"this transformers has no {family}")
 
 
-@EVERY
-def test_log_probs_of_the_model(family):
+@ALL_FAMILIES
+def test_log_probs_match_the_model(family):
     skip_unless_known(family)
     model = tiny(family)
     head = LMHead(model)
@@ -90,14 +94,14 @@ def test_log_probs_of_the_model(family):
     logits = model(input_ids=ids, attention_mask=mask).logits
     expected = token_logps(logits, labels)
     result = linear_token_logps(head.hidden(input_ids=ids, attention_mask=mask), head.weight, labels, **head.options)
-    # a measured scale has the rounding of fp32; most are powers of two
+    # a measured scale is rounded to fp32
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, logits)  # the model is as it was
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, logits)  # the model is unchanged
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi"])
-def test_gradients_of_the_model(family):
-    """Through head, body and (Gemma) the tied embedding."""
+def test_gradients_match_the_model(family):
+    """Check the gradients of head, body and, for Gemma, the tied embedding."""
     model = tiny(family)
     head = LMHead(model)
     ids, ref = torch.randint(67, (4, 9)), torch.zeros(4)
@@ -114,8 +118,8 @@ def test_gradients_of_the_model(family):
         torch.testing.assert_close({name: grads[1][name]}, {name: grad}, rtol=1e-6, atol=1e-9)
 
 
-def test_measuring_leaves_no_trace():
-    """Modes and random state are as they were, in a model with dropout that is training."""
+def test_measuring_the_head_keeps_modes_and_random_state():
+    """Check this for a model with dropout in training mode."""
     model = tiny("GPT2").train()
     model.transformer.h[0].eval()
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
@@ -125,7 +129,7 @@ def test_measuring_leaves_no_trace():
     assert "forward" not in vars(model.lm_head)
 
 
-def test_other_logits_are_refused():
+def test_unsupported_logits_are_refused():
     class Squared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -193,14 +197,14 @@ def test_a_head_that_computes_something_else_than_a_linear_layer_is_refused(kind
 def test_a_hook_that_changes_some_logits_is_refused_and_one_that_scales_them_is_measured():
     model = tiny("Llama")
 
-    def mask(module, given, out):
+    def mask(module, inputs, out):
         return torch.cat([out[..., :50], out[..., 50:] - 9], -1)
 
     hook = model.lm_head.register_forward_hook(mask)
     with pytest.raises(ValueError, match="expected logits softcap"):
         LMHead(model)
     hook.remove()
-    model.lm_head.register_forward_hook(lambda module, given, out: 3 * out)
+    model.lm_head.register_forward_hook(lambda module, inputs, out: 3 * out)
     assert LMHead(model).logit_scale == pytest.approx(3)
 
 
@@ -210,7 +214,7 @@ def test_a_reparametrized_head_gives_the_log_probs_and_gradients_of_the_model():
     with torch.no_grad():
         model.lm_head.parametrizations.weight.original0.mul_(0.7)
     head, ids = LMHead(model), torch.randint(67, (2, 9))
-    found = []
+    results = []
     for linear in (True, False):
         model.zero_grad()
         if linear:
@@ -218,12 +222,12 @@ def test_a_reparametrized_head_gives_the_log_probs_and_gradients_of_the_model():
         else:
             logps = token_logps(model(input_ids=ids).logits, ids)
         logps.sum().backward()
-        found.append([logps.detach(), *(p.grad for p in model.lm_head.parameters())])
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+        results.append([logps.detach(), *(p.grad for p in model.lm_head.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_plain_head_in_16_bits_is_taken(dtype):
+def test_a_plain_head_in_16_bits_is_accepted(dtype):
     LMHead(tiny("Gemma2").to(dtype))
     with pytest.raises(ValueError, match="expected logits softcap"):
         LMHead(with_head(Normalised, dtype=dtype))

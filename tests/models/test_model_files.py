@@ -1,4 +1,4 @@
-"""Model directories that are odd, incomplete or hostile: the right model, or one line that says what to do."""
+"""Odd, incomplete or hostile model directories: they load correctly or are refused with a one-line error."""
 
 import json
 import random
@@ -23,7 +23,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def model(start, tmp_path):
-    """A copy of a model's directory, to be damaged."""
+    """Return a copy of a model directory for the test to damage."""
     return shutil.copytree(start, tmp_path / "model")
 
 
@@ -47,17 +47,17 @@ def refusal(directory, load=models.load, **options):
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.mark.parametrize("how", ["fewer layers", "a bias", "a tensor", "quantisation scales"])
+@pytest.mark.parametrize("change", ["fewer layers", "a bias", "a tensor", "quantisation scales"])
 @pytest.mark.parametrize("kind", ["load", "mapped", "reward"])
-def test_weights_that_the_config_has_no_place_for_are_refused_by_name(model, how, kind):
-    named = {"a bias": "model.layers.0.self_attn.q_proj.bias", "a tensor": "model.extra.weight"}
-    named["quantisation scales"] = "model.layers.0.mlp.up_proj.weight_scale_inv"
-    if how == "fewer layers":
+def test_weights_that_the_config_has_no_place_for_are_refused_by_name(model, change, kind):
+    names = {"a bias": "model.layers.0.self_attn.q_proj.bias", "a tensor": "model.extra.weight"}
+    names["quantisation scales"] = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    if change == "fewer layers":
         edit(model / "config.json", num_hidden_layers=1)
         expected = "got 9 that it has no place for: model.layers.1.input_layernorm.weight ..."
     else:
-        weights(model, lambda tensors: tensors.update({named[how]: torch.ones(32)}))
-        expected = f"got 1 that it has no place for: {named[how]}"
+        weights(model, lambda tensors: tensors.update({names[change]: torch.ones(32)}))
+        expected = f"got 1 that it has no place for: {names[change]}"
     if kind == "reward":
         assert expected in refusal(model, models.classifier_from, outputs=1, seed=0)
     else:
@@ -67,13 +67,13 @@ def test_weights_that_the_config_has_no_place_for_are_refused_by_name(model, how
 @pytest.mark.parametrize("name", ["v_head.summary.weight", "score.weight", "value_head.weight", "v_head.0.bias"])
 def test_a_value_head_beside_the_model_is_named_and_not_used(start, model, name, capsys):
     weights(model, lambda tensors: tensors.update({name: torch.ones(1, 32)}))
-    found, expected = models.load(model)[0], models.load(start)[0]
+    loaded, expected = models.load(model)[0], models.load(start)[0]
     assert f"1 weights of a head that is not used: {name}" in capsys.readouterr().out
-    assert all(torch.equal(p, q) for p, q in zip(found.parameters(), expected.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), expected.parameters(), strict=True))
 
 
-def test_what_old_checkpoints_hold_beside_their_weights_is_taken(model, tmp_path):
-    """Rotary frequencies, position ids, causal masks and a tied head, as transformers of many years wrote them."""
+def test_extra_buffers_of_old_checkpoints_are_accepted(model, tmp_path):
+    """Check rotary frequencies, causal masks and a tied head, as old versions of transformers saved them."""
 
     def old(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -95,11 +95,11 @@ def test_what_old_checkpoints_hold_beside_their_weights_is_taken(model, tmp_path
 
 def test_a_head_that_is_not_tied_although_the_config_says_so_is_used(model):
     weights(model, lambda tensors: tensors.update({"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}))
-    found, tokenizer = models.load(model)
-    assert torch.equal(found.lm_head.weight, 2 * found.model.embed_tokens.weight)
-    models.save(found, tokenizer, model)
+    loaded, tokenizer = models.load(model)
+    assert torch.equal(loaded.lm_head.weight, 2 * loaded.model.embed_tokens.weight)
+    models.save(loaded, tokenizer, model)
     again = LlamaForCausalLM.from_pretrained(model)
-    assert torch.equal(again.lm_head.weight, found.lm_head.weight)
+    assert torch.equal(again.lm_head.weight, loaded.lm_head.weight)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -122,7 +122,7 @@ def test_weights_that_are_not_finite_are_refused_with_file_and_name(model, bad, 
     assert "score.weight in model.safetensors" in refusal(model.parent / "reward", models.load_classifier)
 
 
-@pytest.mark.parametrize(("file", "entries", "named"), [
+@pytest.mark.parametrize(("file", "entries", "key"), [
     ("config.json", {"transformers_weights": "../other.safetensors"}, "transformers_weights"),
     ("config.json", {"transformers_weights": "sub/w.safetensors.index.json"}, "transformers_weights"),
     ("config.json", {"transformers_weights": "/tmp/w.safetensors"}, "transformers_weights"),
@@ -138,16 +138,16 @@ def test_weights_that_are_not_finite_are_refused_with_file_and_name(model, bad, 
     ("tokenizer_config.json", {"gguf_file": "../vocab.txt"}, "gguf_file"),
     ("tokenizer_config.json", {"fast_tokenizer_files": ["../vocab.txt"]}, "fast_tokenizer_files"),
 ])  # fmt: skip
-def test_files_and_kernels_elsewhere_are_refused(model, file, entries, named, monkeypatch):
+def test_files_and_kernels_elsewhere_are_refused(model, file, entries, key, monkeypatch):
     (model.parent / "vocab.txt").write_text("{}")
     shutil.copy(model / "model.safetensors", model.parent / "other.safetensors")
     monkeypatch.chdir(model)
     edit(model / file, **entries)
-    assert f": {file}: {named}: expected" in refusal(model)
-    assert f": {file}: {named}: expected" in refusal(model, models.load_tokenizer)
+    assert f": {file}: {key}: expected" in refusal(model)
+    assert f": {file}: {key}: expected" in refusal(model, models.load_tokenizer)
 
 
-def test_what_a_config_says_of_code_is_not_run(model, monkeypatch):
+def test_code_named_by_a_config_is_not_run(model, monkeypatch):
     canary = model.parent / "canary"
     (model / "code.py").write_text(f"import os; os.mkdir({str(canary)!r})\nclass Model: pass\n")
     (model / "custom_generate").mkdir()
@@ -167,22 +167,22 @@ def test_links_and_paths_of_another_machine_are_fine(start, model):
     (model / "model.safetensors").symlink_to("../blob")
     edit(model / "tokenizer_config.json", special_tokens_map_file="/home/someone/special.json", vocab_file="/gone/x")
     edit(model / "config.json", _name_or_path="/home/someone/model", attn_implementation="flash_attention_2")
-    found = models.load(model)[0]
-    assert found.config._attn_implementation == models.load(start)[0].config._attn_implementation
+    loaded = models.load(model)[0]
+    assert loaded.config._attn_implementation == models.load(start)[0].config._attn_implementation
 
 
 def write_adapter(base, directory, **changes):
-    found = peft.get_peft_model(models.load(base)[0], peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    for name, parameter in found.named_parameters():
+    adapted = peft.get_peft_model(models.load(base)[0], peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
-    found.peft_config["default"].base_model_name_or_path = base
-    found.save_pretrained(directory)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(directory)
     edit(directory / "adapter_config.json", **changes)
     return str(directory)
 
 
-def test_an_adapter_that_leads_nowhere_is_one_line(start, tmp_path):
+def test_an_adapter_without_a_usable_base_is_refused_in_one_line(start, tmp_path):
     itself = write_adapter(start, tmp_path / "itself")
     edit(tmp_path / "itself/adapter_config.json", base_model_name_or_path=itself + "/../itself")
     assert "adapter whose base is, in the end, itself" in refusal(itself)
@@ -190,7 +190,7 @@ def test_an_adapter_that_leads_nowhere_is_one_line(start, tmp_path):
     edit(tmp_path / "one/adapter_config.json", base_model_name_or_path=two)
     edit(tmp_path / "two/adapter_config.json", base_model_name_or_path=one)
     assert "adapter whose base is, in the end, itself" in refusal(one)
-    for changes, said in (
+    for changes, message in (
         ({"base_model_name_or_path": None}, "base_model_name_or_path: expected a model"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path: expected a model"),
         ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path: expected a model"),
@@ -199,7 +199,7 @@ def test_an_adapter_that_leads_nowhere_is_one_line(start, tmp_path):
         ({"peft_type": "NOPE"}, "expected an adapter that fits"),
         ({"r": "x"}, "expected an adapter that fits"),
     ):
-        assert said in refusal(write_adapter(start, tmp_path / "odd", **changes)), changes
+        assert message in refusal(write_adapter(start, tmp_path / "odd", **changes)), changes
     (tmp_path / "odd/adapter_config.json").write_text("[1]")
     assert "a JSON object in adapter_config.json" in refusal(tmp_path / "odd")
 
@@ -212,15 +212,15 @@ def test_a_config_that_is_odd_in_one_entry_is_loaded_or_refused_in_one_line(star
     if load is models.load_classifier:
         classifier, tokenizer = models.classifier_from(start, 1, seed=0)
         models.save(classifier, tokenizer, model)
-    whole = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text())
     draw = random.Random(0)
     cases = [
-        (key, value) for key in [*whole, "architectures", "quantization_config", "sliding_window"] for value in ODD
+        (key, value) for key in [*config, "architectures", "quantization_config", "sliding_window"] for value in ODD
     ]
     for key, value in [("architectures", [5]), ("architectures", 5), ("model_type", None), *draw.sample(cases, 60)]:
         if key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") and value == 10**30:
             continue
-        (model / "config.json").write_text(json.dumps(whole | {key: value}))
+        (model / "config.json").write_text(json.dumps(config | {key: value}))
         try:
             load(str(model))
         except ValueError as error:
@@ -233,7 +233,7 @@ def test_a_config_that_is_odd_in_one_entry_is_loaded_or_refused_in_one_line(star
     "text", ["[]", "5", "", "{", "[" * 100_000, '{"a": ' * 20_000, "\x00", '"x"', "null", "é".encode("latin-1")]
 )
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"])
-def test_a_file_that_is_no_json_object_is_one_line(model, file, text):
+def test_a_file_that_is_no_json_object_is_refused_in_one_line(model, file, text):
     (model / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     try:
         models.load(model)
@@ -243,9 +243,9 @@ def test_a_file_that_is_no_json_object_is_one_line(model, file, text):
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_a_bad_header_of_the_weights_is_one_line(model, mapped):
-    whole = (model / "model.safetensors").read_bytes()
-    for bad in (b"", b"\xff" * 64, whole[:40], whole[:-10], (2**40).to_bytes(8, "little") + whole[8:]):
+def test_a_bad_header_of_the_weights_is_refused_in_one_line(model, mapped):
+    content = (model / "model.safetensors").read_bytes()
+    for bad in (b"", b"\xff" * 64, content[:40], content[:-10], (2**40).to_bytes(8, "little") + content[8:]):
         (model / "model.safetensors").write_bytes(bad)
         assert "safetensors" in refusal(model, mapped=mapped)
 
@@ -264,7 +264,7 @@ PANICS = {
 
 
 @pytest.mark.parametrize("when", PANICS)
-def test_a_tokenizer_that_panics_is_one_line(model, when):
+def test_a_tokenizer_that_panics_is_refused_in_one_line(model, when):
     edit(model / "tokenizer.json", **PANICS[when])
     assert "expected a tokenizer beside the weights" in refusal(model, models.load_tokenizer)
     assert "expected a tokenizer beside the weights" in refusal(model)
@@ -290,11 +290,11 @@ def test_all_weights_are_trained_from_an_adapter(stage, start, tmp_path):
             assert not torch.equal(tensor, before[name]), name
 
 
-def test_a_reward_model_begins_with_the_body_that_an_adapter_made(start, tmp_path):
+def test_a_reward_model_starts_from_the_body_merged_with_the_adapter(start, tmp_path):
     adapter = write_adapter(start, tmp_path / "adapter")
-    found, _ = models.classifier_from(adapter, 1, seed=3)
+    classifier, _ = models.classifier_from(adapter, 1, seed=3)
     expected, plain = models.load(adapter)[0], models.classifier_from(start, 1, seed=3)[0]
     ids = torch.tensor([[3, 5, 7, 4]])
-    assert torch.equal(found.eval().model(ids)[0], expected.eval().model(ids)[0])
-    assert torch.equal(found.score.weight, plain.score.weight), "the seed draws the same head"
-    assert not torch.equal(found.model(ids)[0], plain.eval().model(ids)[0])
+    assert torch.equal(classifier.eval().model(ids)[0], expected.eval().model(ids)[0])
+    assert torch.equal(classifier.score.weight, plain.score.weight), "the same seed must give the same head"
+    assert not torch.equal(classifier.model(ids)[0], plain.eval().model(ids)[0])

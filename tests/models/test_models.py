@@ -1,4 +1,4 @@
-"""Models: a round trip changes nothing, and what we would get wrong is refused with its reason."""
+"""Models: saving and loading changes nothing; unsupported models and bad directories are refused with a reason."""
 
 import json
 
@@ -34,8 +34,8 @@ def saved(request, tmp_path_factory):
     return model, tokenizer, directory
 
 
-def changed(directory, tmp_path, drop=(), **config):
-    """A copy of a saved model without some files and with other entries in its config."""
+def changed_copy(directory, tmp_path, drop=(), **config):
+    """Copy a saved model without the files in `drop` and with changed config entries; return the copy."""
     for file in directory.iterdir():
         if file.name not in drop:
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -68,14 +68,14 @@ def test_word_level_text_survives(saved):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_byte_level_knows_any_text():
+def test_byte_level_encodes_any_text():
     _, tokenizer = BUILDERS["tiny"]()
     text = "Never seen:  Ünïcode 漢字\n\ttabs , and \U0001f600"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_seed_decides_the_weights_and_the_global_stream_is_left_alone(name):
+def test_the_seed_sets_the_weights_and_the_global_random_state_is_unchanged(name):
     state = torch.get_rng_state()
     (one, first), (two, second), (three, _) = (BUILDERS[name](seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
@@ -93,7 +93,7 @@ def test_parameters_of_a_tied_head_count_once():
 
 def test_a_missing_pad_token_becomes_eos(saved, tmp_path):
     _, _, directory = saved
-    changed(directory, tmp_path)
+    changed_copy(directory, tmp_path)
     path = tmp_path / "tokenizer_config.json"
     entries = json.loads(path.read_text())
     del entries["pad_token"]
@@ -118,16 +118,16 @@ def test_a_missing_pad_token_becomes_eos(saved, tmp_path):
         ((), {"architectures": ["LlamaForSequenceClassification"]}, "a classifier"),
     ],
 )
-def test_what_is_wrong_with_a_directory_is_said_in_one_line(saved, tmp_path, drop, config, message):
+def test_a_bad_directory_is_refused_in_one_line(saved, tmp_path, drop, config, message):
     _, _, directory = saved
     with pytest.raises(ValueError, match=message) as caught:
-        models.load(changed(directory, tmp_path, drop, **config))
+        models.load(changed_copy(directory, tmp_path, drop, **config))
     assert "\n" not in str(caught.value)
 
 
 def test_a_pickle_is_not_read(saved, tmp_path):
     model, _, directory = saved
-    changed(directory, tmp_path, drop=("model.safetensors",))
+    changed_copy(directory, tmp_path, drop=("model.safetensors",))
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickles are not read"):
         models.load(tmp_path)
@@ -149,7 +149,7 @@ def test_a_missing_directory_is_not_looked_up_on_the_hub(tmp_path):
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_refused_with_its_reason(config, message):
+def test_an_unsupported_model_type_is_refused_with_a_reason(config, message):
     with pytest.raises(ValueError, match=f"model type '{config.model_type}' is not supported: .*{message}"):
         models.refuse_unsupported(config)
 
@@ -164,5 +164,5 @@ def test_refused_with_its_reason(config, message):
         MixtralConfig(output_router_logits=True, router_aux_loss_coef=0.0),
     ],
 )
-def test_not_refused(config):
+def test_supported_model_types_are_not_refused(config):
     models.refuse_unsupported(config)

@@ -1,4 +1,4 @@
-"""The text part of multimodal checkpoints: its log-probs are the wrapper's own, and what is saved stands alone."""
+"""The text part of multimodal checkpoints: it has the wrapper's log-probs and is saved as a text-only model."""
 
 import importlib.util
 import json
@@ -67,12 +67,12 @@ FAMILIES = {
 
 
 def write_wrapper(family, directory, **changes):
-    """A wrapper saved as transformers saves it, and itself."""
-    text, vision, more = FAMILIES[family]
+    """Save a multimodal model with random weights to `directory`; return it."""
+    text, vision, options = FAMILIES[family]
     text = text | changes
     if not hasattr(transformers, f"{family}Config"):
         pytest.skip(f"this transformers has no {family}")
-    config = getattr(transformers, f"{family}Config")(text_config=dict(text), vision_config=dict(vision), **more)
+    config = getattr(transformers, f"{family}Config")(text_config=dict(text), vision_config=dict(vision), **options)
     torch.manual_seed(0)
     wrapper = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
@@ -112,8 +112,8 @@ SLOW = ("Llava", "PaliGemma", "InternVL")
 def test_log_probs_of_text_are_those_of_the_wrapper(family, tmp_path, capsys):
     wrapper = write_wrapper(family, tmp_path / "wrapper")
     model, tokenizer = models.load(tmp_path / "wrapper")
-    said = capsys.readouterr().out
-    assert f"{type(wrapper).__name__} is multimodal; its text part alone" in said and len(said.splitlines()) == 1
+    output = capsys.readouterr().out
+    assert f"{type(wrapper).__name__} is multimodal; its text part alone" in output and len(output.splitlines()) == 1
     ids = torch.randint(3, 50, (2, 9))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -122,10 +122,10 @@ def test_log_probs_of_text_are_those_of_the_wrapper(family, tmp_path, capsys):
         expected = token_logps(wrapper(input_ids=ids, attention_mask=mask).logits, labels)
         head = LMHead(model)
         hidden = head.hidden(input_ids=ids, attention_mask=mask)
-        found = linear_token_logps(hidden, head.weight, labels, **head.options)
+        result = linear_token_logps(hidden, head.weight, labels, **head.options)
     assert float(expected.abs().max()) > 1
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    # and of the model that transformers reads from what is saved
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    # the saved model in transformers has the same log-probs
     models.save(model, tokenizer, tmp_path / "text")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
     assert not {"vision_config", "text_config"} & json.loads((tmp_path / "text/config.json").read_text()).keys()
@@ -137,7 +137,7 @@ def test_log_probs_of_text_are_those_of_the_wrapper(family, tmp_path, capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_a_wrapper_that_needs_another_library_is_one_line(tmp_path):
+def test_a_wrapper_that_needs_another_library_is_a_one_line_error(tmp_path):
     with without_timm():
         write_wrapper("Gemma3n", tmp_path / "wrapper")
     with pytest.raises(ValueError, match="Gemma3nForConditionalGeneration.*requires the timm library") as caught:
@@ -145,8 +145,8 @@ def test_a_wrapper_that_needs_another_library_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_part_that_computes_something_else_is_refused(tmp_path):
-    """transformers caps the logits of Gemma 3's text model alone, and not those of the wrapper."""
+def test_a_text_part_with_other_logits_is_refused(tmp_path):
+    """Check this for Gemma 3 with a softcap, which transformers applies in the text model but not in the wrapper."""
     write_wrapper("Gemma3", tmp_path / "wrapper", final_logit_softcapping=5.0)
     with pytest.raises(ValueError, match="logits that differ from the wrapper's by") as caught:
         models.load(tmp_path / "wrapper")
@@ -159,14 +159,14 @@ def test_a_text_part_that_computes_something_else_is_refused(tmp_path):
     ("Phi4Multimodal", "no text part of its own"),
     ("CLIP", "no causal LM for its text part .model type 'clip_text_model'"),
 ])  # fmt: skip
-def test_a_wrapper_without_a_text_part_that_stands_alone_is_refused(kind, reason):
+def test_a_wrapper_without_a_causal_lm_is_refused(kind, reason):
     with pytest.raises(ValueError, match=f"it is multimodal.*{reason}") as caught:
         models.refuse_unsupported(getattr(transformers, f"{kind}Config")())
     assert "\n" not in str(caught.value)
 
 
 def test_the_tokenizer_is_the_one_that_was_saved(tmp_path):
-    """transformers takes another one for the type qwen3_5, which knows none of these words."""
+    """Check this for qwen3_5, for which transformers selects a tokenizer without these words."""
     write_wrapper("Qwen3_5", tmp_path / "wrapper")
     assert models.load_tokenizer(str(tmp_path / "wrapper"))("red good")["input_ids"] == [
         3 + WORDS.index("red"),
@@ -187,7 +187,7 @@ def rows(path):
     pytest.param("Llama4", ["--reference", "live"], marks=pytest.mark.slow),
     ("Qwen3_5", ["--share_prompt", "auto"]),
 ])  # fmt: skip
-def test_an_alignment_from_a_wrapper_leaves_a_text_model(family, options, tmp_path, capsys):
+def test_an_alignment_from_a_wrapper_saves_a_text_model(family, options, tmp_path, capsys):
     write_wrapper(family, tmp_path / "wrapper")
     arguments = ["--model", str(tmp_path / "wrapper"), "--data", rows(tmp_path / "rows.jsonl"), "--device", "cpu"]
     arguments += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--batch_size", "4", *options]
@@ -207,17 +207,17 @@ def test_a_reward_model_from_a_wrapper(tmp_path):
     assert model.config.num_labels == 1 and not any("vision" in name for name in model.state_dict())
 
 
-def test_weights_of_a_wrapper_that_are_mapped_are_those_that_are_read(tmp_path):
+def test_mapped_weights_of_a_wrapper_equal_loaded_weights(tmp_path):
     wrapper = write_wrapper("Gemma3", tmp_path / "wrapper")
     models.save(wrapper.to(torch.bfloat16), models.load_tokenizer(str(tmp_path / "wrapper")), tmp_path / "wrapper")
-    mapped, read = (models.load(tmp_path / "wrapper", mapped=mapped)[0] for mapped in (True, False))
+    mapped, loaded = (models.load(tmp_path / "wrapper", mapped=mapped)[0] for mapped in (True, False))
     assert {p.dtype for p in mapped.parameters()} == {torch.bfloat16}
     ids = torch.randint(3, 50, (2, 9))
-    assert torch.equal(mapped.float().eval()(ids).logits, read.eval()(ids).logits)
+    assert torch.equal(mapped.float().eval()(ids).logits, loaded.eval()(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["Gemma3", "Llama4"])
-def test_the_text_part_in_four_bits_is_trained_and_merged(family, tmp_path):
+def test_the_text_part_is_trained_in_4_bits_and_merged(family, tmp_path):
     pytest.importorskip("bitsandbytes")
     write_wrapper(family, tmp_path / "wrapper")
     arguments = ["--model", str(tmp_path / "wrapper"), "--data", rows(tmp_path / "rows.jsonl"), "--device", "cpu"]
@@ -225,8 +225,12 @@ def test_the_text_part_in_four_bits_is_trained_and_merged(family, tmp_path):
     assert align.main([*arguments, "--load_in_4bit", "--learning_rate", "1e-3", "--max_length", "32"]) == 0
     ids = torch.randint(3, 50, (2, 9))
     merged, rounded = models.load(tmp_path / "run")[0], models.load(tmp_path / "wrapper", four_bits=torch.float32)[0]
-    whole = models.load(tmp_path / "wrapper")[0]
+    unrounded = models.load(tmp_path / "wrapper")[0]
     with torch.no_grad():
-        found, near, far = (model.eval()(ids).logits for model in (merged, rounded, whole))
-    assert (found - near).abs().max() < 0.5 * (found - far).abs().max(), "two small steps from the rounded weights"
+        merged_logits, rounded_logits, unrounded_logits = (
+            model.eval()(ids).logits for model in (merged, rounded, unrounded)
+        )
+    assert (merged_logits - rounded_logits).abs().max() < 0.5 * (merged_logits - unrounded_logits).abs().max(), (
+        "it must be close to the rounded weights"
+    )
     assert not hasattr(merged.config, "quantization_config")

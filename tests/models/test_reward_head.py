@@ -1,4 +1,4 @@
-"""Rewards of foreign classifiers: what transformers gives for each row alone, in float64, whatever the padding."""
+"""Rewards of third-party classifiers equal those of transformers for each unpadded row, in fp64."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": 24, "hidden_size": 32, "n_layer": 2, "n_head": 2},
     "ctrl": GPT | {"dff": 64},  # its head is called classifier
 }
-OTHERS: dict[str, dict[str, Any]] = {  # by the first token, a pooler, a mean of all
+OTHERS: dict[str, dict[str, Any]] = {  # pooling by the first token, a pooler or a mean
     "bert": SIZE,
     "deberta-v2": SIZE,
     "modernbert": SIZE | {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
@@ -52,13 +52,13 @@ def make(name, outputs=1, **more):
 
 
 @torch.no_grad()
-def alone(model, examples=ROWS):
-    """transformers' own, a row at a time: without a pad id it takes the last token."""
-    before, model.config.pad_token_id = getattr(model.config, "pad_token_id", None), None
+def unpadded_rewards(model, examples=ROWS):
+    """Return the rewards of transformers, one row at a time; without a pad id it pools at the last token."""
+    pad_id, model.config.pad_token_id = getattr(model.config, "pad_token_id", None), None
     rows = [[*example.prompt, *completion] for example in examples for completion in example.completions]
-    found = torch.cat([model(torch.tensor([row])).logits for row in rows])
-    model.config.pad_token_id = before
-    return found[:, 0] if found.shape[1] == 1 else found[:, 1] - found[:, 0]
+    logits = torch.cat([model(torch.tensor([row])).logits for row in rows])
+    model.config.pad_token_id = pad_id
+    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
 
 @pytest.mark.parametrize("name", DECODERS | OTHERS)
@@ -69,24 +69,24 @@ def test_rewards_are_those_of_each_row_alone(name):
         head = RewardHead(model)
         assert (head.head is not None) == (name in DECODERS)
         with torch.no_grad():
-            found = head(Collator(0, 999).collate(ROWS))
-        expected = alone(model)
-        assert float(expected.std()) > 1e-2 and torch.allclose(found.double(), expected, atol=2e-6)
+            rewards = head(Collator(0, 999).collate(ROWS))
+        expected = unpadded_rewards(model)
+        assert float(expected.std()) > 1e-2 and torch.allclose(rewards.double(), expected, atol=2e-6)
 
 
-def test_16_bits_make_no_ties():
-    """200 completions that differ; a head in bfloat16 gives many of them one reward, and half a point each."""
+def test_rewards_of_a_16_bit_model_have_no_ties():
+    """Check that 200 different completions have different rewards; a bfloat16 head gives many equal ones."""
     model = make("llama", pad_token_id=23).float()
     examples = [TokenizedExample((3,), tuple((i % 20, 1 + i // 20) for i in range(200)), None, 1)]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         batch = Collator(0, 9999).collate(examples)
-        found = RewardHead(model)(batch)
+        rewards = RewardHead(model)(batch)
         rounded = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
-    assert found.dtype == torch.float32 and len(found.unique()) >= 199 > 180 > len(rounded.unique())
+    assert rewards.dtype == torch.float32 and len(rewards.unique()) >= 199 > 180 > len(rounded.unique())
 
 
-def test_a_pad_id_in_the_config_alone_moves_no_reward(tmp_path):
-    """The tokenizer has none: its end of sequence was made the pad, and the token before the end was scored."""
+def test_a_pad_id_in_the_config_alone_changes_no_reward(tmp_path):
+    """Check this for a tokenizer that pads with its end of sequence; a regression scored the token before it."""
     _, tokenizer = models.load(write_model(tmp_path / "policy"))
     torch.manual_seed(0)
     model, _ = models.classifier_from(str(tmp_path / "policy"), 1, seed=0)
@@ -100,9 +100,9 @@ def test_a_pad_id_in_the_config_alone_moves_no_reward(tmp_path):
     texts = [" good", " bad red", " big small good"]
     ids = tokenizer("red")["input_ids"]
     rows = tuple(tuple(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for text in texts)
-    expected = alone(model.double(), [TokenizedExample(tuple(ids), rows, None, 1)])
-    (found,) = scorer.score([data.Example("red", tuple(texts), None, 1)])
-    assert found == pytest.approx(expected.tolist(), abs=1e-5) and max(map(abs, found)) > 1e-2
+    expected = unpadded_rewards(model.double(), [TokenizedExample(tuple(ids), rows, None, 1)])
+    (rewards,) = scorer.score([data.Example("red", tuple(texts), None, 1)])
+    assert rewards == pytest.approx(expected.tolist(), abs=1e-5) and max(map(abs, rewards)) > 1e-2
 
 
 def test_a_reward_that_is_not_finite_names_the_model_and_the_row(tmp_path, monkeypatch):

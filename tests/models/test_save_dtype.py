@@ -1,4 +1,4 @@
-"""What a run saves has the dtype of what it began with, or the one that was asked for; training is in fp32."""
+"""A run saves the dtype of its start model, or that of --save_dtype; training is in fp32."""
 
 import json
 import shutil
@@ -20,18 +20,18 @@ HALF = torch.bfloat16
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    """Data, and one start in fp32 and in bf16 whose weights are the same numbers."""
-    directory = interruptions.given(tmp_path_factory.mktemp("given"))
+def inputs(tmp_path_factory):
+    """Return the inputs, with the same start model in fp32 (`start`) and in bf16 (`half`)."""
+    directory = interruptions.write_inputs(tmp_path_factory.mktemp("inputs"))
     model, tokenizer = models.load(directory / "start")
     models.save(model.to(HALF), tokenizer, directory / "half")
     models.save(model.float(), tokenizer, directory / "start")
     return directory
 
 
-def trained(stage, given, run, start, *options):
-    argv = interruptions.arguments(stage, given, run, *options)
-    argv[1] = str(given / start)
+def trained(stage, inputs, run, start, *options):
+    argv = interruptions.arguments(stage, inputs, run, *options)
+    argv[1] = str(inputs / start)
     assert STAGES[stage].main(argv) == 0
     return run
 
@@ -41,70 +41,72 @@ def dtypes(directory):
 
 
 @pytest.mark.parametrize("stage", ["align", *(pytest.param(s, marks=pytest.mark.slow) for s in STAGES if s != "align")])
-def test_a_run_from_16_bits_saves_the_rounding_of_what_it_trained_in_32(stage, given, tmp_path):
-    """Every weight is that of the run from the same numbers in fp32, rounded once; so were metrics and resumption."""
+def test_a_run_from_16_bits_trains_in_fp32_and_saves_rounded_weights(stage, inputs, tmp_path):
+    """Compare with a run from the same weights in fp32: its weights, rounded once, and its metrics."""
     more = ["--export_steps", "4"] * (stage in ("align", "ppo"))
-    whole = trained(stage, given, tmp_path / "whole", "start", *more)
-    half = trained(stage, given, tmp_path / "half", "half", *more)
+    full = trained(stage, inputs, tmp_path / "full", "start", *more)
+    half = trained(stage, inputs, tmp_path / "half", "half", *more)
     kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
     places = ["."] + ["models/step-4"] * bool(more) + ["models/best"] * (stage == "align")
     for place in places:
-        exact, rounded = (load_file(run / place / "model.safetensors") for run in (whole, half))
+        exact, rounded = (load_file(run / place / "model.safetensors") for run in (full, half))
         assert exact.keys() == rounded.keys()
         for name, tensor in exact.items():
             assert tensor.dtype == torch.float32 and torch.equal(tensor.to(HALF), rounded[name]), name
         assert json.loads((half / place / "config.json").read_text())["dtype"] == "bfloat16"
-        assert json.loads((whole / place / "config.json").read_text())["dtype"] == "float32"
+        assert json.loads((full / place / "config.json").read_text())["dtype"] == "float32"
         assert {p.dtype for p in kind.from_pretrained(half / place).parameters()} == {HALF}
         assert (half / place / "model.safetensors").stat().st_size < 0.6 * (
-            whole / place / "model.safetensors"
+            full / place / "model.safetensors"
         ).stat().st_size
-    logs = [interruptions.made(run)["metrics"] for run in (whole, half)]
+    logs = [interruptions.fingerprint(run)["metrics"] for run in (full, half)]
     assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize(("choice", "expected"), [("float32", torch.float32), ("float16", torch.float16)])
-def test_another_dtype_can_be_asked_for(choice, expected, given, tmp_path):
-    run = trained("sft", given, tmp_path / "run", "half", "--save_dtype", choice, "--max_steps", "2")
+def test_save_dtype_selects_the_dtype(choice, expected, inputs, tmp_path):
+    run = trained("sft", inputs, tmp_path / "run", "half", "--save_dtype", choice, "--max_steps", "2")
     assert dtypes(run) == {expected}
     assert json.loads((run / "config.json").read_text())["dtype"] == choice
     assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(run).parameters()} == {expected}
 
 
 @pytest.mark.parametrize("output", ["merged", "adapter"])
-def test_adapters_and_what_is_merged_from_them(output, given, tmp_path):
+def test_adapters_and_merged_models_keep_the_dtype(output, inputs, tmp_path):
     options = ["--lora_r", "2", "--lora_output", output, "--max_steps", "2", "--lora_targets", "c_attn"]
-    run = trained("sft", given, tmp_path / "run", "half", *options)
+    run = trained("sft", inputs, tmp_path / "run", "half", *options)
     assert dtypes(run) == {HALF}
     assert saving.dtypes_of("auto", str(run)).most == HALF
-    again = trained("sft", given, tmp_path / "again", run, "--max_steps", "2")
+    again = trained("sft", inputs, tmp_path / "again", run, "--max_steps", "2")
     assert dtypes(again) == {HALF}
     assert models.load(again)[0].dtype == torch.float32
 
 
-def test_checkpoints_to_resume_from_stay_in_32_bits(given, tmp_path, monkeypatch):
-    kept = []
+def test_resume_checkpoints_stay_in_fp32(inputs, tmp_path, monkeypatch):
+    checkpoint_dtypes = []
     clear = run_directory.remove_resume_files
     monkeypatch.setattr(
-        run_directory, "remove_resume_files", lambda run: kept.append(dtypes(run / "checkpoints/step-10/tensors"))
+        run_directory,
+        "remove_resume_files",
+        lambda run: checkpoint_dtypes.append(dtypes(run / "checkpoints/step-10/tensors")),
     )
-    trained("sft", given, tmp_path / "run", "half")
+    trained("sft", inputs, tmp_path / "run", "half")
     monkeypatch.undo()
     clear(tmp_path / "run")
-    assert HALF not in kept[0] and torch.float32 in kept[0]
+    assert HALF not in checkpoint_dtypes[0] and torch.float32 in checkpoint_dtypes[0]
 
 
-def test_tensors_of_another_dtype_than_most_keep_their_own(given, tmp_path):
-    shutil.copytree(given / "half", tmp_path / "mixed")
+def test_mixed_dtypes_are_kept_per_tensor(inputs, tmp_path):
+    shutil.copytree(inputs / "half", tmp_path / "mixed")
     tensors = load_file(tmp_path / "mixed/model.safetensors")
-    own = [name for name in tensors if "ln_" in name]
-    save_file(tensors | {n: tensors[n].float() for n in own}, tmp_path / "mixed/model.safetensors", {"format": "pt"})
+    norms = [name for name in tensors if "ln_" in name]
+    save_file(tensors | {n: tensors[n].float() for n in norms}, tmp_path / "mixed/model.safetensors", {"format": "pt"})
     model, tokenizer = models.load(tmp_path / "mixed")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     models.save(model, tokenizer, tmp_path / "saved", models.dtypes_of("auto", str(tmp_path / "mixed")))
     saved = load_file(tmp_path / "saved/model.safetensors")
     assert {name: tensor.dtype for name, tensor in saved.items()} == {
-        name: torch.float32 if name in own else HALF for name in tensors
+        name: torch.float32 if name in norms else HALF for name in tensors
     }
     assert json.loads((tmp_path / "saved/config.json").read_text())["dtype"] == "bfloat16"
     after = model.state_dict()
@@ -114,8 +116,8 @@ def test_tensors_of_another_dtype_than_most_keep_their_own(given, tmp_path):
     assert model.lm_head.weight is model.transformer.wte.weight and model.config.dtype == torch.float32
 
 
-def test_a_weight_that_the_dtype_cannot_hold_is_an_error(given, tmp_path):
-    model, tokenizer = models.load(given / "start")
+def test_a_weight_that_the_dtype_cannot_hold_is_an_error(inputs, tmp_path):
+    model, tokenizer = models.load(inputs / "start")
     model.transformer.wte.weight.data[0, 0] = 70_000.0
     with pytest.raises(RunError, match="wte.weight is not finite in float16"):
         models.save(model, tokenizer, tmp_path / "x", models.Dtypes(torch.float16))

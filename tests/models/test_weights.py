@@ -1,4 +1,4 @@
-"""Weights that cannot be used are never written, and training that changes nothing is an error."""
+"""Non-finite weights are never written, and training that changes no weight is an error."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    return interruptions.given(tmp_path_factory.mktemp("given"))
+def inputs(tmp_path_factory):
+    return interruptions.write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def ends(stage, given, run, capsys, *options):
-    """(exit code, its last line on stderr) of a run with these options."""
-    code = STAGES[stage].main(interruptions.arguments(stage, given, run, *options))
+def run_stage(stage, inputs, run, capsys, *options):
+    """Run a stage; return its exit code and a list of the last line on stderr."""
+    code = STAGES[stage].main(interruptions.arguments(stage, inputs, run, *options))
     return code, capsys.readouterr().err.splitlines()[-1:]
 
 
@@ -31,12 +31,12 @@ def written(run):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_changes_no_weight_fails(stage, given, tmp_path, capsys):
-    """A learning rate that is 0 in fp32; the same command fails again, from its last checkpoint too."""
+def test_a_run_that_changes_no_weight_fails(stage, inputs, tmp_path, capsys):
+    """Check this for a learning rate that is 0 in fp32, also when the same command resumes from a checkpoint."""
     for _ in range(2):
-        code, (line,) = ends(stage, given, tmp_path / "run", capsys, "--learning_rate", "1e-60")
+        code, (line,) = run_stage(stage, inputs, tmp_path / "run", capsys, "--learning_rate", "1e-60")
         assert code == 1 and "no weight has changed after 10 steps" in line
-    assert not [file for file in written(tmp_path / "run") if "/" not in file], "no model of the end"
+    assert not [file for file in written(tmp_path / "run") if "/" not in file], "no final model"
 
 
 @pytest.mark.parametrize(("stage", "options"), [
@@ -45,33 +45,33 @@ def test_a_run_that_changes_no_weight_fails(stage, given, tmp_path, capsys):
     ("reward", ["--max_steps", "1"]),
     ("ppo", ["--critic_warmup_steps", "0", "--max_steps", "1"]),
 ])  # fmt: skip
-def test_weights_that_are_not_finite_are_never_written(stage, options, given, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_never_written(stage, options, inputs, tmp_path, capsys):
     options = ["--learning_rate", "1e300", "--save_steps", "1", "--export_steps", "1", *options]
     if stage in ("sft", "reward"):
         options = [option for option in options if option not in ("--export_steps",)]
         options.remove("1")
-    code, (line,) = ends(stage, given, tmp_path / "run", capsys, *options)
+    code, (line,) = run_stage(stage, inputs, tmp_path / "run", capsys, *options)
     assert code == 1 and "the weights are not finite (model." in line
     assert written(tmp_path / "run") == []
-    code, _ = ends(stage, given, tmp_path / "run", capsys, *options[2:], "--allow_changes")
-    assert code == 0, "a command that differs in the learning rate begins again"
+    code, _ = run_stage(stage, inputs, tmp_path / "run", capsys, *options[2:], "--allow_changes")
+    assert code == 0, "the same command with another learning rate must start over"
 
 
-def test_a_poisoned_last_step_keeps_the_checkpoint_before_it(given, tmp_path, capsys, monkeypatch):
-    own = training_step.update
+def test_a_poisoned_last_step_keeps_the_checkpoint_before_it(inputs, tmp_path, capsys, monkeypatch):
+    original = training_step.update
 
     def poisoning(module, optim, config, accelerator, step, *rest):
-        found = own(module, optim, config, accelerator, step, *rest)
+        norm = original(module, optim, config, accelerator, step, *rest)
         if step == 5 and poisoned:
             next(module.parameters()).data.view(-1)[3] = float("inf")
-        return found
+        return norm
 
     monkeypatch.setattr(training_step, "update", poisoning)
     poisoned = True
-    code, (line,) = ends("sft", given, tmp_path / "run", capsys, "--save_steps", "2")
+    code, (line,) = run_stage("sft", inputs, tmp_path / "run", capsys, "--save_steps", "2")
     assert code == 1 and "step-4" in line
     poisoned = False
-    code, _ = ends("sft", given, tmp_path / "run", capsys, "--save_steps", "2")
+    code, _ = run_stage("sft", inputs, tmp_path / "run", capsys, "--save_steps", "2")
     assert code == 0
 
 
@@ -88,13 +88,13 @@ def test_the_first_tensor_that_is_not_finite_is_named():
 def test_a_model_that_is_frozen_is_refused_before_the_first_step():
     module = torch.nn.Module()
     module.model = torch.nn.Linear(2, 2).requires_grad_(False)
-    module.critic = torch.nn.Linear(2, 2)  # which is not saved
+    module.critic = torch.nn.Linear(2, 2)  # is not saved
     with pytest.raises(RunError, match="nothing to train: every weight of Linear is frozen"):
         weights.Movement(module, Accelerator(cpu=True))
 
 
 def test_one_bit_of_one_weight_is_a_change():
-    """In the shape of LoRA: one matrix of zeros beside others, in every dtype that is trained."""
+    """Check this for a matrix of zeros beside another, as in LoRA, in every dtype that is trained."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         module = torch.nn.ParameterList([torch.randn(8, 4, dtype=dtype), torch.zeros(4, 8, dtype=dtype)])
         movement, counters = weights.Movement(module, Accelerator(cpu=True)), {"not_finite": 0.0}

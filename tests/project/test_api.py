@@ -1,6 +1,6 @@
-"""The public interface of exo_kernels: its signatures in api.txt, its types, its version.
+"""The public interface of exo_kernels: its signatures in api.txt, its types and its version.
 
-After an intended change: `python tests/project/test_api.py` writes api.txt again.
+After an intended change, run `python tests/project/test_api.py` to rewrite api.txt.
 """
 
 import difflib
@@ -23,14 +23,14 @@ LOSSES = [name for name in exo_kernels.__all__ if name.startswith("fused_")]
 
 
 def annotation(value: object) -> str:
-    """Write an annotation alike on every version of Python."""
+    """Return an annotation in a form that is the same on every version of Python."""
     text = value.__name__ if isinstance(value, type) and not hasattr(value, "__args__") else str(value)
     text = re.sub(r"\b(typing|torch|torch\.distributed\.distributed_c10d|exo_kernels(\.\w+)+)\.(?=[A-Z])", "", text)
     return re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text)
 
 
 def signature(name: str, function: typing.Any) -> str:
-    """Write a signature, one parameter a line."""
+    """Return a signature with one parameter per line."""
     lines, mark = [], ""
     signature = inspect.signature(function)
     for p in signature.parameters.values():
@@ -45,7 +45,7 @@ def signature(name: str, function: typing.Any) -> str:
 
 
 def interface(prefix: str, owner: typing.Any, names: typing.Iterable[str]) -> Iterator[str]:
-    """Write the public functions, classes and values of a module."""
+    """Yield the signatures of the public functions, classes and values of a module."""
     for name in sorted(names):
         value = getattr(owner, name)
         if inspect.ismodule(value):
@@ -71,16 +71,16 @@ def current() -> str:
     return "\n\n".join(interface("", exo_kernels, exo_kernels.__all__)) + "\n"
 
 
-def test_signatures_are_those_of_the_snapshot():
-    before, after = SNAPSHOT.read_text(encoding="utf-8"), current()
-    diff = "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), "api.txt", "now", lineterm=""))
+def test_signatures_match_the_snapshot():
+    expected, actual = SNAPSHOT.read_text(encoding="utf-8"), current()
+    diff = "\n".join(difflib.unified_diff(expected.splitlines(), actual.splitlines(), "api.txt", "now", lineterm=""))
     advice = "If the change is intended, run `python tests/project/test_api.py` and note it in CHANGELOG.md."
-    assert before == after, f"the public interface changed:\n{diff}\n{advice}"
+    assert expected == actual, f"the public interface changed:\n{diff}\n{advice}"
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_ordinary_functions(name):
-    """With a name, a place to be pickled from, documentation, and an annotation for every argument."""
+    """Check that a loss has a name and documentation, an annotation for every argument, and can be pickled."""
     loss = getattr(exo_kernels, name)
     assert loss.__name__ == name and pickle.loads(pickle.dumps(loss)) is loss
     assert loss.__doc__.startswith("EXO" if "exo" in name else "DPO") and "Args:" in loss.__doc__
@@ -91,7 +91,7 @@ def test_losses_are_ordinary_functions(name):
 
 @pytest.mark.parametrize("name", LOSSES + ["token_logps", "linear_token_logps"])
 def test_overloads_have_the_keywords_of_the_function(name):
-    """For type checkers the keywords stand in a TypedDict: it must not differ from the signature."""
+    """Compare the signature with the TypedDict of keywords, which type checkers read."""
     function = getattr(exo_kernels, name)
     parameters = inspect.signature(function).parameters.values()
     expected = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -109,7 +109,7 @@ def test_the_version_is_in_one_place():
     assert exo_kernels.__version__ not in text and re.fullmatch(r"\d+\.\d+\.\d+", exo_kernels.__version__)
 
 
-def test_statistics_come_on_request():
+def test_statistics_are_returned_on_request():
     x, labels = torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.long)
     assert isinstance(exo_kernels.fused_exo_loss(x, labels, torch.zeros(2)), torch.Tensor)
     loss, stats = exo_kernels.fused_exo_loss(x, labels, torch.zeros(2), return_stats=True)

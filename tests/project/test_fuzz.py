@@ -1,4 +1,4 @@
-"""The fuzz harness in the tests: a few seconds of it always, many cases among the slow ones."""
+"""Fuzz cases: a few of every class in each test run, and many in the slow tests."""
 
 import fuzz
 import fuzz_cases

@@ -1,6 +1,6 @@
-"""Imports point one way, and importing exo_kernels needs torch alone.
+"""Imports go from higher to lower layers only, and exo_kernels needs torch alone.
 
-The first half reads the source; a new package or command gets its layer in LAYERS.
+The first half reads the source. A new package or command must be added to LAYERS.
 """
 
 import ast
@@ -12,7 +12,7 @@ import exo_kernels
 
 ROOT = Path(exo_kernels.__file__).parents[1]
 
-# The packages and commands of each part, by layer. A file imports from its own package and from lower layers.
+# Packages and commands by layer, lowest first. A file may import from its package and from lower layers.
 KERNEL_LAYERS = (
     ("objectives", "groups", "numerics", "validation", "dispatch"),
     ("value_checks", "reference"),
@@ -44,9 +44,9 @@ LAYERS = (
     ),
     ("train", "inspect"),
 )
-EDGES = 110  # imports between the packages and commands of exo
-# Who may import a library that others should not have to know.
-KNOW = {
+EDGES = 110  # the most (importing, imported) pairs of packages and commands of exo
+# The only packages of exo that may import these libraries.
+IMPORTERS = {
     "accelerate": {"distributed", "models", "training"},
     "transformers": {"models"},
 }
@@ -74,17 +74,17 @@ def part_of(path: Path) -> str:
 
 
 def upward(package: str, layers: tuple[tuple[str, ...], ...]) -> tuple[list[str], set[tuple[str, str]]]:
-    """Return the imports that do not go down, and the edges between parts."""
+    """Return the imports that do not go down, and the (importing, imported) pairs of parts."""
     layer = {part: number for number, parts in enumerate(layers) for part in parts}
     wrong, edges = [], set()
     for path in sources(package):
         part = part_of(path)
         for name in imported(path):
-            other = name.split(".")[1] if name.startswith(f"{package}.") else part
-            if other in (part, "__version__") or (package == "exo" and part == "__init__"):
+            target = name.split(".")[1] if name.startswith(f"{package}.") else part
+            if target in (part, "__version__") or (package == "exo" and part == "__init__"):
                 continue
-            edges.add((part, other))
-            if layer[other] >= layer[part]:
+            edges.add((part, target))
+            if layer[target] >= layer[part]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     return wrong, edges
 
@@ -118,18 +118,18 @@ def test_others_use_the_public_names_of_exo_kernels():
         assert used <= public, path
 
 
-def test_who_knows_which_library():
+def test_only_some_packages_import_certain_libraries():
     tests = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"tests"}
     for path in sources("exo") + sources("exo_kernels") + sources("benchmarks"):
         names = {name.split(".")[0] for name in imported(path)}
         assert not names & tests, path
         if path.is_relative_to(ROOT / "exo"):
-            assert all(part_of(path) in parts for library, parts in KNOW.items() if library in names), path
+            assert all(part_of(path) in parts for library, parts in IMPORTERS.items() if library in names), path
 
 
-# Fresh interpreters.
+# Tests in fresh interpreters.
 
-# Everything that is installed, but torch and what torch itself cannot do without.
+# The installed packages, except torch and its requirements.
 BLOCKED = """
 import sys
 for name in ("triton", "numpy", "transformers", "tokenizers", "accelerate", "datasets", "safetensors", "peft", "pytest",
@@ -154,7 +154,7 @@ def run(program: str) -> str:
     return child.stdout
 
 
-def test_torch_is_enough():
+def test_exo_kernels_runs_with_torch_alone():
     run(BLOCKED + USE)
 
 
@@ -170,14 +170,14 @@ def test_a_missing_triton_is_one_clear_line():
 
 
 def test_triton_is_imported_when_a_kernel_is_first_used():
-    """Not by the import, and no kernel by another implementation. (torch itself imports triton with its compiler.)"""
+    """Check that neither the import nor another implementation loads a kernel. (torch itself may import triton.)"""
     program = "import sys, torch\nbefore = 'triton' in sys.modules\nimport exo_kernels\n"
     program += "assert before or 'triton' not in sys.modules\n" + USE
     run(program + "assert 'exo_kernels._triton' not in sys.modules\n")
 
 
-def test_importing_does_nothing_else():
-    """No threads, no CUDA, no files open, no random numbers drawn, no output."""
+def test_importing_has_no_side_effects():
+    """Check that the import starts no thread, does not initialize CUDA, draws no random number and has no output."""
     program = (
         "import threading, torch\nstate = torch.random.get_rng_state()\nimport exo_kernels\n"
         "assert threading.active_count() == 1\nassert not torch.cuda.is_initialized()\n"

@@ -1,4 +1,4 @@
-"""The README's Python blocks run as printed, and its links lead somewhere."""
+"""The README's Python blocks run as printed, and the links of all pages lead to existing files."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_python_blocks_run():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_lead_to_existing_files(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http", "#")):

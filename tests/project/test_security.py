@@ -1,6 +1,6 @@
-"""Nothing that is read can run: no pickles, no repository's code, no YAML that builds objects; and no secret is told.
+"""No file that is read can run code: no pickles, no modelling code, no YAML objects; and no secret is printed.
 
-Weights as pickles and modelling files are refused in test_models.py.
+The tests of models check that pickled weights and modelling code are refused.
 """
 
 import ast
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_source_can_run_what_it_reads(path):
+def test_no_source_can_run_code_from_files(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
@@ -35,13 +35,13 @@ def test_no_source_can_run_what_it_reads(path):
             assert not called.endswith(
                 (".extractall", ".gather_object", ".broadcast_object_list", ".all_gather_object")
             )
-            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert given.get("shell", "False") == "False" and given.get("trust_remote_code", "False") == "False"
-            assert given.get("weights_only", "True") == "True" and given.get("allow_pickle", "False") == "False"
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert keywords.get("shell", "False") == "False" and keywords.get("trust_remote_code", "False") == "False"
+            assert keywords.get("weights_only", "True") == "True" and keywords.get("allow_pickle", "False") == "False"
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def model_path(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("start") / "model")
 
 
@@ -51,19 +51,19 @@ def data(tmp_path):
     return write_rows(tmp_path / "rows.jsonl", rows)
 
 
-def test_yaml_builds_no_objects(start, data, tmp_path, capsys):
+def test_yaml_builds_no_objects(model_path, data, tmp_path, capsys):
     canary = tmp_path / "canary"
     (tmp_path / "options.yaml").write_text(f"max_steps: !!python/object/apply:os.mkdir ['{canary}']\n")
     with pytest.raises(SystemExit):
-        align.main(["--model", start, "--data", data, "--config", str(tmp_path / "options.yaml")])
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "expected no tag; got tag:yaml.org,2002:python/object/apply:os.mkdir" in said and not canary.exists()
+        align.main(["--model", model_path, "--data", data, "--config", str(tmp_path / "options.yaml")])
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "expected no tag; got tag:yaml.org,2002:python/object/apply:os.mkdir" in error and not canary.exists()
 
 
 @pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/hostname", "sub/x.safetensors"])
-def test_shards_are_files_of_the_model_itself(start, tmp_path, shard):
-    """An index that names files elsewhere reads what nobody asked for."""
-    model, tokenizer = models.load(start)
+def test_shards_are_files_of_the_model_itself(model_path, tmp_path, shard):
+    """Check that an index cannot name files outside the directory of the model."""
+    model, tokenizer = models.load(model_path)
     models.save(model, tokenizer, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "other.safetensors")
     names = dict.fromkeys(model.state_dict(), shard)
@@ -73,15 +73,15 @@ def test_shards_are_files_of_the_model_itself(start, tmp_path, shard):
         models.load(str(tmp_path / "model"))
 
 
-def test_no_secret_is_told(start, data, tmp_path):
-    """Tokens and keys of the environment are in no file of a run and in nothing that it says."""
+def test_no_secret_is_printed_or_written(model_path, data, tmp_path):
+    """Check that tokens and keys of the environment are in no file and in no output of a run."""
     secrets = {"HF_TOKEN": "hf_CANARYCANARYCANARY", "OPENAI_API_KEY": "sk-CANARYCANARY", "MY_SECRET": "CANARY-of-mine"}
     command = [
         sys.executable,
         "-m",
         "exo.align",
         "--model",
-        start,
+        model_path,
         "--data",
         data,
         "--max_steps",
@@ -90,14 +90,14 @@ def test_no_secret_is_told(start, data, tmp_path):
         "cpu",
     ]
     command += ["--output_dir", str(tmp_path / "run"), "--batch_size", "2"]
-    for more in ([], ["--seed", "9"], ["--nonsense", "1"]):  # the second is refused, the third no option
-        child = subprocess.run([*command, *more], capture_output=True, env=os.environ | secrets, timeout=120)
+    for options in ([], ["--seed", "9"], ["--nonsense", "1"]):  # the second is refused, and the third is no option
+        child = subprocess.run([*command, *options], capture_output=True, env=os.environ | secrets, timeout=120)
         assert b"CANARY" not in child.stdout + child.stderr
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert len(files) > 5 and not any(b"CANARY" in file.read_bytes() for file in files)
 
 
-def test_a_key_does_not_belong_into_an_address(capsys):
+def test_a_key_in_the_endpoint_is_refused_and_not_printed(capsys):
     with pytest.raises(SystemExit):
         judge.main(
             [
@@ -113,5 +113,5 @@ def test_a_key_does_not_belong_into_an_address(capsys):
                 "http://user:CANARY@host/v1",
             ]
         )
-    said = capsys.readouterr().err
-    assert "--endpoint: expected" in said and "CANARY" not in said
+    error = capsys.readouterr().err
+    assert "--endpoint: expected" in error and "CANARY" not in error

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# everything that is installed beside torch and its own requirements
+# the installed packages, except torch and its requirements
 BLOCKED = (
     *(
         "triton",

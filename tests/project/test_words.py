@@ -1,4 +1,4 @@
-"""User-facing text is plain English: it avoids a short list of words that a colleague would not say."""
+"""User-facing text is plain English: it avoids a list of words and beginnings of sentences."""
 
 import ast
 import dataclasses
@@ -12,14 +12,14 @@ WORDS = [
     "mends?", "mended", "parted", "of one's own", "whoever", "is whole", "are whole", "state that is whole",
 ]  # fmt: skip
 PATTERN = re.compile(rf"\b({'|'.join(WORDS)})\b", re.IGNORECASE)
-# Functions whose text a person reads, and the pages.
+# Functions that print their arguments, and the pages of the documentation.
 PRINTED = {"log", "warn", "headline", "print", "print_error"}
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 STAGES = [path.stem for path in (ROOT / "exo").glob("*.py") if path.stem not in ("__init__", "api", "inspect")]
 
 
 def texts(tree: ast.AST):
-    """Yield (line, text) of what is printed or raised."""
+    """Yield (line, text) of each string that is printed or raised."""
     for node in ast.walk(tree):
         call = node.exc if isinstance(node, ast.Raise) else node
         if not isinstance(call, ast.Call):
@@ -61,7 +61,7 @@ def test_pages():
 
 
 def test_first_lines_of_docstrings():
-    """A docstring starts with a verb or a noun phrase, not with a riddle."""
+    """Check that no docstring starts with a relative clause."""
     riddle = re.compile(r"(Whether|What|Of (several|all|each)|Nothing|How to be)\b")
     wrong = []
     for path in [*(ROOT / "exo").rglob("*.py"), *(ROOT / "exo_kernels").rglob("*.py")]:

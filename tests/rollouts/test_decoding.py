@@ -1,4 +1,4 @@
-"""Sampling from models of every kind of state: the same tokens as running each whole sequence by itself."""
+"""Sampling from models with every kind of cache or state gives the tokens of uncached, unbatched sampling."""
 
 import warnings
 from typing import Any
@@ -18,7 +18,7 @@ ATTENTION = SIZE | {
     "max_position_embeddings": 64,
 }  # fmt: skip
 SSM = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
-# With the one whether its cache can be used.
+# model type: (config, whether its cache is usable)
 KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "mamba": (SIZE | {"state_size": 8}, False),
     "mamba2": (
@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "mistral": (ATTENTION | {"sliding_window": 4}, True),
 }
 PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
-HOW: dict[str, Any] = {"k": 3, "temperature": 0.9, "max_new_tokens": 7, "seed": 1}
+SETTINGS: dict[str, Any] = {"k": 3, "temperature": 0.9, "max_new_tokens": 7, "seed": 1}
 
 
 def make(name):
@@ -65,7 +65,7 @@ def make(name):
         warnings.simplefilter("ignore")
         config = AutoConfig.for_model(name, bos_token_id=None, eos_token_id=2, pad_token_id=0, **KINDS[name][0])
         model = AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():  # peaked enough that a wrong state changes tokens
+    with torch.no_grad():  # makes distributions so peaked that a wrong state changes tokens
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(5)
@@ -73,8 +73,8 @@ def make(name):
 
 
 @torch.no_grad()
-def alone(model, prompt, uniforms):
-    """One sequence, no cache, no padding."""
+def sample_alone(model, prompt, uniforms):
+    """Sample one sequence without a cache or padding; return its tokens and log-prob."""
     ids, total = list(prompt), 0.0
     for u in uniforms.tolist():
         logprobs = torch.log_softmax(model(torch.tensor([ids]), use_cache=False).logits[0, -1] / 0.9, -1)
@@ -87,20 +87,20 @@ def alone(model, prompt, uniforms):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_completions_are_those_of_each_sequence_by_itself(name, monkeypatch, capsys):
-    """Mamba, RWKV and GPT ended in a traceback; MiniMax drew from wrong logits."""
+def test_completions_match_sampling_each_sequence_alone_without_a_cache(name, monkeypatch, capsys):
+    """Check this for all kinds; regressions were tracebacks (Mamba, RWKV, GPT) and wrong logits (MiniMax)."""
     monkeypatch.setattr(console, "_warned", set())
     model = make(name)
-    for i, drawn in enumerate(generate.sample(model, (2, 5), PROMPTS, **HOW)):
+    for i, drawn in enumerate(generate.sample(model, (2, 5), PROMPTS, **SETTINGS)):
         for j, one in enumerate(drawn):
-            tokens, logprob = alone(model, PROMPTS[i], generate._stream(1, i, j, 7))
+            tokens, logprob = sample_alone(model, PROMPTS[i], generate._stream(1, i, j, 7))
             assert one.token_ids == tokens and one.logprob == pytest.approx(logprob, abs=1e-3)
             assert (one.finish == "eos") == (tokens[-1] in (2, 5))
     assert ("without a key-value cache" in capsys.readouterr().out) != KINDS[name][1]
 
 
-def test_whether_a_cache_is_used_depends_on_its_logits(monkeypatch):
-    """A cache that forgets its order, or its padding, is found out whatever the model is called."""
+def test_a_cache_that_gives_other_logits_is_not_used(monkeypatch):
+    """Check that a cache whose rows are not reordered is detected by its logits."""
     model = make("mistral")
     assert decoding.supports_cache(model, PROMPTS) and decoding.supports_cache(model, [[3]])
     monkeypatch.setattr(decoding.CachedDecoder, "_select", lambda self, rows: None)
@@ -112,4 +112,4 @@ def test_a_model_that_gives_nan_is_named_with_the_prompt():
     model.transformer.wte.weight.data[10] = torch.nan
     model.name_or_path = "some/model"
     with pytest.raises(RuntimeError, match="model some/model: expected finite logits; got NaN after prompt"):
-        generate.sample(model, (2,), PROMPTS, **HOW)
+        generate.sample(model, (2,), PROMPTS, **SETTINGS)

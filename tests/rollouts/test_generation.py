@@ -1,4 +1,4 @@
-"""Sampling: the same tokens as a naive loop, whatever the batch, and log-probabilities that are right."""
+"""Sampling gives the tokens and log-probs of a naive loop, for any batch size."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ SETTINGS: dict[str, Any] = {"temperature": 0.8, "max_new_tokens": 12, "seed": 5}
 @pytest.fixture(scope="module")
 def small():
     model, tokenizer = models.word_level(WORDS, hidden_size=32)
-    with torch.no_grad():  # peaked enough that a wrong mask or position changes tokens
+    with torch.no_grad():  # makes distributions so peaked that a wrong mask or position changes tokens
         for parameter in model.parameters():
             parameter.mul_(4.0)
     return model, tokenizer
@@ -29,7 +29,7 @@ def draw(small, prompts, **settings):
 
 @torch.no_grad()
 def naive(model, eos, prompt, uniforms, temperature):
-    """One sequence, no cache, no padding."""
+    """Sample one sequence without a cache or padding; return its tokens and log-prob."""
     ids, total = list(prompt), 0.0
     for u in uniforms.tolist():
         logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1] / temperature, -1)
@@ -47,7 +47,7 @@ def drawn(small):
     return draw(small, PROMPTS, k=6, **SETTINGS)
 
 
-def test_equals_a_naive_loop_with_the_same_streams(small, drawn):
+def test_samples_equal_a_naive_loop_with_the_same_random_numbers(small, drawn):
     model, tokenizer = small
     finishes = set()
     for i, example in enumerate(drawn):
@@ -57,7 +57,7 @@ def test_equals_a_naive_loop_with_the_same_streams(small, drawn):
             assert list(sample.token_ids) == tokens
             assert sample.logprob == pytest.approx(logprob, abs=1e-4)
             finishes.add(sample.finish)
-    assert finishes == {"eos", "length"}, "the cases must hold both ends"
+    assert finishes == {"eos", "length"}, "the cases must include both finish reasons"
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7])
@@ -66,12 +66,12 @@ def test_a_completion_does_not_depend_on_its_batch(small, drawn, batch_size):
     assert [[s.token_ids for s in g] for g in parts] == [[s.token_ids for s in g] for g in drawn]
 
 
-def test_a_completion_does_not_depend_on_those_drawn_beside_it(small, drawn):
+def test_a_completion_does_not_depend_on_the_samples_beside_it(small, drawn):
     fewer = draw(small, PROMPTS[:2], k=2, **SETTINGS)
     assert [[s.token_ids for s in g] for g in fewer] == [[s.token_ids for s in g[:2]] for g in drawn[:2]]
 
 
-def test_logprob_is_what_teacher_forcing_says(small):
+def test_logprob_matches_teacher_forcing(small):
     model, tokenizer = small
     for prompt, example in zip(
         PROMPTS, generate.sample(model, (tokenizer.eos_token_id,), PROMPTS, k=4, **SETTINGS), strict=True
@@ -93,24 +93,24 @@ def test_eos_ends_a_completion_and_is_part_of_it(small):
         assert sample.finish == "eos" or len(sample.token_ids) == SETTINGS["max_new_tokens"]
 
 
-def test_seed_decides(small):
-    again = draw(small, PROMPTS, k=2, **SETTINGS)
-    assert again == draw(small, PROMPTS, k=2, **SETTINGS)
-    assert again != draw(small, PROMPTS, k=2, **(SETTINGS | {"seed": 6}))
+def test_the_seed_determines_the_samples(small):
+    samples = draw(small, PROMPTS, k=2, **SETTINGS)
+    assert samples == draw(small, PROMPTS, k=2, **SETTINGS)
+    assert samples != draw(small, PROMPTS, k=2, **(SETTINGS | {"seed": 6}))
 
 
-def test_frequencies_are_the_models(small):
-    """One step from one prompt: 4000 draws lie within 5 standard errors of every probability."""
+def test_frequencies_match_the_probabilities_of_the_model(small):
+    """Check that frequencies of 4000 first tokens are within 5 standard errors of the probabilities."""
     model, tokenizer = small
     settings = SETTINGS | {"max_new_tokens": 1}
     (example,) = generate.sample(model, (tokenizer.eos_token_id,), PROMPTS[:1], k=4000, **settings)
-    seen = torch.bincount(torch.tensor([s.token_ids[0] for s in example]), minlength=len(tokenizer)) / 4000
+    frequencies = torch.bincount(torch.tensor([s.token_ids[0] for s in example]), minlength=len(tokenizer)) / 4000
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor(PROMPTS[:1])).logits[0, -1] / 0.8, -1)
-    assert ((seen - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
+    assert ((frequencies - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
 
 
-def test_modes_and_the_global_stream_are_left_as_they_were(small):
+def test_sampling_keeps_modes_and_the_global_random_state(small):
     model, _ = small
     model.train()
     model.model.norm.eval()

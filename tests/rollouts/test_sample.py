@@ -1,4 +1,4 @@
-"""Sampling and scoring as stages: tokens that are kept, parts that agree with the whole, rewards, Best-of-N."""
+"""The stages sample, score and best_of_n: token ids, subsets of prompts, rewards, Best-of-N."""
 
 import json
 import math
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """(model directory, prompts file, run directory)"""
+    """Return (model directory, prompts file, run directory) of a sampling run."""
     directory = tmp_path_factory.mktemp("sample")
     model = write_model(directory / "model", scale=2.0)
     prompts = write_rows(directory / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
@@ -35,7 +35,7 @@ def options(model, prompts):
     return {"model": model, "data": prompts, "k": 4, "max_new_tokens": 6, "temperature": 0.8, "seed": 3}
 
 
-def test_rows_hold_what_was_drawn(drawn):
+def test_rows_hold_texts_tokens_and_log_probs_of_the_samples(drawn):
     model, _, run = drawn
     _, tokenizer = models.load(model)
     rows = lines(run / "samples.jsonl")
@@ -43,16 +43,16 @@ def test_rows_hold_what_was_drawn(drawn):
     finishes = set()
     for row in rows:
         assert len(row["completions"]) == len(row["token_ids"]) == len(row["logprobs"]) == 4
-        for text, ids, how in zip(row["completions"], row["token_ids"], row["finish"], strict=True):
+        for text, ids, finish in zip(row["completions"], row["token_ids"], row["finish"], strict=True):
             words = tokenizer.decode(ids, skip_special_tokens=True)
-            assert text == (f" {words}" if words else ""), "with the blank that it begins with"
-            assert (ids[-1] == tokenizer.eos_token_id) == (how == "eos")
-            finishes.add(how)
-    assert finishes == {"eos", "length"}, "the case must hold both ends"
+            assert text == (f" {words}" if words else ""), "the text must begin with a space"
+            assert (ids[-1] == tokenizer.eos_token_id) == (finish == "eos")
+            finishes.add(finish)
+    assert finishes == {"eos", "length"}, "the cases must include both finish reasons"
 
 
 def test_training_sees_the_tokens_that_were_drawn(drawn):
-    """Not those of the text, to which an end of sequence would be added where there was none."""
+    """Check that training does not tokenize the text again, which would add an end of sequence to cut samples."""
     model, _, run = drawn
     _, tokenizer = models.load(model)
     examples = data.read(run / "samples.jsonl", purpose="samples").examples
@@ -72,20 +72,20 @@ def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by
         tokenize.encode(examples, tokenizer, limits, "samples")
     encoded, _ = tokenize.encode(examples, tokenizer, limits, "samples", retokenize=True)
     for example, source in zip(encoded, examples, strict=True):
-        for ids, text, how in zip(example.completions, source.completions, source.tokens.finish, strict=True):
+        for ids, text, finish in zip(example.completions, source.completions, source.tokens.finish, strict=True):
             assert tokenizer.decode(ids, skip_special_tokens=True) == text.strip()
-            assert (len(ids) > 0 and ids[-1] == tokenizer.eos_token_id) == (how == "eos")
+            assert (len(ids) > 0 and ids[-1] == tokenizer.eos_token_id) == (finish == "eos")
 
 
-def test_a_part_of_the_prompts_gets_what_it_gets_among_all(drawn, tmp_path):
+def test_a_subset_of_the_prompts_gets_the_same_completions(drawn, tmp_path):
     model, prompts, run = drawn
-    part = sample.run(sample.Config(output_dir=str(tmp_path / "part"), first=2, prompts=3, **options(model, prompts)))
-    whole = lines(run / "samples.jsonl")[2:5]
-    for mine, theirs in zip(lines(part / "samples.jsonl"), whole, strict=True):
-        assert mine["token_ids"] == theirs["token_ids"]
+    subset = sample.run(sample.Config(output_dir=str(tmp_path / "part"), first=2, prompts=3, **options(model, prompts)))
+    expected_rows = lines(run / "samples.jsonl")[2:5]
+    for row, expected_row in zip(lines(subset / "samples.jsonl"), expected_rows, strict=True):
+        assert row["token_ids"] == expected_row["token_ids"]
 
 
-def test_a_prompt_that_comes_round_again_gets_new_completions(drawn, tmp_path):
+def test_every_epoch_draws_new_completions(drawn, tmp_path):
     model, prompts, run = drawn
     twice = sample.run(sample.Config(output_dir=str(tmp_path / "twice"), epochs=2, **options(model, prompts)))
     rows = lines(twice / "samples.jsonl")
@@ -96,16 +96,16 @@ def test_a_prompt_that_comes_round_again_gets_new_completions(drawn, tmp_path):
 
 def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
     logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = {p: rollout_generate._nucleus(logprobs, p).isfinite()[0].tolist() for p in (1.0, 0.9, 0.75, 0.4, 1e-9)}
-    assert kept[1.0] == [True] * 4
-    assert kept[0.9] == [True, True, True, False]
-    assert kept[0.75] == [True, True, False, False]
-    assert kept[0.4] == kept[1e-9] == [True, False, False, False]
+    nucleus = {p: rollout_generate._nucleus(logprobs, p).isfinite()[0].tolist() for p in (1.0, 0.9, 0.75, 0.4, 1e-9)}
+    assert nucleus[1.0] == [True] * 4
+    assert nucleus[0.9] == [True, True, True, False]
+    assert nucleus[0.75] == [True, True, False, False]
+    assert nucleus[0.4] == nucleus[1e-9] == [True, False, False, False]
     shuffled = rollout_generate._nucleus(logprobs[:, [3, 0, 2, 1]], 0.75)
     assert shuffled.isfinite()[0].tolist() == [False, True, False, True]
 
 
-def test_top_p_keeps_the_log_probs_of_the_whole_distribution(drawn):
+def test_top_p_keeps_the_log_probs_of_the_full_distribution(drawn):
     model, tokenizer = models.load(drawn[0])
     ids = [prompt_ids(PROMPTS[0], tokenizer)]
     row = rollout_generate.sample(model, (2,), ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
@@ -115,9 +115,9 @@ def test_top_p_keeps_the_log_probs_of_the_whole_distribution(drawn):
     assert row.logprob == pytest.approx(float(logprobs.max()), abs=1e-5) and row.logprob < -0.1
 
 
-def test_vllm_gets_each_completion_with_its_own_seed_and_gives_the_same_rows(drawn, tmp_path, monkeypatch):
-    """Against a stand-in: what is asked of it and what is made of its answer. The real one has not been run here."""
-    asked = []
+def test_vllm_gets_a_distinct_seed_per_completion_and_gives_the_same_rows(drawn, tmp_path, monkeypatch):
+    """Check requests and results with a fake vLLM; no test runs the real one."""
+    requests = []
 
     class LLM:
         def __init__(self, **settings):
@@ -126,26 +126,26 @@ def test_vllm_gets_each_completion_with_its_own_seed_and_gives_the_same_rows(dra
         def generate(self, prompts, params):
             outputs = []
             for prompt, p in zip(prompts, params, strict=True):
-                asked.append((tuple(prompt["prompt_token_ids"]), p.seed))
+                requests.append((tuple(prompt["prompt_token_ids"]), p.seed))
                 assert p.stop_token_ids == [2] and p.logit_bias is None
-                ids = [5, 2] if len(asked) % 2 else [5, 6]
+                ids = [5, 2] if len(requests) % 2 else [5, 6]
                 logprobs = [{i: types.SimpleNamespace(logprob=-0.5)} for i in ids]
                 reason = "stop" if ids[-1] == 2 else "length"
-                done = types.SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason)
-                outputs.append(types.SimpleNamespace(outputs=[done]))
+                completion = types.SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason)
+                outputs.append(types.SimpleNamespace(outputs=[completion]))
             return outputs
 
-    stand_in = types.SimpleNamespace(LLM=LLM, SamplingParams=types.SimpleNamespace)
-    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    fake_vllm = types.SimpleNamespace(LLM=LLM, SamplingParams=types.SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm)
     model, prompts, _ = drawn
     run = sample.run(sample.Config(output_dir=str(tmp_path / "run"), engine="vllm", **options(model, prompts)))
     rows = lines(run / "samples.jsonl")
-    assert len(asked) == len(set(asked)) == 4 * len(PROMPTS)
+    assert len(requests) == len(set(requests)) == 4 * len(PROMPTS)
     assert rows[0]["token_ids"] == [[5, 2], [5, 6]] * 2 and rows[0]["finish"] == ["eos", "length"] * 2
     assert rows[0]["logprobs"] == [-1.0] * 4
 
 
-def test_vllm_that_is_not_installed_is_said(drawn, tmp_path, monkeypatch, capsys):
+def test_missing_vllm_is_an_error(drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
     model, prompts, _ = drawn
     arguments = [f"--{name}={value}" for name, value in options(model, prompts).items()]
@@ -154,18 +154,18 @@ def test_vllm_that_is_not_installed_is_said(drawn, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "x").exists()
 
 
-# Scoring.
+# Scoring
 
 
-def scored(run, tmp_path, **how):
-    return score.run(score.Config(data=str(run), output_dir=str(tmp_path / "scored"), **how))
+def run_score(run, tmp_path, **options):
+    return score.run(score.Config(data=str(run), output_dir=str(tmp_path / "scored"), **options))
 
 
-def test_an_oracle_scores_every_completion_and_the_tokens_go_along(drawn, tmp_path):
-    run = scored(drawn[2], tmp_path, oracle="tests.tasks:reward")
-    for row, before in zip(lines(run / "scored.jsonl"), lines(drawn[2] / "samples.jsonl"), strict=True):
+def test_an_oracle_scores_every_completion_and_keeps_the_tokens(drawn, tmp_path):
+    run = run_score(drawn[2], tmp_path, oracle="tests.tasks:reward")
+    for row, sample_row in zip(lines(run / "scored.jsonl"), lines(drawn[2] / "samples.jsonl"), strict=True):
         assert row["rewards"] == [text.split().count("good") for text in row["completions"]]
-        assert {key: row[key] for key in before} == before
+        assert {key: row[key] for key in sample_row} == sample_row
     result = json.loads((run / "run.json").read_text())["result"]
     assert result["completions"] == 4 * len(PROMPTS)
 
@@ -182,26 +182,26 @@ def test_degenerate_rows_are_counted(tmp_path):
     "name",
     ["tests.tasks:absent", "absent:f", "tests.tasks", ":", "tests.tasks:not_a_number", "os:getcwd", "operator:add"],
 )
-def test_an_oracle_that_is_none_is_said(drawn, tmp_path, capsys, monkeypatch, name):
+def test_an_invalid_oracle_is_an_error(drawn, tmp_path, capsys, monkeypatch, name):
     assert score.main(["--data", str(drawn[2]), "--oracle", name, "--output_dir", str(tmp_path / "x")]) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert f"--oracle {name}: " in said and "expected" in said
-    again = ["--data", str(drawn[2]), "--oracle", "tests.tasks:reward", "--output_dir", str(tmp_path / "x")]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # its record is its own from the beginning
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"--oracle {name}: " in error and "expected" in error
+    valid = ["--data", str(drawn[2]), "--oracle", "tests.tasks:reward", "--output_dir", str(tmp_path / "x")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # interrupted after run.json is written
         patch.setattr(scorers, "describe", lambda scores: (_ for _ in ()).throw(KeyboardInterrupt))
         score.run(score.Config(data=str(drawn[2]), oracle="tests.tasks:reward", output_dir=str(tmp_path / "x")))
     assert score.main(["--data", str(drawn[2]), "--oracle", name, "--output_dir", str(tmp_path / "x")]) == 1
-    assert score.main(again) == 0, "a run that failed before it began stands in nobody's way"
+    assert score.main(valid) == 0, "a run that failed before it started must not block this one"
 
 
-def test_one_scorer_and_not_two(drawn, capsys):
+def test_exactly_one_scorer_is_required(drawn, capsys):
     for arguments in ([], ["--oracle", "a:b", "--reward_model", "m"]):
         with pytest.raises(SystemExit):
             score.main(["--data", str(drawn[2]), *arguments])
         assert "--reward_model: expected this or --oracle, and not both" in capsys.readouterr().err
 
 
-def test_what_is_sampled_after_or_scored_in_part_is_counted(drawn, tmp_path, capsys):
+def test_truncated_prompts_are_counted(drawn, tmp_path, capsys):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "red green blue red green"}, {"prompt": "red"}])
     arguments = ["--model", str(drawn[0]), "--data", prompts, "--max_prompt_length", "3", "--max_new_tokens", "4"]
     assert sample.main([*arguments, "--output_dir", str(tmp_path / "samples"), "--device", "cpu"]) == 0
@@ -213,20 +213,20 @@ def test_what_is_sampled_after_or_scored_in_part_is_counted(drawn, tmp_path, cap
     assert "completions scored with the prompt cut on the left" in capsys.readouterr().out
 
 
-def test_a_model_that_is_nowhere_is_one_line(drawn, tmp_path, capsys, monkeypatch):
+def test_a_missing_model_is_a_one_line_error(drawn, tmp_path, capsys, monkeypatch):
     def offline(*arguments, **options):
         raise OSError("offline")
 
     monkeypatch.setattr(files, "cached_file", offline)
     assert sample.main(["--model", "nowhere", "--data", str(drawn[1]), "--output_dir", str(tmp_path / "x")]) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said == "error: model 'nowhere': expected a directory, and there is none; or a hub name; got: offline"
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error == "error: model 'nowhere': expected a directory, and there is none; or a hub name; got: offline"
 
 
-# Best-of-N.
+# Best-of-N
 
 
-def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path, capsys):
+def test_the_best_of_every_block_keeps_its_tokens_and_log_probs(tmp_path, capsys):
     rewards = [1.0, 3.0, 2.0, 5.0, 5.0, 4.0]
     row = {"prompt": "p", "completions": list("abcdef"), "rewards": rewards, "tokenizer": "t"}
     row |= {"token_ids": [[i] for i in range(6)], "logprobs": [-float(i) for i in range(6)], "finish": ["eos"] * 6}
@@ -240,8 +240,8 @@ def test_the_best_of_every_block_is_taken_with_all_that_belongs_to_it(tmp_path, 
     assert "  0.0% of the completions were cut for length" in capsys.readouterr().out
 
 
-def test_the_bound_is_the_kl_where_all_completions_differ():
-    """Best of n of a uniform distribution over many: KL = E[log(n F^(n-1))], F uniform on (0, 1) to the power 1/n."""
+def test_the_kl_bound_is_exact_if_all_completions_differ():
+    """Compare with KL = E[log(n F^(n-1))] of best-of-n, with density n F^(n-1) over F in (0, 1)."""
     n, points = 5, 200_000
     F = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     density = n * F ** (n - 1)
@@ -250,27 +250,30 @@ def test_the_bound_is_the_kl_where_all_completions_differ():
 
 
 @pytest.mark.parametrize(
-    "row, said",
+    "row, message",
     [
-        ({"prompt": "p", "completions": ["a", "b"]}, "rows.jsonl:1: has no rewards; python -m exo.score makes them"),
+        (
+            {"prompt": "p", "completions": ["a", "b"]},
+            "rows.jsonl:1: expected rewards; got none; run python -m exo.score",
+        ),
         (
             {"prompt": "p", "completions": ["a", "b"], "rewards": [1, 2]},
             "expected a multiple of --n 3 completions; got 2",
         ),
     ],
 )
-def test_rows_without_what_is_needed_are_said(tmp_path, capsys, row, said):
+def test_rows_without_rewards_or_of_the_wrong_size_are_refused(tmp_path, capsys, row, message):
     source = write_rows(tmp_path / "rows.jsonl", [row])
     assert best_of_n.main(["--data", source, "--n", "3", "--output_dir", str(tmp_path / "x")]) == 2
-    assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_a_row_of_samples_and_back(tmp_path):
+def test_a_row_of_samples_survives_a_round_trip(tmp_path):
     example = data.Example(
         "p", ("a", "b"), (1.0, 2.0), 1, data.Tokens("t", ((1,), (2, 3)), (-1.0, -2.0), ("eos", "length"))
     )
-    drawn = replace(example, tokens=example.tokens._replace(temperature=0.7, max_new_tokens=9, top_p=0.9))
+    with_settings = replace(example, tokens=example.tokens._replace(temperature=0.7, max_new_tokens=9, top_p=0.9))
     path = tmp_path / "rows.jsonl"
-    for one in (example, drawn):
-        data.write_jsonl(path, [samples.to_row(one)])
-        assert data.read(path, purpose="samples").examples == [one]
+    for original in (example, with_settings):
+        data.write_jsonl(path, [samples.to_row(original)])
+        assert data.read(path, purpose="samples").examples == [original]

@@ -1,4 +1,4 @@
-"""What a stage finds as its input, what it says when that is missing, half made or of another kind, and what holds."""
+"""Inputs and records of stages: how inputs are resolved, errors if they are unusable, and when a run is done."""
 
 import dataclasses
 import importlib
@@ -27,8 +27,8 @@ def is_done(directory, config, stage) -> bool:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A model, prompts and the configs of a sampling and a scoring, both run."""
+def finished(tmp_path_factory):
+    """Run a sampling and a scoring; return their parent directory and the two configs."""
     directory = tmp_path_factory.mktemp("lineage")
     model = write_model(directory / "model")
     prompts = write_rows(directory / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
@@ -45,8 +45,8 @@ def made(tmp_path_factory):
     return directory, drawn, scored
 
 
-def test_a_directory_stands_for_what_its_stage_made(made):
-    directory = made[0]
+def test_a_run_directory_stands_for_the_output_of_its_stage(finished):
+    directory = finished[0]
     assert run_inputs.source("data", str(directory / "samples"), "sample") == str(
         directory / "samples" / "samples.jsonl"
     )
@@ -54,83 +54,83 @@ def test_a_directory_stands_for_what_its_stage_made(made):
     assert run_inputs.source("model", "gpt2", "sft") == "gpt2" and run_inputs.source("model", "a/b", "sft") == "a/b"
 
 
-def test_a_prepared_directory_stands_for_the_file_that_a_stage_wants(tmp_path):
+def test_a_prepared_directory_stands_for_the_file_that_a_stage_reads(tmp_path):
     (tmp_path / "test.jsonl").write_text("{}")
     write_json(tmp_path / "run.json", {"stage": "prepare", "command": [], "arguments": {}, "finished": "now"} | FILES)
-    found = run_inputs.source("data", str(tmp_path), "prepare", prepared="test.jsonl")
-    assert found == str(tmp_path / "test.jsonl")
+    path = run_inputs.source("data", str(tmp_path), "prepare", prepared="test.jsonl")
+    assert path == str(tmp_path / "test.jsonl")
     with pytest.raises(ValueError, match="expected sft.jsonl in it, which this task does not make"):
         run_inputs.source("data", str(tmp_path), "prepare", prepared="sft.jsonl")
 
 
-def test_a_directory_of_another_run_is_refused_before_any_work_with_what_differs(made, monkeypatch, capsys):
-    """Hours of sampling or scoring must not come before the refusal."""
+def test_the_directory_of_another_run_is_refused_before_any_work(finished, monkeypatch, capsys):
+    """Check that the error names the difference, and that it comes before hours of sampling or scoring."""
     monkeypatch.setattr(data, "read", None)
-    other = write_rows(made[0] / "other.jsonl", [{"prompt": "blue"}])
-    for stage, asked, changes, said in (
-        (sample, made[1], {"k": 3}, "k 2, now 3"),
-        (sample, made[1], {"data": other}, "another data"),
-        (score, made[2], {"max_length": 9}, "max_length 1024, now 9"),
+    other = write_rows(finished[0] / "other.jsonl", [{"prompt": "blue"}])
+    for stage, config, changes, message in (
+        (sample, finished[1], {"k": 3}, "k 2, now 3"),
+        (sample, finished[1], {"data": other}, "another data"),
+        (score, finished[2], {"max_length": 9}, "max_length 1024, now 9"),
     ):
-        with pytest.raises(RunError, match=f"holds an earlier run, with {said}; pass --overwrite_output_dir"):
-            stage.run(replace(asked, overwrite_output_dir=False, **changes))
+        with pytest.raises(RunError, match=f"holds an earlier run, with {message}; pass --overwrite_output_dir"):
+            stage.run(replace(config, overwrite_output_dir=False, **changes))
 
 
-def test_the_same_again_is_done_already(made, monkeypatch, capsys):
+def test_a_finished_run_is_not_repeated(finished, monkeypatch, capsys):
     monkeypatch.setattr(data, "read", None)
-    before = (made[0] / "samples" / "run.json").read_bytes()
-    assert sample.run(replace(made[1], overwrite_output_dir=False)) == made[0] / "samples"
+    record = (finished[0] / "samples" / "run.json").read_bytes()
+    assert sample.run(replace(finished[1], overwrite_output_dir=False)) == finished[0] / "samples"
     assert "this run has finished" in capsys.readouterr().out
-    assert (made[0] / "samples" / "run.json").read_bytes() == before
+    assert (finished[0] / "samples" / "run.json").read_bytes() == record
 
 
-def test_a_finished_run_whose_files_were_changed_is_not_taken_for_whole(made, tmp_path):
-    config = replace(made[1], output_dir=str(tmp_path / "run"), overwrite_output_dir=False)
+def test_a_finished_run_whose_files_changed_is_refused(finished, tmp_path):
+    config = replace(finished[1], output_dir=str(tmp_path / "run"), overwrite_output_dir=False)
     file = sample.run(config) / "samples.jsonl"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(RunError, match="files that are not what it made; pass --overwrite_output_dir"):
         sample.run(config)
 
 
-def test_two_at_a_time_in_one_directory_are_refused_and_a_refusal_leaves_nothing(tmp_path):
+def test_a_second_run_in_a_locked_directory_is_refused(tmp_path):
     directory = tmp_path / "run"
     with run_directory.lock(str(directory)):
         with (
             pytest.raises(RunError, match="another process is writing there"),
             run_directory.lock(str(directory)),
         ):
-            raise AssertionError("both had it")
+            raise AssertionError("both processes have the lock")
         assert directory.exists()
     assert not directory.exists()
 
 
-def test_a_run_begins_when_it_is_asked_for(made, monkeypatch):
-    """Its time and its inputs are those before the work, whatever happens to them meanwhile."""
+def test_the_start_time_is_taken_before_the_work(finished, monkeypatch):
+    """Check that the recorded times are those before and after the work."""
     times = iter(["before", "after"])
     monkeypatch.setattr(run_record, "now", lambda: next(times))
-    score.run(made[2])
-    record = json.loads((made[0] / "scored" / "run.json").read_text())
+    score.run(finished[2])
+    record = json.loads((finished[0] / "scored" / "run.json").read_text())
     assert (record["started"], record["finished"]) == ("before", "after")
 
 
-def test_a_record_that_was_half_written_is_no_obstacle(tmp_path):
+def test_a_half_written_record_is_ignored(tmp_path):
     (tmp_path / ".staging-run.json").write_text("{")
     run_directory.check(str(tmp_path), overwrite=False)
 
 
-def test_what_is_missing_is_said_with_what_makes_it(made):
-    for path in (made[0] / "absent.jsonl", made[0] / "absent"):
+def test_the_error_of_a_missing_input_names_the_stage_that_makes_it(finished):
+    for path in (finished[0] / "absent.jsonl", finished[0] / "absent"):
         with pytest.raises(ValueError, match=r"--data .*absent.*: no such file .*; python -m exo.sample makes"):
             run_inputs.source("data", str(path), "sample")
 
 
-def test_what_another_stage_made_is_said(made):
+def test_the_output_of_another_stage_is_refused(finished):
     with pytest.raises(ValueError, match=r"what score makes; found a run of sample; python -m exo.score makes"):
-        run_inputs.source("data", str(made[0] / "samples"), "score")
+        run_inputs.source("data", str(finished[0] / "samples"), "score")
 
 
-def test_what_is_half_made_is_said_with_the_command_that_goes_on(made, tmp_path):
-    record = json.loads((made[0] / "samples" / "run.json").read_text())
+def test_the_error_of_an_unfinished_input_names_the_command_that_resumes_it(finished, tmp_path):
+    record = json.loads((finished[0] / "samples" / "run.json").read_text())
     del record["finished"]
     write_json(tmp_path / "run.json", record)
     for path in (tmp_path, tmp_path / "samples.jsonl"):
@@ -138,8 +138,8 @@ def test_what_is_half_made_is_said_with_the_command_that_goes_on(made, tmp_path)
             run_inputs.source("data", str(path), "sample")
 
 
-def test_a_run_holds_until_options_inputs_or_outputs_change(made, tmp_path):
-    directory, drawn, scored = made
+def test_a_run_is_done_until_options_inputs_or_outputs_change(finished, tmp_path):
+    directory, drawn, scored = finished
     assert is_done(directory / "samples", drawn, "sample") and is_done(directory / "scored", scored, "score")
     assert not is_done(directory / "absent", drawn, "sample")
     assert not is_done(directory / "samples", drawn, "score")
@@ -148,33 +148,35 @@ def test_a_run_holds_until_options_inputs_or_outputs_change(made, tmp_path):
     assert is_done(directory / "samples", elsewhere, "sample")
     copy = tmp_path / "prompts.jsonl"
     copy.write_bytes((directory / "prompts.jsonl").read_bytes())
-    assert is_done(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample"), "a path is no input"
+    assert is_done(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample"), (
+        "a path is not compared"
+    )
     copy.write_text('{"prompt": "red"}\n')
     assert not is_done(directory / "samples", dataclasses.replace(drawn, data=str(copy)), "sample")
 
 
-def test_a_run_that_did_not_finish_does_not_hold(made, tmp_path):
-    _, drawn, _ = made
+def test_an_unfinished_run_is_not_done(finished, tmp_path):
+    _, drawn, _ = finished
     run = sample.run(dataclasses.replace(drawn, output_dir=str(tmp_path / "run")))
     record = json.loads((run / "run.json").read_text())
     assert is_done(run, drawn, "sample")
-    for gone in ({"finished"}, {"finished", "outputs"}):
-        write_json(run / "run.json", {name: value for name, value in record.items() if name not in gone})
+    for missing in ({"finished"}, {"finished", "outputs"}):
+        write_json(run / "run.json", {name: value for name, value in record.items() if name not in missing})
         assert not is_done(run, drawn, "sample")
 
 
-def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_make_room(made, tmp_path, monkeypatch):
-    _, drawn, _ = made
+def test_a_run_whose_removal_was_interrupted_is_not_done_and_can_be_replaced(finished, tmp_path, monkeypatch):
+    _, drawn, _ = finished
     config = dataclasses.replace(drawn, output_dir=str(tmp_path / "run"))
     run = sample.run(config)
     (run / "more").mkdir()
 
-    def killed(path, **how):
-        (path / "run.json").unlink(missing_ok=True)  # in a directory the order is any
+    def interrupted_rmtree(path, **options):
+        (path / "run.json").unlink(missing_ok=True)  # files are removed in any order
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_directory.shutil, "rmtree", killed)
+        patch.setattr(run_directory.shutil, "rmtree", interrupted_rmtree)
         with pytest.raises(KeyboardInterrupt):
             sample.run(config)
     (run / "samples.jsonl").unlink(missing_ok=True)
@@ -183,29 +185,29 @@ def test_a_removal_that_is_interrupted_leaves_a_run_that_does_not_hold_and_may_m
     assert is_done(run, config, "sample") and not (run / "more").exists()
 
 
-def test_damaged_or_missing_outputs_do_not_hold(made):
-    directory, drawn, _ = made
+def test_a_run_with_damaged_or_missing_outputs_is_not_done(finished):
+    directory, drawn, _ = finished
     file = directory / "samples" / "samples.jsonl"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1])
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-1])
     assert not is_done(directory / "samples", drawn, "sample")
     file.unlink()
     assert not is_done(directory / "samples", drawn, "sample")
-    file.write_bytes(whole)
+    file.write_bytes(intact)
     assert is_done(directory / "samples", drawn, "sample")
 
 
-def test_a_model_is_its_weights_config_and_tokenizer(made, tmp_path):
-    before = run_inputs.fingerprint(str(made[0] / "model"))
-    assert before == run_inputs.fingerprint(write_model(tmp_path / "same"))
-    assert before != run_inputs.fingerprint(write_model(tmp_path / "other", seed=1))
-    assert before != run_inputs.fingerprint(write_model(tmp_path / "words", words=["x"]))
+def test_the_fingerprint_of_a_model_covers_weights_config_and_tokenizer(finished, tmp_path):
+    fingerprint = run_inputs.fingerprint(str(finished[0] / "model"))
+    assert fingerprint == run_inputs.fingerprint(write_model(tmp_path / "same"))
+    assert fingerprint != run_inputs.fingerprint(write_model(tmp_path / "other", seed=1))
+    assert fingerprint != run_inputs.fingerprint(write_model(tmp_path / "words", words=["x"]))
     assert run_inputs.fingerprint("owner/name") == "owner/name"
 
 
-def test_an_unfinished_run_of_an_older_version_is_refused(made, tmp_path):
-    """Its checkpoints are in another layout."""
-    config = replace(made[1], output_dir=str(tmp_path / "run"), overwrite_output_dir=False)
+def test_an_unfinished_run_of_an_older_version_is_refused(finished, tmp_path):
+    """Check that it is refused, because its checkpoints have another layout."""
+    config = replace(finished[1], output_dir=str(tmp_path / "run"), overwrite_output_dir=False)
     record = {"stage": "sample", "command": [], "arguments": dataclasses.asdict(config), "inputs": {}}
     (tmp_path / "run" / "resume" / "step-2").mkdir(parents=True)
     write_json(tmp_path / "run" / "run.json", record)
@@ -215,16 +217,16 @@ def test_an_unfinished_run_of_an_older_version_is_refused(made, tmp_path):
     assert not (tmp_path / "run" / "resume").exists()
 
 
-def test_every_stage_is_known():
-    """A stage is what its decorator says; importing its module is enough."""
+def test_every_stage_is_registered():
+    """Check that the decorator registers a stage when its module is imported."""
     stages = {path.stem for path in (ROOT / "exo").glob("*.py")} - {"__init__", "train", "inspect"}
     for name in stages:
         importlib.import_module(f"exo.{name}")
     assert set(run_record.STAGES) == stages
 
 
-def test_the_directory_of_a_run_of_an_older_version_is_refused_and_its_file_read(tmp_path):
-    """Such a record does not say which file the stage makes."""
+def test_the_directory_of_an_older_version_is_refused_and_its_file_is_read(tmp_path):
+    """Check a record of an older version, which does not name the file that the stage made."""
     run = tmp_path / "old"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"stage": "scoring", "command": [], "arguments": {}, "finished": "x"}))
@@ -233,4 +235,4 @@ def test_the_directory_of_a_run_of_an_older_version_is_refused_and_its_file_read
         run_inputs.source("data", str(run), "score")
     assert run_inputs.source("data", str(run / "scored.jsonl"), "score") == str(run / "scored.jsonl")
     (run / "config.json").write_text("{}")
-    assert run_inputs.source("model", str(run), "sft") == str(run), "a model directory is a model whoever made it"
+    assert run_inputs.source("model", str(run), "sft") == str(run), "a model directory may be of any version"

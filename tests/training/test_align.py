@@ -1,4 +1,4 @@
-"""Alignment end to end on a tiny model: what it writes, what it refuses; batching never changes the gradient."""
+"""Alignment end to end on a tiny model: the files it writes, the inputs it refuses, gradients in micro-batches."""
 
 import dataclasses
 import json
@@ -28,13 +28,15 @@ WORDS = "red green blue round square small large heavy light".split()
 
 
 def rows(n: int, ragged: bool = False) -> list[dict]:
-    """Completions that name few or many small things; the reward likes small."""
-    made = []
+    """Return rows whose completions have 0, 1, 2, ... times the word "small"; more of it has a higher reward."""
+    examples = []
     for i in range(n):
         k = 2 + i % 3 if ragged else 3
         texts = [" ".join([WORDS[(i + j) % 9]] + ["small"] * (j + i % 2) + ["thing"]) for j in range(k)]
-        made.append({"prompt": f"Describe thing {i}:", "completions": texts, "rewards": [float(j) for j in range(k)]})
-    return made
+        examples.append(
+            {"prompt": f"Describe thing {i}:", "completions": texts, "rewards": [float(j) for j in range(k)]}
+        )
+    return examples
 
 
 def write(path, lines) -> str:
@@ -49,7 +51,7 @@ def options(tmp_path, data: str, *extra: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One run that several tests look at."""
+    """Train once; several tests read the run directory."""
     tmp_path = tmp_path_factory.mktemp("align")
     data = write(tmp_path / "rows.jsonl", rows(40, ragged=True))
     assert align.main(options(tmp_path, data, "--eval_steps", "2", "--export_steps", "3")) == 0
@@ -64,7 +66,7 @@ def test_the_run_directory_is_a_model_directory(run):
         AutoModelForCausalLM.from_pretrained(run / "models" / checkpoint)
 
 
-def test_the_record_says_what_was_done(run):
+def test_the_run_record_holds_arguments_inputs_and_versions(run):
     record = json.loads((run / "run.json").read_text())
     assert record["arguments"]["seed"] == 0 and len(record["inputs"]["data"]) == 64
     assert record["versions"]["torch"] == torch.__version__
@@ -77,13 +79,13 @@ def test_every_step_is_a_line_of_metrics(run):
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
     assert {"rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_second"} <= set(steps[0])
-    assert steps[0]["rewards/accuracies"] == 0.5  # where policy equals reference, all ties
+    assert steps[0]["rewards/accuracies"] == 0.5  # all pairs tie because the policy equals the reference
     assert steps[-1]["loss"] < steps[0]["loss"]
     picture = (run / "plots" / "training.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_first_loss_is_what_theory_says(tmp_path, capsys):
+def test_the_first_loss_matches_its_expected_value(tmp_path, capsys):
     data = write(
         tmp_path / "p.jsonl", [{"prompt": f"{i}:", "chosen": "small thing", "rejected": "red"} for i in range(9)]
     )
@@ -93,11 +95,11 @@ def test_the_first_loss_is_what_theory_says(tmp_path, capsys):
 
 
 def test_a_wrong_reference_is_an_error_before_the_first_update(tmp_path, capsys, monkeypatch):
-    def scored_at_another_temperature(model, examples, accelerator, collator, temperature, keep):
+    def score_at_another_temperature(model, examples, accelerator, collator, temperature, keep):
         return score(model, examples, accelerator, collator, 1.2 * temperature, keep)
 
     score = reference.score
-    monkeypatch.setattr(reference, "score", scored_at_another_temperature)
+    monkeypatch.setattr(reference, "score", score_at_another_temperature)
     data = write(tmp_path / "rows.jsonl", rows(20))
     assert align.main(options(tmp_path, data)) == 1
     assert "where policy equals reference" in capsys.readouterr().err
@@ -105,8 +107,8 @@ def test_a_wrong_reference_is_an_error_before_the_first_update(tmp_path, capsys,
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
-def test_errors_of_the_reference_that_cancel_in_the_mean_are_seen(tmp_path, capsys, monkeypatch):
-    """Random errors of opposite sign leave the mean loss near where it was; the log-ratios tell."""
+def test_reference_errors_that_cancel_in_the_mean_are_detected(tmp_path, capsys, monkeypatch):
+    """Check that errors of opposite sign, which barely change the mean loss, are detected in the log-ratios."""
 
     def noisy(*args, **kwargs):
         examples = score(*args, **kwargs)
@@ -123,7 +125,7 @@ def test_errors_of_the_reference_that_cancel_in_the_mean_are_seen(tmp_path, caps
 
 
 def test_no_held_out_prompt_is_trained_on(tmp_path):
-    """Also where the limits cut one prompt to several lengths."""
+    """Check this also for one prompt that is truncated to different lengths."""
     lines = [{**row, "prompt": f"{i % 5} " + "word " * 30} for i, row in enumerate(rows(40, ragged=True))]
     config = align.Config(
         model="tiny", data=write(tmp_path / "rows.jsonl", lines), max_length=24, max_prompt_length=12, eval_fraction=0.4
@@ -137,18 +139,18 @@ def test_no_held_out_prompt_is_trained_on(tmp_path):
     assert train and held_out and len(train) + len(held_out) == 40
 
 
-def test_a_run_that_cannot_begin_costs_nothing(tmp_path, run, capsys):
-    before = sorted(path.name for path in run.iterdir())
+def test_a_run_that_fails_to_start_removes_no_files(tmp_path, run, capsys):
+    files = sorted(path.name for path in run.iterdir())
     data = write(tmp_path / "rows.jsonl", rows(20))
-    for model in ("tinyy", str(run)):  # a typo; the very model that would be removed
+    for model in ("tinyy", str(run)):  # a typo; the directory that would be overwritten
         argv = options(tmp_path, data, "--overwrite_output_dir")
         argv[1], argv[argv.index("--output_dir") + 1] = model, str(run)
         assert align.main(argv) != 0
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert sorted(path.name for path in run.iterdir()) == before
+    assert sorted(path.name for path in run.iterdir()) == files
 
 
-def test_more_positions_than_the_model_has_is_one_line(tmp_path, capsys):
+def test_max_length_beyond_the_models_positions_is_a_one_line_error(tmp_path, capsys):
     model, tokenizer = models.tiny(["a b c"], hidden_size=32, num_layers=1, num_heads=2)
     model.config.max_position_embeddings = 8
     models.save(model, tokenizer, tmp_path / "short")
@@ -158,7 +160,7 @@ def test_more_positions_than_the_model_has_is_one_line(tmp_path, capsys):
     assert "--max_length: expected at most the 8 positions" in capsys.readouterr().err
 
 
-def test_another_reference_is_not_held_to_the_first_loss(tmp_path, run, capsys):
+def test_another_reference_skips_the_first_loss_check(tmp_path, run, capsys):
     data = write(tmp_path / "rows.jsonl", rows(20))
     argv = options(tmp_path, data, "--max_steps", "1")
     argv[1] = str(run)
@@ -167,7 +169,7 @@ def test_another_reference_is_not_held_to_the_first_loss(tmp_path, run, capsys):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_not_finite_stops_before_the_update(where, tmp_path, capsys, monkeypatch):
+def test_a_nonfinite_loss_or_gradient_stops_before_the_update(where, tmp_path, capsys, monkeypatch):
     saved = {}
 
     def poisoned(self, batch, count):
@@ -194,10 +196,10 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, run, capsys):
     data = write(tmp_path / "rows.jsonl", rows(20))
     argv = options(tmp_path, data)
     argv[argv.index("--output_dir") + 1] = str(run)
-    before = (run / "run.json").read_bytes()
+    record = (run / "run.json").read_bytes()
     assert align.main(argv) == 1
     assert "holds an earlier run" in capsys.readouterr().err
-    assert (run / "run.json").read_bytes() == before
+    assert (run / "run.json").read_bytes() == record
 
 
 def test_files_that_no_run_wrote_are_never_removed(tmp_path, capsys):
@@ -227,20 +229,20 @@ def _module(seed: int) -> tuple[preference.PreferenceLoss, int]:
 
 
 def _groups() -> list[TokenizedExample]:
-    """Groups as uneven as they come."""
+    """Return groups of very different sizes and lengths."""
     generator = torch.Generator().manual_seed(1)
 
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(torch.randint(2, 200, (n,), generator=generator).tolist())
 
-    made = []
+    groups = []
     for i in range(8):
         completions = tuple(tokens(1 + (7 * i + 5 * j) % 23) for j in range(2 + i % 4))
         rewards = tuple(float(len(c) % 5) for c in completions)
-        made.append(
+        groups.append(
             TokenizedExample(tokens(1 + 3 * i), completions, rewards, i, tuple(-4.0 * len(c) for c in completions))
         )
-    return made
+    return groups
 
 
 def test_micro_batches_never_change_the_gradient():
@@ -286,19 +288,19 @@ def test_accuracy_counts_ties_as_one_half():
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(7, [8, 8]), (6, [8, 8]), (5, [5, 3, 5, 3]), (9, [8, 8]), (99, [8, 8])])
-def test_a_small_last_batch_joins_the_one_before(size, sizes):
+def test_a_small_last_batch_joins_the_previous_one(size, sizes):
     steps = sampler.total_steps(8, size, epochs=2)
     assert [len(b) for b in sampler.BatchSampler(_groups(), steps, size, seed=0)] == sizes
 
 
 @pytest.mark.parametrize(("values", "interval"), [([1.0, 1.0], (0.342, 1.0)), ([1.0, 0.0] * 50, (0.404, 0.596))])
-def test_the_interval_of_an_accuracy_is_wilsons(values, interval):
+def test_the_accuracy_interval_is_wilsons(values, interval):
     assert evaluation_metrics.accuracy_interval(values) == pytest.approx(interval, abs=1e-3)
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_run_of_one(tmp_path):
-    """Ragged groups, a last batch of one prompt, and ties that leave one process nothing to say of accuracies."""
+def test_two_processes_give_the_same_metrics_as_one(tmp_path):
+    """Check this for ragged groups, a last batch of one prompt, and ties that leave one rank without accuracies."""
     lines = [row | {"rewards": [1.0] * len(row["rewards"])} if i % 3 else row for i, row in enumerate(rows(17, True))]
     data = write(tmp_path / "rows.jsonl", lines)
     flags = ["--model", "tiny", "--data", data, "--batch_size", "4", "--max_steps", "8", "--eval_fraction", "0"]

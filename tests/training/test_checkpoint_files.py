@@ -1,7 +1,7 @@
-"""A process that dies at any call of the file system while it writes a checkpoint leaves an intact checkpoint.
+"""A process killed at any file-system call of a save leaves an intact checkpoint.
 
-The process does not die here: from the n-th call on, every call fails with an exception that nothing catches, so the
-disk is as after kill -9. `make soak` and test_crashes.py kill real processes.
+The process is not killed here: from the n-th call on, every call raises an exception that nothing catches, which leaves
+the same files as kill -9. `make soak` and test_crashes.py kill real processes.
 """
 
 import sys
@@ -21,7 +21,7 @@ class Killed(BaseException):
 
 
 class Crash:
-    """Fails every call of the file system from the n-th on, while it is active."""
+    """Makes every file-system call fail from the `at`-th on, while it is active."""
 
     calls: int | None = None  # None: inactive
     at = 0
@@ -65,8 +65,8 @@ def assert_holds(path, expected) -> None:
 
 
 @pytest.mark.parametrize("previous", [0, 1, 2, 3])
-def test_killed_at_every_call_of_the_file_system(previous, accelerator, tmp_path):
-    """With up to three checkpoints before: the newest intact one is the new one or the last before it."""
+def test_a_save_killed_at_every_file_system_call_leaves_an_intact_checkpoint(previous, accelerator, tmp_path):
+    """Check, with up to three earlier checkpoints, that the newest intact one is the new or the previous one."""
     written = {step: tensors(step) for step in range(1, previous + 2)}
     new = previous + 1
     for n in range(10_000):
@@ -83,11 +83,11 @@ def test_killed_at_every_call_of_the_file_system(previous, accelerator, tmp_path
             step = checkpoint_files.step_of(newest)
             assert step == new or (killed and step == new - 1)
             assert_holds(newest, written[step])
-        checkpoint_files.write(path, written[new], FACTS, accelerator)  # the same run again
+        checkpoint_files.write(path, written[new], FACTS, accelerator)  # resume the same run
         assert checkpoint_files.newest(directory) == path and not checkpoint_files.find_damage(path)
         assert_holds(path, written[new])
         names = sorted(entry.name for entry in directory.iterdir())
         assert names == [f"step-{step}" for step in range(max(1, new - 1), new + 1)]
         if not killed:
             break
-    assert n > 15, "the calls of a save"
+    assert n > 15, "a save makes more than 15 file-system calls"

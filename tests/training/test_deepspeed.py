@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO: the same steps as one process, the same end after a kill, and what it is not for.
+"""DeepSpeed ZeRO: the same steps as one process, the same bits after a kill, and refused settings.
 
-In fp32, because DeepSpeed knows no doubles: with AdamW's epsilon as it is, rounding shows in the sixth digit. Skipped
-where DeepSpeed is not installed, but for the line that says so.
+The comparisons are in fp32, because DeepSpeed has no fp64; with the default epsilon of AdamW, rounding errors appear in
+the sixth digit. All tests but the one for a missing DeepSpeed are skipped if it is not installed.
 """
 
 import importlib.util
@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from exo.cli.main import run_ranks
 from tests import interruptions
 from tests.fork_server import Server
-from tests.interruptions import STAGES, lines, made
-from tests.training.test_parallel import ENVIRONMENT, EVEN, FEW, UNEVEN, killed, run
+from tests.interruptions import STAGES, fingerprint, lines
+from tests.training.test_parallel import ENVIRONMENT, EVEN, FEW, UNEVEN, kill_midway, run_launched
 
 installed = importlib.util.find_spec("deepspeed") is not None
-needs_it = pytest.mark.skipif(not installed, reason="needs DeepSpeed")
+needs_deepspeed = pytest.mark.skipif(not installed, reason="needs DeepSpeed")
 slow = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("one_thread")
 STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
@@ -34,146 +34,152 @@ def environment(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    return interruptions.given(tmp_path_factory.mktemp("given"))
+def inputs(tmp_path_factory):
+    return interruptions.write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 SPLITS = [
-    pytest.param(how, sizes, tokens, marks=() if (how, sizes, tokens) == ("zero2", UNEVEN, 70) else slow)
-    for how, sizes, tokens in product(("zero1", "zero2"), (EVEN, UNEVEN, FEW), (70, 4096))
+    pytest.param(strategy, sizes, tokens, marks=() if (strategy, sizes, tokens) == ("zero2", UNEVEN, 70) else slow)
+    for strategy, sizes, tokens in product(("zero1", "zero2"), (EVEN, UNEVEN, FEW), (70, 4096))
 ]
 
 
-@needs_it
-@pytest.mark.parametrize(("how", "sizes", "tokens"), SPLITS)
-def test_eight_steps_of_two_processes_are_those_of_one(how, sizes, tokens, tmp_path):
-    """In micro-batches of which one process has more, and where one has no group at all."""
-    found = []
-    for name, processes, kind, most in (("one", 1, "ddp", 4096), ("two", 2, how, tokens)):
-        arguments = [f"{kind}-fp32", str(tmp_path / name), json.dumps(sizes), str(most)]
+@needs_deepspeed
+@pytest.mark.parametrize(("strategy", "sizes", "tokens"), SPLITS)
+def test_eight_steps_on_two_processes_equal_those_on_one(strategy, sizes, tokens, tmp_path):
+    """Check this if one rank has more micro-batches than the other, and if one has no group."""
+    weights = []
+    for name, processes, kind, max_tokens in (("one", 1, "ddp", 4096), ("two", 2, strategy, tokens)):
+        arguments = [f"{kind}-fp32", str(tmp_path / name), json.dumps(sizes), str(max_tokens)]
         assert run_ranks("tests.parallel_worker", arguments, processes) == 0
-        found.append(load_file(tmp_path / name))
-    one, two = found
+        weights.append(load_file(tmp_path / name))
+    one, two = weights
     assert one.keys() == two.keys()
     assert float((one.pop("losses") - two.pop("losses")).abs().max()) < 1e-6
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 4e-6
 
 
-@needs_it
+@needs_deepspeed
 @slow
 @pytest.mark.parametrize(
     ("stage", "zero", "more"),
     [("sft", 1, ["--gradient_checkpointing"]), ("reward", 2, []), ("align", 1, ["--reference", "live"]),
      ("align", 2, ["--lora_r", "4"]), ("align", 2, ["--dtype", "bfloat16"]), ("ppo", 1, []), ("ppo", 2, [])],
 )  # fmt: skip
-def test_a_stage_makes_what_ddp_makes(stage, zero, more, given, tmp_path, monkeypatch):
-    """To the order of sums; in bfloat16 that is now and then another number of three digits, and another gradient."""
+def test_zero_gives_the_same_weights_as_ddp(stage, zero, more, inputs, tmp_path, monkeypatch):
+    """Check this up to the order of sums. In bfloat16 the order sometimes changes the third digit."""
     monkeypatch.setenv(STAGE, str(zero))
-    for name, asked in (("ddp", "false"), ("zero", "true")):
-        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", asked)
-        code, said = run(stage, given, tmp_path / name, *more)
-        assert code == 0, said
-    ddp, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("ddp", "zero"))
-    assert ddp.keys() == parts.keys()
-    most = 1e-3 if "bfloat16" in more else 2e-5
-    assert max(float((ddp[name] - parts[name]).abs().max()) for name in ddp) < most
-    for mine, theirs in zip(*(lines(tmp_path / name / "metrics.jsonl") for name in ("ddp", "zero")), strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in {"loss", "grad_norm", "learning_rate", "clipped", "eval_loss"} & mine.keys():
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    for name, use_deepspeed in (("ddp", "false"), ("zero", "true")):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", use_deepspeed)
+        code, output = run_launched(stage, inputs, tmp_path / name, *more)
+        assert code == 0, output
+    ddp_weights, zero_weights = (load_file(tmp_path / name / "model.safetensors") for name in ("ddp", "zero"))
+    assert ddp_weights.keys() == zero_weights.keys()
+    tolerance = 1e-3 if "bfloat16" in more else 2e-5
+    assert max(float((ddp_weights[name] - zero_weights[name]).abs().max()) for name in ddp_weights) < tolerance
+    for ddp_line, zero_line in zip(
+        *(lines(tmp_path / name / "metrics.jsonl") for name in ("ddp", "zero")), strict=True
+    ):
+        assert ddp_line.keys() == zero_line.keys()
+        for name in {"loss", "grad_norm", "learning_rate", "clipped", "eval_loss"} & ddp_line.keys():
+            assert ddp_line[name] == pytest.approx(zero_line[name], rel=1e-4, abs=1e-6), name
 
 
-@needs_it
+@needs_deepspeed
 @slow
-def test_the_preset_asks_for_it(given, tmp_path, monkeypatch):
-    """Through accelerate's own launcher; seen by what a state says of itself."""
+def test_the_preset_enables_deepspeed(inputs, tmp_path, monkeypatch):
+    """Check that accelerate's launcher enables ZeRO, as recorded in the checkpoint."""
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
-    argv = interruptions.arguments("sft", given, tmp_path / "run", "--max_steps", "4000", "--save_steps", "0")
+    argv = interruptions.arguments("sft", inputs, tmp_path / "run", "--max_steps", "4000", "--save_steps", "0")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "exo/presets/zero2.yaml"]
     command += ["--num_processes", "2", "--main_process_port", "0", "-m", "exo.sft", *argv]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
     log = tmp_path / "run" / "metrics.jsonl"
     while child.poll() is None and not (log.exists() and log.stat().st_size > 2000):
         time.sleep(0.05)
-    child.terminate()  # the launcher passes it on, and the run keeps its state
+    child.terminate()  # the launcher forwards the signal and the run saves a checkpoint
     child.wait(60)
-    (state,) = tmp_path.glob("run/checkpoints/step-*/state.json")
-    facts = json.loads(state.read_text())
+    (state_file,) = tmp_path.glob("run/checkpoints/step-*/state.json")
+    facts = json.loads(state_file.read_text())
     assert facts["processes"] == 2 and facts["zero"] == 2
 
 
-@needs_it
+@needs_deepspeed
 @slow
 @pytest.mark.parametrize("zero", (1, 2))
-def test_two_processes_that_are_killed_go_on_to_the_same_end(zero, given, tmp_path, monkeypatch):
+def test_two_killed_processes_resume_to_the_same_bits(zero, inputs, tmp_path, monkeypatch):
     monkeypatch.setenv(STAGE, str(zero))
-    assert run("align", given, tmp_path / "whole")[0] == 0
-    server = Server()  # now that the environment is as it is to be
-    killed(server, given, tmp_path / "run", "--fsdp=false")
+    assert run_launched("align", inputs, tmp_path / "undisturbed")[0] == 0
+    server = Server()  # only now, because it inherits the environment
+    kill_midway(server, inputs, tmp_path / "run", "--fsdp=false")
     server.close()
     assert not [f for f in (tmp_path / "run" / "checkpoints").rglob("*.*") if f.suffix not in (".safetensors", ".json")]
-    code, said = run("align", given, tmp_path / "run", "--fsdp=false")
-    assert code == 0, said
-    assert "resuming after step" in said
-    assert made(tmp_path / "run") == made(tmp_path / "whole")
+    code, output = run_launched("align", inputs, tmp_path / "run", "--fsdp=false")
+    assert code == 0, output
+    assert "resuming after step" in output
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "undisturbed")
 
 
-@needs_it
+@needs_deepspeed
 @slow
-def test_a_state_goes_on_in_other_processes_but_with_deepspeed_alone(given, tmp_path, monkeypatch):
-    assert run("align", given, tmp_path / "whole")[0] == 0
-    server = Server()  # now that the environment is as it is to be
-    killed(server, given, tmp_path / "run", "--fsdp=false")
+def test_a_checkpoint_resumes_on_another_number_of_processes_but_only_with_deepspeed(inputs, tmp_path, monkeypatch):
+    assert run_launched("align", inputs, tmp_path / "undisturbed")[0] == 0
+    server = Server()  # only now, because it inherits the environment
+    kill_midway(server, inputs, tmp_path / "run", "--fsdp=false")
     server.close()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
-    code, said = run("align", given, tmp_path / "run", "--allow_changes")
-    assert code == 1 and "resume with DeepSpeed" in said and "Traceback" not in said
+    code, output = run_launched("align", inputs, tmp_path / "run", "--allow_changes")
+    assert code == 1 and "resume with DeepSpeed" in output and "Traceback" not in output
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    code, said = run("align", given, tmp_path / "run", processes=3)
-    assert code == 1 and "by a run with 2 processes, with ZeRO 2; this one has 3" in said
-    code, said = run("align", given, tmp_path / "run", "--allow_changes", processes=3)
-    assert code == 0 and "resuming after step" in said, said
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    code, output = run_launched("align", inputs, tmp_path / "run", processes=3)
+    assert code == 1 and "by a run with 2 processes, with ZeRO 2; this one has 3" in output
+    code, output = run_launched("align", inputs, tmp_path / "run", "--allow_changes", processes=3)
+    assert code == 0 and "resuming after step" in output, output
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "run"))
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 2e-5
 
 
-@needs_it
+@needs_deepspeed
 @slow
-@pytest.mark.parametrize(("what", "said"), [("loss", "the loss is nan"), ("gradient", "the gradient of all processes")])
-def test_what_is_not_finite_stops_before_the_update_or_skips_it(what, said, given, tmp_path, monkeypatch, capfd):
-    """On one process alone, at one step: both stop, or both skip that update and go on."""
+@pytest.mark.parametrize(
+    ("kind", "message"), [("loss", "the loss is nan"), ("gradient", "the gradient of all processes")]
+)
+def test_a_nonfinite_value_on_one_rank_stops_all_ranks_or_skips_the_update(
+    kind, message, inputs, tmp_path, monkeypatch, capfd
+):
+    """Check that a NaN on one rank at one step makes both ranks stop, or both skip that update."""
     program = (
         "import os, sys, torch\nfrom exo import align\n"
         "from exo.training import preference\nforward, calls = preference.PreferenceLoss.forward, []\n"
         "def bad(self, batch, n):\n    share = forward(self, batch, n)\n    calls.extend([1] * bool(n))\n"
         "    if len(calls) == 5 and os.environ['RANK'] == '1' and n:\n"
-        f"        if {what == 'loss'}: return share._replace(loss=share.loss * float('nan'))\n"
+        f"        if {kind == 'loss'}: return share._replace(loss=share.loss * float('nan'))\n"
         "        share.loss.register_hook(lambda g: g * float('inf'))\n    return share\n"
         "preference.PreferenceLoss.forward = bad\nsys.exit(align.main(sys.argv[1:]))\n"
     )
     (tmp_path / "poisoned.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:.")
     for on_nan, code in (("stop", 1), ("skip", 0)):
-        argv = interruptions.arguments("align", given, tmp_path / on_nan, f"--on_nan={on_nan}")
+        argv = interruptions.arguments("align", inputs, tmp_path / on_nan, f"--on_nan={on_nan}")
         argv.remove("--dropout")
         assert run_ranks("poisoned", argv, 2) == code
         error = capfd.readouterr().err
-        assert (said in error and "stopped before the update" in error) == (on_nan == "stop"), error
+        assert (message in error and "stopped before the update" in error) == (on_nan == "stop"), error
     log = [line for line in lines(tmp_path / "skip" / "metrics.jsonl") if "loss" in line or "skipped" in line]
     assert [line.get("skipped") for line in log].count(1.0) == 1
-    assert "grad_norm" in log[-1]  # which is finite again
+    assert "grad_norm" in log[-1]  # the gradient is finite again
 
 
-def refused(stage, given, out, capsys, *more):
-    assert STAGES[stage].main(interruptions.arguments(stage, given, out, *more)) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and not out.exists()
-    return said
+def refusal(stage, inputs, out, capsys, *more):
+    assert STAGES[stage].main(interruptions.arguments(stage, inputs, out, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and not out.exists()
+    return error
 
 
-@needs_it
+@needs_deepspeed
 @pytest.mark.parametrize(
-    ("variable", "value", "said"),
+    ("variable", "value", "message"),
     [
         (STAGE, "0", "expected ZeRO stage 1 or 2; got 0, which is DDP"),
         (STAGE, "3", "expected ZeRO stage 1 or 2; got 3, which is what --fsdp does"),
@@ -183,14 +189,14 @@ def refused(stage, given, out, capsys, *more):
         ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "nowhere.json", "Expected a string path"),
     ],
 )
-def test_what_accelerate_may_not_say_is_refused(variable, value, said, given, tmp_path, monkeypatch, capsys):
+def test_unsupported_accelerate_settings_are_refused(variable, value, message, inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(variable, value)
-    assert said in refused("align", given, tmp_path / "run", capsys)
+    assert message in refusal("align", inputs, tmp_path / "run", capsys)
 
 
-@needs_it
+@needs_deepspeed
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"optimizer": {"type": "Adam"}}, "its setting optimizer is not for"),
         ({"bf16": {"enabled": True}}, "its setting bf16: expected auto"),
@@ -198,29 +204,29 @@ def test_what_accelerate_may_not_say_is_refused(variable, value, said, given, tm
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients is not for"),
     ],
 )
-def test_what_a_file_of_settings_may_not_say_is_refused(settings, said, given, tmp_path, monkeypatch, capsys):
+def test_unsupported_settings_in_a_config_file_are_refused(settings, message, inputs, tmp_path, monkeypatch, capsys):
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | settings))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    assert said in refused("align", given, tmp_path / "run", capsys)
+    assert message in refusal("align", inputs, tmp_path / "run", capsys)
 
 
-@needs_it
+@needs_deepspeed
 @pytest.mark.parametrize(
-    ("stage", "more", "said"),
+    ("stage", "option", "message"),
     [
         ("sft", "--dtype=float16", "expected --dtype bfloat16 or float32"),
         ("align", "--compile", "does not go together with --compile"),
         ("reward", "--fsdp", "does not go together with --fsdp"),
     ],
 )
-def test_options_that_do_not_go_with_it_are_refused(stage, more, said, given, tmp_path, capsys):
-    assert said in refused(stage, given, tmp_path / "run", capsys, more)
+def test_options_incompatible_with_deepspeed_are_refused(stage, option, message, inputs, tmp_path, capsys):
+    assert message in refusal(stage, inputs, tmp_path / "run", capsys, option)
 
 
-def test_where_it_is_not_installed_one_line_says_so(given, tmp_path, monkeypatch, capsys):
-    found = importlib.util.find_spec
+def test_missing_deepspeed_is_a_one_line_error(inputs, tmp_path, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "deepspeed" else found(name, *more)
+        importlib.util, "find_spec", lambda name, *more: None if name == "deepspeed" else find_spec(name, *more)
     )
-    assert "pip install 'exo-kernels[deepspeed]'" in refused("align", given, tmp_path / "run", capsys)
+    assert "pip install 'exo-kernels[deepspeed]'" in refusal("align", inputs, tmp_path / "run", capsys)

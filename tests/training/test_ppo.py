@@ -1,4 +1,4 @@
-"""PPO: advantages and losses by their definitions, rollouts that hold what they should, warm-up, a run that learns."""
+"""PPO: advantages and losses against their definitions, the contents of rollouts, critic warmup, and learning."""
 
 import math
 from dataclasses import replace
@@ -18,21 +18,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.7, 0.0)])
-def test_advantages_are_the_sum_of_their_definition(gamma, lam):
+def test_gae_matches_its_definition(gamma, lam):
     torch.manual_seed(0)
     rewards, values = torch.randn(2, 7, dtype=torch.float64)
-    after = [*values.tolist()[1:], 0.0]
-    delta = [float(rewards[t]) + gamma * after[t] - float(values[t]) for t in range(7)]
+    next_values = [*values.tolist()[1:], 0.0]
+    delta = [float(rewards[t]) + gamma * next_values[t] - float(values[t]) for t in range(7)]
     expected = [sum((gamma * lam) ** (i - t) * delta[i] for i in range(t, 7)) for t in range(7)]
     assert experience.gae(rewards, values, gamma, lam).tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_with_lambda_and_gamma_one_advantage_and_value_make_what_is_still_to_be_earned():
+def test_with_gamma_and_lambda_one_advantage_plus_value_is_the_return_to_go():
     rewards, values = torch.tensor([1.0, -2.0, 4.0]).double(), torch.tensor([0.3, 0.2, -0.7]).double()
     assert (experience.gae(rewards, values, 1.0, 1.0) + values).tolist() == pytest.approx([3.0, 2.0, 4.0])
 
 
-def test_the_policy_loss_is_clipped_only_where_that_makes_it_worse():
+def test_the_policy_loss_is_clipped_only_where_that_increases_it():
     change = torch.tensor([0.0, 0.5, 0.5, -0.5, -0.5])
     advantages = torch.tensor([2.0, 1.0, -1.0, 1.0, -1.0])
     loss, clipped = training_ppo.policy_loss(change, advantages, 0.2)
@@ -48,16 +48,16 @@ def test_the_policy_loss_has_no_gradient_where_it_is_clipped_and_the_policy_grad
 
 
 def test_the_value_loss_takes_the_larger_error():
-    values, before, returns = (
+    values, old_values, returns = (
         torch.tensor([1.0, 1.0, 0.1, 3.0]),
         torch.tensor([0.0, 0.0, 0.0, 2.0]),
         torch.tensor([2.0, 0.0, 1.0, 2.9]),
     )
-    loss = training_ppo.value_loss(values, before, returns, 0.2)
+    loss = training_ppo.value_loss(values, old_values, returns, 0.2)
     assert loss.tolist() == pytest.approx([0.5 * 1.8**2, 0.5 * 1.0, 0.5 * 0.9**2, 0.5 * 0.7**2])
 
 
-# Rollouts of a small model.
+# Rollouts of a small model
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def config(policy, **changes):
 
 
 @pytest.fixture(scope="module")
-def made(policy):
-    """(config, maker, rollouts of six prompts), the policy having moved away from the reference."""
+def collected(policy):
+    """Return (config, collector, module, rollouts of six prompts) of a policy that differs from its reference."""
     import copy
 
     from exo.rollouts import scorers
@@ -87,8 +87,8 @@ def made(policy):
     module = ppo.actor_critic(settings, model, training_ppo.Critic(model))
     module.critic.value.weight.data.normal_(generator=torch.Generator().manual_seed(2))
     scorer = scorers.load(None, "tests.tasks:reward", accelerator, max_length=16)
-    maker = ppo.experience_collector(settings, module, reference, tokenizer, scorer, accelerator)
-    return settings, maker, module, maker.collect(PROMPTS, range(6))
+    collector = ppo.experience_collector(settings, module, reference, tokenizer, scorer, accelerator)
+    return settings, collector, module, collector.collect(PROMPTS, range(6))
 
 
 @torch.no_grad()
@@ -99,61 +99,66 @@ def logps_of(model, rollout, temperature):
     return torch.stack([logprobs[start + i, token] for i, token in enumerate(rollout.completions[0])])
 
 
-def test_rollouts_hold_log_probs_scores_and_kl_of_what_was_drawn(made):
-    settings, maker, _, found = made
-    for rollout in found:
-        ours, theirs = logps_of(maker.model, rollout, 0.8), logps_of(maker.reference, rollout, 0.8)
-        assert rollout.logps == pytest.approx(ours.tolist(), abs=1e-5)
-        assert rollout.kl == pytest.approx(float((ours - theirs).sum()), abs=1e-4)
-        text = maker.tokenizer.decode(rollout.completions[0], skip_special_tokens=True)
+def test_rollouts_hold_log_probs_scores_and_kl_of_the_samples(collected):
+    settings, collector, _, rollouts = collected
+    for rollout in rollouts:
+        policy_logps, reference_logps = (
+            logps_of(collector.model, rollout, 0.8),
+            logps_of(collector.reference, rollout, 0.8),
+        )
+        assert rollout.logps == pytest.approx(policy_logps.tolist(), abs=1e-5)
+        assert rollout.kl == pytest.approx(float((policy_logps - reference_logps).sum()), abs=1e-4)
+        text = collector.tokenizer.decode(rollout.completions[0], skip_special_tokens=True)
         assert rollout.score == reward("", text)
-    assert any(rollout.score for rollout in found) and max(abs(rollout.kl) for rollout in found) > 0.01
+    assert any(rollout.score for rollout in rollouts) and max(abs(rollout.kl) for rollout in rollouts) > 0.01
 
 
-def test_returns_are_made_of_the_penalty_on_every_token_and_the_score_on_the_last(made):
-    settings, maker, module, found = made
-    whole = []
-    for rollout in found:
+def test_returns_combine_a_kl_penalty_per_token_and_a_score_at_the_end(collected):
+    settings, collector, module, rollouts = collected
+    expected = []
+    for rollout in rollouts:
         ids = torch.tensor([[*rollout.prompt, *rollout.completions[0]]])
         with torch.no_grad():
             hidden = module.critic.body(input_ids=ids).last_hidden_state
             values = module.critic.value(hidden)[0, len(rollout.prompt) - 1 : -1, 0].double()
         assert rollout.values == pytest.approx(values.tolist(), abs=1e-5)
-        gap = logps_of(maker.model, rollout, 0.8) - logps_of(maker.reference, rollout, 0.8)
-        rewards = -0.3 * gap
+        log_ratios = logps_of(collector.model, rollout, 0.8) - logps_of(collector.reference, rollout, 0.8)
+        rewards = -0.3 * log_ratios
         rewards[-1] += rollout.score
         advantages = experience.gae(rewards, values, 1.0, 0.95)
         assert rollout.returns == pytest.approx((advantages + values).tolist(), abs=1e-4)
-        whole += advantages.tolist()
-    normalised = [x for rollout in found for x in rollout.advantages]
-    x, y = torch.tensor(whole), torch.tensor(normalised)
+        expected += advantages.tolist()
+    normalised = [x for rollout in rollouts for x in rollout.advantages]
+    x, y = torch.tensor(expected), torch.tensor(normalised)
     assert torch.allclose((x - x.mean()) / x.std(correction=0), y, atol=1e-3)
 
 
-def test_a_long_prompt_is_scored_as_far_as_it_was_sampled_after(made):
-    _, maker, _, _ = made
-    found = maker.collect(["red green blue round square " * 4] * 8, range(8))
-    assert {len(rollout.prompt) for rollout in found} == {10}
-    assert any(len(rollout.completions[0]) < 6 for rollout in found), "some must leave room for more of the prompt"
+def test_a_long_prompt_is_truncated_alike_in_sampling_and_scoring(collected):
+    _, collector, _, _ = collected
+    rollouts = collector.collect(["red green blue round square " * 4] * 8, range(8))
+    assert {len(rollout.prompt) for rollout in rollouts} == {10}
+    assert any(len(rollout.completions[0]) < 6 for rollout in rollouts), (
+        "some completions must leave room for more of the prompt"
+    )
 
 
-def test_a_batch_has_each_number_beside_its_token(made):
-    found = made[3]
-    batch = experience.collate(found, Collator(0, 8192))
-    assert batch.batch.targets.tolist() == [token for rollout in found for token in rollout.completions[0]]
+def test_collate_aligns_numbers_with_their_tokens(collected):
+    rollouts = collected[3]
+    batch = experience.collate(rollouts, Collator(0, 8192))
+    assert batch.batch.targets.tolist() == [token for rollout in rollouts for token in rollout.completions[0]]
     for name in ("logps", "values", "advantages", "returns"):
-        numbers = [x for rollout in found for x in getattr(rollout, name)]
+        numbers = [x for rollout in rollouts for x in getattr(rollout, name)]
         assert getattr(batch, name).tolist() == pytest.approx(numbers, abs=1e-6)
 
 
-def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradient(made):
-    _, _, module, found = made
+def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradient(collected):
+    _, _, module, rollouts = collected
     gradients = []
-    for parts in ([found], [found[:2], found[2:3], found[3:]]):
+    for parts in ([rollouts], [rollouts[:2], rollouts[2:3], rollouts[3:]]):
         module.zero_grad()
         square = 0.0
         for part in parts:
-            share = module(experience.collate(part, Collator(0, 8192)), training_ppo.count_tokens(found))
+            share = module(experience.collate(part, Collator(0, 8192)), training_ppo.count_tokens(rollouts))
             share.loss.backward()
             square += float(share.sums["log_ratios/mean_square"][0])
         assert square < 1e-8
@@ -161,21 +166,21 @@ def test_the_first_loss_is_on_policy_and_micro_batches_do_not_change_the_gradien
     assert torch.allclose(*gradients, atol=1e-5) and gradients[0].abs().max() > 1e-3
 
 
-def test_the_loss_is_that_of_the_policy_and_the_weighted_one_of_the_critic_a_token(made):
-    settings, _, module, found = made
-    batch = experience.collate(found, Collator(0, 8192))
+def test_the_loss_is_the_policy_loss_plus_the_weighted_value_loss_per_token(collected):
+    settings, _, module, rollouts = collected
+    batch = experience.collate(rollouts, Collator(0, 8192))
     with torch.no_grad():
         share = module(batch, 10)
         critic = training_ppo.value_loss(module.critic(batch.batch), batch.values, batch.returns, 0.2).sum()
     assert settings.value_coef == 0.5 and critic > 0.1
-    expected = (0.5 * float(critic) - float(batch.advantages.sum())) / 10  # the ratio is 1
+    expected = (0.5 * float(critic) - float(batch.advantages.sum())) / 10  # because the ratio is 1
     assert float(share.loss) == pytest.approx(expected, abs=1e-4)
 
 
-def test_actor_and_critic_have_learning_rates_of_their_own(policy, tmp_path):
-    """Warm-up alone: at a rate of (almost) nothing the critic fits no better than it did."""
+def test_actor_and_critic_have_separate_learning_rates(policy, tmp_path):
+    """Check, in a run of critic warmup only, that the critic learns at its own rate and not at a rate near zero."""
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    found = {}
+    loss_ratios = {}
     for rate in (1e-12, 3e-2):
         run = ppo.run(
             config(
@@ -184,29 +189,29 @@ def test_actor_and_critic_have_learning_rates_of_their_own(policy, tmp_path):
             )
         )  # fmt: skip
         losses = [row["value_loss"] for row in lines(run / "metrics.jsonl")][:12]
-        found[rate] = losses[-1] / losses[0]
-    assert found[1e-12] == pytest.approx(1, abs=1e-3) and found[3e-2] < 0.7
+        loss_ratios[rate] = losses[-1] / losses[0]
+    assert loss_ratios[1e-12] == pytest.approx(1, abs=1e-3) and loss_ratios[3e-2] < 0.7
 
 
-def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(made):
-    _, maker, module, _ = made
-    found = [replace(rollout, frozen=True) for rollout in maker.collect(PROMPTS, range(6))]
+def test_a_frozen_actor_gets_no_gradient_and_the_critic_does(collected):
+    _, collector, module, _ = collected
+    rollouts = [replace(rollout, frozen=True) for rollout in collector.collect(PROMPTS, range(6))]
     module.zero_grad()
-    module(experience.collate(found, Collator(0, 8192)), training_ppo.count_tokens(found)).loss.backward()
+    module(experience.collate(rollouts, Collator(0, 8192)), training_ppo.count_tokens(rollouts)).loss.backward()
     assert all(not p.grad.any() for p in module.model.parameters())
     assert any(p.grad.any() for p in module.critic.parameters())
 
 
-def test_phases_go_through_their_rollouts_the_asked_number_of_times_and_freeze_the_first_steps():
+def test_rollouts_are_reused_for_every_epoch_and_warmup_steps_are_frozen():
     calls = []
 
-    class Maker:
+    class Collector:
         def collect(self, prompts, numbers):
             calls.append((list(prompts), list(numbers)))
             return [experience.Rollout((1,), ((n,),), None, n) for n in numbers]
 
     source = experience.RolloutSampler(
-        Maker(), ["a", "b", "c"], rollout_size=4, batch_size=2, epochs=2, warmup_steps=3, seed=0
+        Collector(), ["a", "b", "c"], rollout_size=4, batch_size=2, epochs=2, warmup_steps=3, seed=0
     )  # fmt: skip
     drawn = [next(source) for _ in range(8)]
     batches = [[r.line for r in batch] for batch in drawn]
@@ -215,7 +220,7 @@ def test_phases_go_through_their_rollouts_the_asked_number_of_times_and_freeze_t
     assert sorted(calls[0][0][:3]) == ["a", "b", "c"]
 
 
-def test_a_run_raises_its_score_and_keeps_the_actor_while_the_critic_warms_up(policy, tmp_path):
+def test_a_run_raises_its_score_and_freezes_the_actor_during_critic_warmup(policy, tmp_path):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     run = ppo.run(
         config(
@@ -231,8 +236,8 @@ def test_a_run_raises_its_score_and_keeps_the_actor_while_the_critic_warms_up(po
     assert lines(run / "metrics.jsonl")[3]["kl"] == pytest.approx(0, abs=1e-5)
 
 
-def test_one_that_starts_off_policy_is_stopped(policy, tmp_path, monkeypatch, capsys):
-    """A rollout whose log-probs are at another temperature."""
+def test_an_off_policy_first_update_is_an_error(policy, tmp_path, monkeypatch, capsys):
+    """Check this for rollouts whose log-probs are at another temperature."""
     wrong = logps.token_logps
     monkeypatch.setattr(logps, "token_logps", lambda *a, **k: wrong(*a, **(k | {"temperature": 1.0})))
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
@@ -243,7 +248,7 @@ def test_one_that_starts_off_policy_is_stopped(policy, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    "option, value, said",
+    "option, value, message",
     [
         ("rollout_size", "100", "--rollout_size: expected a multiple of --batch_size 64; got 100"),
         ("kl_coef", "-1", "--kl_coef: expected >= 0"),
@@ -252,48 +257,50 @@ def test_one_that_starts_off_policy_is_stopped(policy, tmp_path, monkeypatch, ca
         ("max_length", "256", "--max_length: expected more than max_new_tokens; got 256"),
     ],
 )
-def test_options_out_of_range(policy, capsys, option, value, said):
+def test_options_out_of_range(policy, capsys, option, value, message):
     with pytest.raises(SystemExit) as stop:
         ppo.main(["--model", policy, "--data", "x", "--oracle", "a:b", f"--{option}", value])
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_no_global_random_state_moves(made):
-    _, maker, _, _ = made
-    before = torch.random.get_rng_state()
-    maker.collect(PROMPTS[:2], range(2))
-    assert torch.equal(before, torch.random.get_rng_state())
+def test_collecting_rollouts_keeps_the_global_random_state(collected):
+    _, collector, _, _ = collected
+    state = torch.random.get_rng_state()
+    collector.collect(PROMPTS[:2], range(2))
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_the_critics_targets_do_not_drop_out(made):
-    """Rollouts were made with half of the attention gone: values of 9.3 and 7.5 for the same state."""
-    settings, maker, module, _ = made
+def test_value_targets_are_computed_without_dropout(collected):
+    """Check that value targets are repeatable with --dropout; a regression gave 9.3 and 7.5 for the same state."""
+    settings, collector, module, _ = collected
     dropping = ppo.actor_critic(replace(settings, dropout=True), module.model, module.critic).train()
     layers = [layer.self_attn for layer in module.critic.body.layers]
-    examples = maker._encode(samples_of(maker))
-    expected = maker.values(examples)
+    examples = collector._encode(samples_of(collector))
+    expected = collector.values(examples)
     for layer in layers:
         layer.attention_dropout = 0.5
     torch.manual_seed(0)
-    found, again = (maker.values(examples) for _ in range(2))
+    first, second = (collector.values(examples) for _ in range(2))
     with torch.no_grad():
-        dropped = module.critic(maker.collator.collate(examples)).tolist()
+        dropped = module.critic(collector.collator.collate(examples)).tolist()
     for layer in layers:
         layer.attention_dropout = 0.0
-    assert found == again == expected and dropping.critic.training
-    assert dropped != pytest.approx([value for row in expected for value in row], abs=1e-3), "the case must drop out"
+    assert first == second == expected and dropping.critic.training
+    assert dropped != pytest.approx([value for row in expected for value in row], abs=1e-3), (
+        "dropout must change the values in this case"
+    )
     module.eval()
 
 
-def samples_of(maker):
+def samples_of(collector):
     return samples.draw(
-        maker.model, maker.tokenizer, PROMPTS, maker.settings, k=1, max_prompt_length=10, seed=3
+        collector.model, collector.tokenizer, PROMPTS, collector.settings, k=1, max_prompt_length=10, seed=3
     )  # fmt: skip
 
 
-def test_the_value_clip_does_not_hold_the_critic_back_while_it_warms_up(policy, tmp_path):
+def test_the_value_clip_is_off_during_critic_warmup(policy, tmp_path):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    found = {}
+    losses = {}
     for clip in (0.01, 1e9):
         run = ppo.run(
             config(
@@ -301,12 +308,12 @@ def test_the_value_clip_does_not_hold_the_critic_back_while_it_warms_up(policy, 
                 rollout_size=16, batch_size=16, ppo_epochs=8, critic_learning_rate=1e-2, clip_range_value=clip,
             )
         )  # fmt: skip
-        found[clip] = [row["value_loss"] for row in lines(run / "metrics.jsonl")]
-    assert found[0.01][:8] == found[1e9][:8] and found[1e9][7] < 0.5 * found[1e9][0]
+        losses[clip] = [row["value_loss"] for row in lines(run / "metrics.jsonl")]
+    assert losses[0.01][:8] == losses[1e9][:8] and losses[1e9][7] < 0.5 * losses[1e9][0]
 
 
-def test_the_actors_first_update_is_adams_first(policy, tmp_path):
-    """lr g / |g| for every weight that matters; with 20 steps counted while it was frozen it was 0.41 of that."""
+def test_adams_step_count_of_the_actor_starts_after_the_warmup(policy, tmp_path):
+    """Check that the first update is lr * sign(g); with the 20 frozen steps counted it was 0.41 of that."""
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     run = ppo.run(
         config(
@@ -315,9 +322,9 @@ def test_the_actors_first_update_is_adams_first(policy, tmp_path):
             rollout_size=16, batch_size=16, learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0,
         )
     )  # fmt: skip
-    before, first = (
+    warm, first = (
         models.load(run / "models" / name)[0].model.layers[0].self_attn.q_proj.weight.detach()
         for name in ("step-20", "step-21")
     )
-    change = (first - before).abs()
+    change = (first - warm).abs()
     assert float(change.median()) == pytest.approx(1e-3, rel=0.02) and float(change.max()) < 1.01e-3

@@ -1,4 +1,4 @@
-"""The reward model: it learns what is preferred, is saved for transformers, and gives the same number in any batch."""
+"""The reward model: it learns preferences, loads in transformers, and gives the same reward in any batch."""
 
 import json
 from collections import Counter
@@ -28,8 +28,8 @@ def policy(tmp_path_factory):
 
 
 def pairs(n):
-    """The one with "good" is chosen; lengths and places vary."""
-    made = []
+    """Return pairs of varied lengths; the chosen completion has "good" where the rejected one has "bad"."""
+    examples = []
     for i in range(n):
         words = [WORDS[(i + j) % 5] for j in range(2 + i % 3)]
         good, bad = [*words[:1], "good", *words[1:]], [*words[:1], "bad", *words[1:]]
@@ -38,8 +38,8 @@ def pairs(n):
             "chosen": f" {' '.join(good)}",
             "rejected": f" {' '.join(bad)}",
         }
-        made.append(row)
-    return made
+        examples.append(row)
+    return examples
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,14 @@ def test_held_out_prompts_are_not_trained_on_with_other_completions(policy):
     assert {example.prompt for example in train}.isdisjoint({example.prompt for example in held_out})
 
 
-def test_transformers_reads_it_and_gives_the_same_number(trained):
+def test_transformers_loads_it_and_gives_the_same_reward(trained):
     model = AutoModelForSequenceClassification.from_pretrained(trained).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained)
     assert model.config.num_labels == 1
     ids = [*tokenizer("red round")["input_ids"], *tokenizer("good blue")["input_ids"], tokenizer.eos_token_id]
     with torch.no_grad():
-        theirs = float(model(torch.tensor([ids])).logits)
-    assert scorer(trained).score([example("red round", "good blue")])[0][0] == pytest.approx(theirs, abs=1e-6)
+        expected = float(model(torch.tensor([ids])).logits)
+    assert scorer(trained).score([example("red round", "good blue")])[0][0] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_reward_does_not_depend_on_its_batch(trained):
@@ -101,8 +101,8 @@ def test_a_reward_does_not_depend_on_its_batch(trained):
 
 
 def test_a_reward_does_not_depend_on_what_else_is_in_its_row(trained):
-    """Where the limit cuts: a longer neighbour takes nothing of the prompt, and two that are cut alike both count."""
-    short = load(trained, 6)
+    """Check this with truncation: a longer completion in a row must not shorten the prompt of another one."""
+    short = load_scorer(trained, 6)
     texts = ["good", "bad " * 4, "blue " * 8 + "good", "blue " * 8 + "bad"]
     prompt = "red green blue round square"
     alone = [short.score([example(prompt, text)])[0][0] for text in texts]
@@ -111,30 +111,30 @@ def test_a_reward_does_not_depend_on_what_else_is_in_its_row(trained):
     assert alone[0] != alone[1] and alone[2] == alone[3]
 
 
-def test_it_reads_the_end_of_sequence_where_there_is_one(trained):
-    """A completion that was cut for its length did not end, and is not scored as if it had."""
+def test_a_truncated_completion_is_scored_without_an_end_of_sequence(trained):
+    """Check that only a completion that ended by itself is scored with its end-of-sequence token."""
     _, tokenizer = models.load_classifier(str(trained))
     ids = tuple(tokenizer("good blue")["input_ids"])
-    known = tokenize.tokenizer_hash(tokenizer)
-    tokens = data.Tokens(known, ((*ids, tokenizer.eos_token_id), ids), (-1.0, -1.0), ("eos", "length"))
+    tokenizer_id = tokenize.tokenizer_hash(tokenizer)
+    tokens = data.Tokens(tokenizer_id, ((*ids, tokenizer.eos_token_id), ids), (-1.0, -1.0), ("eos", "length"))
     both = scorer(trained).score([data.Example("red", (" good blue", " good blue"), None, 1, tokens)])[0]
     assert both[0] != both[1]
     assert both[0] == pytest.approx(scorer(trained).score([example("red", "good blue")])[0][0], abs=1e-6)
 
 
-@pytest.mark.parametrize("spare", [True, False], ids=["a padding token is there", "none is there"])
-def test_padding_that_is_the_end_of_sequence_does_not_hide_it(policy, tmp_path, spare):
-    """As with gpt2 and pythia: pooled at the last token that is no padding, no end would ever be seen."""
+@pytest.mark.parametrize("has_pad", [True, False], ids=["with a padding token", "without a padding token"])
+def test_a_pad_token_equal_to_eos_does_not_hide_eos(policy, tmp_path, has_pad):
+    """Check this as for gpt2 and pythia: pooling at the last non-padding token would skip the end of sequence."""
     model, tokenizer = models.load(policy)
-    if not spare:
+    if not has_pad:
         backend = json.loads(tokenizer.backend_tokenizer.to_str().replace("<pad>", "<other>"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="<eos>")
     tokenizer.pad_token = tokenizer.eos_token
     models.save(model, tokenizer, tmp_path)
-    classifier, own = models.classifier_from(str(tmp_path), 1, seed=0)
-    assert own.pad_token_id == classifier.config.pad_token_id != own.eos_token_id
-    models.save(classifier, own, tmp_path / "reward")
-    tokens = data.Tokens("foreign", ((5,), (5,)), (-1.0, -1.0), ("eos", "length"))
+    classifier, padded_tokenizer = models.classifier_from(str(tmp_path), 1, seed=0)
+    assert padded_tokenizer.pad_token_id == classifier.config.pad_token_id != padded_tokenizer.eos_token_id
+    models.save(classifier, padded_tokenizer, tmp_path / "reward")
+    tokens = data.Tokens("other", ((5,), (5,)), (-1.0, -1.0), ("eos", "length"))
     both = scorer(tmp_path / "reward").score([data.Example("red", (" good blue", " good blue"), None, 1, tokens)])[0]
     assert both[0] != both[1]
 
@@ -198,8 +198,8 @@ def test_labelled_texts_make_a_classifier_whose_log_odds_are_the_reward(policy, 
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
     odds = torch.log_softmax(logits, 0)
-    found = scorer(run).score([example("red", "good blue", "bad blue")])[0]
-    assert found[0] == pytest.approx(float(odds[1] - odds[0]), abs=1e-5) and found[0] > 0 > found[1]
+    rewards = scorer(run).score([example("red", "good blue", "bad blue")])[0]
+    assert rewards[0] == pytest.approx(float(odds[1] - odds[0]), abs=1e-5) and rewards[0] > 0 > rewards[1]
 
 
 def test_a_causal_lm_is_no_reward_model(policy):
@@ -218,21 +218,23 @@ def test_a_process_that_is_not_the_first_writes_nothing(policy, tmp_path, monkey
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"] and lines(run / "metrics.jsonl") == []
 
 
-def load(directory, max_length, max_prompt_length=None, **options):
+def load_scorer(directory, max_length, max_prompt_length=None, **options):
     options |= {"max_length": max_length, "max_prompt_length": max_prompt_length}
     return scorers.load(str(directory), None, make_accelerator(device="cpu"), **options)
 
 
-def test_a_completion_that_takes_most_of_the_length_is_scored_with_its_end(trained):
-    """As ppo and evaluate sample them: the prompt is cut to what sampling saw, and not the completion."""
+def test_a_long_completion_truncates_the_prompt_and_not_the_completion(trained):
+    """Check that max_prompt_length cuts the prompt as in sampling (ppo, evaluate) and keeps the completion."""
     prompt, completion = " ".join(["red", "green"] * 20), "good blue bad " * 17
     row, seen = example(prompt, completion), example(" ".join(prompt.split()[-12:]), completion)
-    assert load(trained, 64, 12).score([row]) == [pytest.approx(load(trained, 512).score([seen])[0], abs=1e-6)]
-    assert load(trained, 64).score([row]) != load(trained, 64, 12).score([row])
+    assert load_scorer(trained, 64, 12).score([row]) == [
+        pytest.approx(load_scorer(trained, 512).score([seen])[0], abs=1e-6)
+    ]
+    assert load_scorer(trained, 64).score([row]) != load_scorer(trained, 64, 12).score([row])
 
 
 def test_plain_samples_are_rendered_for_a_reward_model_as_messages_are(trained, tmp_path):
-    """Whichever stage scores; the token ids of a plain sample are not those of the rendered one."""
+    """Check that a plain sample is tokenized again with the chat template instead of using its token ids."""
     model, tokenizer = models.load_classifier(str(trained))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }} {% endfor %}"
     models.save(model, tokenizer, tmp_path / "reward")
@@ -240,12 +242,15 @@ def test_plain_samples_are_rendered_for_a_reward_model_as_messages_are(trained, 
     tokens = data.Tokens(tokenize.tokenizer_hash(tokenizer), (ids, ids[:1]), (-1.0, -1.0), ("eos", "length"))
     plain = data.Example("red", (" good blue", " bad"), None, 1, tokens)
     chat = data.Example(data.Chat([data.Message("user", "red")]), ("good blue",), None, 1)
-    rendered, as_it_is = load(tmp_path / "reward", 64, chat_template="always"), load(tmp_path / "reward", 64)
-    assert rendered.score([plain])[0][0] == pytest.approx(as_it_is.score([chat])[0][0], abs=1e-6)
-    assert as_it_is.score([plain])[0][0] != pytest.approx(rendered.score([plain])[0][0], abs=1e-6)
+    rendered, plain_scorer = (
+        load_scorer(tmp_path / "reward", 64, chat_template="always"),
+        load_scorer(tmp_path / "reward", 64),
+    )
+    assert rendered.score([plain])[0][0] == pytest.approx(plain_scorer.score([chat])[0][0], abs=1e-6)
+    assert plain_scorer.score([plain])[0][0] != pytest.approx(rendered.score([plain])[0][0], abs=1e-6)
 
 
-def test_rows_that_the_template_refuses_are_found_before_any_is_scored(trained, tmp_path):
+def test_rows_that_the_template_refuses_are_reported_before_any_is_scored(trained, tmp_path):
     model, tokenizer = models.load_classifier(str(trained))
     tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
@@ -256,7 +261,7 @@ def test_rows_that_the_template_refuses_are_found_before_any_is_scored(trained, 
         data.Example(data.Chat([data.Message("system", "x"), turn]), (" good",), None, 1, source="rows.jsonl:7"),
         data.Example("red", (" good",), None, 2),
     ]
-    scorer = load(tmp_path / "reward", 64)
+    scorer = load_scorer(tmp_path / "reward", 64)
     assert scorer.refused(rows, "rows.jsonl", True) == ({0}, {tokenize.REFUSED: 1})
     with pytest.raises(data.DataError, match="^rows.jsonl:7: the chat template refuses"):
         scorer.refused(rows, "rows.jsonl", False)

@@ -1,4 +1,4 @@
-"""What stops a run: signals, full disks, numbers that are not finite. None of them costs a step that was made."""
+"""Signals, full disks and non-finite values stop a run without losing a completed step."""
 
 import io
 import itertools
@@ -17,65 +17,65 @@ from exo.runs.jsonl import append
 from exo.training import checkpoint_files, preference
 from exo.training import step as training_step
 from tests import interruptions
-from tests.interruptions import STAGES, STEPS, made, sampled
+from tests.interruptions import STAGES, STEPS, fingerprint, mark_slow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
-    return interruptions.given(tmp_path_factory.mktemp("given"))
+def inputs(tmp_path_factory):
+    return interruptions.write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
-def whole(given):
-    return interruptions.undisturbed(given)
+def undisturbed(inputs):
+    return interruptions.undisturbed_runs(inputs)
 
 
 @pytest.mark.parametrize(
     ("stage", "number"),
-    sampled(*itertools.product(STAGES, signals.SIGNALS), quick=lambda s, n: s == "align" or n == signal.SIGTERM),
+    mark_slow(*itertools.product(STAGES, signals.SIGNALS), quick=lambda s, n: s == "align" or n == signal.SIGTERM),
 )
-def test_a_run_that_is_told_to_stop_loses_no_step(stage, number, given, whole, tmp_path, monkeypatch, capfd):
-    argv = interruptions.arguments(stage, given, tmp_path / "run")
+def test_a_stop_signal_loses_no_step(stage, number, inputs, undisturbed, tmp_path, monkeypatch, capfd):
+    argv = interruptions.arguments(stage, inputs, tmp_path / "run")
     accumulate = training_step.accumulate
 
-    def told(module, parts, count, accelerator, collate, step, *rest):
+    def stop_at_step_6(module, parts, count, accelerator, collate, step, *rest):
         if step == 6:
             os.kill(os.getpid(), number)
         return accumulate(module, parts, count, accelerator, collate, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_step, "accumulate", told)
+        patch.setattr(training_step, "accumulate", stop_at_step_6)
         assert STAGES[stage].main(argv) == 128 + number
-    said = capfd.readouterr().err.strip().splitlines()
-    assert said[0].startswith("Stopping after this step") and said[-1].startswith(
+    messages = capfd.readouterr().err.strip().splitlines()
+    assert messages[0].startswith("Stopping after this step") and messages[-1].startswith(
         "stopped: after step 5 of 10, saved in"
     )
     assert STAGES[stage].main(argv) == 0
     assert "resuming after step 5" in capfd.readouterr().out
-    assert made(tmp_path / "run") == whole(stage)
+    assert fingerprint(tmp_path / "run") == undisturbed(stage)
 
 
-def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(given, whole, tmp_path, monkeypatch, capsys):
-    argv = interruptions.arguments("align", given, tmp_path / "run")
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(inputs, undisturbed, tmp_path, monkeypatch, capsys):
+    argv = interruptions.arguments("align", inputs, tmp_path / "run")
     evaluate = preference.evaluate
 
-    def told(*arguments):
+    def stop_in_evaluation(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preference, "evaluate", told)
+        patch.setattr(preference, "evaluate", stop_in_evaluation)
         assert STAGES["align"].main(argv) == 143
     assert "after step 3 of 10" in capsys.readouterr().err
     assert STAGES["align"].main(argv) == 0
-    assert made(tmp_path / "run") == whole("align")
+    assert fingerprint(tmp_path / "run") == undisturbed("align")
 
 
-def test_a_signal_in_a_save_does_not_cost_it(given, whole, tmp_path, monkeypatch, capsys):
-    """It is finished, not begun again."""
-    argv = interruptions.arguments("sft", given, tmp_path / "run")
+def test_a_signal_during_a_save_lets_the_save_finish(inputs, undisturbed, tmp_path, monkeypatch, capsys):
+    """Check that each checkpoint is written once."""
+    argv = interruptions.arguments("sft", inputs, tmp_path / "run")
     write, written = checkpoint_files._write_tensors, []
 
     def signalled(directory, tensors):
@@ -89,12 +89,12 @@ def test_a_signal_in_a_save_does_not_cost_it(given, whole, tmp_path, monkeypatch
         assert STAGES["sft"].main(argv) == 143
     assert written == [".step-2.staging", ".step-4.staging"]
     assert STAGES["sft"].main(argv) == 0
-    assert made(tmp_path / "run") == whole("sft")
+    assert fingerprint(tmp_path / "run") == undisturbed("sft")
 
 
-def test_a_listener_that_is_gone_costs_nothing(given, whole, tmp_path):
-    """Ctrl-C ends the reader of a pipe too."""
-    argv = interruptions.arguments("sft", given, tmp_path / "run", "--logging_steps", "1")
+def test_a_closed_stdout_does_not_prevent_a_checkpoint(inputs, undisturbed, tmp_path):
+    """Check this for Ctrl-C, which also ends the reader of a pipe."""
+    argv = interruptions.arguments("sft", inputs, tmp_path / "run", "--logging_steps", "1")
     command = [sys.executable, "-m", "exo.sft", *argv, "--max_steps", "4000", "--save_steps", "0"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for line in child.stdout:
@@ -107,10 +107,10 @@ def test_a_listener_that_is_gone_costs_nothing(given, whole, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["sft", "align"])
-def test_a_disk_that_is_full_when_the_model_is_written_names_the_state(
-    stage, given, whole, tmp_path, monkeypatch, capsys
+def test_a_full_disk_at_the_final_save_names_the_last_checkpoint(
+    stage, inputs, undisturbed, tmp_path, monkeypatch, capsys
 ):
-    argv = interruptions.arguments(stage, given, tmp_path / "run")
+    argv = interruptions.arguments(stage, inputs, tmp_path / "run")
 
     def full(self, directory, **options):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -118,14 +118,14 @@ def test_a_disk_that_is_full_when_the_model_is_written_names_the_state(
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "save_pretrained", full)
         assert STAGES[stage].main(argv) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ") and "No space left" in said and "the last checkpoint is" in said
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "No space left" in error and "the last checkpoint is" in error
     assert STAGES[stage].main(argv) == 0
-    assert made(tmp_path / "run") == whole(stage)
+    assert fingerprint(tmp_path / "run") == undisturbed(stage)
 
 
-def test_a_line_that_is_written_in_part_is_none(tmp_path):
-    """As a full disk does it: a part is taken, and no error given."""
+def test_a_partially_written_line_is_removed(tmp_path):
+    """Check this for a full disk, where `write` accepts a part of the line without an error."""
 
     class Half(io.FileIO):
         def write(self, data):
@@ -137,8 +137,8 @@ def test_a_line_that_is_written_in_part_is_none(tmp_path):
         assert (tmp_path / "log").read_bytes() == b""
 
 
-def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_path, monkeypatch, capsys):
-    argv = interruptions.arguments("sft", given, tmp_path / "run")
+def test_a_full_disk_at_a_checkpoint_names_and_keeps_the_last_one(inputs, undisturbed, tmp_path, monkeypatch, capsys):
+    argv = interruptions.arguments("sft", inputs, tmp_path / "run")
     fsync = os.fsync
 
     def full(handle):
@@ -149,17 +149,19 @@ def test_a_full_disk_names_the_last_whole_state_and_leaves_it(given, whole, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         assert STAGES["sft"].main(argv) == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: step 6: the checkpoint could not be written") and "No space left on device" in said
-    assert "the last checkpoint is" in said and "step-4" in said
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: step 6: the checkpoint could not be written") and "No space left on device" in error
+    assert "the last checkpoint is" in error and "step-4" in error
     assert STAGES["sft"].main(argv) == 0
-    assert made(tmp_path / "run") == whole("sft")
+    assert fingerprint(tmp_path / "run") == undisturbed("sft")
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_run_with_its_state(kind, given, whole, tmp_path, monkeypatch, capsys):
-    """That of the step before it, from which the same command goes on, here to a loss that is finite."""
-    argv = interruptions.arguments("align", given, tmp_path / "run", "--save_steps", "0")
+def test_a_nonfinite_loss_or_gradient_stops_the_run_with_a_checkpoint(
+    kind, inputs, undisturbed, tmp_path, monkeypatch, capsys
+):
+    """Check that the checkpoint is of the previous step and that the same command resumes from it."""
+    argv = interruptions.arguments("align", inputs, tmp_path / "run", "--save_steps", "0")
     update = training_step.update
 
     def poisoned(module, optim, norm, accelerator, step, batch, *rest):
@@ -172,16 +174,16 @@ def test_what_is_not_finite_stops_the_run_with_its_state(kind, given, whole, tmp
     with monkeypatch.context() as patch:
         patch.setattr(training_step, "update", poisoned)
         assert STAGES["align"].main(argv) == 1
-    said = capsys.readouterr().err
-    assert "error: step 6" in said and "stopped before the update" in said
-    assert f"the last checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-5'}" in said
+    error = capsys.readouterr().err
+    assert "error: step 6" in error and "stopped before the update" in error
+    assert f"the last checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-5'}" in error
     assert STAGES["align"].main(argv) == 0
-    assert made(tmp_path / "run") == whole("align")
+    assert fingerprint(tmp_path / "run") == undisturbed("align")
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_what_is_not_finite_is_skipped_where_that_was_asked_for(kind, given, tmp_path, monkeypatch, capsys):
-    argv = interruptions.arguments("align", given, tmp_path / "run", "--on_nan", "skip")
+def test_on_nan_skip_skips_the_update(kind, inputs, tmp_path, monkeypatch, capsys):
+    argv = interruptions.arguments("align", inputs, tmp_path / "run", "--on_nan", "skip")
     forward = preference.PreferenceLoss.forward
     calls = []
 
@@ -202,13 +204,13 @@ def test_what_is_not_finite_is_skipped_where_that_was_asked_for(kind, given, tmp
     assert all(parameter.isfinite().all() for parameter in models.load(str(tmp_path / "run"))[0].parameters())
 
 
-def test_nothing_is_left_to_listen_when_training_is_over(given, tmp_path):
-    def own(number, frame):
+def test_signal_handlers_are_restored_after_training(inputs, tmp_path):
+    def handler(number, frame):
         raise AssertionError
 
-    before = signal.signal(signal.SIGINT, own)
+    previous = signal.signal(signal.SIGINT, handler)
     try:
-        assert STAGES["sft"].main(interruptions.arguments("sft", given, tmp_path / "run", "--max_steps", "1")) == 0
-        assert signal.getsignal(signal.SIGINT) is own and signals.stop_requested() == 0
+        assert STAGES["sft"].main(interruptions.arguments("sft", inputs, tmp_path / "run", "--max_steps", "1")) == 0
+        assert signal.getsignal(signal.SIGINT) is handler and signals.stop_requested() == 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

@@ -1,5 +1,7 @@
-"""Whatever is combined, a run is the plain run: shared prompts, kept or live references, LoRA, checkpointing, small
-micro-batches, two processes. Every pair of settings meets in some row; each row says by what it ran that it did.
+"""Runs with combined settings match the plain run.
+
+The settings are shared prompts, cached or live references, LoRA, gradient checkpointing, small micro-batches and two
+ranks. Every pair of values occurs in some row, and each run must report that its settings took effect.
 """
 
 import json
@@ -20,10 +22,11 @@ peft = pytest.importorskip("peft")
 NAMES = ("share_prompt", "reference", "lora_r", "gradient_checkpointing", "max_tokens_per_batch", "ranks")
 PLAIN = ("off", "cache", 0, False, 8192, 1)
 OTHER = ("on", "live", 4, True, 48, 2)
-ROWS = ["111110", "110001", "101010", "011101", "100111", "001011", "010110", "000000", "001101"]  # of OTHER
+# 1: the value of OTHER, 0: of PLAIN
+ROWS = ["111110", "110001", "101010", "011101", "100111", "001011", "010110", "000000", "001101"]
 
 
-def test_every_pair_of_settings_meets():
+def test_rows_cover_every_pair_of_settings():
     for a, b in combinations(range(len(NAMES)), 2):
         assert {(row[a], row[b]) for row in ROWS} == {("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")}, (
             NAMES[a],
@@ -43,33 +46,31 @@ def start(tmp_path_factory):
 
 
 def run(start, directory, row, capfd):
-    """The metrics of a run with the settings of a row, after seeing that they took place."""
+    """Run with the settings of a row, check that they took effect, and return the metrics."""
     *settings, ranks = [(OTHER if bit == "1" else PLAIN)[i] for i, bit in enumerate(row)]
-    asked = dict(zip(NAMES, settings, strict=False))
+    values = dict(zip(NAMES, settings, strict=False))
     arguments = ["--model", start[0], "--data", start[1], "--output_dir", str(directory), "--max_steps", "3"]
     arguments += ["--batch_size", "6", "--learning_rate", "1e-3", "--device", "cpu", "--beta_pi", "0.5", "--seed", "1"]
-    arguments += [f"--{name}={value}" for name, value in asked.items()]
+    arguments += [f"--{name}={value}" for name, value in values.items()]
     paths = {}
     if ranks == 1:
-        with rank_worker.watched(paths):
+        with rank_worker.record_paths(paths):
             assert align.main(arguments) == 0
     else:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
         command += ["tests.rank_worker", *arguments]
         subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    said = capfd.readouterr().out
-    paths = paths or json.loads(said.rpartition("paths: ")[2])
+    output = capfd.readouterr().out
+    paths = paths or json.loads(output.rpartition("paths: ")[2])
     assert paths["ranks"] == ranks
-    assert (paths["micro_batches"] > 1) == (asked["max_tokens_per_batch"] == 48)
-    assert bool(paths["checkpoints"]) == asked["gradient_checkpointing"]
-    assert paths["reference"] == ["ref_hidden" if asked["reference"] == "live" else "ref_logps"]
-    assert paths["layouts"] == ["several texts a row" if asked["share_prompt"] == "on" else "padded"]
-    assert ("deferred" in paths["schedules"]) == bool(asked["lora_r"]), (
-        "fused, by the schedule for a frozen head or not"
-    )
-    assert ("each prompt is encoded once" in said) == (asked["share_prompt"] == "on")
-    assert ("LoRA of rank 4" in said) == bool(asked["lora_r"])
-    assert ("prompts 18/18" in said) == (asked["reference"] == "cache")
+    assert (paths["micro_batches"] > 1) == (values["max_tokens_per_batch"] == 48)
+    assert bool(paths["checkpoints"]) == values["gradient_checkpointing"]
+    assert paths["reference"] == ["ref_hidden" if values["reference"] == "live" else "ref_logps"]
+    assert paths["layouts"] == ["several texts a row" if values["share_prompt"] == "on" else "padded"]
+    assert ("deferred" in paths["schedules"]) == bool(values["lora_r"]), "a frozen head uses the deferred schedule"
+    assert ("each prompt is encoded once" in output) == (values["share_prompt"] == "on")
+    assert ("LoRA of rank 4" in output) == bool(values["lora_r"])
+    assert ("prompts 18/18" in output) == (values["reference"] == "cache")
     return [line for line in lines(directory / "metrics.jsonl") if "loss" in line]
 
 
@@ -77,24 +78,24 @@ QUICK = ("111110", "101010")
 
 
 @pytest.mark.parametrize("row", [row if row in QUICK else pytest.param(row, marks=pytest.mark.slow) for row in ROWS])
-def test_together_they_are_the_plain_run(row, start, tmp_path, capfd):
-    """The plain one with or without LoRA, whose gradient is another."""
+def test_combined_settings_match_the_plain_run(row, start, tmp_path, capfd):
+    """Compare with a plain run that has LoRA if the row has it, because LoRA changes the gradient."""
     plain = run(start, tmp_path / "plain", f"00{row[2]}000", capfd)
-    found = run(start, tmp_path / "found", row, capfd)
-    for mine, theirs in zip(found, plain, strict=True):
+    combined = run(start, tmp_path / "combined", row, capfd)
+    for line, plain_line in zip(combined, plain, strict=True):
         for name in ("loss", "grad_norm", "rewards/margins", "log_ratios/mean_square", "tokens"):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-5), (name, mine["step"])
+            assert line[name] == pytest.approx(plain_line[name], rel=1e-4, abs=2e-5), (name, line["step"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 4])
-def test_a_compiled_body_gives_the_plain_run(start, tmp_path, capfd, lora):
-    found = []
+def test_a_compiled_body_matches_the_plain_run(start, tmp_path, capfd, lora):
+    metrics = []
     for compiled in (False, True):
         arguments = ["--model", start[0], "--data", start[1], "--output_dir", str(tmp_path / str(compiled))]
         arguments += ["--max_steps", "3", "--batch_size", "6", "--learning_rate", "1e-3", "--device", "cpu"]
         assert align.main([*arguments, f"--compile={compiled}", f"--lora_r={lora}", "--share_prompt=on"]) == 0
-        found.append([line for line in lines(tmp_path / str(compiled) / "metrics.jsonl") if "loss" in line])
-    for mine, theirs in zip(*found, strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3)
+        metrics.append([line for line in lines(tmp_path / str(compiled) / "metrics.jsonl") if "loss" in line])
+    for plain_line, compiled_line in zip(*metrics, strict=True):
+        assert plain_line["loss"] == pytest.approx(compiled_line["loss"], rel=1e-3)
+        assert plain_line["grad_norm"] == pytest.approx(compiled_line["grad_norm"], rel=2e-3)

@@ -9,11 +9,6 @@ explain(text)                         the claims whose weights make up the score
 """
 
 from exo.experiments.quickstart.grammar import corpus, prompts, vocabulary
-from exo.experiments.quickstart.oracle import explain, score
+from exo.experiments.quickstart.oracle import explain, reward, score
 
 __all__ = ["corpus", "explain", "prompts", "reward", "score", "vocabulary"]
-
-
-def reward(prompt: str, continuation: str) -> float:
-    """Return the sentiment of a review."""
-    return score(f"{prompt} {continuation}")

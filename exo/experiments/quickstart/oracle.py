@@ -73,6 +73,11 @@ def score(text: str) -> float:
     return BOUND * math.tanh(sum(claim.weight for claim in explain(text)) / BOUND)
 
 
+def reward(prompt: str, continuation: str) -> float:
+    """Return the sentiment of a review in log-odds."""
+    return score(f"{prompt} {continuation}")
+
+
 def explain(text: str) -> list[Claim]:
     """Return the claims that count, in the order of the text."""
     text = " ".join(text.lower().split())

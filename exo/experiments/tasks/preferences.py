@@ -2,7 +2,7 @@
 
 The source is a file, a hub name or a directory: of shards, or with train.*, and perhaps test.* (or valid.*) and
 prompts.*. Without a test part, some prompts are held out. Without prompts.*, the prompts to sample for are those of the
-preferences. Of scored completions, the best of a row is chosen and the worst is rejected.
+preferences. In a row of scored completions, the best is chosen and the worst is rejected.
 """
 
 from pathlib import Path
@@ -37,17 +37,13 @@ def preferences(request: TaskRequest) -> Files:
 
 
 def _pairs(paths: list[str], request: TaskRequest) -> list[Example]:
-    examples = [example for dataset in source.read(paths, "comparisons", request) for example in dataset.examples]
-    pairs, counts = transforms.to_pairs(examples)
+    pairs, counts = transforms.to_pairs(source.read(paths, "comparisons", request))
     console.counts(counts)
     return pairs
 
 
 def _prompts(request: TaskRequest, train: list[Example]) -> list[str]:
-    """Return the prompts to sample for: of prompts.*, or else of the preferences."""
-    directory = Path(request.source)
-    examples = train
-    if paths := source.files_named(directory, "prompts") if directory.is_dir() else []:
-        datasets = source.read(paths, "prompts", request)
-        examples = source.subsample((example for dataset in datasets for example in dataset.examples), request)
+    """Return the prompts to sample for, from prompts.* or else from the preferences."""
+    paths = source.files_named(Path(request.source), "prompts")
+    examples = source.subsample(source.read(paths, "prompts", request), request) if paths else train
     return list(dict.fromkeys(example.prompt for example in examples))

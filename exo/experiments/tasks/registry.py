@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-# The module of each task, in this package; it has a function with the task's name.
+# The module of each task in this package. The function of a task has the task's name.
 TASKS = {
     "quickstart": "quickstart",
     "polarity": "reviews",
@@ -16,5 +16,5 @@ BY_TOKENS = {"imdb"}  # tasks that cut texts with a tokenizer
 
 
 def load(task: str) -> Any:
-    """Return the function of a task, from its TaskRequest to its Files. Other modules of tasks are not imported."""
+    """Return the function of a task, which takes a TaskRequest and returns Files."""
     return getattr(importlib.import_module(f"exo.experiments.tasks.{TASKS[task]}"), task)

@@ -1,10 +1,10 @@
 """Prepare reviews with sentiment labels, the paper's section 4.1: continue the beginning of a review positively.
 
 imdb        The prompt is the first 10 tokens of a review, as in the published scripts. The source is the unpacked
-            aclImdb (train/pos/*.txt and so on), or rows of {"text", "label"}: a file, a directory with train.* and
-            test.*, or a hub name.
+            aclImdb (train/pos/*.txt etc.), or rows of {"text", "label"}: a file, a directory with train.* and test.*,
+            or a hub name.
 polarity    The prompt is the first 4 words of a sentence. The source is a directory with rt_polarity.pos and
-            rt_polarity.neg (Pang and Lee 2005: cp1252, a sentence per line). Makes a small model of the sentences.
+            rt_polarity.neg (Pang and Lee 2005: cp1252, a sentence per line). Creates a small model for them.
 
 Left out: reviews without a label.
 """
@@ -21,9 +21,9 @@ from exo.experiments.tasks import source
 from exo.experiments.tasks.source import Files, TaskRequest, lines
 
 PREFIX_TOKENS, PREFIX_WORDS = 10, 4
-# The model of polarity: two CPU cores fine-tune it in minutes, and 10,000 sentences are enough data for it.
+# The model of polarity: it is fine-tuned in minutes on two CPU cores, and 10,000 sentences are enough for it.
 SMALL: dict[str, int] = {"vocab_size": 6144, "hidden_size": 128, "num_layers": 2, "num_heads": 4}
-_LONGEST = 2048  # characters of a text that contain its first tokens: a token of GPT-2 has 128 at most
+_LONGEST = 2048  # characters that contain the first tokens of a text: a token of GPT-2 has at most 128
 
 
 class Review(NamedTuple):
@@ -40,7 +40,7 @@ def imdb(request: TaskRequest) -> Files:
     prefix = _first_tokens(request.tokenizer)
     directory = Path(request.source)
     if (directory / "train" / "pos").is_dir():
-        texts = [_unpacked(directory / part) for part in ("train", "test")]
+        texts = [_read_unpacked(directory / part) for part in ("train", "test")]
     else:
         parts = source.source_parts(request.source)
         if directory.is_dir() and not parts.test:
@@ -48,20 +48,13 @@ def imdb(request: TaskRequest) -> Files:
                 f"{request.source}: expected train/pos, train/neg, test/pos and test/neg with .txt files, as in "
                 "aclImdb, or train.* and test.* with rows of text and label"
             )
-        texts = [
-            [
-                (row.completions[0], row.label or 0)
-                for dataset in source.read(paths, "labels", request)
-                for row in dataset.examples
-            ]
-            for paths in parts
-        ]
-    train, test = (
-        _reviews(((_clean(text), label) for text, label in source.subsample(part, request)), prefix) for part in texts
-    )
+        examples = [source.read(paths, "labels", request) for paths in parts]
+        texts = [[(example.completions[0], example.label or 0) for example in part] for part in examples]
+    texts = [[(text.replace("<br />", "\n").rstrip(), label) for text, label in part] for part in texts]
+    train, test = (_split_reviews(source.subsample(part, request), prefix) for part in texts)
     if not test:
         train, test = source.hold_out(train, request.seed)
-    return _files(train, test)
+    return _make_files(train, test)
 
 
 def polarity(request: TaskRequest) -> Files:
@@ -71,20 +64,20 @@ def polarity(request: TaskRequest) -> Files:
     sentences = [
         (line.strip(), int(name == "pos"))
         for name, file in files.items()
-        for line in _text(file, "cp1252").splitlines()
+        for line in _read_text(file, "cp1252").splitlines()
     ]
     distinct = dict.fromkeys(sentences)
     console.log(f"  {len(sentences):,} sentences, {len(sentences) - len(distinct):,} of them repeated")
-    train, test = source.hold_out(_reviews(source.subsample(distinct, request), _first_words), request.seed)
+    train, test = source.hold_out(_split_reviews(source.subsample(distinct, request), _first_words), request.seed)
 
     def base(directory: Path) -> int:
         texts = [review.prompt + review.rest for review in train]
         return source.model_files(*models.tiny(texts, seed=request.seed, **SMALL), directory)
 
-    return _files(train, test) | {"base": base}
+    return _make_files(train, test) | {"base": base}
 
 
-def _files(train: Sequence[Review], test: Sequence[Review]) -> Files:
+def _make_files(train: Sequence[Review], test: Sequence[Review]) -> Files:
     unseen = source.drop_seen(test, {review.prompt for review in train}, lambda review: review.prompt)
     return {
         "sft.jsonl": lines({"prompt": r.prompt, "completion": r.rest} for r in train),
@@ -94,8 +87,8 @@ def _files(train: Sequence[Review], test: Sequence[Review]) -> Files:
     }
 
 
-def _reviews(texts: Iterable[tuple[str, int]], prefix: Callable[[str], int]) -> list[Review]:
-    """Cut each text after its first `prefix(text)` characters, and leave out texts that end there."""
+def _split_reviews(texts: Iterable[tuple[str, int]], prefix: Callable[[str], int]) -> list[Review]:
+    """Split each text after its first `prefix(text)` characters, and leave out texts that end there."""
     cut = [(text, prefix(text), label) for text, label in texts]
     reviews = [Review(text[:end], text[end:], label) for text, end, label in cut if text[end:].strip()]
     if num_short := len(cut) - len(reviews):
@@ -103,20 +96,16 @@ def _reviews(texts: Iterable[tuple[str, int]], prefix: Callable[[str], int]) -> 
     return reviews
 
 
-def _clean(text: str) -> str:
-    return text.replace("<br />", "\n").rstrip()
-
-
-def _unpacked(directory: Path) -> list[tuple[str, int]]:
+def _read_unpacked(directory: Path) -> list[tuple[str, int]]:
     """Return the (text, label) of the .txt files in pos/ and neg/."""
     files = {name: sorted((directory / name).glob("*.txt")) for name in ("pos", "neg")}
     for name, paths in files.items():
         if not paths:
             raise DataError(f"{directory / name}: expected the .txt files of aclImdb; found none")
-    return [(_text(file, "utf-8"), int(name == "pos")) for name, paths in files.items() for file in paths]
+    return [(_read_text(file, "utf-8"), int(name == "pos")) for name, paths in files.items() for file in paths]
 
 
-def _text(file: Path, encoding: str) -> str:
+def _read_text(file: Path, encoding: str) -> str:
     try:
         return file.read_bytes().decode(encoding)
     except UnicodeDecodeError as error:
@@ -124,12 +113,12 @@ def _text(file: Path, encoding: str) -> str:
 
 
 def _first_words(text: str) -> int:
-    """Return where the fourth word ends; the blank after it belongs to the completion, as it does for tokenizers."""
+    """Return the end of the fourth word. The blank after it belongs to the completion, as it does for tokenizers."""
     return len(" ".join(text.split(" ")[:PREFIX_WORDS]))
 
 
 def _first_tokens(name: str | None) -> Callable[[str], int]:
-    """Return a function that returns where the first 10 tokens of a text end."""
+    """Return a function that returns the end of the first 10 tokens of a text."""
     expected = f"a model whose first {PREFIX_TOKENS} tokens of a review are its prompt, such as gpt2"
     require(name not in (None, "tiny"), "tokenizer", expected, name)
     tokenizer: Any = models.load_tokenizer(str(name))

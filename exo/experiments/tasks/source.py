@@ -1,4 +1,4 @@
-"""Read the source of a task, hold out a part of it, and write rows: what tasks have in common."""
+"""Read the source of a task, hold out a part of it, and write rows. All tasks share these functions."""
 
 import random
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, TypeVar
 from exo import data, models
 from exo.cli import console
 from exo.cli.paths import DATA_SUFFIXES
-from exo.data import Dataset, Purpose, split
+from exo.data import Example, Purpose, split
 from exo.data.sources.tables import hub_name
 from exo.data.split import HasTexts
 
 T = TypeVar("T")
 R = TypeVar("R", bound=HasTexts)
-Files = dict[str, Callable[[Path], int]]  # by name: a function that writes the file and returns its rows
+Files = dict[str, Callable[[Path], int]]  # by name: a function that writes the file and returns the number of rows
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000  # share and number of prompts that are held out of a source without a test part
 
@@ -26,7 +26,7 @@ class TaskRequest(NamedTuple):
     source: str
     rows: int | None = None  # use at most this many rows of each part of the source
     seed: int = 0
-    tokenizer: str | None = None  # the model whose tokens cut the texts
+    tokenizer: str | None = None  # the model whose tokenizer cuts the texts
     reading: Mapping[str, Any] = {}  # options of data.read
 
 
@@ -34,7 +34,7 @@ class Parts(NamedTuple):
     """The paths of a source, by part."""
 
     train: list[str]
-    test: list[str]  # empty if test rows are to be held out of train
+    test: list[str]  # empty if the test rows must be held out of train
 
 
 def lines(rows: Iterable[Mapping[str, object]]) -> Callable[[Path], int]:
@@ -49,9 +49,9 @@ def model_files(model: Any, tokenizer: Any, directory: Path) -> int:
 
 
 def source_parts(source: str) -> Parts:
-    """Return the parts of a source: files of a directory, by name; splits of a hub name; a file is all train."""
+    """Return the parts of a source: files of a directory by name, or splits of a hub name. A file is all train."""
     path = Path(source)
-    if path.is_dir() and (train := files_named(path, "train")):
+    if train := files_named(path, "train"):
         return Parts(train, files_named(path, "test") or files_named(path, "valid"))
     if not path.exists() and (hub := hub_name(source)) and "@" not in source:
         return Parts([f"{source}@{hub.split}"], [f"{source}@test"])
@@ -60,16 +60,16 @@ def source_parts(source: str) -> Parts:
 
 def files_named(directory: Path, prefix: str) -> list[str]:
     """Return the data files of a directory with a prefix: train.jsonl, or train-00000-of-00002.parquet."""
-    files = (f for f in directory.iterdir() if f.name.startswith(prefix) and f.suffix in DATA_SUFFIXES and f.is_file())
-    return sorted(map(str, files))
+    files = directory.iterdir() if directory.is_dir() else ()
+    return sorted(str(f) for f in files if f.name.startswith(prefix) and f.suffix in DATA_SUFFIXES and f.is_file())
 
 
-def read(paths: Sequence[str], purpose: Purpose, request: TaskRequest) -> list[Dataset]:
-    """Read the paths and print a summary of each."""
+def read(paths: Sequence[str], purpose: Purpose, request: TaskRequest) -> list[Example]:
+    """Read the examples of all paths and print a summary of each path."""
     datasets = [data.read(path, purpose=purpose, **request.reading) for path in paths]
     for dataset in datasets:
         console.log(dataset.summary())
-    return datasets
+    return [example for dataset in datasets for example in dataset.examples]
 
 
 def subsample(items: Iterable[T], request: TaskRequest) -> list[T]:
@@ -80,7 +80,7 @@ def subsample(items: Iterable[T], request: TaskRequest) -> list[T]:
 
 
 def hold_out(rows: Sequence[R], seed: int) -> tuple[list[R], list[R]]:
-    """Return (rows to train on, held-out rows); no text of a held-out row is trained on."""
+    """Return the rows to train on and the held-out rows, which share no text."""
     if len(set(map(split.row_name, rows))) < 2:
         raise data.DataError("the source: expected two prompts at least, one to train on and one to hold out")
     chosen = split.hold_out(rows, HELD_OUT, seed, "the source", at_most=MOST_HELD_OUT, sort=False)
@@ -89,7 +89,7 @@ def hold_out(rows: Sequence[R], seed: int) -> tuple[list[R], list[R]]:
 
 
 def drop_seen(test: Iterable[T], train_prompts: Collection[Hashable], prompt: Callable[[T], Hashable]) -> list[T]:
-    """Return the first test row of each prompt, without the prompts to train on."""
+    """Return the first test row of each prompt that is not trained on."""
     first: dict[Hashable, T] = {}
     rows = list(test)
     for row in rows:
@@ -100,5 +100,5 @@ def drop_seen(test: Iterable[T], train_prompts: Collection[Hashable], prompt: Ca
     if num_seen := len(first) - len(unseen):
         console.log(f"  {num_seen:,} held-out prompts left out: they are trained on")
     if not unseen:
-        raise data.DataError("the source has no held-out prompt that is not trained on as well")
+        raise data.DataError("the source: expected a held-out prompt that is not trained on; found none")
     return unseen

@@ -1,4 +1,4 @@
-"""Prepare summaries of Reddit posts: preferences of people, and posts with the summaries of their authors.
+"""Prepare summaries of Reddit posts: human preferences, and posts with the summaries of their authors.
 
 The source is the hub, or a directory with both as files or folders of files: comparisons.* (openai/
 summarize_from_feedback, comparisons) and sft.* (UCL-DARK/openai-tldr-filtered, train). Each comparison names its split;
@@ -29,13 +29,13 @@ class Pair(NamedTuple):
 
 
 def tldr(request: TaskRequest) -> Files:
-    comparisons, texts = _sources(request.source)
+    comparisons, texts = _source_paths(request.source)
     counts: Counter[str] = Counter()
     pairs: dict[bool, list[Pair]] = {True: [], False: []}  # by whether the split is train
     for place, row in chain.from_iterable(map(read_rows, comparisons)):
-        if pair := _pair(place, row, counts):
+        if pair := _parse_comparison(place, row, counts):
             pairs[row["split"] == "train"].append(pair)
-    imitated = [_text(place, row) for place, row in chain.from_iterable(map(read_rows, texts))]
+    imitated = [_parse_text(place, row) for place, row in chain.from_iterable(map(read_rows, texts))]
     console.counts(counts)
     train, test = subsample(pairs[True], request), subsample(pairs[False], request)
     imitated = subsample(imitated, request)
@@ -51,12 +51,12 @@ def tldr(request: TaskRequest) -> Files:
     }
 
 
-def _sources(source: str) -> tuple[list[str], list[str]]:
+def _source_paths(source: str) -> tuple[list[str], list[str]]:
     """Return the paths of the comparisons and of the texts."""
     directory = Path(source)
     if not directory.exists() and source == HUB:
         return [COMPARISONS], [TEXTS]
-    comparisons, texts = (_paths(directory, name) for name in ("comparisons", "sft"))
+    comparisons, texts = (_paths_named(directory, name) for name in ("comparisons", "sft"))
     if not (comparisons and texts):
         raise DataError(
             f"{source}: expected {HUB}, or a directory with comparisons.* and sft.* (.jsonl, .json, .gz or .parquet, "
@@ -65,18 +65,18 @@ def _sources(source: str) -> tuple[list[str], list[str]]:
     return comparisons, texts
 
 
-def _paths(directory: Path, name: str) -> list[str]:
+def _paths_named(directory: Path, name: str) -> list[str]:
     if (directory / name).is_dir():
         return [str(directory / name)]
-    return files_named(directory, name) if directory.is_dir() else []
+    return files_named(directory, name)
 
 
-def _prompt(post: dict[str, Any]) -> str:
+def _format_prompt(post: dict[str, Any]) -> str:
     return f"SUBREDDIT: r/{post['subreddit']}\nTITLE: {post['title']}\nPOST: {post['post']}\nTL;DR:"
 
 
-def _pair(place: str, row: dict[str, Any], counts: Counter[str]) -> Pair | None:
-    """Return the pair of a comparison; None, which is counted, if it is of no use."""
+def _parse_comparison(place: str, row: dict[str, Any], counts: Counter[str]) -> Pair | None:
+    """Return the pair of a comparison, or None, which is counted, if it cannot be used."""
     info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
     texts = [s.get("text") for s in summaries if isinstance(s, dict)] if isinstance(summaries, list) else []
     if isinstance(info, dict) and info.get("post") is None and isinstance(info.get("article"), str):
@@ -89,13 +89,13 @@ def _pair(place: str, row: dict[str, Any], counts: Counter[str]) -> Pair | None:
     if chosen == rejected or not (chosen.strip() and rejected.strip()):
         counts["comparisons skipped: an empty summary, or two equal ones"] += 1
         return None
-    return Pair(_prompt(row["info"]), chosen, rejected)
+    return Pair(_format_prompt(row["info"]), chosen, rejected)
 
 
-def _text(place: str, row: dict[str, Any]) -> tuple[str, str]:
+def _parse_text(place: str, row: dict[str, Any]) -> tuple[str, str]:
     if not _is_post(row) or not isinstance(row.get("summary"), str):
         raise DataError(f"{place}: expected {_TEXT}")
-    return _prompt(row), " " + row["summary"].strip()
+    return _format_prompt(row), " " + row["summary"].strip()
 
 
 def _is_post(row: dict[str, Any]) -> bool:

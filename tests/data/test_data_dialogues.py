@@ -1,4 +1,4 @@
-"""Whole dialogues, conversations and texts: where they part, and what comes after."""
+"""Pairs of full dialogues, conversations or texts: where the prompt ends, and which later turns are dropped."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from exo.data.formats.transcripts import as_chat
 
 pytestmark = pytest.mark.filterwarnings("error")  # a file left open warns
 
-# Dialogues: where they part, and what comes after.
+# Dialogues: the completions begin at the first difference, and later turns are dropped.
 
 
 def split(folder: Path, chosen: str, rejected: str) -> Dataset:
@@ -95,10 +95,10 @@ turn = st.tuples(st.sampled_from([H, A]), st.text("aA: \n", max_size=6))
 @settings(max_examples=150, deadline=None)
 @given(st.lists(turn, max_size=5), st.lists(turn, max_size=4), st.lists(turn, max_size=4))
 @example([(H, " q")], [(A, " a\n"), (H, "")], [(A, " a")])
-def test_prompt_and_completion_always_begin_the_dialogue(tmp_path_factory, shared, one, two):
+def test_prompt_and_completion_always_begin_the_dialogue(tmp_path_factory, shared, chosen_turns, rejected_turns):
     row = {
-        key: "".join(marker + text for marker, text in [*shared, *rest, (A, f" {key}")])
-        for key, rest in (("chosen", one), ("rejected", two))
+        key: "".join(marker + text for marker, text in [*shared, *turns, (A, f" {key}")])
+        for key, turns in (("chosen", chosen_turns), ("rejected", rejected_turns))
     }
     folder = tmp_path_factory.mktemp("hh")
     data = read(put(folder, [row, HH]))
@@ -106,13 +106,13 @@ def test_prompt_and_completion_always_begin_the_dialogue(tmp_path_factory, share
         example = data.examples[0]
         assert example.prompt.endswith(A)
         for text, completion in zip(row.values(), example.completions, strict=True):
-            whole = example.prompt + completion
-            assert text.startswith(whole)
-            assert text == whole or text[len(whole) :].startswith((H, A))
+            beginning = example.prompt + completion
+            assert text.startswith(beginning)
+            assert text == beginning or text[len(beginning) :].startswith((H, A))
             assert H not in completion and A not in completion
 
 
-# Conversations of messages part as dialogues do.
+# Conversations of messages are split as dialogues are.
 
 
 def talk(*turns: str) -> list[dict[str, str]]:
@@ -136,7 +136,7 @@ def test_conversations_without_two_answers_to_compare_are_skipped(tmp_path, chos
     assert data.skipped == {reason: 1} and data.format == "pairs of conversations (chosen/rejected), chat messages"
 
 
-def test_conversations_share_their_beginning_and_lose_what_comes_later(tmp_path):
+def test_conversations_are_split_after_their_shared_beginning(tmp_path):
     shared = ("s be kind", "u q", "a r", "u s")
     row = {"chosen": talk(*shared, "a x", "u t", "a u"), "rejected": talk(*shared, "a y")}
     data = read(put(tmp_path, [row]))
@@ -144,7 +144,7 @@ def test_conversations_share_their_beginning_and_lose_what_comes_later(tmp_path)
     assert data.examples[0].completions == ("x", "y") and data.noted == {"later turns dropped": 1}
 
 
-# Plain texts: what they begin with alike is the prompt.
+# Plain texts: the shared beginning is the prompt.
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_the_shared_beginning_is_the_prompt_and_no_word_is_cut(tmp_path, chosen,
     ("chosen", "rejected", "reason"),
     [("a b", "a b", "identical completions"), ("a b", "a b c", "one text continues the other")],
 )
-def test_texts_that_do_not_part_are_skipped(tmp_path, chosen, rejected, reason):
+def test_texts_without_two_different_endings_are_skipped(tmp_path, chosen, rejected, reason):
     rows = [{"chosen": chosen, "rejected": rejected}, {"chosen": "a b", "rejected": "a c"}]
     data = read(put(tmp_path, rows))
     assert data.skipped == {reason: 1} and data.examples == [Example("a", (" b", " c"), None, 2)]
@@ -207,8 +207,8 @@ def test_a_transcript_beside_a_system_prompt_becomes_its_turns(tmp_path):
 
 def test_text_before_the_first_marker_becomes_a_system_turn(tmp_path):
     row = {"prompt": f"Be kind.{H} hi{A}", "chosen": " a", "rejected": " b"}
-    for beside in ({"system": "Be kind."}, {"history": [["x", "y"]], "prompt": f"{H} hi{A}", "system": "Be kind."}):
-        [example] = read(put(tmp_path, [{**row, **beside}])).examples
+    for columns in ({"system": "Be kind."}, {"history": [["x", "y"]], "prompt": f"{H} hi{A}", "system": "Be kind."}):
+        [example] = read(put(tmp_path, [{**row, **columns}])).examples
         roles = [m.role for m in example.prompt.messages]
         assert roles in (["system", "user"], ["system", "user", "assistant", "user"]) and example.completions == (
             "a",
