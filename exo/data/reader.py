@@ -42,7 +42,7 @@ def read(
     content of a row: completions to compare, a model's samples, one text to imitate, a prompt, or a text with a label.
     A malformed row raises `DataError`, or is counted if `skip_invalid`. Rows that do not serve the purpose (an empty
     completion, a single one, equal completions) are skipped and counted. Data without a usable row raise, and so does a
-    file that is damaged between rows.
+    file whose rows cannot be separated.
 
     `columns` renames columns, {"prompt": "question"}; a name that no format reads raises ValueError. A column that no
     file has is an error, unless `columns_required` is False. `system_column` has the system prompt; `ignore_columns`
