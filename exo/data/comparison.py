@@ -1,4 +1,4 @@
-"""Select the completions that a loss compares, and split the rows into those to train on and those held out."""
+"""Select the completions that a loss compares, and split the rows into training and held-out rows."""
 
 from collections import Counter
 from collections.abc import Sequence

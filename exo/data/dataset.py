@@ -12,7 +12,7 @@ from exo.data.formats.transcripts import as_answers, as_chat
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completions: those to compare, samples of a model, the one to imitate, or none."""
+    """A prompt and its completions: several to compare, samples of a model, one to imitate, or none."""
 
     prompt: str  # a Chat if it is made of messages
     completions: tuple[str, ...]  # a Reply if it is a message with more than a role and a text

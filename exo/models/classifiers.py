@@ -85,7 +85,7 @@ def _with_new_head(name: str, causal: Any, outputs: int) -> Any:
 
 
 def _separate_pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set a padding token other than the end of sequence, because transformers pools the last token but padding."""
+    """Set a padding token other than the end of sequence, because transformers pools the last token before padding."""
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     vocabulary = tokenizer.get_vocab()

@@ -14,7 +14,7 @@ LENGTH = 300  # characters of a message that are shown
 
 @contextmanager
 def one_line_errors(name: str, expected: str) -> Iterator[None]:
-    """Raise any error of reading a model's files as a one-line ValueError."""
+    """Convert any error inside the context to a one-line ValueError."""
     level = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # it logs every try to reach the hub
     try:

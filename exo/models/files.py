@@ -1,4 +1,4 @@
-"""Checks of a model's files before transformers reads them: nothing in them may name files or code elsewhere.
+"""Check a model's files before transformers reads them: they must not name files or code elsewhere.
 
 Symbolic links are followed. The weights themselves are checked in loading.
 """

@@ -52,7 +52,14 @@ def load(
         config = load_config(name)
         refuse_unsupported(config)
         tokenizer = load_tokenizer(name)  # before the weights, which take longer to read
-        quantization: dict[str, Any] = {} if four_bits is None else {"quantization_config": _nf4(four_bits)}
+        quantization: dict[str, Any] = {}
+        if four_bits is not None:
+            quantization["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=four_bits,
+            )
         dtype = _stored_dtype(name) if mapped else torch.float32
 
         def read(kind: Any) -> PreTrainedModel:
@@ -85,13 +92,6 @@ def _restore_buffers(model: PreTrainedModel) -> None:
         if name not in persistent:
             module, _, attribute = name.rpartition(".")
             model.get_submodule(module).register_buffer(attribute, buffer, persistent=False)
-
-
-def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
-    """Return the QLoRA settings: NF4 with double quantization."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
 
 
 def _disable_repacking(model: PreTrainedModel) -> None:

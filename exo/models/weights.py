@@ -73,7 +73,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def check_moved(counters: dict[str, float], steps: int) -> None:
-    """Raise RunError if all steps of the run left every weight as it was."""
+    """Raise RunError if all steps of the run changed no weight."""
     if not counters.get(MOVED, 1.0):
         skipped = f", {counters['not_finite']:,.0f} of whose updates were skipped" * bool(counters["not_finite"])
         raise RunError(

@@ -7,6 +7,7 @@ a `context` follows its instruction after a line break.
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from exo.data.errors import Malformed, Row, array, kind, string
@@ -86,10 +87,8 @@ def _history(value: Any) -> Sequence[Message]:
 def _tools(value: Any) -> list[Any]:
     """Return the JSON schemas of a row's tools, a list or its JSON."""
     if isinstance(value, str) and value.strip():
-        try:
+        with suppress(ValueError, RecursionError):  # refused below
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise Malformed("tools must be an array of schemas, or its JSON") from None
     if value in EMPTY or (isinstance(value, str) and not value.strip()):
         return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

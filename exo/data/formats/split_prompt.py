@@ -5,7 +5,7 @@ turn. Turns after the answer are dropped.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from exo.data.errors import Malformed, Row, string
 from exo.data.formats.messages import Chat, answer_of, is_chat, last_answer, parse_messages
@@ -46,11 +46,12 @@ def check_prompt(prompt: Any, parsed: ParsedRow) -> ParsedRow:
 def chats(row: Row) -> ParsedRow:
     """Split a pair of conversations at the first message that differs in any key."""
     chosen, rejected = ([(m.role, m) for m in parse_messages(key, row[key])] for key in ("chosen", "rejected"))
-    shared, good, bad, later, skip = _split(chosen, rejected, speaker="assistant")
-    if skip or not shared:
-        return ParsedRow(skip=skip or "nothing before the answer")
-    answers = (answer_of("chosen", good), answer_of("rejected", bad))
-    return ParsedRow(Chat(message for _, message in shared), answers, later_turns=later)
+    at = _first_difference(chosen, rejected, speaker="assistant")
+    if not at or isinstance(at, str):
+        return ParsedRow(skip=at or "nothing before the answer")
+    answers = (answer_of("chosen", chosen[at][1]), answer_of("rejected", rejected[at][1]))
+    later_turns = max(len(chosen), len(rejected)) > at + 1
+    return ParsedRow(Chat(message for _, message in chosen[:at]), answers, later_turns=later_turns)
 
 
 def last_turn(key: str, row: Row) -> ParsedRow:
@@ -78,11 +79,13 @@ def transcripts(row: Row) -> ParsedRow:
 
     Every marker starts a turn, even inside an answer, because no model should learn to write markers.
     """
-    shared, good, bad, later, skip = _split(_turns("chosen", row), _turns("rejected", row), speaker="Assistant")
-    if skip:
-        return ParsedRow(skip=skip)
-    prompt = "".join(f"\n\n{role}:{text}" if role else text for role, text in shared)
-    return ParsedRow(f"{prompt}\n\nAssistant:", (good, bad), later_turns=later)
+    chosen, rejected = _turns("chosen", row), _turns("rejected", row)
+    at = _first_difference(chosen, rejected, speaker="Assistant")
+    if isinstance(at, str):
+        return ParsedRow(skip=at)
+    prompt = "".join(f"\n\n{role}:{text}" if role else text for role, text in chosen[:at])
+    later_turns = max(len(chosen), len(rejected)) > at + 1
+    return ParsedRow(f"{prompt}\n\nAssistant:", (chosen[at][1], rejected[at][1]), later_turns=later_turns)
 
 
 def _turns(key: str, row: Row) -> list[tuple[str, str]]:
@@ -94,24 +97,17 @@ def _turns(key: str, row: Row) -> list[tuple[str, str]]:
     return [("", preamble)] * bool(preamble) + turns
 
 
-class _Split(NamedTuple):
-    shared: Sequence[tuple[str, Any]] = ()
-    good: Any = ""
-    bad: Any = ""
-    later: bool = False
-    skip: str = ""
-
-
-def _split(chosen: Sequence[tuple[str, Any]], rejected: Sequence[tuple[str, Any]], speaker: str) -> _Split:
-    """Split two conversations of (role, text or message) at the first difference, if that is a turn of the speaker."""
+def _first_difference(
+    chosen: Sequence[tuple[str, Any]],  # role, and text or message
+    rejected: Sequence[tuple[str, Any]],
+    speaker: str,
+) -> int | str:
+    """Return the index of the first turn that differs if the speaker's, else the reason to skip the row."""
     at = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if at is None:
-        same = len(chosen) == len(rejected)
-        return _Split(skip="identical dialogues" if same else "one dialogue continues the other")
-    (role, good), (other_role, bad) = chosen[at], rejected[at]
-    if not role == other_role == speaker:
-        return _Split(skip="first difference not in an assistant turn")
-    return _Split(chosen[:at], good, bad, max(len(chosen), len(rejected)) > at + 1)
+        return "identical dialogues" if len(chosen) == len(rejected) else "one dialogue continues the other"
+    is_answer = chosen[at][0] == rejected[at][0] == speaker
+    return at if is_answer else "first difference not in an assistant turn"
 
 
 def common_prefix(row: Row) -> ParsedRow:

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from exo.data import Chat, DataError, Dataset, Example
@@ -185,25 +184,18 @@ def _bos_length(prompt: list[int], tokenizer: Any) -> int:
     return int(prompt[:1] == [tokenizer.bos_token_id])
 
 
-def special_ids(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
-    """Return the special tokens that a text can spell out, and those that end it.
-
-    The latter are the end of sequence and tokens with such a name (<|eot_id|>, <|im_end|>, <|endoftext|>), because a
-    rendered text ends with the token of its template.
-    """
-    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    special.pop(tokenizer.unk_token_id, None)
-    ends = {i for i, text in special.items() if _ENDS.search(text)} | {tokenizer.eos_token_id}
-    return frozenset(special), frozenset(ends - {tokenizer.bos_token_id} | {tokenizer.eos_token_id})
-
-
 class _Encoder:
     """Tokenizes prompts and completions for one call of `encode`."""
 
     def __init__(self, tokenizer: Any, retokenize: bool, counts: Counter[str]) -> None:
         self.tokenizer, self.retokenize, self.counts = tokenizer, retokenize, counts
         self.renderer = chat_template.Renderer(tokenizer)
-        self.special, self.ends = special_ids(tokenizer)
+        special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.pop(tokenizer.unk_token_id, None)
+        # tokens named like an end (<|eot_id|>, <|im_end|>), because a rendered text ends with the token of its template
+        ends = {i for i, text in special.items() if _ENDS.search(text) and i != tokenizer.bos_token_id}
+        self.special, self.ends = set(special), ends | {tokenizer.eos_token_id}  # in texts, and those that end them
+        self.end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self.ends)))
         self.last: tuple[str | None, _Prompt] = None, _Prompt("", [], [])  # consecutive rows may share a prompt
 
     def rows(
@@ -257,7 +249,7 @@ class _Encoder:
             ids = self._continuation_ids(rendered, text + end, check)
             return [*ids, self.tokenizer.eos_token_id] if needs_eos else ids
         text = answer.rstrip()
-        ids = self._continuation_ids(rendered, text if text.endswith(self._end_texts) else answer, check)
+        ids = self._continuation_ids(rendered, text if text.endswith(self.end_texts) else answer, check)
         end_at = len(ids)
         while end_at and ids[end_at - 1] in self.ends:
             end_at -= 1
@@ -268,10 +260,6 @@ class _Encoder:
         if ids[end_at] != self.tokenizer.eos_token_id:
             self.counts["completions that end with another special token instead of the end of sequence"] += 1
         return ids[: end_at + 1]
-
-    @cached_property
-    def _end_texts(self) -> tuple[str, ...]:
-        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends)))
 
     def _sampled_ids(self, example: Example, prompt: _Prompt, i: int) -> list[int]:
         """Return the tokens of a sampled completion for a reward model, with the same end as in training."""

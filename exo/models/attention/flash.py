@@ -1,4 +1,4 @@
-"""Inputs of flash-attn's varlen attention: one row of packed texts that share nothing. Never run on a GPU yet."""
+"""Build the inputs of flash-attn's varlen attention: one row of packed texts. Not tested on a GPU yet."""
 
 from typing import Any
 

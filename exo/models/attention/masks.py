@@ -58,7 +58,7 @@ class SharedPromptIndex(NamedTuple):
     in_completion: Tensor  # (N, R) bool
     prompt_of: Tensor  # (N,) the prompt of each completion
     inverse: Tensor  # (B T,) index of each token in all prompts, then all completions
-    masks: dict[tuple[str, int | None], Tensor]  # cache
+    masks: dict[int | None, tuple[Tensor | None, Tensor]]  # cache by window
 
     @classmethod
     def of(cls, batch: Batch) -> "SharedPromptIndex":
@@ -84,21 +84,16 @@ class SharedPromptIndex(NamedTuple):
         inverse[torch.cat([prompts.flatten(), completions.flatten()])[used]] = used.nonzero()[:, 0]
         return cls(prompts, in_prompt, completions, in_completion, torch.tensor(prompt_of, device=device), inverse, {})
 
-    def prompt_mask(self, window: int | None) -> Tensor | None:  # (P, P); None: causal
-        length = self.prompts.shape[1]
-        if window is None or window >= length:
-            return None
-        return self._cached(("prompt", window), lambda: causal_band(length, window, self.prompts.device))
+    def masks_for(self, window: int | None) -> tuple[Tensor | None, Tensor]:
+        """Return the masks of prompts, (P, P) or None if causal, and of completions, (N, 1, R, P + R)."""
+        if window not in self.masks:
+            length = self.prompts.shape[1]
+            is_causal = window is None or window >= length
+            prompt_mask = None if is_causal else causal_band(length, window, self.prompts.device)
+            self.masks[window] = prompt_mask, self._completion_mask(window)
+        return self.masks[window]
 
-    def completion_mask(self, window: int | None) -> Tensor:  # (N, 1, R, P + R)
-        return self._cached(("completion", window), lambda: self._make_completion_mask(window))
-
-    def _cached(self, key: tuple[str, int | None], make: Callable[[], Tensor]) -> Tensor:
-        if key not in self.masks:
-            self.masks[key] = make()
-        return self.masks[key]
-
-    def _make_completion_mask(self, window: int | None) -> Tensor:
+    def _completion_mask(self, window: int | None) -> Tensor:
         at = torch.arange(self.completions.shape[1], device=self.completions.device)  # (R,)
         in_prompt = self.in_prompt[self.prompt_of]  # (N, P)
         to_prompt = in_prompt[:, None, :].expand(-1, len(at), -1)  # (N, R, P)

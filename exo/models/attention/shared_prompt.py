@@ -45,11 +45,12 @@ def attend(
         )
 
     (prompt_q, q), (prompt_k, k), (prompt_v, v) = map(split, (query, key, value))
-    mask = index.prompt_mask(sliding_window)
-    prompts = scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, mask, is_causal=mask is None, **options)
+    prompt_mask, mask = index.masks_for(sliding_window)
+    causal = prompt_mask is None
+    prompts = scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, prompt_mask, is_causal=causal, **options)
     k = torch.cat([prompt_k.index_select(0, index.prompt_of), k], 2)  # (N, H, P + R, d)
     v = torch.cat([prompt_v.index_select(0, index.prompt_of), v], 2)
-    completions = scaled_dot_product_attention(q, k, v, index.completion_mask(sliding_window), **options)
+    completions = scaled_dot_product_attention(q, k, v, mask, **options)
     out = _Join.apply(*(x.transpose(1, 2).reshape(-1, heads, width) for x in (prompts, completions)), index)
     return out.view(n, length, heads, width), None
 
