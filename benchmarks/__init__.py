@@ -1,1 +1,1 @@
-"""Time and memory of exo_kernels against what PyTorch offers; see README.md."""
+"""Benchmarks of time, memory and accuracy of exo_kernels against PyTorch and other libraries; see README.md."""

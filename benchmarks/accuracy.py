@@ -1,8 +1,8 @@
-"""How exact a sequence's log-ratio is, against fp64 on the same operands: cases, implementations, rows, table.
+"""The accuracy of sequence log-ratios, against fp64 on the same operands: cases, implementations, rows, table.
 
-The loss is made of S = sum over 512 tokens of log p_policy - log p_reference, two models that start out alike: S is
-tenths of a nat, a difference of sums of thousands. What matters is the error of S, in nats.
-Left out: gradients, which every benchmark's gate looks at.
+The loss depends on S = sum over 512 tokens of log p_policy - log p_reference. The two models are nearly equal, so S is
+tenths of a nat, a difference of sums of thousands. The table shows the error of S in nats. The gate of every benchmark
+checks the gradients.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from exo_kernels import fused_linear_exo_loss, linear_sequence_logps, linear_tok
 SUITE = "accuracy"
 TOKENS = 512
 OURS_SUMS = "ours, fp32 sums as reference"
-LOGIT_SPREAD, MOVED = 4.0, 0.002  # labels at -4 nats; a step or two of training between policy and reference
+LOGIT_SPREAD, MOVED = 4.0, 0.002  # labels at -4 nats; policy and reference differ by a step or two of training
 GOAL = {torch.float32: 1e-4, torch.bfloat16: 1e-3}  # nats
 
 
@@ -55,7 +55,7 @@ class Operands:
 
 
 def make(case: Case, device: str, seed: int = 0) -> Operands:
-    """Labels are sampled from the reference, so that they are as likely as a model finds its own words."""
+    """Return operands with labels sampled from the reference, so that they have the probabilities of real text."""
     generator = torch.Generator(device).manual_seed(seed)
     options = {"device": device, "generator": generator}
     shape = (case.sequences, TOKENS, case.hidden)
@@ -63,7 +63,7 @@ def make(case: Case, device: str, seed: int = 0) -> Operands:
     reference = torch.randn(shape, **options)
     policy = reference + MOVED * torch.randn(shape, **options)
     labels = torch.empty(shape[:2], dtype=torch.long, device=device)
-    for x, y in zip(reference, labels, strict=True):  # by sequence, here and below: no (N, T, V)
+    for x, y in zip(reference, labels, strict=True):  # by sequence, here and below, to avoid a tensor (N, T, V)
         y.copy_(torch.multinomial((x @ weight.t()).softmax(-1), 1, generator=generator)[:, 0])
     return Operands(policy.to(case.dtype), reference.to(case.dtype), weight.to(case.dtype), labels)
 
@@ -83,9 +83,9 @@ LogRatios = Callable[[Operands], Tensor]  # (N,)
 
 
 def implementations(case: Case) -> tuple[dict[str, LogRatios], dict[str, str]]:
-    """By name; and why others cannot run here. Ours takes the path that trains, with gradients."""
+    """Return the implementations by name, and the reason why others cannot run here. Ours requires gradients."""
     compiled = torch.compile(_token_logps, fullgraph=True, dynamic=False)
-    found: dict[str, LogRatios] = {
+    functions: dict[str, LogRatios] = {
         OURS: partial(_ours, score=linear_token_logps),
         OURS_SUMS: partial(_ours, score=linear_sequence_logps, trains=False),
         EAGER: partial(_by_sums, _token_logps),
@@ -93,17 +93,17 @@ def implementations(case: Case) -> tuple[dict[str, LogRatios], dict[str, str]]:
     }
     absent = {}
     if case.dtype != torch.float32:
-        found[EAGER_LOW] = partial(_by_sums, partial(_token_logps, upcast=False))
+        functions[EAGER_LOW] = partial(_by_sums, partial(_token_logps, upcast=False))
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        found[peers.TORCH] = partial(_by_sums, peers.torch_token_logps)
+        functions[peers.TORCH] = partial(_by_sums, peers.torch_token_logps)
     else:
         absent[peers.TORCH] = f"torch {torch.__version__} has no LinearCrossEntropyOptions"
     missing = peers.missing("liger_kernel.chunked_loss")
     if missing:
         absent[peers.LIGER] = missing
     else:
-        found[peers.LIGER] = _liger
-    return found, absent
+        functions[peers.LIGER] = _liger
+    return functions, absent
 
 
 def _ours(o: Operands, score: Callable[..., Tensor], trains: bool = True) -> Tensor:
@@ -122,7 +122,7 @@ def _token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, upcast: bool = 
 
 
 def _by_sums(token_logps: Callable[[Tensor, Tensor, Tensor], Tensor], o: Operands) -> Tensor:
-    """As trainers do it: each model's log-probs summed in the dtype that they have, then the difference."""
+    """Sum the log-probs of each model in their dtype, then subtract, as trainers do."""
     with torch.no_grad():
         policy, reference = (
             torch.stack([token_logps(x, o.weight, y).sum() for x, y in zip(hidden, o.labels, strict=True)])
@@ -146,31 +146,31 @@ def _liger(o: Operands) -> Tensor:
     return torch.cat([chosen, rejected])[halves.order.argsort()].double() / BETA_PI
 
 
-def row(case: Case, name: str, true: Tensor, found: Tensor | None, reason: str = "") -> dict[str, Any]:
+def row(case: Case, name: str, true: Tensor, log_ratios: Tensor | None, reason: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {
         "suite": SUITE, "workload": str(case), "sequences": case.sequences, "length": TOKENS, "hidden": case.hidden,
         "vocab": case.vocab, "dtype": str(case.dtype).removeprefix("torch."), "contender": name, "not_run": reason,
         "true_log_ratios": true.tolist(),
     }  # fmt: skip
-    if found is not None:
-        error = (found - true).abs()
+    if log_ratios is not None:
+        error = (log_ratios - true).abs()
         result |= {"max_error": error.max().item(), "rms_error": error.square().mean().sqrt().item()}
     return result
 
 
-def targets(case: Case, found: list[dict[str, Any]], device: str) -> list[Target]:
-    """With 16-bit operands everywhere; with fp32 ones on a CPU, because a GPU's matmuls are free to be less exact."""
+def targets(case: Case, rows: list[dict[str, Any]], device: str) -> list[Target]:
+    """Return the targets: none for fp32 operands on a GPU, whose matmuls may be less accurate."""
     if case.dtype == torch.float32 and device != "cpu":
         return []
     return [
         Target(f"{row['contender']}, max error", row["max_error"], GOAL[case.dtype], False)
-        for row in found
+        for row in rows
         if row["contender"] == OURS
     ]
 
 
 def block(block: list[dict[str, Any]]) -> list[str]:
-    """The table of one case."""
+    """Return the table of one case."""
     first = block[0]
     true = first["true_log_ratios"]
     lines = [

@@ -1,4 +1,4 @@
-"""Options, and the tables at the end of the session."""
+"""Options, fixtures, and the tables at the end of the session."""
 
 import gc
 from typing import Any
@@ -32,10 +32,10 @@ CASES = {
 
 def pytest_addoption(parser):
     group = parser.getgroup("exo_kernels benchmarks")
-    group.addoption("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    group.addoption("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     group.addoption("--rounds", type=int, help="rounds of all contenders (default: see README.md)")
-    group.addoption("--results", metavar="FILE", help="write every figure as JSON")
-    group.addoption("--strict-targets", action="store_true", help="fail where a target is missed")
+    group.addoption("--results", metavar="FILE", help="write all results as JSON")
+    group.addoption("--strict-targets", action="store_true", help="fail if a target is missed")
 
 
 def pytest_configure(config):
@@ -62,13 +62,13 @@ def device(pytestconfig):
 
 @pytest.fixture
 def rows(pytestconfig):
-    """Every row of the session; a test appends its own."""
+    """Return the rows of the session, to which each test appends."""
     return pytestconfig.stash[ROWS]
 
 
 @pytest.fixture
 def verdict(pytestconfig):
-    """Takes a test's targets; a missed one fails the test under --strict-targets."""
+    """Return a function of a test's targets; with --strict-targets it fails the test if one is missed."""
 
     def judge(targets: list[report.Target]) -> None:
         missed = [str(target) for target in targets if not target.met]
@@ -80,7 +80,7 @@ def verdict(pytestconfig):
 
 @pytest.fixture(autouse=True)
 def free_memory(device):
-    """What a test leaves behind is no part of the next one's peak."""
+    """Free memory after each test, so that it does not count in the peak of the next one."""
     yield
     torch.compiler.reset()
     gc.collect()
@@ -89,21 +89,21 @@ def free_memory(device):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    found, device = config.stash[ROWS], config.getoption("device")
-    if not found:
+    rows, device = config.stash[ROWS], config.getoption("device")
+    if not rows:
         return
     terminalreporter.section("exo_kernels: time, memory and accuracy")
-    for line in [report.heading(device), *_tables(found)]:
+    for line in [report.heading(device), *_tables(rows)]:
         terminalreporter.write_line(line)
     path = config.getoption("results")
     if path:
         with open(path, "w", encoding="utf-8") as file:
-            file.write(report.as_json(device, found))
+            file.write(report.as_json(device, rows))
         terminalreporter.write_line(f"\nwritten: {path}")
 
 
-def _tables(found: list[dict[str, Any]]) -> list[str]:
+def _tables(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for suite, workload in dict.fromkeys((row["suite"], row["workload"]) for row in found):
-        lines += TABLES[suite]([row for row in found if (row["suite"], row["workload"]) == (suite, workload)])
+    for suite, workload in dict.fromkeys((row["suite"], row["workload"]) for row in rows):
+        lines += TABLES[suite]([row for row in rows if (row["suite"], row["workload"]) == (suite, workload)])
     return lines

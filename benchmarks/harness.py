@@ -1,6 +1,6 @@
-"""The rounds: every contender passes the gate on the data that is timed, then all run in turn, in one process.
+"""The rounds of a benchmark: contenders must pass the gate on the timed data, then all run in turn in one process.
 
-Left out: who the contenders are (*_contenders.py), what an error is (theirs too), tables (*_report.py).
+The contenders and their errors are in *_contenders.py, the tables in *_report.py.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,30 +14,30 @@ OURS = "ours"
 
 
 def first_results(contenders: Iterable[Any], problem: Any) -> tuple[dict[str, report.Result], dict[str, tuple]]:
-    """Results still empty, and what each contender returns. A peer may fail to run, ours may not."""
+    """Return empty results, and the loss and gradients of each contender. A peer may fail to run, ours may not."""
     results, returned = {}, {}
     for contender in contenders:
         result = results[contender.name] = report.Result(contender.name, tolerance=contender.tolerance)
         try:
             returned[contender.name] = contender.gradient(problem)
-        except Exception as error:  # no compiler, out of memory, another version than the one that was tried
+        except Exception as error:  # no compiler, out of memory, an untested version
             if contender.name.startswith(OURS):
                 raise
-            result.not_timed = described(error)
+            result.not_timed = describe(error)
     return results, returned
 
 
-def described(error: Exception) -> str:
+def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def gate(results: dict[str, report.Result], errors: dict[str, dict[str, float]]) -> None:
-    """Name who computed something else, with the errors that say so."""
-    for name, found in errors.items():
+    """Record the errors of each contender, and exclude it from timing if one exceeds its tolerance."""
+    for name, by_kind in errors.items():
         result = results[name]
-        result.errors = found
-        if not all(error <= result.tolerance for error in found.values()):  # NaN never passes
-            text = ", ".join(f"{what} {error:.1e}" for what, error in found.items())
+        result.errors = by_kind
+        if not all(error <= result.tolerance for error in by_kind.values()):  # NaN never passes
+            text = ", ".join(f"{kind} {error:.1e}" for kind, error in by_kind.items())
             result.not_timed = f"gate: errors of {text}; allowed {result.tolerance:.0e}"
 
 
@@ -49,20 +49,20 @@ def timed(
     rounds: int,
     warmup_rounds: int,
 ) -> None:
-    """Fill in the times. pytest-benchmark's own line is the wall clock of ours."""
-    clock, able = measure.Clock(device), dict(calls)
+    """Add the times to the results. The line of pytest-benchmark is the wall clock of ours."""
+    clock, runnable = measure.Clock(device), dict(calls)
     for _ in range(warmup_rounds):
         for name, call in calls.items():
             try:
                 clock(call)
-            except torch.OutOfMemoryError as error:  # beside the others' buffers there may be too little left
+            except torch.OutOfMemoryError as error:  # the buffers of other contenders may leave too little
                 if name.startswith(OURS):
                     raise
-                able.pop(name, None)
-                results[name].not_timed = described(error)
+                runnable.pop(name, None)
+                results[name].not_timed = describe(error)
 
     def one_round():
-        for name, call in able.items():
+        for name, call in runnable.items():
             results[name].times.append(clock(call))
 
     def ours():

@@ -1,8 +1,7 @@
-"""Who computes it from hidden states: ours, the bare matmuls, and what a user of PyTorch writes; and their errors.
+"""Contenders from hidden states: ours, the bare matmuls, and code that a user of PyTorch writes; and their errors.
 
-Everybody gets the same padded input. Ours and the bare matmuls take the rows with loss only; `from_token_logps` hands
-those alone to a peer too, by an index that costs a copy: what a careful user does.
-Left out: other libraries (linear_peers.py).
+All contenders get the same padded input. Ours and the bare matmuls use only the rows with loss; `from_token_logps`
+selects these rows for a peer, at the cost of a copy, as a careful user would. Other libraries are in linear_peers.py.
 """
 
 from collections.abc import Callable
@@ -33,12 +32,12 @@ class Contender:
     name: str
     loss: Loss
     tolerance: float  # relative error allowed in the loss and in each gradient
-    bound: str = MATMULS  # the matmuls that it cannot do without
+    bound: str = MATMULS  # name of the bare matmuls to compare with
     frozen: bool = False
-    halves: bool = False  # wants Problem.halves()
+    halves: bool = False  # takes Problem.halves()
 
     def gradient(self, problem: Problem) -> tuple[Tensor, ...]:
-        """Loss, then the gradients of hidden and, unless frozen, weight."""
+        """Return the loss and the gradients of hidden and, unless frozen, weight."""
         leaves = (problem.hidden,) if self.frozen else (problem.hidden, problem.weight)
         loss = self.loss(problem)
         return loss.detach(), *torch.autograd.grad(loss, leaves)
@@ -48,18 +47,21 @@ class Contender:
 
 
 def contenders(work: w.Workload) -> list[Contender]:
-    """Ours first. In 16 bits ours rounds logits never and gradients once; others round what they like (see `error`)."""
+    """Return the contenders, ours first.
+
+    In 16 bits, ours never rounds logits and rounds gradients once; others may round more, so their tolerance is wider.
+    """
     low = work.dtype != torch.float32
     tolerance, peers = (1e-2, 0.25) if low else (1e-4, 1e-3)
-    found = [Contender(OURS, partial(_ours, budget=work.budget), tolerance)]
+    ours = [Contender(OURS, partial(_ours, budget=work.budget), tolerance)]
     if work.objective != w.EXO:
-        return found
-    found.append(Contender(FROZEN, partial(_ours, budget=work.budget, frozen=True), tolerance, FROZEN_MATMULS, True))
+        return ours
+    ours.append(Contender(FROZEN, partial(_ours, budget=work.budget, frozen=True), tolerance, FROZEN_MATMULS, True))
     if low and work.hidden == 4096:
-        found.append(Contender(LARGE, partial(_ours, budget=LARGE_BUDGET), tolerance))
+        ours.append(Contender(LARGE, partial(_ours, budget=LARGE_BUDGET), tolerance))
     compiled = torch.compile(_eager, fullgraph=True, dynamic=False)
     return [
-        *found,
+        *ours,
         Contender(EAGER, lambda p: _eager(*_arguments(p)), peers),
         Contender(EAGER_ROWS, from_token_logps(_eager_rows), peers),
         Contender(COMPILED, lambda p: compiled(*_arguments(p)), peers),
@@ -85,7 +87,7 @@ def _arguments(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
 def _eager(
     hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, rewards: Tensor, group_size: int
 ) -> Tensor:
-    """EXO as one writes it with torch alone: logits in the operands' dtype, log-softmax in fp32."""
+    """Return the EXO loss in plain torch: logits in the operands' dtype, log-softmax in fp32."""
     mask = labels != IGNORE
     log_p_tokens = torch.nn.functional.linear(hidden, weight).float().log_softmax(-1)
     logps = log_p_tokens.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
@@ -93,13 +95,13 @@ def _eager(
 
 
 def _eager_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Log-probs (n,) of rows (n, D)."""
+    """Return the log-probs (n,) of rows (n, D)."""
     log_p = torch.nn.functional.linear(hidden, weight).float().log_softmax(-1)
     return log_p.gather(-1, labels[:, None])[:, 0]
 
 
 def from_token_logps(token_logps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    """The EXO loss of a function that gives the log-probs of rows (n, D): the rows with loss, and no others."""
+    """Return the EXO loss of a problem as a function, given a function for the log-probs of rows (n, D)."""
 
     def loss(problem: Problem) -> Tensor:
         mask = problem.labels != IGNORE
@@ -111,18 +113,18 @@ def from_token_logps(token_logps: Callable[[Tensor, Tensor, Tensor], Tensor]) ->
 
 
 def bare_matmuls(problem: Problem) -> dict[str, Callable[[], None]]:
-    """What no method can do without, into buffers that are there already: logits, dH and, unless frozen, dW.
+    """Return the matmuls that every method needs, into preallocated buffers: logits, dH and, unless frozen, dW.
 
-    The reference model's logits are a fourth matmul, of as many rows. 16-bit operands make fp32 logits.
+    The reference model's logits are a fourth matmul with as many rows. Logits of 16-bit operands are fp32.
     """
     hidden, weight = problem.hidden.detach()[problem.labels != IGNORE], problem.weight.detach()
     n, work = len(hidden), problem.work
     device, wide = hidden.device, {"out_dtype": torch.float32} if hidden.dtype != torch.float32 else {}
     logits = torch.empty(n, work.vocab, device=device)
     d = logits if not wide else torch.empty(n, work.vocab, dtype=hidden.dtype, device=device)
-    d.normal_()  # matmuls of zeros would be faster on a GPU: they draw less power
+    d.normal_()  # a GPU multiplies zeros faster, because they draw less power
     d_hidden, d_weight = torch.empty(n, work.hidden, device=device), torch.empty(work.vocab, work.hidden, device=device)
-    scratch = torch.empty_like(logits) if d is logits else logits  # d is an input: it must stay what it is
+    scratch = torch.empty_like(logits) if d is logits else logits  # d is an input of the next matmuls
     models = 1 if problem.ref_hidden is None else 2
 
     def frozen() -> None:
@@ -138,9 +140,9 @@ def bare_matmuls(problem: Problem) -> dict[str, Callable[[], None]]:
 
 
 def errors(problem: Problem, results: dict[str, tuple[Tensor, ...]]) -> dict[str, dict[str, float]]:
-    """Relative errors of loss and gradients of each result on the very data that is timed, against the oracle in fp64.
+    """Return the relative errors of loss and gradients of each result on the timed data, against the fp64 oracle.
 
-    Group by group, because the oracle materialises: the loss is the mean of the groups', and nothing couples them.
+    The oracle computes full logits, so it runs group by group; the loss is the mean over independent groups.
     """
     weight = problem.weight.detach().double().requires_grad_()
     total = torch.zeros_like(weight)
@@ -156,12 +158,12 @@ def errors(problem: Problem, results: dict[str, tuple[Tensor, ...]]) -> dict[str
         norm += truth.square().sum().item()
         for name, (_, d_hidden, *_rest) in results.items():
             distances[name] += (d_hidden[i] - truth).square().sum().item()
-    found = {}
+    by_name = {}
     for name, (value, _, *d_weights) in results.items():
-        found[name] = {"loss": abs(value.item() - loss) / abs(loss), "hidden": (distances[name] / norm) ** 0.5}
+        by_name[name] = {"loss": abs(value.item() - loss) / abs(loss), "hidden": (distances[name] / norm) ** 0.5}
         if d_weights:
-            found[name]["weight"] = ((d_weights[0] - total).norm() / total.norm()).item()
-    return found
+            by_name[name]["weight"] = ((d_weights[0] - total).norm() / total.norm()).item()
+    return by_name
 
 
 def _oracle(problem: Problem, i: slice, hidden: Tensor, weight: Tensor, groups: int) -> Tensor:

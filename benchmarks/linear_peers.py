@@ -1,7 +1,7 @@
-"""Other libraries from hidden states, each where it is installed; and torch's own fused cross-entropy.
+"""Contenders from hidden states of other libraries, if installed, and torch's fused cross-entropy.
 
-Only Liger has a preference loss (DPO, K = 2). The others give cross-entropy: with reduction="none" it is the negative
-log-prob of every row, on which the K-way loss is built here in torch. They could do no less for EXO.
+Only Liger has a preference loss (DPO, K = 2). The others have cross-entropy, whose values with reduction="none" are the
+negative log-probs of the rows; the K-way loss is computed from these in torch.
 Left out: peers that need a certain GPU or a model around them (QuACK, verl, TRL's and unsloth's trainers).
 """
 
@@ -18,23 +18,23 @@ from benchmarks.logits_workload import IGNORE
 
 LIGER, LIGER_TRITON, CCE = "Liger DPO", "Liger Triton", "cut-cross-entropy"
 TORCH, TORCH_BEST = "torch linear CE", "torch linear CE, tuned"
-TORCH_CHUNK = 1024  # rows; by itself torch cuts any batch into V / D chunks and more, and pays for every one
-PORTABLE = (LIGER_TRITON, CCE)  # of the peers that run on any GPU, besides torch.compile
+TORCH_CHUNK = 1024  # rows; by default torch splits a batch into V / D chunks or more, and each has a cost
+PORTABLE = (LIGER_TRITON, CCE)  # the peers that run on any GPU, besides torch.compile
 
 
 def contenders(work: w.Workload, device: str) -> tuple[list[Contender], dict[str, str]]:
-    """Those that can run here, and why the others cannot. Their tolerance is wider, and their error is shown."""
+    """Return the peers that can run here, and the reason for each of the others. Their tolerance is wider than ours."""
     tolerance = 1e-3 if work.dtype == torch.float32 else 0.25
     if work.objective != w.EXO:
         reason = missing("liger_kernel.chunked_loss")
         return ([], {LIGER: reason}) if reason else ([Contender(LIGER, _liger, tolerance, halves=True)], {})
-    found, absent = [], {}
+    peers, absent = [], {}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        found.append(Contender(TORCH, _torch_padded, tolerance))
-        found.append(Contender(TORCH_BEST, from_token_logps(torch_token_logps), tolerance))
+        peers.append(Contender(TORCH, _torch_padded, tolerance))
+        peers.append(Contender(TORCH_BEST, from_token_logps(torch_token_logps), tolerance))
     else:
         absent[TORCH] = f"torch {torch.__version__} has no LinearCrossEntropyOptions"
-    if device == "cuda":  # both are Triton, and have no other path
+    if device == "cuda":  # both have only a Triton implementation
         for name, module, function in (
             (LIGER_TRITON, "liger_kernel.transformers.functional", _liger_triton),
             (CCE, "cut_cross_entropy", _cut_cross_entropy),
@@ -43,12 +43,12 @@ def contenders(work: w.Workload, device: str) -> tuple[list[Contender], dict[str
             if reason:
                 absent[name] = reason
             else:
-                found.append(Contender(name, from_token_logps(function), tolerance))
-    return found, absent
+                peers.append(Contender(name, from_token_logps(function), tolerance))
+    return peers, absent
 
 
 def missing(module: str) -> str:
-    """Why it cannot be imported; empty where it can."""
+    """Return the reason why a module cannot be imported, or an empty string."""
     try:
         importlib.import_module(module)
     except ImportError as error:
@@ -57,7 +57,7 @@ def missing(module: str) -> str:
 
 
 def liger_dpo(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Liger's loss and its by-products, on a problem in halves. The head is the reference model's too."""
+    """Return Liger's loss and statistics, on a problem in halves. The reference model has the same head."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     module = LigerFusedLinearDPOLoss(
@@ -74,14 +74,14 @@ def _liger(problem: Problem) -> Tensor:
 
 
 def _torch_padded(problem: Problem) -> Tensor:
-    """As it comes: its own chunks, and rows without loss are ignored by their label, but multiplied all the same."""
+    """Return the EXO loss with default chunks. Rows without loss are ignored by their label, but still multiplied."""
     logps = torch_token_logps(problem.hidden.flatten(0, 1), problem.weight, problem.labels.flatten(), chunk=None)
     sums = logps.float().view(problem.labels.shape).sum(-1)
     return exo(sums - problem.ref_logps, problem.rewards, problem.group_size)
 
 
 def torch_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = TORCH_CHUNK) -> Tensor:
-    """Log-probs (n,) in the dtype of hidden, 0 where ignored."""
+    """Return the log-probs (n,) in the dtype of hidden, 0 for ignored rows."""
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=None if chunk is None else min(chunk, len(hidden)))
     return -torch.nn.functional.linear_cross_entropy(
         hidden, weight, labels, reduction="none", ignore_index=IGNORE, options=options

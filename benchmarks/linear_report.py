@@ -1,4 +1,4 @@
-"""The linear path's rows, targets and table. What is common to all parts is in report.py."""
+"""Rows, targets and table of the linear path. Code shared by all reports is in report.py."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from benchmarks.logits_workload import MIB
 from benchmarks.report import Result, Target
 
 SUITE = "linear"
-CPU_MATMULS, CPU_EAGER, CPU_COMPILE, CPU_LIGER = 1.15, 3.3, 2.5, 2.8  # of the bare matmuls; times as fast as the others
+CPU_MATMULS, CPU_EAGER, CPU_COMPILE, CPU_LIGER = 1.15, 3.3, 2.5, 2.8  # over the bare matmuls; speedups
 GPU_BOUND, GPU_BOUND_ROWS, GPU_LARGE, GPU_LIGER, GPU_PEERS = 1.10, 4096, 1.15, 3.0, 0.95
 BOUNDS = (c.MATMULS, c.FROZEN_MATMULS)
 
 
 def rows(work: Workload, results: list[Result], bounds: dict[str, str]) -> list[dict[str, Any]]:
-    """One a contender: ours, the bare matmuls, the others. `bounds` names the matmuls that each is held against."""
+    """Return one row per contender: ours, the bare matmuls, the others. `bounds` names the matmuls of each."""
     by_name = {r.name: r for r in results}
-    found = []
+    rows = []
     for r in sorted(results, key=lambda r: 0 if r.name.startswith(OURS) else 1 if r.name in BOUNDS else 2):
         row: dict[str, Any] = {
             "suite": SUITE, "workload": str(work), "objective": work.objective, "group_size": work.group_size,
@@ -39,13 +39,13 @@ def rows(work: Workload, results: list[Result], bounds: dict[str, str]) -> list[
                 "extra_bytes_resident": r.memory.resident,
                 "extra_of_fp32_logits": r.memory.extra / work.fp32_logits_bytes,
             }
-        found.append(row)
-    return report.with_targets(found, targets(work, found))
+        rows.append(row)
+    return report.with_targets(rows, targets(work, rows))
 
 
 def _times(work: Workload, r: Result, by_name: dict[str, Result], bound: Result | None) -> dict[str, Any]:
     ours = by_name.get(OURS)
-    found = {
+    times = {
         "seconds": report.spread(r.seconds),
         "wall_seconds": report.spread([t.wall_seconds for t in r.times]),
         "rounds_seconds": r.seconds,
@@ -54,19 +54,19 @@ def _times(work: Workload, r: Result, by_name: dict[str, Result], bound: Result 
         "ours_is_faster": None if ours is None else report.speedup(ours, r),
     }
     if bound is None:
-        return found
-    found["of_matmuls"] = report.speedup(bound, r)
+        return times
+    times["of_matmuls"] = report.speedup(bound, r)
     copies = [t.copy_bytes_per_second for t in r.times]
     if all(copies):
         bare = zip(r.seconds, bound.seconds, copies, strict=True)
-        found["copy_bytes_per_second"] = report.spread(copies)
-        found["of_bound"] = report.spread([s / (m + work.between_bytes / copy) for s, m, copy in bare])
-    return found
+        times["copy_bytes_per_second"] = report.spread(copies)
+        times["of_bound"] = report.spread([s / (m + work.between_bytes / copy) for s, m, copy in bare])
+    return times
 
 
-def targets(work: Workload, found: list[dict[str, Any]]) -> list[Target]:
-    """The acceptance targets of one workload."""
-    timed = {row["contender"]: row for row in found if "seconds" in row}
+def targets(work: Workload, rows: list[dict[str, Any]]) -> list[Target]:
+    """Return the acceptance targets of one workload."""
+    timed = {row["contender"]: row for row in rows if "seconds" in row}
     gpu = any("of_bound" in row for row in timed.values())
     if work.objective != EXO:
         return _faster(timed, peers.LIGER, GPU_LIGER if gpu else CPU_LIGER)
@@ -83,12 +83,12 @@ def targets(work: Workload, found: list[dict[str, Any]]) -> list[Target]:
 
 
 def _gpu_targets(work: Workload, timed: dict[str, dict[str, Any]]) -> list[Target]:
-    found = _at_most(timed, c.LARGE, "of_matmuls", GPU_LARGE)
+    targets = _at_most(timed, c.LARGE, "of_matmuls", GPU_LARGE)
     if work.rows_with_loss >= GPU_BOUND_ROWS:
-        found += _at_most(timed, OURS, "of_bound", GPU_BOUND) + _at_most(timed, c.FROZEN, "of_bound", GPU_BOUND)
+        targets += _at_most(timed, OURS, "of_bound", GPU_BOUND) + _at_most(timed, c.FROZEN, "of_bound", GPU_BOUND)
     for name in (c.COMPILED, *peers.PORTABLE):
-        found += _faster(timed, name, GPU_PEERS)
-    return found
+        targets += _faster(timed, name, GPU_PEERS)
+    return targets
 
 
 def _at_most(timed: dict[str, dict[str, Any]], name: str, ratio: str, goal: float) -> list[Target]:
@@ -104,7 +104,7 @@ def _faster(timed: dict[str, dict[str, Any]], name: str, goal: float) -> list[Ta
 
 
 def block(block: list[dict[str, Any]]) -> list[str]:
-    """The table of one workload."""
+    """Return the table of one workload."""
     first = block[0]
     rounds = max(len(row.get("rounds_seconds", ())) for row in block)
     gpu = any("of_bound" in row for row in block)

@@ -1,7 +1,4 @@
-"""How the linear path grows, with the tokens and with K, and its memory at a large vocabulary: cases, rows, table.
-
-Only ours: no peer states such a law. Left out: running them (test_linear_scaling.py).
-"""
+"""Scaling of the linear path with tokens and K, and its memory at a large vocabulary: cases, rows, targets, table."""
 
 from typing import Any
 
@@ -18,18 +15,18 @@ MEMORY, TOKENS, COMPLETIONS = "memory", "tokens", "completions"
 TOKEN_COUNTS = [2**i for i in range(10, 16)]
 GROUP_SIZES = [2, 4, 8, 16, 32, 64]
 OVER_BUDGET, OF_LOGITS = 1.10, 1 / 8  # extra peak
-GROWTH = 1.10  # of the time of a token, and of the extra peak, from the fewest tokens to the most
+GROWTH = 1.10  # of the time per token and of the extra peak, from the fewest to the most tokens
 K_SPREAD = 0.10
 
 
 def memory_case(device: str) -> Workload:
-    """8192 rows with loss, whose fp32 logits would be 4.6 GiB. A group is 256 of them, and fits a chunk."""
+    """Return a case of 8192 rows with loss, whose fp32 logits are 4.6 GiB. A group of 256 rows fits into a chunk."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return Workload(128, 128, 256, 151936, dtype, EXO, 4, 256 * MIB)
 
 
 def token_cases(device: str) -> list[Workload]:
-    """The budget holds 512 rows of a chunk, so that the fewest tokens fill it already, with two groups."""
+    """Return cases that differ in tokens. The budget holds a chunk of 512 rows, so that every case fills it."""
     hidden, vocab, dtype, budget = 256, 32000, torch.float32, 80 * MIB
     if device == "cuda":
         hidden, vocab, dtype, budget = 2048, 128256, torch.bfloat16, 512 * MIB
@@ -37,7 +34,7 @@ def token_cases(device: str) -> list[Workload]:
 
 
 def group_cases(device: str) -> list[Workload]:
-    """64 sequences, in groups of K. The budget holds them all: the largest group must fit a chunk too."""
+    """Return cases of 64 sequences that differ in K. The largest group fits into a chunk."""
     hidden, vocab, dtype, budget = 256, 32000, torch.float32, 512 * MIB
     if device == "cuda":
         hidden, vocab, dtype, budget = 2048, 128256, torch.bfloat16, 2048 * MIB
@@ -46,7 +43,7 @@ def group_cases(device: str) -> list[Workload]:
 
 def row(kind: str, work: Workload, times: list[Time], memory: Memory | None) -> dict[str, Any]:
     seconds = [t.seconds for t in times]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "suite": SUITE, "workload": kind, "group_size": work.group_size, "sequences": work.sequences,
         "length": work.length, "hidden": work.hidden, "vocab": work.vocab,
         "dtype": str(work.dtype).removeprefix("torch."), "budget_bytes": work.budget,
@@ -54,27 +51,27 @@ def row(kind: str, work: Workload, times: list[Time], memory: Memory | None) -> 
         "seconds": spread(seconds), "rounds_seconds": seconds,
     }  # fmt: skip
     if memory is None:
-        return found
+        return result
     logits = work.rows_with_loss * work.vocab * 4
-    return found | {
+    return result | {
         "extra_bytes": memory.extra, "extra_bytes_allocated": memory.allocated, "extra_bytes_resident": memory.resident,
         "fp32_logits_bytes": logits, "extra_of_fp32_logits": memory.extra / logits,
     }  # fmt: skip
 
 
-def memory_targets(work: Workload, found: dict[str, Any]) -> list[Target]:
-    """Of an fp32 head the returned gradient is the one fp32 dW; a 16-bit one keeps that besides, and may."""
+def memory_targets(work: Workload, row: dict[str, Any]) -> list[Target]:
+    """Return the targets of memory. A 16-bit head may also keep an fp32 gradient of the weight."""
     allowed = 0 if work.dtype == torch.float32 else work.weight_bytes
-    extra = found["extra_bytes"] - allowed
+    extra = row["extra_bytes"] - allowed
     return [
         Target("extra / budget", extra / work.budget, OVER_BUDGET, False),
-        Target("extra / fp32 logits", extra / found["fp32_logits_bytes"], OF_LOGITS, False),
+        Target("extra / fp32 logits", extra / row["fp32_logits_bytes"], OF_LOGITS, False),
     ]
 
 
-def token_targets(found: list[dict[str, Any]]) -> list[Target]:
-    """Round by round, the most tokens against the fewest. Less time a token is no fault."""
-    few, many = found[0], found[-1]
+def token_targets(rows: list[dict[str, Any]]) -> list[Target]:
+    """Return the targets of growth, from the fewest to the most tokens, round by round. There is no lower limit."""
+    few, many = rows[0], rows[-1]
     tokens = many["rows"] / few["rows"]
     pairs = zip(few["rounds_seconds"], many["rounds_seconds"], strict=True)
     growth = spread([b / a / tokens for a, b in pairs])["median"]
@@ -84,15 +81,15 @@ def token_targets(found: list[dict[str, Any]]) -> list[Target]:
     ]
 
 
-def group_targets(found: list[dict[str, Any]]) -> list[Target]:
-    first = found[0]["rounds_seconds"]
-    ratios = [spread([b / a for a, b in zip(first, row["rounds_seconds"], strict=True)])["median"] for row in found[1:]]
+def group_targets(rows: list[dict[str, Any]]) -> list[Target]:
+    first = rows[0]["rounds_seconds"]
+    ratios = [spread([b / a for a, b in zip(first, row["rounds_seconds"], strict=True)])["median"] for row in rows[1:]]
     worst = max(abs(ratio - 1) for ratio in ratios)
-    return [Target(f"time off K = {found[0]['group_size']}, at most", worst, K_SPREAD, False)]
+    return [Target(f"time off K = {rows[0]['group_size']}, at most", worst, K_SPREAD, False)]
 
 
 def block(block: list[dict[str, Any]]) -> list[str]:
-    """The table of one case."""
+    """Return the table of one case."""
     first = block[0]
     title = {
         MEMORY: "EXO from hidden states, memory",

@@ -1,7 +1,4 @@
-"""What is computed from hidden states: a step of completions behind their prompts, and the work that no method avoids.
-
-Left out: who computes it (linear_contenders.py) and how it is measured (measure.py).
-"""
+"""Workloads from hidden states: a step of completions after their prompts, and the work that every method must do."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +9,7 @@ from benchmarks.logits_workload import IGNORE, MIB
 from exo_kernels import linear_sequence_logps
 
 EXO, DPO, DPO_POLICY = "EXO", "DPO with its reference model", "DPO, policy alone"
-SPREAD, LIKELY = 2.0, 4.0  # of the logits; how far a hidden state leans towards its label, in units of the same
+SPREAD, LIKELY = 2.0, 4.0  # standard deviation of the logits; amount added to the label's logit
 
 
 @dataclass(frozen=True)
@@ -44,15 +41,15 @@ class Workload:
 
     @property
     def matmul_flops(self) -> int:
-        """One of the three: 2 n D V. The reference model's is a fourth."""
+        """Operations of one of the three matmuls: 2 n D V. A reference model needs a fourth."""
         return 2 * self.rows_with_loss * self.hidden * self.vocab
 
     @property
     def between_bytes(self) -> int:
-        """What must move between the matmuls, whose own traffic counts as theirs: (4 m + s) n V, s bytes an element.
+        """Bytes that must move between the matmuls: (4 m + s) n V, for m models and s bytes per operand.
 
-        Every fp32 logit of the n rows with loss is read once, by m models, and its gradient is written once, in the
-        operands' dtype, for the policy alone.
+        Every fp32 logit of the n rows with loss is read once per model, and the policy's gradient is written once in
+        the operands' dtype.
         """
         models = 2 if self.objective == DPO else 1
         return (4 * models + self.dtype.itemsize) * self.rows_with_loss * self.vocab
@@ -63,12 +60,12 @@ class Workload:
 
     @property
     def weight_bytes(self) -> int:
-        """One fp32 gradient of the weight, which a 16-bit one needs besides."""
+        """Bytes of an fp32 gradient of the weight, which a 16-bit weight needs in addition."""
         return self.vocab * self.hidden * 4
 
 
 def workloads(device: str) -> list[Workload]:
-    """CPU: the whole path in a second. GPU: heads of 0.5B, 1B to 3B and 8B models, at 1k, 4k and 16k rows with loss."""
+    """Return workloads of about a second on a CPU; on a GPU, heads of 0.5B to 8B models with 1k to 16k rows."""
     if device == "cpu":
         shapes = [(8, 256, 512, 32000, torch.float32)]
     else:
@@ -81,20 +78,20 @@ def workloads(device: str) -> list[Workload]:
 @dataclass(frozen=True)
 class Problem:
     work: Workload
-    hidden: Tensor  # (N, T, D), a leaf that wants a gradient
-    weight: Tensor  # (V, D), a leaf that wants a gradient
+    hidden: Tensor  # (N, T, D), a leaf that requires a gradient
+    weight: Tensor  # (V, D), a leaf that requires a gradient
     labels: Tensor  # (N, T) int64, aligned with the rows
-    ref_logps: Tensor  # (N,) fp32 sums; zeros where the policy is alone
-    ref_hidden: Tensor | None  # (N, T, D), with its reference model: by the same head
-    rewards: Tensor | None  # (N,), EXO
-    order: Tensor | None = None  # (N,), which sequence of the original stands here
+    ref_logps: Tensor  # (N,) fp32 sums; zeros without a reference
+    ref_hidden: Tensor | None  # (N, T, D), for DPO with a reference model, which has the same head
+    rewards: Tensor | None  # (N,), for EXO
+    order: Tensor | None = None  # (N,), index of each sequence in the original problem
 
     @property
     def group_size(self) -> int:
         return self.work.group_size
 
     def halves(self) -> "Problem":
-        """The same problem with all chosen sequences before all rejected ones, as Liger wants them. K = 2."""
+        """Return the same problem with chosen sequences before rejected ones, as Liger expects. Needs K = 2."""
         order = torch.arange(self.work.sequences, device=self.labels.device).view(-1, 2).t().flatten()
         hidden = self.hidden.detach()[order].requires_grad_()
         ref_hidden = None if self.ref_hidden is None else self.ref_hidden[order]
@@ -105,7 +102,7 @@ class Problem:
 
 
 def make(work: Workload, device: str, seed: int = 0) -> Problem:
-    """Logits of spread 2 whose labels are likely ones, and a reference within a few nats of the policy."""
+    """Return a problem with likely labels, and a reference within a few nats of the policy."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -1,7 +1,4 @@
-"""Who computes it from logits: ours, and what a user of PyTorch writes; and the errors that the gate looks at.
-
-Left out: other libraries (the logits path is measured against PyTorch alone).
-"""
+"""Contenders from logits: ours, and code that a user of PyTorch writes; and their errors for the gate."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,17 +26,20 @@ class Contender:
 
 
 def contenders(dtype: torch.dtype) -> list[Contender]:
-    """Ours first. In 16 bits they round the gradient once, eager in its own dtype everything (see its error)."""
+    """Return the contenders, ours first.
+
+    In 16 bits they round only the gradient, except EAGER_LOW, which computes in 16 bits and has a wider tolerance.
+    """
     compiled = torch.compile(_eager, fullgraph=True, dynamic=False)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-    found = [
+    result = [
         Contender(OURS, _ours, tolerance),
         Contender(EAGER, lambda p: _eager(*_arguments(p)), tolerance),
         Contender(COMPILED, lambda p: compiled(*_arguments(p)), tolerance),
     ]
     if dtype != torch.float32:
-        found.append(Contender(EAGER_LOW, lambda p: _eager(*_arguments(p), upcast=False), 0.25))
-    return found
+        result.append(Contender(EAGER_LOW, lambda p: _eager(*_arguments(p), upcast=False), 0.25))
+    return result
 
 
 def _arguments(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
@@ -56,7 +56,7 @@ def _ours(problem: Problem) -> Tensor:
 def _eager(
     logits: Tensor, labels: Tensor, ref_logps: Tensor, rewards: Tensor, group_size: int, upcast: bool = True
 ) -> Tensor:
-    """EXO as one writes it with torch alone. Eager moves about 8 V s bytes a row, with or without loss."""
+    """Return the EXO loss in plain torch. Eager moves about 8 V s bytes per row, with or without loss."""
     mask = labels != IGNORE
     log_p_tokens = (logits.float() if upcast else logits).log_softmax(-1)
     logps = log_p_tokens.gather(-1, labels.clamp(min=0)[..., None])[..., 0].float()
@@ -64,16 +64,16 @@ def _eager(
 
 
 def exo(log_ratios: Tensor, rewards: Tensor, group_size: int) -> Tensor:
-    """The objective alone, from the sequences' log-ratios (N,)."""
+    """Return the EXO loss of sequence log-ratios (N,)."""
     log_p = (BETA_PI * log_ratios.view(-1, group_size)).log_softmax(-1)
     log_q = (rewards.view(-1, group_size) / BETA_R).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 def errors(problem: Problem, results: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
-    """Relative errors of loss and gradient of each result on the very data that is timed, against the oracle in fp64.
+    """Return the relative errors of loss and gradient of each result on the timed data, against the fp64 oracle.
 
-    Group by group, because the oracle materialises: the loss is the mean of the groups', and nothing couples them.
+    The oracle needs much memory, so it runs group by group; the loss is the mean over independent groups.
     """
     groups = problem.labels.shape[0] // problem.group_size
     loss, norm = 0.0, 0.0

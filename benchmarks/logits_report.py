@@ -1,4 +1,4 @@
-"""The logits path's rows, targets and table. What is common to all parts is in report.py."""
+"""Rows, targets and table of the logits path. Code shared by all reports is in report.py."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from benchmarks.logits_workload import MIB, Workload
 from benchmarks.report import Result, Target
 
 SUITE = "logits"
-CPU_SPEEDUP, CPU_EXTRA = 2.0, 1 / 8  # x eager; of the fp32 logits
-GPU_SPEEDUP, GPU_BANDWIDTH = 4.0, 0.90  # x eager in fp32; of the measured copy bandwidth, on the bound's bytes
+CPU_SPEEDUP, CPU_EXTRA = 2.0, 1 / 8  # over eager; relative to the fp32 logits
+GPU_SPEEDUP, GPU_BANDWIDTH = 4.0, 0.90  # over eager in fp32; relative to the measured copy bandwidth
 
 
 def rows(workload: Workload, results: list[Result]) -> list[dict[str, Any]]:
     by_name = {r.name: r for r in results}
-    found = []
+    rows = []
     for r in results:
         row: dict[str, Any] = {
             "suite": SUITE, "workload": str(workload), "vocab": workload.vocab, "sequences": workload.sequences,
@@ -41,25 +41,25 @@ def rows(workload: Workload, results: list[Result]) -> list[dict[str, Any]]:
                 pairs = zip(r.seconds, copies, strict=True)
                 row["copy_bytes_per_second"] = report.spread(copies)
                 row["bound_of_copy"] = report.spread([workload.bound_bytes / s / c for s, c in pairs])
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def targets(row: dict[str, Any]) -> list[Target]:
-    """The acceptance targets on the row of ours."""
-    found = []
+    """Return the acceptance targets for the row of ours."""
+    targets = []
     gpu = "bound_of_copy" in row
     if row["x_eager"]:
-        found.append(Target("x eager", row["x_eager"]["median"], GPU_SPEEDUP if gpu else CPU_SPEEDUP, True))
+        targets.append(Target("x eager", row["x_eager"]["median"], GPU_SPEEDUP if gpu else CPU_SPEEDUP, True))
     if gpu:
-        found.append(Target("bound / copy bandwidth", row["bound_of_copy"]["median"], GPU_BANDWIDTH, True))
+        targets.append(Target("bound / copy bandwidth", row["bound_of_copy"]["median"], GPU_BANDWIDTH, True))
     else:
-        found.append(Target("extra / fp32 logits", row["extra_of_fp32_logits"], CPU_EXTRA, False))
-    return found
+        targets.append(Target("extra / fp32 logits", row["extra_of_fp32_logits"], CPU_EXTRA, False))
+    return targets
 
 
 def block(block: list[dict[str, Any]]) -> list[str]:
-    """The table of one workload."""
+    """Return the table of one workload."""
     first = block[0]
     size = f"{first['rows']} rows, {first['rows_with_loss']} with loss, K={first['group_size']}"
     fp32 = first["fp32_logits_bytes"] / MIB

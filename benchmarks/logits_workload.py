@@ -1,7 +1,4 @@
-"""What is computed: one optimizer step's worth of logits, half of it prompt, and the bytes that any method must move.
-
-Left out: who computes it (logits_contenders.py) and how it is measured (measure.py).
-"""
+"""Workloads from logits: the logits of an optimizer step, half of them prompt, and the bytes that must be moved."""
 
 from dataclasses import dataclass
 
@@ -40,7 +37,7 @@ class Workload:
 
     @property
     def bound_bytes(self) -> int:
-        """(2n + R) V s: rows with loss are read forward and backward, and every row of the gradient is written."""
+        """(2n + R) V s: the n rows with loss are read forward and backward, all R rows of the gradient are written."""
         return (2 * self.rows_with_loss + self.rows) * self.vocab * self.dtype.itemsize
 
     @property
@@ -49,7 +46,7 @@ class Workload:
 
 
 def workloads(device: str) -> list[Workload]:
-    """Large enough to leave the caches: at least 8 times a 32 MiB third level, 10 times an H200's second."""
+    """Return workloads larger than the caches: at least 8 times an L3 of 32 MiB, 10 times the L2 of an H200."""
     if device == "cpu":
         return [Workload(32000, 8, 128, torch.float32), Workload(151936, 8, 64, torch.float32)]
     return [Workload(v, 16, 512, torch.bfloat16, half) for v in (32000, 128256, 151936) for half in (True, False)]
@@ -57,22 +54,22 @@ def workloads(device: str) -> list[Workload]:
 
 @dataclass(frozen=True)
 class Problem:
-    logits: Tensor  # (N, T, V), a leaf that wants a gradient
-    labels: Tensor  # (N, T) int64, aligned with the rows (shift=False: eager would pay for the shift with a copy)
+    logits: Tensor  # (N, T, V), a leaf that requires a gradient
+    labels: Tensor  # (N, T) int64, aligned with the rows (shift=False, because a shift would cost eager a copy)
     ref_logps: Tensor  # (N,) fp32 sums
     rewards: Tensor  # (N,)
     group_size: int
 
 
 def make(workload: Workload, device: str, seed: int = 0) -> Problem:
-    """Logits of spread 2 whose labels are likely ones, and a reference within a few nats of the policy."""
+    """Return logits with standard deviation 2 and likely labels, and a reference within a few nats of the policy."""
     generator = torch.Generator(device).manual_seed(seed)
     options = {"device": device, "generator": generator}
     shape = (workload.sequences, workload.length)
     labels = torch.randint(workload.vocab, shape, **options)
     logits = torch.empty(*shape, workload.vocab, dtype=workload.dtype, device=device)
     sums = []
-    for x, y in zip(logits, labels, strict=True):  # by sequence: no fp32 copy of the whole
+    for x, y in zip(logits, labels, strict=True):  # by sequence, to avoid an fp32 copy of all logits
         x.normal_(0, 2, generator=generator)
         x.scatter_(1, y[:, None], 8.0)
     if workload.masked:

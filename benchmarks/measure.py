@@ -1,7 +1,7 @@
-"""How it is measured: seconds and bytes of one call. Left out: repetition (harness.py) and ratios (report.py).
+"""Measure seconds and bytes of one call.
 
-Time on a GPU is the device's own, between two events. The device first gets copies to do, so that the host has queued
-the whole call before it begins (in training the model's kernels do that), and those copies are the measured bandwidth.
+On a GPU, time is measured between two events on the device. Copies are queued first, so that the host has queued the
+complete call before it begins (in training, the kernels of the model have this effect); they also give the bandwidth.
 """
 
 import ctypes
@@ -16,20 +16,20 @@ from typing import Any, NamedTuple
 import torch
 
 COPY_BYTES = 2**30
-COPIES = 8  # 16 GiB moved, 4 ms on an H200: longer than any contender needs to queue its kernels
-RESIDENT_RUNS = 3  # what the C library keeps of freed blocks differs by a few MiB from run to run: the median counts
+COPIES = 8  # 16 GiB moved, 4 ms on an H200: longer than any contender takes to queue its kernels
+RESIDENT_RUNS = 3  # the C library caches a few MiB of freed blocks, different in each run, so the median is used
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Time(NamedTuple):
     seconds: float  # on the device
-    wall_seconds: float  # from call to synchronised
-    copy_bytes_per_second: float | None  # read + written, just before on the same device
+    wall_seconds: float  # from the call to the end of synchronisation
+    copy_bytes_per_second: float | None  # read + written, right before on the same device
 
 
 class Clock:
-    """Times one call on one device."""
+    """Measure the time of calls on a device."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -39,7 +39,7 @@ class Clock:
 
     def __call__(self, call: Callable[[], Any]) -> Time:
         begin = time.perf_counter()
-        result = call()  # alive until the clock has stopped: giving the gradient back is not part of the call
+        result = call()  # keep the result until the clock has stopped, because freeing it is not part of the call
         if self.cuda:
             torch.cuda.synchronize()
         wall = time.perf_counter() - begin
@@ -61,10 +61,10 @@ class Clock:
 
 
 class Memory(NamedTuple):
-    """Peak bytes of a call above what was there before and what it returned."""
+    """Peak bytes of a call beyond the memory in use before it and its results."""
 
-    allocated: int  # as torch's allocator counts
-    resident: int | None  # as the system counts the process's pages (the cross-check; None where that cannot be read)
+    allocated: int  # counted by torch's allocator
+    resident: int | None  # counted by the system in pages of the process, as a cross-check; None if not available
 
     @property
     def extra(self) -> int:
@@ -72,7 +72,7 @@ class Memory(NamedTuple):
 
 
 def memory(call: Callable[[], Any], device: str, resident_runs: int = RESIDENT_RUNS) -> Memory:
-    """Warm up before: what is compiled or cached on first use is not part of the call."""
+    """Return the peak memory of a call. Warm up first: compilation and caches are not part of the call."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -87,7 +87,7 @@ def memory(call: Callable[[], Any], device: str, resident_runs: int = RESIDENT_R
 
 
 def _allocated(call: Callable[[], Any]) -> int:
-    """Every tensor's storage, torch.compile's buffers too; pages that were never written count as well."""
+    """Return the peak of all storages, with torch.compile's buffers and pages that were never written."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     with tempfile.TemporaryDirectory() as folder:
@@ -104,19 +104,19 @@ def _allocated(call: Callable[[], Any]) -> int:
 
 
 def _resident(call: Callable[[], Any]) -> int:
-    """Every page that was written, whoever asked for it. Linux keeps the peak and lets a process reset it."""
-    _give_freed_pages_back()
+    """Return the peak of all pages written, by any allocator. Linux records the peak and lets a process reset it."""
+    _trim_heap()
     _reset_peak()
     result = call()
     peak = _status("VmHWM")
-    _give_freed_pages_back()
+    _trim_heap()
     now = _status("VmRSS")
     del result
     return max(peak - now, 0)
 
 
 def _reset_peak() -> bool:
-    """Whether this system can: Linux, with a /proc that may be written."""
+    """Reset the recorded peak; return False if the system does not support it (it needs Linux and a writable /proc)."""
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:
@@ -129,7 +129,7 @@ def _status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _give_freed_pages_back() -> None:
+def _trim_heap() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

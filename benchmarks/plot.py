@@ -1,8 +1,8 @@
-"""A picture from files that `pytest benchmarks/ --results FILE` wrote: for every file, one line of panels a part.
+"""Draw files that `pytest benchmarks/ --results FILE` wrote: for every file, one line of panels per suite.
 
     python -m benchmarks.plot FILE ... [--out PICTURE.png]
 
-Needs matplotlib. Left out: everything that the tables say in words.
+Needs matplotlib.
 """
 
 import argparse
@@ -61,10 +61,10 @@ def draw(reports: list[dict[str, Any]], out: Path) -> None:
 
 
 def _suites(report: dict[str, Any]) -> dict[str, Rows]:
-    found: dict[str, Rows] = {}
+    suites: dict[str, Rows] = {}
     for row in report["rows"]:
-        found.setdefault(row.get("suite", logits_report.SUITE), []).append(row)
-    return found
+        suites.setdefault(row.get("suite", logits_report.SUITE), []).append(row)
+    return suites
 
 
 def _machine(report: dict[str, Any]) -> str:
@@ -74,13 +74,13 @@ def _machine(report: dict[str, Any]) -> str:
 
 
 def _layout(rows: Rows) -> tuple[list[float], dict[str, float], float]:
-    """Position of every row's bar, of every workload's label, and the height, all in bars."""
+    """Return the positions of the rows' bars and the workloads' labels, and the height, all in bars."""
     positions, labels, at = [], {}, 0.0
     for workload in dict.fromkeys(row["workload"] for row in rows):
-        own = [row for row in rows if row["workload"] == workload]
-        labels[_label(own[0])] = at + (len(own) - 1) / 2
-        positions += [at + i for i in range(len(own))]
-        at += len(own) + GAP
+        group = [row for row in rows if row["workload"] == workload]
+        labels[_label(group[0])] = at + (len(group) - 1) / 2
+        positions += [at + i for i in range(len(group))]
+        at += len(group) + GAP
     return positions, labels, at
 
 
@@ -174,7 +174,7 @@ def _tidy(axes) -> None:
 
 
 def _growth(left, right, rows: Rows) -> None:
-    """Time over tokens and over K, memory over tokens, each with what it should be."""
+    """Draw time over tokens and over K, and memory over tokens with the budget."""
     tokens = [row for row in rows if row["workload"] == linear_scaling.TOKENS]
     groups = [row for row in rows if row["workload"] == linear_scaling.COMPLETIONS]
     for cases, key, name, colour in (
@@ -209,9 +209,9 @@ def _step(left, right, rows: Rows) -> None:
 
 def _accuracy(left, right, rows: Rows) -> None:
     for axes, dtype in ((left, "float32"), (right, "bfloat16")):
-        own = [row for row in rows if row["dtype"] == dtype]
-        if own:
-            _panel(axes, own, _error, log=True)
+        selected = [row for row in rows if row["dtype"] == dtype]
+        if selected:
+            _panel(axes, selected, _error, log=True)
         axes.set_xlabel(f"{dtype} operands: largest error of log-ratios, nats")
 
 

@@ -1,7 +1,4 @@
-"""The step's line of panels: seconds of the workloads that have a peer or a target, and what sharing the prompt gains.
-
-Left out: everything that is common to all parts (plot.py).
-"""
+"""Panels of the training step: times of the workloads with a peer or a target, and the gain of sharing the prompt."""
 
 from typing import Any
 
@@ -13,7 +10,7 @@ WIDTH = 0.26
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those drawn as bars of time: where TRL takes part, and where there is a target."""
+    """Return the rows drawn as bars of time: those of workloads with TRL or with a target."""
     chosen = {row["workload"] for row in rows if row["contender"] == TRL or row.get("targets")}
     return [row for row in rows if row["workload"] in chosen]
 
@@ -26,12 +23,12 @@ def label(row: dict[str, Any]) -> str:
 
 
 def gains(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Times as fast as padded rows, over prompt:completion, a bar for each K."""
+    """Draw the speedup over padded rows by prompt:completion, with a bar for each K."""
     drawn = {row["workload"] for row in bars(rows)}
-    own = [row for row in rows if row["contender"] == PADDED and "seconds" in row and row["workload"] not in drawn]
-    shapes = [(p, c) for p, c in dict.fromkeys((row["prompt"], row["completion"]) for row in own)]
-    shapes = [shape for shape in shapes if sum((row["prompt"], row["completion"]) == shape for row in own) > 1]
-    for row in own:
+    padded = [row for row in rows if row["contender"] == PADDED and "seconds" in row and row["workload"] not in drawn]
+    shapes = [(p, c) for p, c in dict.fromkeys((row["prompt"], row["completion"]) for row in padded)]
+    shapes = [shape for shape in shapes if sum((row["prompt"], row["completion"]) == shape for row in padded) > 1]
+    for row in padded:
         if (row["prompt"], row["completion"]) not in shapes:
             continue
         faster, k = row["ours_is_faster"], row["group_size"]

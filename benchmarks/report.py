@@ -1,7 +1,6 @@
-"""What all parts share: a contender's result, targets, ratios, the machine, and the JSON of a session.
+"""Code shared by all reports: results, targets, ratios, the machine, and the JSON of a session.
 
-Ratios are taken round by round: neighbours in time share the noise. Left out: what a row says and how its table looks
-(*_report.py), figures (plot.py).
+Ratios are computed round by round, because calls close in time have the same noise.
 """
 
 import datetime
@@ -21,19 +20,19 @@ from benchmarks.measure import Memory, Time
 
 Range = dict[str, float]  # median, min, max
 
-# Beginnings of environment variables that change the figures.
+# Prefixes of environment variables that change the results.
 SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "THP_", "MALLOC_", "PYTORCH_", "CUDA_", "TORCHINDUCTOR_")
-PEERS = ("liger-kernel", "cut-cross-entropy", "trl", "transformers")  # compared with where they are installed
+PEERS = ("liger-kernel", "cut-cross-entropy", "trl", "transformers")  # benchmarked if installed
 
 
 @dataclass
 class Result:
-    """One contender on one workload; everything but the errors is empty where the gate was not passed."""
+    """A contender's result on a workload; without times and memory if it did not pass the gate."""
 
     name: str
-    errors: dict[str, float] = field(default_factory=dict)  # relative, against the oracle in fp64
+    errors: dict[str, float] = field(default_factory=dict)  # relative, against the fp64 oracle
     tolerance: float | None = None
-    not_timed: str = ""  # why
+    not_timed: str = ""  # the reason
     times: list[Time] = field(default_factory=list)
     memory: Memory | None = None
 
@@ -43,7 +42,7 @@ class Result:
 
 
 def versus(faster: Range | None) -> str:
-    """How many times as fast ours is, with its range; a dash for ours itself."""
+    """Format the speedup of ours over a contender with its range; a dash for ours."""
     if faster is None:
         return f"{'-':>12} {'':13}"
     return f"{faster['median']:12.2f} {'({min:.2f}..{max:.2f})'.format(**faster):>13}"
@@ -54,7 +53,7 @@ class Target:
     name: str
     value: float
     goal: float
-    at_least: bool  # else at most
+    at_least: bool  # otherwise at most
 
     @property
     def met(self) -> bool:
@@ -70,26 +69,26 @@ def spread(values: list[float]) -> Range:
 
 
 def speedup(result: Result, over: Result | None) -> Range | None:
-    """The other's time over the result's."""
+    """Return the ratio of the time of `over` to that of the result."""
     if over is None or not over.times or not result.times:
         return None
     return spread([b / a for a, b in zip(result.seconds, over.seconds, strict=True)])
 
 
-def with_targets(found: list[dict[str, Any]], targets: list[Target]) -> list[dict[str, Any]]:
-    """The rows of a workload, the first of which carries its targets."""
-    found[0]["targets"] = [asdict(target) for target in targets]
-    return found
+def with_targets(rows: list[dict[str, Any]], targets: list[Target]) -> list[dict[str, Any]]:
+    """Add the targets of a workload to the first of its rows, and return the rows."""
+    rows[0]["targets"] = [asdict(target) for target in targets]
+    return rows
 
 
-def verdicts(found: list[dict[str, Any]]) -> list[str]:
-    """A line that says which targets are met; none where there are none."""
-    targets = [str(Target(**target)) for target in found[0]["targets"]]
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line with the targets, met or missed; no line if there are none."""
+    targets = [str(Target(**target)) for target in rows[0]["targets"]]
     return ["targets: " + ", ".join(targets)] if targets else []
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Name and every setting from outside that changes the figures."""
+    """Return the name of the machine and all settings that change the results."""
     settings = {k: v for k, v in os.environ.items() if k.startswith(SETTINGS) and os.sep not in v}
     info: dict[str, Any] = {
         "device": device,
@@ -112,14 +111,14 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of everything that is timed; None where it is not installed."""
+    """Return the versions of torch, triton, python and the peers; None if not installed."""
     try:
         import triton
     except ImportError:
-        found = None
+        triton_version = None
     else:
-        found = triton.__version__
-    all_versions = {"torch": str(torch.__version__), "triton": found, "python": platform.python_version()}
+        triton_version = triton.__version__
+    all_versions = {"torch": str(torch.__version__), "triton": triton_version, "python": platform.python_version()}
     return all_versions | {name: _installed(name) for name in PEERS}
 
 
@@ -131,7 +130,7 @@ def _installed(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit that was measured, with a + where files had been changed since; None outside a repository."""
+    """Return the commit, with a + if files have changed since; None outside a repository."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -144,14 +143,14 @@ def commit() -> str | None:
         return None
 
 
-def as_json(device: str, found: list[dict[str, Any]]) -> str:
+def as_json(device: str, rows: list[dict[str, Any]]) -> str:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    report = {"machine": machine(device), "versions": versions(), "commit": commit(), "date": now, "rows": found}
+    report = {"machine": machine(device), "versions": versions(), "commit": commit(), "date": now, "rows": rows}
     return json.dumps(report, indent=1) + "\n"
 
 
 def heading(device: str) -> str:
-    """The machine and what runs on it, in a line."""
+    """Return a line with the machine, versions and settings."""
     m, v = machine(device), versions()
     threads = f", {m['threads']} threads" if "threads" in m else ""
     triton = f", triton {v['triton']}" if device == "cuda" else ""

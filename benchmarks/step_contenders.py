@@ -1,7 +1,7 @@
-"""Who takes the step: ours with the prompt shared, ours with padded rows, and TRL's DPO trainer on pairs.
+"""Contenders of a training step: ours with shared prompts, ours with padded rows, and TRL's DPO trainer on pairs.
 
-Every contender has a copy of the model, the reference's log-probs from before, AdamW, and clips the gradient's norm;
-none reads from disk. Left out: what is timed (step_workload.py), tables (step_report.py).
+Every contender has a copy of the model and precomputed reference log-probs, uses AdamW and clips the gradient norm;
+none reads from disk.
 """
 
 import copy
@@ -21,11 +21,11 @@ from exo.training import step as training_step
 from exo.training.optimizer import OptimizerSettings, optimizer
 
 PADDED, TRL = "ours, padded", "TRL DPOTrainer, exo_pair"
-RATE = 1e-9  # so that a thousand steps leave the model as it was
+RATE = 1e-9  # so small that a thousand steps do not change the model
 
 
 class Contender(NamedTuple):
-    """`step()` takes one; `first()` gives loss and gradient of a step, without the update."""
+    """`step()` runs a training step; `first()` returns loss and gradient of a step without the update."""
 
     name: str
     step: Callable[[], Any]
@@ -33,14 +33,14 @@ class Contender(NamedTuple):
 
 
 def contenders(problem: Problem, device: str) -> tuple[list[Contender], dict[str, str]]:
-    """And why others are absent."""
-    found = [_ours(OURS, problem, device, "shared"), _ours(PADDED, problem, device, "padded")]
+    """Return the contenders, and the reason for each absent one."""
+    ours = [_ours(OURS, problem, device, "shared"), _ours(PADDED, problem, device, "padded")]
     if not problem.work.peers:
-        return found, {}
+        return ours, {}
     try:
-        return [*found, _trl(problem, device)], {}
+        return [*ours, _trl(problem, device)], {}
     except ModuleNotFoundError as error:
-        return found, {TRL: f"{error.name} is not installed"}
+        return ours, {TRL: f"{error.name} is not installed"}
 
 
 def _ours(name: str, problem: Problem, device: str, layout: Any) -> Contender:
@@ -78,7 +78,7 @@ def _ours(name: str, problem: Problem, device: str, layout: Any) -> Contender:
 
 
 def _trl(problem: Problem, device: str) -> Contender:
-    """Its trainer's own step, with the best options that run here: reference precomputed, dropout off."""
+    """Return TRL's training step with the best options that run here: reference precomputed, no dropout."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -99,7 +99,7 @@ def _trl(problem: Problem, device: str) -> Contender:
     batches = trainer.get_train_dataloader()
 
     def gradient() -> float:
-        (batch,) = batches  # collated anew, as ours is
+        (batch,) = batches  # collated in every step, as ours is
         return float(trainer.training_step(model, batch))
 
     def step() -> None:

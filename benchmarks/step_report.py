@@ -1,4 +1,4 @@
-"""The step's rows, targets and table. What is common to all parts is in report.py."""
+"""Rows, targets and table of the training step. Code shared by all reports is in report.py."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from benchmarks.step_workload import Workload
 
 SUITE = "step"
 MIB = 2**20
-CPU_SHARED, CPU_TRL, GPU_SHARED, GPU_TRL = 2.0, 7.0, 3.0, 2.0  # times as fast
+CPU_SHARED, CPU_TRL, GPU_SHARED, GPU_TRL = 2.0, 7.0, 3.0, 2.0  # speedups
 MEMORY_OF_TRL = 0.25
 
 
 def rows(work: Workload, results: list[report.Result], device: str) -> list[dict[str, Any]]:
-    """One a contender."""
+    """Return one row per contender."""
     by_name = {result.name: result for result in results}
-    found = []
+    rows = []
     for r in results:
         row: dict[str, Any] = {
             "suite": SUITE, "workload": str(work), **work._asdict(), "padded_tokens": work.padded_tokens,
@@ -32,27 +32,27 @@ def rows(work: Workload, results: list[report.Result], device: str) -> list[dict
             }
         if r.memory is not None:
             row |= {"extra_bytes": r.memory.extra}
-        found.append(row)
-    return report.with_targets(found, targets(work, found, device))
+        rows.append(row)
+    return report.with_targets(rows, targets(work, rows, device))
 
 
-def targets(work: Workload, found: list[dict[str, Any]], device: str) -> list[report.Target]:
-    timed = {row["contender"]: row for row in found if "seconds" in row}
+def targets(work: Workload, rows: list[dict[str, Any]], device: str) -> list[report.Target]:
+    timed = {row["contender"]: row for row in rows if "seconds" in row}
     gpu = device == "cuda"
-    made = []
+    goals = []
     if gpu and (work.group_size, work.prompt) == (4, 1024) or not gpu and work.vocab == 4096:
         faster = timed[PADDED]["ours_is_faster"]["median"]
-        made.append(report.Target("x padded", faster, GPU_SHARED if gpu else CPU_SHARED, True))
+        goals.append(report.Target("x padded", faster, GPU_SHARED if gpu else CPU_SHARED, True))
     if TRL in timed:
         faster = timed[TRL]["ours_is_faster"]["median"]
-        made.append(report.Target("x TRL", faster, GPU_TRL if gpu else CPU_TRL, True))
+        goals.append(report.Target("x TRL", faster, GPU_TRL if gpu else CPU_TRL, True))
         share = timed[OURS]["extra_bytes"] / timed[TRL]["extra_bytes"]
-        made.append(report.Target("memory of TRL's", share, MEMORY_OF_TRL, False))
-    return made
+        goals.append(report.Target("memory of TRL's", share, MEMORY_OF_TRL, False))
+    return goals
 
 
 def block(block: list[dict[str, Any]]) -> list[str]:
-    """The table of one workload."""
+    """Return the table of one workload."""
     first = block[0]
     rounds = max(len(row.get("rounds_seconds", ())) for row in block)
     return [

@@ -1,6 +1,6 @@
-"""What is timed: a whole training step, from tokens to the optimizer's update, of a small Llama with random weights.
+"""Workloads of a training step, from tokens to the optimizer's update, of a small Llama with random weights.
 
-Left out: reading and tokenising, which come once a run.
+Reading and tokenising are not timed, because they happen once per run.
 """
 
 import functools
@@ -17,7 +17,7 @@ BETA, EPS = 0.1, 1e-3
 
 
 class Workload(NamedTuple):
-    """`prompts` groups of K completions; prompt and completion lengths in tokens, the end of sequence included."""
+    """A batch of `prompts` groups of K completions; lengths are in tokens, with the end of sequence."""
 
     group_size: int
     prompt: int
@@ -26,7 +26,7 @@ class Workload(NamedTuple):
     hidden: int = 256
     layers: int = 4
     vocab: int = 32000
-    peers: bool = False  # others' trainers take part, which know pairs alone
+    peers: bool = False  # also run other trainers, which only support pairs
 
     def __str__(self) -> str:
         return f"K{self.group_size}-{self.prompt}:{self.completion}-V{self.vocab}"
@@ -48,18 +48,18 @@ def workloads(device: str) -> list[Workload]:
             *(Workload(4, p, 2048 - p, **wide) for p in (512, 1024, 1792)),
         ]
     lengths = ((256, 32), (128, 128), (32, 256))
-    # with 10 million parameters: most of them in the head, as they are where D is small and V large; and in the body
-    found = [Workload(2, 256, 64, peers=True), Workload(4, 256, 64)]
-    found.append(Workload(4, 256, 64, hidden=384, layers=6, vocab=4096))
-    return found + [Workload(k, prompt, answer) for k in (2, 4, 8) for prompt, answer in lengths]
+    # with 10 million parameters: most of them in the head (small D, large V), or most of them in the body
+    workloads = [Workload(2, 256, 64, peers=True), Workload(4, 256, 64)]
+    workloads.append(Workload(4, 256, 64, hidden=384, layers=6, vocab=4096))
+    return workloads + [Workload(k, prompt, answer) for k in (2, 4, 8) for prompt, answer in lengths]
 
 
 class Problem(NamedTuple):
     work: Workload
     model: Any
     tokenizer: Any
-    rows: list[dict[str, Any]]  # texts, of K = 2 as pairs
-    groups: list[TokenizedExample]  # the same as tokens
+    rows: list[dict[str, Any]]  # texts; pairs if peers take part
+    groups: list[TokenizedExample]  # the same texts as tokens
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def make(work: Workload, device: str) -> Problem:
 
     rows = []
     for _ in range(work.prompts):
-        # a blank first, for trainers that join prompt and completion; the end of sequence makes it whole
+        # a leading blank for trainers that concatenate prompt and completion; the last token is the end of sequence
         answers = [f" {text(work.completion - 1)}" for _ in range(work.group_size)]
         row = {"prompt": text(work.prompt), "completions": answers}
         if work.peers:

@@ -10,17 +10,17 @@ def test_log_ratios(device, accuracy_case, rows, verdict):
     operands = accuracy.make(accuracy_case, device)
     true = accuracy.truth(operands)
     implementations, absent = accuracy.implementations(accuracy_case)
-    found = []
+    new_rows = []
     for name, log_ratios in implementations.items():
         try:
-            found.append(accuracy.row(accuracy_case, name, true, log_ratios(operands)))
+            new_rows.append(accuracy.row(accuracy_case, name, true, log_ratios(operands)))
         except Exception as error:  # as in harness.first_results
             if name.startswith(OURS):
                 raise
-            absent[name] = harness.described(error)
+            absent[name] = harness.describe(error)
         if device == "cuda":
             torch.cuda.empty_cache()
-    found += [accuracy.row(accuracy_case, name, true, None, reason) for name, reason in absent.items()]
-    targets = accuracy.targets(accuracy_case, found, device)
-    rows.extend(report.with_targets(found, targets))
+    new_rows += [accuracy.row(accuracy_case, name, true, None, reason) for name, reason in absent.items()]
+    targets = accuracy.targets(accuracy_case, new_rows, device)
+    rows.extend(report.with_targets(new_rows, targets))
     verdict(targets)

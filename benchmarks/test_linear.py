@@ -1,7 +1,6 @@
-"""The linear path: loss and gradients from hidden states and the head, against bare matmuls and every peer at hand.
+"""The linear path: loss and gradients from hidden states and the head, against bare matmuls and installed peers.
 
-All contenders run in turn, round after round, in one process, after passing the gate on the data that is timed.
-Left out: what grows with the tokens and with K, and the memory case (test_linear_scaling.py).
+After the gate on the timed data, all contenders run in turn, round after round, in one process.
 """
 
 import pytest
@@ -19,26 +18,26 @@ def problem(linear_work, device):
 
 
 def gated(work, problem, device):
-    """One result a contender and its call, for those that may be timed; and the matmuls each is held against."""
+    """Return a result per contender, the calls of those that pass the gate, and the bare matmuls to compare with."""
     others, absent = linear_peers.contenders(work, device)
-    found = {c.name: c for c in [*linear_contenders.contenders(work), *others]}
-    arranged = {name: c.arrange(problem) for name, c in found.items()}
+    contenders = {c.name: c for c in [*linear_contenders.contenders(work), *others]}
+    arranged = {name: c.arrange(problem) for name, c in contenders.items()}
     results, calls, returned = {}, {}, {}
-    for name, contender in found.items():
-        one, gradients = harness.first_results([contender], arranged[name])
-        results |= one
+    for name, contender in contenders.items():
+        new_results, gradients = harness.first_results([contender], arranged[name])
+        results |= new_results
         for values in gradients.values():
             returned[name] = _in_first_order(arranged[name], values)
-        calls[name] = lambda contender=contender, own=arranged[name]: contender.gradient(own)[1:]
+        calls[name] = lambda contender=contender, arranged=arranged[name]: contender.gradient(arranged)[1:]
     harness.gate(results, linear_contenders.errors(problem, returned))
     for name, reason in absent.items():
         results[name] = report.Result(name, not_timed=reason)
     calls = {name: call for name, call in calls.items() if not results[name].not_timed}
-    return results, calls, {name: contender.bound for name, contender in found.items()}
+    return results, calls, {name: contender.bound for name, contender in contenders.items()}
 
 
 def _in_first_order(arranged, values):
-    """(loss, d_hidden, ...) with the sequences as they were before they were arranged."""
+    """Return (loss, d_hidden, ...) with the sequences in their original order."""
     if arranged.order is None:
         return values
     loss, d_hidden, *rest = values
@@ -51,14 +50,14 @@ def test_linear_forward_backward(benchmark, pytestconfig, device, linear_work, p
     bare = linear_contenders.bare_matmuls(problem)
     results |= {name: report.Result(name) for name in bare}
     rounds = pytestconfig.getoption("rounds") or ROUNDS[device]
-    # every contender's bound runs right before ours, so that noise which lasts longer cancels in their ratio
+    # the bare matmuls run right before ours, so that longer noise cancels in the ratio
     harness.timed(benchmark, results, bare | calls, device, rounds, WARMUP_ROUNDS)
     del bare
     for name, call in calls.items():
         if results[name].times:
             results[name].memory = measure.memory(call, device, RESIDENT_RUNS)
 
-    found = linear_report.rows(linear_work, list(results.values()), bounds)
-    rows.extend(found)
-    benchmark.extra_info |= {"machine": report.machine(device), "versions": report.versions(), "rows": found}
-    verdict(linear_report.targets(linear_work, found))
+    new_rows = linear_report.rows(linear_work, list(results.values()), bounds)
+    rows.extend(new_rows)
+    benchmark.extra_info |= {"machine": report.machine(device), "versions": report.versions(), "rows": new_rows}
+    verdict(linear_report.targets(linear_work, new_rows))

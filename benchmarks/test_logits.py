@@ -1,7 +1,7 @@
 """The logits path: the EXO loss and its gradient from given logits, against eager PyTorch and torch.compile.
 
-All contenders run in turn, round after round, in one process, after passing the gate on the data that is timed.
-What pytest-benchmark itself shows is the wall clock of ours. Left out: the matmul that makes them (test_linear.py).
+After the gate on the timed data, all contenders run in turn, round after round, in one process. The table of
+pytest-benchmark shows the wall clock of ours.
 """
 
 import pytest
@@ -18,13 +18,13 @@ def problem(work, device):
 
 
 def gated(work, problem):
-    """One result a contender and its call, for those that may be timed."""
-    found = {c.name: c for c in logits_contenders.contenders(work.dtype)}
-    results, returned = harness.first_results(found.values(), problem)
+    """Return a result per contender, and the calls of those that pass the gate."""
+    contenders = {c.name: c for c in logits_contenders.contenders(work.dtype)}
+    results, returned = harness.first_results(contenders.values(), problem)
     harness.gate(results, logits_contenders.errors(problem, returned))
     calls = {
         name: lambda contender=contender: contender.gradient(problem)[1]
-        for name, contender in found.items()
+        for name, contender in contenders.items()
         if not results[name].not_timed
     }
     return results, calls
@@ -38,7 +38,7 @@ def test_exo_forward_backward(benchmark, pytestconfig, device, work, problem, ro
     for name, call in calls.items():
         results[name].memory = measure.memory(call, device)
 
-    found = logits_report.rows(work, list(results.values()))
-    rows.extend(found)
-    benchmark.extra_info |= {"machine": report.machine(device), "versions": report.versions(), "rows": found}
-    verdict(logits_report.targets(found[0]))
+    new_rows = logits_report.rows(work, list(results.values()))
+    rows.extend(new_rows)
+    benchmark.extra_info |= {"machine": report.machine(device), "versions": report.versions(), "rows": new_rows}
+    verdict(logits_report.targets(new_rows[0]))

@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and reads what their machine code will cost.
+"""Compile the Triton kernels ahead of time for several GPUs, without a GPU, and read the cost from the machine code.
 
-A case calls the real launcher on CPU tensors and catches the launch, so warps, block sizes and the hints that triton
-derives from the arguments are those of a launch. NVIDIA code is read as SASS, AMD code as assembler text. What it
-cannot tell: whether the code is right (the interpreter and the `gpu` tests do) and how fast it runs.
+A case calls the real launcher on CPU tensors and records the launch, so the warps, block sizes and argument hints are
+those of a real launch. NVIDIA code is read as SASS, AMD code as assembler text. Correctness is tested elsewhere (by the
+interpreter and the `gpu` tests), and speed needs a GPU.
 
-`python -m tests.aot` prints the table of every case and target.
+`python -m tests.aot` prints a table of every case and target.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from exo_kernels.numerics import LogitTransform
 from exo_kernels.objectives import Betas
 from exo_kernels.schedules import matmul
 
-# by name: the package exports functions called like its modules
+# import_module, because the package exports functions with the names of its modules
 COMMON = importlib.import_module("exo_kernels._triton.common")
 TOKEN_LOGPS = importlib.import_module("exo_kernels._triton.token_logps")
 GROUP_LOSS = importlib.import_module("exo_kernels._triton.group_loss")
@@ -50,13 +50,13 @@ class Launch(NamedTuple):
 
 
 class TokenCase(NamedTuple):
-    """One launch of the token pass, or of its backward pass, on logits (2, 3, vocabulary)."""
+    """A launch of the token pass, or of its backward pass, on logits (2, 3, vocabulary)."""
 
     backward: bool
     dtype: torch.dtype
     entropy: bool = False
     vocabulary: int = 50257
-    layout: str = "plain"  # or "skewed": aligned unlike their gradient; or "transposed": columns far apart
+    layout: str = "plain"  # or "skewed": logits and gradient aligned differently; or "transposed": large column stride
 
     def __str__(self) -> str:
         words = ["backward" if self.backward else "token-pass", str(self.dtype).removeprefix("torch.")]
@@ -74,18 +74,20 @@ class TokenCase(NamedTuple):
         kernel = "token_logps_backward_kernel" if self.backward else "token_logps_kernel"
         with patch.object(COMMON, "warp_size", lambda device: warp_size):
             if not self.backward:
-                return _caught(TOKEN_LOGPS, kernel, TOKEN_LOGPS.token_logps, logits, targets, 1.0, -100, self.entropy)
+                return _record_launch(
+                    TOKEN_LOGPS, kernel, TOKEN_LOGPS.token_logps, logits, targets, 1.0, -100, self.entropy
+                )
             accumulator = torch.float64 if self.dtype == torch.float64 else torch.float32
             rows = torch.empty(shape[:2], dtype=accumulator)
             saved = torch.empty((2, *shape[:2]), dtype=accumulator)
             grad = TOKEN_LOGPS.new_gradient(logits.contiguous())
             entropies = (rows, rows) if self.entropy else (None, rows.new_empty(0))
             arguments = (grad, rows, entropies[0], logits, targets, entropies[1], saved, 1.0, -100)
-            return _caught(TOKEN_LOGPS, kernel, TOKEN_LOGPS.token_logps_backward, *arguments)
+            return _record_launch(TOKEN_LOGPS, kernel, TOKEN_LOGPS.token_logps_backward, *arguments)
 
 
 class GroupCase(NamedTuple):
-    """One launch of the group pass on two groups of two sequences."""
+    """A launch of the group pass on two groups of two sequences."""
 
     objective: str
     rewards: bool
@@ -102,11 +104,14 @@ class GroupCase(NamedTuple):
         offsets = torch.arange(0, 40, 8), torch.tensor([0, 2, 4])
         tensors = (logps, torch.zeros(32, dtype=torch.int64), ref, torch.empty(4) if self.rewards else None, *offsets)
         options = (self.per_token_ref, self.objective, Betas(0.1, 1.0, -0.001, -6.9), -100)
-        return _caught(GROUP_LOSS, "group_loss_kernel", GROUP_LOSS.group_loss, *tensors, *options)
+        return _record_launch(GROUP_LOSS, "group_loss_kernel", GROUP_LOSS.group_loss, *tensors, *options)
 
 
 class ChunkCase(NamedTuple):
-    """One launch on a chunk of three rows of accumulators; the gradient's is in place, or beside it in dtype `out`."""
+    """A launch on a chunk of three rows of accumulators.
+
+    The gradient is written in place, or to a second tensor of dtype `out`.
+    """
 
     gradient: bool
     bias: bool = False
@@ -132,11 +137,11 @@ class ChunkCase(NamedTuple):
         with patch.object(COMMON, "warp_size", lambda device: warp_size):
             if not self.gradient:
                 arguments = (a, bias, targets, transform, self.entropy)
-                return _caught(LINEAR, "chunk_logps_kernel", LINEAR.chunk_logps, *arguments)
+                return _record_launch(LINEAR, "chunk_logps_kernel", LINEAR.chunk_logps, *arguments)
             out = a if self.out is None else rows(self.out)
             row = a.new_empty(3)
             arguments = (out, a, bias, targets, transform, a.new_empty(3, 3), *[row if self.entropy else None] * 3)
-            return _caught(LINEAR, "chunk_gradient_kernel", LINEAR.chunk_gradient, *arguments)
+            return _record_launch(LINEAR, "chunk_gradient_kernel", LINEAR.chunk_gradient, *arguments)
 
 
 Case = TokenCase | GroupCase | ChunkCase
@@ -144,7 +149,7 @@ Case = TokenCase | GroupCase | ChunkCase
 
 FP32_MATH = [torch.bfloat16, torch.float16, torch.float32]
 
-# 32000: every row starts on a 16-byte boundary; 50257: GPT-2's, so most rows start off it
+# 32000: every row starts on a 16-byte boundary. 50257 (GPT-2): most rows do not
 WALKED = [
     TokenCase(backward, dtype, entropy, vocabulary)
     for backward, dtype, entropy, vocabulary in itertools.product(
@@ -152,7 +157,7 @@ WALKED = [
     )
     if not entropy or (dtype == torch.bfloat16 and vocabulary == 50257)
 ]
-# what else a launch can meet: rows whose gradient is aligned otherwise, columns far apart, fp64
+# the other kinds of launches: logits and gradient aligned differently, large column stride, fp64
 OTHERS = [
     TokenCase(True, torch.bfloat16, layout="skewed"),
     TokenCase(False, torch.bfloat16, layout="transposed"),
@@ -170,38 +175,38 @@ CASES = WALKED + OTHERS + GROUPS + CHUNKS
 
 
 class Loop(NamedTuple):
-    instructions: list[str]  # with their operands
-    loads: list[int]  # bytes a thread, of every access to global memory
+    instructions: list[str]  # with operands
+    loads: list[int]  # bytes per thread of every access to global memory
     stores: list[int]
     exponentials: int
 
 
 class Code(NamedTuple):
     registers: int
-    spilled: int  # bytes of stack and local memory, or registers spilled; none is good
-    occupancy: float  # the part of the chip's warps that registers leave room for
-    elements: int | None  # a thread and iteration, where rows are walked
-    loop: Loop | None  # the innermost loop that loads most
+    spilled: int  # bytes of stack and local memory, or spilled registers; 0 is good
+    occupancy: float  # share of the chip's warps that can be resident, limited by registers
+    elements: int | None  # per thread and iteration, if the kernel loops over rows
+    loop: Loop | None  # the innermost loop with the most bytes loaded
 
 
-def _caught(module: Any, kernel: str, launcher: Callable[..., Any], *args: Any) -> Launch:
-    """Run the launcher with a kernel that only notes how it was launched."""
-    real, caught = getattr(module, kernel), []
+def _record_launch(module: Any, kernel: str, launcher: Callable[..., Any], *args: Any) -> Launch:
+    """Run the launcher with a kernel that only records its launch; return the launch."""
+    real, launches = getattr(module, kernel), []
 
     class Recorder:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *args, **options: caught.append(Launch(real, args, options))
+            return lambda *args, **options: launches.append(Launch(real, args, options))
 
     with patch.object(module, kernel, Recorder()):
         launcher(*args)
-    return caught[0]
+    return launches[0]
 
 
 @cache
 def compiled(case: Case, target_name: str) -> Code:
     target = TARGETS[target_name]
     kernel, args, options = case.launch(target.warp_size)
-    # The steps that a launch takes; triton has no public name for the specialisation it makes of the arguments.
+    # The steps of a launch. Triton has no public function that specialises a kernel for its arguments.
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(*args, **options)
@@ -222,17 +227,18 @@ def _read_cubin(cubin: bytes, threads: int) -> tuple[int, int, float, Loop | Non
         usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
         lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", _cuobjdump("-sass", file.name))
     code = [(int(address, 16), re.sub(r"^@!?U?P\w+\s+", "", text)) for address, text in lines]
-    bodies = []
+    bodies = []  # first and last address of each loop
     for address, text in code:
         jump = re.match(r"BRA\b.*?(0x[0-9a-f]+)$", text)
         if jump and (start := int(jump[1], 16)) < address:
             bodies.append((start, address))
     inner = [a for a in bodies if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in bodies)]
     loops = [[text for address, text in code if a <= address <= b] for a, b in inner]
-    # registers are dealt to a warp by 256, a multiprocessor has 65536 of them, and 64 warps (sm_80, sm_90, sm_100)
+    # registers are allocated to a warp in units of 256; a multiprocessor of sm_80, sm_90 and sm_100 has 65536 registers
+    # and room for 64 warps
     warps = threads // 32
     blocks = 65536 // (-(-usage["REG"] * 32 // 256) * 256) // warps
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], min(blocks, 64 // warps) * warps / 64, _main(loops)
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], min(blocks, 64 // warps) * warps / 64, _main_loop(loops)
 
 
 def _cuobjdump(*arguments: str) -> str:
@@ -243,7 +249,7 @@ def _read_amdgcn(text: str) -> tuple[int, int, float, Loop | None]:
     numbers = {key: int(value) for key, value in re.findall(r"[.;\s](\w+):\s+(\d+)$", text, re.MULTILINE)}
     spilled = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"] + numbers["private_segment_fixed_size"]
     loops: dict[str, list[str]] = {}
-    # the compiler's own comments say to which loops a basic block belongs, innermost loop first
+    # comments of the compiler name the loops of each basic block, innermost loop first
     for block in re.split(r"^(?=\.LBB\d+_\d+:|; %bb\.\d+:)", text, flags=re.MULTILINE):
         if "Inner Loop Header" in block:
             header = block.split(":")[0].removeprefix(".L")
@@ -252,7 +258,7 @@ def _read_amdgcn(text: str) -> tuple[int, int, float, Loop | None]:
         else:
             continue
         loops.setdefault(header, []).extend(re.findall(r"^\t([a-z]\w+\b.*)", block, re.MULTILINE))
-    return numbers["vgpr_count"], spilled, numbers["Occupancy"] / 8, _main(list(loops.values()))
+    return numbers["vgpr_count"], spilled, numbers["Occupancy"] / 8, _main_loop(list(loops.values()))
 
 
 ACCESS = re.compile(r"(?:(LDG)|(STG))\.(\S+)|(?:global|buffer|flat)_(?:(load)|(store))_(\w+)")
@@ -260,12 +266,12 @@ WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 WIDTHS |= {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "ushort": 2, "short": 2, "sbyte": 1, "ubyte": 1, "byte": 1}
 
 
-def _main(bodies: list[list[str]]) -> Loop | None:
-    loops = [_loop(instructions) for instructions in bodies]
+def _main_loop(bodies: list[list[str]]) -> Loop | None:
+    loops = [_parse_loop(instructions) for instructions in bodies]
     return max((loop for loop in loops if loop.loads), key=lambda loop: sum(loop.loads), default=None)
 
 
-def _loop(instructions: list[str]) -> Loop:
+def _parse_loop(instructions: list[str]) -> Loop:
     loads, stores, exponentials = [], [], 0
     for instruction in instructions:
         exponentials += instruction.startswith(("MUFU.EX2", "v_exp_f32"))
@@ -277,7 +283,10 @@ def _loop(instructions: list[str]) -> Loop:
 
 
 def table() -> str:
-    """What each kernel costs; the last four columns speak of its main loop, where it walks rows in fp32 arithmetic."""
+    """Return the cost of every kernel as text.
+
+    The last four columns describe the main loop of kernels that loop over rows in fp32 arithmetic.
+    """
     rows = [("kernel", "target", "regs", "spill", "warps", "load", "store", "exp", "instr")]
     for case, target in itertools.product(CASES, TARGETS):
         code = compiled(case, target)

@@ -1,19 +1,20 @@
-"""The one error budget: how far from the truth a result may be, decided in one place and used by every test.
+"""The error budget of the kernels' tests: the largest allowed distance between a result and the fp64 reference.
 
-Element by element:  |result - oracle| <= 2 |plain - oracle| + epsilon
+Elementwise:  |result - oracle| <= 2 |plain - oracle| + epsilon
 
 oracle   exo_kernels.reference on float64 inputs
-plain    the same on inputs upcast to float32, on the device under test, its result rounded once to the dtype that is
-         due. Nobody can ask a fused kernel to be better, and twice it leaves room for another order of summation. (On a
-         CPU, torch adds up a row one after another: with 50257 columns, one of them high, 4e-5 nat go missing)
-epsilon  plain is sometimes right by luck, so a result may also be off by ULPS ulps of the accumulator (float32, or
-         float64 for float64 input) at the scale of the numbers it is made of. The scales are first-order error bounds:
-           log p         max(1, |log p|)        the terms x - max and log(sum) are no larger, and the sum is at least 1
+plain    exo_kernels.reference on inputs upcast to float32, on the device under test, with the result rounded once to
+         the expected dtype. The factor 2 leaves room for another order of summation. (On CPU, torch sums a row
+         sequentially: with 50257 columns, one of them large, the sum loses 4e-5 nat)
+epsilon  plain can be exact by luck, so a result may also be off by ULPS ulps of the accumulator (float32, or float64
+         for float64 input), relative to the scale of the terms it is computed from. The scales are first-order error
+         bounds:
+           log p         max(1, |log p|)        bounds the terms x - max and log(sum); the sum is at least 1
            p             p (1 + |log p|)        p = exp(log p)
            entropy       sum p (1 + |log p|)^2  a sum of p log p
-           S             the sum of its log-probs' scales
-         A loss and a slope g = dL/dS move when each S does, by as much as the oracle says they move.
-What is not finite must be exactly the same thing. Rows without loss have scale 0: they must be exactly right.
+           S             the sum of the scales of its log-probs
+         The epsilons of the loss and the slopes g = dL/dS follow from those of S by finite differences of the oracle.
+Values that are not finite must be identical. Rows without loss have scale 0 and must be exact.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ from torch import Tensor
 import exo_kernels
 from exo_kernels import reference
 
-STEP = 1e-6  # of S, for finite differences
-ULPS = 4  # a handful of roundings: scale, difference, exponential, sum, logarithm, product
+STEP = 1e-6  # change of S in finite differences
+ULPS = 4  # for the roundings of scale, difference, exponential, sum, logarithm and product
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -36,17 +37,17 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def ulps_of(dtype: torch.dtype, vocab: int = 1) -> float:
-    """ULPS ulps, at 1, of the accumulator's dtype; and the oracle's own error, whose float64 sums have V roundings."""
+    """Return ULPS ulps (at 1) of the accumulator's dtype, plus the error of the oracle's float64 sum of V terms."""
     return ULPS * torch.finfo(accumulator(dtype)).eps + vocab * torch.finfo(torch.float64).eps / 2
 
 
 def compare(name: str, result: Tensor, plain: Tensor, oracle: Tensor, epsilon: Tensor | float) -> None:
-    """The inequality above; fails with the worst element."""
+    """Check the inequality above elementwise; the failure message shows the worst element."""
     assert result.shape == oracle.shape, f"{name}: shape {tuple(result.shape)}, expected {tuple(oracle.shape)}"
     assert result.dtype == plain.dtype, f"{name}: {result.dtype}, expected {plain.dtype}"
     result, plain, oracle = (x.detach().cpu().double() for x in (result, plain, oracle))
     finite = plain.isfinite() & oracle.isfinite()
-    expected = torch.where(oracle.isfinite(), plain, oracle)[~finite]  # plain: beyond what the dtype holds
+    expected = torch.where(oracle.isfinite(), plain, oracle)[~finite]  # plain overflows where the oracle does not
     torch.testing.assert_close(result[~finite], expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
     error = (result - oracle).abs()
     allowed = 2 * (plain - oracle).abs() + epsilon
@@ -59,14 +60,14 @@ def compare(name: str, result: Tensor, plain: Tensor, oracle: Tensor, epsilon: T
         )
 
 
-def same(name: str, result: Tensor, expected: Tensor, scale: Tensor | float = 1.0) -> None:
-    """Two ways to the same number, neither of them the oracle: ULPS ulps of the accumulator apart at most."""
+def assert_same(name: str, result: Tensor, expected: Tensor, scale: Tensor | float = 1.0) -> None:
+    """Check that two results, neither of them the oracle's, differ by at most ULPS ulps of the accumulator."""
     epsilon = ulps_of(result.dtype) * torch.as_tensor(scale, dtype=torch.float64)
     compare(name, result, expected.to(result.dtype), expected, epsilon)
 
 
 def truncation(oracle: Tensor, dtype: torch.dtype) -> Tensor | float:
-    """One ulp of bf16 under triton's interpreter, which cuts float32 off where a GPU would round it; otherwise 0."""
+    """Return one ulp of bf16 under triton's interpreter, which truncates float32 where a GPU rounds; otherwise 0."""
     if dtype != torch.bfloat16 or not exo_kernels.dispatch.INTERPRETED:
         return 0.0
     return torch.finfo(dtype).eps * torch.exp2(oracle.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor())
@@ -76,7 +77,7 @@ class Softmax(NamedTuple):
     """The fp64 softmax of every row with loss; zeros in the other rows."""
 
     p: Tensor  # (..., V)
-    log_p: Tensor  # (..., V), 0 where p is
+    log_p: Tensor  # (..., V), 0 where p is 0
     onehot: Tensor  # (..., V)
     scored: Tensor  # (...)
 
@@ -98,7 +99,7 @@ class Softmax(NamedTuple):
 
 
 def token_answer(logits: Tensor, labels: Tensor, g: Tensor, h: Tensor | None, layout: dict, **impl: str) -> dict:
-    """Log-probs, entropies where h is given, and the gradient of their sums weighted with g and h."""
+    """Return log-probs, entropies if h is given, and the gradient of their sums weighted with g and h."""
     function = exo_kernels.token_logps if impl else reference.token_logps
     x = logits.detach().requires_grad_()
     results = function(x, labels, return_entropy=h is not None, **layout, **impl)
@@ -118,13 +119,13 @@ def check_tokens(
     entropy: bool = False,
     **layout: Any,
 ) -> None:
-    """token_logps and its gradient for random coefficients. `view` lays the logits out another way."""
+    """Check token_logps and its gradient for random coefficients. `view` changes the strides of the logits."""
     rng = torch.Generator().manual_seed(0)
     g = torch.randn(labels.shape, generator=rng, dtype=torch.float64)
     h = torch.randn(labels.shape, generator=rng, dtype=torch.float64) if entropy else None
     result = token_answer(view(logits.to(device)), labels.to(device), g, h, layout, impl=impl)
     oracle = token_answer(logits.double(), labels, g, h, layout)
-    with any_algorithm():
+    with allow_nondeterminism():
         plain = token_answer(logits.to(device, accumulator(logits.dtype)), labels.to(device), g, h, layout)
 
     temperature = layout.get("temperature", 1.0)
@@ -134,15 +135,15 @@ def check_tokens(
     if entropy:
         entropy_scale = (z.p * (1 + z.log_p.abs()) ** 2).sum(-1)
         compare("entropies", result["entropies"], plain["entropies"], oracle["entropies"], unit * entropy_scale)
-        bracket = 1 + z.log_p.abs() + entropy_scale[..., None]  # log p + H, and H as exact as just checked
+        bracket = 1 + z.log_p.abs() + entropy_scale[..., None]  # bounds log p + H and, as checked above, the error of H
         coefficient = coefficient + h.abs()[..., None] * z.p_scale * bracket
     compare("logps", result["logps"], plain["logps"], oracle["logps"], unit * z.logp_scale())
     _compare_gradient(result, plain, oracle, unit * coefficient / temperature, logits.dtype)
 
 
 @contextlib.contextmanager
-def any_algorithm() -> Iterator[None]:
-    """The oracle may take whatever algorithms torch has; only the code under test has to be deterministic."""
+def allow_nondeterminism() -> Iterator[None]:
+    """Allow nondeterministic algorithms in the oracle; only the code under test must be deterministic."""
     enabled = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     yield
@@ -151,12 +152,12 @@ def any_algorithm() -> Iterator[None]:
 
 def _compare_gradient(result: dict, plain: dict, oracle: dict, epsilon: Tensor, dtype: torch.dtype) -> None:
     epsilon = epsilon + truncation(oracle["grad"], dtype)
-    epsilon = epsilon + torch.finfo(accumulator(dtype)).tiny * (epsilon > 0)  # exponentials flush to zero below
+    epsilon = epsilon + torch.finfo(accumulator(dtype)).tiny * (epsilon > 0)  # smaller exponentials flush to zero
     compare("grad", result["grad"], plain["grad"].to(dtype), oracle["grad"], epsilon)
 
 
 def loss_answer(case: Case, logits: Tensor, impl: str | None = None, **options: Any) -> dict[str, Tensor]:
-    """Loss, statistics and gradient of one call."""
+    """Return loss, statistics and gradient of one call."""
     module, options = (reference, options) if impl is None else (exo_kernels, options | {"impl": impl})
     x = logits.detach().requires_grad_()
     function = getattr(module, f"fused_{case.objective}_loss")
@@ -168,14 +169,14 @@ def loss_answer(case: Case, logits: Tensor, impl: str | None = None, **options: 
 def check_loss(
     case: Case, impl: str, device: str, view: Callable[[Tensor], Tensor] = lambda x: x, **options: Any
 ) -> dict[str, Tensor]:
-    """A fused loss, its statistics and its gradient; returns the result. `view` lays the logits out another way."""
+    """Check a fused loss, its statistics and its gradient; return them. `view` changes the strides of the logits."""
     dtype = case.logits.dtype
-    there = case.on(device)
+    moved = case.on(device)
     oracle = loss_answer(case, case.logits.double())
-    with any_algorithm():
-        plain = loss_answer(there, there.logits.to(accumulator(dtype)))
+    with allow_nondeterminism():
+        plain = loss_answer(moved, moved.logits.to(accumulator(dtype)))
     epsilons = _loss_epsilons(case, oracle)
-    result = loss_answer(there, view(there.logits), impl, **options)  # last, because it may write over the logits
+    result = loss_answer(moved, view(moved.logits), impl, **options)  # last, because it may overwrite the logits
     for name in ("loss", "policy_logps", "implicit_rewards", "p", "q", "losses"):
         compare(name, result[name], plain[name], oracle[name], epsilons[name])
     _compare_gradient(result, plain, oracle, epsilons["grad"], dtype)
@@ -184,7 +185,7 @@ def check_loss(
 
 
 def _loss_epsilons(case: Case, oracle: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Epsilon of every number that a loss returns, and of the gradient."""
+    """Return the epsilons of the loss, its statistics and its gradient."""
     unit = ulps_of(case.logits.dtype, case.logits.shape[-1])
     temperature, cu_seqlens = case.options.get("temperature", 1.0), case.options.get("cu_seqlens")
     beta = case.options.get("beta_pi", 0.1)
@@ -202,7 +203,7 @@ def _loss_epsilons(case: Case, oracle: dict[str, Tensor]) -> dict[str, Tensor]:
         moved = group_numbers(case, policy + step, ref)
         for move, a, b in zip(moves, moved, (loss, losses, slopes), strict=True):
             move += (a - b).abs() / STEP * drift[n]
-    # the group pass is float64 whatever the dtype: p (log p - log q - L) and p - q are differences of such numbers
+    # the group pass computes in float64 for every dtype: p (log p - log q - L) and p - q are differences in float64
     difference = beta * (1 + losses.nan_to_num(0, 0, 0).abs().sum()) * ulps_of(torch.float64)
     weight = 1.0 if case.weights is None else case.weights.abs().max()
     slope_epsilon = moves[2] + unit * slopes.abs() + weight * difference
@@ -225,7 +226,7 @@ def _loss_epsilons(case: Case, oracle: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def group_numbers(case: Case, policy: Tensor, ref: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, losses (G,) and slopes dL/dS (N,), from sums, by the oracle."""
+    """Return the oracle's loss, losses (G,) and slopes dL/dS (N,) for sums of log-probs (N,)."""
     names = ("group_size", "rewards", "beta_pi", "beta_r", "label_smoothing", "compat")
     options = {name: case.options[name] for name in names if name in case.options}
     options["objective"] = case.objective

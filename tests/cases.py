@@ -1,8 +1,8 @@
-"""Input for the tests of the losses: rows that are peaked, masked and ragged, because random ones hide bugs.
+"""Input for the tests of the losses: rows that are peaked, masked and ragged, because random rows hide bugs.
 
-Random logits have a nearly uniform softmax, in which most faults drown. Here a third of the rows is near-uniform, a
-third has one logit 10 to 40 above the rest and it is the label's, a third has it elsewhere. Left out: what is not
-finite or does not fit (test_adversarial.py makes it from these).
+Random logits have a nearly uniform softmax, which hides most bugs. Here a third of the rows is nearly uniform, a third
+has one logit 10 to 40 above the rest at the label, and a third has it at another id. All values are finite and in
+range; test_adversarial.py changes some of them.
 """
 
 from collections.abc import Iterator
@@ -25,18 +25,18 @@ class Case(NamedTuple):
     ref_logps: Tensor
     objective: str = "exo"
     options: dict[str, Any] = {}  # keyword arguments of the loss
-    weights: Tensor | None = None  # (G,): with reduction="none", what the losses are multiplied with before backward
+    weights: Tensor | None = None  # (G,): with reduction="none", gradient of the losses
 
-    def but(self, **options: Any) -> "Case":
+    def with_options(self, **options: Any) -> "Case":
         return self._replace(options=self.options | options)
 
     def layout(self) -> dict[str, Any]:
-        """The options that token_logps and sequence_logps take too."""
+        """Return the options that token_logps and sequence_logps also take."""
         names = ("temperature", "cu_seqlens", "shift", "ignore_index")
         return {name: self.options[name] for name in names if name in self.options}
 
     def on(self, device: str) -> "Case":
-        """On another device; strides stay as they are on the same one."""
+        """Move the case to a device. On the same device nothing is copied, so strides stay."""
         if device == "cpu":
             return self
         options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
@@ -50,7 +50,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def make_labels(shape: tuple[int, ...], vocab: int, seed: int = 0, ignored: float = 0.3) -> Tensor:
-    """Random labels, the first and the last id among them, a share of them ignored."""
+    """Return random labels that include the first and the last id; a share of them is ignored."""
     rng = seeded(seed)
     labels = torch.randint(vocab, shape, generator=rng)
     labels[torch.rand(shape, generator=rng) < ignored] = IGNORED
@@ -60,7 +60,7 @@ def make_labels(shape: tuple[int, ...], vocab: int, seed: int = 0, ignored: floa
 
 
 def make_logits(targets: Tensor, vocab: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """One row a target: near-uniform, confident and right, or confident and wrong, in turn."""
+    """Return one row per target: in turn nearly uniform, confident and right, or confident and wrong."""
     rng = seeded(seed + 1)
     logits = torch.randn((*targets.shape, vocab), generator=rng, dtype=torch.float64)
     gaps = 10 + 30 * torch.rand(targets.shape, generator=rng, dtype=torch.float64)
@@ -72,7 +72,7 @@ def make_logits(targets: Tensor, vocab: int, dtype: torch.dtype, seed: int = 0) 
 
 
 def aligned(labels: Tensor, shift: bool | None = None) -> Tensor:
-    """The target of every row, written out again because groups.align_targets is under test."""
+    """Return the target of every row, without groups.align_targets because that is under test."""
     if labels.dim() == 1 or shift is False:
         return labels.long()
     targets = torch.full_like(labels, IGNORED, dtype=torch.long)
@@ -81,7 +81,7 @@ def aligned(labels: Tensor, shift: bool | None = None) -> Tensor:
 
 
 def make_ref(logits: Tensor, labels: Tensor, layout: dict[str, Any], seed: int = 0) -> Tensor:
-    """Per-token log-probs, float64, of a reference that has drifted a little from the policy."""
+    """Return per-token float64 log-probs of a reference model close to the policy."""
     noise = torch.randn(logits.shape, generator=seeded(seed + 2), dtype=torch.float64)
     return reference.token_logps(logits.double() + 0.3 * noise, labels, **layout)
 
@@ -99,7 +99,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     *,
     seed: int = 0,
-    lengths: list[int] | None = None,  # packed, where given; n and t are then theirs
+    lengths: list[int] | None = None,  # if given, the case is packed, and n and t are not used
     per_token_ref: bool = False,
     ref_dtype: torch.dtype = torch.float64,
     objective: str = "exo",
@@ -126,7 +126,7 @@ def make_case(
 
 
 def layouts(logits: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The same (N, T, V) values under strides that users make: views of larger memory full of NaN."""
+    """Yield the same (N, T, V) values with strides that users create: views of larger tensors full of NaN."""
     n, t, v = logits.shape
 
     def inside(*shape: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""A seeded fuzz harness: thousands of valid and hostile inputs, each of which must give the right result or one line.
+"""A seeded fuzz harness: each of thousands of valid and hostile inputs must give the right result or a one-line error.
 
     python -m tests.fuzz --seed 0 --cases 2000             every class
-    python -m tests.fuzz --seed 0 --only data --case 17    one case again, with its traceback
+    python -m tests.fuzz --seed 0 --only data --case 17    repeat one case, with its traceback
 
-A case is a function of a random stream that depends on the seed, the class and the case's number alone. It returns what
-became of it ("right", "refused", ...) and raises for everything else: a wrong number, a traceback, a message of several
-lines. The classes are in tests/fuzz_cases.py.
+A case is a function of a random stream, which depends only on the seed, the class and the number of the case. It
+returns its outcome ("right", "refused", ...) and raises if a result is wrong or an error is not a one-line message.
+The classes are in tests/fuzz_cases.py.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))  # the tests import each other by name
 
 Case = Callable[[random.Random, Path], str]
-SECONDS = 60  # that a case may take
+SECONDS = 60  # time limit of a case
 
 
 class Failure(NamedTuple):
@@ -34,38 +34,38 @@ class Failure(NamedTuple):
 
 
 def run(name: str, case: Case, seed: int, numbers: Iterator[int] | range) -> tuple[Counter[str], list[Failure]]:
-    """Run cases of a class; return how many came out which way, and those that failed."""
+    """Run the numbered cases of a class; return the count of each outcome, and the failures."""
     outcomes: Counter[str] = Counter()
     failures = []
     for number in numbers:
         try:
             outcomes[once(name, case, seed, number)] += 1
-        except Exception as error:  # every one of them is a finding
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            what = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-            failures.append(Failure(name, number, " ".join(what.split())[:400]))
+        except Exception as error:  # every exception is a failure
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+            failures.append(Failure(name, number, " ".join(message.split())[:400]))
             outcomes["FAILED"] += 1
     return outcomes, failures
 
 
 def once(name: str, case: Case, seed: int, number: int) -> str:
-    with TemporaryDirectory(prefix="exo-fuzz-") as folder, warnings.catch_warnings(), _at_most(SECONDS):
+    with TemporaryDirectory(prefix="exo-fuzz-") as folder, warnings.catch_warnings(), _time_limit(SECONDS):
         warnings.simplefilter("ignore")
         return case(random.Random(f"{seed}/{name}/{number}"), Path(folder))
 
 
 @contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    def late(signum: int, frame: object) -> None:
+def _time_limit(seconds: int) -> Iterator[None]:
+    def on_alarm(signum: int, frame: object) -> None:
         raise TimeoutError(f"not done after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
+    previous = signal.signal(signal.SIGALRM, on_alarm)
     signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def main() -> int:
@@ -73,9 +73,11 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=2000, help="of all classes together, in their proportions")
-    parser.add_argument("--only", choices=sorted(fuzz_cases.CLASSES), help="one class")
-    parser.add_argument("--case", type=int, help="one case of it")
+    parser.add_argument(
+        "--cases", type=int, default=2000, help="number of cases of all classes together, shared by weight"
+    )
+    parser.add_argument("--only", choices=sorted(fuzz_cases.CLASSES), help="run one class")
+    parser.add_argument("--case", type=int, help="run one case of that class")
     options = parser.parse_args()
     names = [options.only] if options.only else list(fuzz_cases.CLASSES)
     if options.case is not None:
@@ -87,8 +89,8 @@ def main() -> int:
         entry = fuzz_cases.CLASSES[name]
         number = max(1, round(options.cases * entry.share / shares))
         outcomes, failures = run(name, entry.case, options.seed, range(number))
-        counted = ", ".join(f"{outcome} {count:,}" for outcome, count in sorted(outcomes.items()))
-        print(f"{name}: {number:,} cases: {counted}", flush=True)
+        counts = ", ".join(f"{outcome} {count:,}" for outcome, count in sorted(outcomes.items()))
+        print(f"{name}: {number:,} cases: {counts}", flush=True)
         failed += failures
     for failure in failed:
         print(f"--only {failure.name} --case {failure.case}: {failure.error}")

@@ -1,4 +1,4 @@
-"""What the fuzz harness tries, by class. See tests/fuzz.py."""
+"""The classes of cases of the fuzz harness. See tests/fuzz.py."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def one_line(error: BaseException) -> str:
 
 
 def valid_call(rng: random.Random, folder: Path) -> str:
-    """A fused loss or token log-probs against the fp64 reference, within the budget of tests/budget.py."""
+    """Compare a fused loss or token log-probs with the fp64 reference, within the budget of tests/budget.py."""
     torch.set_num_threads(1)
     seed, dtype, vocab = rng.randrange(2**31), rng.choice(DTYPES), rng.choice([1, 2, 3, 17, 64, 257, 1201])
     temperature = rng.choice([1.0, 0.25, 0.7, 3.0])
@@ -92,7 +92,7 @@ _LINEAR = [
 
 
 def hostile_call(rng: random.Random, folder: Path) -> str:
-    """One argument replaced: ValueError or TypeError of one line, or a result if the value happens to be allowed."""
+    """Replace one argument: expect a one-line ValueError or TypeError, or a result if the value is allowed."""
     function = rng.choice([*ON_LOGITS, *ALL_LOSSES, *_LINEAR])
     if function in _LINEAR:
         arguments = {"hidden": torch.zeros(N, T, 5), "weight": torch.zeros(V, 5)}
@@ -120,7 +120,7 @@ def hostile_call(rng: random.Random, folder: Path) -> str:
     result = result[0] if isinstance(result, tuple) and not hasattr(result, "schedule") else result
     assert name not in _TENSORS or value is None or isinstance(value, torch.Tensor), f"{name}={value!r} passed"
     if name in ("policy_logps", "logits", "hidden", "weight") and not torch.as_tensor(value).isfinite().all():
-        assert not result.isfinite().all(), f"{name}={value!r}: what the policy has of NaN must show"
+        assert not result.isfinite().all(), f"{name}={value!r}: the result hides a NaN of the policy"
         return "allowed"
     assert hasattr(result, "schedule") or result.device.type == "meta" or result.isfinite().all(), f"{name}={value!r}"
     return "allowed"
@@ -130,18 +130,18 @@ def hostile_call(rng: random.Random, folder: Path) -> str:
 
 
 def data_file(rng: random.Random, folder: Path) -> str:
-    """A file of valid rows, mutated: a DataError with the file's name, or all rows accounted for."""
+    """Read a mutated file of valid rows: expect a DataError that names the file, or all rows read or skipped."""
     path, rows, purpose, mutated = fuzz_files.data_file(rng, folder)
     skip = rng.random() < 0.5
     try:
-        found = data.read(path, purpose=purpose, skip_invalid=skip)
+        loaded = data.read(path, purpose=purpose, skip_invalid=skip)
     except data.DataError as error:
         assert path.name in str(error), f"names no file: {error}"
         assert mutated, f"valid rows refused: {error}"
         return one_line(error)
-    assert found.rows == len(found.examples) + sum(found.skipped.values())
-    assert mutated or found.rows == rows, f"{found.rows} of {rows} rows"
-    return "skipped some" if found.skipped else "right"
+    assert loaded.rows == len(loaded.examples) + sum(loaded.skipped.values())
+    assert mutated or loaded.rows == rows, f"{loaded.rows} of {rows} rows"
+    return "skipped some" if loaded.skipped else "right"
 
 
 # exo.models
@@ -149,7 +149,7 @@ def data_file(rng: random.Random, folder: Path) -> str:
 
 @functools.cache
 def _model() -> tuple[Path, torch.Tensor]:
-    """A tiny model in a directory, and its logits."""
+    """Return the directory of a tiny model, and its logits."""
     import tempfile
 
     from tasks import write_model
@@ -166,36 +166,36 @@ def _logits(directory: Path) -> torch.Tensor:
 
 
 def model_directory(rng: random.Random, folder: Path) -> str:
-    """A model directory, mutated: a ValueError of one line, or the logits of the model as it was."""
+    """Load a mutated model directory: expect a one-line ValueError, or the logits of the original model."""
     source, expected = _model()
-    place = folder / "model"
-    shutil.copytree(source, place)
-    what = fuzz_files.model_directory(rng, place)
+    directory = folder / "model"
+    shutil.copytree(source, directory)
+    mutation = fuzz_files.model_directory(rng, directory)
     try:
-        found = _logits(place)
+        logits = _logits(directory)
     except ValueError as error:
         return one_line(error)
-    if found.shape == expected.shape and torch.equal(found, expected):
+    if logits.shape == expected.shape and torch.equal(logits, expected):
         return "right"
-    assert what == "changed", f"{what}, and other logits"
-    return "another model"  # a config or a weight of other numbers is a model too
+    assert mutation == "changed", f"{mutation}, and other logits"
+    return "another model"  # a changed number in the config or the weights can give a valid model
 
 
 # YAML and recipes
 
 
 def yaml_file(rng: random.Random, folder: Path) -> str:
-    """Options from a mutated YAML file: a Config, or exit code 2 and one line."""
+    """Parse options from a mutated YAML file: expect a Config, or an exit with a one-line message."""
     path = folder / "options.yaml"
     fuzz_files.write_yaml(rng, path, "model: tiny\ndata: rows.jsonl\nbeta_pi: 0.5\nmax_steps: 10\ndropout: true\n")
-    said: list[str] = []
+    error: list[str] = []
     with patch.object(_Parser, "exit", lambda self, status, message: (_ for _ in ()).throw(_Exit(message))):
         try:
             parsed = parse(align.Config, ["--config", str(path)], prog="fuzz", description=None)
         except _Exit as stop:
-            said = str(stop).splitlines()
-    if said:
-        assert len(said) == 1 and len(said[0]) < 1000, said[:2]
+            error = str(stop).splitlines()
+    if error:
+        assert len(error) == 1 and len(error[0]) < 1000, error[:2]
         return "refused"
     assert parsed.max_steps == -1 or parsed.max_steps >= 1
     return "right"
@@ -206,7 +206,7 @@ class _Exit(Exception):
 
 
 def recipe_file(rng: random.Random, folder: Path) -> str:
-    """A mutated recipe: a plan, or a ConfigError of one line."""
+    """Plan a mutated recipe: expect a plan, or a one-line ConfigError."""
     path = folder / "recipe.yaml"
     text = (experiment_recipe.RECIPES / f"{rng.choice(['quickstart', 'polarity'])}.yaml").read_text(encoding="utf-8")
     if rng.random() < 0.5:
@@ -229,7 +229,7 @@ def recipe_file(rng: random.Random, folder: Path) -> str:
 
 
 def fault(rng: random.Random, folder: Path) -> str:
-    """An OSError at the n-th call of the file system: the old file or the new one, whole, and nothing beside it."""
+    """Raise OSError at the n-th file system call: expect the complete old or new file, and no other file."""
     run, old, new = folder / "run", {"a": 1}, {"a": 2, "b": "x" * rng.choice([1, 10_000])}
     run.mkdir()
     write_json(run / "file.json", old)
@@ -247,23 +247,23 @@ def fault(rng: random.Random, folder: Path) -> str:
     names = ["fsync", "replace", "open"]
     patches = [patch.object(os, name, failing_call(getattr(os, name))) for name in names]
     try:
-        for one in patches:
-            one.start()
+        for patcher in patches:
+            patcher.start()
         write_json(run / "file.json", new)
         outcome = "written"
     except OSError as error:
         assert "injected" in str(error)
-        outcome = "failed whole"
+        outcome = "failed"
     finally:
-        for one in patches:
-            one.stop()
+        for patcher in patches:
+            patcher.stop()
     assert json.loads((run / "file.json").read_text()) in (old, new)
     assert [entry.name for entry in run.iterdir()] == ["file.json"], "something is left behind"
     return outcome
 
 
 def record(rng: random.Random, folder: Path) -> str:
-    """A run.json that no stage wrote: not a run of ours, or a record whose types are right."""
+    """Read a mutated run.json: expect None, or a record with the right types."""
     values: Any = {
         "stage": "align", "command": ["python"], "arguments": {"seed": 0}, "started": "now", "inputs": {"data": "x"},
         "outputs": {"model.safetensors": "x"}, "finished": "now", "again": ["now"],
@@ -273,15 +273,15 @@ def record(rng: random.Random, folder: Path) -> str:
     if rng.random() < 0.3:
         text = fuzz_files.mutated_text(rng, text)
     (folder / "run.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    found = run_record.read_run(folder)
-    if found is None:
+    run = run_record.read_run(folder)
+    if run is None:
         return "refused"
-    assert isinstance(found["stage"], str) and isinstance(found["arguments"], dict)
-    assert run_record.command(found).isprintable()  # messages show it
-    if found["stage"] in run_record.STAGES:  # what the next stage does with it
-        run_record.changed(found, {"seed": 1})
+    assert isinstance(run["stage"], str) and isinstance(run["arguments"], dict)
+    assert run_record.command(run).isprintable()  # because messages show it
+    if run["stage"] in run_record.STAGES:  # call the functions that the next stage calls
+        run_record.changed(run, {"seed": 1})
         try:
-            run_inputs.source("data", str(folder), found["stage"])
+            run_inputs.source("data", str(folder), run["stage"])
         except (ValueError, RunError) as error:
             one_line(error)
     return "right"
@@ -289,7 +289,7 @@ def record(rng: random.Random, folder: Path) -> str:
 
 class Class(NamedTuple):
     case: Case
-    share: int  # of the cases
+    share: int  # weight in the number of cases
 
 
 CLASSES = {

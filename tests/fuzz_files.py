@@ -1,4 +1,4 @@
-"""Files for the fuzz harness: valid ones of every shape and container, and ways to break them."""
+"""Files for the fuzz harness: valid files of every format and container, and ways to break them."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ ODD: list[Any] = [
 
 
 def data_file(rng: random.Random, folder: Path) -> tuple[Path, int, Any, bool]:
-    """A path, the number of its rows, their purpose, and whether anything was changed in them."""
+    """Write a data file; return its path, its number of rows, their purpose, and True if the file may be mutated."""
     purpose = rng.choice(list(_ROWS))
     make = rng.choice(_ROWS[purpose])
     rows = [make(i) for i in range(rng.randint(1, 6))]
@@ -54,7 +54,7 @@ def data_file(rng: random.Random, folder: Path) -> tuple[Path, int, Any, bool]:
 
 
 def replace_somewhere(rng: random.Random, value: Any) -> None:
-    """Replace, remove, add or rename one thing anywhere below a list or a mapping, in place."""
+    """Replace, remove, add or rename one item of a nested list or mapping, in place."""
     places = list(_containers(value))
     place = rng.choice(places)
     if isinstance(place, list):
@@ -81,7 +81,7 @@ def _containers(value: Any) -> Any:
 
 
 def mutated_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Bytes flipped, cut, repeated, inserted."""
+    """Return a copy with some bytes changed, removed, repeated or inserted."""
     data = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(data) + 1)
@@ -118,13 +118,13 @@ def write_yaml(rng: random.Random, path: Path, text: str) -> None:
     path.write_bytes(mutated_bytes(rng, content) if rng.random() < 0.3 else content)
 
 
-def model_directory(rng: random.Random, place: Path) -> str:
-    """Change a file; return "harmless", "broken" (weights are missing) or "changed" (perhaps still valid)."""
-    files = sorted(path for path in place.iterdir() if path.is_file())
+def model_directory(rng: random.Random, directory: Path) -> str:
+    """Change a file; return "harmless", "broken" (weights are missing) or "changed" (may still be valid)."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
     path = rng.choice(files)
     how = rng.randrange(6)
     if how == 0:
-        (place / "notes.txt").write_bytes(rng.randbytes(100))
+        (directory / "notes.txt").write_bytes(rng.randbytes(100))
         return "harmless"
     if how == 1:
         path.unlink()

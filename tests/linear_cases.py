@@ -1,14 +1,14 @@
-"""Input for the tests of the losses from hidden states, and their error budget: that of budget.py, carried through.
+"""Input for the tests of the losses from hidden states, and their error budget, which extends budget.py to matmuls.
 
-The numbers that matter are now made by matmuls, so each scale is a product of absolute values: a logit is as large as
-|h| |W|^T + |b|, a gradient as |d| |W| and |d|^T |h|, d being what the logits' errors make of the softmax. Two honest
-orders of summation differ by ulps of these, not of the result.
+The scale of a matmul's result is a product of absolute values: |h| |W|^T + |b| for the logits, |d| |W| and |d|^T |h|
+for the gradients, where d is the error of the softmax that follows from the logits' errors. Two correct orders of
+summation differ by ulps of these scales, not by ulps of the result.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-from budget import accumulator, any_algorithm, compare, group_numbers, ulps_of
+from budget import accumulator, allow_nondeterminism, compare, group_numbers, ulps_of
 from cases import IGNORED, aligned, make_labels, seeded, sums_of
 from torch import Tensor
 
@@ -28,19 +28,19 @@ class LinearCase(NamedTuple):
     ref_logps: Tensor | None
     objective: str = "exo"
     options: dict[str, Any] = {}  # keyword arguments of the loss
-    weights: Tensor | None = None  # (G,): with reduction="none", what the losses are multiplied with before backward
+    weights: Tensor | None = None  # (G,): with reduction="none", gradient of the losses
 
-    def but(self, **options: Any) -> "LinearCase":
+    def with_options(self, **options: Any) -> "LinearCase":
         return self._replace(options=self.options | options)
 
-    def of(self, *names: str) -> dict[str, Any]:
+    def selected(self, *names: str) -> dict[str, Any]:
         return {name: self.options[name] for name in names if name in self.options}
 
     def cu_seqlens(self) -> Tensor | None:
         return self.options.get("cu_seqlens")
 
     def to(self, dtype: torch.dtype, device: str | None = None) -> "LinearCase":
-        """Everything that enters a matmul in another dtype; everything on another device."""
+        """Convert the operands of matmuls to a dtype, and move all tensors to a device."""
         floats = ("bias", "ref_hidden", "ref_weight", "ref_bias")
         options = {k: v.to(dtype) if k in floats and v is not None else v for k, v in self.options.items()}
         case = self._replace(hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), options=options)
@@ -52,7 +52,7 @@ class LinearCase(NamedTuple):
 
 
 def make_hidden(targets: Tensor, weight: Tensor, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """One row a target: near-uniform, confident and right, confident and wrong, in turn; NaN where nothing is due."""
+    """Return one row per target: in turn nearly uniform, confident and right, confident and wrong; NaN if ignored."""
     vocab, width = weight.shape
     rng = seeded(seed + 1)
     hidden = torch.randn((*targets.shape, width), generator=rng, dtype=torch.float64) / width**0.5
@@ -72,10 +72,10 @@ def make_linear_case(
     dtype: torch.dtype = torch.float32,
     *,
     seed: int = 0,
-    lengths: list[int] | None = None,  # packed, where given; n and t are then theirs
+    lengths: list[int] | None = None,  # if given, the case is packed, and n and t are not used
     bias: bool = True,
-    offset: float = 0.0,  # of all logits, by the bias
-    reference_model: str = "sums",  # or "tokens", "hidden" (the policy's head), "own" (a head of its own)
+    offset: float = 0.0,  # added to all logits, through the bias
+    reference_model: str = "sums",  # or "tokens", "hidden" (with the policy's head), "own" (with a separate head)
     objective: str = "exo",
     weights: bool = False,
     rewards: bool = False,
@@ -98,14 +98,14 @@ def make_linear_case(
     if reference_model in ("sums", "tokens"):
         exact = case.to(torch.float64)
         exact = reference.linear_token_logps(
-            near.double(), exact.weight, labels, **exact.of(*HEAD), **exact.of(*LAYOUT)
+            near.double(), exact.weight, labels, **exact.selected(*HEAD), **exact.selected(*LAYOUT)
         )
         case = case._replace(ref_logps=exact if reference_model == "tokens" else sums_of(exact, case.cu_seqlens()))
     else:
-        case = case.but(ref_hidden=near)
+        case = case.with_options(ref_hidden=near)
         if reference_model == "own":
             other = torch.randn((vocab, width), generator=seeded(seed + 7), dtype=torch.float64)
-            case = case.but(ref_weight=(weight.double() + 0.1 * other).to(dtype))
+            case = case.with_options(ref_weight=(weight.double() + 0.1 * other).to(dtype))
     if weights:
         sizes = options.get("group_size", 2)
         n_groups = n // sizes if isinstance(sizes, int) else sizes.numel()
@@ -116,7 +116,7 @@ def make_linear_case(
 def linear_answer(
     case: LinearCase, impl: str | None = None, needs: tuple[str, ...] = ("hidden", "weight", "bias"), **options: Any
 ) -> dict[str, Tensor]:
-    """Loss, statistics and gradients of one call; of the oracle's, where no implementation is named."""
+    """Return loss, statistics and gradients of one call, of the oracle if no implementation is given."""
     module, extra = (reference, options) if impl is None else (exo_kernels, options | {"impl": impl})
     leaves = {"hidden": case.hidden, "weight": case.weight, "bias": case.options.get("bias")}
     leaves = {k: None if x is None else x.detach().requires_grad_(k in needs) for k, x in leaves.items()}
@@ -132,10 +132,10 @@ def linear_answer(
 
 
 def check_linear_loss(case: LinearCase, impl: str, device: str, **options: Any) -> dict[str, Tensor]:
-    """A fused loss from hidden states, its statistics and its gradients; returns the result."""
+    """Check a fused loss from hidden states, its statistics and its gradients; return them."""
     dtype = case.hidden.dtype
     oracle = linear_answer(case.to(torch.float64))
-    with any_algorithm():
+    with allow_nondeterminism():
         plain = linear_answer(case.to(accumulator(dtype), device))
     result = linear_answer(case.to(dtype, device), impl, **options)
     epsilons = Scales.of(case, device).epsilons(case, oracle)
@@ -151,7 +151,7 @@ def check_linear_loss(case: LinearCase, impl: str, device: str, **options: Any) 
 
 
 def check_linear_tokens(case: LinearCase, impl: str, device: str, *, entropy: bool = False, **options: Any) -> None:
-    """linear_token_logps and its gradients for random coefficients of log-probs and entropies."""
+    """Check linear_token_logps and its gradients for random coefficients of log-probs and entropies."""
     dtype = case.hidden.dtype
     g, h = (torch.randn(case.labels.shape, generator=seeded(i), dtype=torch.float64) for i in (0, 1))
     h = h * entropy
@@ -159,7 +159,9 @@ def check_linear_tokens(case: LinearCase, impl: str, device: str, *, entropy: bo
     def answer(case: LinearCase, module: Any, **options: Any) -> dict[str, Tensor]:
         leaves = [case.hidden, case.weight, case.options.get("bias")]
         leaves = [None if x is None else x.detach().requires_grad_() for x in leaves]
-        arguments = case.of("logit_scale", "softcap", *LAYOUT) | {"bias": leaves[2], "return_entropy": True} | options
+        arguments = (
+            case.selected("logit_scale", "softcap", *LAYOUT) | {"bias": leaves[2], "return_entropy": True} | options
+        )
         if not entropy:
             del arguments["return_entropy"]
         results = module.linear_token_logps(leaves[0], leaves[1], case.labels, **arguments)
@@ -170,7 +172,7 @@ def check_linear_tokens(case: LinearCase, impl: str, device: str, *, entropy: bo
 
     result = answer(case.to(dtype, device), exo_kernels, impl=impl, **options)
     oracle = answer(case.to(torch.float64), reference)
-    with any_algorithm():
+    with allow_nondeterminism():
         plain = answer(case.to(accumulator(dtype), device), reference)
     scales = Scales.of(case, device)
     compare("logps", result["logps"], plain["logps"], oracle["logps"], scales.logp_error)
@@ -185,7 +187,7 @@ def check_linear_tokens(case: LinearCase, impl: str, device: str, *, entropy: bo
 
 
 class Scales(NamedTuple):
-    """The fp64 numbers behind every row with loss (n of them), and how far first-order rounding may move them."""
+    """The fp64 softmax of the n rows with loss, and first-order bounds of its rounding errors."""
 
     hidden: Tensor  # (n, D)
     weight: Tensor  # (V, D)
@@ -198,7 +200,7 @@ class Scales(NamedTuple):
     logp_error: Tensor  # like labels, 0 where ignored
     scored: Tensor  # like labels, bool
     unit: float
-    operands: float  # relative error of 16-bit operands that are made on the way; 0 where they are fp32
+    operands: float  # relative error of intermediate 16-bit operands; 0 if they are fp32
 
     @classmethod
     def of(cls, case: LinearCase, device: str = "cpu") -> "Scales":
@@ -217,7 +219,7 @@ class Scales(NamedTuple):
         t = torch.zeros_like(a) if cap is None else torch.tanh(a / cap)
         z = (a if cap is None else cap * t) / temperature
         slope = (1 - t * t) / temperature
-        moved = unit * (slope * size + z.abs().nan_to_num(posinf=0.0))  # of a logit
+        moved = unit * (slope * size + z.abs().nan_to_num(posinf=0.0))  # (n, V), error of the logits
         log_p = torch.log_softmax(z, -1)
         p = log_p.exp()
         log_p = torch.where(p > 0, log_p, 0.0)
@@ -236,15 +238,15 @@ class Scales(NamedTuple):
         )  # fmt: skip
 
     def entropy_error(self) -> Tensor:  # like labels
-        """H = - sum p log p moves by what p and log p do."""
+        """Return the error of H = - sum p log p that follows from the errors of p and log p."""
         size = (self.p * (1 + self.log_p.abs()) ** 2).sum(-1) * self.unit
         error = (self.p_error * (1 + self.log_p.abs())).sum(-1) + size
         return torch.zeros(self.scored.shape, dtype=torch.float64).masked_scatter(self.scored, error)
 
     def gradients(self, g: Tensor, g_error: Tensor, h: Tensor | None = None) -> dict[str, Tensor]:
-        """Epsilons of the three gradients for coefficients g of the rows' log-probs (n,), each off by g_error.
+        """Return the epsilons of the three gradients, for gradients g (n,) of the rows' log-probs with errors g_error.
 
-        With h, those of the rows' entropies, whose gradient is - h p (log p + H).
+        h holds the gradients of the rows' entropies; an entropy adds - h p (log p + H) to the logits' gradient.
         """
         g, g_error = g.abs()[:, None], g_error.abs()[:, None]
         d = (self.onehot - self.p).abs()
@@ -261,11 +263,11 @@ class Scales(NamedTuple):
         return {"d_hidden": d_hidden, "d_weight": error.T @ self.hidden.abs(), "d_bias": error.sum(0)}
 
     def epsilons(self, case: LinearCase, oracle: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Epsilon of every number that a loss returns, and of its gradients."""
+        """Return the epsilons of the loss, its statistics and its gradients."""
         cu_seqlens, beta = case.cu_seqlens(), case.options.get("beta_pi", 0.1)
         drift = sums_of(self.logp_error, cu_seqlens)  # (N,)
         if case.ref_logps is None:
-            drift = 2 * drift  # the reference's log-probs are made alike, and lie near
+            drift = 2 * drift  # the reference's log-probs are computed in the same way and are of similar size
         policy = oracle["policy_logps"]
         ref = policy - oracle["implicit_rewards"] / beta
         loss, losses, slopes = group_numbers(case, policy, ref)
@@ -275,11 +277,11 @@ class Scales(NamedTuple):
             for move, a, b in zip(moves, moved, (loss, losses, slopes), strict=True):
                 move += (a - b).abs() / 1e-6 * drift[n]
         weight = 1.0 if case.weights is None else case.weights.abs().max()
-        group = beta * (1 + losses.abs().sum()) * ulps_of(torch.float64)  # the group pass is fp64 whatever the dtype
+        group = beta * (1 + losses.abs().sum()) * ulps_of(torch.float64)  # the group pass computes in fp64
         slope_error = moves[2] + self.unit * slopes.abs() + weight * group
         g, g_error = (self.rows(x, cu_seqlens) for x in (slopes, slope_error))
         most = drift.max() if drift.numel() else 0.0
-        found = {
+        epsilons = {
             "loss": moves[0] + self.unit * loss.abs().clamp(min=1),
             "losses": moves[1] + self.unit * losses.abs().clamp(min=1),
             "policy_logps": drift,
@@ -287,7 +289,7 @@ class Scales(NamedTuple):
             "p": oracle["p"] * (self.unit + 2 * beta * most),
             "q": oracle["q"] * self.unit,
         }
-        return found | {k: v for k, v in self.gradients(g, g_error).items() if k in oracle}
+        return epsilons | {k: v for k, v in self.gradients(g, g_error).items() if k in oracle}
 
     def rows(self, per_sequence: Tensor, cu_seqlens: Tensor | None) -> Tensor:  # (n,)
         if cu_seqlens is None:

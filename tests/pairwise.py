@@ -1,4 +1,4 @@
-"""Parametrize a test by pairs of values: every two values of two axes meet in the fast lane, the rest is slow."""
+"""Parametrize a test pairwise: the fast lane covers every pair of values of two axes; other combinations are slow."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ import pytest
 
 
 def pairwise(axes: Mapping[str, Sequence[Any]]) -> pytest.MarkDecorator:
-    """Return the parametrization of a test by the product of axes; combinations that no pair needs are slow."""
+    """Return the parametrization of a test by the product of axes; combinations that add no new pair are slow."""
     sizes = [len(values) for values in axes.values()]
     fast = covering(sizes)
     params = []
@@ -20,7 +20,7 @@ def pairwise(axes: Mapping[str, Sequence[Any]]) -> pytest.MarkDecorator:
 
 
 def covering(sizes: Sequence[int]) -> set[tuple[int, ...]]:
-    """Return combinations in which every pair of values of two axes occurs: each time the one with most new pairs."""
+    """Return combinations that contain every pair of values of two axes, greedily by the number of new pairs."""
     product = list(itertools.product(*map(range, sizes)))
     missing = {pair for places in product for pair in _pairs(places)}
     chosen = set()

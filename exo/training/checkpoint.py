@@ -123,9 +123,9 @@ class Checkpointer:
 
     def _check_layout(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Raise RunError unless the checkpoint was written by the same kind and number of ranks."""
-        saved = _layout(facts["processes"], facts["sharded"], facts.get("zero", 0))
+        saved = _layout(facts["processes"], facts["sharded"], facts["zero"])
         current = _layout(self.accelerator.num_processes, self.sharded, self.stage)
-        if bool(facts.get("zero", 0)) != bool(self.stage):
+        if bool(facts["zero"]) != bool(self.stage):
             how = "without" if self.stage else "with"
             raise RunError(
                 f"{path}: saved by a run {how} DeepSpeed, which splits the moments in another way; resume {how} "

@@ -3,7 +3,7 @@
 import pytest
 
 from exo import align, train
-from exo.cli.parse import parse
+from exo.cli.parse import as_flags, command_line, parse
 
 BASE = ["--model", "tiny", "--data", "rows.jsonl"]
 
@@ -106,3 +106,13 @@ def test_the_driver_reads_the_option_files_of_alignment(tmp_path, capsys):
     file.write_text("recipe: absent\nmodel: tiny\n")
     assert train.main(["--config", str(file), "--output_dir", str(tmp_path / "run")]) == 2
     assert "--recipe absent: expected one of" in capsys.readouterr().err
+
+
+def test_flags_are_the_options_that_differ_from_their_defaults():
+    options = config("--learning_rate=1e-3", "--max_completion_length=9", "--overwrite_output_dir")
+    flags = ["--output_dir=runs/align", "--model=tiny", "--data=rows.jsonl", "--learning_rate=0.001"]
+    flags += ["--label_smoothing=0.001"]  # resolved from --loss
+    assert sorted(as_flags(options)) == sorted([*flags, "--max_completion_length=9"])
+    assert command_line(options) == [*as_flags(options), "--overwrite_output_dir"]
+    assert parse(align.Config, command_line(options), prog="test", description=None) == options
+    assert command_line(config()) == as_flags(config())

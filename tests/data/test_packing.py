@@ -14,7 +14,7 @@ from exo import models
 from exo.data import DataError, Example
 from exo.data.collate import Collator
 from exo.data.text import tokenize
-from exo.data.text.limits import Limits
+from exo.data.text.limits import STUMP, Limits, is_stump
 from exo.data.text.tokenize import TokenizedExample
 
 LAYOUTS = [Collator(0, 300, layout, one_row) for layout in ("padded", "packed", "shared") for one_row in (False, True)]
@@ -197,3 +197,8 @@ def test_prompt_and_completion_meet_at_a_token_boundary():
     )
     assert tokenizer.decode(encoded.prompt) == "ab ab"
     assert tokenizer.decode(encoded.completions[0]) == "c ab<eos>"
+
+
+def test_a_prompt_that_keeps_a_quarter_is_no_stump():
+    assert not is_stump(100, 400) and is_stump(99, 400)
+    assert not is_stump(STUMP, 2 * STUMP) and is_stump(STUMP - 1, 2 * STUMP) and not is_stump(3, 3)

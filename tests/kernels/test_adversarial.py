@@ -1,7 +1,8 @@
-"""Logits that are hard on purpose: offsets, the ends of the dtype, -inf, NaN, nothing at all.
+"""Adversarial logits: offsets, the limits of the dtype, -inf, NaN, empty tensors.
 
-Each of these has broken a published kernel: tail columns at 0 are 29 nats off at a common offset of -30, a first block
-of -inf makes an online softmax NaN, an ignored row of inf makes a gradient NaN, one bad row reaches another.
+Each of these cases has broken a published kernel: padding columns with 0 costs 29 nats at a common offset of -30, a
+first block of -inf makes an online softmax NaN, an ignored row of inf makes a gradient NaN, and a bad row changes
+another row.
 """
 
 import math
@@ -19,7 +20,7 @@ INF = torch.inf
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-# No multiple of 16 bytes, of a block, or of anything else a tile could be. 1e4 leaves bf16 logits 64 apart.
+# These vocabularies are no multiple of 16 bytes, of a block or of a tile. At 1e4, bf16 logits are 64 apart.
 @pairwise({"vocab": [37, 1201, 4099], "offset": [1e4, -1e4, -30.0], "dtype": DTYPES})
 def test_common_offset(impl, device, vocab, offset, dtype):
     labels = make_labels((1, 5), vocab, ignored=0.0)
@@ -29,7 +30,7 @@ def test_common_offset(impl, device, vocab, offset, dtype):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_ends_of_fp16(impl, device, temperature):
-    """Logits of +-65504: scaling them in fp16 would overflow, and most gradients are subnormal or zero."""
+    """Check logits of +-65504: scaling them in fp16 would overflow, and most gradients are subnormal or zero."""
     labels = make_labels((2, 5), 130, ignored=0.0)
     logits = torch.empty(2, 5, 130).uniform_(-65504, 65504, generator=torch.Generator().manual_seed(0)).half()
     logits[0, 0, :2] = 65504
@@ -40,7 +41,7 @@ def test_ends_of_fp16(impl, device, temperature):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_confident_rows(impl, device, dtype):
-    """p - 1 cancels: with p rounded to fp16 before the subtraction nothing would be left."""
+    """Check rows where p is close to 1: p - 1 cancels, and would be 0 if p were rounded to fp16 first."""
     labels = make_labels((4, 6), 33, ignored=0.0)
     logits = torch.randn(4, 6, 33, generator=torch.Generator().manual_seed(1))
     gaps = torch.linspace(0, 40, 24).view(4, 6, 1)
@@ -62,7 +63,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_block_of_minus_infinity(impl, device, place, entropy):
     vocab = 3 * BLOCK + 3
-    labels = torch.tensor([[0, 0, BLOCK + 9, vocab - 1]])  # inside the hole, and outside it
+    labels = torch.tensor([[0, 0, BLOCK + 9, vocab - 1]])  # some at -inf, others not
     logits = make_logits(aligned(labels), vocab, torch.float32)
     logits[..., PLACES[place]] = -INF
     check_tokens(logits, labels, impl, device, entropy=entropy)
@@ -70,7 +71,7 @@ def test_block_of_minus_infinity(impl, device, place, entropy):
 
 @dtypes
 def test_row_of_minus_infinity(impl, device, dtype):
-    """Log-prob -inf; the gradient is g on the label and 0 elsewhere; entropy 0. Never NaN."""
+    """Check that log-prob is -inf, entropy is 0, and the gradient is g at the label and 0 elsewhere, never NaN."""
     logits = torch.randn(1, 4, 21, dtype=torch.float64).to(dtype).to(device)
     logits[0, 1:3] = -INF
     labels = torch.tensor([[5, 20, 0, IGNORED]], device=device)
@@ -90,10 +91,10 @@ def test_row_of_minus_infinity(impl, device, dtype):
 
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 def test_label_of_minus_infinity(impl, device, objective):
-    """One completion is impossible: its p is 0. EXO does not mind; DPO says inf where q asks for it."""
+    """Check a completion of probability 0: EXO stays finite; DPO is inf if q > 0 there."""
     case = make_case(4, 3, 17, objective=objective, reduction="none", seed=7, weights=True)
     labels = case.labels.clone()
-    labels[0, 1], labels[3, 1] = 4, 4  # a chosen one in the first group, a rejected one in the second
+    labels[0, 1], labels[3, 1] = 4, 4  # the chosen completion of the first group, the rejected one of the second
     case = case._replace(labels=labels)
     case.logits[0, 0, 4] = case.logits[3, 0, 4] = -INF
     result = check_loss(case, impl, device)
@@ -102,7 +103,7 @@ def test_label_of_minus_infinity(impl, device, objective):
     assert result["grad"].isfinite().all()
 
 
-# +inf has no softmax: as with eager torch, the row is NaN
+# a row with +inf has no softmax: it is NaN, as in eager torch
 @pytest.mark.parametrize("poison", [torch.nan, INF], ids=["nan", "inf"])
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 def test_poison_stays_in_its_group(impl, device, objective, poison):
@@ -115,16 +116,16 @@ def test_poison_stays_in_its_group(impl, device, objective, poison):
     assert result["losses"].isnan().tolist() == [False, True, False]
     assert result["policy_logps"].isnan().tolist() == [False, False, True, False, False, False]
     scored = aligned(case.labels.cpu()) != IGNORED
-    assert result["grad"][2:4][scored[2:4].to(device)].isnan().any(-1).all()  # told, in every row that it moves
-    for name, others in {"losses": [0, 2], "p": [0, 1, 4, 5], "grad": [0, 1, 4, 5]}.items():
+    assert result["grad"][2:4][scored[2:4].to(device)].isnan().any(-1).all()  # NaN in every row of the group
+    for name, others in {"losses": [0, 2], "p": [0, 1, 4, 5], "grad": [0, 1, 4, 5]}.items():  # the other groups
         assert torch.equal(result[name][others], clean[name][others]), name
     logps = exo_kernels.token_logps(bad, case.labels, impl=impl)
     assert logps.isnan().nonzero().tolist() == [[2, 1]]
 
 
 @pytest.mark.parametrize("label", [64, -1, 2**31 - 1, 2**32, -(2**62)])
-def test_unchecked_labels_poison_their_own_row(impl, device, monkeypatch, label):
-    """What a GPU does without EXO_KERNELS_CHECK: nothing is read out of bounds, and the row is NaN, never a number."""
+def test_unchecked_label_makes_only_its_row_nan(impl, device, monkeypatch, label):
+    """Check that without validation, as on a GPU, a bad label reads nothing out of bounds and its row is NaN."""
     monkeypatch.setattr(exo_kernels.validation, "check_values", lambda device: False)
     case = make_case(4, 3, 64, reduction="none", seed=11).on(device)
     case = case._replace(weights=torch.ones(2), labels=case.labels.masked_fill(case.labels == IGNORED, 1))
@@ -151,7 +152,7 @@ def test_rows_without_loss_are_never_read(impl, device, poison, inplace):
     assert not entropies[ignored].any() and entropies.isfinite().all()
 
 
-def test_reference_where_nothing_is_scored_is_never_read(impl, device):
+def test_reference_of_ignored_tokens_is_never_read(impl, device):
     case = make_case(4, 5, 20, per_token_ref=True, seed=10).on(device)
     ignored = aligned(case.labels.cpu()).to(device) == IGNORED
     poisoned = case._replace(ref_logps=case.ref_logps.masked_fill(ignored, torch.nan))
@@ -161,7 +162,7 @@ def test_reference_where_nothing_is_scored_is_never_read(impl, device):
 
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 def test_all_ignored(impl, device, objective):
-    """No token, no log-ratio: the loss where policy and reference agree, gradient exactly 0."""
+    """Check the loss without tokens: that of a policy equal to its reference, with a gradient of exactly 0."""
     case = make_case(4, 3, 17, objective=objective)
     case = case._replace(labels=torch.full_like(case.labels, IGNORED), ref_logps=torch.zeros(4))
     result = check_loss(case, impl, device)
@@ -173,14 +174,14 @@ def test_all_ignored(impl, device, objective):
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0), (2, 1)], ids=str)
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 def test_empty(impl, device, shape, shift, inplace):
-    """No sequences: loss 0. No tokens: the loss where policy and reference agree. The gradient has the right shape."""
+    """Check empty input: loss 0 without sequences, the loss of policy = reference without tokens; gradient shapes."""
     x = torch.randn(*shape, 7, device=device).requires_grad_()
     labels = torch.zeros(shape, dtype=torch.long, device=device)
     n = shape[0]
     arguments = (x * 1, labels, torch.zeros(n, device=device))
     loss = exo_kernels.fused_exo_loss(*arguments, shift=shift, impl=impl, inplace_backward=inplace)
-    nothing = n == 0 or shape[1] - shift < 1
-    if nothing:
+    no_tokens = n == 0 or shape[1] - shift < 1
+    if no_tokens:
         assert abs(loss.item() - (2.76123 if n else 0.0)) < 5e-6
     (grad,) = torch.autograd.grad(loss, x)
     assert grad.shape == x.shape and grad.isfinite().all()
@@ -208,9 +209,9 @@ def test_empty_packed(impl, device):
 @pytest.mark.parametrize("rewards", [[1.0, 1.0, 1.0], [1e30, -1e30, 0.0], [0.0, 3e38, -3e38]], ids=str)
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 def test_extreme_rewards(impl, device, objective, rewards):
-    """Ties make a uniform target; a target that is one-hot in every way still has a finite, exact loss or inf."""
+    """Check tied rewards (a uniform target) and huge ones (a one-hot target): the loss is exact or inf, never NaN."""
     case = make_case(3, 3, 17, objective=objective, group_size=3, beta_r=0.1)
-    result = check_loss(case.but(rewards=torch.tensor(rewards)), impl, device)
+    result = check_loss(case.with_options(rewards=torch.tensor(rewards)), impl, device)
     assert result["q"].sum().item() == pytest.approx(1)
     assert not result["loss"].isnan() and not result["grad"].isnan().any()
 
@@ -218,7 +219,7 @@ def test_extreme_rewards(impl, device, objective, rewards):
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 @pytest.mark.parametrize("rewards", [None, [1.0, 2.0]], ids=["preferences", "rewards"])
 def test_a_group_of_impossible_completions_is_nan(impl, device, objective, rewards):
-    """Every S is -inf: no distribution exists, so neither loss nor gradient may be a number."""
+    """Check a group in which every S is -inf: p does not exist, so loss and gradient must be NaN."""
     x = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0)).to(device)
     x[:2, 0, 3] = -INF
     labels = torch.tensor([[0, 3], [0, 3], [0, 3], [0, 3]], device=device)
@@ -246,7 +247,7 @@ SATURATED = {
 @pytest.mark.parametrize("name", SATURATED)
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 def test_rewards_that_saturate_the_target(impl, device, objective, name):
-    """The loss is right, or inf with slope 0 if the dtype cannot hold it; other groups are untouched; never NaN."""
+    """Check that the loss is exact, or inf with slope 0 if it overflows, and that other groups do not change."""
     dtype, high, beta_r, expected = SATURATED[name]
     low = -high if name.startswith("ends") else 0.0
     rewards = torch.tensor([high, low, 0.0, 0.0], dtype=dtype, device=device)

@@ -1,10 +1,10 @@
-"""Every Triton kernel compiled for real chips, without one: nothing spills, and rows are walked at full width.
+"""Compile every Triton kernel for real chips, without a GPU: nothing spills, and memory accesses have full width.
 
-The main loops over a row, of logits or of a chunk behind the head's matmul, must leave memory as the bound: accesses of
-128 bits, one exponential an element (their unit is narrow: with three an element, it would be the bound for 16-bit
-logits), no fp64, and no thread that waits for another. Speed is not tested here: it takes a GPU.
-The fast lane compiles each case for sm_90 and for one other chip, in turn; `make test-all` compiles all pairs.
-`python -m tests.aot` prints a table of all.
+The main loops over a row, of logits or of a chunk behind the head's matmul, must be bound by memory: accesses of 128
+bits, one exponential per element (three would saturate their narrow unit for 16-bit logits), no fp64, and no
+synchronisation between threads. Speed is not tested here because it needs a GPU.
+The fast lane compiles each case for sm_90 and, in turn, one other chip; `make test-all` compiles all pairs.
+`python -m tests.aot` prints a table of all cases.
 """
 
 import itertools
@@ -41,7 +41,7 @@ PRODUCT += [ChunkCase(*flags, dtype=torch.float64) for flags in itertools.produc
 
 
 def pairs(cases, fast=None):
-    """Parametrize a test by case and target; a pair is slow if the case is not in `fast` or it is not its turn."""
+    """Parametrize a test by case and target; a pair is slow if the case is not in `fast` or the target has no turn."""
     others = [target for target in aot.TARGETS if target != "sm_90"]
     params = []
     for i, case in enumerate(cases):
@@ -63,7 +63,7 @@ targets = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", autouse=True)
 def empty_cache(tmp_path_factory):
-    """Compile every kernel, also one that triton has cached."""
+    """Use an empty cache, so that every kernel is compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
@@ -89,11 +89,11 @@ def test_main_loop(case, target):
 
 @pairs(CHUNKS, fast=aot.CHUNKS)
 def test_chunk_loop(case, target):
-    """Check the same at 4 bytes an element, where three operations of the narrow unit are no bound.
+    """Check the loops over fp32 chunks, where three operations of the narrow unit per element are still fast enough.
 
-    A softcap takes three: a second exponential, and a reciprocal square root. Measured instructions an element of
-    log-probs and of bf16 gradients, sm_90: 10 and 12, with bias 14 and 14, with softcap 27 and 31, with both 29 and 33.
-    An H200 issues 28 in the time it takes to read an element, and 42 where it writes two bytes as well.
+    A softcap needs three: two exponentials and a reciprocal square root. Measured instructions per element for
+    log-probs and bf16 gradients on sm_90: 10 and 12, with bias 14 and 14, with softcap 27 and 31, with both 29 and 33.
+    An H200 issues 28 in the time it takes to read an element, and 42 if it also writes two bytes.
     """
     code = aot.compiled(case, target)
     loop, n = code.loop, code.elements
@@ -110,7 +110,7 @@ def test_chunk_loop(case, target):
 
 @targets
 @pytest.mark.parametrize("gradient", (False, True))
-def test_fp64_chunks_are_walked_at_full_width(gradient, target):
+def test_fp64_chunks_use_full_width(gradient, target):
     loop = aot.compiled(ChunkCase(gradient, dtype=torch.float64), target).loop
     assert loop.loads == [16] * 4
     assert loop.stores == [16] * 4 * gradient
@@ -118,7 +118,7 @@ def test_fp64_chunks_are_walked_at_full_width(gradient, target):
 
 @targets
 def test_skewed_rows_are_stored_at_full_width(target):
-    """The gradient is aligned if logits and gradient cannot both be: its lines would be written in pieces."""
+    """Check that the gradient is aligned if logits and gradient cannot both be, so that stores fill cache lines."""
     code = aot.compiled(TokenCase(True, torch.bfloat16, layout="skewed"), target)
     assert set(code.loop.stores) == {16}
 

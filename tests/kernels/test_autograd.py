@@ -1,4 +1,4 @@
-"""What autograd expects of an operator: right gradients however it is asked, and no silent wrong answers."""
+"""Autograd through the losses on logits: gradcheck, repeated and double backward, grad outputs, dtypes."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from exo_kernels import preference_loss
 both = pytest.mark.parametrize("objective", ["exo", "dpo"])
 
 
-def logits_of(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_logits(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=seeded(seed), dtype=torch.float64).mul(2).requires_grad_()
 
 
@@ -22,16 +22,16 @@ def logits_of(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_gradcheck_of_the_loss(impl, device, objective, rewards):
     case = make_case(3, 2, 3, torch.float64, objective=objective, rewards=rewards, group_size=3).on(device)
     function = getattr(exo_kernels, f"fused_{objective}_loss")
-    x = logits_of(3, 2, 3).to(device).detach().requires_grad_()
+    x = random_logits(3, 2, 3).to(device).detach().requires_grad_()
     labels = torch.tensor([[0, 2], [0, IGNORED], [0, 1]], device=device)
     options = case.options | {"impl": impl, "beta_pi": 0.8, "temperature": 0.7}
-    ref = case.ref_logps.masked_fill((labels[:, 1:] == IGNORED).all(-1), 0.0)  # of no labels it is 0
+    ref = case.ref_logps.masked_fill((labels[:, 1:] == IGNORED).all(-1), 0.0)  # 0 for a sequence without labels
     assert gradcheck(lambda x: function(x, labels, ref, **options), x, nondet_tol=0.0)
 
 
 def test_gradcheck_of_ragged_losses(impl, device):
-    """Packed and ragged, with one gradient a group."""
-    x = logits_of(5, 3).to(device).detach().requires_grad_()
+    """Check packed input with ragged groups and one gradient per group."""
+    x = random_logits(5, 3).to(device).detach().requires_grad_()
     labels = torch.tensor([0, 2, 1, IGNORED, 1], device=device)
     options = {"group_size": torch.tensor([1, 2]), "cu_seqlens": torch.tensor([0, 1, 3, 5]), "reduction": "none"}
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
@@ -42,8 +42,8 @@ def test_gradcheck_of_ragged_losses(impl, device):
 
 
 def test_gradcheck_of_log_probs_and_entropy(impl, device):
-    """Both outputs, alone and together: gradcheck also leaves each of them without a gradient."""
-    x = logits_of(1, 3, 3).to(device).detach().requires_grad_()
+    """Check both outputs, alone and together: gradcheck also leaves either of them without a gradient."""
+    x = random_logits(1, 3, 3).to(device).detach().requires_grad_()
     labels = torch.tensor([[0, IGNORED, 2]], device=device)
     options = {"impl": impl, "shift": False, "temperature": 1.3}
     assert gradcheck(lambda x: exo_kernels.token_logps(x, labels, return_entropy=True, **options), x, nondet_tol=0.0)
@@ -52,7 +52,7 @@ def test_gradcheck_of_log_probs_and_entropy(impl, device):
 
 @both
 def test_gradcheck_of_preference_loss(objective):
-    policy = logits_of(5).detach().requires_grad_()
+    policy = random_logits(5).detach().requires_grad_()
     options = {"objective": objective, "group_size": torch.tensor([1, 4]), "reduction": "none", "beta_pi": 0.6}
     assert gradcheck(lambda p: preference_loss(p, torch.zeros(5), **options), policy, nondet_tol=0.0)
 
@@ -61,7 +61,7 @@ def test_gradcheck_of_preference_loss(objective):
 
 
 def test_second_backward_is_exact(impl, device):
-    """retain_graph with another grad_output: nothing that was saved has been scaled in place."""
+    """Check retain_graph with another grad_output: no saved tensor is scaled in place."""
     case = make_case(6, 3, 33, reduction="none").on(device)
     x = case.logits.clone().requires_grad_()
     losses = exo_kernels.fused_exo_loss(x, case.labels, case.ref_logps, impl=impl, reduction="none")
@@ -76,8 +76,8 @@ def test_second_backward_is_exact(impl, device):
         assert torch.equal(doubled, 2 * first)
 
 
-def test_every_grad_output_counts(impl, device):
-    """Also one that is expanded (stride 0), as that of a sum is, or transposed."""
+def test_expanded_and_transposed_grad_outputs(impl, device):
+    """Check gradients for a grad_output that is expanded (stride 0, as from a sum) or transposed."""
     case = make_case(6, 3, 33).on(device)
     x = case.logits.clone().requires_grad_()
     logps = exo_kernels.token_logps(x, case.labels, impl=impl)
@@ -116,8 +116,8 @@ def test_double_backward_is_refused(impl, device, what):
         grad.pow(2).sum().backward()
 
 
-def test_gradients_exist_where_asked(impl, device):
-    """For the logits alone: the reference and the rewards are constants."""
+def test_only_logits_get_gradients(impl, device):
+    """Check that the reference's log-probs and the rewards are constants."""
     case = make_case(4, 3, 9, rewards=True).on(device)
     ref, rewards = case.ref_logps.requires_grad_(), case.options["rewards"].requires_grad_()
     assert not exo_kernels.fused_exo_loss(case.logits, case.labels, ref, rewards=rewards, impl=impl).requires_grad
@@ -140,10 +140,10 @@ def test_autocast_changes_nothing(impl, device):
 def test_result_dtypes(impl, device, dtype):
     case = make_case(2, 3, 9, dtype).on(device)
     x = case.logits.requires_grad_()
-    due = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
     loss, stats = exo_kernels.fused_exo_loss(x, case.labels, case.ref_logps, impl=impl, return_stats=True)
     logps, entropies = exo_kernels.token_logps(x, case.labels, impl=impl, return_entropy=True)
     sums = exo_kernels.sequence_logps(x, case.labels, impl=impl)
-    assert {t.dtype for t in (loss, logps, entropies, sums, *stats[:-1])} == {due}
+    assert {t.dtype for t in (loss, logps, entropies, sums, *stats[:-1])} == {expected}
     assert stats.tokens.dtype == torch.int64
     assert torch.autograd.grad(loss, x)[0].dtype == dtype

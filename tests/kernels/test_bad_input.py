@@ -1,7 +1,7 @@
-"""Bad input: ValueError with one line that names the argument, what was expected and what came.
+"""Bad input raises a ValueError with one line: the argument, what was expected, what was given.
 
-Every public function by every way to get an argument wrong. "meta" is the other device: shapes and dtypes without
-memory, so it shows as well that nothing is looked at before the device is.
+Every public function is called with every kind of wrong argument. The other device is "meta", which has no values, so
+these tests also check that the device is validated before the values.
 """
 
 import os
@@ -19,13 +19,13 @@ from exo_kernels import fused_exo_loss, preference_loss, sequence_logps, token_l
 
 
 @pytest.mark.parametrize("function", [*ON_LOGITS, preference_loss], **named)
-def test_the_good_arguments_are_good(function):
+def test_valid_arguments_are_accepted(function):
     assert function(**good(function)).isfinite().all()
     if function is not preference_loss:
         assert function(**good(function, packed=True)).isfinite().all()
 
 
-# Tensors: each with every other kind of thing in its place.
+# Tensors: each replaced by every kind of wrong value.
 
 LOGITS = {
     "a-list": [[0.0]],
@@ -87,8 +87,8 @@ def test_a_label_beyond_int32():
     assert str(2**32 + 1) in assert_refused("labels", fused_exo_loss, labels=labels)
 
 
-def test_a_label_that_is_not_scored_is_not_looked_at():
-    """The first label of a shifted sequence belongs to no row."""
+def test_unscored_label_is_not_checked():
+    """Check that the first label of a shifted sequence, which no row predicts, may be out of range."""
     arguments = good(token_logps)
     arguments["labels"][:, 0] = 10**6
     assert token_logps(**arguments).isfinite().all()
@@ -126,7 +126,7 @@ def test_policy_and_reference_on_two_devices():
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("function", ALL_LOSSES, **named)
 def test_references_that_are_not_finite(function, bad):
-    """Sums all count; of values per token those without a label do not."""
+    """Check that every sum must be finite, but per-token values of ignored tokens need not be."""
     sums = torch.zeros(N)
     sums[2] = bad
     for impl in IMPLS if function is not preference_loss else ["auto"]:
@@ -143,21 +143,21 @@ def test_references_that_are_not_finite(function, bad):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("function", LOSSES, **named)
-def test_a_sequence_without_labels_is_noticed(function, impl):
+def test_sequence_without_labels_warns(function, impl):
     labels = good(function)["labels"]
     labels[3] = -100
     with pytest.warns(UserWarning, match="^labels: sequence 3 has none"):
         function(**good(function) | {"labels": labels}, impl=impl)
     reference = torch.tensor([0.0, 0.0, 0.0, -5.0])  # of tokens that the policy does not score
     assert "sequence 3" in assert_refused("ref_logps", function, labels=labels, ref_logps=reference, impl=impl)
-    labels[2] = -100  # a whole group: its gradient is 0, and nobody is warned
+    labels[2] = -100  # now the complete group has no labels: its gradient is 0, and there is no warning
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         function(**good(function) | {"labels": labels}, impl=impl)
 
 
 def odd_tensors(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same tensor in layouts that kernels cannot index."""
+    """Return the same tensor in layouts that kernels cannot index."""
     odd = {"sparse": x.to_sparse(), "nested": torch.nested.nested_tensor(list(x)) if x.dim() > 1 else x.to_sparse()}
     if x.dtype == torch.float32 and x.numel():
         odd["mkldnn"] = x.to_mkldnn()
@@ -177,7 +177,7 @@ def test_sparse_mkldnn_and_nested_tensors(function):
 
 
 @pytest.mark.parametrize("function", ON_LOGITS, **named)
-def test_meta_tensors_have_no_values_for_the_oracle(function):
+def test_reference_impl_refuses_meta_tensors(function):
     meta = {name: value.to("meta") for name, value in good(function).items()}
     assert_refused("impl", function, impl="reference", **meta)
     assert function(**meta).device.type == "meta"
@@ -185,7 +185,7 @@ def test_meta_tensors_have_no_values_for_the_oracle(function):
 
 @pytest.mark.parametrize("function", LOSSES, **named)
 def test_no_sequences_with_references_per_token(function):
-    """The oracle too: a loss of 0, and a gradient of the right shape."""
+    """Check that the loss is 0 and the gradient has the right shape, also for the oracle."""
     for impl in IMPLS:
         x, labels = torch.zeros(0, T, V, requires_grad=True), torch.zeros(0, T, dtype=torch.long)
         loss = function(x, labels, torch.zeros(0, T), impl=impl)
@@ -195,7 +195,7 @@ def test_no_sequences_with_references_per_token(function):
 
 @pytest.mark.parametrize("function", LOSSES, **named)
 def test_inplace_backward_on_no_elements(function):
-    """Nothing shares memory where there is nothing, whatever the strides say."""
+    """Check that an empty tensor with expanded strides does not count as shared memory."""
     for logits in (torch.zeros(1, 1, V).expand(N, 0, V), torch.zeros(0, 1, V).expand(0, T, V)):
         labels, ref = torch.zeros(logits.shape[:2], dtype=torch.long), torch.zeros(len(logits))
         assert function(logits * 1, labels, ref, inplace_backward=True).isfinite()
@@ -274,7 +274,7 @@ def test_cu_seqlens_values(function, bad, impl):
 
 
 def test_cu_seqlens_values_of_sequence_logps():
-    """In a child, because sums over unchecked boundaries are a segmentation fault and not a failure."""
+    """Run in a child process, because sums over unchecked boundaries end in a segmentation fault."""
     program = (
         "import test_bad_input as t, torch\n"
         "for name, bounds in t.BOUNDARY_VALUES.items():\n"
@@ -322,7 +322,7 @@ def test_group_size_values(function, bad, impl):
     assert "4" in assert_refused("group_size", function, group_size=sizes, **options)
 
 
-# What would be written over.
+# In-place backward.
 
 SHARED_MEMORY = {
     "expanded": torch.zeros(1, 1, V).expand(N, T, V),
@@ -343,7 +343,7 @@ def test_inplace_backward_with_the_oracle(function):
     assert_refused("inplace_backward", function, impl="reference", inplace_backward=True)
 
 
-# What was asked for and cannot be.
+# Implementations that are not available, and wrong calls.
 
 
 @pytest.mark.skipif(exo_kernels.dispatch.INTERPRETED, reason="the interpreter runs Triton kernels on CPU tensors")
@@ -352,7 +352,7 @@ def test_triton_on_a_cpu_is_refused(function):
     assert_refused("impl", function, impl="triton")
 
 
-@pytest.mark.skipif(exo_kernels.dispatch.INTERPRETED, reason="triton is needed to be there")
+@pytest.mark.skipif(exo_kernels.dispatch.INTERPRETED, reason="the interpreter needs triton")
 def test_triton_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(exo_kernels.dispatch, "TRITON_INSTALLED", False)
     assert "pip install" in assert_refused("impl", fused_exo_loss, impl="triton")

@@ -1,4 +1,4 @@
-"""Bad options: ValueError with one line that names the argument, what was expected and what came."""
+"""Bad options raise a ValueError with one line: the argument, what was expected, what was given."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from refusals import ALL_LOSSES, INF, LOSSES, NAN, ON_LOGITS, N, assert_refused,
 from exo_kernels import fused_dpo_loss, fused_exo_loss, preference_loss, sequence_logps, token_logps
 from exo_kernels.validation import describe
 
-HUGE = 10**400  # no float, and no int64
+HUGE = 10**400  # fits neither a float nor an int64
 POSITIVE = [HUGE, 10**5000, 1e39, 1e-39, 1e300, 0.0, -1.0, 0, NAN, INF, -INF, "0.1", None, True, torch.tensor(0.1), 1j]
 
 
@@ -15,7 +15,7 @@ POSITIVE = [HUGE, 10**5000, 1e39, 1e-39, 1e300, 0.0, -1.0, 0, NAN, INF, -INF, "0
 @pytest.mark.parametrize("name", ["beta_pi", "beta_r"])
 @pytest.mark.parametrize("function", ALL_LOSSES, **named)
 def test_betas(function, name, bad):
-    """beta_r too where it does not count: a wrong number is a mistake somewhere."""
+    """Check the betas, also beta_r if it is not used: a wrong number is a mistake."""
     assert_refused(name, function, **{name: bad})
 
 
@@ -33,7 +33,7 @@ def test_label_smoothing(function, bad):
 
 @pytest.mark.parametrize("zero", [0, 0.0, -0.0], ids=repr)
 def test_label_smoothing_of_zero(zero):
-    """Reverse KL to a target with a zero is infinite; forward KL is DPO itself. With rewards it does not count."""
+    """Check that 0 is refused for EXO, whose reverse KL would be infinite, and allowed for DPO and with rewards."""
     assert "EXO" in assert_refused("label_smoothing", fused_exo_loss, label_smoothing=zero)
     assert_refused("label_smoothing", preference_loss, label_smoothing=zero)
     assert fused_dpo_loss(**good(fused_dpo_loss), label_smoothing=zero).isfinite()
@@ -87,7 +87,7 @@ def test_return_entropy(bad):
 @pytest.mark.parametrize("value", [0, -1.0, NAN, INF], ids=repr)
 @pytest.mark.parametrize("function", ALL_LOSSES, **named)
 def test_num_groups_as_a_tensor(function, value):
-    """On a CPU its value is free to look at."""
+    """Check that the value of a CPU tensor is validated."""
     assert_refused("num_groups", function, num_groups=torch.tensor(value))
 
 
@@ -98,7 +98,7 @@ def test_group_size_beyond_int64(function):
 
 
 @pytest.mark.parametrize("function", ALL_LOSSES, **named)
-def test_num_groups_is_the_denominator_of_the_mean(function):
+def test_num_groups_needs_reduction_mean(function):
     for reduction in ("sum", "none"):
         assert_refused("num_groups", function, reduction=reduction, num_groups=2)
 
@@ -107,4 +107,4 @@ def test_num_groups_is_the_denominator_of_the_mean(function):
 def test_compat_is_for_pairs(function):
     for sizes in (1, 4, torch.tensor([2, 2])):
         assert_refused("group_size", function, compat="official", group_size=sizes)
-    function(**good(function), compat="official", group_size=4, rewards=torch.zeros(N))  # does not count
+    function(**good(function), compat="official", group_size=4, rewards=torch.zeros(N))  # compat has no effect here

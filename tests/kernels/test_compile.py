@@ -1,8 +1,8 @@
-"""The operators as torch.library and torch.compile see them: opcheck, one graph without breaks, eager's results."""
+"""The operators under torch.library and torch.compile: opcheck, one graph without breaks, the results of eager."""
 
 import pytest
 import torch
-from budget import same
+from budget import assert_same
 from cases import IGNORED, Case, make_case, make_labels, seeded
 
 import exo_kernels
@@ -38,35 +38,35 @@ def test_opcheck_of_the_group_pass(impl, device, objective, rewards):
     torch.library.opcheck(logits_ops.group_loss_backward, (grad, slopes, *bounds, 6))
 
 
-def everything(x: torch.Tensor, labels: torch.Tensor, ref: torch.Tensor, impl: str) -> list[torch.Tensor]:
-    """All that the public functions give on padded input, in one graph."""
+def all_outputs(x: torch.Tensor, labels: torch.Tensor, ref: torch.Tensor, impl: str) -> list[torch.Tensor]:
+    """Return all outputs of the public functions on padded input, in one graph."""
     loss, stats = exo_kernels.fused_exo_loss(x, labels, ref, impl=impl, return_stats=True, temperature=0.9)
     logps = exo_kernels.token_logps(x, labels, impl=impl, return_entropy=True)
     return [loss, *logps, exo_kernels.sequence_logps(x, labels, impl=impl), *stats]
 
 
 def assert_equal(backend: str, results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Bit for bit, but inductor may sum a handful of numbers in another order."""
+    """Check that results are bitwise equal; with inductor, which may change the order of sums, nearly equal."""
     for a, b in zip(results, expected, strict=True):
         assert a.dtype == b.dtype and a.stride() == b.stride()
         if backend == "inductor" and a.is_floating_point():
-            same("result", a.detach(), b.detach().cpu(), b.detach().cpu().abs().clamp(min=1))
+            assert_same("result", a.detach(), b.detach().cpu(), b.detach().cpu().abs().clamp(min=1))
         else:
             assert torch.equal(a, b)
 
 
-# True: shapes and numbers are symbols from the start. None: from the second shape on, as users get it.
+# True: shapes and numbers are symbolic from the start. None, the default: from the second shape on.
 @pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True], ids=["automatic", "dynamic"])
 @backends
-def test_compiled_is_eager(impl, device, backend, dynamic):
-    """Ignored rows are present, whose values a compiler could leave undefined."""
+def test_compiled_equals_eager(impl, device, backend, dynamic):
+    """Check input with ignored rows, whose values a compiler could leave undefined."""
     torch._dynamo.reset()
-    compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic, backend=backend)
+    compiled = torch.compile(all_outputs, fullgraph=True, dynamic=dynamic, backend=backend)
     for n, t, vocab in ((2, 3, 33), (4, 2, 40)):
-        # inductor adds up float16 gradients in float32, which is better but not the same
+        # inductor sums float16 gradients in float32, which is more accurate but not equal
         case = make_case(n, t, vocab, torch.float32 if backend == "inductor" else torch.float16, seed=n).on(device)
         results = []
-        for function in (everything, compiled):
+        for function in (all_outputs, compiled):
             x = case.logits.clone().requires_grad_()
             outputs = function(x, case.labels, case.ref_logps, impl)
             weights = [torch.rand(out.shape, generator=seeded(i)).to(out) for i, out in enumerate(outputs[:4])]
@@ -76,11 +76,11 @@ def test_compiled_is_eager(impl, device, backend, dynamic):
 
 @backends
 def test_compiled_variants(impl, device, backend):
-    """Packed and ragged, with rewards and a per-token reference; and DPO in place, whose log-targets hold -inf."""
+    """Check packed ragged groups with rewards and a per-token reference; and in-place DPO, with log-targets of -inf."""
     torch._dynamo.reset()
     sizes = torch.tensor([1, 2])
     packed = make_case(vocab=21, lengths=[3, 0, 4], per_token_ref=True, group_size=sizes, rewards=True).on(device)
-    pairs = make_case(4, 3, 21).on(device).but(inplace_backward=True)
+    pairs = make_case(4, 3, 21).on(device).with_options(inplace_backward=True)
 
     def exo(x: torch.Tensor, case: Case) -> torch.Tensor:
         return exo_kernels.fused_exo_loss(x, case.labels, case.ref_logps, impl=impl, **case.options)
@@ -108,11 +108,11 @@ def test_compiled_preference_loss(objective):
         assert torch.equal(*results) and torch.equal(*grads)
 
 
-def test_compiled_code_still_checks(impl, device):
+def test_compiled_code_checks_input(impl, device):
     torch._dynamo.reset()
     compiled = torch.compile(exo_kernels.token_logps, backend="aot_eager")
     x, labels = torch.randn(2, 3, 5, device=device), torch.full((2, 3), 5, device=device)
-    if device == "cuda":  # values are not looked at there
+    if device == "cuda":  # values are not validated on a GPU
         assert compiled(x, labels, impl=impl, shift=False).isnan().all()
     else:
         with pytest.raises(ValueError, match="labels: expected values in"):
@@ -122,7 +122,7 @@ def test_compiled_code_still_checks(impl, device):
 
 
 def test_meta_tensors_have_the_right_shapes():
-    """Everything but the values is known without memory, so nothing looks at values on the way."""
+    """Check shapes and dtypes on the meta device, which also shows that no code reads values."""
     logits = torch.empty(6, 4, 50257, dtype=torch.bfloat16, device="meta", requires_grad=True)
     labels = torch.empty(6, 4, dtype=torch.long, device="meta")
     sizes, ref = torch.empty(3, dtype=torch.int32, device="meta"), torch.empty(6, device="meta")
@@ -137,8 +137,8 @@ def test_meta_tensors_have_the_right_shapes():
     assert exo_kernels.sequence_logps(logits, labels).shape == (6,)
 
 
-def test_compiled_sums_still_check():
-    """Boundaries that do not fit the rows: a ValueError on a CPU, compiled or not."""
+def test_compiled_sequence_logps_checks_boundaries():
+    """Check that boundaries that do not fit the rows raise a ValueError on CPU, compiled or not."""
     torch._dynamo.reset()
     x, labels = torch.randn(6, 5), torch.ones(6, dtype=torch.long)
     for bad in ([0, 9], [0, 4, 2, 6], [1, 6], [0, 5]):

@@ -1,11 +1,11 @@
-"""Numbers that are not ours: the published code's losses and gradients, and values worked out on paper.
+"""Golden values: losses and gradients of the published code, and values computed by hand.
 
-golden_official.json: losses and gradients of the published loss functions (github.com/haozheji/exact-optimization,
-src/align_stage/loss.py: exact_loss and dpo_loss), run in float64 on fixed inputs of four shapes. Its "exo-pref" takes
-the unnormalised log-targets (0, -10), which is our compat="official". Logits stand there before division by the
-temperature, gradients are with respect to those, and of each gradient the file holds the sum of absolute values and the
-twenty largest elements as (sequence, row, id, value). attention_mask is 1 on real tokens, and positions below
-prompt_lens are prompt. It also mutates its inputs, which is why each loss was run on fresh ones.
+golden_official.json has losses and gradients of the published loss functions (github.com/haozheji/exact-optimization,
+src/align_stage/loss.py: exact_loss and dpo_loss), computed in float64 on fixed inputs of four shapes. Its "exo-pref"
+uses the unnormalised log-targets (0, -10), as compat="official" does. The file has the logits before division by the
+temperature, and for each gradient with respect to them the sum of absolute values and the twenty largest elements as
+(sequence, row, id, value). attention_mask is 1 for real tokens, and positions below prompt_lens are prompt. The
+published code mutates its inputs, so each loss was computed on fresh ones.
 """
 
 import json
@@ -35,7 +35,7 @@ def test_published_code(impl, device, case, name):
     labels = torch.tensor(case["input_ids"]).masked_fill(~completion, IGNORED)
 
     order = torch.arange(len(values))
-    if target == "pref":  # our chosen one comes first
+    if target == "pref":  # the chosen completion must come first
         order = order.view(-1, 2)
         order = torch.where(values[order[:, :1]] < values[order[:, 1:]], order.flip(1), order).flatten()
     logits, ref_logits, labels = logits[order].requires_grad_(), ref_logits[order], labels[order]
@@ -46,7 +46,7 @@ def test_published_code(impl, device, case, name):
     assert policy.tolist() == pytest.approx([case["policy_logps"][i] for i in order], abs=1e-10)
 
     rows, aligned, options = logits, labels, {}
-    if case["name"] in ("pairs-hot", "k8-rewards"):  # packed: rows with loss alone; both layouts are one by law
+    if case["name"] in ("pairs-hot", "k8-rewards"):  # packed, with only the rows that have a loss
         scored = labels[:, 1:] != IGNORED
         rows, aligned, ref = logits[:, :-1][scored], labels[:, 1:][scored], ref[:, :-1][scored]
         options["cu_seqlens"] = torch.nn.functional.pad(scored.sum(-1).cumsum(0), (1, 0)).to(device)
@@ -62,8 +62,8 @@ def test_published_code(impl, device, case, name):
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-12)
     assert torch.allclose(stats.policy_logps.cpu(), policy, rtol=0, atol=1e-12)
     assert logits.grad.abs().sum().item() == pytest.approx(expected["grad_abs_sum"], rel=1e-11)
-    back = {int(old): new for new, old in enumerate(order)}
-    top = [logits.grad[back[n], t, v].item() for n, t, v, _ in expected["grad_top20"]]
+    places = {int(old): new for new, old in enumerate(order)}
+    top = [logits.grad[places[n], t, v].item() for n, t, v, _ in expected["grad_top20"]]
     assert top == pytest.approx([value for *_, value in expected["grad_top20"]], abs=1e-12)
 
 
@@ -85,7 +85,7 @@ def test_pairs(x, kind):
 
 
 def pair(x: float, **options) -> tuple[float, float]:
-    """Loss, and its slope dL/dx, of a chosen and a rejected completion at x."""
+    """Return the loss and its slope dL/dx for a chosen and a rejected completion at x."""
     beta = 0.1
     policy = torch.tensor([-50.0 + x / beta, -50.0], dtype=torch.float64, requires_grad=True)
     loss = preference_loss(policy, torch.full((2,), -50.0, dtype=torch.float64), beta_pi=beta, **options)
@@ -103,7 +103,7 @@ def test_dpo_on_a_pair_is_minus_logsigmoid(x):
 
 @pytest.mark.parametrize("eps", [1e-3, 0.1, 0.5, 0.9])
 def test_minimum_of_exo_on_a_pair(eps):
-    """At logit(1 - eps), where the loss is 0; beyond it EXO pushes back, which DPO never does."""
+    """Check that EXO has its minimum 0 at logit(1 - eps) and increases beyond it, while DPO always decreases."""
     best = math.log((1 - eps) / eps)
     loss, slope = pair(best, label_smoothing=eps)
     assert abs(loss) < 1e-15 and abs(slope) < 1e-15
@@ -117,15 +117,15 @@ def test_minimum_of_exo_on_a_pair(eps):
 
 
 @pytest.mark.parametrize("k", [2, 3, 8])
-def test_where_policy_is_reference(impl, device, k):
-    """The first loss of every run: DPO log K, EXO -log K - mean log q; on preferences what q makes of it."""
-    same = torch.linspace(-90.0, -3.0, k, dtype=torch.float64)
+def test_policy_equal_to_reference(impl, device, k):
+    """Check the first loss of every run: log K for DPO, -log K - mean log q for EXO."""
+    logps = torch.linspace(-90.0, -3.0, k, dtype=torch.float64)
     rewards = torch.linspace(-1.0, 2.0, k, dtype=torch.float64).square()
     log_q = torch.log_softmax(rewards / 0.4, 0)
     options = {"group_size": k, "rewards": rewards, "beta_r": 0.4}
-    assert preference_loss(same, same, objective="dpo", **options).item() == pytest.approx(math.log(k))
+    assert preference_loss(logps, logps, objective="dpo", **options).item() == pytest.approx(math.log(k))
     expected = -math.log(k) - log_q.mean().item()
-    assert preference_loss(same, same, **options).item() == pytest.approx(expected)
+    assert preference_loss(logps, logps, **options).item() == pytest.approx(expected)
     logits = torch.zeros(k, 1, 5, dtype=torch.float64, device=device)
     labels = torch.zeros(k, 1, dtype=torch.long, device=device)
     options["rewards"] = rewards.to(device)
@@ -141,7 +141,7 @@ def test_where_policy_is_reference(impl, device, k):
 
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 def test_zero_log_zero_is_zero(objective):
-    """A log-prob of -inf gives p = 0; equal distributions have divergence 0, exactly."""
+    """Check that a log-prob of -inf gives p = 0, and that equal distributions have a divergence of exactly 0."""
     ref = torch.zeros(3, dtype=torch.float64)
     policy = torch.tensor([0.0, 0.0, -math.inf], dtype=torch.float64, requires_grad=True)
     rewards = torch.tensor([1.0, 1.0, -1e6], dtype=torch.float64)
@@ -159,8 +159,8 @@ def test_divergence_from_itself_is_zero(k):
     assert abs(loss.item()) < 1e-15
 
 
-def test_eps_is_shared_by_the_others():
-    """q = 1 - eps on the chosen, eps / (K - 1) on each other; one completion alone has it all."""
+def test_label_smoothing_is_shared_by_the_others():
+    """Check that q is 1 - eps for the chosen completion and eps / (K - 1) for the others, and 1 in a group of one."""
     _, stats = exo_kernels.fused_exo_loss(
         torch.zeros(5, 1, 3, dtype=torch.float64), torch.zeros(5, 1, dtype=torch.long), torch.zeros(5),
         group_size=torch.tensor([4, 1]), label_smoothing=0.3, shift=False, return_stats=True,

@@ -1,7 +1,7 @@
-"""What only a GPU can show: real launches, bf16 as the chip rounds it, memory that is really there.
+"""Tests that need a GPU: real launches, bf16 rounding in hardware, real memory.
 
 `make gpu` runs these and, with impl="triton" on the device, every test of the other files that takes an implementation.
-Nothing is timed here; benchmarks/ does that.
+Nothing is timed here; see benchmarks/.
 """
 
 import pytest
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 MIB = 2**20
 
 
-# Vocabularies of models in use: Llama 3, Qwen 2.5, Gemma, GPT-2; bf16 is what they are trained in.
+# The vocabularies of Llama 3, Qwen 2.5, Gemma and GPT-2. These models are trained in bf16.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("vocab", [128256, 151936, 256000, 50257])
 def test_real_vocabularies(vocab, dtype):
@@ -38,24 +38,24 @@ def test_auto_is_triton():
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
-def test_other_implementations_run_there_too(impl):
+def test_other_implementations_run_on_gpu(impl):
     case = make_case(4, 5, 129, torch.float32, rewards=True, group_size=torch.tensor([1, 3]))
     check_loss(case, impl, "cuda")
 
 
-def test_preference_loss_takes_the_group_kernel():
+def test_preference_loss_on_gpu_equals_cpu():
     policy, ref, rewards = (torch.randn(70, dtype=torch.float64) for _ in range(3))
     sizes = torch.tensor([1, 33, 2, 34])
     for options in ({}, {"rewards": rewards}):
         expected = preference_loss(policy, ref, group_size=sizes, **options)
-        there = {k: v.cuda() for k, v in options.items()}
-        result = preference_loss(policy.cuda(), ref.cuda(), group_size=sizes.cuda(), **there)
+        moved = {k: v.cuda() for k, v in options.items()}
+        result = preference_loss(policy.cuda(), ref.cuda(), group_size=sizes.cuda(), **moved)
         torch.testing.assert_close(result.cpu(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_twenty_runs_are_one(dtype):
-    """Deterministic: no atomics, sums in a fixed order. Enough rows that blocks finish in any order."""
+def test_results_are_deterministic(dtype):
+    """Check that twenty runs give the same bits, with enough rows that blocks finish in any order."""
     case = make_case(64, 128, 4099, dtype, group_size=torch.tensor([1, 31, 2, 30]), rewards=True).on("cuda")
     first = loss_answer(case, case.logits, "triton")
     for _ in range(19):
@@ -65,7 +65,7 @@ def test_twenty_runs_are_one(dtype):
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 def test_more_than_2_31_elements(inplace):
-    """Rows beyond 2^31 elements are what they are before, bit for bit. Needs 5 GiB in place, 9 otherwise."""
+    """Check that rows beyond 2^31 elements are bitwise equal to rows before. Needs 5 GiB in place, 9 otherwise."""
     vocab, rows = 151936, 2**31 // 151936 + 9
     need = rows * vocab * 2 * (1 if inplace else 2) + 2**30
     if torch.cuda.mem_get_info()[0] < need:
@@ -83,8 +83,8 @@ def test_more_than_2_31_elements(inplace):
     assert not grad[0, 8:-8].any()
 
 
-def peak_beyond(function) -> int:
-    """Peak bytes that the function takes on top of what is there before it."""
+def extra_peak(function) -> int:
+    """Return the peak bytes that the function allocates beyond those allocated before it."""
     function()  # compile, and fill the allocator's caches
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated()
@@ -95,7 +95,7 @@ def peak_beyond(function) -> int:
 
 
 def test_peak_memory_is_the_gradient():
-    """Forward: next to nothing. Backward: the gradient in the logits' dtype. In place: nothing at all."""
+    """Check the peak: under 1 MiB forward, the gradient in the logits' dtype backward, under 1 MiB in place."""
     n, t, vocab = 8, 512, 151936
     logits = torch.randn(n, t, vocab, dtype=torch.bfloat16, device="cuda")
     labels = torch.randint(vocab, (n, t), device="cuda")
@@ -109,13 +109,13 @@ def test_peak_memory_is_the_gradient():
         x = logits.detach().requires_grad_()
         torch.autograd.grad(fused_exo_loss(x, labels, ref, inplace_backward=inplace), x)
 
-    assert peak_beyond(forward) < MIB
-    assert peak_beyond(lambda: step(False)) < size + MIB
-    assert peak_beyond(lambda: step(True)) < MIB
+    assert extra_peak(forward) < MIB
+    assert extra_peak(lambda: step(False)) < size + MIB
+    assert extra_peak(lambda: step(True)) < MIB
 
 
 def test_no_synchronisation():
-    """A call queues its kernels and returns: nothing is copied to the host, not even for the checks."""
+    """Check that a call queues its kernels and returns, without copies to the host."""
     case = make_case(6, 5, 129, torch.bfloat16, rewards=True, group_size=torch.tensor([1, 3, 2])).on("cuda")
 
     def step(**options) -> None:
@@ -139,7 +139,7 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize("name", BAD_VALUES)
-def test_checked_mode_looks_at_values(monkeypatch, name):
+def test_checked_mode_validates_values(monkeypatch, name):
     case = make_case(4, 5, 129).on("cuda")
     arguments = {"logits": case.logits, "labels": case.labels, "ref_logps": case.ref_logps}
     arguments |= {k: v.cuda() for k, v in BAD_VALUES[name].items()}
@@ -149,7 +149,7 @@ def test_checked_mode_looks_at_values(monkeypatch, name):
 
 
 def test_bad_labels_do_not_poison_the_context():
-    """Out-of-range labels are NaN, not a device-side assert: everything after them still works."""
+    """Check that out-of-range labels give NaN, not a device-side assert, so that later calls still work."""
     case = make_case(4, 5, 129).on("cuda")
     bad = case.labels.clone()
     bad[0] = 2**62
@@ -167,18 +167,17 @@ def test_tensors_on_two_devices_are_refused():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_on_another_than_the_current_device():
+def test_tensors_on_non_current_device():
     case = make_case(4, 5, 129, torch.bfloat16)
-    here, there = (loss_answer(c, c.logits, "triton") for c in (case.on("cuda:0"), case.on("cuda:1")))
+    first, second = (loss_answer(c, c.logits, "triton") for c in (case.on("cuda:0"), case.on("cuda:1")))
     assert torch.cuda.current_device() == 0
-    assert all(torch.equal(here[name].cpu(), there[name].cpu()) for name in here)
+    assert all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)
     with torch.cuda.device(1):
         again = loss_answer(case.on("cuda:0"), case.on("cuda:0").logits, "triton")
-    assert torch.equal(here["grad"], again["grad"])
+    assert torch.equal(first["grad"], again["grad"])
 
 
-def test_a_stream_of_the_callers():
-    """Kernels go to the current stream."""
+def test_kernels_run_on_the_current_stream():
     case = make_case(4, 5, 129).on("cuda")
     expected = loss_answer(case, case.logits, "triton")
     stream = torch.cuda.Stream()
@@ -191,7 +190,7 @@ def test_a_stream_of_the_callers():
 
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 def test_cuda_graph(objective):
-    """Forward and backward captured once and replayed on other values."""
+    """Capture forward and backward once, and replay them on other values."""
     a, b = (make_case(4, 5, 129, torch.bfloat16, seed=seed, objective=objective).on("cuda") for seed in (1, 2))
     function = fused_exo_loss if objective == "exo" else fused_dpo_loss
     logits, labels, ref = (x.clone() for x in (a.logits, a.labels, a.ref_logps))
@@ -210,8 +209,8 @@ def test_cuda_graph(objective):
     with torch.cuda.graph(graph):
         captured = step()
     for case in (a, b):
-        for place, value in ((logits, case.logits), (labels, case.labels), (ref, case.ref_logps)):
-            place.copy_(value)
+        for static, value in ((logits, case.logits), (labels, case.labels), (ref, case.ref_logps)):
+            static.copy_(value)
         graph.replay()
         expected = step()
         assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the losses from hidden states: 16-bit matmuls with fp32 results, memory, great sizes.
+"""Tests of the losses from hidden states that need a GPU: 16-bit matmuls with fp32 results, memory, large sizes.
 
 `make gpu` runs these and, with impl="triton" on the device, the tests of test_linear*.py. Nothing is timed here.
 """
@@ -30,13 +30,13 @@ def test_entropy_of_a_real_vocabulary():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_several_chunks_of_bf16(schedule):
-    """The weight's gradient adds up in fp32 over chunks, from 16-bit operands."""
+    """Check that the weight's gradient is accumulated in fp32 over chunks of 16-bit operands."""
     case = make_linear_case(16, 40, 128, 4099, torch.bfloat16, rewards=True, group_size=4, softcap=20.0)
     check_linear_loss(case, "triton", "cuda", schedule=schedule, memory_budget=100 * 6 * matmul.padded(4099))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_twenty_runs_are_one(schedule):
+def test_results_are_deterministic(schedule):
     case = make_linear_case(32, 64, 128, 4099, torch.bfloat16, rewards=True, group_size=4).to(torch.bfloat16, "cuda")
     first = linear_answer(case, "triton", schedule=schedule, memory_budget="4MiB")
     for _ in range(19):
@@ -54,9 +54,10 @@ def problem(n: int, width: int, vocab: int, dtype: torch.dtype = torch.bfloat16)
 
 @pytest.mark.parametrize("schedule", ["deferred", "group", "recompute"])
 def test_memory_stays_within_the_budget(schedule):
-    """Beyond inputs, gradients and one fp32 copy of the weight's; a tenth is for what the vendor's library takes.
+    """Check the peak beyond inputs, gradients and one fp32 copy of the weight's gradient.
 
-    And never more than an eighth of the fp32 logits, whole: 8192 rows of 151936 are 4.6 GiB.
+    A tenth more is allowed for the workspaces of the matmul library. The budget is less than an eighth of the full
+    fp32 logits: 8192 rows of 151936 are 4.6 GiB.
     """
     hidden, weight, labels, ref = problem(8192, 512, 151936)
     weight.requires_grad_(schedule != "deferred")
@@ -78,7 +79,7 @@ def test_memory_stays_within_the_budget(schedule):
 
 
 def test_store_of_more_than_2_31_elements():
-    """The gradients of all logits, kept: rows beyond 2^31 elements are what they are before. Needs 14 GiB."""
+    """Check that stored gradients beyond 2^31 elements equal recomputed ones. Needs 14 GiB."""
     vocab, n = 151936, 16384
     if torch.cuda.mem_get_info()[0] < 14 * 2**30:
         pytest.skip("needs 14 GiB of free memory")
@@ -89,13 +90,13 @@ def test_store_of_more_than_2_31_elements():
     ]
     assert torch.equal(*logps)
     g = torch.randn(labels.shape, generator=seeded(1)).cuda()
-    stored, again = (torch.autograd.grad(x, (hidden, weight), g) for x in logps)
-    assert torch.equal(stored[0], again[0])
-    torch.testing.assert_close(stored[1], again[1])  # other chunks, so another order of rounding
+    stored, recomputed = (torch.autograd.grad(x, (hidden, weight), g) for x in logps)
+    assert torch.equal(stored[0], recomputed[0])
+    torch.testing.assert_close(stored[1], recomputed[1])  # different chunks, so a different order of rounding
 
 
-def test_sequences_are_exact_to_a_thousandth():
-    """Log-ratio of 512 tokens, bf16 operands, policy near its reference, against fp64 on the same operands."""
+def test_log_ratios_are_accurate_to_1e_3():
+    """Compare log-ratios of 512 tokens, from bf16 operands and a policy near its reference, with fp64."""
     hidden, weight, labels, _ = problem(4 * 512, 1024, 50257)
     near = (hidden.float() + 0.02 * torch.randn(hidden.shape, generator=seeded(2)).cuda()).bfloat16()
     ratios = []
@@ -111,7 +112,7 @@ def test_sequences_are_exact_to_a_thousandth():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_few_synchronisations(schedule):
-    """To count the rows with loss, and the groups' bounds; the rest is queued without waiting."""
+    """Check that only the count of rows with loss and the bounds of the groups are copied to the host."""
     hidden, weight, labels, ref = problem(512, 128, 4099)
     exo_kernels.fused_linear_exo_loss(hidden, weight, labels, ref, schedule=schedule).backward()
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What may be written: nothing, unless inplace_backward says so, and then autograd knows."""
+"""Inputs are never modified, except the logits with inplace_backward, and then autograd detects later uses."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 import exo_kernels
 
 
-def tensors(case: Case) -> list[Tensor]:
-    """Every tensor that goes into a call."""
+def input_tensors(case: Case) -> list[Tensor]:
+    """Return every input tensor of a call."""
     return [case.logits, case.labels, case.ref_logps, *(v for v in case.options.values() if isinstance(v, Tensor))]
 
 
@@ -27,28 +27,28 @@ def test_inputs_keep_bytes_and_version(impl, device, dtype, objective, packed):
         group_size=torch.tensor([1, 2] if packed else [1, 3]), per_token_ref=True,
         ref_dtype=torch.float64,
     ).on(device)  # fmt: skip
-    case.logits[..., 7] = torch.nan  # bytes, not values
-    inputs = tensors(case)
-    before = [(x.clone(), x._version) for x in inputs]
+    case.logits[..., 7] = torch.nan  # because bytes are compared, not values
+    inputs = input_tensors(case)
+    copies = [(x.clone(), x._version) for x in inputs]
     x = case.logits.detach().requires_grad_()
     function = getattr(exo_kernels, f"fused_{objective}_loss")
     loss, stats = function(x, case.labels, case.ref_logps, impl=impl, return_stats=True, **case.options)
     for value in stats:
         assert not value.requires_grad
-        value.zero_()  # statistics are the caller's: what they are used for changes nothing
+        value.zero_()  # the caller may modify statistics without changing the gradient
     loss.backward()
-    for now, (then, version) in zip(inputs, before, strict=True):
-        assert same_bytes(now, then)
-        assert now._version == version
+    for x, (original, version) in zip(inputs, copies, strict=True):
+        assert same_bytes(x, original)
+        assert x._version == version
 
 
 @pytest.mark.parametrize("function", ["token_logps", "sequence_logps"])
 def test_log_probs_leave_inputs_alone(impl, device, function):
     case = make_case(2, 3, 33).on(device)
-    before = case.logits.clone()
+    original = case.logits.clone()
     x = case.logits.requires_grad_()
     getattr(exo_kernels, function)(x, case.labels, impl=impl).sum().backward()
-    assert torch.equal(x, before) and x._version == 0
+    assert torch.equal(x, original) and x._version == 0
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -59,10 +59,10 @@ def test_gradient_is_written_over_the_logits(impl, device, dtype, packed):
     x = case.logits.clone().requires_grad_()
     version = x._version
     loss = exo_kernels.fused_exo_loss(x, case.labels, case.ref_logps, impl=impl, inplace_backward=True, **case.options)
-    assert torch.equal(x, case.logits) and x._version == version  # not yet
+    assert torch.equal(x, case.logits) and x._version == version  # not yet overwritten
     (grad,) = torch.autograd.grad(loss, x)
     assert torch.equal(grad, expected)
-    assert torch.equal(x.detach(), expected)  # where told
+    assert torch.equal(x.detach(), expected)  # overwritten
     assert grad.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     assert x._version > version
 
@@ -72,7 +72,7 @@ def test_inplace_within_budget(impl, device):
 
 
 def test_logits_inside_a_graph(impl, device):
-    """The usual place: logits = head(hidden), whose own backward does not need them."""
+    """Check the usual graph: logits = head(hidden), where the backward pass of the head does not need the logits."""
     case = make_case(2, 4, 65).on(device)
     hidden = torch.randn(2, 4, 8, device=device)
     head = torch.randn(8, 65, device=device).requires_grad_()
@@ -85,7 +85,7 @@ def test_logits_inside_a_graph(impl, device):
     assert torch.equal(*grads)
 
 
-def test_every_other_use_is_refused(impl, device):
+def test_inplace_is_refused_if_the_logits_are_needed(impl, device):
     case = make_case(2, 4, 33).on(device)
     arguments = (case.labels, case.ref_logps)
     options = {"impl": impl, "inplace_backward": True}
@@ -106,13 +106,13 @@ def test_every_other_use_is_refused(impl, device):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (squares + exo_kernels.fused_exo_loss(z, *arguments, **options)).backward()
 
-    z = torch.softmax(case.logits.clone().requires_grad_(), -1)  # logits that their own producer saved
+    z = torch.softmax(case.logits.clone().requires_grad_(), -1)  # logits that the producing function saved
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         exo_kernels.fused_exo_loss(z, *arguments, **options).backward()
 
 
 def test_two_losses_on_the_same_logits(impl, device):
-    """Overwritten by the last of them to need the logits: that is allowed, and exact."""
+    """Check that the last loss to need the logits may overwrite them, with exact gradients."""
     case = make_case(2, 4, 33).on(device)
     grads = []
     for inplace in (False, True):
@@ -123,11 +123,11 @@ def test_two_losses_on_the_same_logits(impl, device):
     assert torch.equal(*grads)
 
 
-def test_logits_changed_before_backward_are_noticed(impl, device):
+def test_logits_changed_before_backward_raise(impl, device):
     case = make_case(2, 4, 33).on(device)
     z = case.logits.clone().requires_grad_() * 1
     loss = exo_kernels.fused_exo_loss(z, case.labels, case.ref_logps, impl=impl)
-    z.data.zero_()  # unseen, as always with .data
+    z.data.zero_()  # autograd does not see changes through .data
     z.detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -135,8 +135,8 @@ def test_logits_changed_before_backward_are_noticed(impl, device):
 
 def test_nothing_is_written_without_backward(impl, device):
     case = make_case(2, 4, 33).on(device)
-    before = case.logits.clone()
+    original = case.logits.clone()
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             exo_kernels.fused_exo_loss(case.logits, case.labels, case.ref_logps, impl=impl, inplace_backward=True)
-    assert torch.equal(case.logits, before) and case.logits._version == 0
+    assert torch.equal(case.logits, original) and case.logits._version == 0

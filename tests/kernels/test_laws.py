@@ -1,11 +1,11 @@
-"""Laws: what must hold between results, whatever the numbers are."""
+"""Invariants of the losses on logits: relations between results that hold for any input."""
 
 import importlib
 import math
 
 import pytest
 import torch
-from budget import accumulator, compare, loss_answer, same, ulps_of
+from budget import accumulator, assert_same, compare, loss_answer, ulps_of
 from cases import DTYPES, IGNORED, aligned, make_case, make_labels, make_logits, seeded
 
 import exo_kernels
@@ -17,24 +17,24 @@ targets = pytest.mark.parametrize("rewards", [False, True], ids=["preferences", 
 
 
 def scores(n: int, seed: int = 0, spread: float = 5.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Policy sums, reference sums and rewards, float64."""
+    """Return policy sums, reference sums and rewards in float64."""
     rng = seeded(seed)
     policy, ref, rewards = (torch.randn(n, generator=rng, dtype=torch.float64) for _ in range(3))
     return policy * spread - 100, ref - 100, rewards
 
 
 def slopes(policy: torch.Tensor, ref: torch.Tensor, **options) -> torch.Tensor:
-    """dL/dS of every sequence, losses summed."""
+    """Return dL/dS of every sequence, for the sum of the losses."""
     policy = policy.detach().requires_grad_()
     return torch.autograd.grad(preference_loss(policy, ref, reduction="sum", **options), policy)[0]
 
 
-# Of the token pass.
+# The token pass.
 
 
 @pytest.mark.parametrize("shift_by", [8192.0, -8192.0, -32.0])
 def test_logits_plus_a_constant(impl, device, shift_by):
-    """Logits on a grid of 2^-10, so that adding is exact: then x - max is exact too, and nothing at all may change."""
+    """Check that a constant changes no bit. Logits are multiples of 2^-10, so the sum and x - max are exact."""
     labels = make_labels((2, 4), 1201)
     logits = (make_logits(aligned(labels), 1201, torch.float64) * 1024).round().div(1024).float().to(device)
     results = []
@@ -51,7 +51,7 @@ def test_gradient_of_a_row_sums_to_zero(impl, device, entropy):
     x = make_logits(aligned(labels), 300, torch.float64).to(device).requires_grad_()
     logps, entropies = exo_kernels.token_logps(x, labels.to(device), return_entropy=True, impl=impl)
     (grad,) = torch.autograd.grad((entropies if entropy else logps).sum(), x)
-    same("sums", grad.sum(-1), torch.zeros(2, 4), 10.0)
+    assert_same("sums", grad.sum(-1), torch.zeros(2, 4), 10.0)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -61,14 +61,14 @@ def test_gradient_of_a_row_sums_to_zero(impl, device, entropy):
         {"TILE_BYTES": 1},  # a row at a time
         {"TILE_BYTES": 40_000},
         {"TILE_BYTES": 2**40},
-        {"VIEW_BYTES": 0},  # views of neighbours, however few
+        {"VIEW_BYTES": 0},  # views of adjacent rows, however few
         {"VIEW_BYTES": 2**40, "TILE_BYTES": 40_000},
-        {"LAZY_BYTES": 0},  # gradients in pages of the system
+        {"LAZY_BYTES": 0},  # gradients in memory from mmap
     ],
     ids=str,
 )
-def test_chunked_is_whole(monkeypatch, constants):
-    """How the work is cut and where the gradient lies changes no bit, of no dtype."""
+def test_tiling_changes_no_bit(monkeypatch, constants):
+    """Check that tile sizes and the memory of the gradient change no bit, for every dtype."""
     for dtype in DTYPES:
         case = make_case(4, 9, 1201, dtype, seed=1)
         expected = loss_answer(case, case.logits, "chunked")
@@ -81,8 +81,8 @@ def test_chunked_is_whole(monkeypatch, constants):
 
 
 @both
-def test_packed_is_padded_bit_for_bit(impl, device, objective):
-    """128 columns: every row begins on the same boundary in both layouts."""
+def test_packed_equals_padded_bit_for_bit(impl, device, objective):
+    """Compare the layouts with 128 columns, so that rows are aligned in the same way in both."""
     lengths = [3, 1, 0, 4]
     packed = make_case(vocab=128, lengths=lengths, objective=objective, seed=2).on(device)
     logits = torch.full((4, 5, 128), torch.nan, device=device)
@@ -96,13 +96,13 @@ def test_packed_is_padded_bit_for_bit(impl, device, objective):
     grads = a.pop("grad"), torch.cat([g[:length] for g, length in zip(b.pop("grad"), lengths, strict=True)])
     assert torch.equal(*grads)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    # and shift=False with the labels moved by hand
+    # and with shift=False and labels shifted by hand
     moved = padded._replace(labels=labels.roll(-1, 1).index_fill(1, torch.tensor([4], device=device), IGNORED))
-    c = loss_answer(moved.but(shift=False), logits, impl)
+    c = loss_answer(moved.with_options(shift=False), logits, impl)
     assert all(torch.equal(b[name], c[name]) for name in b)
 
 
-def test_one_row_alone_or_among_others(impl, device):
+def test_sequence_does_not_depend_on_the_batch(impl, device):
     case = make_case(4, 4, 128, seed=3).on(device)
     together = exo_kernels.token_logps(case.logits, case.labels, impl=impl)
     for n in range(4):
@@ -110,7 +110,7 @@ def test_one_row_alone_or_among_others(impl, device):
         assert torch.equal(alone[0], together[n])
 
 
-# Of the group pass.
+# The group pass.
 
 
 @both
@@ -126,8 +126,8 @@ def test_one_row_alone_or_among_others(impl, device):
     ],
     ids=str,
 )
-def test_group_pass_is_objectives(impl, device, dtype, sizes, rewards, objective):
-    """33 completions cross the kernel's block of 32; 65 and 100 cross more and end inside one."""
+def test_group_pass_equals_objectives(impl, device, dtype, sizes, rewards, objective):
+    """Compare with objectives.py; 33, 65 and 100 completions need more than one of the kernel's blocks of 32."""
     n = sum(sizes)
     policy, ref, r = scores(n, seed=n, spread=2.0)
     offsets = torch.tensor([0, *sizes]).cumsum(0)
@@ -148,19 +148,19 @@ def test_group_pass_is_objectives(impl, device, dtype, sizes, rewards, objective
         else:
             log_q = objectives.preference_log_target(torch.ones_like(log_p).bool(), *log_targets)
         loss, slope = objectives.OBJECTIVES[objective].function(log_p, log_q)
-        for values, more in zip(expected, (loss, beta_pi * slope[0], log_p[0].exp(), log_q[0].exp()), strict=True):
-            values.append(more)
+        for values, value in zip(expected, (loss, beta_pi * slope[0], log_p[0].exp(), log_q[0].exp()), strict=True):
+            values.append(value)
     names = {"loss": 0, "slopes": 1, "p": 4, "q": 5}
     for (name, i), values in zip(names.items(), expected, strict=True):
         values = torch.cat(values)
-        # fp64 throughout, rounded once at the end; 10: the largest |log p - log q| that a slope is a difference of
+        # fp64 rounded once at the end. 10: the largest |log p - log q|, because slopes are differences of these
         compare(name, result[i], values.to(dtype), values, 10 * math.sqrt(n) * ulps_of(torch.float64))
     assert torch.equal(result[6].cpu(), torch.ones(n, dtype=dtype))
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["sums", "per-token"])
 def test_long_sequences_are_summed_in_float64(impl, device, per_token):
-    """Blocks of 512 tokens and their edges, a sequence of none; 1500 terms of -10 nats, rounded once at the end."""
+    """Check lengths around the block of 512 tokens, an empty sequence, and a sum of 1500 terms of -10 nats."""
     lengths = torch.tensor([511, 0, 512, 513, 1500, 1])
     offsets, n = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), int(lengths.sum())
     logps = -10 + torch.randn(n, generator=seeded(1))
@@ -172,8 +172,8 @@ def test_long_sequences_are_summed_in_float64(impl, device, per_token):
     def sums(x: torch.Tensor) -> torch.Tensor:
         return torch.stack([part.sum() for part in x.double().where(scored, 0.0).split(lengths.tolist())])
 
-    given = ref[None] if per_token else sums(ref)
-    arguments = [x.to(device) for x in (logps, targets, given)]
+    ref_logps = ref[None] if per_token else sums(ref)
+    arguments = [x.to(device) for x in (logps, targets, ref_logps)]
     bounds = [offsets.to(device), torch.tensor([0, 4, 6], device=device)]
     result = logits_ops.group_loss(*arguments, None, *bounds, "exo", [0.5, 1.0, -0.1, -2.0], IGNORED, impl)
     for name, i, expected in (("policy", 2, sums(logps)), ("ratios", 3, sums(logps) - sums(ref))):
@@ -183,13 +183,13 @@ def test_long_sequences_are_summed_in_float64(impl, device, per_token):
 
 @both
 def test_slopes_are_the_derivative(objective):
-    """objectives.* return a loss and a slope: the second is autograd's of the first."""
+    """Check that the slope that an objective returns is the gradient of its loss."""
     rng = seeded(4)
     z = torch.randn(6, 5, generator=rng, dtype=torch.float64).mul(3).requires_grad_()
     log_q = torch.log_softmax(torch.randn(6, 5, generator=rng, dtype=torch.float64), -1)
     loss, slope = objectives.OBJECTIVES[objective].function(torch.log_softmax(z, -1), log_q)
     (expected,) = torch.autograd.grad(loss.sum(), z)
-    same("slope", slope.detach(), expected, 10.0)
+    assert_same("slope", slope.detach(), expected, 10.0)
 
 
 @both
@@ -199,7 +199,7 @@ def test_slopes_of_a_group_sum_to_zero(objective, rewards, k):
     policy, ref, r = scores(2 * k, seed=5)
     g = slopes(policy, ref, objective=objective, group_size=k, rewards=r if rewards else None, beta_pi=0.5)
     assert g.any()
-    same("sums", g.view(2, k).sum(-1), torch.zeros(2), g.abs().sum().item())
+    assert_same("sums", g.view(2, k).sum(-1), torch.zeros(2), g.abs().sum().item())
 
 
 @both
@@ -209,12 +209,12 @@ def test_sums_plus_a_constant_per_group(objective, rewards):
     options = {"objective": objective, "group_size": 3, "rewards": r if rewards else None, "reduction": "none"}
     constants = torch.tensor([64.0, -32.0], dtype=torch.float64).repeat_interleave(3)
     result = preference_loss(policy + constants, ref, **options)
-    same("loss", result, preference_loss(policy, ref, **options), 20.0)
+    assert_same("loss", result, preference_loss(policy, ref, **options), 20.0)
 
 
 @both
 @targets
-def test_a_group_of_one_is_nothing(impl, device, objective, rewards):
+def test_group_of_one_has_zero_loss(impl, device, objective, rewards):
     case = make_case(3, 3, 17, objective=objective, rewards=rewards, group_size=1, reduction="none", weights=True)
     case = case.on(device)
     result = loss_answer(case, case.logits, impl)
@@ -229,20 +229,20 @@ def test_permuting_a_group_permutes_its_slopes(objective):
     order = torch.tensor([3, 1, 4, 0, 2])
     options = {"objective": objective, "group_size": 5, "beta_pi": 0.3}
     g = slopes(policy, ref, rewards=r, **options)
-    same("rewards", slopes(policy[order], ref[order], rewards=r[order], **options), g[order])
+    assert_same("rewards", slopes(policy[order], ref[order], rewards=r[order], **options), g[order])
     order = torch.tensor([0, 3, 4, 1, 2])  # the chosen one stays first
     g = slopes(policy, ref, **options)
-    same("preferences", slopes(policy[order], ref[order], **options), g[order], 10.0)
+    assert_same("preferences", slopes(policy[order], ref[order], **options), g[order], 10.0)
 
 
 def test_swapping_a_tie_changes_nothing():
     policy, ref, _ = scores(2, seed=8)
     tie = torch.ones(2, dtype=torch.float64)
     a, b = preference_loss(policy, ref, rewards=tie), preference_loss(policy.flip(0), ref.flip(0), rewards=tie)
-    same("loss", a, b)
+    assert_same("loss", a, b)
 
 
-# Of the loss as a whole.
+# The complete loss.
 
 
 @both
@@ -264,20 +264,20 @@ def test_reductions(impl, device, objective, sizes):
 
 
 @both
-def test_two_micro_batches_are_one(impl, device, objective):
-    """With the step's number of groups as the denominator, gradients accumulate to those of one call, bit for bit."""
+def test_two_micro_batches_equal_one_batch(impl, device, objective):
+    """Check that with num_groups of the step, accumulated gradients equal those of one call bit for bit."""
     case = make_case(6, 3, 128, torch.float64, objective=objective, seed=9).on(device)
     full = loss_answer(case, case.logits, impl)["grad"]
     parts = []
     for rows in (slice(0, 2), slice(2, 6)):
         part = case._replace(logits=case.logits[rows], labels=case.labels[rows], ref_logps=case.ref_logps[rows])
-        parts.append(loss_answer(part.but(num_groups=3), part.logits, impl)["grad"])
+        parts.append(loss_answer(part.with_options(num_groups=3), part.logits, impl)["grad"])
     assert torch.equal(torch.cat(parts), full)
 
 
 @both
 @targets
-def test_fused_is_preference_loss_of_sums(impl, device, objective, rewards):
+def test_fused_loss_equals_preference_loss_of_sums(impl, device, objective, rewards):
     case = make_case(4, 3, 65, objective=objective, rewards=rewards, seed=10).on(device)
     options = {k: v for k, v in case.options.items() if k == "rewards"}
     result = loss_answer(case, case.logits, impl)
@@ -287,8 +287,8 @@ def test_fused_is_preference_loss_of_sums(impl, device, objective, rewards):
     compare("loss", result["loss"].double(), expected, expected.cpu(), scale * ulps_of(torch.float32))
 
 
-def test_spread_and_segments_are_each_other(impl, device):
-    """groups.py: the backward of a sum over a segment is a spread over it."""
+def test_spread_is_the_gradient_of_segment_sum(impl, device):
+    """Check that the gradient of groups.segment_sum is groups.spread."""
     offsets = torch.tensor([0, 0, 3, 3, 7], device=device)
     values = torch.arange(7.0, device=device, dtype=accumulator(torch.float64)).requires_grad_()
     sums = groups.segment_sum(values, offsets)
@@ -299,8 +299,8 @@ def test_spread_and_segments_are_each_other(impl, device):
     assert grad.tolist() == [6.0] * 3 + [8.0] * 4
 
 
-def test_offsets_that_nobody_checks_stay_within_bounds():
-    """As on a GPU: whatever they are, no row outside the input is reached, and none of its neighbours' sums is lost."""
+def test_unchecked_offsets_stay_within_bounds():
+    """Check that bad offsets, which a GPU does not validate, reach no row outside the input."""
     bad = torch.tensor([-3, 2, 1, 99, 4])
     inside = groups.within(bad, 6)
     assert inside.tolist() == [0, 2, 2, 6, 6]
@@ -309,3 +309,9 @@ def test_offsets_that_nobody_checks_stay_within_bounds():
     assert groups.spread(values, inside, 6).tolist() == [1, 1, 3, 3, 3, 3]
     assert groups.spread(values, bad, 6).shape == (6,)
     assert groups.spread(values[:0], inside[:1], 3).tolist() == [0, 0, 0]
+
+
+def test_spread_of_offsets_that_end_too_early():
+    """Check that members behind the last segment get its value: unvalidated offsets must not read out of bounds."""
+    spread = groups.spread(torch.tensor([1.0, 2.0]), torch.tensor([0, 2, 3]), 6)
+    assert spread.tolist() == [1, 1, 2, 2, 2, 2]

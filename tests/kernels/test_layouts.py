@@ -1,7 +1,7 @@
-"""Memory layouts: strides that users make, what lies beyond a view, and offsets past 2^31 elements.
+"""Memory layouts: strides that users create, memory outside a view, and offsets beyond 2^31 elements.
 
-Run as a program (`python test_layouts.py IMPL`) it is the child of test_offsets_beyond_int32: there a wrong offset
-is a segmentation fault.
+`python test_layouts.py IMPL` is the child process of test_offsets_beyond_int32, where a wrong offset is a segmentation
+fault.
 """
 
 import os
@@ -24,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["
 @dtypes
 @pytest.mark.parametrize("name", NAMES)
 def test_layout(impl, device, name, dtype, inplace):
-    """131 is odd: no row but the first begins on a 16-byte boundary. What is beyond the view is NaN, and stays so."""
+    """Check a loss on a view whose rows are not aligned to 16 bytes (131 is odd); memory outside it must stay NaN."""
     case = make_case(2, 3, 131, dtype, seed=1)
     views = []
 
@@ -41,7 +41,7 @@ def test_layout(impl, device, name, dtype, inplace):
     assert base[inside._base].isfinite().all()
 
 
-# A leaf's gradient takes the leaf's strides; one inside a graph does not.
+# The gradient of a leaf has the strides of the leaf; that of a tensor inside a graph does not.
 @pytest.mark.parametrize("name", ["transposed-time", "vocab-outermost", "padded-vocab", "every-second-column"])
 def test_layout_inside_a_graph(impl, device, name):
     case = make_case(2, 3, 131, seed=2).on(device)
@@ -54,12 +54,12 @@ def test_layout_inside_a_graph(impl, device, name):
 
 @pytest.mark.parametrize("shift", [True, False], ids=["shifted", "aligned"])
 def test_strided_vectors(impl, device, shift):
-    """Labels, references and rewards as columns of other tensors; and a gradient that is one, of the log-probs."""
+    """Check strided labels, references and rewards, and a strided gradient of the log-probs."""
     case = make_case(4, 3, 33, seed=6, per_token_ref=True, rewards=True, shift=shift).on(device)
     rewards = torch.stack([case.options["rewards"], torch.full_like(case.options["rewards"], torch.nan)], 1)[:, 0]
-    strided = case._replace(labels=case.labels.t().contiguous().t(), ref_logps=case.ref_logps.t().contiguous().t()).but(
-        rewards=rewards
-    )
+    strided = case._replace(
+        labels=case.labels.t().contiguous().t(), ref_logps=case.ref_logps.t().contiguous().t()
+    ).with_options(rewards=rewards)
     assert not strided.labels.is_contiguous() and not rewards.is_contiguous()
     expected, result = (loss_answer(c, c.logits, impl) for c in (case, strided))
     assert all(torch.equal(expected[name], result[name]) for name in expected)
@@ -74,7 +74,7 @@ def test_strided_vectors(impl, device, shift):
 
 @pytest.mark.parametrize("name", ["transposed-time", "without-last-row", "without-first-row", "every-second-sequence"])
 def test_aligned_layouts_are_bit_equal(impl, device, name):
-    """Where rows begin on the same boundary nothing may depend on where they lie."""
+    """Check that results do not depend on strides if the alignment of rows stays the same."""
     case = make_case(2, 3, 128, seed=3).on(device)
     expected = loss_answer(case, case.logits, impl)
     result = loss_answer(case, dict(layouts(case.logits))[name], impl)
@@ -93,14 +93,14 @@ def test_expanded_logits(impl, device, axis):
 
 
 def test_expanded_vocabulary(impl, device):
-    """One number a row, stride 0: uniform."""
+    """Check rows of one number with stride 0, which have a uniform softmax."""
     logits = torch.randn(2, 3, 1).expand(2, 3, 50)
     check_tokens(logits, make_labels((2, 3), 50), impl, device, lambda x: x[..., :1].expand(2, 3, 50), entropy=True)
 
 
 @pytest.mark.parametrize("kind", ["transposed", "sliced", "expanded", "int32-sliced"])
 def test_strided_labels_and_references(impl, device, kind):
-    """Aligned labels: those that are shifted are copied on the way."""
+    """Check strided labels with shift=False, because shifting copies them."""
     case = make_case(4, 4, 19, seed=5, per_token_ref=True, ref_dtype=torch.float32, shift=False).on(device)
     if kind == "expanded":
         case = case._replace(labels=case.labels[:1].expand(4, 4), ref_logps=case.ref_logps[:1].expand(4, 4))
@@ -120,7 +120,7 @@ def test_strided_labels_and_references(impl, device, kind):
     assert all(torch.equal(result[key], value) for key, value in expected.items())
 
 
-# The 16-byte head of a row in every position, and vocabularies shorter than it.
+# Rows at every offset from a 16-byte boundary, and vocabularies shorter than 16 bytes.
 @pytest.mark.parametrize("vocab", [1, 3, 16, 67])
 @pytest.mark.parametrize("offset", [1, 2, 3, 5, 7])
 def test_every_alignment(impl, device, offset, vocab):
@@ -143,22 +143,22 @@ STRIDES = {
 
 
 def test_offsets_beyond_int32(impl, device):
-    """4 GB of address space of which a few pages are touched; with real memory on a GPU: test_gpu.py."""
+    """Run on a tensor of 4 GB of address space, of which a few pages are used; test_gpu.py uses real memory."""
     if device == "cuda":
         pytest.skip("would need real memory on a GPU: test_gpu.py does that")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parents[2])))}
     command = [sys.executable, "-W", "ignore", __file__, impl]
     child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     if "can't allocate" in child.stderr:
-        pytest.skip("this machine does not lend 4 GB of address space")
+        pytest.skip("this machine does not allow 4 GB of address space")
     done = child.stdout.split()
     assert child.returncode == 0 and done == list(STRIDES), (
-        f"exit status {child.returncode}, only {done} went well\n{child.stderr}"
+        f"exit status {child.returncode}, only {done} passed\n{child.stderr}"
     )
 
 
 def offsets_beyond_int32(axis: str, impl: str) -> None:
-    """Forward, fresh backward and in-place backward on far rows, bit for bit what they are on near ones."""
+    """Check that forward, backward and in-place backward on far rows equal those on near rows bit for bit."""
     shape, strides = STRIDES[axis]
     span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
     far = torch.empty(span, dtype=torch.bfloat16).as_strided(shape, strides)
@@ -171,14 +171,14 @@ def offsets_beyond_int32(axis: str, impl: str) -> None:
             logps = exo_kernels.token_logps(x, labels, shift=False, impl=impl)
             if not inplace:
                 (grad,) = torch.autograd.grad(logps.sum(), x)
-            elif axis == "sequences":  # rewards as they come: every sequence has a slope
+            elif axis == "sequences":  # different rewards, so that every sequence has a slope
                 rewards = torch.arange(3.0)
                 loss = exo_kernels.fused_dpo_loss(
                     x, labels, torch.zeros(3), group_size=3, rewards=rewards, shift=False, inplace_backward=True,
                     impl=impl,
                 )  # fmt: skip
                 (grad,) = torch.autograd.grad(loss, x)
-            else:  # a group of one has no slope, so the operator alone
+            else:  # a group of one has slope 0, so call the operator
                 ops = exo_kernels.ops.logits.token_logps(x, labels, 1.0, -100, False, True, impl)
                 (grad,) = torch.autograd.grad(ops[0].sum(), x)
             assert grad.any(-1).all()

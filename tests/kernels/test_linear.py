@@ -1,4 +1,4 @@
-"""Losses from hidden states against the fp64 oracle, within the one budget: schedules, layouts, dtypes, options."""
+"""Losses from hidden states against the fp64 oracle, within the error budget: schedules, layouts, dtypes, options."""
 
 import pytest
 import torch
@@ -53,8 +53,8 @@ def test_options(impl, device, schedule, options):
 
 @pytest.mark.parametrize("schedule", ["deferred", "store", "recompute"])
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
-def test_one_loss_a_group(impl, device, schedule, objective):
-    """reduction="none", each loss with a gradient of its own; `group` cannot know it and is refused elsewhere."""
+def test_reduction_none(impl, device, schedule, objective):
+    """Check reduction="none", with a different gradient for each loss; the schedule `group` does not support it."""
     sizes = torch.tensor([1, 4, 2])
     case = make_linear_case(
         7, 3, 16, 29, objective=objective, rewards=True, group_size=sizes, reduction="none", weights=True
@@ -62,7 +62,7 @@ def test_one_loss_a_group(impl, device, schedule, objective):
     check_linear_loss(case, impl, device, schedule=schedule)
 
 
-# 1200 is no multiple of any tile; an offset of -30 makes whatever is read past the end by far the largest logit.
+# 1200 is no multiple of a tile. With an offset of -30, a zero read past the end would be by far the largest logit.
 @pairwise({"offset": [-30.0, 1000.0], "vocab": [1, 2, 127, 128, 129, 1200], "schedule": SCHEDULES})
 def test_vocabularies_with_an_offset(impl, device, schedule, vocab, offset):
     case = make_linear_case(2, 4, 8, vocab, offset=offset, seed=vocab, reference_model="tokens")
@@ -72,7 +72,7 @@ def test_vocabularies_with_an_offset(impl, device, schedule, vocab, offset):
 @schedules
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_chunks(impl, device, schedule, rows):
-    """A budget of a few rows: many chunks, and groups larger than any of them."""
+    """Check a budget of a few rows, which gives many chunks, and groups larger than a chunk."""
     case = make_linear_case(
         8, 5, 16, 37, group_size=torch.tensor([1, 4, 1, 2]), rewards=True, reference_model="hidden", softcap=15.0
     )
@@ -82,7 +82,7 @@ def test_chunks(impl, device, schedule, rows):
 @schedules
 @pytest.mark.parametrize("reference_model", ["hidden", "own"])
 def test_as_many_rows_as_sequences(impl, device, schedule, reference_model):
-    """Packed, n = N, because a sequence is empty: log-probs of the reference that were made here are no sums."""
+    """Check packed input with n = N (one sequence is empty): the reference's log-probs (n,) are not sums (N,)."""
     case = make_linear_case(lengths=[2, 0, 1, 1], reference_model=reference_model, group_size=4, rewards=True)
     result = check_linear_loss(case, impl, device, schedule=schedule)
     ref = exo_kernels.linear_token_logps(
@@ -106,7 +106,7 @@ def test_token_logps(impl, device, schedule, dtype, layout):
 @dtypes
 @pytest.mark.parametrize("options", [{}, {"softcap": 10.0, "temperature": 0.7}], ids=["plain", "capped"])
 def test_entropy(impl, device, dtype, options):
-    """Of rows near-uniform and peaked, with gradients through both outputs."""
+    """Check entropies of nearly uniform and peaked rows, with gradients through both outputs."""
     case = make_linear_case(3, 4, 16, 130, dtype, seed=3, **options)
     check_linear_tokens(case, impl, device, entropy=True)
 
@@ -117,9 +117,9 @@ def test_entropy_in_chunks(impl, device):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_sequence_logps(impl, device, packed):
-    """The sums of linear_token_logps, added up in float64; and with the coefficients of their rows, its gradients."""
+    """Check that the result is linear_token_logps summed in float64, with the same gradients."""
     case = make_linear_case(4, 5, 8, 50, lengths=[4, 0, 9] if packed else None).to(torch.float32, device)
-    options = case.of(*HEAD, *LAYOUT)
+    options = case.selected(*HEAD, *LAYOUT)
     leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
     logps = exo_kernels.linear_token_logps(*leaves, case.labels, impl=impl, **options)
     sums = exo_kernels.linear_sequence_logps(*leaves, case.labels, impl=impl, **options)

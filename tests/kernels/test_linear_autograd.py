@@ -1,4 +1,4 @@
-"""What autograd and torch.compile expect of the operators on hidden states."""
+"""The operators on hidden states under autograd, torch.library and torch.compile."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ from exo_kernels.numerics import LogitTransform
 from exo_kernels.ops import hidden as hidden_ops
 
 SCHEDULES = ["deferred", "group", "store", "recompute"]
-OTHERS = ["auto", "deferred", "recompute"]  # compiled in the slow tests
+OTHERS = ["auto", "deferred", "recompute"]  # compiled in slow tests only
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
-def leaves_of(*shapes: tuple[int, ...], device: str, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    made = (torch.randn(shape, generator=seeded(i), dtype=torch.float64) for i, shape in enumerate(shapes))
-    return [x.to(device, dtype).requires_grad_() for x in made]
+def random_leaves(*shapes: tuple[int, ...], device: str, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    values = (torch.randn(shape, generator=seeded(i), dtype=torch.float64) for i, shape in enumerate(shapes))
+    return [x.to(device, dtype).requires_grad_() for x in values]
 
 
 # Gradients, by finite differences. nondet_tol=0: the backward pass must give the same bits twice.
@@ -30,7 +30,7 @@ GRADCHECKED = [("exo", "group"), ("dpo", "deferred"), ("exo", "store"), ("dpo", 
 @pytest.mark.parametrize(("objective", "schedule"), GRADCHECKED[: 2 if INTERPRETED else 4])
 def test_gradcheck_of_the_loss(impl, device, objective, schedule):
     function = getattr(exo_kernels, f"fused_linear_{objective}_loss")
-    hidden, weight, bias = leaves_of((2, 2, 2), (3, 2), (3,), device=device)
+    hidden, weight, bias = random_leaves((2, 2, 2), (3, 2), (3,), device=device)
     labels = torch.tensor([[0, 2], [0, 1]], device=device)
     ref, rewards = torch.zeros(2, device=device), torch.tensor([0.3, -1.0], device=device)
     options = {"rewards": rewards, "beta_pi": 0.8, "temperature": 0.7, "softcap": 2.0}
@@ -43,7 +43,7 @@ def test_gradcheck_of_the_loss(impl, device, objective, schedule):
 
 @pytest.mark.parametrize("schedule", ["deferred", "store", "recompute"])
 def test_gradcheck_of_log_probs(impl, device, schedule):
-    leaves = leaves_of((1, 3, 2), (3, 2), (3,), device=device)
+    leaves = random_leaves((1, 3, 2), (3, 2), (3,), device=device)
     labels = torch.tensor([[0, IGNORED, 2]], device=device)
     options = {"impl": impl, "shift": False, "softcap": 3.0, "logit_scale": 0.7}
 
@@ -54,7 +54,7 @@ def test_gradcheck_of_log_probs(impl, device, schedule):
 
 
 def test_gradcheck_of_entropies(impl, device):
-    leaves = leaves_of((1, 3, 2), (3, 2), (3,), device=device)
+    leaves = random_leaves((1, 3, 2), (3, 2), (3,), device=device)
     labels = torch.tensor([[0, IGNORED, 2]], device=device)
 
     def both(h, w, b):
@@ -68,7 +68,7 @@ def test_gradcheck_of_entropies(impl, device):
 
 @every_schedule
 def test_second_backward_is_exact(impl, device, schedule):
-    """retain_graph with another grad_output: nothing that was saved has been scaled in place."""
+    """Check retain_graph with another grad_output: no saved tensor is scaled in place."""
     case = make_linear_case(6, 3, 8, 33).to(torch.float32, device)
     leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
     loss = exo_kernels.fused_linear_exo_loss(*leaves, case.labels, case.ref_logps, impl=impl, schedule=schedule)
@@ -83,7 +83,7 @@ def test_second_backward_is_exact(impl, device, schedule):
 
 @pytest.mark.parametrize("view", ["leaf", "packed", "reshaped"])
 def test_many_backward_passes_into_grad(impl, device, view):
-    """A gradient of 1 is handed over uncopied: not while the graph still holds it, through views or not."""
+    """Check repeated backward passes: a saved gradient may be returned without a copy only if the graph is freed."""
     case = make_linear_case(6, 3, 8, 33, lengths=[3, 1, 0, 4] if view == "packed" else None).to(torch.float32, device)
     leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
     inputs = [x.reshape(-1).view(x.shape) for x in leaves] if view == "reshaped" else leaves
@@ -93,7 +93,7 @@ def test_many_backward_passes_into_grad(impl, device, view):
     once = [x.grad.clone() for x in leaves]
     for _ in range(2):
         for x in leaves:
-            x.grad.data.zero_()  # as an optimizer does, unseen by autograd
+            x.grad.data.zero_()  # as an optimizer does; autograd does not see it
         loss.backward(retain_graph=True)
         assert all(torch.equal(x.grad, a) for x, a in zip(leaves, once, strict=True))
     loss.backward()
@@ -102,7 +102,7 @@ def test_many_backward_passes_into_grad(impl, device, view):
 
 @every_schedule
 def test_batched_gradients(impl, device, schedule):
-    """is_grads_batched: several gradients of the loss at once, where the operators allow it, or an error."""
+    """Check is_grads_batched: several gradients of the loss in one backward pass."""
     case = make_linear_case(4, 3, 8, 33).to(torch.float32, device)
     hidden = case.hidden.requires_grad_()
     weight = case.weight.requires_grad_()
@@ -116,8 +116,8 @@ def test_batched_gradients(impl, device, schedule):
 
 @every_schedule
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_a_gradient_scaler_is_heard(impl, device, schedule, dtype):
-    """What fp16 cannot hold before the loss is multiplied by 2^16 is there afterwards: no gradient has flushed to 0."""
+def test_gradient_scaler_prevents_underflow(impl, device, schedule, dtype):
+    """Check that with a loss scaled by 2^16, gradients that underflow in 16 bits without the scale are not lost."""
     case = make_linear_case(4, 5, 16, 129, dtype, reference_model="tokens", num_groups=10**6).to(dtype, device)
     scaled = []
     for scale, numbers in ((2.0**16, case), (2.0**16, case.to(torch.float32))):
@@ -137,7 +137,7 @@ def test_double_backward_is_refused(impl, device, schedule):
     grads = torch.autograd.grad(loss, leaves, create_graph=True)
     penalty = sum(g.square().sum() for g in grads)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        (loss + penalty).backward()  # a constant penalty would pass unseen
+        (loss + penalty).backward()  # otherwise the penalty would silently be a constant
 
 
 def test_stats_and_reference_have_no_graph(impl, device):
@@ -159,7 +159,7 @@ def test_stats_and_reference_have_no_graph(impl, device):
 @pytest.mark.parametrize("schedule", ["score", "deferred", "store", "recompute"])
 def test_opcheck_of_the_log_probs(impl, device, schedule):
     entropy = schedule in ("score", "recompute")
-    hidden, weight, bias = leaves_of((2, 3, 4), (5, 4), (5,), device=device, dtype=torch.float32)
+    hidden, weight, bias = random_leaves((2, 3, 4), (5, 4), (5,), device=device, dtype=torch.float32)
     ref = torch.randn(2, 3, 4, device=device)
     targets = make_labels((2, 3), 5).to(device)
     transform, place = list(LogitTransform.of(0.9, 3.0, 0.8)), ([0, 5, 5, 2], "", impl)
@@ -179,7 +179,7 @@ def test_opcheck_of_the_log_probs(impl, device, schedule):
 
 
 def test_opcheck_of_the_group_loss(impl, device):
-    hidden, weight, bias = leaves_of((4, 3, 4), (5, 4), (5,), device=device, dtype=torch.float32)
+    hidden, weight, bias = random_leaves((4, 3, 4), (5, 4), (5,), device=device, dtype=torch.float32)
     targets = make_labels((4, 3), 5).to(device)
     offsets = torch.arange(5, device=device) * 3, torch.tensor([0, 1, 4], device=device)
     loss = (torch.tensor(2.0, dtype=torch.float64, device=device), "exo", [0.5, 1.0, -0.1, -2.0])
@@ -195,29 +195,29 @@ def test_opcheck_of_the_group_loss(impl, device):
     )
 
 
-# True: shapes and numbers are symbols from the start. None: from the second shape on, as users get it.
+# True: shapes and numbers are symbolic from the start. None, the default: from the second shape on.
 @pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "schedule",
     ["auto"] if INTERPRETED else ["store", "group", *(pytest.param(s, marks=pytest.mark.slow) for s in OTHERS)],
 )
-def test_compiled_is_eager(impl, device, backend, dynamic, schedule):
-    """In one graph, whatever the schedule; `store` keeps as many rows as carry loss, which no compiler can know."""
+def test_compiled_equals_eager(impl, device, backend, dynamic, schedule):
+    """Check every schedule in one graph, also `store`, whose buffer depends on the number of rows with loss."""
     torch._dynamo.reset()
 
-    def everything(hidden, weight, labels, ref):
+    def all_outputs(hidden, weight, labels, ref):
         options = {"impl": impl, "schedule": schedule, "temperature": 0.9}
         loss, stats = exo_kernels.fused_linear_exo_loss(2 * hidden, weight, labels, ref, return_stats=True, **options)
         options["schedule"] = "recompute" if schedule == "group" else schedule
         logps = exo_kernels.linear_token_logps(2 * hidden, weight, labels, **options)
         return [loss, logps, exo_kernels.linear_sequence_logps(hidden, weight, labels, **options), *stats]
 
-    compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic, backend=backend)
+    compiled = torch.compile(all_outputs, fullgraph=True, dynamic=dynamic, backend=backend)
     for n, t in ((2, 4), (4, 3)):
         case = make_linear_case(n, t, 8, 33, bias=False, seed=n).to(torch.float32, device)
         results = []
-        for function in (everything, compiled):
+        for function in (all_outputs, compiled):
             leaves = [case.hidden.nan_to_num(0.3).requires_grad_(), case.weight.clone().requires_grad_()]
             outputs = function(*leaves, case.labels, case.ref_logps)
             weights = [torch.rand(out.shape, generator=seeded(i)).to(out) for i, out in enumerate(outputs[:3])]
@@ -227,12 +227,12 @@ def test_compiled_is_eager(impl, device, backend, dynamic, schedule):
             torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if backend == "aot_eager" else {}))
 
 
-def test_compiled_code_still_checks(impl, device):
+def test_compiled_code_checks_input(impl, device):
     torch._dynamo.reset()
     compiled = torch.compile(exo_kernels.linear_token_logps, backend="aot_eager")
     hidden, weight = torch.randn(2, 3, 4, device=device), torch.randn(5, 4, device=device)
     labels = torch.full((2, 3), 5, device=device)
-    if device == "cuda":  # values are not looked at there
+    if device == "cuda":  # values are not validated on a GPU
         assert compiled(hidden, weight, labels, impl=impl, shift=False).isnan().all()
     else:
         with pytest.raises(ValueError, match="labels: expected values in"):

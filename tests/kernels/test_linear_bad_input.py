@@ -1,7 +1,7 @@
-"""Bad input to the functions on hidden states: one line that names the argument, what was expected and what came.
+"""Bad input to the functions on hidden states raises one line: the argument, what was expected, what was given.
 
-What they share with the functions on logits (labels, layouts, rewards, betas) is checked by the same code and tested in
-test_bad_input.py and test_bad_options.py; here is what is their own. Sharded weights: test_sharded_weight.py.
+test_bad_input.py and test_bad_options.py test the arguments that the functions on logits also have (labels, layouts,
+rewards, betas), test_sharded_weight.py sharded weights, and this file all other arguments.
 """
 
 import re
@@ -26,7 +26,7 @@ def good(function: str) -> dict:
     return arguments | ({"ref_logps": torch.zeros(N)} if function in LOSSES else {})
 
 
-def refused(argument: str, function: str, **changes) -> str:
+def assert_refused(argument: str, function: str, **changes) -> str:
     with pytest.raises(ValueError) as caught:
         getattr(exo_kernels, function)(**(good(function) | changes))
     message = str(caught.value)
@@ -36,7 +36,7 @@ def refused(argument: str, function: str, **changes) -> str:
 
 
 @every_function
-def test_the_good_arguments_are_good(function):
+def test_valid_arguments_are_accepted(function):
     assert getattr(exo_kernels, function)(**good(function)).isfinite().all()
 
 
@@ -50,7 +50,7 @@ def test_the_good_arguments_are_good(function):
     ids=["none", "a-list", "integers", "one-dimension", "no-width", "four-dimensions"],
 )  # fmt: skip
 def test_hidden(function, bad):
-    refused("hidden", function, hidden=bad)
+    assert_refused("hidden", function, hidden=bad)
 
 
 @every_function
@@ -63,29 +63,31 @@ def test_hidden(function, bad):
     ids=["none", "a-list", "integers", "transposed", "flat", "three-dimensions", "empty", "elsewhere", "float8"],
 )  # fmt: skip
 def test_weight(function, bad):
-    refused("weight", function, weight=bad)
+    assert_refused("weight", function, weight=bad)
 
 
 @every_function
 @pytest.mark.parametrize("bad", [0.0, torch.zeros(V + 1), torch.zeros(V, 1), torch.zeros(V, dtype=torch.long)], ids=str)
 def test_bias(function, bad):
-    refused("bias", function, bias=bad)
+    assert_refused("bias", function, bias=bad)
 
 
 @every_function
 @pytest.mark.parametrize("name", ["logit_scale", "softcap", "temperature"])
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), "1", True, torch.tensor(1.0)], ids=str)
-def test_numbers_of_the_curve(function, name, bad):
-    refused(name, function, **{name: bad})
+def test_numbers_of_the_logit_transform(function, name, bad):
+    assert_refused(name, function, **{name: bad})
 
 
 @every_function
 def test_options(function):
-    assert "'512MiB'" in refused("memory_budget", function, memory_budget="lots")
-    assert "'deferred'" in refused("schedule", function, schedule="fast", weight=torch.zeros(V, D, requires_grad=True))
-    refused("impl", function, impl="cuda")
-    refused("labels", function, labels=torch.full((N, T), V))
-    refused("process_group", function, process_group="world")
+    assert "'512MiB'" in assert_refused("memory_budget", function, memory_budget="lots")
+    assert "'deferred'" in assert_refused(
+        "schedule", function, schedule="fast", weight=torch.zeros(V, D, requires_grad=True)
+    )
+    assert_refused("impl", function, impl="cuda")
+    assert_refused("labels", function, labels=torch.full((N, T), V))
+    assert_refused("process_group", function, process_group="world")
 
 
 @every_function
@@ -93,7 +95,7 @@ def test_options(function):
     "bad", [0, -1, 2**63, 10**400, 10**5000, "9" * 400 + "GiB", "1e3", "-1", "0", "٣", "nan", True], ids=describe
 )
 def test_memory_budget(function, bad):
-    refused("memory_budget", function, memory_budget=bad)
+    assert_refused("memory_budget", function, memory_budget=bad)
 
 
 def test_memory_budget_larger_than_any_machine():
@@ -127,7 +129,7 @@ def test_explain_refuses_what_the_call_refuses(argument):
             exo_kernels.explain(**(arguments | {argument: bad}))
 
 
-def test_explain_of_a_reference_model_with_a_head_of_its_own():
+def test_explain_with_a_separate_reference_head():
     arguments = {name: value for name, value in good("explain").items() if name != "ref_logps"}
     wrong = {"ref_hidden": torch.zeros(N, T, D), "ref_weight": torch.zeros(V, D + 1)}
     with pytest.raises(ValueError, match="^ref_weight: expected shape"):
@@ -141,30 +143,30 @@ def test_explain_of_a_reference_model_with_a_head_of_its_own():
 @every_loss
 def test_schedules_of_losses(function):
     weight = torch.zeros(V, D, requires_grad=True)
-    message = refused("schedule", function, weight=weight, schedule="group", reduction="none")
+    message = assert_refused("schedule", function, weight=weight, schedule="group", reduction="none")
     assert "reduction 'mean' or 'sum'" in message
 
 
 @pytest.mark.parametrize("function", ["linear_token_logps", "linear_sequence_logps"])
 def test_schedules_of_log_probs(function):
-    refused("schedule", function, weight=torch.zeros(V, D, requires_grad=True), schedule="group")
+    assert_refused("schedule", function, weight=torch.zeros(V, D, requires_grad=True), schedule="group")
 
 
 @every_loss
 def test_the_reference_model(function):
     hidden = torch.zeros(N, T, D)
-    assert refused("ref_logps", function, ref_logps=None).endswith("got neither")
-    assert refused("ref_logps", function, ref_hidden=hidden).endswith("got both")
-    refused("ref_weight", function, ref_weight=torch.zeros(V, D))
-    refused("ref_bias", function, ref_bias=torch.zeros(V))
-    scored = {"ref_logps": None}
-    refused("ref_hidden", function, ref_hidden=hidden[:, :2], **scored)
-    refused("ref_hidden", function, ref_hidden=hidden[..., :2], **scored)
-    refused("ref_hidden", function, ref_hidden=hidden.to("meta"), **scored)
-    refused("ref_hidden", function, ref_hidden=hidden.long(), **scored)
-    narrow = {"ref_hidden": hidden[..., :2], "ref_weight": torch.zeros(V, 2)}  # a smaller model is a reference too
-    assert getattr(exo_kernels, function)(**(good(function) | scored | narrow)).isfinite()
-    refused("ref_weight", function, ref_hidden=hidden, ref_weight=torch.zeros(V, D + 1), **scored)
+    assert assert_refused("ref_logps", function, ref_logps=None).endswith("got neither")
+    assert assert_refused("ref_logps", function, ref_hidden=hidden).endswith("got both")
+    assert_refused("ref_weight", function, ref_weight=torch.zeros(V, D))
+    assert_refused("ref_bias", function, ref_bias=torch.zeros(V))
+    no_logps = {"ref_logps": None}
+    assert_refused("ref_hidden", function, ref_hidden=hidden[:, :2], **no_logps)
+    assert_refused("ref_hidden", function, ref_hidden=hidden[..., :2], **no_logps)
+    assert_refused("ref_hidden", function, ref_hidden=hidden.to("meta"), **no_logps)
+    assert_refused("ref_hidden", function, ref_hidden=hidden.long(), **no_logps)
+    narrow = {"ref_hidden": hidden[..., :2], "ref_weight": torch.zeros(V, 2)}  # the reference may be a smaller model
+    assert getattr(exo_kernels, function)(**(good(function) | no_logps | narrow)).isfinite()
+    assert_refused("ref_weight", function, ref_hidden=hidden, ref_weight=torch.zeros(V, D + 1), **no_logps)
 
 
 def test_modules_refuse_unknown_options():
@@ -175,8 +177,8 @@ def test_modules_refuse_unknown_options():
 
 
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
-def test_modules_are_the_functions(objective):
-    """Options at the call come before those of the construction; nothing to train, nothing to save."""
+def test_modules_equal_the_functions(objective):
+    """Check that options of the call override those of the constructor, and that the state dict is empty."""
     arguments = good("fused_linear_exo_loss")
     hidden, weight, labels, ref = (torch.randn_like(x) if x.is_floating_point() else x for x in arguments.values())
     rewards = torch.randn(N)

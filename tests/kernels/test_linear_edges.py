@@ -1,4 +1,4 @@
-"""Edges of the path from hidden states that random cases do not reach, each once the hiding place of a planted bug."""
+"""Edge cases of the path from hidden states that random cases do not reach; mutation testing found each of them."""
 
 import importlib
 
@@ -13,31 +13,31 @@ from exo_kernels.schedules import matmul, plan
 
 SCHEDULES = ["deferred", "group", "store", "recompute"]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
-alone = pytest.mark.parametrize("schedule", ["deferred", "store", "recompute"])
+without_group = pytest.mark.parametrize("schedule", ["deferred", "store", "recompute"])
 
 
 @every_schedule
 def test_16_bits_in_chunks(impl, device, schedule):
-    """The weight's gradient adds up in fp32 over ten chunks."""
+    """Check that the weight's gradient is accumulated in fp32 over ten chunks."""
     case = make_linear_case(16, 9, 16, 37, torch.bfloat16, seed=4)
     check_linear_loss(case, impl, device, schedule=schedule, memory_budget=37 * 16 * 4 + 8 * 600)
 
 
 @every_schedule
 def test_blocks_of_a_16_bit_weight(impl, device, schedule, monkeypatch):
-    """Ten rows a block, of which 129 is no multiple."""
+    """Check blocks of ten rows with a vocabulary of 129, which is no multiple of ten."""
     monkeypatch.setattr(matmul, "BLOCK_BYTES", 10 * 16 * 4)
     case = make_linear_case(width=16, dtype=torch.bfloat16, rewards=True, seed=1)
     check_linear_loss(case, impl, device, schedule=schedule)
 
 
-@pytest.mark.parametrize("own", [("ref_bias",), ("ref_weight",), ("ref_weight", "ref_bias")], ids="-".join)
+@pytest.mark.parametrize("names", [("ref_bias",), ("ref_weight",), ("ref_weight", "ref_bias")], ids="-".join)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
-def test_parts_of_the_references_own_head(impl, device, own, bias):
+def test_parts_of_a_separate_reference_head(impl, device, names, bias):
     case = make_linear_case(4, 4, 16, 37, reference_model="hidden", seed=3, bias=bias)
     rng = torch.Generator().manual_seed(9)
     parts = {"ref_weight": torch.randn(37, 16, generator=rng), "ref_bias": torch.randn(37, generator=rng)}
-    check_linear_loss(case.but(**{name: parts[name] for name in own}), impl, device)
+    check_linear_loss(case.with_options(**{name: parts[name] for name in names}), impl, device)
 
 
 def leaves(device: str, vocab: int = 7) -> list[torch.Tensor]:
@@ -45,8 +45,8 @@ def leaves(device: str, vocab: int = 7) -> list[torch.Tensor]:
     return [torch.ones(1, 2, 4, device=device).requires_grad_(), torch.randn(vocab, 4, generator=rng).to(device)]
 
 
-@alone
-def test_rows_of_nothing_but_minus_infinity(impl, device, schedule):
+@without_group
+def test_rows_of_minus_infinity(impl, device, schedule):
     hidden, weight = leaves(device)
     bias, labels = torch.full((7,), -torch.inf, device=device), torch.tensor([[1, 2]], device=device)
     logps = exo_kernels.linear_token_logps(
@@ -56,7 +56,7 @@ def test_rows_of_nothing_but_minus_infinity(impl, device, schedule):
 
 
 def test_entropy_of_columns_at_minus_infinity(impl, device):
-    """They have neither a share of the entropy nor a gradient, though p log p is 0 times infinity."""
+    """Check that they add nothing to the entropy and get no gradient, although p log p is 0 times infinity."""
     hidden, weight = leaves(device)
     weight.requires_grad_()
     bias, labels = torch.zeros(7, device=device), torch.tensor([[1, 2]], device=device)
@@ -68,9 +68,9 @@ def test_entropy_of_columns_at_minus_infinity(impl, device):
     assert d_hidden.isfinite().all() and d_weight.isfinite().all() and not d_weight[3].any() and d_weight[0].any()
 
 
-@alone
+@without_group
 def test_a_flat_tail_below_a_peak(impl, device, schedule):
-    """151936 columns of which one has most: torch's softmax alone loses the tail, in log-prob and gradient."""
+    """Check a peak above 151936 equal columns: torch's fp32 softmax loses the tail in log-prob and gradient."""
     vocab = 151936
     bias = torch.full((vocab,), -12.0, device=device)
     bias[7] = 0.0
@@ -84,8 +84,8 @@ def test_a_flat_tail_below_a_peak(impl, device, schedule):
     torch.testing.assert_close(grad.double(), expected, rtol=3e-6, atol=1e-9)
 
 
-def test_zero_times_what_fp16_cannot_hold(impl, device):
-    """The deferred gradient of a row that overflows is nothing where its coefficient is 0."""
+def test_zero_coefficient_of_an_overflowing_fp16_row(impl, device):
+    """Check that the deferred gradient of a row that overflows is 0 if its coefficient is 0."""
     weight = torch.full((5, 4), 6e4, dtype=torch.float16, device=device)
     weight[0] = -6e4
     hidden = torch.zeros(1, 2, 4, dtype=torch.float16, device=device).requires_grad_()
@@ -96,8 +96,8 @@ def test_zero_times_what_fp16_cannot_hold(impl, device):
 
 
 @pytest.mark.parametrize("schedule", ["deferred", "store", "recompute"])
-def test_autocast_around_the_backward_pass_alone(impl, device, schedule):
-    """The dtypes of the forward pass hold: the same bits."""
+def test_autocast_around_backward_only(impl, device, schedule):
+    """Check that the backward pass uses the dtypes of the forward pass, and gives the same bits."""
     case = make_linear_case(4, 5, 16, 37, bias=False, reference_model="tokens").to(torch.float32, device)
     tensors = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
     logps = exo_kernels.linear_token_logps(*tensors, case.labels, schedule=schedule, impl=impl)
@@ -107,7 +107,7 @@ def test_autocast_around_the_backward_pass_alone(impl, device, schedule):
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-def test_the_reference_gives_no_graph(impl, device):
+def test_reference_states_get_no_gradient(impl, device):
     case = make_linear_case(4, 3, 8, 33, reference_model="hidden").to(torch.float32, device)
     ref = case.options["ref_hidden"].requires_grad_()
     loss = exo_kernels.fused_linear_exo_loss(case.hidden, case.weight, case.labels, ref_hidden=ref, impl=impl)
@@ -122,17 +122,17 @@ def test_targets_outside_the_columns_have_no_logit(impl, device):
     assert stats[0].isnan().all() and not stats[1].any()
 
 
-def test_a_row_alone_has_the_bits_of_a_row_among_others():
-    """With two threads torch would add up one row in another order."""
+def test_softmax_of_a_row_does_not_depend_on_the_batch():
+    """Check with two threads, with which torch sums a single row in another order."""
     tiles = importlib.import_module("exo_kernels.chunked.tiles")
     n_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         z = torch.randn(5, 2**18, generator=torch.Generator().manual_seed(0))
-        among, by_itself = tiles.softmax(z), tiles.softmax(z[:1])
+        batch, single = tiles.softmax(z), tiles.softmax(z[:1])
     finally:
         torch.set_num_threads(n_threads)
-    assert all(torch.equal(a[:1], b) for a, b in zip(among, by_itself, strict=True))
+    assert all(torch.equal(a[:1], b) for a, b in zip(batch, single, strict=True))
 
 
 @pytest.mark.parametrize("function", ["linear_sequence_logps", "linear_token_logps"])
@@ -150,10 +150,10 @@ def test_labels_are_checked(schedule):
         exo_kernels.fused_linear_exo_loss(hidden, weight, torch.full((4, 3), 7), torch.zeros(4), schedule=schedule)
 
 
-# The plan's arithmetic, number by number.
+# The arithmetic of the plan.
 
 
-def test_oversized_groups_do_not_move_the_others():
+def test_oversized_group_does_not_change_other_chunks():
     units = plan.group_chunks([2500] + [100] * 11, 1000)
     assert [part.stop - part.start for unit in units[1:] for part in unit.parts] == [600, 500]
 

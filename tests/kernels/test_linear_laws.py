@@ -1,4 +1,4 @@
-"""Laws of the functions on hidden states: what must be equal, what must be exactly zero, what must never happen."""
+"""Invariants of the functions on hidden states: equal results, exact zeros, no full logits in memory."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
 def test_schedules_equal_each_other(impl, device):
-    """In fp64, to 1e-12; in one chunk and in many."""
+    """Compare the schedules in fp64, in one chunk and in many."""
     case = make_linear_case(
         6, 5, 16, 61, torch.float64, group_size=torch.tensor([2, 1, 3]), rewards=True, softcap=9.0, temperature=0.8,
         reference_model="hidden",
@@ -31,8 +31,8 @@ def test_schedules_equal_each_other(impl, device):
 
 
 @every_schedule
-def test_the_same_bits_twenty_times(impl, device, schedule):
-    """A few in the interpreter, which has no threads that could come in another order."""
+def test_results_are_deterministic(impl, device, schedule):
+    """Check that twenty runs give the same bits; four in the interpreter, which has no threads."""
     case = make_linear_case(3, 4, 16, 129, rewards=True, reference_model="hidden", group_size=3)
     case = case.to(torch.float32, device)
     results = [
@@ -44,16 +44,16 @@ def test_the_same_bits_twenty_times(impl, device, schedule):
 @every_schedule
 @pytest.mark.parametrize("needs", [("hidden",), ("weight",), ("bias",), ("weight", "bias"), ("hidden", "bias")])
 def test_gradients_only_where_required(impl, device, schedule, needs):
-    """The same bits as if all were required (but for a frozen head's own schedule), and None elsewhere."""
+    """Check that only the required gradients are computed, with the same bits as if all were required."""
     case = make_linear_case(4, 5, 16, 37, reference_model="tokens").to(torch.float32, device)
     if schedule == "deferred" and "hidden" not in needs:
         with pytest.raises(ValueError, match="schedule: expected another than 'deferred'"):
             linear_answer(case, impl, needs=needs, schedule=schedule)
         return
-    everything = linear_answer(case, impl, schedule=schedule)
+    all_results = linear_answer(case, impl, schedule=schedule)
     result = linear_answer(case, impl, needs=needs, schedule=schedule)
     assert {k for k in result if k.startswith("d_")} == {f"d_{k}" for k in needs}
-    assert all(torch.equal(value, everything[name]) for name, value in result.items())
+    assert all(torch.equal(value, all_results[name]) for name, value in result.items())
 
 
 def test_no_gradients_no_graph(impl, device):
@@ -66,7 +66,7 @@ def test_no_gradients_no_graph(impl, device):
 
 
 @every_schedule
-def test_a_group_of_one_gives_nothing(impl, device, schedule):
+def test_group_of_one_has_zero_loss(impl, device, schedule):
     case = make_linear_case(3, 4, 8, 37, group_size=1).to(torch.float32, device)
     result = linear_answer(case, impl, schedule=schedule)
     assert result["loss"] == 0 and not any(result[k].any() for k in ("d_hidden", "d_weight", "d_bias"))
@@ -74,7 +74,7 @@ def test_a_group_of_one_gives_nothing(impl, device, schedule):
 
 @every_schedule
 def test_nothing_to_score(impl, device, schedule):
-    """All labels ignored: log-ratios of 0, hidden states that nobody reads, gradients of 0. And no rows at all."""
+    """Check input with all labels ignored, whose hidden states must not be read, and input without rows."""
     case = make_linear_case(4, 3, 8, 37).to(torch.float32, device)
     case = case._replace(labels=torch.full_like(case.labels, IGNORED), hidden=torch.full_like(case.hidden, torch.nan))
     case = case._replace(ref_logps=torch.zeros(4, device=device))
@@ -88,7 +88,7 @@ def test_nothing_to_score(impl, device, schedule):
 
 @pytest.mark.parametrize("schedule", ["deferred", "store", "recompute"])
 def test_zero_coefficients_give_zeros(impl, device, schedule):
-    """A row of NaN whose log-prob nobody uses leaves no trace; used, it makes NaN of its row and of the whole head."""
+    """Check that a row of NaN changes no gradient if its coefficient is 0; otherwise its row and the head are NaN."""
     case = make_linear_case(1, 5, 8, 37, shift=False, bias=False).to(torch.float32, device)
     labels = case.labels.clamp(min=0)
     hidden = case.hidden.nan_to_num(0.5)
@@ -104,12 +104,12 @@ def test_zero_coefficients_give_zeros(impl, device, schedule):
 
 
 def test_minus_infinity_in_the_bias(impl, device):
-    """Columns that cannot be chosen; chosen all the same, they cost an infinity, not NaN."""
+    """Check columns of probability 0: a label there has a log-prob of -inf, not NaN."""
     case = make_linear_case(2, 4, 8, 37, reference_model="tokens")
     labels = case.labels.where(case.labels % 2 == 0, case.labels - 1).where(case.labels != IGNORED, IGNORED)
     bias = case.options["bias"].clone()
     bias[1::2] = -torch.inf
-    check_linear_loss(case._replace(labels=labels).but(bias=bias), impl, device)
+    check_linear_loss(case._replace(labels=labels).with_options(bias=bias), impl, device)
     labels = torch.tensor([[1, 2]], device=device)
     result = exo_kernels.linear_token_logps(
         torch.ones(1, 2, 8, device=device), case.weight.to(device), labels, bias=bias.to(device), shift=False, impl=impl
@@ -124,7 +124,7 @@ def test_minus_infinity_in_the_bias(impl, device):
 
 
 def test_strided_hidden_states(impl, device):
-    """Views of larger memory full of NaN, as slicing off the last position gives them."""
+    """Check hidden states that are views of a larger tensor full of NaN, such as a slice without the last position."""
     case = make_linear_case(4, 5, 8, 37, shift=False, reference_model="tokens").to(torch.float32, device)
     expected = linear_answer(case, impl)
     n, t, d = case.hidden.shape
@@ -142,11 +142,11 @@ def test_strided_hidden_states(impl, device):
         torch.testing.assert_close(result[name], value)
 
 
-# What may be allocated, and who may touch it.
+# Allocations and operations inside the operators.
 
 
 class Watch(TorchDispatchMode):
-    """Every operation inside, with the tensors it was given and made."""
+    """Record every operation with its input and output tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,16 +154,16 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
-        given, made = (
+        inputs, outputs = (
             [x for x in tree_leaves(t) if isinstance(x, torch.Tensor)] for t in ((args, kwargs or {}), results)
         )
-        self.calls.append((function.overloadpacket.__name__, given, made))
+        self.calls.append((function.overloadpacket.__name__, inputs, outputs))
         return results
 
 
 @pytest.fixture
 def watch(monkeypatch) -> Watch:
-    """Watches inside the operators, which a dispatch mode sees only from outside."""
+    """Record the operations inside the custom operators, which a dispatch mode around a call does not see."""
     mode = Watch()
     for name in ("forward", "backward", "group_pass"):
         inner = getattr(passes, name)
@@ -182,19 +182,19 @@ BUDGET = 4 * matmul.padded(997) * 8  # less than 8 rows of 40
 @every_schedule
 @pytest.mark.parametrize("needs", [("hidden", "weight"), ("hidden",)], ids=["trained", "frozen"])
 def test_full_logits_never_exist(impl, device, watch, schedule, needs):
-    """Nothing of n V elements but what `store` keeps."""
+    """Check that no tensor has n V elements, except the one that `store` keeps."""
     case = make_linear_case(10, 4, 16, 997, shift=False, reference_model="tokens", bias=False).to(torch.float32, device)
     case = case._replace(labels=case.labels.clamp(min=0), hidden=case.hidden.nan_to_num(0.1))
     linear_answer(case, impl, needs=needs, schedule=schedule, memory_budget=BUDGET)
-    weight = case.weight.untyped_storage().data_ptr()  # views of it are no allocations
-    storages = [x.untyped_storage() for _, _, made in watch.calls for x in made]
+    weight = case.weight.untyped_storage().data_ptr()  # views of the weight allocate nothing
+    storages = [x.untyped_storage() for _, _, outputs in watch.calls for x in outputs]
     rows = sorted({x.nbytes() // 4 // 997 for x in storages if x.data_ptr() != weight}, reverse=True)
-    assert any("mm" in name for name, _, _ in watch.calls)  # it did see the inside
+    assert any("mm" in name for name, _, _ in watch.calls)  # the operations inside were recorded
     assert rows[0] >= 40 if schedule == "store" else rows[0] <= max(7, 16 if "weight" in needs else 0)
 
 
-def test_a_frozen_head_costs_no_work(impl, device, watch):
-    """Two matmuls a chunk, none of them (V, D), and 4 n D V operations in all."""
+def test_frozen_head_skips_its_gradient(impl, device, watch):
+    """Check that a frozen head costs two matmuls (4 n D V operations) and no tensor (V, D)."""
     case = make_linear_case(4, 5, 16, 997, bias=False, reference_model="tokens").to(torch.float32, device)
     n = int((case.labels[:, 1:] != IGNORED).sum())
     for needs, schedule, products in ((("hidden",), "auto", 2), (("hidden", "weight"), "auto", 3), ((), "auto", 1)):
@@ -202,44 +202,43 @@ def test_a_frozen_head_costs_no_work(impl, device, watch):
         linear_answer(case, impl, needs=needs, schedule=schedule)
         flops = sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in _matmuls(watch))
         assert flops == products * 2 * n * 16 * 997
-        assert ("weight" in needs) == any(x.shape == (997, 16) for _, _, made in watch.calls for x in made)
+        assert ("weight" in needs) == any(x.shape == (997, 16) for _, _, outputs in watch.calls for x in outputs)
         leaves = (x.requires_grad_(name in needs) for name, x in (("hidden", case.hidden), ("weight", case.weight)))
         assert exo_kernels.explain(*leaves, case.labels, impl=impl).flops == flops
 
 
 def _matmuls(watch: Watch) -> list[tuple[Tensor, Tensor]]:
-    return [tuple(given[-2:] if name == "addmm_" else given[:2]) for name, given, _ in watch.calls if "mm" in name]
+    return [tuple(inputs[-2:] if name == "addmm_" else inputs[:2]) for name, inputs, _ in watch.calls if "mm" in name]
 
 
 VIEWS = {"slice", "select", "view", "t", "transpose", "as_strided", "detach", "alias", "expand", "_unsafe_view"}
-# fill_ is deterministic mode's NaN in fresh memory, set_ how triton's interpreter takes a tensor over
-# fill_ is deterministic mode's NaN in fresh memory, set_ how triton's interpreter takes a tensor over
+# deterministic mode fills fresh memory with NaN by fill_, and triton's interpreter wraps tensors with set_
 ALLOCATIONS = {"empty", "new_empty", "zeros", "new_zeros", "empty_strided", "fill_", "set_"}
 
 
 @every_schedule
 @pytest.mark.parametrize("vocab", [997, 1008], ids=["padded", "whole"])
-def test_between_matmuls_there_are_only_kernels(impl, device, watch, schedule, vocab):
-    """With triton, torch makes and multiplies tensors of a chunk by the vocabulary, and nothing else."""
+def test_only_kernels_run_between_matmuls(impl, device, watch, schedule, vocab):
+    """Check that with triton, torch only allocates and multiplies the tensors of shape (chunk, vocabulary)."""
     if impl != "triton":
-        pytest.skip("plain torch is what the chunked implementation is made of")
+        pytest.skip("the chunked implementation consists of torch operations")
     case = make_linear_case(
         10, 4, 16, vocab, softcap=9.0, temperature=0.7, reference_model="hidden", lengths=[4, 3, 0, 7, 2, 9]
     ).to(torch.float32, device)
     linear_answer(case, impl, schedule=schedule, memory_budget=8 * 4 * matmul.padded(vocab) * 2)
-    seen = set()
-    for name, given, made in watch.calls:
-        for x in [*given, *made]:
+    operations = set()
+    for name, inputs, outputs in watch.calls:
+        for x in [*inputs, *outputs]:
             if x.dim() == 2 and x.shape[1] in (vocab, matmul.padded(vocab)) and x.shape[0] > 1:
-                seen.add(name)
-    assert any("mm" in name for name in seen)
-    assert seen <= VIEWS | ALLOCATIONS | {"mm", "addmm_", "addmm"}, f"eager: {seen}"
+                operations.add(name)
+    assert any("mm" in name for name in operations)
+    assert operations <= VIEWS | ALLOCATIONS | {"mm", "addmm_", "addmm"}, f"eager: {operations}"
 
 
 # Mixed dtypes, autocast, tied weights.
 
 
-def test_mixed_dtypes_are_multiplied_in_the_wider(impl, device):
+def test_mixed_dtypes_use_the_wider_one(impl, device):
     case = make_linear_case(4, 5, 16, 37, reference_model="tokens").to(torch.float32, device)
     narrow = case.hidden.bfloat16()
     expected = linear_answer(case._replace(hidden=narrow.float()), impl)
@@ -248,7 +247,7 @@ def test_mixed_dtypes_are_multiplied_in_the_wider(impl, device):
     assert torch.equal(result["loss"], expected["loss"]) and torch.equal(result["d_weight"], expected["d_weight"])
 
 
-def test_autocast_decides_the_operands(impl, device):
+def test_autocast_sets_the_dtype_of_operands(impl, device):
     case = make_linear_case(4, 5, 16, 37, bias=False, reference_model="tokens").to(torch.float32, device)
     expected = linear_answer(case.to(torch.bfloat16), impl)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
@@ -260,7 +259,7 @@ def test_autocast_decides_the_operands(impl, device):
 
 @every_schedule
 def test_tied_embeddings(impl, device, schedule):
-    """One weight as embedding and as head: its two gradients add up."""
+    """Check that the gradients of a weight that is both embedding and head are added."""
     weight = torch.randn(37, 8, generator=seeded(0), dtype=torch.float64).to(device)
     ids = torch.randint(37, (4, 5), generator=seeded(1)).to(device)
     ref = torch.zeros(4, device=device)
@@ -274,7 +273,7 @@ def test_tied_embeddings(impl, device, schedule):
 
 
 def test_entropies_by_schedule(impl, device):
-    """A schedule that cannot give an entropy's gradient says so; without gradients any gives the entropy."""
+    """Check that a schedule without a gradient of entropies is refused, and allowed if no gradient is required."""
     case = make_linear_case(2, 3, 8, 37).to(torch.float32, device)
     for schedule in ("deferred", "store"):
         leaf = case.weight.clone().requires_grad_()
@@ -289,14 +288,14 @@ def test_entropies_by_schedule(impl, device):
 
 
 def test_confident_rows_in_a_large_vocabulary(impl, device):
-    """50257 columns, a peak and a long tail below it: fp32 torch alone loses 4e-5 nat of the tail."""
+    """Check rows with a peak and a long tail of 50257 columns, of which torch in fp32 loses 4e-5 nat."""
     case = make_linear_case(1, 7, 8, 50257, seed=9, shift=False, reference_model="tokens", group_size=1)
     check_linear_tokens(case, impl, device)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "capped"])
-def test_more_exact_than_its_matmul(impl, device, softcap):
-    """The target's logit is made anew in fp64, which a wide head's fp32 matmul is not."""
+def test_more_accurate_than_plain_fp32(impl, device, softcap):
+    """Check that log-probs are more accurate than torch's fp32, because the target's logit is recomputed in fp64."""
     rng = seeded(0)
     weight = torch.randn(3000, 2000, generator=rng, dtype=torch.float64).float() / 45 * 3
     hidden = torch.randn(1, 40, 2000, generator=rng, dtype=torch.float64).float()
@@ -306,9 +305,9 @@ def test_more_exact_than_its_matmul(impl, device, softcap):
         hidden.double(), weight.double(), labels, **options | {"bias": options["bias"].double()}
     )
     plain = exo_kernels.reference.linear_token_logps(hidden, weight, labels, **options)
-    there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     result = exo_kernels.linear_token_logps(
-        hidden.to(device), weight.to(device), labels.to(device), impl=impl, **there
+        hidden.to(device), weight.to(device), labels.to(device), impl=impl, **moved
     ).cpu()
-    ours, torchs = ((x.double() - exact).square().mean().sqrt() for x in (result, plain))
-    assert ours < 0.8 * torchs, (ours, torchs)
+    error, plain_error = ((x.double() - exact).square().mean().sqrt() for x in (result, plain))
+    assert error < 0.8 * plain_error, (error, plain_error)

@@ -1,6 +1,6 @@
-"""Bytes: beyond inputs and gradients a call holds its budget, not a multiple of hidden states or logits.
+"""Peak memory: beyond inputs and gradients, a call stays within its budget.
 
-Counted as in test_memory.py, inside the operators. What a GPU takes is measured in test_gpu_linear.py.
+Bytes are counted as in test_memory.py, inside the operators. test_gpu_linear.py measures the memory of a GPU.
 """
 
 import functools
@@ -33,8 +33,8 @@ def peak(monkeypatch) -> Peak:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("group_size", [2, 8], ids=["small-groups", "oversized-groups"])
 @pytest.mark.parametrize("schedule", ["deferred", "group", "recompute"])
-def test_the_budget_holds(peak, monkeypatch, schedule, group_size, dtype):
-    """Most rows are prompt. A tenth more is for what a tile and a row's numbers take."""
+def test_peak_stays_within_the_budget(peak, monkeypatch, schedule, group_size, dtype):
+    """Check the peak with mostly prompt rows. A tenth more is allowed for tiles and the numbers of each row."""
     monkeypatch.setattr(matmul, "BLOCK_BYTES", BUDGET // 8)
     monkeypatch.setattr(matmul, "EXACT_CPU", BUDGET // 32)
     monkeypatch.setattr("exo_kernels.chunked.tiles.TILE_BYTES", BUDGET // 32)
@@ -55,8 +55,8 @@ def test_the_budget_holds(peak, monkeypatch, schedule, group_size, dtype):
     assert planned.extra_bytes <= BUDGET
 
 
-def test_a_frozen_head_keeps_nothing_but_the_gradient():
-    """Neither hidden states nor weight stay alive for the backward pass, and both may change before it."""
+def test_frozen_head_saves_only_the_gradient():
+    """Check that hidden states and weight are not saved for the backward pass and may change before it."""
     hidden = torch.randn(4, 5, 8, generator=seeded(0)).requires_grad_()
     weight = torch.randn(37, 8, generator=seeded(1))
     labels = torch.randint(37, (4, 5), generator=seeded(2))

@@ -1,17 +1,16 @@
-"""Forward and every gradient, over implementation, shape and dtype, against the fp64 oracle within the one budget."""
+"""Losses on logits against the fp64 oracle, within the error budget: implementations, shapes, dtypes, options."""
 
 import pytest
 import torch
-from budget import check_loss, check_tokens, compare, same
+from budget import assert_same, check_loss, check_tokens, compare
 from cases import DTYPES, IGNORED, aligned, make_case, make_labels, make_logits, sums_of
 from torch.nn.functional import cross_entropy
 
 import exo_kernels
 from exo_kernels import reference
 
-# What each vocabulary is for: 1 no choice at all; 2 shorter than a 16-byte unit; 127, 128, 129 around whole units, with
-# and without edges; 4097 one column into the second block of 4096; 50257 GPT-2's: odd, so every row is aligned anew,
-# and thirteen blocks long.
+# 1: a single token. 2: shorter than 16 bytes. 127, 128, 129: with and without an incomplete 16-byte unit.
+# 4097: one column in the second block of 4096. 50257 (GPT-2): odd, so alignment changes from row to row; 13 blocks.
 VOCABULARIES = [1, 2, 127, 128, 129, 4097, 50257]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -33,7 +32,7 @@ def test_entropy(impl, device, vocab, dtype):
     check_tokens(logits, labels, impl, device, entropy=True)
 
 
-# 0.8 as in the paper; 0.01 and 100 take rows to one-hot and to uniform
+# 0.8 as in the paper; 0.01 makes rows one-hot, 100 makes them uniform
 @pytest.mark.parametrize("entropy", [False, True], ids=["logps", "entropy"])
 @pytest.mark.parametrize("temperature", [0.01, 0.8, 100.0])
 def test_temperature(impl, device, temperature, entropy):
@@ -42,7 +41,7 @@ def test_temperature(impl, device, temperature, entropy):
     check_tokens(logits, labels, impl, device, entropy=entropy, temperature=temperature)
 
 
-# Larger groups, at the group pass alone, are in test_laws.py.
+# test_laws.py tests larger groups in the group pass.
 @pytest.mark.parametrize("rewards", [False, True], ids=["preferences", "rewards"])
 @pytest.mark.parametrize("objective", ["exo", "dpo"])
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -65,7 +64,7 @@ def test_ragged_groups_of_ragged_sequences(impl, device, index, objective, rewar
         vocab=9, lengths=[2, 5, 0, 3, 1, 4, 0], objective=objective, rewards=rewards, beta_pi=0.7,
         group_size=torch.tensor([1, 4, 2], dtype=index), reduction="none", weights=True,
     )  # fmt: skip
-    case = case.but(cu_seqlens=case.options["cu_seqlens"].to(index))
+    case = case.with_options(cu_seqlens=case.options["cu_seqlens"].to(index))
     check_loss(case._replace(labels=case.labels.to(index)), impl, device)
 
 
@@ -108,7 +107,7 @@ def test_int32_labels_equal_int64_bit_for_bit(impl, device):
 
 
 def test_other_ignore_index(impl, device):
-    """Also one that would be a label, and one beyond int32."""
+    """Check other values of ignore_index, also a valid id and values beyond int32."""
     case = make_case(vocab=11).on(device)
     expected = exo_kernels.token_logps(case.logits, case.labels, impl=impl)
     for index in (-1, 10**12, -(2**40)):
@@ -122,7 +121,7 @@ def test_other_ignore_index(impl, device):
 @dtypes
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_sequence_logps(impl, device, packed, dtype):
-    """The sums of token_logps, added up in float64; and with the coefficients of their rows, the same gradient."""
+    """Check that the result is token_logps summed in float64, with the same gradient."""
     case = make_case(vocab=50, dtype=dtype, lengths=[4, 0, 9] if packed else None, temperature=0.8).on(device)
     x = case.logits.requires_grad_()
     logps = exo_kernels.token_logps(x, case.labels, impl=impl, **case.layout())
@@ -139,7 +138,7 @@ def test_sequence_logps(impl, device, packed, dtype):
     assert torch.equal(*grads)
 
 
-# The oracle itself. Golden values of whole losses are in test_golden.py.
+# The oracle itself. test_golden.py has golden values of losses.
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
@@ -149,15 +148,15 @@ def test_oracle_is_cross_entropy(temperature):
     shifted = cross_entropy(logits[:, :-1].flatten(0, 1) / temperature, labels[:, 1:].flatten(), reduction="none")
     logps = reference.token_logps(logits, labels, temperature=temperature)
     assert torch.equal(logps[:, -1], torch.zeros(3))
-    same("logps", logps[:, :-1].flatten(), -shifted.detach(), shifted.detach().clamp(min=1))
+    assert_same("logps", logps[:, :-1].flatten(), -shifted.detach(), shifted.detach().clamp(min=1))
     (expected,) = torch.autograd.grad(-shifted.sum(), logits)
     (grad,) = torch.autograd.grad(logps.sum(), logits)
-    same("grad", grad, expected)
+    assert_same("grad", grad, expected)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_impl_reference_is_the_oracle(packed):
-    """impl="reference" hands every argument over, and gives the same bits."""
+    """Check that impl="reference" passes every argument on and gives the same bits."""
     options = dict(
         group_size=torch.tensor([3, 1]), rewards=True, beta_pi=0.3, beta_r=0.4, temperature=0.7, num_groups=3
     )

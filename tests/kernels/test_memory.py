@@ -1,7 +1,7 @@
-"""The chunked implementation holds the gradient it returns and a few tiles; never a second (n, V) buffer.
+"""Peak memory of the chunked implementation: the returned gradient and a few tiles, never a second (n, V) buffer.
 
-Counted, not measured: every tensor that torch makes while a pass runs, until it is freed. What a GPU takes is measured
-in test_gpu.py, what a process takes in benchmarks/.
+Bytes are counted for every tensor that torch creates during a pass, until it is freed. test_gpu.py measures the memory
+of a GPU, and benchmarks/ that of a process.
 """
 
 import weakref
@@ -19,7 +19,7 @@ V, ROWS = 32000, 96  # 12 MB of fp32 logits
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of storage made inside the context and still alive, and the most there were."""
+    """Count the bytes of the live storages created inside the context, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,10 +27,10 @@ class Peak(TorchDispatchMode):
         self.storages: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         results = function(*args, **(kwargs or {}))
         for x in tree_leaves(results):
-            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in given | self.storages:
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in inputs | self.storages:
                 size = x.untyped_storage().nbytes()
                 self.storages.add(key)
                 self.bytes += size
@@ -45,7 +45,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["neighbours", "scattered"])
-def test_beyond_the_gradient_a_few_tiles(dtype, kind):
+def test_peak_is_a_few_tiles_beyond_the_gradient(dtype, kind):
     chunked = exo_kernels.dispatch.implementation("chunked")
     logits = torch.randn(2, ROWS // 2, V).to(dtype)
     targets = torch.randint(V, (2, ROWS // 2))
@@ -64,7 +64,7 @@ def test_beyond_the_gradient_a_few_tiles(dtype, kind):
         assert 0 < peak.peak <= 3 * tiles.TILE_BYTES + 2**16
 
 
-def test_the_count_counts():
+def test_peak_counts_bytes():
     with Peak() as peak:
         x = torch.zeros(1000)
         (x + 1).mul(2)

@@ -1,4 +1,4 @@
-"""Which schedule, which chunks: the choice, what `explain` says of it, and budgets as users write them."""
+"""The plan of a call: the choice of schedule and chunks, `explain`, and the parsing of budgets."""
 
 import pytest
 import torch
@@ -53,39 +53,39 @@ def test_auto(needed, budget, expected):
 
 
 @pytest.mark.parametrize("schedule", ["deferred", "group", "store", "recompute"])
-def test_explicit_is_taken_or_refused(schedule):
+def test_explicit_schedule_is_used_or_refused(schedule):
     assert plan.choose(schedule, needs(), sizes(), MIB) == (schedule, "requested")
-    alone = needs(reduced_loss=False)
+    unreduced = needs(reduced_loss=False)
     if schedule == "group":
         with pytest.raises(ValueError, match="schedule: expected another than 'group'"):
-            plan.choose(schedule, alone, sizes(), MIB)
+            plan.choose(schedule, unreduced, sizes(), MIB)
     else:
-        assert plan.choose(schedule, alone, sizes(), MIB)[0] == schedule
+        assert plan.choose(schedule, unreduced, sizes(), MIB)[0] == schedule
 
 
-@pytest.mark.parametrize("most", [1, 7, 10, 64, 1000])
+@pytest.mark.parametrize("limit", [1, 7, 10, 64, 1000])
 @pytest.mark.parametrize("counts", [[], [0], [5], [3, 0, 4, 9, 1, 1, 30, 2], [10] * 12, [64, 1, 64, 63]])
-def test_units_hold_whole_groups(counts, most):
-    """Every row once and in order; no chunk over its limit; only a group larger than that is cut, and it is alone."""
-    units = plan.group_chunks(counts, most)
+def test_units_hold_complete_groups(counts, limit):
+    """Check that units hold all rows in order, and that only a group larger than a chunk is split, in its own unit."""
+    units = plan.group_chunks(counts, limit)
     assert [g for unit in units for g in range(unit.groups.start, unit.groups.stop)] == list(range(len(counts)))
     rows = [r for unit in units for part in unit.parts for r in range(part.start, part.stop)]
     assert rows == list(range(sum(counts)))
     for unit in units:
         inside = counts[unit.groups]
-        assert all(part.stop - part.start <= most for part in unit.parts)
-        assert len(unit.parts) <= 1 or (len(inside) == 1 and inside[0] > most)
+        assert all(part.stop - part.start <= limit for part in unit.parts)
+        assert len(unit.parts) <= 1 or (len(inside) == 1 and inside[0] > limit)
 
 
 def test_chunks_are_even():
-    """1100 rows at 1000 a chunk are two of 550: a chunk of 100 rows would keep a GPU half idle."""
+    """Check that 1100 rows with a limit of 1000 are two chunks of 550: a chunk of 100 rows would not fill a GPU."""
     assert [part.stop - part.start for part in plan.even(1100, 1000)] == [550, 550]
     assert len(plan.group_chunks([100] * 11, 1000)) == 2
     assert [u.parts[0].stop - u.parts[0].start for u in plan.group_chunks([100] * 11, 1000)] == [600, 500]
 
 
 def test_chunks_are_sized_by_bytes():
-    """4 V bytes a row and the thin rows beside it, whatever V / D is; never more than 8192 rows."""
+    """Check that a row counts 4 V bytes plus its hidden states, and that a chunk has at most 8192 rows."""
     for vocab in (32000, 151936):
         rows = sizes(vocab=vocab).chunk_rows(512 * MIB)
         assert rows == 512 * MIB // (4 * plan.matmul.padded(vocab) + 512 * 4 * 3)
@@ -97,7 +97,7 @@ def test_chunks_are_sized_by_bytes():
     assert gpu.row_bytes == 6 * 32000 + 512 * (4 + 4 + 2)
 
 
-def test_explain_tells_what_happens():
+def test_explain_describes_the_call():
     case = make_linear_case(8, 6, 16, 997, bias=False, group_size=4)
     n = int((case.labels[:, 1:] != IGNORED).sum())
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
@@ -118,3 +118,9 @@ def test_explain_tells_what_happens():
     assert frozen.schedule == "deferred" and frozen.flops == 2 * one
     with torch.no_grad():
         assert exo_kernels.explain(hidden, weight, case.labels).flops == one
+
+
+def test_a_group_that_fills_a_chunk_counts_for_the_target():
+    """Check that 20 rows in chunks of 8 are filled to 7 each, not to 6 as the 12 rows of the smaller groups would."""
+    chunks = plan.group_chunks([3, 3, 1, 3, 2, 8], 8)
+    assert [chunk.groups for chunk in chunks] == [slice(0, 3), slice(3, 5), slice(5, 6)]

@@ -1,4 +1,4 @@
-"""Any shape with any options: what the hand-made grids leave between them. The same examples in every run."""
+"""Property tests: random shapes with random options, which the hand-written grids do not cover. Deterministic."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-# The interpreter takes a second for what takes 20 ms otherwise.
+# The interpreter takes a second for an example that otherwise takes 20 ms.
 EXAMPLES = 12 if exo_kernels.dispatch.INTERPRETED else 150
 common = settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
@@ -21,7 +21,7 @@ common = settings(
 
 @st.composite
 def cases(draw):
-    """Padded or packed, even or ragged, every option; a share of the sequences is empty or without loss."""
+    """Draw a padded or packed case with any options; groups may be ragged, sequences may have no tokens or no loss."""
     sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     n = sum(sizes)
     even = len(set(sizes)) == 1
@@ -42,7 +42,7 @@ def cases(draw):
         options["shift"] = False
     per_token = draw(st.booleans())
     if lengths is not None and sum(lengths) == n:
-        per_token = False  # as many rows as sequences: (n,) would count as sums
+        per_token = False  # with as many rows as sequences, (n,) would be taken for sums
     return make_case(
         n,
         draw(st.integers(0, 4)),
@@ -75,14 +75,14 @@ def test_any_loss(impl, device, case):
     minus_inf=st.booleans(),
 )
 def test_any_rows(impl, device, shape, dtype, temperature, entropy, shift, ignored, minus_inf):
-    """With a share of the logits at -inf, the label's excepted."""
+    """Check token_logps, with some logits at -inf but never that of the label."""
     n, t, vocab = shape
     labels = make_labels((n, t), vocab, seed=vocab, ignored=ignored)
     labels = labels if ignored < 1 else torch.full_like(labels, IGNORED)
     targets = aligned(labels, shift)
     logits = make_logits(targets, vocab, dtype, seed=t)
     if minus_inf:
-        hole = torch.rand(logits.shape, generator=torch.Generator().manual_seed(n)) < 0.3
-        hole.scatter_(-1, targets.clamp(min=0)[..., None], False)
-        logits.masked_fill_(hole, -torch.inf)
+        mask = torch.rand(logits.shape, generator=torch.Generator().manual_seed(n)) < 0.3
+        mask.scatter_(-1, targets.clamp(min=0)[..., None], False)
+        logits.masked_fill_(mask, -torch.inf)
     check_tokens(logits, labels, impl, device, entropy=entropy, temperature=temperature, shift=shift)

@@ -1,4 +1,4 @@
-"""A head that this process does not hold as a plain matrix: gathered once if torch can, else refused by cause."""
+"""Sharded heads: a DTensor is gathered once, and other sharded parameters are refused with the cause."""
 
 import re
 
@@ -21,7 +21,7 @@ every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 @pytest.fixture(scope="module")
 def mesh():
-    """One process; test_vocab_parallel.py has two."""
+    """Return a mesh of one process; test_vocab_parallel.py uses two."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield tensor.init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -33,7 +33,7 @@ def case() -> LinearCase:
 
 
 def call(name: str, case: LinearCase, **changes) -> Tensor:
-    """One of the functions on the case, but for `changes`: arguments by name."""
+    """Call a function on the case, with some arguments replaced."""
     arguments = {"hidden": case.hidden, "weight": case.weight, "labels": case.labels, **case.options}
     if name == "loss" and "ref_hidden" not in changes:
         arguments["ref_logps"] = case.ref_logps
@@ -51,17 +51,17 @@ def refusal(name: str, case: LinearCase, **changes) -> str:
 @pytest.mark.parametrize("schedule", ["auto", "deferred", "group", "store", "recompute"])
 @pytest.mark.parametrize("placement", [tensor.Shard(0), tensor.Shard(1), tensor.Replicate()], ids=repr)
 def test_a_dtensor_is_gathered_once(mesh, case, schedule, placement, monkeypatch):
-    """The plain weight's loss and gradients, bit for bit; these are DTensors again, placed as the weight is."""
+    """Check that loss and gradients equal those of a plain weight, and that gradients are placed as the weight is."""
     gathered = []
     full_tensor = tensor.DTensor.full_tensor
     monkeypatch.setattr(tensor.DTensor, "full_tensor", lambda x, **o: gathered.append(1) or full_tensor(x, **o))
-    rows = placement if placement != tensor.Shard(1) else tensor.Shard(0)  # a bias has no columns
+    rows = placement if placement != tensor.Shard(1) else tensor.Shard(0)  # a bias has only one dimension to shard
     weight = tensor.distribute_tensor(case.weight, mesh, [placement]).requires_grad_()
     bias = tensor.distribute_tensor(case.options["bias"], mesh, [rows]).requires_grad_()
     hidden = case.hidden.detach().requires_grad_()
     loss = call("loss", case, hidden=hidden, weight=weight, bias=bias, schedule=schedule)
     loss.backward()
-    assert len(gathered) == 2  # of the weight and of the bias
+    assert len(gathered) == 2  # the weight and the bias
     expected = linear_answer(case, "auto", schedule=schedule)
     assert torch.equal(loss.detach(), expected["loss"]) and torch.equal(hidden.grad, expected["d_hidden"])
     for name, leaf in (("d_weight", weight), ("d_bias", bias)):
@@ -82,8 +82,8 @@ def test_a_reference_head_may_be_a_dtensor(mesh):
     assert torch.equal(call("loss", case, **options, ref_weight=weight), call("loss", case, **options))
 
 
-def test_fsdp_hands_out_the_whole_weight_inside_the_forward(mesh, case):
-    """Outside it the weight is a DTensor, and the same gradient arrives."""
+def test_fsdp_weight_inside_and_outside_forward(mesh, case):
+    """Check that the weight is a plain tensor inside forward, a DTensor outside, and the gradient is the same."""
     from torch.distributed.fsdp import fully_shard
 
     class Model(nn.Module):
@@ -106,7 +106,7 @@ def test_fsdp_hands_out_the_whole_weight_inside_the_forward(mesh, case):
 
 
 @every_function
-def test_dtensors_elsewhere_are_refused(mesh, case, name):
+def test_hidden_states_as_dtensors_are_refused(mesh, case, name):
     spread = tensor.distribute_tensor(case.hidden, mesh, [tensor.Shard(0)])
     assert refusal(name, case, hidden=spread).startswith("hidden: expected a plain tensor")
     if name == "loss":
@@ -116,7 +116,7 @@ def test_dtensors_elsewhere_are_refused(mesh, case, name):
 @every_function
 @pytest.mark.parametrize("argument", ["weight", "bias"])
 def test_a_dtensor_beside_a_process_group_is_refused(mesh, case, name, argument):
-    """Either says how the rows are sharded: together they could contradict each other."""
+    """Check that they exclude each other: both describe how rows are sharded and could disagree."""
     full = case.weight if argument == "weight" else case.options["bias"]
     part = tensor.distribute_tensor(full, mesh, [tensor.Shard(0)])
     message = refusal(name, case, process_group=dist.group.WORLD, **{argument: part})
@@ -125,7 +125,7 @@ def test_a_dtensor_beside_a_process_group_is_refused(mesh, case, name, argument)
 
 @every_function
 @pytest.mark.parametrize("argument", ["weight", "bias"])
-def test_the_oracle_takes_plain_tensors(mesh, case, name, argument):
+def test_reference_impl_refuses_dtensors(mesh, case, name, argument):
     full = case.weight if argument == "weight" else case.options["bias"]
     part = tensor.distribute_tensor(full, mesh, [tensor.Shard(0)])
     message = refusal(name, case, impl="reference", **{argument: part})
@@ -133,7 +133,7 @@ def test_the_oracle_takes_plain_tensors(mesh, case, name, argument):
 
 
 SHARDED = {
-    "zero-3": torch.empty(0),  # what DeepSpeed leaves of a parameter
+    "zero-3": torch.empty(0),  # a parameter that DeepSpeed has sharded
     "fsdp-no-rows": torch.empty(0, 8),
     "fsdp-flat": torch.zeros(100),  # FSDP1 with use_orig_params
 }
@@ -142,22 +142,22 @@ SHARDED = {
 @every_function
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("kind", SHARDED)
-def test_an_empty_or_flat_weight_is_refused_by_its_cause(case, name, kind, impl):
+def test_empty_or_flat_weight_is_refused_with_the_cause(case, name, kind, impl):
     message = refusal(name, case, weight=SHARDED[kind].double(), impl=impl)
     assert message.startswith("weight: expected the whole head")
     assert "ZeRO-3" in message and "FSDP" in message and "summon_full_params" in message
 
 
-def test_empty_parts_elsewhere_are_refused_too(mesh, case):
+def test_empty_bias_and_reference_head_are_refused(mesh, case):
     assert refusal("loss", case, bias=torch.empty(0).double()).startswith("bias: expected the whole head")
-    own = make_linear_case(4, 5, 8, 37, torch.float64, reference_model="own")
-    options = {"ref_hidden": own.options["ref_hidden"], "ref_weight": torch.empty(0).double()}
-    assert refusal("loss", own, **options).startswith("ref_weight: expected the whole head")
+    separate = make_linear_case(4, 5, 8, 37, torch.float64, reference_model="own")
+    options = {"ref_hidden": separate.options["ref_hidden"], "ref_weight": torch.empty(0).double()}
+    assert refusal("loss", separate, **options).startswith("ref_weight: expected the whole head")
     empty = torch.empty(0, 8).double()
     assert "ZeRO-3" in refusal("loss", case, weight=empty, bias=None, process_group=dist.group.WORLD)
 
 
 @pytest.mark.parametrize("group", [-100, "tp", object()], ids=["not-a-member", "name", "object"])
-def test_a_process_group_is_one(case, group):
-    """new_group gives an integer to the processes that are not in it."""
+def test_invalid_process_group_is_refused(case, group):
+    """Check values that are no process group; new_group returns an integer to processes that are not members."""
     assert refusal("tokens", case, process_group=group).startswith("process_group: expected a torch.distributed")

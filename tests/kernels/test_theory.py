@@ -1,8 +1,7 @@
-"""The theorems of arXiv 2402.00856, section 3, on M completions, with the product's own losses in fp64.
+"""The theorems of arXiv 2402.00856, section 3, on M completions, with the losses of this package in fp64.
 
-Nothing here computes a loss: examples/worlds.py draws groups and differentiates `preference_loss`, and the fused losses
-and the losses from hidden states are held against that. Below them the formulas of peers, written from their
-definitions.
+examples/worlds.py draws groups and differentiates `preference_loss`; the fused losses and the losses from hidden states
+are compared with that. The last tests compare with formulas of other implementations, written from their definitions.
 """
 
 import math
@@ -14,10 +13,10 @@ import torch
 from examples import worlds
 from exo_kernels import fused_dpo_loss, fused_exo_loss, fused_linear_dpo_loss, fused_linear_exo_loss, preference_loss
 
-SPLITS = [(1.0, 0.25), (0.5, 0.5), (0.25, 1.0), (0.1, 0.1)]  # (beta_pi, beta_r): one product three ways, and another
-AT_ONCE = [*SPLITS, (2.0, 0.7)]
+SPLITS = [(1.0, 0.25), (0.5, 0.5), (0.25, 1.0), (0.1, 0.1)]  # (beta_pi, beta_r): three with the same product, one other
+ALL_SPLITS = [*SPLITS, (2.0, 0.7)]
 objectives = pytest.mark.parametrize("objective", worlds.OBJECTIVES)
-splits = pytest.mark.parametrize(("beta_pi", "beta_r"), AT_ONCE)
+splits = pytest.mark.parametrize(("beta_pi", "beta_r"), ALL_SPLITS)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -29,17 +28,17 @@ def every_policy(world: worlds.World) -> worlds.Family:
     return worlds.Family(torch.eye(world.counts.numel(), dtype=torch.float64), world.log_ref)
 
 
-def apart(world: worlds.World, one: torch.Tensor, other: torch.Tensor, beta_pi: float) -> torch.Tensor:
-    """KL between what the objectives see of two policies; pi* itself may be all but one-hot, and tell nothing."""
+def pi_hat_kl(world: worlds.World, one: torch.Tensor, other: torch.Tensor, beta_pi: float) -> torch.Tensor:
+    """Return the KL between pi_hat of two policies, because pi* may be nearly one-hot and hide differences."""
     return worlds.kl(worlds.blend(world, one, beta_pi), worlds.blend(world, other, beta_pi))
 
 
-# Theorem 3.1: what is the optimum.
+# Theorem 3.1: the optimum.
 
 
 @splits
 def test_the_maximiser_of_the_alignment_objective(beta_pi, beta_r):
-    """pi* in proportion to pi_ref exp(r / (beta_pi beta_r)): L-BFGS climbs to it; J is flat there, lower around."""
+    """Check that J is largest at pi*, proportional to pi_ref exp(r / (beta_pi beta_r)), and that L-BFGS finds it."""
     world, _, _ = case(size=8)
     family, best = every_policy(world), worlds.optimum(world, beta_pi * beta_r)
 
@@ -53,13 +52,13 @@ def test_the_maximiser_of_the_alignment_objective(beta_pi, beta_r):
         other = torch.log_softmax(best + scale * torch.randn(8, dtype=torch.float64, generator=generator), 0)
         assert height(other) < height(best)
     reached = family(worlds.minimise(lambda theta: -height(family(theta)), torch.zeros(8, dtype=torch.float64)))
-    assert apart(world, reached, best, beta_pi) < 1e-6
-    assert apart(world, reached, worlds.optimum(world, 1.5 * beta_pi * beta_r), beta_pi) > 1e-3
+    assert pi_hat_kl(world, reached, best, beta_pi) < 1e-6
+    assert pi_hat_kl(world, reached, worlds.optimum(world, 1.5 * beta_pi * beta_r), beta_pi) > 1e-3
 
 
 @splits
 def test_the_alignment_objective_is_a_reverse_kl(beta_pi, beta_r):
-    """J = -beta_r KL(pi_hat || pi*) + beta_r log Z. Eq. 11."""
+    """Check Eq. 11: J = -beta_r KL(pi_hat || pi*) + beta_r log Z."""
     world, family, theta = case()
     constant = beta_r * torch.logsumexp(world.log_ref + world.rewards / beta_r, 0)
     for policy in (family(theta), family(-theta), world.log_ref):
@@ -69,8 +68,8 @@ def test_the_alignment_objective_is_a_reverse_kl(beta_pi, beta_r):
 
 @objectives
 @splits
-def test_both_losses_have_that_optimum_at_any_k(objective, beta_pi, beta_r):
-    """p = q in every group there, so no group has a gradient: for a family of all policies, small K has no bias."""
+def test_optimum_is_that_of_both_losses_for_every_k(objective, beta_pi, beta_r):
+    """Check that no group has a gradient at the optimum, where p = q, so that a small K has no bias."""
     world, _, _ = case(size=8)
     best = worlds.optimum(world, beta_pi * beta_r)
     generator = torch.Generator().manual_seed(2)
@@ -83,17 +82,17 @@ def test_both_losses_have_that_optimum_at_any_k(objective, beta_pi, beta_r):
         lambda theta: worlds.loss(world, family(theta), worlds.everything(world), objective, beta_pi, beta_r),
         torch.zeros(8, dtype=torch.float64),
     )
-    assert apart(world, family(reached), best, beta_pi) < 1e-6
+    assert pi_hat_kl(world, family(reached), best, beta_pi) < 1e-6
 
 
-# Theorems 3.2 and 3.3: where the gradient points.
+# Theorems 3.2 and 3.3: the direction of the gradient.
 
 
 @objectives
 @splits
 @pytest.mark.parametrize("seed", range(3))
 def test_without_sampling_the_gradient_is_that_of_the_divergence(objective, beta_pi, beta_r, seed):
-    """One group that holds every completion as often as pi_ref does: no limit is needed, and the length agrees too."""
+    """Check direction and length of the gradient for one group that has every completion as often as in pi_ref."""
     world, family, theta = case(seed)
 
     def value(t: torch.Tensor) -> torch.Tensor:
@@ -113,8 +112,11 @@ def directions(objective: str, k: int, beta_pi: float, beta_r: float) -> list[wo
 
 @objectives
 @pytest.mark.parametrize(("beta_pi", "beta_r"), SPLITS)
-def test_the_mean_gradient_turns_to_that_of_the_divergence(objective, beta_pi, beta_r):
-    """The angle closes as K grows, and the length, near 1 - 1/K of the exact one for small betas, becomes right."""
+def test_mean_gradient_approaches_that_of_the_divergence(objective, beta_pi, beta_r):
+    """Check that angle and length approach those of the exact gradient as K grows.
+
+    For small betas, the length is near 1 - 1/K of the exact one.
+    """
     few, some, many = (directions(objective, k, beta_pi, beta_r) for k in (2, 32, 1024))
     assert sum(1 - each.own for each in few) > 30 * sum(1 - each.own for each in some)  # measured 86 to 700
     assert max(1 - each.own for each in many) < 3e-4  # measured 8e-5, most of it the noise of 65,536 draws
@@ -124,15 +126,15 @@ def test_the_mean_gradient_turns_to_that_of_the_divergence(objective, beta_pi, b
 
 @objectives
 @pytest.mark.parametrize(("beta_pi", "beta_r"), SPLITS)
-def test_the_gradient_does_not_turn_to_the_other_divergence(objective, beta_pi, beta_r):
+def test_mean_gradient_does_not_approach_the_other_divergence(objective, beta_pi, beta_r):
     at = directions(objective, 1024, beta_pi, beta_r)
     assert min(each.other for each in at) < 0.8  # measured 0.13 to 0.72
     assert all(1 - each.other > 40 * (1 - each.own) for each in at)  # measured 120 to 8,400
 
 
 @objectives
-def test_fused_losses_have_that_gradient(objective):
-    """Completions of two tokens out of three, so M = 9: from logits, and from hidden states and a trained head.
+def test_fused_losses_have_the_same_gradient(objective):
+    """Check the losses from logits and from hidden states, on the M = 9 completions of two tokens out of three.
 
     theta[v, c] is the logit of token v in context c: 0 at the start, then 1 + the first token.
     """
@@ -162,7 +164,7 @@ def test_fused_losses_have_that_gradient(objective):
         assert torch.allclose(worlds.gradient(value, theta), expected, rtol=1e-11, atol=1e-14)
 
 
-# Figure 1: what a family that is too small makes of the two divergences.
+# Figure 1: the two divergences with a family that does not contain the optimum.
 
 
 def test_exo_seeks_a_mode_and_dpo_covers_both():
@@ -177,7 +179,7 @@ def test_exo_seeks_a_mode_and_dpo_covers_both():
 
 
 def test_exo_seeks_a_mode_from_k_8_but_not_at_2():
-    """At K = 2 the loss hardly tells the two divergences apart, and EXO covers both modes as DPO does."""
+    """Check that at K = 2, where the two divergences are nearly equal, EXO covers both modes, as DPO does."""
     _, grid = worlds.two_modes()
     few, many = (worlds.masses(grid, worlds.bell(grid, worlds.fit("exo", k))) for k in (2, 8))
     assert min(few) > 0.2
@@ -199,18 +201,18 @@ def test_exo_has_a_local_minimum_at_the_minor_mode_and_dpo_has_not():
     assert ends[0] > 3 and ends[1] < 1e-4
 
 
-# The formulas of peers, on pairs; `delta` is beta_pi (S_w - S_l).
+# Formulas of other implementations, on pairs; `delta` is beta_pi (S_w - S_l).
 
 
 def trl_exo_pair(delta: torch.Tensor, eps: float) -> torch.Tensor:
-    """TRL's loss_type="exo_pair", by its definition: reverse KL of two Bernoulli distributions."""
+    """Return TRL's loss_type="exo_pair" by its definition: the reverse KL of two Bernoulli distributions."""
     chosen, rejected = torch.sigmoid(delta), torch.sigmoid(-delta)
     log_chosen, log_rejected = torch.nn.functional.logsigmoid(delta), torch.nn.functional.logsigmoid(-delta)
     return (chosen * (log_chosen - math.log1p(-eps)) + rejected * (log_rejected - math.log(eps))).mean()
 
 
 def published_pair(delta: torch.Tensor, objective: str) -> torch.Tensor:
-    """The published code's losses on pairs: for EXO the target is not normalised, its logarithms are 0 and -10."""
+    """Return the published code's loss on pairs; the target of EXO is not normalised: its logarithms are 0 and -10."""
     log_p = torch.log_softmax(torch.stack((delta, torch.zeros_like(delta)), -1), -1)
     if objective == "dpo":
         return -log_p[:, 0].mean()
@@ -218,7 +220,7 @@ def published_pair(delta: torch.Tensor, objective: str) -> torch.Tensor:
 
 
 def assert_same_on_pairs(formula, tolerance: float, dtype=torch.float64, **options) -> None:
-    """Value and every element of the gradient, on 64 pairs from certain to wrong."""
+    """Compare the loss and its gradient with a formula, on 64 random pairs."""
     generator = torch.Generator().manual_seed(5)
     policy, ref = (-60 + 8 * torch.randn(128, dtype=torch.float64, generator=generator) for _ in range(2))
     results = []
@@ -237,7 +239,7 @@ def assert_same_on_pairs(formula, tolerance: float, dtype=torch.float64, **optio
 
 @pytest.mark.parametrize("eps", [1e-3, 0.1, 0.5])
 @pytest.mark.parametrize("beta", [0.05, 0.1, 0.5, 2.0])
-def test_exo_on_pairs_is_trl_s(beta, eps):
+def test_exo_on_pairs_equals_trl(beta, eps):
     assert_same_on_pairs(lambda delta: trl_exo_pair(delta, eps), 1e-11, beta_pi=beta, label_smoothing=eps)
 
 

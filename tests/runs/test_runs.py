@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exo import data, sample, score
+from exo import best_of_n, data, sample, score, sft
 from exo.cli.errors import RunError
 from exo.runs import directory as run_directory
 from exo.runs import inputs as run_inputs
@@ -236,3 +236,41 @@ def test_the_directory_of_an_older_version_is_refused_and_its_file_is_read(tmp_p
     assert run_inputs.source("data", str(run / "scored.jsonl"), "score") == str(run / "scored.jsonl")
     (run / "config.json").write_text("{}")
     assert run_inputs.source("model", str(run), "sft") == str(run), "a model directory may be of any version"
+
+
+def test_a_finished_run_does_not_offer_to_resume(finished, tmp_path):
+    """Check that only an unfinished training run offers --allow_changes."""
+    with pytest.raises(RunError) as error:
+        sample.run(replace(finished[1], overwrite_output_dir=False, k=3))
+    assert "--allow_changes" not in str(error.value)
+    directory = tmp_path / "run"
+    directory.mkdir()
+    config = sft.Config(model=finished[1].model, data=finished[1].data, output_dir=str(directory))
+    run_record.write_run(directory, config, "sft", started="now", inputs={})
+    (directory / "metrics.jsonl").write_text("{}")
+    with pytest.raises(RunError, match="unfinished, with .*; pass --allow_changes to resume nevertheless, or pass"):
+        sft.run(replace(config, max_steps=3))
+    run_record.update_run(directory, finished="now")
+    with pytest.raises(RunError) as error:
+        sft.run(replace(config, max_steps=3))
+    assert "--allow_changes" not in str(error.value)
+
+
+def test_a_stage_of_one_process_refuses_several(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="best_of_n: runs in one process; got 2"):
+        best_of_n.run(best_of_n.Config(data="x.jsonl", output_dir=str(tmp_path / "run")))
+
+
+def test_the_fingerprint_of_a_function_covers_its_module_and_its_name(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "oracle_to_hash.py"
+    module.write_text("def reward(prompt, completion):\n    return 0\n")
+    first, other = (run_inputs.fingerprint(f"oracle_to_hash:{name}") for name in ("reward", "other"))
+    module.write_text("def reward(prompt, completion):\n    return 12\n")
+    assert len({first, other, run_inputs.fingerprint("oracle_to_hash:reward")}) == 3
+
+
+def test_a_command_with_unprintable_characters_is_escaped():
+    run = {"command": ["python", "-m", "exo.sft", "--data=a\u2028b"]}
+    assert run_record.command(run) == "python -m exo.sft '--data=a\\u2028b'"

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from exo.training import checkpoint_files
 
@@ -91,3 +92,11 @@ def test_a_save_killed_at_every_file_system_call_leaves_an_intact_checkpoint(pre
         if not killed:
             break
     assert n > 15, "a save makes more than 15 file-system calls"
+
+
+def test_tensors_are_packed_into_files_up_to_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "FILE", 16)
+    tensors = {f"weights.{i}": torch.full((2,), float(i)) for i in range(5)}  # 8 bytes each
+    checkpoint_files.write(tmp_path / "step-1", tensors, FACTS, Accelerator(cpu=True), 2)
+    sizes = [len(load_file(path)) for path in sorted(tmp_path.glob("step-1/**/*.safetensors"))]
+    assert sizes == [2, 2, 1]
