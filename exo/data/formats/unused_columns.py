@@ -32,14 +32,12 @@ _COULD_BE_PROMPT = set(
 )
 SUSPECT = {name for key, aliases in ALIASES.items() for name in (key, *aliases)}
 SUSPECT |= {*REFERENCE} | _CHANGES_LEARNING | _COULD_BE_PROMPT
-_HARMLESS = set(
-    "id ids idx index uuid key hash source sources dataset dataset_name data_source origin model models generator "
-    "annotator annotators worker author tags tag category categories domain subset split batch task task_type "
-    "task_name type kind difficulty quality intent knowledge lang language languages locale license licence url urls "
-    "link date day time timestamp created created_at updated_at version views title_id score scores rating ratings "
-    "reward rewards rank ranks votes upvotes toxicity toxic tokenizer token_ids logprobs finish finish_reason "
-    "temperature top_p top_k seed log_ratios line sample raw_scores turn turns num_turns meta metadata info misc extra "
-    "extra_info annotations max_new_tokens".split()
+_HARMLESS = set(  # besides _HARMLESS_NAME
+    "key sources dataset dataset_name origin generator annotator annotators worker author tags tag categories "
+    "domain subset split batch task task_type task_name type kind difficulty quality intent knowledge languages "
+    "locale license licence urls link day created created_at updated_at views ranks votes upvotes toxicity toxic "
+    "tokenizer finish finish_reason temperature top_p top_k seed log_ratios line sample turn turns meta metadata "
+    "info misc extra extra_info annotations".split()
 )
 # How the data set was made; harmless at any length.
 _PROVENANCE = set(
