@@ -135,7 +135,7 @@ def run(config: Config, start: Start) -> Path:
         adapter=bool(config.lora_r), second_model=other_model is not None or (mode == "live" and not config.lora_r),
         shards=accelerator.num_processes if shards else 1,
     )  # fmt: skip
-    preview.show(rows.split.train, tokenizer, preview.LOSS_OF_DIFFERENCE)
+    preview.show(rows.split.train, tokenizer, preview.LOSS_AFTER_PREFIX)
     metrics = training_run.begin(start, accelerator, rows.dataset.account(rows.counts))
 
     console.headline("Reference log-probs")

@@ -205,7 +205,7 @@ def _read_density(config: Config) -> tuple[list[Example], str]:
 def _scorer_options(config: Config) -> dict[str, Any]:
     from exo.data.text import render
 
-    template = render.of_another_model(config.chat_template) if config.model else config.chat_template
+    template = render.second_model_option(config.chat_template) if config.model else config.chat_template
     return config.values("max_length max_tokens_per_batch") | {
         "max_prompt_length": config.max_length - config.max_new_tokens,
         "chat_template": template,

@@ -82,7 +82,7 @@ def _report(options: Any, stage: Any) -> str:
     uncut = _tokenize_uncut(options, rendered, tokenizer)
     console.headline("Examples")
     rows = plan.rows or [tokenize.factor_prefix(row) if options.stage == "align" else row for row in uncut]
-    scored = {"align": preview.LOSS_OF_DIFFERENCE, "sft": preview.LOSS, "reward": preview.SCORE}.get(options.stage, "")
+    scored = {"align": preview.LOSS_AFTER_PREFIX, "sft": preview.LOSS, "reward": preview.SCORE}.get(options.stage, "")
     preview.show(rows, tokenizer, scored, count=options.examples, color=options.color)
     console.headline("Lengths in tokens, before the limits")
     limits = {name: getattr(options, name) for name in vars(options) if name.endswith("_length")}

@@ -100,7 +100,7 @@ def run(config: Config, start: Start) -> Path:
     scorer = scorers.load(
         config.reward_model, config.oracle, accelerator, max_length=config.max_length,
         max_prompt_length=config.max_length - config.max_new_tokens, max_tokens_per_batch=config.max_tokens_per_batch,
-        chat_template=render.of_another_model(config.chat_template), date=gather.template_date(start, accelerator),
+        chat_template=render.second_model_option(config.chat_template), date=gather.template_date(start, accelerator),
     )  # fmt: skip
     critic, reference = training_ppo.Critic(model), copy.deepcopy(model).eval().requires_grad_(False)
     for part, exact in ((model, []), (critic, [critic.value]), (reference, [])):

@@ -7,11 +7,19 @@ from typing import Any, Literal
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from exo.data.text import tokenize
+
 CORPUS = [
     "the cat sat on the mat. Human: what is it? Assistant: good\nbad answers, one two\n\nthree <think> user ok"
 ] * 4
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|user|>", "<|assistant|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt as sampling sees them."""
+    (ids,), _ = tokenize.sampled_prompts([prompt], tokenizer, 10**6)
+    return ids
 
 
 def byte_level(add_prefix_space: bool = False) -> Tokenizer:

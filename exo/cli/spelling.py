@@ -18,5 +18,10 @@ def suggestion(name: str, known: Iterable[str], otherwise: str = "--help-all lis
         return f"; it is called {renamed} since 0.2"
     if (ours := ELSEWHERE.get(name.replace("-", "_"), "")) in known:
         return f"; here it is called {ours}"
-    close = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; {otherwise}"
+    close = nearest(name, known)
+    return f"; did you mean {close}?" if close else f"; {otherwise}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is spelled most like this one, or "" if none is close."""
+    return next(iter(difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)), "")

@@ -1,26 +1,23 @@
-"""Collate tokenized examples into batches: rows of a model's input, and the positions that predict each completion.
+"""Collate tokenized examples into batches.
 
-There are three layouts. Padded: a row is one completion after its prompt. Shared: a prompt comes once, with its
-completions after it, each of which sees the prompt and itself alone, and a row holds several such blocks. Packed: the
-same with a prompt for each completion. In every layout a batch lists the completions' tokens in the same order, so
-that losses need not know the layout. models/attention makes the masks.
+There are three layouts. Padded: a row is a prompt and one completion. Shared: a row has several blocks, each a prompt
+and its completions, which attend to the prompt and themselves. Packed: the same with one completion per block. Every
+layout lists the completions' tokens in the same order, so losses do not depend on it. models/attention makes the masks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from exo.cli import signals
 from exo.data.text.tokenize import TokenizedExample
 
 E = TypeVar("E", bound=TokenizedExample)
-R = TypeVar("R")
 
 
 class SegmentIds(NamedTuple):
-    """The tokens of a row that see each other: those of one block, of which a completion sees the prompt and itself."""
+    """The block and the completion of each token: a completion attends to the prompt of its block and to itself."""
 
     segment: Tensor  # (B, T) int64, the block in its row; -1 on padding
     completion: Tensor  # (B, T) int64, 0 for the prompt, from 1 on its completions
@@ -28,15 +25,13 @@ class SegmentIds(NamedTuple):
 
 
 class BlockSpan(NamedTuple):
-    """The position and the lengths of a block."""
-
     start: int  # in the flattened (B T)
     prompt: int  # tokens
     completions: tuple[int, ...]  # tokens of each
 
 
 class Batch(NamedTuple):
-    """Rows of input with N completions of G examples, which have n tokens together."""
+    """Rows of input with N completions of G examples; the completions have n tokens together."""
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64, 1 on tokens
@@ -51,18 +46,16 @@ class Batch(NamedTuple):
     label: Tensor | None  # (G,) int64, the class of a text
 
     def loss_inputs(self) -> dict[str, Any]:
-        """Return the arguments of the losses on hidden states that describe the rows."""
+        """Return the arguments that describe the rows to the losses on hidden states."""
         return {"labels": self.targets, "cu_seqlens": self.offsets, "shift": False}
 
-    def known_ref_logps(self) -> Tensor:  # (N,)
-        """Return the reference log-probs; ValueError without them."""
+    def required_ref_logps(self) -> Tensor:  # (N,)
+        """Return the reference log-probs; raise ValueError without them."""
         if self.ref_logps is None:
             raise ValueError("ref_logps: expected examples scored by the reference; got none")
         return self.ref_logps
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-
         def move(value: Any) -> Any:
             if isinstance(value, SegmentIds):
                 return SegmentIds(*map(move, value))
@@ -72,7 +65,7 @@ class Batch(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A prompt and the completions after it, which are contiguous in a row."""
+    """A prompt and completions after it, contiguous in a row."""
 
     example_index: int  # in its batch
     example: TokenizedExample
@@ -80,7 +73,6 @@ class Block(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Tokens of the block."""
         return len(self.example.prompt) + sum(len(self.example.completions[k]) for k in self.completions)
 
     def lay_out(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -99,14 +91,14 @@ class Block(NamedTuple):
 
 
 class Collator(NamedTuple):
-    """Makes batches of one layout, each at most one forward pass.
+    """Makes batches of one layout, each for one forward pass.
 
-    `one_row` is for attention that skips masked blocks: a batch is one row. Otherwise rows are as long as the longest
+    `one_row`: a batch is one row, for attention that skips masked blocks. Otherwise rows are as long as the longest
     block, and shorter blocks share rows.
     """
 
     pad_id: int
-    max_tokens: int  # of input in a batch, padding included; a longer example is a batch alone
+    max_tokens: int  # of a batch, padding included; a longer example is a batch alone
     layout: Literal["padded", "packed", "shared"] = "padded"
     one_row: bool = False
 
@@ -125,7 +117,7 @@ class Collator(NamedTuple):
         rows: list[list[Block]] = []
         room: list[int] = []
         for block in sorted(blocks, key=lambda block: -block.width):  # first fit, the longest first
-            row = next((i for i, left in enumerate(room) if left >= block.width), len(rows))
+            row = next((i for i, free in enumerate(room) if free >= block.width), len(rows))
             if row == len(rows):
                 rows.append([])
                 room.append(width)
@@ -141,36 +133,24 @@ class Collator(NamedTuple):
     def micro_batches(self, examples: Sequence[E]) -> list[list[E]]:
         """Split a batch into parts of at most `max_tokens`.
 
-        The parts are sorted by length, which saves padding; the loss is a sum over examples, so their order is free.
+        They are sorted by length, which saves padding. The loss is a sum over examples, so their order is free.
         """
         parts: list[list[E]] = []
         tokens = 0
         for example in sorted(examples, key=lambda example: (-example.longest, example.line)):
-            joint = self._tokens_with(parts[-1], tokens, example) if parts else self.max_tokens + 1
-            if joint <= self.max_tokens:
+            tokens = self._size_with(parts[-1], tokens, example) if parts else self.max_tokens + 1
+            if tokens <= self.max_tokens:
                 parts[-1].append(example)
-                tokens = joint
             else:
                 parts.append([example])
                 tokens = self.tokens([example])
         return parts
 
-    def _tokens_with(self, part: Sequence[TokenizedExample], tokens: int, example: TokenizedExample) -> int:
-        """Return the size of a part of size `tokens` with one more example, which is no longer than the others.
-
-        The part is laid out again only if blocks share rows.
-        """
+    def _size_with(self, part: Sequence[TokenizedExample], tokens: int, example: TokenizedExample) -> int:
+        """Return the size of a part of size `tokens` with one more example, which is no longer than the others."""
         if self.layout == "padded":
             return tokens + len(example.completions) * part[0].longest
         return tokens + self.tokens([example]) if self.one_row else self.tokens([*part, example])
-
-    def each(self, examples: Sequence[E], function: Callable[[list[E]], Sequence[R]]) -> list[R]:
-        """Return the result of each example, in their order; `function` returns those of a micro-batch."""
-        results: dict[int, R] = {}
-        for part in self.micro_batches(examples):
-            signals.raise_if_stop_requested()
-            results.update(zip(map(id, part), function(part), strict=True))
-        return [results[id(example)] for example in examples]
 
     def collate(self, examples: Sequence[TokenizedExample]) -> Batch:
         """Return the batch of these examples."""
@@ -183,9 +163,9 @@ class Collator(NamedTuple):
         for i, row in enumerate(rows):
             start = 0
             for number, block in enumerate(row):
-                here = slice(start, start + block.width)
-                input_ids[i, here], position_ids[i, here], completion_ids[i, here], positions = block.lay_out()
-                segments[i, here] = number
+                columns = slice(start, start + block.width)
+                input_ids[i, columns], position_ids[i, columns], completion_ids[i, columns], positions = block.lay_out()
+                segments[i, columns] = number
                 lengths = tuple(len(block.example.completions[k]) for k in block.completions)
                 spans.append(BlockSpan(i * width + start, len(block.example.prompt), lengths))
                 for k, position in zip(block.completions, positions, strict=True):
@@ -209,7 +189,7 @@ class Collator(NamedTuple):
 
 
 def _column(rows: Sequence[Sequence[float] | None]) -> Tensor | None:
-    """Return the numbers of all completions, (N,); None if an example has none."""
+    """Return the values of all completions, (N,); None if an example has none."""
     values = [value for row in rows if row is not None for value in row]
     return None if any(row is None for row in rows) else torch.tensor(values, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Select the completions that a loss compares, and split the rows into those to train on and those held out."""
+"""Select the completions that a loss compares, and split the rows into training and held-out rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from exo.data.text.tokenize import TokenizedExample
 
 
 class Comparison(NamedTuple):
-    """How the completions of a row are compared; the fields have the names of the options."""
+    """The options on the completions to compare."""
 
     max_completions: int | None
     pairs: bool  # of rewards: the best completion and the worst
@@ -31,11 +31,9 @@ class Comparison(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Compared rows."""
-
     train: list[TokenizedExample]
     held_out: list[TokenizedExample]
-    lines: frozenset[int]  # of the rows of --data that are held out
+    lines: frozenset[int]  # of held-out rows of --data
 
 
 def split_rows(
@@ -46,11 +44,11 @@ def split_rows(
     counts: Counter[str],
     *,
     path: str,
-    eval_path: str | None,  # a file of held-out rows, instead of a share of the others
+    eval_path: str | None,  # a file of held-out rows, instead of a share of --data
     eval_fraction: float,
     seed: int,
 ) -> Split:
-    """Split the rows. DataError if no row is left to train on, or to evaluate on with `eval_path`."""
+    """Select and split the rows. DataError if no row is left to train on, or, with `eval_path`, to evaluate on."""
     compared, eval_compared = comparison.select(rows, counts), comparison.select(eval_rows, counts)
     lines: frozenset[int] = frozenset()
     if eval_path is None:
@@ -68,12 +66,11 @@ def split_rows(
 def split_scored_rows(
     comparison: Comparison, lines: frozenset[int], rows: Sequence[TokenizedExample], eval_rows: list[TokenizedExample]
 ) -> Split:
-    """Split the same rows, with the reference's log-probs now, by the lines that `split_rows` held out."""
+    """Select and split the rows, which now have reference log-probs, by the held-out lines of `split_rows`."""
     skipped: Counter[str] = Counter()  # split_rows has counted them
     return _split(comparison.select(list(rows), skipped), comparison.select(eval_rows, skipped), lines)
 
 
 def _split(rows: list[TokenizedExample], eval_rows: list[TokenizedExample], lines: frozenset[int]) -> Split:
-    if not lines:
-        return Split(rows, eval_rows, lines)
-    return Split([row for row in rows if row.line not in lines], [row for row in rows if row.line in lines], lines)
+    held_out = [row for row in rows if row.line in lines]
+    return Split([row for row in rows if row.line not in lines], held_out or eval_rows, lines)

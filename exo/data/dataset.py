@@ -1,33 +1,34 @@
-"""The result of reading: examples, and an account of every row."""
+"""Examples, and the account of every row that was read."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from exo.data.errors import StrPath, show
+from exo.cli.paths import StrPath
+from exo.data.errors import show
 from exo.data.formats.parsed_row import Tokens
 from exo.data.formats.transcripts import as_answers, as_chat
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completions: those to compare, samples of a model, the one to imitate, or none."""
+    """A prompt and its completions: several to compare, samples of a model, one to imitate, or none."""
 
     prompt: str  # a Chat if it is made of messages
     completions: tuple[str, ...]  # a Reply if it is a message with more than a role and a text
     rewards: tuple[float, ...] | None  # None for a preference: completions[0] is the chosen one
-    line: int  # 1-based line, or row of a source without lines; counted through if there are several files
-    tokens: Tokens | None = None  # if `exo.sample` sampled the completions
+    line: int  # 1-based line, or row of a source without lines; counted through several files
+    tokens: Tokens | None = None  # of completions that `exo.sample` sampled
     label: int | None = None  # of a text to classify, which is the one completion
-    ref_logps: tuple[float, ...] | None = None  # a reference's log-prob of each completion, if the data have it
-    source: str = field(default="", compare=False)  # file:line, if that is not the path of the data and `line`
+    ref_logps: tuple[float, ...] | None = None  # a reference's log-prob of each completion, from the data
+    source: str = field(default="", compare=False)  # file:line, if it differs from the path of the data and `line`
 
     def place(self, path: StrPath) -> str:
-        """Return the file and line to name in messages; `path` is that of the data."""
+        """Return the file and line for messages; `path` is the path of the data."""
         return self.source or f"{show(path)}:{self.line}"
 
     def as_chat(self) -> "Example":
-        """Return the example with its prompt as messages: one turn of the user, or the turns of a transcript."""
+        """Return the example with messages as its prompt: one turn of the user, or the turns of a transcript."""
         return replace(self, prompt=as_chat(self.prompt), completions=as_answers(self.prompt, self.completions))
 
 
@@ -36,15 +37,15 @@ class Dataset:
     """The usable examples of the data, and an account of all other rows."""
 
     examples: list[Example]
-    format: str  # in words, to be printed
+    format: str  # in words
     rows: int
     skipped: dict[str, int]  # reason -> rows not used
     noted: dict[str, int]  # remark -> rows used
     path: str
-    conversational: bool = False  # the prompts are texts, each a user's turn that is meant for a chat template
+    conversational: bool = False  # the prompts are texts that are meant for a chat template
     unread: tuple[str, ...] = ()  # columns that are not used
-    repeated: int = 0  # examples beyond the rows: those that --data_weights repeats
-    merged: int = 0  # rows beyond the examples: further answers to the prompt of one
+    repeated: int = 0  # examples that --data_weights repeats
+    merged: int = 0  # rows joined with another one of the same prompt
 
     def __post_init__(self) -> None:
         counted = len(self.examples) + self.merged + sum(self.skipped.values())
@@ -55,7 +56,7 @@ class Dataset:
         return (text for example in self.examples for text in (example.prompt, *example.completions))
 
     def account(self, later: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """Return the counts of rows for run.json; `later` has those of rows cut or dropped after reading."""
+        """Return the counts of rows for run.json; `later` counts rows cut or dropped after reading."""
         facts = {
             "format": self.format,
             "rows": self.rows,
@@ -69,7 +70,7 @@ class Dataset:
         return {name: fact for name, fact in facts.items() if fact or name in ("format", "rows", "skipped", "noted")}
 
     def summary(self) -> str:
-        """Return the format and the account of the rows as lines to print."""
+        """Return lines with the format and the account of the rows."""
         lines = [f"{show(self.path)}: {self.format}", row_account(self.rows, self.skipped, self.repeated, self.merged)]
         if self.unread:
             lines.append(f"columns not used: {', '.join(show(name) or '(no name)' for name in self.unread)}")
@@ -80,11 +81,11 @@ class Dataset:
 
 def row_account(rows: int, skipped: Mapping[str, int], repeated: int = 0, merged: int = 0) -> str:
     """Return the account of the rows as one line."""
-    lost = sum(skipped.values())
-    reasons = f" ({_counts(skipped)})" if lost else ""
+    num_skipped = sum(skipped.values())
+    reasons = f" ({_counts(skipped)})" if num_skipped else ""
     more = f" + {repeated} repeated by --data_weights" if repeated else ""
-    joined = f" (in {rows + repeated - lost - merged} examples)" if merged else ""
-    return f"{rows} rows = {rows - lost} used{joined} + {lost} skipped{reasons}{more}"
+    joined = f" (in {rows + repeated - num_skipped - merged} examples)" if merged else ""
+    return f"{rows} rows = {rows - num_skipped} used{joined} + {num_skipped} skipped{reasons}{more}"
 
 
 def _counts(reasons: Mapping[str, int]) -> str:

@@ -1,12 +1,16 @@
-"""Errors for bad data, and the checks that raise them. No message quotes a row, because data is often private."""
+"""Types of rows, errors for bad data, and the checks that raise them.
+
+No message quotes a row, because data is often private.
+"""
 
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Any
 
-StrPath = str | os.PathLike[str]
+from exo.cli.paths import StrPath
+
 _TYPES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
 _TYPES |= {int: "a number", float: "a number", type(None): "null"}
 
@@ -19,16 +23,21 @@ class Malformed(Exception):
     """Raised for a row by code that does not have its place in the file."""
 
 
+Row = dict[str, Any]
+Place = tuple[int, str]  # number of a row, and its file:line
+Rows = Generator[tuple[Place, Row | Malformed], None, None]
+
+
 def string(name: str, value: Any) -> str:
-    """Return a value that is a string; Malformed otherwise."""
+    """Return the value if it is a string; raise Malformed otherwise."""
     if isinstance(value, str):
         return value
     raise Malformed(f"{name} must be a string, not {kind(value)}")
 
 
 def number(name: str, value: Any) -> float:
-    """Return a value that is a finite number; Malformed otherwise."""
-    # a bool, an int to Python, is a label and no reward
+    """Return the value as a float if it is a finite number; raise Malformed otherwise."""
+    # a bool is an int to Python, but a label and no reward
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Malformed(f"{name} must be a number, not {kind(value)}")
     try:
@@ -41,7 +50,7 @@ def number(name: str, value: Any) -> float:
 
 
 def array(name: str, value: Any) -> list[Any]:
-    """Return a list that is not empty, or the one that a text (such as a csv field) holds as JSON."""
+    """Return the value if it is a list, or its JSON (in a csv field), and not empty; raise Malformed otherwise."""
     if isinstance(value, str) and value[:1] == "[":
         try:
             value = json.loads(value)
@@ -53,7 +62,7 @@ def array(name: str, value: Any) -> list[Any]:
 
 
 def kind(value: Any) -> str:
-    """Return the type of a value in the words of JSON; tables may hold others, such as dates."""
+    """Return the JSON type of a value for messages; tables hold other types too, such as dates."""
     return _TYPES.get(type(value), f"of type {type(value).__name__}")
 
 

@@ -1,36 +1,38 @@
-"""Write rows between stages as JSON lines, and read them back without detecting a format."""
+"""Write rows as JSON lines between stages, and read them without detecting a format."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-from exo.data.errors import DataError, Malformed, StrPath
+from exo.cli.paths import StrPath
+from exo.data.errors import DataError, Malformed, Place, Row, Rows
 from exo.data.formats.messages import Chat, Reply
 from exo.data.sources import files
 
 
-def read_jsonl(path: StrPath) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: StrPath) -> Iterator[tuple[int, Row]]:
     """Yield (line, row) of a JSON file; DataError with `file:line` for JSON that `read` would refuse."""
-    for (number, place), row in files.json_rows(path):
-        if isinstance(row, Malformed):
-            raise DataError(f"{place}: {row}")
-        yield number, row
+    return ((number, row) for (number, _), row in _valid(files.json_rows(path)))
 
 
-def read_rows(path: StrPath) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file:line, row) of any path that `read` takes, whatever the columns are."""
+def read_rows(path: StrPath) -> Iterator[tuple[str, Row]]:
+    """Yield (file:line, row) of any path that `read` takes, with any columns."""
     with closing(files.open_source(path).rows) as stream:
-        for (_, place), row in stream:
-            if isinstance(row, Malformed):
-                raise DataError(f"{place}: {row}")
-            yield place, row
+        yield from ((place, row) for (_, place), row in _valid(stream))
+
+
+def _valid(stream: Rows) -> Iterator[tuple[Place, Row]]:
+    for place, row in stream:
+        if isinstance(row, Malformed):
+            raise DataError(f"{place[1]}: {row}")
+        yield place, row
 
 
 def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one object a line; return how many. A Chat is written as its messages and tools, a Reply as its message.
+    """Write one object per line and return their number; a Chat as its messages and tools, a Reply as its message.
 
-    Not atomic: an error leaves half a file behind.
+    Not atomic: an error leaves a partial file.
     """
     count = 0
     with open(path, "w", encoding="utf-8", newline="\n") as file:
@@ -44,7 +46,6 @@ def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Return a Chat as its messages and a Reply as its message; other values as they are."""
     if isinstance(value, Chat):
         return list(value.messages)
     if isinstance(value, list):

@@ -1,8 +1,8 @@
 """Combine several datasets: one after another, or mixed by weights.
 
-With weights an epoch has as many rows as the files have usable ones together, and each file has the share that its
-weight says. A file with fewer rows than its share is repeated: all of it as often as it fits, then a random part. Of a
-file with more, a random part is left out. `seed` draws both; the account counts what is repeated and left out.
+With weights, an epoch has as many rows as all files have usable rows, and each file has the share of its weight. A file
+with fewer rows than its share is repeated: all rows as often as they fit, then a random part. A file with more rows
+loses a random part. `seed` draws both; the account counts the rows that are repeated and left out.
 """
 
 import random
@@ -16,8 +16,8 @@ from exo.data.formats.messages import Chat
 
 
 def mixed(datasets: Sequence[Dataset], path: str, weights: Sequence[float] | None, seed: int) -> Dataset:
-    """Return the rows of several datasets as one, their lines counted through; DataError if their kinds differ."""
-    parts = [list(dataset.examples) for dataset in _of_one_kind(datasets, path)]
+    """Return several datasets as one, with lines counted through; DataError if their kinds differ."""
+    parts = [dataset.examples for dataset in _to_one_kind(datasets, path)]
     skipped: Counter[str] = Counter()
     noted: Counter[str] = Counter()
     for dataset in datasets:
@@ -53,7 +53,7 @@ def mixed(datasets: Sequence[Dataset], path: str, weights: Sequence[float] | Non
 
 
 def _sizes(total: int, weights: Sequence[float]) -> list[int]:
-    """Return the number of rows of each file, by the largest remainder; at least one."""
+    """Return the number of rows of each file, at least one, by the largest remainder."""
     shares = [total * weight / sum(weights) for weight in weights]
     sizes = [int(share) for share in shares]
     order = sorted(range(len(shares)), key=lambda i: sizes[i] - shares[i])
@@ -62,12 +62,12 @@ def _sizes(total: int, weights: Sequence[float]) -> list[int]:
     return [max(1, size) for size in sizes]
 
 
-def _of_one_kind(datasets: Sequence[Dataset], path: str) -> Sequence[Dataset]:
-    """Return the datasets with questions and chats as chats; DataError if they differ in anything else."""
+def _to_one_kind(datasets: Sequence[Dataset], path: str) -> Sequence[Dataset]:
+    """Return the datasets, questions as chats if others have chats; DataError if they differ in anything else."""
     first = datasets[0]
-    for other in datasets[1:]:
-        if (first.examples[0].rewards is None) != (other.examples[0].rewards is None):
-            with_rewards, without = (other, first) if first.examples[0].rewards is None else (first, other)
+    for dataset in datasets[1:]:
+        if (first.examples[0].rewards is None) != (dataset.examples[0].rewards is None):
+            with_rewards, without = (dataset, first) if first.examples[0].rewards is None else (first, dataset)
             raise DataError(
                 f"{show(path)}: {show(with_rewards.path)} has rewards and {show(without.path)} preferences; "
                 "train on one kind at a time"
@@ -77,9 +77,9 @@ def _of_one_kind(datasets: Sequence[Dataset], path: str) -> Sequence[Dataset]:
         return datasets
     if "texts" in kinds:
         texts = datasets[kinds.index("texts")]
-        others = next(dataset for dataset, kind in zip(datasets, kinds, strict=True) if kind != "texts")
+        chats = next(dataset for dataset, kind in zip(datasets, kinds, strict=True) if kind != "texts")
         raise DataError(
-            f"{show(path)}: {show(texts.path)} has plain texts and {show(others.path)} chats; expected one of the two"
+            f"{show(path)}: {show(texts.path)} has plain texts and {show(chats.path)} chats; expected one of the two"
         )
     return [replace(dataset, examples=[example.as_chat() for example in dataset.examples]) for dataset in datasets]
 

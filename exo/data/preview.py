@@ -1,7 +1,4 @@
-"""Print examples as a model is trained on them: their prompt, and the tokens that the loss covers.
-
-align and sft print such examples before they train, and inspect without training.
-"""
+"""Print examples with the tokens that the loss covers: align and sft before training, inspect without training."""
 
 import os
 import sys
@@ -15,30 +12,27 @@ from exo.data.text import subwords
 from exo.data.text.tokenize import TokenizedExample
 
 Color = Literal["auto", "always", "never"]
-PROMPT, COMPLETION = 240, 160  # characters of a text that are shown
+PROMPT_LENGTH, COMPLETION_LENGTH = 240, 160  # characters that are printed
 LOSS = "the loss covers the tokens"
-LOSS_OF_DIFFERENCE = f"tokens that all completions start with count as prompt; {LOSS}"
+LOSS_AFTER_PREFIX = f"tokens that all completions start with count as prompt; {LOSS}"
 SCORE = "the score is computed at the last of the tokens"
 SCORED, PLAIN = "\x1b[1;32m", "\x1b[0m"  # ANSI: bold green, and back
 
 
 class Row(NamedTuple):
-    reason: str  # to show it
+    reason: str  # for the choice
     example: TokenizedExample
 
 
 def is_colored(color: Color) -> bool:
-    """Return whether to write colors: under "auto" if a terminal reads them and NO_COLOR (no-color.org) is not set."""
+    """Return whether to write colors; "auto": on a terminal, unless NO_COLOR (no-color.org) is set."""
     if color != "auto":
         return color == "always"
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def choose(examples: Sequence[TokenizedExample], count: int) -> list[Row]:
-    """Return the first row and rows at evenly spaced quantiles of length, the last of them the longest.
-
-    Of three rows the second has the median length. A row that is chosen twice appears once.
-    """
+    """Return the first row and rows at evenly spaced quantiles of length, up to the longest, without duplicates."""
     by_length = sorted(examples, key=lambda example: example.longest)
     rows = [Row("first row", examples[0])] if examples and count else []
     for i in range(1, count if examples else 0):
@@ -54,7 +48,7 @@ def show(
 ) -> None:
     """Print examples, with special tokens and the scored part in color, or between [[ and ]] without color.
 
-    `scored` explains the scored part: LOSS, LOSS_OF_DIFFERENCE or SCORE.
+    `scored` explains the scored part: LOSS, LOSS_AFTER_PREFIX or SCORE.
     """
     colored = is_colored(color)
     for row in choose(examples, count):
@@ -68,11 +62,11 @@ def _lines(row: Row, tokenizer: Any, colored: bool) -> Iterator[str]:
     example = row.example
     yield f"  line {example.line} ({row.reason}, {example.longest:,} tokens)"
     prompt = subwords.decode(list(example.prompt), tokenizer)
-    yield from _wrapped("prompt", _shortened(prompt, PROMPT), False)
+    yield from _wrap("prompt", _shorten(prompt, PROMPT_LENGTH), False)
     for i, ids in enumerate(example.completions):
         text = subwords.decoded_after(list(example.prompt), list(ids), tokenizer, special=True)
-        text = _shortened(text, COMPLETION)
-        yield from _wrapped(_name(example, i), text if colored else f"[[{text}]]", colored)
+        text = _shorten(text, COMPLETION_LENGTH)
+        yield from _wrap(_name(example, i), text if colored else f"[[{text}]]", colored)
 
 
 def _name(example: TokenizedExample, i: int) -> str:
@@ -85,20 +79,20 @@ def _name(example: TokenizedExample, i: int) -> str:
     return "rejected" if i else "chosen"
 
 
-def _shortened(text: str, most: int) -> str:
-    """Return a text as a literal, so that no character of it acts on the terminal; a long one without its middle."""
-    if len(text) <= most:
+def _shorten(text: str, length: int) -> str:
+    """Return a text as a literal, without control characters for the terminal; a long one without its middle."""
+    if len(text) <= length:
         return repr(text)
-    return f"{text[: most // 2]!r} ... {text[-(most // 2) :]!r}"
+    return f"{text[: length // 2]!r} ... {text[-(length // 2) :]!r}"
 
 
-def _wrapped(name: str, text: str, colored: bool) -> Iterator[str]:
+def _wrap(name: str, text: str, colored: bool) -> Iterator[str]:
     for i, part in enumerate(textwrap.wrap(text, console.width() - 15, break_on_hyphens=False)):
         yield f"    {'' if i else name:<10}{f'{SCORED}{part}{PLAIN}' if colored else part}"
 
 
 def length_lines(limits: Mapping[str, int | None], rows: Sequence[TokenizedExample]) -> list[str]:
-    """Describe the lengths that the stage has limits for; `limits` are its options by name."""
+    """Describe the lengths that the stage limits; `limits` are its options by name."""
     totals = [row.longest for row in rows if row.completions]
     completions = [len(ids) for row in rows for ids in row.completions]
     lengths = {

@@ -1,4 +1,4 @@
-"""Read files, directories or hub names: every row is used, skipped with a reason, or refused with its place."""
+"""Read files, directories or hub names; every row is used, skipped with a reason, or refused with its place."""
 
 import os
 from collections import Counter
@@ -7,20 +7,20 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from exo.cli.errors import ConfigError
-from exo.cli.paths import split_paths
+from exo.cli.paths import StrPath, split_paths
 from exo.cli.spelling import suggestion
 from exo.data import mixing
 from exo.data.dataset import Dataset, Example, row_account
-from exo.data.errors import DataError, Malformed, StrPath, names, show
+from exo.data.errors import DataError, Malformed, Row, names, show
 from exo.data.formats.columns import REFERENCE, ColumnOptions, column_options
 from exo.data.formats.detect import NAMES, Schema, detect_format, schema_of
 from exo.data.formats.generic import Purpose, RowFormat, parse_ref_logps
 from exo.data.formats.messages import Chat
 from exo.data.formats.multi_row import join_rows
-from exo.data.formats.parsed_row import SETTINGS, TOKENS, ParsedRow, Row
+from exo.data.formats.parsed_row import SETTINGS, TOKENS, ParsedRow
 from exo.data.formats.prompts import BESIDE, add_context
 from exo.data.formats.transcripts import as_answers
-from exo.data.formats.unused_columns import UnusedColumns
+from exo.data.formats.unused_columns import Unused, UnusedColumns
 from exo.data.sources import files
 
 
@@ -38,17 +38,16 @@ def read(
 ) -> Dataset:
     """Read data. The first valid row sets the format; a row of another format is malformed.
 
-    `path` is a file, a directory of files, a hub name, or several of these joined by commas. `purpose` says what to
-    take of a row: completions to compare, a model's samples, one text to imitate, a prompt alone, or a text with its
-    label. A malformed row raises `DataError`, or is counted if `skip_invalid`. Rows that do not serve the purpose (an
-    empty completion, a single one, completions that are all the same) are skipped and counted. Data without a usable
-    row raise, and so does a file in which damage hides where rows begin.
+    `path` is a file, a directory of files, a hub name, or several of these joined by commas. `purpose` selects the
+    content of a row: completions to compare, a model's samples, one text to imitate, a prompt, or a text with a label.
+    A malformed row raises `DataError`, or is counted if `skip_invalid`. Rows that do not serve the purpose (an empty
+    completion, a single one, equal completions) are skipped and counted. Data without a usable row raise, and so does a
+    file whose rows cannot be separated.
 
-    `columns` gives columns other names, {"prompt": "question"}; a name that no format reads raises ValueError. A column
-    that no file has is an error, unless `columns_required` is False: then the file has its own names. `system_column`
-    is that of the system prompt; `ignore_columns` are left out ("all": all that no format reads). A column that is not
-    read and could belong to the prompt, or change what is learned, raises unless it is ignored. `weights` are the
-    shares of several paths in an epoch, drawn by `seed`: see mixing.
+    `columns` renames columns, {"prompt": "question"}; a name that no format reads raises ValueError. A column that no
+    file has is an error, unless `columns_required` is False. `system_column` has the system prompt; `ignore_columns`
+    are not read ("all": all that no format reads). Another unused column that could belong to the prompt or change
+    what is learned raises. `weights` are the shares of several paths in an epoch, drawn by `seed` (mixing).
     """
     try:
         paths = split_paths(path)
@@ -60,8 +59,8 @@ def read(
         )
     for name in columns or ():
         if name not in NAMES:
-            near = suggestion(name, NAMES, otherwise="docs/data.md lists them")
-            raise ValueError(f"--columns {name}=...: expected a name that is read{near}")
+            hint = suggestion(name, NAMES, otherwise="docs/data.md lists them")
+            raise ValueError(f"--columns {name}=...: expected a name that is read{hint}")
     options = column_options(columns, ignore_columns, system_column)
     missing = set(options.renamed.values())
     datasets = []
@@ -82,14 +81,14 @@ class _Reader:
     purpose: Purpose
     options: ColumnOptions
     skip_invalid: bool
-    missing: set[str] = field(default_factory=set)  # columns that --columns names and no row has had yet
+    missing: set[str] = field(default_factory=set)  # columns of --columns that no row has so far
     nulls: list[str] = field(default_factory=list)  # columns of the last row that are null
     format: RowFormat | None = None  # of the file, with the names of its columns
     has_messages: bool | None = None  # whether its prompts are messages; None before the first valid row
-    joined_format: str = ""  # of rows that were joined
-    chats_made: bool = False  # some prompts were made messages of a question and its context
+    joined_format: str = ""  # of joined rows
+    made_chats: bool = False  # questions with a context were converted to messages
     schemas: dict[tuple[str, ...], Schema] = field(default_factory=dict)
-    unused_columns: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+    unused_columns: dict[tuple[str, ...], Unused] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.missing = set(self.options.renamed.values())
@@ -98,54 +97,54 @@ class _Reader:
 
     def read(self) -> Dataset:
         """Read all rows; DataError at the first that is malformed, unless `skip_invalid`."""
-        source = files.open_source(self.path)
+        opened = files.open_source(self.path)
         examples: list[Example] = []
         skipped: Counter[str] = Counter()
         noted: Counter[str] = Counter()
         first_malformed = place = ""
         rows = merged = 0
-        with closing(source.rows) as stream:
+        with closing(opened.rows) as stream:
             joined, self.joined_format = join_rows(self._renamed(stream), self.purpose)
             for (number, place), (row, count) in joined:
                 rows += count
                 try:
                     parsed = ParsedRow(skip=row) if isinstance(row, str) else self._parse(row, place)
                 except (Malformed, RecursionError) as error:
-                    message = self._malformed(error, place)
+                    message = self._message(error, place)
                     if not self.skip_invalid:
                         raise DataError(message) from None
                     first_malformed = first_malformed or message
                     skipped["malformed"] += count
                     continue
-                if reason := parsed.skip or _useless(parsed, self.purpose):
+                if reason := parsed.skip or _skip_reason(parsed, self.purpose):
                     skipped[reason] += count
                     continue
                 merged += count - 1
-                examples.append(
-                    Example(
-                        parsed.prompt, parsed.completions, parsed.rewards, number, parsed.tokens, parsed.label,
-                        parsed.ref_logps, "" if place == f"{show(self.path)}:{number}" else place,
-                    )
-                )  # fmt: skip
+                source = "" if place == f"{show(self.path)}:{number}" else place
+                examples.append(_example(parsed, number, source))
                 noted.update(_notes(parsed, self.purpose))
         if self.format is None or not examples:
             problem = f"no usable row: {row_account(rows, skipped)}" if rows else "the file holds no rows"
             hint = f"; first malformed: {first_malformed}" if first_malformed else ""
             raise DataError(f"{show(self.path)}: {problem}{hint}")
         self.unused.end(place, self.format)
-        is_chat = bool(self.has_messages or self.chats_made)
-        words = (
-            str(self.format), is_chat and "chat messages", self.joined_format and f"from {self.joined_format}",
-            source.container,
-        )  # fmt: skip
+        is_chat = bool(self.has_messages or self.made_chats)
+        joined_format = f"from {self.joined_format}" if self.joined_format else ""
+        parts = (str(self.format), "chat messages" if is_chat else "", joined_format, opened.container)
         return Dataset(
-            [example.as_chat() for example in examples] if self.chats_made else examples,
-            ", ".join(word for word in words if word), rows, dict(skipped), dict(noted), os.fspath(self.path),
-            not is_chat and (self.format.is_chat or bool(self.joined_format)), tuple(self.unused.names), merged=merged,
-        )  # fmt: skip
+            [example.as_chat() for example in examples] if self.made_chats else examples,
+            ", ".join(filter(None, parts)),
+            rows,
+            dict(skipped),
+            dict(noted),
+            os.fspath(self.path),
+            conversational=not is_chat and (self.format.is_chat or bool(self.joined_format)),
+            unread=tuple(self.unused.names),
+            merged=merged,
+        )
 
     def _renamed(self, stream: files.Rows) -> Iterator[tuple[files.Place, Row | Malformed]]:
-        """Yield the rows with the columns that the options leave, under the names that they give."""
+        """Yield the rows with columns renamed and ignored by the options."""
         for place, row in stream:
             if isinstance(row, Malformed):
                 yield place, row
@@ -157,8 +156,8 @@ class _Reader:
                 self.unused.names |= dict.fromkeys(name for name in row if name in self.options.ignored)
             yield place, self.options.apply(row)
 
-    def _malformed(self, error: Exception, place: str) -> str:
-        """Return the message of an error, with the options or nulls that may be its cause."""
+    def _message(self, error: Exception, place: str) -> str:
+        """Return the message of an error, with the nulls or options that may be its cause."""
         message = f"{place}: {error if isinstance(error, Malformed) else 'nested too deeply'}"
         if nulls := [name for name in self.nulls if repr(name) in message]:
             message += f" (null: {names(nulls)})"
@@ -185,17 +184,17 @@ class _Reader:
         parse = format.parse_opening if self.purpose == "prompts" and format.parse_opening else format.parse
         parsed = parse(normalized)
         if not parsed.skip:
-            parsed = self._complete(parsed, normalized, format, schema.has_context)
+            parsed = self._add_context(parsed, normalized, format, schema.has_context)
         self.format = format
         if columns not in self.unused_columns:
-            self.unused_columns[columns] = self._unused_of(columns, schema, format)
+            self.unused_columns[columns] = self._classify_unused(columns, schema, format)
             self.unused.names |= dict.fromkeys(name for name in format.unused if name in normalized)
         if not parsed.skip:
             self.unused.check(place, row, self.unused_columns[columns], parsed, format)
         return parsed
 
-    def _complete(self, parsed: ParsedRow, row: Row, format: RowFormat, has_context: bool) -> ParsedRow:
-        """Return the content with its reference log-probs, and with the prompt's context; reduce it to the purpose."""
+    def _add_context(self, parsed: ParsedRow, row: Row, format: RowFormat, has_context: bool) -> ParsedRow:
+        """Add the reference log-probs and the context of the prompt, and reduce the content to the purpose."""
         if format.has_ref_logps and self.has_samples:
             parsed = parse_ref_logps(parsed, row)
         if self.purpose == "texts":  # imitate one completion: the chosen, or the one of the highest reward
@@ -205,11 +204,11 @@ class _Reader:
         prompt, is_chat = parsed.prompt, isinstance(parsed.prompt, Chat)
         if has_context:
             prompt = add_context(prompt, row, exclude=format.keys, is_turn=format.is_turn)
-        if format.is_chat or self.joined_format:  # such a file has questions, and chats if there are earlier turns
-            self.chats_made = self.chats_made or isinstance(prompt, Chat)
+        if format.is_chat or self.joined_format:  # questions, or chats if there are earlier turns
+            self.made_chats = self.made_chats or isinstance(prompt, Chat)
         elif self.has_messages is None or is_chat == self.has_messages:
             self.has_messages = is_chat
-            self.chats_made = self.chats_made or (not is_chat and isinstance(prompt, Chat))
+            self.made_chats = self.made_chats or (not is_chat and isinstance(prompt, Chat))
         elif is_chat:
             raise Malformed("chat messages, and the file began with texts")
         else:
@@ -218,10 +217,7 @@ class _Reader:
             return parsed
         return parsed._replace(prompt=prompt, completions=as_answers(parsed.prompt, parsed.completions))
 
-    def _unused_of(
-        self, columns: tuple[str, ...], schema: Schema, format: RowFormat
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the columns that are not read, classified."""
+    def _classify_unused(self, columns: tuple[str, ...], schema: Schema, format: RowFormat) -> Unused:
         context: tuple[str, ...] = BESIDE
         if format.has_ref_logps or not self.has_samples:
             context += (*REFERENCE, *TOKENS, *SETTINGS) if self.has_samples else REFERENCE
@@ -230,8 +226,13 @@ class _Reader:
         return self.unused.classify(name for name in columns if name not in read_columns)
 
 
-def _useless(parsed: ParsedRow, purpose: Purpose) -> str:
-    """Return why a row does not serve its purpose, or "". White space counts as a difference, because code needs it."""
+def _example(parsed: ParsedRow, line: int, source: str) -> Example:
+    rewards, tokens, ref_logps = parsed.rewards, parsed.tokens, parsed.ref_logps
+    return Example(parsed.prompt, parsed.completions, rewards, line, tokens, parsed.label, ref_logps, source)
+
+
+def _skip_reason(parsed: ParsedRow, purpose: Purpose) -> str:
+    """Return why a row does not serve the purpose, or "". White space is a difference, because code needs it."""
     if purpose in ("texts", "labels"):
         return "" if parsed.completions[0].strip() else "empty text"
     if purpose != "comparisons":
@@ -252,8 +253,8 @@ def _notes(parsed: ParsedRow, purpose: Purpose) -> list[str]:
         "all rewards equal": purpose == "comparisons" and parsed.rewards and len(set(parsed.rewards)) == 1,
         "some completions repeated": purpose == "comparisons" and len(set(texts)) < len(texts),
         "empty prompt": not prompt and purpose in ("comparisons", "prompts"),
-        "every completion begins with its prompt": len(prompt) > 8
-        and texts
-        and all(text.startswith(prompt) for text in texts),
+        "every completion begins with its prompt": texts
+        and len(prompt) > 8
+        and all(t.startswith(prompt) for t in texts),
     }
     return [note for note, applies in notes.items() if applies]

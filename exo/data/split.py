@@ -1,4 +1,4 @@
-"""Hold rows out of training, so that no text of theirs is trained on.
+"""Hold out rows whose texts no other row shares.
 
 Rows are connected if they share a prompt, a completion or their concatenation (rows with an implicit prompt split one
 text in several places). Connected rows are held out together or not at all.
@@ -13,7 +13,7 @@ from exo.data.dataset import Dataset
 
 
 class HasTexts(Protocol):
-    """A row that may share texts with others, such as an Example."""
+    """A row with texts, such as an Example."""
 
     @property
     def prompt(self) -> str: ...
@@ -23,16 +23,16 @@ class HasTexts(Protocol):
 
 class Split(NamedTuple):
     held_out: frozenset[int]  # indices of rows
-    num_shared: int  # held-out rows that share a text with a row to train on
+    num_shared: int  # held-out rows that share a text with a training row
 
 
 def row_name(row: HasTexts) -> str:
-    """Return the prompt of a row; if it has none, its first completion."""
+    """Return the prompt of a row, or its first completion without a prompt."""
     return row.prompt or row.completions[0]
 
 
 def keys(row: HasTexts) -> Iterator[Hashable]:
-    """Yield the keys that connected rows have in common. An empty completion connects nothing."""
+    """Yield the keys that connected rows share. An empty completion connects nothing."""
     yield "name", row_name(row).strip()
     for completion in row.completions:
         if completion.strip():
@@ -41,7 +41,7 @@ def keys(row: HasTexts) -> Iterator[Hashable]:
 
 
 def count_shared(train: Iterable[HasTexts], held_out: Iterable[HasTexts]) -> int:
-    """Return how many held-out rows are connected to a row to train on."""
+    """Return the number of held-out rows that are connected to a training row."""
     train_keys = {key for row in train for key in keys(row)}
     return sum(not train_keys.isdisjoint(keys(row)) for row in held_out)
 
@@ -56,11 +56,11 @@ def hold_out(
     at_most: int | None = None,
     sort: bool = True,
 ) -> frozenset[int]:
-    """Choose the rows to hold out and return their indices; warn if they share texts with the other rows.
+    """Return the indices of rows to hold out; warn if they share texts with the other rows.
 
-    `fraction` is that of the distinct prompts, of which `at_least` and `at_most` bound the number (0 holds out none).
-    The prompts are drawn by `seed` from their sorted order, or from the order of the rows if not `sort`. `path` names
-    the data in the warning.
+    `fraction` is a share of the distinct prompts, whose number is between `at_least` and `at_most`; 0 holds out none.
+    `seed` draws the prompts from their sorted order, or from the order of the rows if not `sort`. The warning names
+    `path`.
     """
     if not fraction or not rows:
         return frozenset()
@@ -79,7 +79,7 @@ def hold_out(
 
 
 def warn_of_leaks(train: Dataset, held_out: Dataset) -> None:
-    """Warn if rows of a held-out file share texts with rows to train on."""
+    """Warn if rows of a held-out file share texts with training rows."""
     if count := count_shared(train.examples, held_out.examples):
         console.warn(
             f"{held_out.path}: {count:,} of {len(held_out.examples):,} held-out rows share a prompt or a completion "
@@ -88,11 +88,10 @@ def warn_of_leaks(train: Dataset, held_out: Dataset) -> None:
 
 
 def split_connected(rows: Sequence[HasTexts], names: Iterable[str], number: int, seed: int) -> Split:
-    """Hold out rows with about `number` of the names, as near as connected rows allow.
+    """Hold out rows with about `number` of the names, which are distinct.
 
-    `names` has each name once. It is shuffled by the seed, and names are held out from its beginning, each with all
-    that it is connected to, unless the number is then exceeded by more than it is missed without. Some rows always
-    remain. If no component fits, rows are held out by name alone, and `num_shared` is not 0.
+    Names are held out in shuffled order, each with all connected names, unless the number is nearer without them. Some
+    rows always remain. If no component fits, rows are held out by name alone, and `num_shared` is not 0.
     """
     order = list(names)
     random.Random(seed).shuffle(order)

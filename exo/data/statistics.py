@@ -1,7 +1,4 @@
-"""Statistics of preference data to look at before training: lengths, ties, duplicates, length bias, leaks.
-
-Pure functions of examples, as texts or as tokens, and the lines that describe their results.
-"""
+"""Describe preference data before training: lengths, ties, duplicates, length bias, leaks."""
 
 import math
 import statistics
@@ -12,9 +9,10 @@ from typing import NamedTuple
 from exo.data import Example, split, transforms
 from exo.data.text.tokenize import TokenizedExample
 
-SHOWN = 10  # rows that a line names
-BAR = 24  # characters of the longest bar
-Places = list[tuple[str, str]]  # a row, and the earlier row or the row of other data that has the same text
+MAX_LISTED = 10  # rows in a line
+MAX_BINS = 6
+BAR_LENGTH = 24  # characters of the longest bar
+Places = list[tuple[str, str]]  # a row, and an earlier row or a row of other data with the same text
 
 
 class Bin(NamedTuple):
@@ -25,22 +23,22 @@ class Bin(NamedTuple):
 
 class Leaks(NamedTuple):
     prompts: Places  # held-out rows whose prompt is in the data
-    completions: Places  # held-out rows with a completion, alone or after its prompt, that is in the data
+    completions: Places  # held-out rows whose completion, alone or after its prompt, is in the data
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """Return the smallest value that at least this share of the values does not exceed."""
+    """Return the smallest value that this share of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def histogram(lengths: Sequence[int], most: int = 6) -> list[Bin]:
-    """Return at most `most` bins of a round width up to the 95th percentile, and one for longer rows.
+def histogram(lengths: Sequence[int]) -> list[Bin]:
+    """Return at most MAX_BINS bins of a round width up to the 95th percentile, and one for longer rows.
 
     Empty bins before the first length are left out.
     """
     top = int(percentile(lengths, 0.95))
-    width = next(digit * 10**power for power in range(20) for digit in (1, 2, 5) if digit * 10**power * most > top)
+    width = next(digit * 10**power for power in range(20) for digit in (1, 2, 5) if digit * 10**power * MAX_BINS > top)
     last = top // width
     counts = Counter(min(length // width, last + 1) for length in lengths)
     bins = [Bin(i * width, (i + 1) * width - 1, counts[i]) for i in range(min(counts), last + 1)]
@@ -52,7 +50,7 @@ def _place(example: Example) -> str:
 
 
 def find_leaks(examples: Iterable[Example], held_out: Iterable[Example]) -> Leaks:
-    """Find held-out rows that share a text with the data, by the keys that data.split holds rows out by."""
+    """Find held-out rows that share a text with the data, by the keys of data.split."""
     first: dict[Hashable, str] = {}
     for example in examples:
         for key in _keys(example):
@@ -63,18 +61,18 @@ def find_leaks(examples: Iterable[Example], held_out: Iterable[Example]) -> Leak
         prompt_key = ("name", example.prompt.strip())
         if prompt_key in shared:
             leaks.prompts.append((_place(example), first[prompt_key]))
-        if others := [key for key in shared if key != prompt_key]:
-            leaks.completions.append((_place(example), first[others[0]]))
+        if completion_keys := [key for key in shared if key != prompt_key]:
+            leaks.completions.append((_place(example), first[completion_keys[0]]))
     return leaks
 
 
 def _keys(example: Example) -> list[Hashable]:
-    """Return the keys of texts that a row may share with others; none if it has neither prompt nor completion."""
+    """Return the keys of a row's texts; none without prompt and completion."""
     return list(split.keys(example)) if example.prompt or example.completions else []
 
 
 def count_rows_with(tokens: Sequence[str], examples: Iterable[Example]) -> int:
-    """Return the number of rows that have one of these control tokens in their texts."""
+    """Return the number of rows with one of these control tokens in their texts."""
     return sum(any(token in text for text in (g.prompt, *g.completions) for token in tokens) for g in examples)
 
 
@@ -82,13 +80,13 @@ def length_lines(title: str, lengths: Sequence[int], limit_name: str, limit: int
     """Return a histogram with bars made of `block`; the bin that holds the limit is marked."""
     over = "" if limit is None else f"; {sum(n > limit for n in lengths):,} over --{limit_name} {limit}"
     bins = histogram(lengths)
-    most = max(bin.rows for bin in bins)
+    most_rows = max(bin.rows for bin in bins)
     lines = [
         f"{title}: median {statistics.median(lengths):,.10g}, 95th percentile {percentile(lengths, 0.95):,}, longest "
         f"{max(lengths):,}{over}"
     ]
     for low, high, count in bins:
-        bar = f"{block * math.ceil(BAR * count / most)} " if count else ""
+        bar = f"{block * math.ceil(BAR_LENGTH * count / most_rows)} " if count else ""
         mark = f"  <- --{limit_name} {limit}" if limit is not None and low <= limit <= high else ""
         lines.append(f"  {low:>7,} -{high:>7,}  {bar}{count:,}{mark}")
     return lines
@@ -122,7 +120,7 @@ def comparison_lines(examples: Sequence[Example], tokens: Sequence[TokenizedExam
 
 
 def duplicate_lines(examples: Sequence[Example]) -> list[str]:
-    """Describe rows, prompts and completions that occur several times, and rows that contradict an earlier one."""
+    """Describe repeated rows, prompts and completions, and rows that contradict an earlier one."""
     equal: Places = []
     contradicting: Places = []
     first: dict[Hashable, str] = {}
@@ -141,10 +139,10 @@ def duplicate_lines(examples: Sequence[Example]) -> list[str]:
     repeated = [count for count in prompts.values() if count > 1]
     within = sum(len(set(example.completions)) < len(example.completions) for example in examples)
     lines = {
-        f"rows equal to an earlier one: {len(equal):,}{_list(equal)}": equal,
+        f"rows equal to an earlier one: {len(equal):,}{_listed(equal)}": equal,
         f"prompts of several rows: {len(repeated):,}, in {sum(repeated):,} rows": repeated,
         f"rows with a completion repeated: {within:,}": within,
-        f"rows that prefer what an earlier one rejects: {len(contradicting):,}{_list(contradicting)}": contradicting,
+        f"rows that prefer what an earlier one rejects: {len(contradicting):,}{_listed(contradicting)}": contradicting,
     }
     return [line for line, count in lines.items() if count] or ["duplicates: none"]
 
@@ -153,13 +151,13 @@ def leak_lines(examples: Sequence[Example], held_out: Sequence[Example]) -> list
     """Describe the held-out rows that share texts with the data."""
     leaks = find_leaks(examples, held_out)
     return [
-        f"held-out rows with a {kind} of --data: {len(places):,} of {len(held_out):,}{_list(places)}"
+        f"held-out rows with a {kind} of --data: {len(places):,} of {len(held_out):,}{_listed(places)}"
         for kind, places in (("prompt", leaks.prompts), ("completion", leaks.completions))
     ]
 
 
-def _list(places: Places) -> str:
-    listed = [f"{row} = {other}" for row, other in places[:SHOWN]] + ["..."] * (len(places) > SHOWN)
+def _listed(places: Places) -> str:
+    listed = [f"{row} = {other}" for row, other in places[:MAX_LISTED]] + ["..."] * (len(places) > MAX_LISTED)
     return f" ({', '.join(listed)})" if listed else ""
 
 

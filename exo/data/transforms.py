@@ -1,6 +1,6 @@
-"""Transform scored completions into what is compared: the first K, the best and the worst, rewards on one scale.
+"""Select and normalize scored completions: the first K, the best and the worst, rewards on one scale.
 
-Pure functions of rows, which also return the counts of the rows that they leave out, by reason.
+The functions also return counts of the skipped rows by reason.
 """
 
 import math
@@ -18,7 +18,7 @@ R = TypeVar("R", Example, TokenizedExample)
 
 
 def take_first(examples: Sequence[R], k: int) -> tuple[list[R], Counter[str]]:
-    """Return the first `k` completions of each row; skip rows that lose their only difference."""
+    """Return the first `k` completions of each row; skip rows whose completions become equal."""
     counts: Counter[str] = Counter()
     shortened = []
     for example in examples:
@@ -60,7 +60,7 @@ def normalize_rewards(examples: Sequence[R], norm: Norm) -> list[R]:
 
 def _scale(values: Sequence[float]) -> Callable[[Sequence[float]], tuple[float, ...]]:
     """Return a function that normalizes rewards by the mean and the standard deviation of `values`."""
-    # an exact shift by a power of two to below 1/4, because sums and differences of values near 1.8e308 overflow
+    # scale exactly to below 1/4, because sums and differences of values near 1.8e308 overflow
     shift = -math.frexp(max(map(abs, values)))[1] - 2
     small = [math.ldexp(value, shift) for value in values]
     mean, spread = statistics.fmean(small), statistics.pstdev(small)

@@ -32,44 +32,44 @@ def template_date(start: Start, accelerator: Accelerator) -> datetime.date:
 
 def map_over_ranks(
     items: Sequence[T],
-    of: Callable[[T], Any],
-    accelerator: Accelerator,
+    function: Callable[[T], Any],
+    accelerator: Accelerator | None,
     *,
     together: bool = False,
-    heeding: bool = True,
+    interruptible: bool = True,
 ) -> list[Any]:
-    """Return of(item) for each item, which must be JSON; rank i computes the items i, i + world, ...
+    """Return function(item) for each item, a JSON value; rank i computes the items i, i + world, ...
 
-    `together`: all ranks call `of` equally often, as a sharded model needs; surplus results are dropped. `heeding`:
-    between items a signal stops all ranks at the same one (signals.Stopped). RunError if ranks have different numbers
-    of items.
+    Without an accelerator this rank computes all of them. `together`: all ranks call the function equally often, as a
+    sharded model needs; surplus results are dropped. `interruptible`: a signal stops all ranks before the same item
+    (signals.Stopped). RunError if ranks have different numbers of items.
     """
-    world, rank = accelerator.num_processes, accelerator.process_index
+    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     if len(set(all_gather_json(len(items), accelerator))) > 1:
         raise RunError(f"rank {rank}: has {len(items)} items to share; other ranks have more or fewer")
     local = []
     for first in range(0, len(items), world):
-        if heeding:
+        if interruptible:
             _stop_if_requested(accelerator)
         if first + rank < len(items):
-            local.append(of(items[first + rank]))
+            local.append(function(items[first + rank]))
         elif together:
-            of(items[-1])
+            function(items[-1])
     results = all_gather_json(local, accelerator)
     return [results[i % world][i // world] for i in range(len(items))]
 
 
-def _stop_if_requested(accelerator: Accelerator) -> None:
-    if accelerator.num_processes == 1 or not signals.is_graceful():
+def _stop_if_requested(accelerator: Accelerator | None) -> None:
+    if accelerator is None or accelerator.num_processes == 1 or not signals.is_graceful():
         return signals.raise_if_stop_requested()
     signum = int(_gather(torch.tensor([signals.stop_requested()], device=accelerator.device), accelerator).max())
     if signum:
         raise signals.Stopped(signum)
 
 
-def all_gather_json(value: Any, accelerator: Accelerator) -> list[Any]:
+def all_gather_json(value: Any, accelerator: Accelerator | None) -> list[Any]:
     """Return the value of every rank, in their order."""
-    if accelerator.num_processes == 1:
+    if accelerator is None or accelerator.num_processes == 1:
         return [value]
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(accelerator.device)
     sizes = [int(size) for size in _gather(torch.tensor([len(text)], device=accelerator.device), accelerator)]

@@ -1,32 +1,27 @@
-"""Sequence classifiers: reward models and sentiment oracles, loaded or made from the body of a causal LM."""
+"""Load sequence classifiers (reward models, sentiment oracles), or make them from the body of a causal LM."""
 
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from exo.models import files, multimodal
+from exo.models.errors import no_bars_in_logs, one_line_errors
 from exo.models.loading import load, load_config, load_tokenizer, load_weights
 from exo.models.meta import load_without_weights
-from exo.models.quiet import bars_only_on_a_terminal, explained
 from exo.models.supported import refuse_unsupported
 from exo.models.tiny_models import PAD
 
 
 def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a sequence classifier with one output (a reward model) or two, and its tokenizer; as strict as `load`."""
+    """Load a sequence classifier of one output (a reward model) or two classes, and its tokenizer; strict as `load`."""
     if files.is_adapter(name):
         raise ValueError(
             f"model {name!r}: is an adapter; expected a sequence classifier; python -m exo.reward trains one"
         )
-    with bars_only_on_a_terminal():
+    with no_bars_in_logs():
         config = load_config(name)
         if not any("SequenceClassification" in head for head in config.architectures or []):
             raise ValueError(
@@ -40,12 +35,12 @@ def load_classifier(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Make a sequence classifier on the body of a causal LM, an adapter merged; its head is drawn from the seed."""
-    with bars_only_on_a_terminal(), torch.random.fork_rng(devices=[]):
+    """Make a sequence classifier on the body of a causal LM (an adapter is merged); `seed` draws its head."""
+    with no_bars_in_logs(), torch.random.fork_rng(devices=[]):
         if files.is_adapter(name) or multimodal.is_wrapper(load_config(name)):
             causal, tokenizer = load(name)
             torch.default_generator.manual_seed(seed)
-            model = _on_the_body(name, causal, outputs)
+            model = _with_new_head(name, causal, outputs)
         else:
             config = load_config(name)
             refuse_unsupported(config)
@@ -54,8 +49,7 @@ def classifier_from(name: str, outputs: int, *, seed: int) -> tuple[PreTrainedMo
             config.num_labels = outputs
             torch.default_generator.manual_seed(seed)
             model = load_weights(AutoModelForSequenceClassification, name, config, head_is_new=True)
-        if tokenizer.pad_token_id == tokenizer.eos_token_id:
-            _pad_apart(model, tokenizer)
+        _separate_pad_token(model, tokenizer)
         model.config.pad_token_id = tokenizer.pad_token_id  # transformers pools by it
         return model, tokenizer
 
@@ -64,8 +58,7 @@ def classifier_without_weights(name: str) -> tuple[PreTrainedModel, PreTrainedTo
     """Return the body and the tokenizer of `classifier_from`, on the meta device: no weights are read."""
     model, tokenizer = load_without_weights(name)
     _refuse_without_classifier(model.config)
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        _pad_apart(model, tokenizer)
+    _separate_pad_token(model, tokenizer)
     return model, tokenizer
 
 
@@ -76,11 +69,11 @@ def _refuse_without_classifier(config: PreTrainedConfig) -> None:
         )
 
 
-def _on_the_body(name: str, causal: Any, outputs: int) -> Any:
+def _with_new_head(name: str, causal: Any, outputs: int) -> Any:
     """Put a new head on the body of a loaded causal LM."""
     _refuse_without_classifier(causal.config)
     causal.config.num_labels = outputs
-    with explained(name, "a body that a sequence classifier can have"):
+    with one_line_errors(name, "a body that a sequence classifier can have"):
         with init_empty_weights():
             model: Any = AutoModelForSequenceClassification.from_config(causal.config)
         setattr(model, model.base_model_prefix, causal.base_model)
@@ -91,13 +84,12 @@ def _on_the_body(name: str, causal: Any, outputs: int) -> Any:
     return model
 
 
-def _pad_apart(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer a padding token that is not its end of sequence.
-
-    We pool by length, but transformers takes the last token that is no padding, and would never see the end.
-    """
-    known = tokenizer.get_vocab()
-    own = next((token for token in (PAD, "<|padding|>", "[PAD]", "<|pad|>") if token in known), PAD)
-    tokenizer.add_special_tokens({"pad_token": own})
+def _separate_pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set a padding token other than the end of sequence, because transformers pools the last token before padding."""
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    vocabulary = tokenizer.get_vocab()
+    pad_token = next((token for token in (PAD, "<|padding|>", "[PAD]", "<|pad|>") if token in vocabulary), PAD)
+    tokenizer.add_special_tokens({"pad_token": pad_token})
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -1,8 +1,8 @@
-"""The LM head of a causal LM: hidden states without logits, for losses that take the head's weight.
+"""Run a causal LM up to its head, for losses that take hidden states and the head's weight.
 
-Names do not tell what a model does with its head's output: two families use `logits_scaling` with opposite meanings. So
-the scale and the softcap are measured once on a few numbers, and the head's forward is compared with what the losses
-compute. Heads that compute anything else are refused.
+Config names do not define what a model does with its head's output: two families use `logits_scaling` with opposite
+meanings. So the scale and the softcap are measured once on a few numbers, and the model's logits are compared with what
+the losses compute. Heads that compute anything else are refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from exo.distributed import fsdp
 
-SMALL, LARGE = 2.0**-10, 2.0**20  # below any curvature of a softcap; beyond its end
+SMALL, LARGE = 2.0**-10, 2.0**20  # where a softcap is linear, and where it is saturated
 FIT = 1e-5  # relative
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off inside the context. Every module gets its previous mode back, because modes may differ."""
+    """Turn dropout off inside the context, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -68,48 +68,47 @@ class LMHead:
 
     def hidden(self, **inputs: Any) -> Tensor:  # (N, T, D)
         """Return the input of the head, given the arguments of the model's forward."""
-        caught: list[Tensor] = []
+        captured: list[Tensor] = []
 
-        def catch(hidden: Tensor) -> Tensor:
-            caught.append(hidden)
+        def capture(hidden: Tensor) -> Tensor:
+            captured.append(hidden)
             return hidden[..., :1]  # the model processes these few "logits" at no cost
 
-        with self._instead(catch):
+        with self._head_replaced(capture):
             self.model(**inputs)
-        return caught[0]
+        return captured[0]
 
     @contextmanager
-    def _instead(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replace the head's forward inside the context. Its hooks still run (sharded parameters need them); a forward
-        that something else replaced, such as offloading, is restored afterwards.
-        """
-        own = vars(self.head)  # an instance attribute takes precedence over the class's method
-        before = own.get("forward")
-        own["forward"] = forward
+    def _head_replaced(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Replace the head's forward inside the context. Its hooks still run, because sharded parameters need them."""
+        attributes = vars(self.head)  # an instance attribute takes precedence over the class's method
+        previous = attributes.get("forward")  # such as that of offloading
+        attributes["forward"] = forward
         try:
             yield
         finally:
-            del own["forward"]
-            if before is not None:
-                own["forward"] = before
+            del attributes["forward"]
+            if previous is not None:
+                attributes["forward"] = previous
 
     @torch.no_grad()
     def _measure(self) -> tuple[float, float | None]:
         """Measure scale and softcap from the logits for chosen outputs of the head."""
         device = self.head.weight.device
         probe = torch.tensor([SMALL, LARGE, 1.0, -3.0, 20.0, -50.0, 0.0], dtype=torch.float32, device=device)
-        with eval_mode(self.model), self._instead(lambda hidden: probe.expand(*hidden.shape[:-1], -1)):
+        with eval_mode(self.model), self._head_replaced(lambda hidden: probe.expand(*hidden.shape[:-1], -1)):
             two = torch.zeros(1, 2, dtype=torch.long, device=device)
-            made = fsdp.run_unsharded_root(self.model, partial(self.model, input_ids=two)).logits[0, -1].float()
-        scale, top = made[0].item() / SMALL, made[1].item()
+            outputs = fsdp.run_unsharded_root(self.model, partial(self.model, input_ids=two))
+        logits = outputs.logits[0, -1].float()
+        scale, top = logits[0].item() / SMALL, logits[1].item()
         softcap = None if abs(top - scale * LARGE) <= FIT * abs(top) else top
         if softcap is not None and abs(scale - 1) < 1e-6:
             scale = 1.0  # tanh rounds
         expected = scale * probe if softcap is None else softcap * torch.tanh(scale * probe / softcap)
-        if not (scale > 0 and (softcap is None or softcap > 0) and torch.allclose(made, expected, FIT, FIT)):
+        if not (scale > 0 and (softcap is None or softcap > 0) and torch.allclose(logits, expected, FIT, FIT)):
             raise ValueError(
                 f"model {type(self.model).__name__}: expected logits softcap(scale * head(hidden)); got a model that "
-                f"makes {[round(x, 4) for x in made.tolist()]} of {probe.tolist()}"
+                f"computes {[round(x, 4) for x in logits.tolist()]} from {probe.tolist()}"
             )
         return scale, softcap
 
@@ -119,33 +118,31 @@ class LMHead:
 
         The head is in training mode, so a head with dropout is refused too.
         """
-        own, device = self.head.forward, self.head.weight.device
+        forward, device = self.head.forward, self.head.weight.device
         hidden = torch.randn(self.head.in_features, generator=torch.Generator().manual_seed(0))
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
 
         def logits() -> tuple[Tensor, Tensor]:
             weight, bias = self.head.weight, self.head.bias
             states = hidden.to(device, weight.dtype)
-            states = (states / (states @ weight.T).abs().amax().clamp(min=1e-30)).expand(
-                1, 2, -1
-            )  # no softcap saturates
-            with self._instead(lambda given: own(states.to(given.dtype))):
-                made = self.model(input_ids=ids).logits
-            plain = nn.functional.linear(states, weight, bias)
-            return made, plain
+            states = states / (states @ weight.T).abs().amax().clamp(min=1e-30)  # saturates no softcap
+            states = states.expand(1, 2, -1)
+            with self._head_replaced(lambda replaced: forward(states.to(replaced.dtype))):
+                outputs = self.model(input_ids=ids).logits
+            return outputs, nn.functional.linear(states, weight, bias)
 
         devices = [device] if device.type == "cuda" else []
         with eval_mode(self.model), torch.random.fork_rng(devices=devices):
             self.head.train()
-            made, plain = fsdp.run_unsharded_root(self.model, logits)
-        expected = self.logit_scale * plain.double()
+            actual, linear = fsdp.run_unsharded_root(self.model, logits)
+        expected = self.logit_scale * linear.double()
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)
-        eps = max(torch.finfo(dtype).eps for dtype in (made.dtype, plain.dtype))
-        off = float((made.double() - expected).abs().amax()) if made.shape == expected.shape else float("inf")
-        if not off <= max(FIT, 8 * eps) * float(expected.abs().amax()):
+        eps = max(torch.finfo(dtype).eps for dtype in (actual.dtype, linear.dtype))
+        error = float((actual.double() - expected).abs().amax()) if actual.shape == expected.shape else float("inf")
+        if not error <= max(FIT, 8 * eps) * float(expected.abs().amax()):
             raise ValueError(
                 f"model {type(self.model).__name__}: expected logits softcap(scale * (hidden weight^T + bias)); got "
-                f"others, which differ by {off:.2g}: its head ({type(self.head).__name__}) or what follows it computes "
-                "something else; use a model with a plain linear head"
+                f"others, which differ by {error:.2g}: its head ({type(self.head).__name__}) or the code after it "
+                "computes something else; use a model with a plain linear head"
             )

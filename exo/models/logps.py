@@ -1,7 +1,4 @@
-"""Log-probs of completions under a model.
-
-`token_logps` computes them on one rank, `shared_token_logps` on all. `ScoringModels` is a policy with its reference.
-"""
+"""Log-probs of completions under a model, or under a policy and its reference."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +42,7 @@ class ScoringModels(NamedTuple):
         encoded, _ = tokenize.encode(examples, self.tokenizer, self.limits, path)
         collator = Collator(self.tokenizer.pad_token_id, self.max_tokens)
         policy, reference = (
-            shared_token_logps(model, encoded, self.accelerator, collator, self.temperature)
+            token_logps(model, encoded, self.accelerator, collator, self.temperature, shared=True)
             for model in (self.policy, self.reference)
         )
         return policy, reference
@@ -56,7 +53,9 @@ class ScoringModels(NamedTuple):
 
     def density(self, examples: Sequence[Example], path: str) -> list[dict[str, Any]]:
         """Return a row per prompt: log-probs of its completions under both models, and rewards."""
-        policy, reference = ([[float(row.sum()) for row in rows] for rows in of] for of in self.logps(examples, path))
+        policy, reference = (
+            [[float(row.sum()) for row in rows] for rows in logps] for logps in self.logps(examples, path)
+        )
         return [
             {"prompt": example.prompt, "logps": logps, "ref_logps": ref_logps, "rewards": example.rewards}
             for example, logps, ref_logps in zip(examples, policy, reference, strict=True)
@@ -66,7 +65,7 @@ class ScoringModels(NamedTuple):
 @contextmanager
 def logps_function(
     model: nn.Module, accelerator: Accelerator, collator: Collator, temperature: float
-) -> Iterator[Callable[[Sequence[TokenizedExample]], list[list[Tensor]]]]:
+) -> Iterator[Callable[[Sequence[TokenizedExample]], Tokens]]:
     """Yield a function from a micro-batch to log-probs: per example, per completion (tokens,) fp64.
 
     The model is in eval mode inside the context. No random state changes.
@@ -74,7 +73,7 @@ def logps_function(
     head = LMHead(model)
 
     @torch.no_grad()
-    def of(part: Sequence[TokenizedExample]) -> list[list[Tensor]]:
+    def compute(part: Sequence[TokenizedExample]) -> Tokens:
         batch = collator.collate(part).to(accelerator.device)
         with accelerator.autocast():
             scores = fsdp.run_unsharded_root(model, partial(_logps, head, batch, temperature))
@@ -86,7 +85,7 @@ def logps_function(
         return logps
 
     with eval_mode(model):
-        yield of
+        yield compute
 
 
 def completion_hidden(head: LMHead, batch: Batch) -> Tensor:  # (n, D)
@@ -106,39 +105,35 @@ def token_logps(
     accelerator: Accelerator,
     collator: Collator,
     temperature: float,
-) -> list[list[Tensor]]:
-    """Return the log-probs of all examples in order: per example, per completion (tokens,) fp64."""
-    with logps_function(model, accelerator, collator, temperature) as of:
-        return collator.each(examples, of)
+    *,
+    shared: bool = False,
+) -> Tokens:
+    """Return the log-probs of all examples in order: per example, per completion (tokens,) fp64.
 
-
-def shared_token_logps(
-    model: nn.Module,
-    examples: Sequence[TokenizedExample],
-    accelerator: Accelerator,
-    collator: Collator,
-    temperature: float,
-) -> list[list[Tensor]]:
-    """Return the same as `token_logps`, with the micro-batches distributed over the ranks."""
-    with logps_function(model, accelerator, collator, temperature) as of:
+    `shared`: the ranks, which have the same examples, share the micro-batches.
+    """
+    with logps_function(model, accelerator, collator, temperature) as logps_of:
 
         def as_lists(part: Sequence[TokenizedExample]) -> list[list[list[float]]]:
-            return [[row.tolist() for row in rows] for rows in of(part)]
+            return [[row.tolist() for row in rows] for rows in logps_of(part)]
 
-        rows_of = map_micro_batches(examples, as_lists, collator, accelerator, together=fsdp.is_sharded(model))
-    return [[torch.tensor(row, dtype=torch.float64) for row in rows] for rows in rows_of]
+        results = map_micro_batches(
+            examples, as_lists, collator, accelerator if shared else None, together=fsdp.is_sharded(model)
+        )
+    return [[torch.tensor(row, dtype=torch.float64) for row in rows] for rows in results]
 
 
 def map_micro_batches(
     examples: Sequence[G],
-    of: Callable[[list[G]], Sequence[R]],
+    function: Callable[[list[G]], Sequence[R]],
     collator: Collator,
-    accelerator: Accelerator,
-    **how: bool,
+    accelerator: Accelerator | None = None,
+    *,
+    together: bool = False,
 ) -> list[R]:
-    """Map a function over micro-batches, distributed over the ranks; return one JSON value per example, in order."""
+    """Map a function over micro-batches and return its result for each example, in order; see `map_over_ranks`."""
     parts = collator.micro_batches(examples)
     results: dict[int, R] = {}
-    for part, rows in zip(parts, map_over_ranks(parts, of, accelerator, **how), strict=True):
-        results |= zip(map(id, part), rows, strict=True)
+    for part, values in zip(parts, map_over_ranks(parts, function, accelerator, together=together), strict=True):
+        results |= zip(map(id, part), values, strict=True)
     return [results[id(example)] for example in examples]

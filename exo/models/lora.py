@@ -1,8 +1,8 @@
-"""LoRA through peft: train small matrices beside frozen layers. With the adapter disabled, the model is the original.
+"""Train LoRA adapters through peft. With the adapter disabled, the model is the original.
 
 So alignment needs no second model as its reference, and a frozen head uses the cheaper schedule. An adapter given as
---model is merged when it is loaded: start and reference both include it. With 4-bit frozen weights this is QLoRA, and
-the reference has the same 4-bit weights. Not supported: other kinds of adapters, and adapters on the head.
+--model is merged when it is loaded, for training and as the reference. With 4-bit frozen weights this is QLoRA, and the
+reference has the same 4-bit weights. Not supported: other kinds of adapters, and adapters on the head.
 """
 
 import copy
@@ -44,7 +44,7 @@ def load(
     seed: int,
     sharded: bool,
 ) -> tuple[Any, Any]:
-    """Return the model that a stage starts with, and its tokenizer."""
+    """Return the initial model of a stage, and its tokenizer."""
     if settings.load_in_4bit:
         return models.load(name, four_bits=compute_dtype(accelerator))
     return models.load_or_tiny(name, texts, seed=seed, read=partial(models.load, mapped=sharded))
@@ -57,14 +57,16 @@ def apply(model: Any, settings: LoraSettings, name: str) -> Any:
     import peft
 
     targets: Any = settings.targets if settings.targets == "all-linear" else settings.targets.split(",")
-    # routers and similar subclasses of nn.Linear compute something else
-    odd = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "transformers." in type(m).__module__]
+    # routers and other subclasses of nn.Linear compute something else
+    special = [
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "transformers." in type(m).__module__
+    ]
     config = peft.LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
-        exclude_modules=odd if targets == "all-linear" and odd else None,
+        exclude_modules=special if targets == "all-linear" and special else None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -88,7 +90,7 @@ def apply(model: Any, settings: LoraSettings, name: str) -> Any:
 
 @contextmanager
 def _as_fp32(model: nn.Module) -> Iterator[None]:
-    """Show 16-bit parameters to peft as fp32: it would round the adapter's initial values to their dtype."""
+    """Replace 16-bit parameters by fp32 ones, because peft would round the adapter's initial values to their dtype."""
     mapped = {p: p.data for p in model.parameters() if p.dtype in fsdp.HALVES}
     for parameter in mapped:
         parameter.data = torch.zeros(1).expand(parameter.shape)  # takes no memory
@@ -142,6 +144,6 @@ def merged(model: Any, settings: LoraSettings, accelerator: Accelerator) -> Any:
         import peft
 
         adapter, config = peft.get_peft_model_state_dict(model), model.peft_config["default"]
-        merging = peft.get_peft_model(models.in_full(merging.unload()), config)
+        merging = peft.get_peft_model(models.dequantize(merging.unload()), config)
         peft.set_peft_model_state_dict(merging, adapter)
     return merging.merge_and_unload()

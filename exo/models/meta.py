@@ -1,4 +1,4 @@
-"""Causal LMs by their configs alone, on the meta device: no weights are read, and they need not exist."""
+"""Build causal LMs from their configs alone, on the meta device: no weights are read or needed."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from exo.models import files, multimodal
+from exo.models.errors import one_line_errors
 from exo.models.loading import load_config, load_tokenizer, parameter_count
-from exo.models.quiet import explained
 from exo.models.supported import refuse_unsupported
 
 
 def load_without_weights(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return what `load` returns, but the model on the meta device.
+    """Return the model, on the meta device, and the tokenizer of `load`; ValueError for what it refuses by config.
 
-    Of an adapter, only the configs and tokenizers of its chain are read. ValueError for what `load` refuses by these.
+    Of an adapter, only the configs and tokenizers of its chain are read.
     """
     root = files.root_of(name)
     model, tokenizer = _on_meta(root), load_tokenizer(root)
@@ -34,7 +34,7 @@ def _on_meta(name: str) -> PreTrainedModel:
     """Return the causal LM that a config describes, without weights; ValueError for one that `load` refuses."""
     config = load_config(name)
     refuse_unsupported(config)
-    with explained(name, "a config.json that makes a causal LM"), torch.device("meta"):
+    with one_line_errors(name, "a config.json that makes a causal LM"), torch.device("meta"):
         if multimodal.is_wrapper(config):
             return multimodal.causal_class(config)(config.get_text_config())
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -1,10 +1,9 @@
-"""The output of a sequence classifier for each completion of a batch.
+"""Compute the output of a sequence classifier for each completion of a batch.
 
-transformers' classifiers of decoders find a row's last token by comparing ids with the pad id, and so take another one
-where a completion ends with it, or where the pad id is the end of sequence. Here the last token is known from the
-lengths. The head runs in fp32, so that 16 bits make no ties. Classifiers that pool in another way (the first token, a
-mean, a pooler) are recognised by their output on a few tokens, and run unchanged in fp32 on rows without padding. Such
-classifiers cannot be trained here.
+transformers' decoder classifiers find a row's last token by comparing ids with the pad id, which is wrong if a
+completion ends with the pad id. Here the lengths give the last token. The head runs in fp32, because 16 bits would make
+ties. Classifiers that pool in another way (the first token, a mean, a pooler) are recognised by their output on a few
+tokens, and run unchanged in fp32 on rows without padding; they cannot be trained here.
 """
 
 import inspect
@@ -34,41 +33,41 @@ class RewardHead:
 
     def __call__(self, batch: Batch) -> Tensor:  # (N,) float32
         ids, mask = batch.input_ids, batch.attention_mask
-        outputs = self._own(ids, mask) if self.head is None else self._last(self.head, ids, mask)
+        outputs = self._forward(ids, mask) if self.head is None else self._from_last_token(self.head, ids, mask)
         return outputs[:, 0] if outputs.shape[1] == 1 else outputs[:, 1] - outputs[:, 0]
 
-    def _last(self, head: nn.Linear, ids: Tensor, mask: Tensor) -> Tensor:  # (N, outputs)
+    def _from_last_token(self, head: nn.Linear, ids: Tensor, mask: Tensor) -> Tensor:  # (N, outputs)
         hidden = self._run(self.model.base_model, ids, mask).last_hidden_state  # (N, T, D)
         rows = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
         with torch.autocast(rows.device.type, enabled=False):
             bias = None if head.bias is None else head.bias.float()
             return nn.functional.linear(rows.float(), head.weight.float(), bias)
 
-    def _own(self, ids: Tensor, mask: Tensor) -> Tensor:  # (N, outputs)
+    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:  # (N, outputs)
         """Return the model's output, computed on rows of equal length."""
         lengths = mask.sum(1)
-        found: dict[int, Tensor] = {}
+        by_row: dict[int, Tensor] = {}
         with torch.autocast(ids.device.type, enabled=False):
             for length in lengths.unique().tolist():
                 (places,) = (lengths == length).nonzero(as_tuple=True)
                 outputs = self._run(self.model, ids[places, :length], mask[places, :length]).logits.float()
-                found |= zip(places.tolist(), outputs, strict=True)
-        return torch.stack([found[i] for i in range(len(ids))])
+                by_row |= zip(places.tolist(), outputs, strict=True)
+        return torch.stack([by_row[i] for i in range(len(ids))])
 
     @torch.no_grad()
     def _pools_last(self, head: nn.Linear) -> bool:
-        """Return whether the model's output is the head's on the last token."""
+        """Return whether the model applies the head to the last token."""
         pad = getattr(self.model.config, "pad_token_id", None)
         ids = torch.tensor([[i for i in range(4) if i != pad][:3]], device=head.weight.device)
         mask = torch.ones_like(ids)
 
         def call() -> tuple[Tensor, Tensor, torch.dtype]:
-            return self._own(ids, mask), self._last(head, ids, mask), head.weight.dtype
+            return self._forward(ids, mask), self._from_last_token(head, ids, mask), head.weight.dtype
 
         with eval_mode(self.model):
-            own, last, dtype = fsdp.run_unsharded_root(self.model, call)
+            expected, outputs, dtype = fsdp.run_unsharded_root(self.model, call)
         fit = FIT if dtype in (torch.float32, torch.float64) else ROUGH_FIT
-        return own.shape == last.shape and torch.allclose(own, last, fit, fit)
+        return expected.shape == outputs.shape and torch.allclose(expected, outputs, fit, fit)
 
     def _run(self, module: nn.Module, ids: Tensor, mask: Tensor) -> Any:
         accepted = inspect.signature(module.forward).parameters

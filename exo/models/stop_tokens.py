@@ -1,4 +1,4 @@
-"""The tokens that end a completion, and the ids of the head that no text contains."""
+"""Find the tokens that end a completion, and the ids of the head that no text contains."""
 
 from typing import Any
 

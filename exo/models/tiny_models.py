@@ -1,4 +1,4 @@
-"""Small models built from a config, for trials and for tasks that need one: nothing is downloaded."""
+"""Build small models from a config, for trials and tasks; nothing is downloaded."""
 
 from collections.abc import Iterable
 
@@ -13,7 +13,7 @@ from transformers import (
 )
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
-# Of the tiny model, so that files of chats can be tried without weights.
+# lets the tiny model read chats
 TEMPLATE = (
     "{% for message in messages %}{{ '\n\n' if loop.index > 1 }}{{ message.role | capitalize }}:"
     "{{ ' ' + message.content | trim }}{{ eos_token if message.role == 'assistant' }}{% endfor %}"
@@ -37,8 +37,7 @@ def tiny(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, END],
-        # all 256 bytes, so that no later text contains an unknown one
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that no byte is unknown
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
@@ -47,12 +46,7 @@ def tiny(
 
 
 def word_level(
-    words: Iterable[str],
-    *,
-    seed: int = 0,
-    hidden_size: int = 128,
-    num_layers: int = 2,
-    num_heads: int = 4,
+    words: Iterable[str], *, seed: int = 0, hidden_size: int = 128, num_layers: int = 2, num_heads: int = 4
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Build a small Llama with a tokenizer that splits at blanks; the vocabulary is `words` in order."""
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([PAD, UNKNOWN, END, *words]))}
@@ -63,8 +57,7 @@ def word_level(
         pad_token=PAD,
         unk_token=UNKNOWN,
         eos_token=END,
-        # True would glue "good ." into "good.", which is another word.
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False,  # True would join "good ." to "good.", which is another word
     )
     return _llama(tokenizer, seed, hidden_size, num_layers, num_heads), tokenizer
 
@@ -82,8 +75,7 @@ def _llama(tokenizer: PreTrainedTokenizerBase, seed: int, hidden: int, layers: i
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # Seed the CPU generator only, because the weights are drawn there: torch.manual_seed would reseed the accelerators,
-    # which the fork below does not restore.
+    # the weights are drawn on the CPU; torch.manual_seed would also reseed the accelerators, which the fork skips
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return LlamaForCausalLM(config)

@@ -1,4 +1,4 @@
-"""Checks of a model's weights: that they are finite, that there are some to train, and that training changed them."""
+"""Check that a model's weights are finite, that some can be trained, and that training changes them."""
 
 import math
 from collections.abc import Iterable
@@ -16,9 +16,9 @@ MOVED = "moved"  # a counter of the training loop: 1 once a weight has changed
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the name of the first tensor with a NaN or infinite element; "" if there is none.
+    """Return the name of the first tensor with a NaN or infinite element, or ""; of a sharded tensor check the shard.
 
-    Reads each tensor once and allocates nothing of its size. Of a sharded tensor this rank's shard is checked.
+    Reads each tensor once and allocates nothing of its size.
     """
     for name, tensor in named:
         tensor = local_tensor(tensor).detach()
@@ -35,7 +35,7 @@ def refuse_not_finite(named: Iterable[tuple[str, Tensor]], what: str, accelerato
         raise RunError(f"the weights are not finite ({name}), so {what}; lower --learning_rate")
 
 
-def stored(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """Return the parameters and the persistent buffers of a model by name."""
     return ((name, tensor) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor))
 
@@ -44,7 +44,7 @@ class Movement:
     """Tracks whether training has changed any weight of the model that is to be saved."""
 
     def __init__(self, module: nn.Module, accelerator: Accelerator) -> None:
-        """RunError if the model (`module.model`, or the module itself) has no trainable parameter."""
+        """Raise RunError if the model (`module.model`, or the module itself) has no trainable parameter."""
         model = getattr(module, "model", module)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.accelerator = accelerator
@@ -53,7 +53,7 @@ class Movement:
         self.digests: list[int] = []
 
     def begin(self) -> None:
-        """Record the weights as they are before the first step of this process."""
+        """Record the weights before the first step of this process."""
         self.digests = self._digests()
 
     def update(self, counters: dict[str, float]) -> None:
@@ -73,7 +73,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def check_moved(counters: dict[str, float], steps: int) -> None:
-    """RunError if all steps of the run left every weight as it was."""
+    """Raise RunError if all steps of the run changed no weight."""
     if not counters.get(MOVED, 1.0):
         skipped = f", {counters['not_finite']:,.0f} of whose updates were skipped" * bool(counters["not_finite"])
         raise RunError(

@@ -148,8 +148,8 @@ class ExperienceCollector(NamedTuple):
         return tokenize.encode(drawn, self.tokenizer, limits, "rollouts")[0]
 
     def _logps(self, model: Any, examples: Sequence[TokenizedExample]) -> list[Tensor]:  # (tokens,) each
-        rows = model_logps.shared_token_logps(
-            model, examples, self.accelerator, self.collator, temperature=self.settings.temperature
+        rows = model_logps.token_logps(
+            model, examples, self.accelerator, self.collator, temperature=self.settings.temperature, shared=True
         )
         return [logps for (logps,) in rows]
 

@@ -22,6 +22,7 @@ from exo.data.text import render, tokenize
 from exo.data.text.limits import Limits
 from exo.data.text.tokenize import TokenizedExample
 from exo.distributed.accelerator import Accelerator
+from exo.models.logps import map_micro_batches
 from exo.models.reward_head import RewardHead
 from exo.runs import inputs as run_inputs
 
@@ -130,7 +131,7 @@ def _classify(
             rewards = head(batch)
         return [tuple(values.tolist()) for values in rewards.double().cpu().split(batch.group_size.tolist())]
 
-    return collator.each(examples, classify)
+    return map_micro_batches(examples, classify, collator)
 
 
 def describe(rewards: Scores) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -164,7 +164,7 @@ def find_damage(path: Path, accelerator: Accelerator | None = None) -> str:
         except OSError as error:
             return f"{name}: {error.strerror}"
 
-    return next(filter(None, _map(list(files), damage, accelerator)), "")
+    return next(filter(None, gather.map_over_ranks(list(files), damage, accelerator, interruptible=False)), "")
 
 
 def _read_manifest(state: Path) -> tuple[dict[str, tuple[int, str]], str]:
@@ -185,13 +185,11 @@ def _read_manifest(state: Path) -> tuple[dict[str, tuple[int, str]], str]:
 def _digests(state: Path, accelerator: Accelerator | None = None) -> dict[str, tuple[int, str]]:
     """Return size and sha256 of every file but the manifest."""
     names = sorted(str(f.relative_to(state)) for f in state.rglob("*") if f.is_file() and f.name != MANIFEST)
-    facts = _map(names, lambda name: ((state / name).stat().st_size, _sha256(state / name)), accelerator)
-    return dict(zip(names, facts, strict=True))
 
+    def digest(name: str) -> tuple[int, str]:
+        return (state / name).stat().st_size, _sha256(state / name)
 
-def _map(names: Sequence[str], of: Callable[[str], Any], accelerator: Accelerator | None) -> list[Any]:
-    """Map a function over files, shared among the ranks; signals wait until all is done."""
-    return list(map(of, names)) if accelerator is None else gather.map_over_ranks(names, of, accelerator, heeding=False)
+    return dict(zip(names, gather.map_over_ranks(names, digest, accelerator, interruptible=False), strict=True))
 
 
 def _encode_manifest(files: Mapping[str, Any]) -> bytes:

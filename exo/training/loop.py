@@ -193,7 +193,7 @@ def _steps(
             movement.update(counters)
             if step == steps or any(every and step % every == 0 for every in task.after_every):
                 consequence = f"no model is saved after step {step:,}"
-                weights.refuse_not_finite(weights.stored(task.module), consequence, accelerator)
+                weights.refuse_not_finite(weights.named_tensors(task.module), consequence, accelerator)
             checkpointer.mark(step, counters)
             if signum:
                 raise signals.Stopped(signum)

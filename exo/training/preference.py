@@ -67,7 +67,7 @@ class PreferenceLoss(nn.Module):
 
     def _reference(self, batch: Batch) -> dict[str, Any]:
         if self.reference_head is None:
-            return {"ref_logps": batch.known_ref_logps()}
+            return {"ref_logps": batch.required_ref_logps()}
         head = self.reference_head
         below = head is self.head  # the reference shares the policy's modules and their mode
         with torch.no_grad(), lora.disabled(self.model) if below else nullcontext():

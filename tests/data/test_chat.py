@@ -10,6 +10,7 @@ from exo.data import Chat, DataError, Example, Message, read, write_jsonl
 from exo.data.text import chat_template, render, tokenize
 from exo.data.text.limits import Limits
 from exo.models import tiny_models
+from tests.tokenizer_kinds import prompt_ids
 
 OPENED = "{% if add_generation_prompt %}"
 CHATML = (
@@ -85,7 +86,7 @@ def test_the_template_alone_decides_on_bos(tokenizer, template, eos, times):
     tokenizer = adds_bos(set_up(tokenizer, template, eos, "<bos>"))
     [example], _ = encode(tokenizer, "ab", "abcd")
     assert example.prompt.count(tokenizer.bos_token_id) == times
-    assert tokenize.prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
+    assert prompt_ids("ab", tokenizer)[0] == tokenizer.bos_token_id
 
 
 def test_bos_stays_when_the_prompt_is_cut(tokenizer):
@@ -117,7 +118,7 @@ def test_sampling_and_training_use_the_same_prompt(tokenizer, template, eos):
     """Check that the prompt and a completion together equal the rendered conversation, too."""
     set_up(tokenizer, template, eos, "<bos>")
     [example], _ = encode(tokenizer, "ab", "abcd")
-    assert tuple(tokenize.prompt_ids(CHAT, tokenizer)) == example.prompt
+    assert tuple(prompt_ids(CHAT, tokenizer)) == example.prompt
     messages = [*CHAT.messages, Message("assistant", "ab")]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     text = tokenizer.decode(example.prompt + example.completions[0])
@@ -135,7 +136,7 @@ def test_prompts_and_samples_keep_their_tokens_when_written_and_read(tokenizer, 
     write_jsonl(tmp_path / "b.jsonl", [row])
     [example] = read(tmp_path / "b.jsonl").examples
     [encoded], _ = tokenize.encode([example], tokenizer, Limits(99, None, "error"), "b.jsonl")
-    assert encoded.prompt == tuple(tokenize.prompt_ids(CHAT, tokenizer))
+    assert encoded.prompt == tuple(prompt_ids(CHAT, tokenizer))
     assert encoded.completions == (tuple(ids), tuple(other))
 
 

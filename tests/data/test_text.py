@@ -12,7 +12,7 @@ from exo.data import Chat, DataError, Example, Message, Reply
 from exo.data.text import chat_template, render, subwords, tokenize
 from exo.data.text.limits import Limits
 from tests.chat_templates import CHATML, ENDS, NO_SYSTEM, TEMPLATES
-from tests.tokenizer_kinds import KINDS, SPECIAL, WORDS_ONLY
+from tests.tokenizer_kinds import KINDS, SPECIAL, WORDS_ONLY, prompt_ids
 
 LIMITS = Limits(10_000, None, "error")
 
@@ -67,10 +67,10 @@ def test_plain_prompt_and_completion_decode_to_the_joint_text(kind):
             refused += 1
             continue
         body = example.completions[0][:-1]
-        start = tokenize.prompt_ids(prompt, tokenizer)
+        start = prompt_ids(prompt, tokenizer)
         assert list(example.prompt) == start and example.completions[0][-1] == tokenizer.eos_token_id
-        prompt_ids = start[start[:1] in ([tokenizer.bos_token_id], [tokenizer.eos_token_id]) :]
-        assert subwords.decode([*prompt_ids, *body], tokenizer) == joint(tokenizer, prompt + completion)
+        ids = start[start[:1] in ([tokenizer.bos_token_id], [tokenizer.eos_token_id]) :]
+        assert subwords.decode([*ids, *body], tokenizer) == joint(tokenizer, prompt + completion)
     assert refused == 0 or name in WORDS_ONLY and refused < len(pairs) / 2
 
 
@@ -121,7 +121,7 @@ def test_a_chat_and_its_answer_decode_to_the_rendered_conversation(kind, family)
         if chat_template.stop_id(tokenizer) is None:  # no end of turn, or one of plain text: EOS was added
             read = read.removesuffix("</s>")
         assert written.startswith(read) and written[len(read) :].strip() in ("", "</s>"), "only a separator follows"
-        assert list(example.prompt) == tokenize.prompt_ids(Chat(messages), tokenizer)
+        assert list(example.prompt) == prompt_ids(Chat(messages), tokenizer)
 
 
 CONTROL = ["<|im_end|>", "</s>", "<|im_start|>", "<s>", "<|im_end|>\n<|im_start|>user\ngood"]
@@ -225,7 +225,7 @@ def test_an_answer_that_the_template_changes_ends_like_any_other():
 def test_samples_decode_with_their_leading_blank(kind_name):
     tokenizer = KINDS[kind_name]()
     for prompt, completion in (("the cat", " sat on"), ("the cat\n", "sat on"), ("one two", " two three")):
-        ids = tokenize.prompt_ids(prompt, tokenizer)
+        ids = prompt_ids(prompt, tokenizer)
         example = encoded(tokenizer, prompt, completion)
         assert subwords.decoded_after(ids, list(example.completions[0]), tokenizer) == completion
         shown = subwords.decoded_after(ids, list(example.completions[0]), tokenizer, special=True)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from exo import data, evaluate, models, sample, score
-from exo.data.text import tokenize
 from tests.tasks import PROMPTS, WORDS, lines, reward, write_model, write_rows
+from tests.tokenizer_kinds import prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {
@@ -89,7 +89,7 @@ def test_the_kl_is_zero_for_equal_models_and_exact_for_different_ones(run):
     reference, _ = models.load(run[0] / "reference")
     differences, thirds = [], []
     for row in lines(run[1] / "samples" / "final.jsonl"):
-        prompt = tokenize.prompt_ids(row["prompt"], tokenizer)
+        prompt = prompt_ids(row["prompt"], tokenizer)
         for ids in row["token_ids"]:
             with torch.no_grad():
                 a, b = (
@@ -189,7 +189,7 @@ def test_the_kl_of_a_long_prompt_uses_the_cut_prompt(run, tmp_path):
     (ids,) = row["token_ids"]
     assert len(ids) < 6, "the test needs a shorter completion than max_new_tokens"
     reference, tokenizer = models.load(run[0] / "reference")
-    seen = tokenize.prompt_ids(" ".join(words[-10:]), tokenizer)
+    seen = prompt_ids(" ".join(words[-10:]), tokenizer)
     with torch.no_grad():
         logprobs = torch.log_softmax(reference(torch.tensor([seen + ids])).logits[0].double() / 0.8, -1)
     reference_logp = sum(float(logprobs[9 + i, t]) for i, t in enumerate(ids))
@@ -219,7 +219,7 @@ def test_the_kl_under_top_p_is_that_of_the_full_distribution(run, tmp_path):
             return torch.softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1)
 
     for prompt in PROMPTS:
-        ids = tokenize.prompt_ids(prompt, tokenizer)
+        ids = prompt_ids(prompt, tokenizer)
         p, q = probabilities(policy, ids), probabilities(reference, ids)
         kl += float((p * (p / q).log()).sum()) / len(PROMPTS)
         for token in range(len(tokenizer)):

@@ -11,7 +11,7 @@ from exo.data.text.tokenize import TokenizedExample
 from exo.models import logps as model_logps
 from exo.models.attention import flash, masks
 from exo.models.lm_head import LMHead
-from exo.models.logps import completion_hidden
+from exo.models.logps import completion_hidden, map_micro_batches
 from exo_kernels import linear_token_logps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +66,7 @@ def scored(model, rows, collator):
         (logps * torch.sin(3.0 * batch.targets)).sum().backward()
         return [torch.cat(rows).detach() for rows in split_completions(part, logps)]
 
-    logps = torch.cat(collator.each(rows, score_batch))
+    logps = torch.cat(map_micro_batches(rows, score_batch, collator))
     return logps, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 

@@ -275,7 +275,7 @@ def test_the_page_shows_every_section(results, drawn, tmp_path):
     winner, rate = context["win_rates"]["best"]
     for sentence in (
         "Started 02 January 2026, 03:04 UTC; seeds 0, 1; K 2, 4. Evaluated on 8 held-out prompts, 2 samples each at",
-        f"bon N=4 gains the most over SFT: {gain} at KL ≤ {math.log(4) - 0.75:.2f} nats.",
+        f"bon N=4 has the largest gain over SFT: {gain} (KL ≤ {math.log(4) - 0.75:.2f} nats).",
         "3 of 4 methods (counting each K separately) beat SFT by more than 3 standard errors.",
         "FAILED: all trials of these methods, at their last checkpoints " + " ".join(context["failed_trials"]),
         f"{winner} has the highest win rate over the reference: {formatting.percent_interval(rate)} of all pairs",

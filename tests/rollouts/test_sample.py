@@ -16,6 +16,7 @@ from exo.models import files
 from exo.rollouts import generate as rollout_generate
 from exo.rollouts import samples, scorers
 from tests.tasks import PROMPTS, lines, write_model, write_rows
+from tests.tokenizer_kinds import prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +59,7 @@ def test_training_sees_the_tokens_that_were_drawn(drawn):
     encoded, _ = tokenize.encode(examples, tokenizer, Limits(64, None, "error"), "samples")
     for example, row in zip(encoded, lines(run / "samples.jsonl"), strict=True):
         assert [list(ids) for ids in example.completions] == row["token_ids"]
-        assert list(example.prompt) == tokenize.prompt_ids(row["prompt"], tokenizer)
+        assert list(example.prompt) == prompt_ids(row["prompt"], tokenizer)
 
 
 def test_tokens_of_another_tokenizer_are_refused_by_a_policy_and_read_as_text_by_a_reward_model(drawn, tmp_path):
@@ -106,7 +107,7 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_it():
 
 def test_top_p_keeps_the_log_probs_of_the_full_distribution(drawn):
     model, tokenizer = models.load(drawn[0])
-    ids = [tokenize.prompt_ids(PROMPTS[0], tokenizer)]
+    ids = [prompt_ids(PROMPTS[0], tokenizer)]
     row = rollout_generate.sample(model, (2,), ids, k=1, temperature=0.8, top_p=1e-6, max_new_tokens=1, seed=0)[0][0]
     with torch.no_grad():
         logprobs = torch.log_softmax(model(torch.tensor(ids)).logits[0, -1] / 0.8, -1)

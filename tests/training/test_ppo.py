@@ -238,8 +238,8 @@ def test_a_run_raises_its_score_and_freezes_the_actor_during_critic_warmup(polic
 
 def test_an_off_policy_first_update_is_an_error(policy, tmp_path, monkeypatch, capsys):
     """Check this for rollouts whose log-probs are at another temperature."""
-    wrong = logps.shared_token_logps
-    monkeypatch.setattr(logps, "shared_token_logps", lambda *a, **k: wrong(*a, **(k | {"temperature": 1.0})))
+    wrong = logps.token_logps
+    monkeypatch.setattr(logps, "token_logps", lambda *a, **k: wrong(*a, **(k | {"temperature": 1.0})))
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     arguments = ["--model", policy, "--data", prompts, "--oracle", "tests.tasks:reward", "--max_new_tokens", "6"]
     arguments += ["--temperature", "0.5", "--max_length", "16", "--output_dir", str(tmp_path / "run")]

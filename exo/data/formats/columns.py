@@ -1,11 +1,11 @@
-"""The columns of a row that are read: their other names, and what the options say about them."""
+"""Select and rename the columns of a row, by their aliases and by the options."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from exo.data.formats.parsed_row import Row
+from exo.data.errors import Row
 
-# Other names of a column, the likeliest first. A format that has one of them among its keys reads it by that name.
+# Other names of a column, the likeliest first. A format that has such a name among its keys reads it under that name.
 ALIASES = {
     "prompt": ("instruction", "question", "query", "problem", "user_prompt", "input", "post", "context"),
     "chosen": ("chosen_response",),
@@ -32,13 +32,13 @@ class ColumnOptions(NamedTuple):
     ignore_all: bool
 
     def apply(self, row: Row) -> Row:
-        """Return the row without nulls and ignored columns, with the others under the names they are read by.
+        """Return the row without nulls and ignored columns, and with renamed columns.
 
-        A column that has the name of a renamed one gets the suffix REPLACED.
+        A column whose name another column takes gets the suffix REPLACED.
         """
         if not self.renamed and not self.ignored:
             return {name: value for name, value in row.items() if value is not None} if None in row.values() else row
-        present = {name: column for name, column in self.renamed.items() if column in row}  # others are of other files
+        present = {name: column for name, column in self.renamed.items() if column in row}  # other files may have more
         removed = self.ignored.union(present, present.values())
         columns = {name: value for name, value in row.items() if value is not None and name not in removed}
         for name in present.keys() & row.keys() - self.ignored - {*present.values()}:
@@ -61,12 +61,12 @@ def column_options(
 
 
 def aliased_columns(columns: Iterable[str]) -> dict[str, str]:
-    """Return the columns that are read under another name: {name of the format: column of the data}."""
+    """Return the columns that are read by an alias: {name of the format: column of the data}."""
     present = set(columns)
     return {
         name: alias
-        for name, others in ALIASES.items()
-        if name not in present and (alias := next((other for other in others if other in present), None))
+        for name, aliases in ALIASES.items()
+        if name not in present and (alias := next((alias for alias in aliases if alias in present), None))
     }
 
 

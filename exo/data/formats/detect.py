@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from exo.data.errors import Malformed, names
+from exo.data.errors import Malformed, Row, names
 from exo.data.formats import public_datasets
 from exo.data.formats.columns import ALIASES, REFERENCE, aliased_columns, input_columns
 from exo.data.formats.generic import FORMATS, Purpose, RowFormat
 from exo.data.formats.messages import decoded
 from exo.data.formats.multi_row import KEYS
-from exo.data.formats.parsed_row import SETTINGS, TOKENS, Row
+from exo.data.formats.parsed_row import SETTINGS, TOKENS
 from exo.data.formats.prompts import BESIDE, append_input
 
 _FORMATS = (*FORMATS, *public_datasets.FORMATS)
@@ -20,19 +20,19 @@ _TAKEN_BY: dict[Purpose, str] = {
 }
 # Names that --columns may give to a column.
 NAMES = {key for format in _FORMATS for key in format.keys}
-NAMES |= {name for key, others in ALIASES.items() for name in (key, *others)}
+NAMES |= {name for key, aliases in ALIASES.items() for name in (key, *aliases)}
 NAMES |= {"keep", *BESIDE, *REFERENCE, *TOKENS, *SETTINGS, *KEYS}
-_TEXT = ("text",)  # a format that no error suggests, because a column of that name may hold anything
+_TEXT = ("text",)  # a format that no error suggests, because such a column may hold anything
 _DECODED = ("prompt", "chosen", "rejected", "completion")
 
 
 class Schema(NamedTuple):
-    """A set of columns, and the formats that they may have. All rows of the same columns share one."""
+    """The formats that rows with a set of columns may have."""
 
     fields: Mapping[str, str]  # columns read under another name: {name of the format: column}
     inputs: tuple[str, ...]  # columns that are appended to the prompt
     has_context: bool  # there is a system prompt, a history or tools
-    formats: tuple[RowFormat, ...]  # formats whose columns are there, those with most columns first
+    formats: tuple[RowFormat, ...]  # formats whose columns are present, those with most columns first
 
     def normalize(self, row: Row) -> Row:
         """Return the row with its columns under the names of the formats, and messages written as JSON as lists."""
@@ -47,22 +47,18 @@ class Schema(NamedTuple):
 
 
 def schema_of(columns: tuple[str, ...], purpose: Purpose) -> Schema:
-    """Return the formats that rows of these columns may have for a purpose."""
     fields = aliased_columns(columns)
     present = {*columns, *fields}
-    formats = [
-        format for format in _FORMATS
-        if (purpose in format.purposes or purpose in format.refused) and present.issuperset(format.keys)
-    ]  # fmt: skip
+    formats = [f for f in _FORMATS if purpose in (*f.purposes, *f.refused) and present.issuperset(f.keys)]
     formats.sort(key=lambda format: -len(format.keys))
     inputs = tuple(input_columns(fields, columns))
     return Schema(fields, inputs, not present.isdisjoint(BESIDE), tuple(formats))
 
 
 def detect_format(row: Row, schema: Schema, expected: RowFormat | None, purpose: Purpose) -> RowFormat:
-    """Return the format of a row, with its columns' names; it must be `expected`, that of the rows before it.
+    """Return the format of a row, with its columns' names.
 
-    Malformed if no format fits, or several do.
+    Malformed if it is not `expected`, the format of earlier rows, or if no format or several formats fit.
     """
     fitting: list[RowFormat] = []
     for format in schema.formats:
@@ -97,18 +93,15 @@ def _explain_unknown(row: Row, schema: Schema, purpose: Purpose) -> str:
     nearest = max(formats, key=lambda format: (len(present & {*format.keys}), -len(format.keys)))
     missing = [key for key in nearest.keys if key not in present]
     if len(missing) > 1 or len(nearest.keys) < 3:
-        for other, takes in _TAKEN_BY.items():
-            other_schema = schema_of(columns, other)
-            fitting = [
-                format for format in other_schema.formats
-                if other in format.purposes and format.keys != _TEXT and format.fits(row)
-            ]  # fmt: skip
-            if other != purpose and fitting:
-                actual = fitting[0].with_columns(other_schema.fields)
+        for possible, takes in _TAKEN_BY.items():
+            schema_for = schema_of(columns, possible)
+            fitting = [f for f in schema_for.formats if possible in f.purposes and f.keys != _TEXT and f.fits(row)]
+            if possible != purpose and fitting:
+                actual = fitting[0].with_columns(schema_for.fields)
                 return f"{problem}; this is {actual}, which {takes}; expected {formats[0]} or another of docs/data.md"
     if len(missing) == len(nearest.keys):
         nearest = formats[0]
         missing = [*nearest.keys]
     nearest = nearest.with_columns(schema.fields)
-    given = ",".join(f"{key}=COLUMN" for key in missing)
-    return f"{problem}; nearest is {nearest}, missing {names(missing)}; set --columns {given}"
+    columns_option = ",".join(f"{key}=COLUMN" for key in missing)
+    return f"{problem}; nearest is {nearest}, missing {names(missing)}; set --columns {columns_option}"

@@ -1,38 +1,35 @@
-"""Row formats that no particular data set owns: preferences, scored completions, conversations, texts, prompts.
+"""Row formats of no particular data set: preferences, scored completions, conversations, texts, prompts.
 
-A `RowFormat` is a name, the columns it needs, and a function from a row to a `ParsedRow`. Formats of particular data
-sets are in public_datasets.py.
+A `RowFormat` is a name, the columns it needs, and a function from a row to a `ParsedRow`. Formats of public data sets
+are in public_datasets.py.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from exo.data.errors import Malformed, array, names, number, string
-from exo.data.formats import split_prompt
+from exo.data.errors import Malformed, Row, array, names, number, string
+from exo.data.formats import split_prompt as split
 from exo.data.formats.columns import CHAT_NAMES
 from exo.data.formats.messages import Chat, Message, answer_of, decoded, is_chat, parse_messages
-from exo.data.formats.parsed_row import ParsedRow, Row, parse_tokens
+from exo.data.formats.parsed_row import ParsedRow, parse_tokens
 from exo.data.formats.prompts import parse_prompt
-from exo.data.formats.split_prompt import check_prompt, is_complete
 
 Purpose = Literal["comparisons", "samples", "texts", "prompts", "labels"]
 COMPARED: tuple[Purpose, ...] = ("comparisons", "texts", "prompts")  # of formats with several completions to compare
 
 
 class RowFormat(NamedTuple):
-    """A format of rows, the purposes that its rows serve, and how to read them."""
-
     name: str
     keys: tuple[str, ...]  # the columns it needs, by the names of ALIASES
     parse: Callable[[Row], ParsedRow]
     fits: Callable[[Row], bool] = lambda row: True  # for formats of the same columns
     purposes: tuple[Purpose, ...] = COMPARED
-    refused: Mapping[str, str] = {}  # further purposes, with the error that says why the rows do not serve them
+    refused: Mapping[str, str] = {}  # purposes that the rows do not serve, with the error
     parse_opening: Callable[[Row], ParsedRow] | None = None  # used instead of `parse` to read prompts
     is_turn: bool = True  # a prompt that is a text is a user's turn, which a system prompt may precede
-    is_chat: bool = False  # of a chat data set: prompts that are texts are meant for the chat template
-    has_ref_logps: bool = False  # reference log-probs in the row belong to these completions
+    is_chat: bool = False  # prompts that are texts are meant for the chat template
+    has_ref_logps: bool = False  # reference log-probs in the row are of these completions
     unused: tuple[str, ...] = ()  # columns of the data set that are safe to leave unread
     has_prompt: bool = True  # a column holds the prompt
     columns_hint: str = ""  # value of --columns that reads the column {} as the prompt, if the format has none
@@ -41,18 +38,28 @@ class RowFormat(NamedTuple):
         return f"{self.name} ({'/'.join(self.keys)})"
 
     def with_columns(self, fields: Mapping[str, str]) -> "RowFormat":
-        """Return the format with the columns' names in the data; a question or an instruction is for the template."""
+        """Return the format with the names of the data; a question or an instruction is meant for the template."""
         keys = tuple(fields.get(key, key) for key in self.keys)
         if keys == self.keys:
             return self
         return self._replace(keys=keys, is_chat=self.is_chat or (self.is_turn and fields.get("prompt") in CHAT_NAMES))
 
 
-# A prompt and its answers.
+def row_format(
+    name: str,
+    keys: str,
+    parse: Callable[[Row], ParsedRow],
+    fits: Callable[[Row], bool] = lambda row: True,
+    *,
+    unused: str = "",
+    **fields: Any,
+) -> RowFormat:
+    """Return a format; `keys` and `unused` are columns separated by blanks."""
+    return RowFormat(name, tuple(keys.split()), parse, fits, unused=tuple(unused.split()), **fields)
 
 
 def answered(prompt: Any, answers: Mapping[str, Any]) -> ParsedRow:
-    """Return a prompt with its answers, texts or messages. If one is a message, a prompt that is a text is a user's."""
+    """Return a prompt with its answers, texts or messages. Beside a message, a text prompt becomes a user's turn."""
     prompt = parse_prompt(prompt)
     texts = []
     later_turns = False
@@ -72,7 +79,7 @@ def answered(prompt: Any, answers: Mapping[str, Any]) -> ParsedRow:
 
 
 def listed(prompt: Any, key: str, row: Row, text: str, score: str, sign: int = 1) -> ParsedRow:
-    """Return a prompt with the objects of a list, each a completion with its score."""
+    """Return a prompt with a list of objects, each a completion with its score."""
     items = array(key, row[key])
     for i, item in enumerate(items):
         if not isinstance(item, dict) or not {text, score} <= item.keys():
@@ -84,7 +91,7 @@ def listed(prompt: Any, key: str, row: Row, text: str, score: str, sign: int = 1
 
 
 def items_have(key: str, *item_keys: str) -> Callable[[Row], bool]:
-    """Return a test of whether a column is a list of objects with these keys."""
+    """Return a predicate: the column is a list of objects with these keys."""
 
     def fits(row: Row) -> bool:
         items = row[key]
@@ -93,9 +100,16 @@ def items_have(key: str, *item_keys: str) -> Callable[[Row], bool]:
     return fits
 
 
+_is_rated, _is_ranked = items_have("completions", "response"), items_have("completions", "completion", "rank")
+
+
+def _is_unscored(row: Row) -> bool:
+    return not (_is_rated(row) or _is_ranked(row))
+
+
 def _preference(row: Row) -> ParsedRow:
-    if is_complete(row["chosen"]) and is_complete(row["rejected"]):
-        return check_prompt(row["prompt"], split_prompt.split_chats(row))
+    if split.is_complete(row["chosen"]) and split.is_complete(row["rejected"]):
+        return split.check_prompt(row["prompt"], split.chats(row))
     return answered(row["prompt"], {key: row[key] for key in ("chosen", "rejected")})
 
 
@@ -120,8 +134,8 @@ def _scored(row: Row) -> ParsedRow:
 def _answer(key: str, row: Row) -> ParsedRow:
     if is_chat(row[key]) and not any(message.learned for message in parse_messages(key, row[key])):
         return ParsedRow(skip="no message of the assistant with a weight")
-    if is_complete(row[key]):
-        return check_prompt(row["prompt"], split_prompt.split_last_turn(key, row))
+    if split.is_complete(row[key]):
+        return split.check_prompt(row["prompt"], split.last_turn(key, row))
     return answered(row["prompt"], {key: row[key]})
 
 
@@ -136,8 +150,24 @@ def _labelled(row: Row) -> ParsedRow:
     return _text(row)._replace(label=label)
 
 
+def _ranked(row: Row) -> ParsedRow:
+    return listed(row["prompt"], "completions", row, "completion", "rank", sign=-1)  # rank 0 or 1 is the best
+
+
+def _conversations(key: str) -> RowFormat:
+    return row_format(
+        "conversations",
+        key,
+        partial(split.last_turn, key),
+        parse_opening=partial(split.opening, key),
+        purposes=_LEARNED,
+        unused="topic avatarUrl",
+        has_prompt=False,
+    )
+
+
 def parse_ref_logps(parsed: ParsedRow, row: Row) -> ParsedRow:
-    """Return the content with the log-probs of a reference model in the row, one a completion."""
+    """Return the content with the row's log-probs of a reference model, one per completion."""
     pair: dict[str, Any] = {key: row[key] for key in ("ref_chosen_logps", "ref_rejected_logps") if key in row}
     if "ref_logps" not in row and not pair:
         return parsed
@@ -154,78 +184,74 @@ def parse_ref_logps(parsed: ParsedRow, row: Row) -> ParsedRow:
     return parsed._replace(ref_logps=values)
 
 
-_is_rated, _is_ranked = items_have("completions", "response"), items_have("completions", "completion", "rank")
-_CONVERSATIONS = tuple(
-    RowFormat(
-        "conversations", (key,), partial(split_prompt.split_last_turn, key), purposes=("texts", "prompts"),
-        parse_opening=partial(split_prompt.opening, key), unused=("topic", "avatarUrl"), has_prompt=False,
-    )
-    for key in ("messages", "conversations")
-)  # fmt: skip
+_LEARNED, _ALL_SAMPLES = ("texts", "prompts"), (*COMPARED, "samples")
+_PLAIN: dict[str, Any] = {"is_turn": False, "has_prompt": False}
+_UNSCORED = {
+    "comparisons": "samples without rewards; python -m exo.score makes them",
+    "texts": "several completions a row, and no rewards that tell which to learn; exo.score makes them",
+}
+_UNPAIRED = (
+    "completions labelled good or bad one by one need a loss such as --loss kto, which does not exist yet; sft learns "
+    "the good ones with --columns keep=label"
+)
 FORMATS = (
-    RowFormat("prompts", ("prompt",), lambda row: ParsedRow(parse_prompt(row["prompt"])), purposes=("prompts",)),
-    *(
-        RowFormat("texts", ("prompt", key), partial(_answer, key), purposes=("texts", "prompts"))
-        for key in ("completion", "chosen")
-    ),
-    RowFormat(
-        "samples", ("prompt", "completions"), _samples, lambda row: not (_is_rated(row) or _is_ranked(row)),
-        ("prompts", "samples"),
-        {
-            "comparisons": "samples without rewards; python -m exo.score makes them",
-            "texts": "several completions a row, and no rewards that tell which to learn; exo.score makes them",
-        },
+    row_format("prompts", "prompt", lambda row: ParsedRow(parse_prompt(row["prompt"])), purposes=("prompts",)),
+    row_format("texts", "prompt completion", partial(_answer, "completion"), purposes=_LEARNED),
+    row_format("texts", "prompt chosen", partial(_answer, "chosen"), purposes=_LEARNED),
+    row_format(
+        "samples",
+        "prompt completions",
+        _samples,
+        _is_unscored,
+        purposes=("prompts", "samples"),
+        refused=_UNSCORED,
         has_ref_logps=True,
     ),
-    RowFormat("preferences", ("prompt", "chosen", "rejected"), _preference, has_ref_logps=True),
-    RowFormat(
-        "completions with rewards", ("prompt", "completions", "rewards"), _scored, purposes=(*COMPARED, "samples"),
+    row_format("preferences", "prompt chosen rejected", _preference, has_ref_logps=True),
+    row_format(
+        "completions with rewards", "prompt completions rewards", _scored, purposes=_ALL_SAMPLES, has_ref_logps=True
+    ),
+    row_format("ShareGPT preferences", "conversations chosen rejected", _sharegpt, has_ref_logps=True),
+    row_format("Anthropic HH dialogues", "chosen rejected", split.transcripts, split.are_transcripts, **_PLAIN),
+    row_format(
+        "pairs of conversations", "chosen rejected", split.chats, split.are_chats, has_ref_logps=True, has_prompt=False
+    ),
+    row_format(
+        "texts with an implicit prompt",
+        "chosen rejected",
+        split.common_prefix,
+        split.are_plain,
+        columns_hint="prompt={}",
+        **_PLAIN,
+    ),
+    row_format(
+        "UltraFeedback completions with scores",
+        "prompt completions",
+        lambda row: listed(row["prompt"], "completions", row, "response", "overall_score"),
+        _is_rated,
+        is_chat=True,
         has_ref_logps=True,
+        unused="models correct_answers incorrect_answers",
     ),
-    RowFormat("ShareGPT preferences", ("conversations", "chosen", "rejected"), _sharegpt, has_ref_logps=True),
-    RowFormat(
-        "Anthropic HH dialogues", ("chosen", "rejected"), split_prompt.split_transcripts,
-        lambda row: not split_prompt.are_plain(row) and not split_prompt.are_chats(row), is_turn=False,
-        has_prompt=False,
+    row_format("completions with ranks", "prompt completions", _ranked, _is_ranked, is_chat=True, has_ref_logps=True),
+    _conversations("messages"),
+    _conversations("conversations"),
+    row_format(
+        "conversations",
+        "prompt messages",
+        lambda row: split.check_prompt(row["prompt"], split.last_turn("messages", row)),
+        parse_opening=lambda row: split.check_prompt(row["prompt"], split.opening("messages", row)),
+        purposes=_LEARNED,
     ),
-    RowFormat(
-        "pairs of conversations", ("chosen", "rejected"), split_prompt.split_chats, split_prompt.are_chats,
-        has_ref_logps=True, has_prompt=False,
+    row_format(
+        "texts without a prompt", "text", _text, purposes=("texts",), columns_hint="prompt={},completion=text", **_PLAIN
     ),
-    RowFormat(
-        "texts with an implicit prompt", ("chosen", "rejected"), split_prompt.split_common_prefix,
-        split_prompt.are_plain, is_turn=False, has_prompt=False, columns_hint="prompt={}",
+    row_format("labelled texts", "text label", _labelled, purposes=("labels",), **_PLAIN),
+    row_format(
+        "completions with a label each",
+        "prompt completion label",
+        _text,
+        purposes=(),
+        refused=dict.fromkeys(("comparisons", "texts"), _UNPAIRED),
     ),
-    RowFormat(
-        "UltraFeedback completions with scores", ("prompt", "completions"),
-        lambda row: listed(row["prompt"], "completions", row, "response", "overall_score"), _is_rated, is_chat=True,
-        has_ref_logps=True, unused=("models", "correct_answers", "incorrect_answers"),
-    ),
-    RowFormat(
-        "completions with ranks", ("prompt", "completions"),  # rank 0 or 1 is the best
-        lambda row: listed(row["prompt"], "completions", row, "completion", "rank", sign=-1), _is_ranked, is_chat=True,
-        has_ref_logps=True,
-    ),
-    *_CONVERSATIONS,
-    RowFormat(
-        "conversations", ("prompt", "messages"),
-        lambda row: check_prompt(row["prompt"], split_prompt.split_last_turn("messages", row)),
-        purposes=("texts", "prompts"),
-        parse_opening=lambda row: check_prompt(row["prompt"], split_prompt.opening("messages", row)),
-    ),
-    RowFormat(
-        "texts without a prompt", ("text",), _text, purposes=("texts",), is_turn=False, has_prompt=False,
-        columns_hint="prompt={},completion=text",
-    ),
-    RowFormat(
-        "labelled texts", ("text", "label"), _labelled, purposes=("labels",), is_turn=False, has_prompt=False,
-    ),
-    RowFormat(
-        "completions with a label each", ("prompt", "completion", "label"), _text, purposes=(),
-        refused=dict.fromkeys(
-            ("comparisons", "texts"),
-            "completions labelled good or bad one by one need a loss such as --loss kto, which does not exist yet; sft "
-            "learns the good ones with --columns keep=label",
-        ),
-    ),
-)  # fmt: skip
+)

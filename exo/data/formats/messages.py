@@ -1,8 +1,8 @@
 """Check chat messages, {"role", "content"} or ShareGPT's {"from", "value"}, and convert them to one form.
 
 A prompt of messages is a `Chat`, an answer with more than a text a `Reply`. Only Renderer renders them. Null and empty
-keys are dropped, and so are those that no template reads (ids, dates, names of models: _NOT_RENDERED); all others reach
-the template. Contents that are not text are refused.
+keys are dropped, and so are those of _NOT_RENDERED (ids, dates, names of models); all others reach the template.
+Contents that are not text are refused.
 """
 
 import json
@@ -23,8 +23,8 @@ class Message(dict[str, Any]):
 
     learned: bool = True  # False: it has weight 0 in the data, so that it is context and no target
 
-    def __init__(self, role: str, content: Any, **others: Any) -> None:
-        super().__init__(role=role, content=content, **others)
+    def __init__(self, role: str, content: Any, **extra: Any) -> None:
+        super().__init__(role=role, content=content, **extra)
 
     @property
     def role(self) -> str:
@@ -36,16 +36,16 @@ class Message(dict[str, Any]):
 
     def transcript(self) -> str:
         """Return the content for people to read, followed by the other keys as JSON if there are any."""
-        others = {key: value for key, value in self.items() if key not in ("role", "content")}
+        extra = {key: value for key, value in self.items() if key not in ("role", "content")}
         text = self.content or ""
-        return f"{text} {json.dumps(others, sort_keys=True, ensure_ascii=False, default=str)}" if others else text
+        return f"{text} {json.dumps(extra, sort_keys=True, ensure_ascii=False, default=str)}" if extra else text
 
 
 class Chat(str):
-    """A prompt of chat messages. As a string it is their transcript, for people and never for a model.
+    """A prompt of chat messages. As a string it is their transcript, which is never an input of a model.
 
-    Code that prints, sorts or compares prompts can therefore treat it as any other prompt. Only Renderer renders the
-    messages, and write_jsonl writes them.
+    So code that prints, sorts or compares prompts need not distinguish it. Only Renderer renders the messages, and
+    write_jsonl writes them.
     """
 
     messages: tuple[Message, ...]
@@ -62,7 +62,7 @@ class Chat(str):
 class Reply(str):
     """A completion that is a chat message with more than a role and a content: reasoning, or calls of tools.
 
-    As a string it is the message's transcript, so that two replies are equal only if all of their keys are.
+    As a string it is the message's transcript, so two replies are equal only if all their keys are.
     """
 
     message: Message
@@ -73,16 +73,15 @@ class Reply(str):
         return reply
 
 
-# Keys that other trainers write into a message and no template reads. A message that has only these besides its role
-# and content is a plain one.
+# Keys that trainers write into a message and no template reads. A message with only these, role and content is plain.
 _NOT_RENDERED = frozenset(
     "id uuid message_id parent_id conversation_id turn_id turn_index turn index idx timestamp time date created "
     "created_at create_time model model_name source lang language language_code score rating rank toxic redacted "
     "text_en token_count tokens status".split()
 )
-_TEXT_KEYS = ("role", "content", "from", "value")
-_LEARNED = ("weight", "train", "loss")  # 0 or false: the turn is not learned
-_INSTEAD_OF_TEXT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}  # content may be null
+_WEIGHTS = ("weight", "train", "loss")  # 0 or false: the turn is not trained on
+_NOT_EXTRA = _NOT_RENDERED.union(("role", "content", "from", "value"), _WEIGHTS)
+_WITHOUT_TEXT = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}  # content may be null
 _AS_JSON = re.compile(r'\s*\[\s*\{\s*"')
 _AS_PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'")
 
@@ -96,7 +95,7 @@ def is_chat(value: Any) -> bool:
 
 
 def decoded(name: str, value: Any) -> Any:
-    """Return the list of messages that a text holds as JSON; any other value as it is."""
+    """Return the list of messages that a text holds as JSON; return any other value unchanged."""
     if type(value) is not str or value[:1] not in "[ \n\t\r":
         return value
     if _AS_PYTHON.match(value):
@@ -112,7 +111,7 @@ def decoded(name: str, value: Any) -> Any:
 
 
 def parse_messages(name: str, value: Any) -> tuple[Message, ...]:
-    """Return the messages of a list; one message alone is a list of one. Texts alone alternate, the user's first."""
+    """Return the messages of a list, or of a single message. A list of texts alternates, starting with the user."""
     value = decoded(name, value)
     if not isinstance(value, list):
         return (_message(name, value),)
@@ -145,22 +144,18 @@ def _message(name: str, item: Any) -> Message:
     content = item.get(text)
     if len(item) == 2 and type(content) is str:
         return Message(roles[role], content)
-    others = {
-        key: value
-        for key, value in item.items()
-        if key not in _TEXT_KEYS and key not in _NOT_RENDERED and key not in _LEARNED and value not in EMPTY
-    }
-    if text not in item and not _INSTEAD_OF_TEXT & others.keys():
+    extra = {key: value for key, value in item.items() if key not in _NOT_EXTRA and value not in EMPTY}
+    if text not in item and not _WITHOUT_TEXT & extra.keys():
         raise Malformed(f"{name}: a chat message without {names([text])}")
-    if content is not None or not _INSTEAD_OF_TEXT & others.keys():
+    if content is not None or not _WITHOUT_TEXT & extra.keys():
         content = _text(f"{name}.{text}", content)
-    if "tool_calls" in others:
-        others["tool_calls"] = array(f"{name}.tool_calls", others["tool_calls"])
-        if not all(isinstance(call, dict) for call in others["tool_calls"]):
+    if "tool_calls" in extra:
+        extra["tool_calls"] = array(f"{name}.tool_calls", extra["tool_calls"])
+        if not all(isinstance(call, dict) for call in extra["tool_calls"]):
             raise Malformed(f"{name}.tool_calls must be an array of objects")
     message = Message(roles[role], content)
-    message.update(others)
-    for key in _LEARNED:
+    message.update(extra)
+    for key in _WEIGHTS:
         if item.get(key) is not None:
             if item[key] not in (0, 1):
                 raise Malformed(f"{name}.{key} must be 0 or 1")
@@ -169,7 +164,7 @@ def _message(name: str, item: Any) -> Message:
 
 
 def _text(name: str, content: Any) -> str:
-    """Return a content: a text, or the texts of a list of parts joined."""
+    """Return a content that is a text, or a list of text parts, which are joined."""
     if not isinstance(content, list):
         return string(name, content)
     texts = []
@@ -183,7 +178,7 @@ def _text(name: str, content: Any) -> str:
 
 
 def _calls(name: str, value: Any) -> list[Any]:
-    """Return ShareGPT's calls, a text of JSON, as the list that templates read."""
+    """Return ShareGPT's calls, which are JSON, as the list that templates read."""
     try:
         calls = json.loads(string(name, value))
     except (ValueError, RecursionError):
@@ -195,7 +190,7 @@ def _calls(name: str, value: Any) -> list[Any]:
 
 
 def answer_of(name: str, message: Message) -> str:
-    """Return a message of the assistant as a completion: its text, or a Reply if it has more than that."""
+    """Return a message of the assistant as a completion: a text, or a Reply if it has more."""
     if not message.learned:
         raise Malformed(f"{name} has weight 0; an answer that is compared must have weight 1")
     return message.content if len(message) == 2 else Reply(message)

@@ -1,19 +1,16 @@
 """Join rows that are one example together: OpenAssistant's messages, HelpSteer's responses.
 
-Every entry of `MULTI_ROW` turns a stream of rows into one of joined rows, each a prompt with all of its answers. Every
-row of the file is in one joined row, or in a part that is skipped with a reason, so that it is counted once.
-OpenAssistant's rows are read into memory.
+Every entry of `MULTI_ROW` converts a stream of rows to one of joined rows, each a prompt with its answers. Every row of
+the file is counted once, in a joined row or in a skipped part. OpenAssistant's rows are read into memory.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from exo.data.errors import Malformed, number, string
-from exo.data.formats.parsed_row import Row
+from exo.data.errors import Malformed, Place, Row, number, string
 from exo.data.formats.prompts import parse_speakers
 
-Place = tuple[int, str]
 Stream = Iterable[tuple[Place, Row | Malformed]]
 
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -23,7 +20,7 @@ _BELOW = "below a message that is not used"
 
 
 class JoinedRow(NamedTuple):
-    """Rows of a file as one row, or what is wrong with them, or why they are skipped."""
+    """Rows of a file as one row, or an error, or the reason to skip them."""
 
     content: Row | Malformed | str
     rows: int = 1  # of the file; messages, if it has trees
@@ -40,7 +37,7 @@ class MultiRowFormat(NamedTuple):
 
 
 def join_rows(stream: Stream, purpose: str) -> tuple[Iterable[tuple[Place, JoinedRow]], str]:
-    """Return the joined rows and their format's name; the same rows and "" if each is an example of its own."""
+    """Return the joined rows and the name of their format; the same rows and "" if each is an example."""
     rows = iter(stream)
     first_rows = []
     for item in rows:
@@ -69,11 +66,11 @@ def _join_trees(stream: Stream, purpose: str) -> JoinedRows:
 
 
 def _join_tree(root: Any, purpose: str) -> Iterator[tuple[Any, JoinedRow]]:
-    """Yield each message with the row that it and its replies make; every message counts once."""
+    """Yield each message with the row of the message and its replies; every message counts once."""
     stack: list[tuple[Any, list[Row], str]] = [(root, [], _NO_PROMPT)]
     while stack:
         node, earlier_turns, reason = stack.pop()
-        if problem := _problem(node):
+        if problem := _check_node(node):
             yield node, JoinedRow(problem)
             if below := len(_descendants(node)):
                 yield node, JoinedRow(_BELOW, below)
@@ -82,15 +79,15 @@ def _join_tree(root: Any, purpose: str) -> Iterator[tuple[Any, JoinedRow]]:
         replies = _replies(node)
         reasons = [_NO_PROMPT] * len(replies)
         if node["role"] == "prompter":
-            content, reasons = _answered(turns, replies, purpose)
+            content, reasons = _join_replies(turns, replies, purpose)
             yield node, JoinedRow(content, 1 + reasons.count(""))
         elif reason:
             yield node, JoinedRow(reason)
         stack += [(reply, turns, why) for reply, why in zip(replies, reasons, strict=True)][::-1]
 
 
-def _problem(node: Any) -> Malformed | str:
-    """Return what is wrong with a message of a tree, or why it is skipped; "" if it can be used."""
+def _check_node(node: Any) -> Malformed | str:
+    """Return the error of a message of a tree, or the reason to skip it, or ""."""
     if not isinstance(node, dict):
         return Malformed("a message of a tree must be an object")
     if node.get("deleted"):
@@ -122,10 +119,9 @@ def _descendants(node: Any) -> list[Any]:
     return nodes
 
 
-def _answered(turns: list[Row], replies: list[Any], purpose: str) -> tuple[Row | str, list[str]]:
-    """Return the row of a user's message or why it is skipped, and why each reply is not part of the row, or ""."""
-    usable = [not _problem(reply) and reply["role"] == "assistant" for reply in replies]
-    answers = [reply for reply, is_usable in zip(replies, usable, strict=True) if is_usable]
+def _join_replies(turns: list[Row], replies: list[Any], purpose: str) -> tuple[Row | str, list[str]]:
+    """Return the row of a user's message, or the reason to skip it; and for each reply why the row lacks it, or ""."""
+    answers = [reply for reply in replies if not _check_node(reply) and reply["role"] == "assistant"]
     ranked = [reply for reply in answers if reply.get("rank") is not None]
     if purpose == "prompts":
         return {"prompt": turns}, ["reply, and no prompt"] * len(replies)
@@ -135,13 +131,14 @@ def _answered(turns: list[Row], replies: list[Any], purpose: str) -> tuple[Row |
         best = min(ranked, key=_rank) if ranked else answers[0]
         reasons = ["" if reply is best else "not the best reply" for reply in replies]
         return {"prompt": turns, "completion": best["text"]}, reasons
-    unranked = [is_usable and reply.get("rank") is None for reply, is_usable in zip(replies, usable, strict=True)]
-    if len(ranked) < 2:
-        return _TOO_FEW, ["reply without a rank" if is_unranked else _TOO_FEW for is_unranked in unranked]
+    is_comparison = len(ranked) > 1
+    by_reply = dict.fromkeys(map(id, answers), "reply without a rank")
+    by_reply |= dict.fromkeys(map(id, ranked), "" if is_comparison else _TOO_FEW)
+    reasons = [by_reply.get(id(reply), _NO_PROMPT if is_comparison else _TOO_FEW) for reply in replies]
+    if not is_comparison:
+        return _TOO_FEW, reasons
     rewards = [0.0 - _rank(reply) for reply in ranked]
-    row = {"prompt": turns, "completions": [reply["text"] for reply in ranked], "rewards": rewards}
-    pairs = zip(usable, unranked, strict=True)
-    return row, ["reply without a rank" if is_unranked else "" if use else _NO_PROMPT for use, is_unranked in pairs]
+    return {"prompt": turns, "completions": [reply["text"] for reply in ranked], "rewards": rewards}, reasons
 
 
 def _rank(reply: Row) -> float:
@@ -184,25 +181,26 @@ def _join_messages(stream: Stream, purpose: str) -> JoinedRows:
 
 
 def _join_responses(stream: Stream, purpose: str) -> JoinedRows:
-    """Read HelpSteer: a response a row, those to one prompt one after another; the reward is the helpfulness."""
+    """Read HelpSteer: a response per row, those of a prompt one after another; the reward is the helpfulness."""
     first: Place = (0, "")
     responses: list[Row] = []  # to one prompt
     for place, row in stream:
-        if isinstance(row, Malformed) or "response" not in row or "helpfulness" not in row:
-            is_row = not isinstance(row, Malformed)
-            yield place, JoinedRow(Malformed("a row without response or helpfulness") if is_row else row)
-            continue
-        if responses and row.get("prompt") != responses[0].get("prompt"):
+        if isinstance(row, Malformed):
+            yield place, JoinedRow(row)
+        elif "response" not in row or "helpfulness" not in row:
+            yield place, JoinedRow(Malformed("a row without response or helpfulness"))
+        elif responses and row.get("prompt") == responses[0].get("prompt"):
+            responses.append(row)
+        else:
             yield from ((first, joined) for joined in _join_answers(responses, purpose))
-            responses = []
-        first = first if responses else place
-        responses.append(row)
-    if responses:
-        yield from ((first, joined) for joined in _join_answers(responses, purpose))
+            first, responses = place, [row]
+    yield from ((first, joined) for joined in _join_answers(responses, purpose))
 
 
 def _join_answers(responses: list[Row], purpose: str) -> Iterator[JoinedRow]:
-    """Yield the responses to a prompt as one row; if only one of them or the prompt is used, the others as skipped."""
+    """Yield the responses to a prompt as one row, and those that the purpose does not use as skipped."""
+    if not responses:
+        return
     unused = len(responses) - 1 if purpose != "comparisons" else 0
     content: Row | Malformed
     try:
@@ -219,15 +217,19 @@ def _join_answers(responses: list[Row], purpose: str) -> Iterator[JoinedRow]:
 _HELPSTEER = {"prompt", "response", "helpfulness", "correctness", "coherence", "complexity", "verbosity"}
 MULTI_ROW = (
     MultiRowFormat(
-        "OpenAssistant trees of messages", frozenset({"message_tree_id", "prompt"}), _join_trees,
+        "OpenAssistant trees of messages",
+        frozenset({"message_tree_id", "prompt"}),
+        _join_trees,
         lambda row: isinstance(row["prompt"], dict) and "replies" in row["prompt"],
     ),
     MultiRowFormat(
         "OpenAssistant messages", frozenset({"message_id", "text", "role", "message_tree_id"}), _join_messages
     ),
     MultiRowFormat(
-        "HelpSteer responses", frozenset({"prompt", "response", "helpfulness"}), _join_responses,
+        "HelpSteer responses",
+        frozenset({"prompt", "response", "helpfulness"}),
+        _join_responses,
         lambda row: row.keys() <= _HELPSTEER,
     ),
-)  # fmt: skip
+)
 KEYS = {*_HELPSTEER, "parent_id", "deleted", "review_result", "rank"}.union(*(entry.keys for entry in MULTI_ROW))

@@ -1,20 +1,18 @@
-"""The content of a row, whatever its format, and the token ids that `exo.sample` adds to it."""
+"""The content of a row of any format, and the token ids that `exo.sample` adds to it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from exo.data.errors import Malformed, names, number, string
-
-Row = dict[str, Any]
+from exo.data.errors import Malformed, Row, names, number, string
 
 TOKENS = ("tokenizer", "token_ids", "logprobs", "finish")  # columns
 SETTINGS = ("temperature", "max_new_tokens", "top_p")  # optional columns that `exo.sample` adds
 
 
 class Tokens(NamedTuple):
-    """Completions as the model sampled them, so that they are not tokenized again."""
+    """The token ids of sampled completions, so that they are not tokenized again."""
 
     tokenizer: str  # tokenize.tokenizer_hash of the one that the ids belong to
-    ids: tuple[tuple[int, ...], ...]  # one tuple a completion; no end of sequence if it ended for its length
+    ids: tuple[tuple[int, ...], ...]  # a tuple per completion; one of finish "length" has no end of sequence
     logprobs: tuple[float, ...]  # sums, at the temperature of the sampling
     finish: tuple[str, ...]  # "eos" or "length"
     temperature: float | None = None  # None if the row does not have it
@@ -23,7 +21,7 @@ class Tokens(NamedTuple):
 
 
 class ParsedRow(NamedTuple):
-    """The content of a valid row; if there is a reason to skip it, only that."""
+    """The content of a valid row, or the reason to skip it."""
 
     prompt: str = ""
     completions: tuple[str, ...] = ()

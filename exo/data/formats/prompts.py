@@ -1,17 +1,17 @@
-"""Build the prompt of a row from its columns: a question, a system prompt, a history, tools.
+"""Build the prompt of a row from its columns: question, system prompt, history and tools.
 
-Only a chat template can join a system prompt or earlier turns to a question, so such a prompt becomes a `Chat`. An
-`input` or a `context` beside an instruction follows it after a line break.
+A question with a system prompt or a history becomes a `Chat`, because only a chat template can join them. An `input` or
+a `context` follows its instruction after a line break.
 """
 
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from exo.data.errors import Malformed, array, kind, string
+from exo.data.errors import Malformed, Row, array, kind, string
 from exo.data.formats.messages import EMPTY, Chat, Message, decoded, is_chat, parse_messages
-from exo.data.formats.parsed_row import Row
 from exo.data.formats.transcripts import as_chat, is_transcript
 
 BESIDE = ("system", "history", "tools")  # columns that are put before a question
@@ -42,9 +42,9 @@ def append_input(prompt: Any, name: str, text: Any) -> Any:
 
 
 def add_context(prompt: str, row: Row, *, exclude: Sequence[str], is_turn: bool) -> str:
-    """Return the prompt with the system prompt, the history and the tools of its row, except `exclude`d columns.
+    """Return the prompt with the system prompt, the history and the tools of its row, without `exclude`d columns.
 
-    If `is_turn`, a prompt that is a text is a user's turn. A transcript becomes its turns in any case.
+    If `is_turn`, a text is a user's turn. A transcript becomes its turns in any case.
     """
     system, history, tools = (None if name in exclude else row.get(name) for name in BESIDE)
     if system in EMPTY and history in EMPTY and tools in EMPTY:
@@ -87,10 +87,8 @@ def _history(value: Any) -> Sequence[Message]:
 def _tools(value: Any) -> list[Any]:
     """Return the JSON schemas of a row's tools, a list or its JSON."""
     if isinstance(value, str) and value.strip():
-        try:
+        with suppress(ValueError, RecursionError):  # refused below
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise Malformed("tools must be an array of schemas, or its JSON") from None
     if value in EMPTY or (isinstance(value, str) and not value.strip()):
         return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -99,7 +97,7 @@ def _tools(value: Any) -> list[Any]:
 
 
 def parse_speakers(prompt: Any) -> Any:
-    """Return a prompt of Nectar or HelpSteer, a text with marks of the speakers, as a Chat or as the one question."""
+    """Return a prompt of Nectar or HelpSteer, which marks the speakers, as a Chat, or as a text if it has one turn."""
     if not isinstance(prompt, str) or isinstance(prompt, Chat):
         return prompt
     if "<extra_id_1>" in prompt:

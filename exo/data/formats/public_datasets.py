@@ -1,20 +1,22 @@
-"""Row formats of particular public data sets: two answers and a vote, or several answers with scores.
+"""Row formats of public data sets: two answers and a vote, or several answers with scores.
 
 Ties are skipped. The strength of a preference is not used.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from exo.data.errors import Malformed, number, string
-from exo.data.formats.generic import RowFormat, answered, items_have, listed
+from exo.data.errors import Malformed, Row, number, string
+from exo.data.formats.generic import RowFormat, answered, items_have, listed, row_format
 from exo.data.formats.messages import Chat, parse_messages
-from exo.data.formats.parsed_row import ParsedRow, Row
+from exo.data.formats.parsed_row import ParsedRow
 from exo.data.formats.prompts import parse_speakers
 from exo.data.formats.transcripts import as_answers
 
 
 def _pair(prompt: Any, first: str, second: str, row: Row, better: int | None) -> ParsedRow:
-    """Return two answers, the better one first; `better` is 0, 1 or None for a tie."""
+    """Return two answers, the better one first; `better` is 0 or 1, or None for a tie."""
     parsed = answered(prompt, {first: row[first], second: row[second]})
     if better is None:
         return ParsedRow(skip="tie")
@@ -28,29 +30,26 @@ def _choice(name: str, value: Any) -> int:
 
 
 def _strength(name: str, value: Any) -> int | None:
-    """Return which answer a scale from -3 (the first is much better) to 3 prefers."""
+    """Return the answer that a scale from -3 (the first is much better) to 3 prefers."""
     strength = number(name, value)
     return None if strength == 0 else int(strength > 0)
 
 
-def _helpsteer2(row: Row) -> ParsedRow:
-    strength = _strength("preference_strength", row["preference_strength"])
-    return _pair(parse_speakers(row["prompt"]), "response_1", "response_2", row, strength)
+def _votes(
+    name: str,
+    keys: str,  # prompt, first answer, second answer, vote
+    preferred: Callable[[str, Any], int | None],  # from the vote's column and value to 0, 1 or None
+    parse: Callable[[Any], Any] = lambda prompt: prompt,
+    unused: str = "",
+) -> RowFormat:
+    """Return a format of chats with two answers and a vote."""
+    prompt, first, second, vote = keys.split()
 
+    def parse_row(row: Row) -> ParsedRow:
+        better = preferred(vote, row[vote])
+        return _pair(parse(row[prompt]), first, second, row, better)
 
-def _helpsteer3(row: Row) -> ParsedRow:
-    strength = _strength("overall_preference", row["overall_preference"])
-    return _pair(row["context"], "response1", "response2", row, strength)
-
-
-def _shp(row: Row) -> ParsedRow:
-    better = 1 - _choice("labels", row["labels"])  # 1: the first is better
-    return _pair(string("history", row["history"]), "human_ref_A", "human_ref_B", row, better)
-
-
-def _saferlhf(row: Row) -> ParsedRow:
-    better = _choice("better_response_id", row["better_response_id"])
-    return _pair(row["prompt"], "response_0", "response_1", row, better)
+    return row_format(name, keys, parse_row, is_chat=True, unused=unused)
 
 
 def _webgpt(row: Row) -> ParsedRow:
@@ -63,7 +62,7 @@ def _webgpt(row: Row) -> ParsedRow:
 
 
 def _summaries(row: Row) -> ParsedRow:
-    """Build the prompt of the published scripts, which a blank and the summary follow. News have no post: skip them."""
+    """Build the prompt of the published scripts; a blank and the summary follow. News have no post and are skipped."""
     info, summaries = row["info"], row["summaries"]
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
         raise Malformed("info must be an object and summaries an array of two")
@@ -100,47 +99,57 @@ def _nectar(row: Row) -> ParsedRow:
     return parsed._replace(completions=as_answers(row["prompt"], parsed.completions))
 
 
+_has_scores = items_have("answers", "pm_score")
+_chats = partial(row_format, is_chat=True)
 FORMATS = (
-    RowFormat(
-        "HelpSteer2 preferences", ("prompt", "response_1", "response_2", "preference_strength"), _helpsteer2,
-        is_chat=True,
-        unused=(
-            "preference_statement", "preference_elaboration", "three_most_similar_preferences",
-            "all_preferences_unprocessed",
-        ),
+    _votes(
+        "HelpSteer2 preferences",
+        "prompt response_1 response_2 preference_strength",
+        _strength,
+        parse_speakers,
+        "preference_statement preference_elaboration three_most_similar_preferences all_preferences_unprocessed",
     ),
-    RowFormat(
-        "HelpSteer3 preferences", ("context", "response1", "response2", "overall_preference"), _helpsteer3,
-        is_chat=True, unused=("individual_preference",),
+    _votes(
+        "HelpSteer3 preferences",
+        "context response1 response2 overall_preference",
+        _strength,
+        unused="individual_preference",
     ),
-    RowFormat("SHP comments", ("history", "human_ref_A", "human_ref_B", "labels"), _shp, is_chat=True),
-    RowFormat(
-        "PKU-SafeRLHF responses", ("prompt", "response_0", "response_1", "better_response_id"), _saferlhf, is_chat=True,
-        unused=tuple(f"response_{i}_{what}" for i in (0, 1) for what in ("source", "severity_level", "harm_category"))
-        + ("safer_response_id",),
+    _votes(
+        "SHP comments",
+        "history human_ref_A human_ref_B labels",
+        lambda name, value: 1 - _choice(name, value),  # 1: the first is better
+        partial(string, "history"),
     ),
-    RowFormat(
-        "WebGPT comparisons", ("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt, is_chat=True,
-        unused=("quotes_0", "quotes_1", "tokens_0", "tokens_1"),
+    _votes(
+        "PKU-SafeRLHF responses",
+        "prompt response_0 response_1 better_response_id",
+        _choice,
+        unused="response_0_source response_0_severity_level response_0_harm_category response_1_source "
+        "response_1_severity_level response_1_harm_category safer_response_id",
     ),
-    RowFormat(
-        "comparisons of summaries", ("info", "summaries", "choice"), _summaries, is_turn=False, unused=("note",),
+    _chats(
+        "WebGPT comparisons",
+        "question answer_0 answer_1 score_0 score_1",
+        _webgpt,
+        unused="quotes_0 quotes_1 tokens_0 tokens_1",
     ),
-    RowFormat(
-        "Stack Exchange pairs", ("question", "response_j", "response_k"),
-        lambda row: _pair(row["question"], "response_j", "response_k", row, 0), is_chat=True,
+    row_format("comparisons of summaries", "info summaries choice", _summaries, is_turn=False, unused="note"),
+    _chats(
+        "Stack Exchange pairs",
+        "question response_j response_k",
+        lambda row: _pair(row["question"], "response_j", "response_k", row, 0),
     ),
-    RowFormat(
-        "Stack Exchange answers with scores", ("question", "answers"),
-        lambda row: listed(row["question"], "answers", row, "text", "pm_score"), items_have("answers", "pm_score"),
-        is_chat=True,
+    _chats(
+        "Stack Exchange answers with scores",
+        "question answers",
+        lambda row: listed(row["question"], "answers", row, "text", "pm_score"),
+        _has_scores,
     ),
-    RowFormat(
-        "Chatbot Arena votes", ("conversation_a", "conversation_b", "winner"), _arena,
-        unused=("openai_moderation", "toxic_chat_tag"),
+    row_format(
+        "Chatbot Arena votes", "conversation_a conversation_b winner", _arena, unused="openai_moderation toxic_chat_tag"
     ),
-    RowFormat(
-        "Nectar answers with ranks", ("prompt", "answers"), _nectar,
-        lambda row: not items_have("answers", "pm_score")(row), is_chat=True, has_ref_logps=True,
+    _chats(
+        "Nectar answers with ranks", "prompt answers", _nectar, lambda row: not _has_scores(row), has_ref_logps=True
     ),
-)  # fmt: skip
+)

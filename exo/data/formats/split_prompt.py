@@ -1,57 +1,61 @@
 """Split conversations and texts into a prompt and its answers.
 
-Two that are compared are split at their first difference, which must be an answer; one that is learned from, before the
-last turn of the assistant. Turns after the answer are dropped.
+A pair is split at its first difference, which must be an answer, and a single conversation before the assistant's last
+turn. Turns after the answer are dropped.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from exo.data.errors import Malformed, string
+from exo.data.errors import Malformed, Row, string
 from exo.data.formats.messages import Chat, answer_of, is_chat, last_answer, parse_messages
-from exo.data.formats.parsed_row import ParsedRow, Row
+from exo.data.formats.parsed_row import ParsedRow
 from exo.data.formats.transcripts import split_turns
 
 
 def is_complete(value: Any) -> bool:
-    """Return whether a column holds a conversation from its beginning, and not an answer alone."""
+    """Return whether a value is a conversation from its beginning, not only an answer."""
     if not (isinstance(value, list) and is_chat(value) and isinstance(value[0], dict)):
         return False
     return value[0].get("role", value[0].get("from")) not in ("assistant", "gpt", "chatgpt", "function_call")
 
 
 def are_chats(row: Row) -> bool:
-    """Return whether a pair is two conversations of messages."""
     return is_chat(row["chosen"]) and is_chat(row["rejected"])
 
 
 def are_plain(row: Row) -> bool:
-    """Return whether a pair is two texts that are no Anthropic HH transcripts."""
+    """Return whether both texts of a pair are no Anthropic HH transcripts."""
     return all(isinstance(text, str) and "\n\nAssistant:" not in text for text in (row["chosen"], row["rejected"]))
+
+
+def are_transcripts(row: Row) -> bool:
+    return not are_plain(row) and not are_chats(row)
 
 
 def check_prompt(prompt: Any, parsed: ParsedRow) -> ParsedRow:
     """Return the content of a conversation; Malformed if it does not hold the prompt of the row."""
     if isinstance(parsed.prompt, Chat):
         turns = {(message.content or "").strip() for message in parsed.prompt.messages}
-        asked = [m.content for m in parse_messages("prompt", prompt)] if is_chat(prompt) else [string("prompt", prompt)]
-        if not {(text or "").strip() for text in asked} <= turns:
+        texts = [m.content for m in parse_messages("prompt", prompt)] if is_chat(prompt) else [string("prompt", prompt)]
+        if not {(text or "").strip() for text in texts} <= turns:
             raise Malformed("the prompt is not part of the conversation before the answer")
     return parsed
 
 
-def split_chats(row: Row) -> ParsedRow:
-    """Split two conversations at their first message that differs in any key."""
+def chats(row: Row) -> ParsedRow:
+    """Split a pair of conversations at the first message that differs in any key."""
     chosen, rejected = ([(m.role, m) for m in parse_messages(key, row[key])] for key in ("chosen", "rejected"))
-    shared, good, bad, later, skip = _split(chosen, rejected, speaker="assistant")
-    if skip or not shared:
-        return ParsedRow(skip=skip or "nothing before the answer")
-    answers = (answer_of("chosen", good), answer_of("rejected", bad))
-    return ParsedRow(Chat(message for _, message in shared), answers, later_turns=later)
+    at = _first_difference(chosen, rejected, speaker="assistant")
+    if not at or isinstance(at, str):
+        return ParsedRow(skip=at or "nothing before the answer")
+    answers = (answer_of("chosen", chosen[at][1]), answer_of("rejected", rejected[at][1]))
+    later_turns = max(len(chosen), len(rejected)) > at + 1
+    return ParsedRow(Chat(message for _, message in chosen[:at]), answers, later_turns=later_turns)
 
 
-def split_last_turn(key: str, row: Row) -> ParsedRow:
-    """Split a conversation to learn from before the assistant's last turn of weight 1."""
+def last_turn(key: str, row: Row) -> ParsedRow:
+    """Split a conversation before the assistant's last turn of weight 1."""
     messages = parse_messages(key, row[key])
     end = last_answer(messages)
     if not end:
@@ -62,29 +66,30 @@ def split_last_turn(key: str, row: Row) -> ParsedRow:
 
 
 def opening(key: str, row: Row) -> ParsedRow:
-    """Return a conversation to continue: up to its last message, without it if that is the assistant's already."""
+    """Return a conversation to continue, without a last message of the assistant."""
     messages = parse_messages(key, row[key])
-    asked = messages[:-1] if messages[-1].role == "assistant" else messages
-    if not asked or asked[-1].role == "assistant":
+    turns = messages[:-1] if messages[-1].role == "assistant" else messages
+    if not turns or turns[-1].role == "assistant":
         return ParsedRow(skip="nothing to answer")
-    return ParsedRow(Chat(asked))
+    return ParsedRow(Chat(turns))
 
 
-def split_transcripts(row: Row) -> ParsedRow:
-    """Split two Anthropic HH dialogues at their first turn that differs.
+def transcripts(row: Row) -> ParsedRow:
+    """Split two Anthropic HH dialogues at the first turn that differs.
 
-    Every marker starts a turn, even one inside an answer, because nothing tells it from a change of speaker and no
-    model should learn to write markers.
+    Every marker starts a turn, even inside an answer, because no model should learn to write markers.
     """
-    shared, good, bad, later, skip = _split(_turns("chosen", row), _turns("rejected", row), speaker="Assistant")
-    if skip:
-        return ParsedRow(skip=skip)
-    prompt = "".join(f"\n\n{role}:{text}" if role else text for role, text in shared)
-    return ParsedRow(f"{prompt}\n\nAssistant:", (good, bad), later_turns=later)
+    chosen, rejected = _turns("chosen", row), _turns("rejected", row)
+    at = _first_difference(chosen, rejected, speaker="Assistant")
+    if isinstance(at, str):
+        return ParsedRow(skip=at)
+    prompt = "".join(f"\n\n{role}:{text}" if role else text for role, text in chosen[:at])
+    later_turns = max(len(chosen), len(rejected)) > at + 1
+    return ParsedRow(f"{prompt}\n\nAssistant:", (chosen[at][1], rejected[at][1]), later_turns=later_turns)
 
 
 def _turns(key: str, row: Row) -> list[tuple[str, str]]:
-    """Return (role, text) of each turn; text before the first marker, such as a system prompt, has role ""."""
+    """Return (role, text) of each turn; text before the first marker (a system prompt) has role ""."""
     preamble, turns = split_turns(string(key, row[key]))
     if not any(role == "Assistant" for role, _ in turns):
         expected = "the row must hold two complete Anthropic HH dialogues, two plain texts or two lists of messages"
@@ -92,30 +97,23 @@ def _turns(key: str, row: Row) -> list[tuple[str, str]]:
     return [("", preamble)] * bool(preamble) + turns
 
 
-class _Split(NamedTuple):
-    shared: Sequence[tuple[str, Any]] = ()
-    good: Any = ""
-    bad: Any = ""
-    later: bool = False
-    skip: str = ""
-
-
-def _split(chosen: Sequence[tuple[str, Any]], rejected: Sequence[tuple[str, Any]], speaker: str) -> _Split:
-    """Split two conversations of (role, text or message) where they differ, if that is a turn of the speaker."""
+def _first_difference(
+    chosen: Sequence[tuple[str, Any]],  # role, and text or message
+    rejected: Sequence[tuple[str, Any]],
+    speaker: str,
+) -> int | str:
+    """Return the index of the first turn that differs if the speaker's, else the reason to skip the row."""
     at = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if at is None:
-        same = len(chosen) == len(rejected)
-        return _Split(skip="identical dialogues" if same else "one dialogue continues the other")
-    (role, good), (other_role, bad) = chosen[at], rejected[at]
-    if not role == other_role == speaker:
-        return _Split(skip="first difference not in an assistant turn")
-    return _Split(chosen[:at], good, bad, max(len(chosen), len(rejected)) > at + 1)
+        return "identical dialogues" if len(chosen) == len(rejected) else "one dialogue continues the other"
+    is_answer = chosen[at][0] == rejected[at][0] == speaker
+    return at if is_answer else "first difference not in an assistant turn"
 
 
-def split_common_prefix(row: Row) -> ParsedRow:
-    """Split two plain texts after their common prefix, cut back so that no word is cut in two.
+def common_prefix(row: Row) -> ParsedRow:
+    """Split two plain texts after their common prefix, at the start of a word.
 
-    A blank there goes to the completions, as tokenizers have it.
+    The blank before the word goes to the completions, as in tokens.
     """
     chosen, rejected = string("chosen", row["chosen"]), string("rejected", row["rejected"])
     if chosen == rejected:

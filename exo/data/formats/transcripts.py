@@ -1,4 +1,4 @@
-"""Anthropic HH transcripts: texts with turns that start with \\n\\nHuman: and \\n\\nAssistant:."""
+"""Parse Anthropic HH transcripts: texts whose turns start with \\n\\nHuman: and \\n\\nAssistant:."""
 
 import re
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def is_transcript(prompt: str) -> bool:
 
 
 def as_chat(prompt: str) -> Chat:
-    """Return a prompt as messages: the turns of a transcript, or one turn of the user. A Chat is returned unchanged.
+    """Return a prompt as messages: the turns of a transcript, one turn of the user, or the same Chat.
 
     Text before a transcript's first marker becomes a system turn.
     """
@@ -37,7 +37,7 @@ def as_chat(prompt: str) -> Chat:
 
 
 def as_answers(prompt: str, completions: Sequence[str]) -> tuple[str, ...]:
-    """Return the completions as messages of the chat that `as_chat` makes: a transcript's lose the blanks around."""
+    """Return the completions for the chat of `as_chat`, which has no blanks around the texts of a transcript."""
     if not is_transcript(prompt):
         return tuple(completions)
     return tuple(text if isinstance(text, Reply) else text.strip() for text in completions)

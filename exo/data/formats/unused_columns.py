@@ -1,21 +1,21 @@
-"""The columns of a file that no format reads: harmless ones, and those that stop the run.
+"""Check the columns of a file that no format reads.
 
 An unused column is harmless (an id, a score, a model's name), or it could belong to the prompt or change what is
-learned (a question, tools, a margin). The second kind is refused once, unless --ignore_columns names it. Well-known
-names decide first (SUSPECT, _HARMLESS, _PROVENANCE), then the content: a text of several words that is not the same in
-every row could be a prompt, unless it repeats what was read. If the format has no column for the prompt, one word is
-enough. A harmless name does not excuse a long text.
+learned (a question, tools, a margin). The second kind is refused, unless --ignore_columns names it. Well-known names
+decide first (SUSPECT, _HARMLESS, _PROVENANCE), then the content: a text of several words that differs between rows
+could be a prompt, unless it repeats what was read. One word is enough if the format has no column for the prompt. A
+long text is refused under harmless names too.
 """
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from exo.data.errors import DataError, names
+from exo.data.errors import DataError, Row, names
 from exo.data.formats.columns import ALIASES, REFERENCE, REPLACED, ColumnOptions
 from exo.data.formats.generic import RowFormat
 from exo.data.formats.messages import Chat
-from exo.data.formats.parsed_row import ParsedRow, Row
+from exo.data.formats.parsed_row import ParsedRow
 
 _ANSWERS = frozenset(
     "chosen rejected chosen_response rejected_response completion completions response responses output outputs answer "
@@ -30,16 +30,14 @@ _COULD_BE_PROMPT = set(
     "completions text messages history tools document passage passages article background story premise instructions "
     "prefix suffix choices options candidates hint hints persona scenario concepts".split()
 )
-SUSPECT = {name for key, others in ALIASES.items() for name in (key, *others)}
+SUSPECT = {name for key, aliases in ALIASES.items() for name in (key, *aliases)}
 SUSPECT |= {*REFERENCE} | _CHANGES_LEARNING | _COULD_BE_PROMPT
-_HARMLESS = set(
-    "id ids idx index uuid key hash source sources dataset dataset_name data_source origin model models generator "
-    "annotator annotators worker author tags tag category categories domain subset split batch task task_type "
-    "task_name type kind difficulty quality intent knowledge lang language languages locale license licence url urls "
-    "link date day time timestamp created created_at updated_at version views title_id score scores rating ratings "
-    "reward rewards rank ranks votes upvotes toxicity toxic tokenizer token_ids logprobs finish finish_reason "
-    "temperature top_p top_k seed log_ratios line sample raw_scores turn turns num_turns meta metadata info misc extra "
-    "extra_info annotations max_new_tokens".split()
+_HARMLESS = set(  # besides _HARMLESS_NAME
+    "key sources dataset dataset_name origin generator annotator annotators worker author tags tag categories "
+    "domain subset split batch task task_type task_name type kind difficulty quality intent knowledge languages "
+    "locale license licence urls link day created created_at updated_at views ranks votes upvotes toxicity toxic "
+    "tokenizer finish finish_reason temperature top_p top_k seed log_ratios line sample turn turns meta metadata "
+    "info misc extra extra_info annotations".split()
 )
 # How the data set was made; harmless at any length.
 _PROVENANCE = set(
@@ -51,7 +49,7 @@ _PROVENANCE = set(
 # Dates, links and names have several words without being a text.
 _NAMED = re.compile(r"date|time|created|updated|url|link|licen[cs]e|model|author|annotator|worker|version|generator")
 _FLAG = re.compile(r"^(is|has|num|n)_")
-# Columns that may say which completions are good, beside one completion and beside a pair.
+# Columns that may rate a single completion, and those that may rate a pair.
 _VERDICT = re.compile(r"good|bad|desir|feedback|label|like|thumb|prefer|accept|reject|correct|vote|score|rating|reward")
 _WINNER = re.compile(r"^(winner|better|best|preferred|preference|label|labels|chosen_index|choice|is_chosen.*)$")
 _SENTENCE = 12  # words; names and dates are shorter
@@ -64,6 +62,13 @@ _HARMLESS_NAME = re.compile(
 )
 
 
+class Unused(NamedTuple):
+    """The unused columns of a row."""
+
+    harmless: tuple[str, ...]  # by name; only their content can be suspect
+    others: tuple[str, ...]
+
+
 class UnusedColumns:
     """Collects the columns of a file that are not read, and checks what they hold."""
 
@@ -74,8 +79,8 @@ class UnusedColumns:
         self._verdicts: dict[str, Any] = {}  # numbers or names that were the same in every row so far
         self._rows = 0
 
-    def classify(self, columns: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return those of the unused columns that are harmless by name, and those that only content can clear."""
+    def classify(self, columns: Iterable[str]) -> Unused:
+        """Collect unused columns, and return those that `check` must check."""
         harmless: list[str] = []
         others: list[str] = []
         for column in columns:
@@ -87,16 +92,13 @@ class UnusedColumns:
                 continue
             by_name = name not in SUSPECT and (name in _HARMLESS or _HARMLESS_NAME.match(name))
             (harmless if by_name else others).append(column)
-        return tuple(harmless), tuple(others)
+        return Unused(tuple(harmless), tuple(others))
 
-    def check(
-        self, place: str, row: Row, columns: tuple[tuple[str, ...], tuple[str, ...]], parsed: ParsedRow,
-        format: RowFormat,
-    ) -> None:  # fmt: skip
+    def check(self, place: str, row: Row, columns: Unused, parsed: ParsedRow, format: RowFormat) -> None:
         """Raise DataError for a column that could belong to the prompt or change what is learned.
 
-        `columns` are classified; `parsed` is what was read of the row. If nothing was read as the prompt, any word
-        could be it. A column with a harmless name is refused for a long text, or for a verdict on the completions.
+        `parsed` is the content that was read. If it has no prompt, any word could be the prompt. A column with a
+        harmless name is refused for a long text, or for a verdict on the completions.
         """
         self._rows += 1
         if not any(columns):
@@ -104,14 +106,14 @@ class UnusedColumns:
         turns = [str(m.content) for m in parsed.prompt.messages] if isinstance(parsed.prompt, Chat) else []
         texts = (parsed.prompt, *turns, *parsed.completions)
         no_prompt = not format.has_prompt or (self.purpose == "comparisons" and not parsed.prompt)
-        for names_of_kind, is_refused in zip(columns, (self._is_text_by_mistake, self._could_be_read), strict=True):
-            for name in names_of_kind:
+        for kind, is_refused in ((columns.harmless, self._is_text_by_mistake), (columns.others, self._could_be_read)):
+            for name in kind:
                 self._check_verdict(place, name, row[name], format)
                 if is_refused(name, row[name], texts, no_prompt):
                     raise self._refusal(place, name, format)
 
     def _is_text_by_mistake(self, name: str, value: Any, texts: tuple[str, ...], no_prompt: bool) -> bool:
-        """Return whether a column with a harmless name holds a long text, or one that varies if there is no prompt."""
+        """Return whether a column with a harmless name holds a long text, or, without a prompt, a varying one."""
         if not isinstance(value, str) or _words(value) < 3 or _repeats(value, texts):
             return False
         could_be_prompt = no_prompt and not isinstance(texts[0], Chat) and not _NAMED.search(name)
@@ -130,7 +132,7 @@ class UnusedColumns:
         return self._texts.setdefault(name, text) != text
 
     def _check_verdict(self, place: str, name: str, value: Any, format: RowFormat) -> None:
-        """Raise DataError for a column that may say which completions are good, if its values differ."""
+        """Raise DataError for a column that may rate the completions, if its values differ."""
         single = self.purpose == "texts" and "completion" in format.keys and _VERDICT.search(name)
         pair = {"chosen", "rejected"} <= {*format.keys} and _WINNER.match(name)
         if not (single and value in (-1, 0, 1) or pair):
@@ -143,7 +145,7 @@ class UnusedColumns:
             )
 
     def end(self, place: str, format: RowFormat) -> None:
-        """Raise DataError for a text in the only row of a file, because it may or may not be a constant."""
+        """Raise DataError for a text in the only row of a file, because it may be a constant or not."""
         if self._rows == 1 and self._texts:
             raise self._refusal(place, next(iter(self._texts)), format)
 
@@ -163,7 +165,7 @@ def _reason(name: str, format: RowFormat) -> str:
     if name in REFERENCE:
         return "holds log-probs that cannot be used here: they are of other tokens than this format's completions"
     if name in ALIASES["completion"]:
-        return "could be what is to be learned"
+        return "could be the completion"
     if name in ALIASES:
         return "is no part of this format, and could belong to the prompt or the answer"
     if format.columns_hint:
@@ -174,7 +176,7 @@ def _reason(name: str, format: RowFormat) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether a value holds language, or an image: not a number, an id, a word, a link."""
+    """Return whether a value holds a text or an image, not only numbers, ids, words or links."""
     if isinstance(value, str):
         return _words(value) > 2
     if isinstance(value, dict):
@@ -188,12 +190,10 @@ def _words(text: str) -> int:
 
 
 def _repeats(value: Any, texts: tuple[str, ...]) -> bool:
-    """Return whether an unused value repeats what was read: the prompt, a turn of it, an answer."""
+    """Return whether an unused value repeats the prompt, a turn of it or an answer."""
     if isinstance(value, str):
         text = value.strip()
-        if any(text == other.strip() for other in texts):
-            return True
-        return _words(text) > 2 and any(text in other for other in texts)
+        return any(text == t.strip() or (text in t and _words(text) > 2) for t in texts)
     if isinstance(value, list) and value:
         items = [item.get("content", item.get("value")) if isinstance(item, dict) else item for item in value]
         return all(isinstance(text, str) and _repeats(text, texts) for text in items)

@@ -1,9 +1,9 @@
 """Open a path or a hub name as a stream of rows: JSON lines, JSON arrays, compressed files, tables, directories.
 
-The content of a file decides what it is, and its name only for csv and tsv. Python's `json` accepts NaN, 1e999,
-repeated keys and lone surrogates; here such a row is malformed. Rows are yielded one by one, each with its place in the
-file, a malformed one as its error, so that a bad row costs no other. The elements of a JSON array are split before they
-are parsed for the same reason; the array itself is read into memory.
+The content of a file decides its type, except for csv and tsv, which need the suffix. Python's `json` accepts NaN,
+1e999, repeated keys and lone surrogates; here such a row is malformed. Each row is yielded with its place in the file,
+a malformed row as an error, so that one bad row does not affect the others. For the same reason the elements of a JSON
+array are split before they are parsed; the array itself is read into memory.
 """
 
 import bz2
@@ -16,23 +16,19 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exo.cli.paths import DATA_SUFFIXES
-from exo.data.errors import DataError, Malformed, StrPath, kind, names, show
+from exo.cli.paths import DATA_SUFFIXES, StrPath
+from exo.data.errors import DataError, Malformed, Place, Row, Rows, kind, names, show
 from exo.data.sources import tables
-
-Row = dict[str, Any]
-Place = tuple[int, str]  # number of a row, and its file:line
-Rows = Generator[tuple[Place, Row | Malformed], None, None]
 
 _ACCEPTED = (
     "accepted: a .jsonl file, a .json array of objects, .csv, .tsv, these with .gz, .bz2, .xz or .zst, .parquet, "
     ".arrow, a directory of those or of save_to_disk, or a hub name owner/name:config@split"
 )
-# {first bytes: (name, function that opens it)}
+# first bytes: (name, function that opens the file)
 _COMPRESSED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
     b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
     b"BZh": ("bzip2", bz2.BZ2File),
@@ -44,25 +40,23 @@ _SPLIT = re.compile(
     re.IGNORECASE,
 )
 _SHARD = re.compile(r"[-_.]?\d+(-of-\d+)?$")
-_PAPERS = re.compile(
+_NOT_DATA = re.compile(
     r"(readme|licen[cs]e|dataset_infos?\.json$|dataset_dict\.json$|checksums|sha256sums)", re.IGNORECASE
 )
-# A string, or one character of structure; a lone quote starts a string that never ends, and stopping there keeps
-# hostile input linear. Matching bytes is safe, because no byte of a longer UTF-8 character equals one of these.
+# A string, or one structural character. A lone quote starts an unterminated string; stopping there keeps hostile input
+# linear. Matching bytes is safe, because no byte of a multibyte UTF-8 character equals one of these.
 _STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 
 
 class Source(NamedTuple):
-    """The stream of rows of a path, and what holds them."""
-
-    rows: Rows  # to be closed
-    container: str  # in words; "" for a JSON file
+    rows: Rows  # the caller closes it
+    container: str  # the type of the files, in words; "" for a JSON file
 
 
 def open_source(path: StrPath) -> Source:
     """Open a path, or a hub name if no such path exists; DataError if it is neither."""
     try:
-        local, split = _split_of(path)
+        local, split = _parse_split(path)
         if local.is_dir():
             return _directory(local, split)
         if name := tables.hub_name(path):
@@ -79,8 +73,8 @@ def open_source(path: StrPath) -> Source:
         raise DataError(f"{show(path)}: no such file or directory; {_ACCEPTED}") from None
 
 
-def _split_of(path: StrPath) -> tuple[Path, str | None]:
-    """Return a path and the split that it names, as in DIRECTORY@test."""
+def _parse_split(path: StrPath) -> tuple[Path, str | None]:
+    """Return the path and the split of DIRECTORY@split; other paths have no split."""
     local = Path(path)
     directory, _, split = os.fspath(path).rpartition("@")
     if directory and split and not local.exists() and Path(directory).is_dir():
@@ -113,13 +107,14 @@ def _delimited(path: Path, shown: str, delimiter: str) -> Rows:
 
 
 def _directory(directory: Path, split: str | None) -> Source:
-    """Open the files of a directory one after another, by name; of a data set with splits, those of one."""
+    """Open the files of a directory, sorted by name; of a data set with splits, open those of one split."""
     if (directory / "state.json").is_file() or (directory / "dataset_dict.json").is_file():
         return Source(*tables.from_disk(directory, split))
     files = sorted(
-        entry for entry in directory.iterdir()
-        if not entry.name.startswith(".") and not (entry.is_file() and _PAPERS.match(entry.name))
-    )  # fmt: skip
+        file
+        for file in directory.iterdir()
+        if not file.name.startswith(".") and not (file.is_file() and _NOT_DATA.match(file.name))
+    )
     if not files:
         raise DataError(f"{show(directory)}: a directory without a data file; {_ACCEPTED}")
     for file in files:
@@ -128,34 +123,34 @@ def _directory(directory: Path, split: str | None) -> Source:
                 f"{show(directory)}: expected a directory of data files alone ({', '.join(DATA_SUFFIXES)}), "
                 f"found {names([file.name])}; name one file, or move the others out"
             )
-    chosen, part = _of_split(directory, files, split)
-    sources = [_file(file, show(file)) for file in chosen]
+    files, remark = _files_of_split(directory, files, split)
+    sources = [_file(file, show(file)) for file in files]
     kinds = sorted({source.container or "JSON" for source in sources})
-    container = f"{len(chosen)} {' and '.join(kinds)} file{'s' * (len(chosen) > 1)}{part}"
-    return Source(_chained(sources), container)
+    container = f"{len(files)} {' and '.join(kinds)} file{'s' * (len(files) > 1)}{remark}"
+    return Source(_chain(sources), container)
 
 
-def _of_split(directory: Path, files: list[Path], split: str | None) -> tuple[list[Path], str]:
-    """Return the files of a split, train by default, and its name in words; all files if none is of a split."""
+def _files_of_split(directory: Path, files: list[Path], split: str | None) -> tuple[list[Path], str]:
+    """Return the files of a split (default: train) and a remark on it; all files if no name has a split."""
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        named = _SPLIT.search(file.name.partition(".")[0])
-        by_split.setdefault(_SHARD.sub("", named[0].lstrip("-_.")) if named else "", []).append(file)
+        match = _SPLIT.search(file.name.partition(".")[0])
+        by_split.setdefault(_SHARD.sub("", match[0].lstrip("-_.")) if match else "", []).append(file)
     splits = sorted(filter(None, by_split))
     if split is None and len(by_split) == 1:
         return files, ""
     chosen = split or ("training" if "training" in splits and "train" not in splits else "train")
     if chosen not in splits or (split is None and "" in by_split):
         existing = ", ".join(f"{directory.name}@{name}" for name in splits) or "none"
-        others = f" and {names(file.name for file in by_split[''])}" if "" in by_split else ""
+        unsplit = f" and {names(file.name for file in by_split[''])}" if "" in by_split else ""
         raise DataError(
-            f"{show(directory)}: expected the files of one split, {chosen!r}; found splits {existing}{others}; name "
+            f"{show(directory)}: expected the files of one split, {chosen!r}; found splits {existing}{unsplit}; name "
             "one, or move the other files out"
         )
     return by_split[chosen], f" of split {chosen}, out of {', '.join(splits)}" if len(splits) > 1 else ""
 
 
-def _chained(sources: list[Source]) -> Rows:
+def _chain(sources: list[Source]) -> Rows:
     number = 0
     for source in sources:
         for (_, place), row in source.rows:
@@ -166,18 +161,18 @@ def _chained(sources: list[Source]) -> Rows:
 def json_rows(path: StrPath) -> Rows:
     """Yield every row of JSON lines or of one array, plain or compressed."""
     with open(path, "rb") as file:
-        for place, raw in _pieces(file, show(path)):
+        for place, raw in _split_rows(file, show(path)):
             try:
                 yield place, _parse(raw)
             except Malformed as error:
                 yield place, error
 
 
-def _pieces(file: io.BufferedReader, shown: str) -> Iterator[tuple[Place, bytes]]:
+def _split_rows(file: io.BufferedReader, shown: str) -> Iterator[tuple[Place, bytes]]:
     """Yield the place and the unparsed bytes of every row.
 
-    Lines end at \\n alone, because JSON strings may hold U+2028, where `str.splitlines` would cut. Blank lines are no
-    rows.
+    Lines end at \\n only; `str.splitlines` would also split at U+2028, which JSON strings may hold. Blank lines are
+    skipped.
     """
     stream, compression = _decompressed(file)
     line, started = 0, False
@@ -199,21 +194,21 @@ _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
 def _decompressed(file: io.BufferedReader) -> tuple[Any, str]:
-    """Return a stream of a file's content and the name of its compression, "" if it has none."""
+    """Return the decompressed stream of a file and the name of its compression, or ""."""
     magic = file.peek(8)
-    for prefix, (name, opened) in _COMPRESSED.items():
+    for prefix, (name, decompress) in _COMPRESSED.items():
         if magic.startswith(prefix):
-            return opened(file), name
+            return decompress(file), name
     return file, ""
 
 
 def _damaged(place: str, compression: str, error: Exception) -> Exception:
-    """Return the error to raise for a stream that breaks off."""
+    """Return the error to raise for a stream that ends early."""
     return DataError(f"{place}: the {compression} data is cut off or damaged") if compression else error
 
 
 def _elements(body: bytes, line: int, shown: str) -> Iterator[tuple[Place, bytes]]:
-    """Yield the elements of a top-level array that begins on `line`, split without parsing them."""
+    """Yield the unparsed elements of a top-level array that begins on `line`."""
     depth = number = counted = 0
     start = body.index(b"[") + 1
     for token in _STRUCTURE.finditer(body):
@@ -242,7 +237,7 @@ def _elements(body: bytes, line: int, shown: str) -> Iterator[tuple[Place, bytes
 
 def _parse(raw: bytes) -> Row:
     try:
-        text = raw.rstrip(b"\r\n").decode("utf-8")  # else the error of a cut-off row names its line break
+        text = raw.rstrip(b"\r\n").decode("utf-8")  # without the line break, which an error would count
         row = _DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
@@ -276,5 +271,5 @@ def _finite(digits: str) -> float:
     return value
 
 
-# json.loads would make one for each row
+# made once, because json.loads would make one for each row
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)

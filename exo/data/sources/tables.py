@@ -2,8 +2,8 @@
 
 pyarrow and `datasets` are imported when first needed. A hub name is `owner/name`, with an optional `:config` and
 `@split` (default: train); a config that ends in / is a folder of the repository. No code from the hub is run, and
-HF_HUB_OFFLINE is respected. Columns that no format reads may hold anything. The fields of a csv are texts, except those
-of columns that are numbers by name (_NUMBERS).
+HF_HUB_OFFLINE is respected. Columns that no format reads may hold anything. The fields of a csv are texts, except in
+columns that are numeric by name (_NUMBERS).
 """
 
 import csv
@@ -12,15 +12,13 @@ import io
 import os
 import re
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exo.cli.paths import DATA_SUFFIXES
-from exo.data.errors import DataError, Malformed, StrPath, names
-
-Rows = Generator[tuple[tuple[int, str], dict[str, Any] | Malformed], None, None]
+from exo.cli.paths import DATA_SUFFIXES, StrPath
+from exo.data.errors import DataError, Malformed, Row, Rows, names
 
 _HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+/?))?(?:@([\w.\[\]%:+-]+))?", re.ASCII)
 _PATHS = (*DATA_SUFFIXES, ".txt", ".zip")
@@ -36,7 +34,7 @@ class HubName(NamedTuple):
 
 
 def hub_name(path: StrPath) -> HubName | None:
-    """Return the parts of a hub name; None for a path into an existing folder or a name that looks like a file."""
+    """Return the parts of a hub name; None for a path into an existing directory, or the name of a file."""
     parts = _HUB.fullmatch(os.fspath(path))
     if parts is None or parts[1].endswith(_PATHS) or Path(parts[1]).parent.is_dir():
         return None
@@ -51,13 +49,13 @@ def from_hub(hub: HubName) -> tuple[Rows, str]:
         folder = hub.config if hub.config and hub.config.endswith("/") else None
         part = {"data_dir": folder[:-1]} if folder else {"name": hub.config}
         dataset = datasets.load_dataset(hub.name, split=hub.split, **part)
-    # unknown or out of reach, no such config or split, a script that is not run
+    # unknown, unreachable, without the config or split, or a script
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{shown}: no such path here, and from the hub: {_first_line(error)}") from None
     _refuse_duplicates(shown, dataset.column_names)
     batches = dataset.with_format("arrow").iter(batch_size=1000)
-    fingerprint = dataset._fingerprint  # of name, config, split and revision; there is no public name for it
-    return _rows(batches, shown), f"from the hub, fingerprint {fingerprint}"
+    # of name, config, split and revision; it has no public name
+    return _rows(batches, shown), f"from the hub, fingerprint {dataset._fingerprint}"
 
 
 def from_disk(directory: Path, split: str | None) -> tuple[Rows, str]:
@@ -90,7 +88,7 @@ def from_parquet(path: Path, shown: str) -> Rows:
 
 
 def from_arrow(path: Path, shown: str) -> Rows:
-    """Yield the rows of an arrow file, or of the stream that `datasets` writes under that name."""
+    """Yield the rows of an arrow file, or of a stream, which `datasets` writes with the same suffix."""
     pyarrow, ipc = _imported("pyarrow", shown, "arrow"), _imported("pyarrow.ipc", shown, "arrow")
     with _arrow_errors(shown, "arrow"), pyarrow.memory_map(str(path)) as memory:
         if memory.read(6) == b"ARROW1":
@@ -105,7 +103,7 @@ def from_arrow(path: Path, shown: str) -> Rows:
 
 @contextmanager
 def _arrow_errors(shown: str, format: str) -> Iterator[None]:
-    """Turn the errors of pyarrow about a file into a DataError."""
+    """Convert errors of pyarrow into a DataError."""
     pyarrow = _imported("pyarrow", shown, format)
     try:
         yield
@@ -141,7 +139,7 @@ def from_delimited(stream: Any, shown: str, delimiter: str) -> Rows:
         text.detach()  # the caller closes the file
 
 
-def _delimited(header: list[str], fields: list[str]) -> dict[str, Any] | Malformed:
+def _delimited(header: list[str], fields: list[str]) -> Row | Malformed:
     if len(fields) != len(header):
         return Malformed(f"{len(fields)} fields, and the header has {len(header)}")
     try:
@@ -169,10 +167,10 @@ def _rows(batches: Iterable[Any], shown: str) -> Rows:
     number = 0
     for batch in batches:
         columns = zip(batch.schema.names, batch.schema.types, strict=True)
-        tools = any("tool" in name or "tool_calls" in str(type) for name, type in columns)
+        has_tools = any("tool" in name or "tool_calls" in str(type) for name, type in columns)
         for row in _unpacked(batch):
             number += 1
-            yield (number, f"{shown}:{number}"), _without_nulls(row) if tools else row
+            yield (number, f"{shown}:{number}"), _without_nulls(row) if has_tools else row
 
 
 def _without_nulls(value: Any) -> Any:
@@ -182,8 +180,8 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _unpacked(batch: Any) -> list[dict[str, Any] | Malformed]:
-    """Return the rows of a batch. If converting them at once fails, find the bad row, which takes ten times as long."""
+def _unpacked(batch: Any) -> list[Row | Malformed]:
+    """Return the rows of a batch; if that fails, convert them one by one, ten times as slow, to find the bad row."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError) as error:
@@ -200,7 +198,7 @@ def _refuse_duplicates(shown: str, columns: list[str]) -> None:
 
 
 def _imported(module: str, shown: str, purpose: str) -> Any:
-    """Import a module of an optional package; DataError with the package to install if it is missing."""
+    """Import a module of an optional package; raise DataError with the package to install if it is missing."""
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)

@@ -1,18 +1,17 @@
-"""Render chat messages as the text that a model reads, with the tokenizer's chat template.
+"""Render chat messages with the tokenizer's chat template.
 
 The prompt is the rendering of its messages with the template's opening of an answer. The completion is the text that
-the template adds when the answer is given, up to its end of turn. A template that renders the prompt differently when
-it is answered is refused, because nothing then tells where the completion begins.
+the template adds for the answer, up to its end of turn. A template that renders the prompt differently with an answer
+is refused, because the beginning of the completion is then unknown.
 
 exo.data.text.render chooses the template, its arguments and its date for a run, and stores them with the tokenizer. A
-`Renderer` renders a plain answer once to learn how the template ends a turn, and ends every answer like that:
+`Renderer` renders a plain answer once to find out how the template ends a turn, and ends every answer in the same way:
 
-- with a token (`<|im_end|>`, Gemma's `<end_of_turn>`, `</s>`): the completion ends right after it. Line breaks that
-  follow only separate turns, and a sample that stops there has none.
-- with nothing, or with text that is no single token: the caller appends the tokenizer's end of sequence.
+- with a token (`<|im_end|>`, Gemma's `<end_of_turn>`, `</s>`): the completion ends after it, without the line breaks
+  that separate turns, because a sample stops there.
+- with nothing, or with other text: the caller appends the tokenizer's end of sequence.
 
-Control tokens that the data spell out in a message would forge turns, so `Renderer` marks them, and subwords tokenizes
-marked ones as plain text.
+Control tokens in the data would forge turns, so `Renderer` marks them, and subwords tokenizes them as plain text.
 """
 
 import datetime
@@ -33,19 +32,18 @@ _FORMATS = re.compile(r"""(['"])((?:(?!\1).)*%(?:(?!\1).)*)\1""")  # texts of a 
 
 
 class Settings(NamedTuple):
-    """How a run renders chat messages, beside the template itself."""
+    """The arguments of a chat template in a run."""
 
-    arguments: Mapping[str, Any] = {}  # of the template, such as enable_thinking
+    arguments: Mapping[str, Any] = {}  # such as enable_thinking
     date: datetime.date | None = None  # None: today
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Return whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def template_source(tokenizer: Any) -> str:
-    """Return the source of a tokenizer's chat templates, "" if it has none."""
+    """Return the source of a tokenizer's chat templates, or ""."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
@@ -68,14 +66,14 @@ class Renderer:
 
     def prompt(self, chat: Chat) -> str:
         """Return the text of a prompt, up to and including the template's opening of an answer."""
-        messages, tools = self._marked_chat(chat)
+        messages, tools = self._mark_chat(chat)
         return self._render(messages, tools, opened=True)
 
     def answer(self, chat: Chat, prompt: str, answer: str) -> "Answer":
         """Render a completion of `chat`, whose rendering is `prompt`."""
         message = answer.message if isinstance(answer, Reply) else Message("assistant", answer)
-        messages, tools = self._marked_chat(chat)
-        rendered = self._render([*messages, self._marked(message)], tools, opened=False)
+        messages, tools = self._mark_chat(chat)
+        rendered = self._render([*messages, self._mark(message)], tools, opened=False)
         if not rendered.startswith(prompt):
             raise DataError(
                 "the chat template renders the prompt differently once it is answered, so nothing tells where the "
@@ -92,7 +90,7 @@ class Renderer:
 
     @cached_property
     def _after_answer(self) -> str:
-        """The text that the template writes after a plain answer that ends a conversation."""
+        """The text that the template writes after a plain answer at the end of a conversation."""
         rendered = self._probe(Message("user", PROBE), Message("assistant", PROBE + PROBE))
         _, answered, tail = rendered.rpartition(PROBE + PROBE)
         if not answered:
@@ -120,10 +118,10 @@ class Renderer:
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
-        """Tokens that the data must not write into a message.
+        """Tokens that texts of messages must not contain.
 
         These are the special tokens and the added tokens that the template writes around turns (DeepSeek's are not
-        marked special), without those that it looks for in an answer, such as `</think>`.
+        special), without tokens that it searches in an answer, such as `</think>`.
         """
         added = list(self.tokenizer.added_tokens_decoder.values())
         user, assistant = Message("user", PROBE), Message("assistant", PROBE)
@@ -133,7 +131,7 @@ class Renderer:
             written = ""
         template = template_source(self.tokenizer)
         tokens = {t.content for t in added if t.special or t.content in written}
-        read = {token for token in tokens if _reads(template, token)}
+        read = {token for token in tokens if _searches(template, token)}
         read |= {token.replace("</", "<") for token in read}
         return tuple(sorted((t for t in tokens - read if t.strip()), key=len, reverse=True))
 
@@ -141,21 +139,21 @@ class Renderer:
     def _control_pattern(self) -> re.Pattern[str] | None:
         return re.compile("|".join(map(re.escape, self.control_tokens))) if self.control_tokens else None
 
-    def _marked_chat(self, chat: Chat) -> tuple[list[Any], list[Any]]:
+    def _mark_chat(self, chat: Chat) -> tuple[list[Any], list[Any]]:
         if self._last[0] is not chat:
-            self._last = chat, self._marked(list(chat.messages)), self._marked(list(chat.tools))
+            self._last = chat, self._mark(list(chat.messages)), self._mark(list(chat.tools))
         return self._last[1:]
 
-    def _marked(self, value: Any) -> Any:
-        """Return messages or tools with every control token in their texts marked as plain text."""
+    def _mark(self, value: Any) -> Any:
+        """Return messages or tools with the control tokens in their texts marked."""
         pattern = self._control_pattern
         if isinstance(value, str):
             text = str.__str__(value)
             return pattern.sub(lambda match: f"{LEFT}{match[0]}{RIGHT}", text) if pattern else text
         if isinstance(value, Mapping):
             present = {key: item for key, item in value.items() if item is not None}  # templates would write "None"
-            return {self._marked(key): item if key == "role" else self._marked(item) for key, item in present.items()}
-        return [self._marked(item) for item in value] if isinstance(value, list | tuple) else value
+            return {self._mark(key): item if key == "role" else self._mark(item) for key, item in present.items()}
+        return [self._mark(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _render(self, messages: list[Any], tools: list[Any], *, opened: bool) -> str:
         if not has_template(self.tokenizer):
@@ -169,10 +167,8 @@ class Renderer:
             template = _strftime(template, settings.date) + template
         try:
             with limited(SECONDS, MAX_BYTES):
-                rendered = self.tokenizer.apply_chat_template(
-                    messages, tools=tools or None, chat_template=template, add_generation_prompt=opened,
-                    tokenize=False, **settings.arguments,
-                )  # fmt: skip
+                options = {"tools": tools or None, "chat_template": template, "add_generation_prompt": opened}
+                rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **settings.arguments)
         except Exception as error:  # the template is code that may raise anything
             lines = str(error).splitlines() or [type(error).__name__]
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
@@ -185,7 +181,7 @@ class Renderer:
 
 
 def is_written(answer: str, rendered: str) -> bool:
-    """Return whether every text of an answer is in its rendering; templates may move blanks."""
+    """Return whether the rendering of an answer contains all its texts; templates may move blanks."""
     message = answer.message if isinstance(answer, Reply) else {"content": str.__str__(answer)}
     written = "".join(_MARKS.sub("", rendered).split())
     return all("".join(text.split()) in written for text in _texts(message))
@@ -205,15 +201,15 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def stop_id(tokenizer: Any) -> int | None:
-    """Return the token that ends a turn of the chat template; None without such a token, or a template that renders."""
+    """Return the token that ends a turn of the chat template; None without a token, or a template that works."""
     try:
         return Renderer(tokenizer).end_id if has_template(tokenizer) else None
     except DataError:  # no chat can be rendered with it, so all prompts are plain
         return None
 
 
-def _reads(template: str, token: str) -> bool:
-    """Return whether the template looks for a token in a content: `'</think>' in content`, `split('</think>')`."""
+def _searches(template: str, token: str) -> bool:
+    """Return whether the template searches a token in a content: `'</think>' in content`, `split('</think>')`."""
     quoted = f"""['"]{re.escape(token)}['"]"""
     return bool(re.search(rf"{quoted}\s+in\b|split\(\s*{quoted}", template))
 

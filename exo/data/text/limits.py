@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 from exo.data import DataError
 
-STUMP = 32  # tokens; a cut prompt that keeps fewer has lost its meaning
+STUMP = 32  # tokens; a shorter rest of a prompt has lost its meaning
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits in tokens, and the treatment of rows that exceed them.
+    """Limits in tokens, and the treatment of longer rows.
 
-    A completion over its limit loses its end, and a prompt its beginning. The prompt keeps `max_prompt_length` tokens,
-    or half of `max_length` if that is None; a completion gets the rest.
+    Completions are cut at the end and prompts at the beginning. The prompt keeps `max_prompt_length` tokens, or half of
+    `max_length` if that is None; a completion gets the rest.
     """
 
     max_length: int
@@ -25,33 +25,33 @@ class Limits:
 def fit(
     prompt: list[int],
     completions: list[list[int]],
-    start: int,  # tokens at the beginning that stay
+    start: int,  # tokens at the beginning to keep
     limits: Limits,
     place: str,
     counts: Counter[str],
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None:
-    """Return the prompt and its completions within the limits; None for a row to drop, which `counts` counts.
+    """Return the prompt and its completions within the limits; None for a dropped row; update `counts`.
 
-    One prompt serves all its completions, so the longest of them decides. DataError if `limits.truncate` is "error".
+    The longest completion determines the cut of the prompt. DataError for a long row if `limits.truncate` is "error".
     """
     if limits.max_prompt_length is not None and len(prompt) > limits.max_prompt_length:
         counts["rows with the prompt cut on the left to --max_prompt_length"] += 1
         prompt = last_of(prompt, start, limits.max_prompt_length)
     share = (limits.max_length + 1) // 2 if limits.max_prompt_length is None else limits.max_length - 1
-    most = limits.max_length - min(len(prompt), share)
+    room = limits.max_length - min(len(prompt), share)
     if limits.max_completion_length is not None:
-        most = min(most, limits.max_completion_length)
-    long_completion = max(map(len, completions)) > most
-    too_long = long_completion or len(prompt) + max(map(len, completions)) > limits.max_length
+        room = min(room, limits.max_completion_length)
+    longest = max(map(len, completions))
+    too_long = longest > room or len(prompt) + longest > limits.max_length
     if too_long and limits.truncate == "error":
         raise DataError(f"{place}: longer than the limits allow; raise them or choose another --truncate")
     if too_long and limits.truncate == "drop":
         counts["rows dropped: over-long"] += 1
         return None
-    if long_completion:
-        different = len(set(map(tuple, completions)))
-        completions = [completion[:most] for completion in completions]
-        if different > 1 == len(set(map(tuple, completions))):
+    if longest > room:
+        num_distinct = len(set(map(tuple, completions)))
+        completions = [completion[:room] for completion in completions]
+        if num_distinct > 1 == len(set(map(tuple, completions))):
             counts["rows dropped: completions identical once cut"] += 1
             return None
         counts["rows with a completion cut on the right (its end of sequence goes too)"] += 1
@@ -63,7 +63,7 @@ def fit(
 
 
 def last_of(prompt: list[int], start: int, room: int) -> list[int]:
-    """Return the last `room` tokens, with the first `start` of the prompt among them."""
+    """Return `room` tokens: the first `start` of the prompt and the last others."""
     if len(prompt) <= room:
         return prompt
     start = start if start < room else 0

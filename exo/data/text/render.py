@@ -1,4 +1,4 @@
-"""Choose the chat template of a run, and the prompts that it renders."""
+"""Choose the chat template of a run, and the prompts to render with it."""
 
 import dataclasses
 import datetime
@@ -30,40 +30,40 @@ def apply(
     *datasets: Dataset,
     sampled: Literal["keep", "render"] = "keep",
 ) -> tuple[Dataset, ...]:
-    """Configure the tokenizer's chat template, and return the data with the prompts that it is to render as chats.
+    """Configure the tokenizer's chat template, and return the data with the prompts to render as chats.
 
-    `template` and `arguments` are those of `configure`, `sampled` that of `render_plain`.
+    See `configure` for `template` and `arguments`, and `render_plain` for `sampled`.
     """
     configure(tokenizer, template, arguments, date)
     return tuple(render_plain(dataset, tokenizer, template, sampled=sampled) for dataset in datasets)
 
 
 def configure(tokenizer: Any, template: str, arguments: str | None, date: datetime.date | None) -> None:
-    """Set the tokenizer's chat template, and the arguments and the date to render it with.
+    """Set the tokenizer's chat template, and its arguments and date.
 
-    `template` is "auto", "always" or "none", which keep the tokenizer's template; a file; a name among the tokenizer's
+    `template` is "auto", "always" or "none", which keep the tokenizer's template; a file; the name of one of its
     templates; or "chatml" or "plain". `arguments` is a JSON object. ValueError for anything else.
     """
     try:
-        given = json.loads(arguments or "{}")
+        values = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
+        values = None
+    if not isinstance(values, dict):
         raise ValueError("--template_kwargs: expected a JSON object, such as '{\"enable_thinking\": false}'")
-    if reserved := sorted(given.keys() & RESERVED):
+    if reserved := sorted(values.keys() & RESERVED):
         raise ValueError(f"--template_kwargs: expected arguments of the template; {reserved[0]} is set by the run")
     if template not in MODES:
         tokenizer.chat_template = _load_template(tokenizer, template)
     elif template == "always" and not has_template(tokenizer):
         raise ValueError("--chat_template always: the tokenizer has no chat template; name a file, chatml or plain")
     source = template_source(tokenizer)
-    if unread := [name for name in given if name not in source]:
+    if unread := [name for name in values if name not in source]:
         raise ValueError(f"--template_kwargs: the chat template does not read {unread[0]!r}")
-    tokenizer.template_settings = Settings(given, date)
+    tokenizer.template_settings = Settings(values, date)
 
 
-def of_another_model(template: str) -> str:
-    """Return the option --chat_template for a second model of a run, which keeps its tokenizer's template."""
+def second_model_option(template: str) -> str:
+    """Return --chat_template for a second model of a run, which keeps the template of its tokenizer."""
     return template if template in MODES else "always"
 
 
@@ -82,11 +82,10 @@ def _load_template(tokenizer: Any, name: str) -> str:
 
 
 def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Literal["keep", "render"]) -> Dataset:
-    """Return the data with their plain prompts as chat messages, if `template` and the data ask for that.
+    """Return the data with their plain prompts as chat messages, if `template` (--chat_template) or the data need that.
 
-    `template` is the option --chat_template, after `configure`. Rows whose completions a model sampled from the plain
-    prompt stay as they are, or are refused if the option asks for rendering; `sampled="render"`, for a reward model,
-    renders them.
+    Rows with completions that were sampled from plain prompts are returned unchanged, or refused if the option requires
+    rendering; `sampled="render"`, for a reward model, renders them.
     """
     examples = [example for example in dataset.examples if not isinstance(example.prompt, Chat) and example.prompt]
     if template == "none" or not examples or dataset.examples[0].label is not None:
@@ -116,9 +115,9 @@ def render_plain(dataset: Dataset, tokenizer: Any, template: str, *, sampled: Li
 
 
 def render(example: Example) -> Example:
-    """Return an example with its plain prompt as chat messages, and without a claim to the token ids sampled from it.
+    """Return an example with its plain prompt as chat messages, which invalidates sampled token ids.
 
-    An empty prompt stays as it is.
+    An empty prompt is not changed.
     """
     if isinstance(example.prompt, Chat) or not example.prompt:
         return example
@@ -127,7 +126,7 @@ def render(example: Example) -> Example:
 
 
 def describe(option: str, dataset: Dataset, tokenizer: Any) -> str:
-    """Return a line on the chat template and on the end of a completion."""
+    """Describe the chat template and the end of a completion in a line."""
     if not any(isinstance(example.prompt, Chat) for example in dataset.examples):
         return f"chat template: not used, texts are read as they are; a completion ends with {tokenizer.eos_token!r}"
     if not has_template(tokenizer):

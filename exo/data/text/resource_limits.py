@@ -1,6 +1,6 @@
-"""Run code that comes with a model, such as a chat template, within a time and a memory limit.
+"""Limit the time and the memory of code that comes with a model, such as a chat template.
 
-jinja2's sandbox denies a template access to files and to Python's internals, but it may still loop for hours or build a
+jinja2's sandbox denies access to files and to Python's internals, but a template may still loop for hours or build a
 string of many gigabytes.
 """
 
@@ -18,15 +18,12 @@ except ImportError:  # Windows
 
 
 class TimeLimitExceeded(Exception):
-    """Raised in code that does not end within the time limit."""
+    """Raised in code that exceeds the time limit."""
 
 
 @contextlib.contextmanager
 def limited(seconds: float, extra_bytes: int) -> Iterator[None]:
-    """Raise `TimeLimitExceeded` after `seconds`, and MemoryError for more than `extra_bytes` of new memory.
-
-    The time limit works in the main thread only and the memory limit on Linux only.
-    """
+    """Raise `TimeLimitExceeded` after `seconds` (main thread only) or MemoryError beyond `extra_bytes` (Linux only)."""
     with _time_limit(seconds), _memory_limit(extra_bytes):
         yield
 

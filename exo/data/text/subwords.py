@@ -1,9 +1,8 @@
 """Tokenize texts that continue one another, with every kind of tokenizer.
 
-The tokens of a text can depend on its place: SentencePiece tokenizers begin every text with a blank (Llama 2, Mistral),
-others only the first word, WordPiece joins letters to the word before them. So a completion is never tokenized alone.
-`continued` returns the tokens that a completion has after its prompt, and the prompt's tokens stay as sampling sees
-them:
+Tokens depend on the preceding text: SentencePiece tokenizers begin every text with a blank (Llama 2, Mistral), others
+only the first word, and WordPiece joins letters to the previous word. So a completion is never tokenized alone.
+`continued` returns the tokens of a completion after its prompt, whose tokens are those of sampling:
 
     decode(ids of the prompt + ids of the completion) == decode(ids of the two texts as one)
 
@@ -14,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# Noncharacters, which Unicode keeps out of texts. They mark a control token that is to be tokenized as text.
+# Noncharacters, which no Unicode text contains. They mark a control token that is tokenized as text.
 LEFT, RIGHT = "\ufdd0", "\ufdd1"
 _MARKED = re.compile(f"{LEFT}([^{LEFT}{RIGHT}]*){RIGHT}")
 NEUTRAL = "."
@@ -27,7 +26,7 @@ class BoundaryError(ValueError):
 
 
 def text_ids(text: str, tokenizer: Any) -> list[int]:
-    """Return the tokens of a text, without special tokens added; marked control tokens in it become plain text."""
+    """Return the tokens of a text, without adding special tokens; marked control tokens become plain text."""
     if LEFT not in text:
         return _ids(text, tokenizer)
     first, rest = text[: text.index(LEFT)], text[text.index(LEFT) :]
@@ -36,9 +35,9 @@ def text_ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def continued(prompt_ids: list[int], prompt: str, text: str, tokenizer: Any) -> list[int]:
-    """Return the tokens of `text` where it follows `prompt`, whose tokens are `prompt_ids`.
+    """Return the tokens of `text` after `prompt`, whose tokens are `prompt_ids`.
 
-    BoundaryError if no tokens make the two texts one, such as letters that WordPiece joins to the prompt's last word.
+    BoundaryError if there are none, such as for letters that WordPiece joins to the prompt's last word.
     """
     if LEFT in text or LEFT in prompt:
         return _continued_pieces(prompt.rpartition(RIGHT)[2] or NEUTRAL, text, tokenizer)
@@ -51,7 +50,7 @@ def continued(prompt_ids: list[int], prompt: str, text: str, tokenizer: Any) -> 
 
 
 def _tail(prompt: str) -> str:
-    """Return the end of a prompt, from a blank or a line break on; tokens of a completion depend on no more of it."""
+    """Return the end of a prompt, from a blank or a line break; a completion's tokens depend only on it."""
     if len(prompt) <= 2 * TAIL:
         return prompt
     start = max(prompt.rfind("\n", 0, len(prompt) - TAIL), prompt.rfind(" ", 0, len(prompt) - TAIL))
@@ -59,10 +58,7 @@ def _tail(prompt: str) -> str:
 
 
 def _continued_pieces(context: str, text: str, tokenizer: Any) -> list[int]:
-    """Return the tokens of a text with marked control tokens, after `context`.
-
-    Each control token is cut after its first character, so that no tokenizer takes it for the token.
-    """
+    """Return the tokens of a text with marked control tokens, which are cut after their first character."""
     ids: list[int] = []
     for i, piece in enumerate(_MARKED.split(text)):
         for part in (piece,) if i % 2 == 0 else (piece[:1], piece[1:]):
@@ -100,16 +96,12 @@ def check(prompt_ids: list[int], prompt: str, ids: list[int], text: str, tokeniz
 
 
 def decode(ids: list[int], tokenizer: Any) -> str:
-    """Return the text of tokens, special ones included, with every blank as it is."""
+    """Return the text of tokens, with special tokens and every blank."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def decoded_after(prompt_ids: list[int], ids: list[int], tokenizer: Any, *, special: bool = False) -> str:
-    """Return the text that `ids` add to a prompt: its first blank too, which a decoder drops at the start of a text.
-
-    `special` keeps special tokens in the text.
-    """
-
+    """Return the text that `ids` add to a prompt, with its first blank; `special` keeps special tokens."""
     prompt, both, alone = (
         tokenizer.decode(part, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         for part in (prompt_ids, [*prompt_ids, *ids], ids)
@@ -118,7 +110,7 @@ def decoded_after(prompt_ids: list[int], ids: list[int], tokenizer: Any, *, spec
 
 
 def _candidates(text: str, tokenizer: Any) -> Iterator[list[int]]:
-    """Yield the tokens that a text may have after another one: those it has alone, and after each of a few contexts."""
+    """Yield the tokens that a text can have after another one: its tokens alone, and after each of a few contexts."""
     yield _ids(text, tokenizer)
     for context in _CONTEXTS:
         context_ids, both = _ids(context, tokenizer), _ids(context + text, tokenizer)

@@ -1,8 +1,7 @@
-"""Tokenize prompts and completions, in one place for every stage, within the limits on their lengths.
+"""Tokenize prompts and completions within the limits on their lengths, for every stage.
 
-A prompt has the tokens that sampling sees, and a completion those that it has after its prompt (subwords). The chat
-template renders chat messages and sets how a completion ends (chat_template); a plain completion ends with the
-tokenizer's end of sequence.
+A prompt has the tokens that sampling uses, and a completion its tokens after the prompt (subwords). The chat template
+renders chat messages and ends their completions (chat_template); a plain completion ends with the end of sequence.
 """
 
 import hashlib
@@ -11,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from exo.data import Chat, DataError, Dataset, Example
@@ -19,7 +17,7 @@ from exo.data.text import chat_template, subwords
 from exo.data.text.limits import STUMP, Limits, fit, is_stump, last_of
 from exo.data.text.subwords import BoundaryError
 
-CHECKED = 8  # first rows of a run, whose tokens are checked against those of prompt and completion as one text
+NUM_CHECKED = 8  # first rows, whose tokens are compared with those of prompt and completion as one text
 _ENDS = re.compile(r"end|eot|eos|eom|^</s>$", re.IGNORECASE)
 REFUSED = "rows dropped: the tokenizer or its chat template refuses them"
 MAX_STUMPS = 0.05  # share of the rows
@@ -34,7 +32,7 @@ class TokenizedExample:
     rewards: tuple[float, ...] | None
     line: int
     ref_logps: tuple[float, ...] | None = None  # fp64 sums; None before the reference scores them
-    label: int | None = None  # of a text: `prompt` has its tokens, and the one completion the end of sequence
+    label: int | None = None  # of a text, which is `prompt`; the one completion is the end of sequence
 
     @property
     def longest(self) -> int:
@@ -43,23 +41,23 @@ class TokenizedExample:
 
 
 def factor_prefix(example: TokenizedExample) -> TokenizedExample:
-    """Move the tokens that all completions begin with to the prompt; each completion keeps at least one.
+    """Move the common prefix of the completions to the prompt; each completion keeps at least one token.
 
-    Neither the loss nor its gradient changes, because tokens that all completions share cancel. Sums of log-probs do
-    change, so an example that has reference log-probs, which are of complete completions, is returned unchanged.
+    Shared tokens cancel in the loss and in its gradient, but change sums of log-probs, so an example with reference
+    log-probs is returned unchanged.
     """
     answers = example.completions
-    most = min(map(len, answers)) - 1
-    same = next((i for i in range(most) if len({answer[i] for answer in answers}) > 1), max(0, most))
+    longest = max(0, min(map(len, answers)) - 1)
+    same = next((i for i in range(longest) if len({answer[i] for answer in answers}) > 1), longest)
     if len(answers) < 2 or not same or example.ref_logps is not None:
         return example
     return replace(example, prompt=example.prompt + answers[0][:same], completions=tuple(a[same:] for a in answers))
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return a hash of the vocabulary as 16 hex digits, equal for tokenizers that name all tokens alike.
+    """Return a hash of the vocabulary and the end of sequence, 16 hex digits.
 
-    Hashing a large vocabulary takes most of a second, so the tokenizer keeps the result until tokens are added.
+    Hashing a large vocabulary takes most of a second, so the tokenizer caches it until tokens are added.
     """
     version = len(tokenizer), tokenizer.eos_token_id
     cached = getattr(tokenizer, "vocabulary_hash", None)
@@ -100,7 +98,7 @@ def encode(
         if example.tokens is None and len(completions) > 1 and all(ids == completions[0] for ids in completions):
             counts["rows dropped: completions identical as tokens"] += 1
             continue
-        fitted = fit(prompt, completions, _bos_of(prompt, tokenizer), limits, example.place(path), counts)
+        fitted = fit(prompt, completions, _bos_length(prompt, tokenizer), limits, example.place(path), counts)
         if fitted is None:
             continue
         if limits.max_prompt_length is None and is_stump(len(fitted[0]), len(prompt)):
@@ -118,18 +116,12 @@ def encode(
     return encoded, +counts
 
 
-def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """Return the tokens of a prompt, the same for sampling, training and scoring."""
-    text = _prompt(prompt, tokenizer, chat_template.Renderer(tokenizer))
-    return text.start + text.ids
-
-
 def refused(
     examples: Sequence[Example], tokenizer: Any, path: str, *, skip_invalid: bool
 ) -> tuple[frozenset[int], Counter[str]]:
     """Return the indices of rows that the tokenizer or its chat template refuses, and their count.
 
-    DataError names the first of them, unless `skip_invalid`. For stages that must know their rows before they start.
+    DataError names the first one, unless `skip_invalid`. For stages that need the rows before they start.
     """
     rows = _Encoder(tokenizer, True, Counter()).rows(examples, path, skip_invalid)
     indices = frozenset(i for i, (_, row) in enumerate(rows) if row is None)
@@ -137,7 +129,7 @@ def refused(
 
 
 def usable_prompts(dataset: Dataset, tokenizer: Any, *, skip_invalid: bool) -> tuple[list[Example], Counter[str]]:
-    """Return the rows whose prompts can be rendered, and the count of the others; see `refused`."""
+    """Return the rows whose prompts can be rendered, and the count of the others; DataError without any."""
     prompts = [replace(example, completions=(), tokens=None) for example in dataset.examples]
     indices, counts = refused(prompts, tokenizer, dataset.path, skip_invalid=skip_invalid)
     usable = [example for i, example in enumerate(dataset.examples) if i not in indices]
@@ -146,8 +138,8 @@ def usable_prompts(dataset: Dataset, tokenizer: Any, *, skip_invalid: bool) -> t
     return usable, counts
 
 
-def sampled_prompts(prompts: Iterable[str], tokenizer: Any, most: int) -> tuple[list[list[int]], Counter[str]]:
-    """Return the last `most` tokens of each prompt, and counts of the prompts that were cut."""
+def sampled_prompts(prompts: Iterable[str], tokenizer: Any, max_length: int) -> tuple[list[list[int]], Counter[str]]:
+    """Return at most `max_length` tokens of each prompt, and counts of the prompts that were cut on the left."""
     counts: Counter[str] = Counter()
     renderer = chat_template.Renderer(tokenizer)
     cut = []
@@ -157,28 +149,29 @@ def sampled_prompts(prompts: Iterable[str], tokenizer: Any, most: int) -> tuple[
         except DataError as error:
             raise DataError(f"prompt {number}: {error}") from None
         ids = text.start + text.ids
-        counts["prompts cut on the left"] += len(ids) > most
+        rest = last_of(ids, _bos_length(ids, tokenizer), max_length)
+        counts["prompts cut on the left"] += len(rest) < len(ids)
         counts[f"prompts that keep fewer than {STUMP} tokens or a quarter of their length"] += is_stump(
-            min(most, len(ids)), len(ids)
+            len(rest), len(ids)
         )
-        cut.append(last_of(ids, _bos_of(ids, tokenizer), most))
+        cut.append(rest)
     return cut, +counts
 
 
 class _Prompt(NamedTuple):
     text: str  # as rendered, without a BOS that the tokenizer adds
-    start: list[int]  # BOS, or the token that an empty prompt is scored from
+    start: list[int]  # BOS, or the token before the completion of an empty prompt
     ids: list[int]  # of the text
 
 
 def _prompt(prompt: str, tokenizer: Any, renderer: chat_template.Renderer) -> _Prompt:
-    """Render and tokenize a prompt. A chat template says itself whether a BOS comes first."""
+    """Render and tokenize a prompt. A chat template writes a BOS itself."""
     if isinstance(prompt, Chat):
         text = renderer.prompt(prompt)
         return _Prompt(text, [], subwords.text_ids(text, tokenizer))
     bos, text = tokenizer.bos_token_id, str.__str__(prompt)
     spelled = bos is not None and bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    while spelled and text.startswith(tokenizer.bos_token):  # a text that was rendered already has its BOS
+    while spelled and text.startswith(tokenizer.bos_token):  # a rendered text has its BOS
         text = text.removeprefix(tokenizer.bos_token)
     start = [bos] if spelled or tokenizer("a")["input_ids"][:1] == [bos] else []
     ids = subwords.text_ids(text, tokenizer)
@@ -186,21 +179,9 @@ def _prompt(prompt: str, tokenizer: Any, renderer: chat_template.Renderer) -> _P
     return _Prompt(text, start if start or ids else [tokenizer.eos_token_id if bos is None else bos], ids)
 
 
-def _bos_of(prompt: list[int], tokenizer: Any) -> int:
-    """Return how many tokens at the beginning of a prompt stay when it is cut: its BOS."""
+def _bos_length(prompt: list[int], tokenizer: Any) -> int:
+    """Return 1 if a prompt starts with a BOS, which cutting keeps, else 0."""
     return int(prompt[:1] == [tokenizer.bos_token_id])
-
-
-def special_ids(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
-    """Return the special tokens that a text can spell out, and those of them that end it.
-
-    The latter are the end of sequence and the tokens that are named like one (<|eot_id|>, <|im_end|>, <|endoftext|>),
-    because a text that was rendered already ends with the token of its template.
-    """
-    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    special.pop(tokenizer.unk_token_id, None)
-    ends = {i for i, text in special.items() if _ENDS.search(text)} | {tokenizer.eos_token_id}
-    return frozenset(special), frozenset(ends - {tokenizer.bos_token_id} | {tokenizer.eos_token_id})
 
 
 class _Encoder:
@@ -209,16 +190,21 @@ class _Encoder:
     def __init__(self, tokenizer: Any, retokenize: bool, counts: Counter[str]) -> None:
         self.tokenizer, self.retokenize, self.counts = tokenizer, retokenize, counts
         self.renderer = chat_template.Renderer(tokenizer)
-        self.special, self.ends = special_ids(tokenizer)
-        self.last: tuple[str | None, _Prompt] = None, _Prompt("", [], [])  # rows that follow each other may share one
+        special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.pop(tokenizer.unk_token_id, None)
+        # tokens named like an end (<|eot_id|>, <|im_end|>), because a rendered text ends with the token of its template
+        ends = {i for i, text in special.items() if _ENDS.search(text) and i != tokenizer.bos_token_id}
+        self.special, self.ends = set(special), ends | {tokenizer.eos_token_id}  # in texts, and those that end them
+        self.end_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self.ends)))
+        self.last: tuple[str | None, _Prompt] = None, _Prompt("", [], [])  # consecutive rows may share a prompt
 
     def rows(
         self, examples: Iterable[Example], path: str, skip_invalid: bool
     ) -> Iterator[tuple[Example, tuple[list[int], list[list[int]]] | None]]:
-        """Yield each example with its tokens; DataError, or None and a count, for one that is refused."""
+        """Yield each example with its tokens, or with None if it is refused; DataError unless `skip_invalid`."""
         for i, example in enumerate(examples):
             try:
-                yield example, self.encode(example, check=i < CHECKED)
+                yield example, self.encode(example, check=i < NUM_CHECKED)
             except (DataError, BoundaryError) as error:
                 if not skip_invalid:
                     raise DataError(f"{example.place(path)}: {error}") from None
@@ -226,9 +212,9 @@ class _Encoder:
                 yield example, None
 
     def encode(self, example: Example, *, check: bool) -> tuple[list[int], list[list[int]]]:
-        """Return the tokens of a prompt and of its completions, each with its end.
+        """Return the tokens of a prompt and of its completions with their ends.
 
-        A text with a label becomes the prompt, because a limit cuts it on the left; its completion is the end alone.
+        A text with a label becomes the prompt, so that it is cut on the left; its completion is only the end.
         """
         if example.label is not None:
             example = replace(example, prompt=example.completions[0], completions=("",), label=None)
@@ -240,7 +226,9 @@ class _Encoder:
             self.counts["prompts with special tokens in their text, which are read as such"] += 1
         tokens = example.tokens
         if tokens is None:
-            completions = [self._ended(example.prompt, prompt, answer, check) for answer in example.completions]
+            completions = [
+                self._completion_ids(example.prompt, prompt, answer, check) for answer in example.completions
+            ]
         elif not self.retokenize:
             if tokens.tokenizer != tokenizer_hash(self.tokenizer):
                 raise DataError(
@@ -249,19 +237,19 @@ class _Encoder:
                 )
             completions = [list(ids) for ids in tokens.ids]
         else:
-            completions = [self._sampled(example, prompt, i) for i in range(len(example.completions))]
+            completions = [self._sampled_ids(example, prompt, i) for i in range(len(example.completions))]
         return prompt.start + prompt.ids, completions
 
-    def _ended(self, prompt: str, rendered: _Prompt, answer: str, check: bool) -> list[int]:
+    def _completion_ids(self, prompt: str, rendered: _Prompt, answer: str, check: bool) -> list[int]:
         """Return the tokens of a completion with its end: the template's end of turn, or the end of sequence."""
         if isinstance(prompt, Chat):
             text, end, needs_eos = self.renderer.answer(prompt, rendered.text, answer)
             if not chat_template.is_written(answer, text):
                 self.counts["completions with text or calls that the chat template does not write"] += 1
-            ids = self._continued(rendered, text + end, check)
+            ids = self._continuation_ids(rendered, text + end, check)
             return [*ids, self.tokenizer.eos_token_id] if needs_eos else ids
         text = answer.rstrip()
-        ids = self._continued(rendered, text if text.endswith(self._end_texts) else answer, check)
+        ids = self._continuation_ids(rendered, text if text.endswith(self.end_texts) else answer, check)
         end_at = len(ids)
         while end_at and ids[end_at - 1] in self.ends:
             end_at -= 1
@@ -273,12 +261,8 @@ class _Encoder:
             self.counts["completions that end with another special token instead of the end of sequence"] += 1
         return ids[: end_at + 1]
 
-    @cached_property
-    def _end_texts(self) -> tuple[str, ...]:
-        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.ends)))
-
-    def _sampled(self, example: Example, prompt: _Prompt, i: int) -> list[int]:
-        """Return a sampled completion for a reward model, with the end that training gives a completion."""
+    def _sampled_ids(self, example: Example, prompt: _Prompt, i: int) -> list[int]:
+        """Return the tokens of a sampled completion for a reward model, with the same end as in training."""
         tokens, text = example.tokens, example.completions[i]
         assert tokens is not None
         finished, end = tokens.finish[i] == "eos", self.tokenizer.eos_token_id
@@ -288,10 +272,10 @@ class _Encoder:
         if tokens.tokenizer == tokenizer_hash(self.tokenizer):
             ids = list(tokens.ids[i][: len(tokens.ids[i]) - finished])
         else:
-            ids = self._continued(prompt, text, False)
+            ids = self._continuation_ids(prompt, text, False)
         return [*ids, end] if finished or not ids else ids
 
-    def _continued(self, prompt: _Prompt, text: str, check: bool) -> list[int]:
+    def _continuation_ids(self, prompt: _Prompt, text: str, check: bool) -> list[int]:
         ids = subwords.continued(prompt.ids, prompt.text, text, self.tokenizer)
         if check:
             subwords.check(prompt.ids, prompt.text, ids, text, self.tokenizer)

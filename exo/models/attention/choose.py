@@ -1,7 +1,6 @@
-"""Choose the batch layout and the attention implementation.
+"""Choose the batch layout and the attention implementation, and print the choice with its reason.
 
-A model that does not support several texts in a row, or computes other log-probs there, gets padded rows. The choice is
-printed with its reason.
+A model that does not support several texts in a row, or computes other log-probs there, gets padded rows.
 """
 
 import importlib.util
@@ -20,10 +19,10 @@ from exo.models import logps as model_logps
 from exo.models.attention import flash, masks
 from exo.models.attention.flex import attend
 
-WORTH = 0.9  # share of the padded tokens; with 0.90 to 0.94, a dense mask took 1.05 to 1.27 times as long
-DENSE = "a dense mask"  # with the model's own attention implementation
-SAMPLE = 256  # examples on which the saving is estimated
-TRIED = 3  # examples on which the model is tried, the longest among them
+MAX_SHARE = 0.9  # of the padded tokens; with 0.90 to 0.94, a dense mask took 1.05 to 1.27 times as long
+DENSE = "a dense mask"  # with the attention implementation of the model
+NUM_ESTIMATED = 256  # examples on which the saving is estimated
+NUM_COMPARED = 3  # examples on which log-probs are compared, the longest among them
 
 
 def choose_layout(
@@ -38,22 +37,24 @@ def choose_layout(
     """Return the collator for these examples, print the choice, and set the models' attention implementation."""
     implementations = [model.config._attn_implementation for model in models]
     flex = accelerator.device.type == "cuda" and not dropout
-    other = padded._replace(layout="packed" if share == "off" else "shared")
-    before, after = (_batch_size(examples, collator)[0] for collator in (padded, other._replace(one_row=True)))
-    if (share == "off" and not flex) or (share == "auto" and after > WORTH * before):
+    dense = padded._replace(layout="packed" if share == "off" else "shared")
+    joined = dense._replace(one_row=True)
+    num_padded, num_joined = (_batch_size(examples, collator)[0] for collator in (padded, joined))
+    if (share == "off" and not flex) or (share == "auto" and num_joined > MAX_SHARE * num_padded):
         return padded
     reason = next(filter(None, (masks.unsupported_reason(model.config) for model in models)), "")
-    for implementation in () if reason else _candidates(examples, padded, other, share, flex):
-        tried = other._replace(one_row=implementation != DENSE)
+    for implementation in () if reason else _candidates(examples, padded, dense, share, flex):
+        collator = dense if implementation == DENSE else joined
         reasons = [
-            _mismatch(model, examples, accelerator, padded, tried, implementation, temperature) for model in models
+            _mismatch(model, examples, accelerator, padded, collator, implementation, temperature) for model in models
         ]
-        # all ranks take the same layout, or they would wait for each other's micro-batches
+        # all ranks take the same layout; otherwise they would wait for each other's micro-batches
         reason = next(filter(None, gather.all_gather_json(next(filter(None, reasons), ""), accelerator)), "")
         if not reason:
-            what = "each prompt is encoded once for all its completions" if share != "off" else "rows are packed"
-            console.log(f"{what} ({implementation}): {before / after:.2f} times fewer tokens than padded")
-            return tried
+            layout = "each prompt is encoded once for all its completions" if share != "off" else "rows are packed"
+            ratio = num_padded / num_joined
+            console.log(f"{layout} ({implementation}): {ratio:.2f} times fewer tokens than padded")
+            return collator
         for model, previous in zip(models, implementations, strict=True):
             attend(model, previous)
         console.log(f"  {implementation} attention is not available: {reason}")
@@ -62,7 +63,7 @@ def choose_layout(
 
 
 def _candidates(
-    examples: Sequence[TokenizedExample], padded: Collator, other: Collator, share: SharePrompt, flex: bool
+    examples: Sequence[TokenizedExample], padded: Collator, dense: Collator, share: SharePrompt, flex: bool
 ) -> Iterator[str]:
     """Yield attention implementations, the best first."""
     if flex and share == "off" and importlib.util.find_spec("flash_attn"):
@@ -71,14 +72,14 @@ def _candidates(
         yield masks.FLEX
     yield masks.SEGMENTS
     # a dense mask costs all pairs of tokens in a row, and a row has several texts
-    if share != "auto" or _batch_size(examples, other)[1] <= _batch_size(examples, padded)[1]:
+    if share != "auto" or _batch_size(examples, dense)[1] <= _batch_size(examples, padded)[1]:
         yield DENSE
 
 
 def _batch_size(examples: Sequence[TokenizedExample], collator: Collator) -> tuple[int, int]:
     """Return the number of input tokens, and of pairs of tokens in one row."""
     shapes = []
-    for part in collator.micro_batches(examples[:SAMPLE]):
+    for part in collator.micro_batches(examples[:NUM_ESTIMATED]):
         rows, width = collator.rows(part)
         shapes.append((len(rows) * width, len(rows) * width**2))
     tokens, pairs = zip(*shapes, strict=True)
@@ -90,26 +91,26 @@ def _mismatch(
     examples: Sequence[TokenizedExample],
     accelerator: Accelerator,
     padded: Collator,
-    other: Collator,
+    collator: Collator,
     implementation: str,
     temperature: float,
 ) -> str:
-    """Return why the layout does not work (an error, or log-probs unlike the padded rows'), or "".
+    """Return why a layout does not work (an error, or log-probs other than of padded rows), or "".
 
-    The model keeps the attention implementation.
+    The attention implementation of the model stays set.
     """
-    tried = sorted(examples, key=lambda example: -example.longest)
-    tried = [tried[0], *tried[len(tried) // 2 :][: TRIED - 1]]
-    results = [model_logps.token_logps(model, tried, accelerator, padded, temperature)]
+    by_length = sorted(examples, key=lambda example: -example.longest)
+    compared = [by_length[0], *by_length[len(by_length) // 2 :][: NUM_COMPARED - 1]]
+    results = [model_logps.token_logps(model, compared, accelerator, padded, temperature)]
     try:
         if implementation != DENSE:
             attend(model, implementation)
-        results.append(model_logps.token_logps(model, tried, accelerator, other, temperature))
+        results.append(model_logps.token_logps(model, compared, accelerator, collator, temperature))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # models fail in many ways on a mask that they do not know
-        what = str(error).splitlines()[0] if str(error) else ""
-        return f"{type(model).__name__} does not support several texts in a row ({type(error).__name__}: {what})"
+    except Exception as error:  # models fail in many ways on an unknown mask
+        message = str(error).splitlines()[0] if str(error) else ""
+        return f"{type(model).__name__} does not support several texts in a row ({type(error).__name__}: {message})"
     pairs = zip(*([row for example in logps for row in example] for logps in results), strict=True)
     difference = max(float((a - b).abs().max()) for a, b in pairs)
     limit = 6 * model_logps.TOKEN_NOISE[accelerator.mixed_precision] / temperature

@@ -1,4 +1,4 @@
-"""Inputs of flash-attn's varlen attention: one row of packed texts that share nothing. Never run on a GPU yet."""
+"""Build the inputs of flash-attn's varlen attention: one row of packed texts. Not tested on a GPU yet."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ FLASH = "flash_attention_2"  # transformers' name
 
 
 def inputs(input_ids: Tensor, segment_ids: SegmentIds) -> dict[str, Any]:
-    """Return the forward arguments of a batch of one row. The model tells the kernel its sliding window."""
+    """Return the forward arguments of a batch of one row. The model passes its sliding window to the kernel."""
     segment = segment_ids.segment[0]  # (T,)
     starts = (segment.diff(prepend=segment[:1] - 1) != 0).nonzero()[:, 0]
     offsets = torch.cat([starts, starts.new_tensor([input_ids.shape[1]])]).int()  # (texts + 1,) int32

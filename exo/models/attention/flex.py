@@ -1,7 +1,7 @@
 """FlexAttention as an attention implementation of transformers, compiled once for all lengths.
 
-transformers' version recompiles for the first lengths it meets. On a CPU it runs uncompiled, for tests only. Dropout is
-not supported by FlexAttention.
+transformers' version recompiles for the first lengths. On a CPU it runs uncompiled, for tests only. Dropout is not
+supported.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ from exo.models.attention.masks import FLEX, SEGMENTS, block_mask
 
 
 def attend(model: Any, implementation: str) -> None:
-    """Set the attention implementation of a model: one of ours, or one of transformers."""
+    """Set the attention implementation of a model: FLEX, SEGMENTS, or one of transformers."""
     if implementation == FLEX:
         AttentionInterface.register(FLEX, _attention)
         AttentionMaskInterface.register(FLEX, _mask)
@@ -43,13 +43,13 @@ def _mask(
     device: Any = "cpu",
     **rest: Any,
 ) -> Any:
-    """Return the mask that transformers asks for if it gets none of ours: rows with one text."""
+    """Return the mask that transformers builds for rows with one text."""
 
-    def sees(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = mask_function(b, head, query + q_offset, key + kv_offset)
-        return seen if attention_mask is None else seen & attention_mask[b, key + kv_offset]
+    def attends(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        mask = mask_function(b, head, query + q_offset, key + kv_offset)
+        return mask if attention_mask is None else mask & attention_mask[b, key + kv_offset]
 
-    return block_mask(sees, batch_size, q_length, kv_length, device)
+    return block_mask(attends, batch_size, q_length, kv_length, device)
 
 
 def _attention(
@@ -65,8 +65,7 @@ def _attention(
     def capped(score: Tensor, *at: Tensor) -> Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
-    out = _compiled(query.device.type)(
-        query, key, value, score_mod=None if softcap is None else capped, block_mask=attention_mask, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    attention = _compiled(query.device.type)
+    score_mod, gqa = None if softcap is None else capped, query.shape[1] != key.shape[1]
+    out = attention(query, key, value, score_mod, attention_mask, scale=scaling, enable_gqa=gqa)
     return out.transpose(1, 2).contiguous(), None

@@ -1,9 +1,9 @@
 """Attention masks for packed and shared-prompt batches, as the arguments of a model's forward.
 
-A row with one text needs only its padding mask. Otherwise a mask over positions keeps the texts of a row apart, so a
-sliding window reaches as far as in a text of its own: one mask per kind of layer. On a GPU it is a FlexAttention block
-mask, which skips hidden blocks; elsewhere it is dense. Models with layers that no mask governs (state spaces, linear
-attention) are refused.
+A row with one text needs only its padding mask. Otherwise a mask over positions separates the texts of a row, with the
+same sliding window as in a row with one text: one mask per kind of layer. On a GPU it is a FlexAttention block mask,
+which skips masked blocks; elsewhere it is dense. Models with layers that ignore masks (state spaces, linear attention)
+are refused.
 """
 
 import math
@@ -24,8 +24,8 @@ KINDS = ("full_attention", "sliding_attention")
 
 def unsupported_reason(config: Any) -> str:
     """Return why a model does not support several texts in a row, or ""."""
-    kinds = set(getattr(config, "layer_types", None) or KINDS[:1])
-    return f"it has layers of the kind {min(kinds - set(KINDS))}" if kinds - set(KINDS) else ""
+    unsupported = set(getattr(config, "layer_types", None) or ()) - set(KINDS)
+    return f"it has layers of the kind {min(unsupported)}" if unsupported else ""
 
 
 def inputs(batch: Batch, config: Any) -> dict[str, Any]:
@@ -38,7 +38,11 @@ def inputs(batch: Batch, config: Any) -> dict[str, Any]:
     arguments = {"input_ids": batch.input_ids, "position_ids": segment_ids.position_ids, "use_cache": False}
     if config._attn_implementation == SEGMENTS:
         return arguments | {"exo_segments": SharedPromptIndex.of(batch)}
-    masks = {kind: _mask(segment_ids, window, config) for kind, window in _windows(config).items()}
+    if config._attn_implementation == FLEX:
+        masks = {kind: _flex_mask(segment_ids, window) for kind, window in _windows(config).items()}
+    else:
+        eager = config._attn_implementation == "eager"
+        masks = {kind: _dense_mask(segment_ids, window, eager) for kind, window in _windows(config).items()}
     return arguments | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
@@ -53,8 +57,8 @@ class SharedPromptIndex(NamedTuple):
     completions: Tensor  # (N, R)
     in_completion: Tensor  # (N, R) bool
     prompt_of: Tensor  # (N,) the prompt of each completion
-    inverse: Tensor  # (B T,) each token's place among those of all prompts, then all completions
-    masks: dict[Any, Tensor | None]  # cached masks of this batch
+    inverse: Tensor  # (B T,) index of each token in all prompts, then all completions
+    masks: dict[int | None, tuple[Tensor | None, Tensor]]  # cache by window
 
     @classmethod
     def of(cls, batch: Batch) -> "SharedPromptIndex":
@@ -68,33 +72,26 @@ class SharedPromptIndex(NamedTuple):
                 prompt_of.append(i)
                 start += length
 
-        def places(starts: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
+        def indices(starts: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
             start, length = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]
             at = torch.arange(max(lengths))
             return (start + torch.minimum(at, length - 1)).to(device), (at < length).to(device)
 
-        prompts, in_prompt = places([span.start for span in batch.spans], [span.prompt for span in batch.spans])
-        completions, in_completion = places(starts, lengths)
+        prompts, in_prompt = indices([span.start for span in batch.spans], [span.prompt for span in batch.spans])
+        completions, in_completion = indices(starts, lengths)
         used = torch.cat([in_prompt.flatten(), in_completion.flatten()])
-        inverse = torch.full((batch.input_ids.numel(),), len(used), device=device)  # padding: past the last place
+        inverse = torch.full((batch.input_ids.numel(),), len(used), device=device)  # padding: past the last index
         inverse[torch.cat([prompts.flatten(), completions.flatten()])[used]] = used.nonzero()[:, 0]
         return cls(prompts, in_prompt, completions, in_completion, torch.tensor(prompt_of, device=device), inverse, {})
 
-    def prompt_mask(self, window: int | None) -> Tensor | None:  # (P, P); None: causal
-        length = self.prompts.shape[1]
-        if window is None or window >= length:
-            return None
-        return self._cached(("prompt", window), lambda: causal_band(length, window, self.prompts.device))
-
-    def completion_mask(self, window: int | None) -> Tensor:  # (N, 1, R, P + R)
-        mask = self._cached(("completion", window), lambda: self._completion_mask(window))
-        assert mask is not None
-        return mask
-
-    def _cached(self, key: tuple[str, int | None], make: Callable[[], Tensor]) -> Tensor | None:
-        if key not in self.masks:
-            self.masks[key] = make()
-        return self.masks[key]
+    def masks_for(self, window: int | None) -> tuple[Tensor | None, Tensor]:
+        """Return the masks of prompts, (P, P) or None if causal, and of completions, (N, 1, R, P + R)."""
+        if window not in self.masks:
+            length = self.prompts.shape[1]
+            is_causal = window is None or window >= length
+            prompt_mask = None if is_causal else causal_band(length, window, self.prompts.device)
+            self.masks[window] = prompt_mask, self._completion_mask(window)
+        return self.masks[window]
 
     def _completion_mask(self, window: int | None) -> Tensor:
         at = torch.arange(self.completions.shape[1], device=self.completions.device)  # (R,)
@@ -125,37 +122,31 @@ def _windows(config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
-def _sees(query: SegmentIds, key: SegmentIds, window: int | None) -> Tensor:
+def _attends(query: SegmentIds, key: SegmentIds, window: int | None) -> Tensor:
     """Return which keys each query attends to, apart from causality within the row."""
-    seen = (key.segment == query.segment) & ((key.completion == 0) | (key.completion == query.completion))
-    return seen if window is None else seen & (query.position_ids - key.position_ids < window)
+    mask = (key.segment == query.segment) & ((key.completion == 0) | (key.completion == query.completion))
+    return mask if window is None else mask & (query.position_ids - key.position_ids < window)
 
 
-def _mask(segment_ids: SegmentIds, window: int | None, config: Any) -> Any:
-    return _blocks(segment_ids, window) if config._attn_implementation == FLEX else _dense(segment_ids, window, config)
-
-
-def _dense(segment_ids: SegmentIds, window: int | None, config: Any) -> Tensor:  # (B, 1, T, T)
+def _dense_mask(segment_ids: SegmentIds, window: int | None, eager: bool) -> Tensor:  # (B, 1, T, T)
     query, key = (SegmentIds(*(tensor.unsqueeze(dim) for tensor in segment_ids)) for dim in (2, 1))
-    seen = _sees(query, key, window).tril()[:, None]
-    if config._attn_implementation != "eager":
-        return seen
-    # eager attention adds the mask to the scores; every token sees itself, so no row is -inf throughout
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
+    mask = _attends(query, key, window).tril()[:, None]
+    # eager attention adds the mask to the scores; every token attends to itself, so no row is -inf throughout
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf) if eager else mask
 
 
-def _blocks(segment_ids: SegmentIds, window: int | None) -> Any:
-    def sees(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        at, other = (SegmentIds(*(tensor[b, index] for tensor in segment_ids)) for index in (query, key))
-        return _sees(at, other, window) & (key <= query)
+def _flex_mask(segment_ids: SegmentIds, window: int | None) -> Any:
+    def attends(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query_ids, key_ids = (SegmentIds(*(tensor[b, index] for tensor in segment_ids)) for index in (query, key))
+        return _attends(query_ids, key_ids, window) & (key <= query)
 
     n, length = segment_ids.segment.shape
-    return block_mask(sees, n, length, length, segment_ids.segment.device)
+    return block_mask(attends, n, length, length, segment_ids.segment.device)
 
 
-def block_mask(sees: Callable[..., Tensor], n: int, queries: int, keys: int, device: Any) -> Any:
-    """Return a FlexAttention mask, which skips blocks without any pair of tokens that see each other."""
+def block_mask(attends: Callable[..., Tensor], n: int, queries: int, keys: int, device: Any) -> Any:
+    """Return a FlexAttention mask, which skips blocks that are masked completely."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     compiled = torch.device(device).type == "cuda"  # uncompiled, the full mask is materialized
-    return create_block_mask(sees, n, None, queries, keys, device=str(device), _compile=compiled)
+    return create_block_mask(attends, n, None, queries, keys, device=str(device), _compile=compiled)

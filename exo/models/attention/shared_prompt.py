@@ -1,8 +1,7 @@
-"""Attention for shared prompts without a mask over all pairs of tokens.
+"""Attention for shared prompts without a mask over all pairs of tokens, for devices without FlexAttention kernels.
 
 Prompts attend to themselves, and each completion to its prompt and itself: as exact as a dense mask, and cheaper.
-
-Used on devices without FlexAttention kernels. Not supported: softcaps, whose models use a mask.
+Softcaps are not supported; their models use a mask.
 """
 
 from typing import Any
@@ -29,7 +28,7 @@ def attend(
 ) -> tuple[Tensor, None]:  # (B, T, H, d)
     if softcap is not None:
         raise ValueError("a softcap in its attention")
-    if exo_segments is None:  # rows with one text, or a model that does not pass arguments on to its attention
+    if exo_segments is None:  # rows with one text, or a model that does not pass arguments to its attention
         mask = None if sliding_window is None else causal_band(query.shape[2], sliding_window, query.device)
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         out = scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
@@ -46,11 +45,12 @@ def attend(
         )
 
     (prompt_q, q), (prompt_k, k), (prompt_v, v) = map(split, (query, key, value))
-    mask = index.prompt_mask(sliding_window)
-    prompts = scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, mask, is_causal=mask is None, **options)
+    prompt_mask, mask = index.masks_for(sliding_window)
+    causal = prompt_mask is None
+    prompts = scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, prompt_mask, is_causal=causal, **options)
     k = torch.cat([prompt_k.index_select(0, index.prompt_of), k], 2)  # (N, H, P + R, d)
     v = torch.cat([prompt_v.index_select(0, index.prompt_of), v], 2)
-    completions = scaled_dot_product_attention(q, k, v, index.completion_mask(sliding_window), **options)
+    completions = scaled_dot_product_attention(q, k, v, mask, **options)
     out = _Join.apply(*(x.transpose(1, 2).reshape(-1, heads, width) for x in (prompts, completions)), index)
     return out.view(n, length, heads, width), None
 
@@ -70,7 +70,7 @@ class _Split(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """Invert `_Split`. Places past the end of a text are dropped, and their gradient is 0."""
+    """Invert `_Split`. Rows past the end of a text are dropped, and their gradient is 0."""
 
     @staticmethod
     def forward(ctx: Any, prompts: Tensor, completions: Tensor, index: SharedPromptIndex) -> Tensor:
@@ -81,8 +81,8 @@ class _Join(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (gradient,), index = gradients, ctx.index
 
-        def select(places: Tensor, used: Tensor) -> Tensor:
-            return gradient.index_select(0, places.flatten()) * used.flatten()[:, None, None]
+        def select(indices: Tensor, used: Tensor) -> Tensor:
+            return gradient.index_select(0, indices.flatten()) * used.flatten()[:, None, None]
 
         return select(index.prompts, index.in_prompt), select(index.completions, index.in_completion), None
 

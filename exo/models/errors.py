@@ -1,4 +1,4 @@
-"""Turn what transformers raises and prints into one-line ValueErrors."""
+"""Turn errors of transformers into one-line ValueErrors, and silence its warnings and progress bars."""
 
 import sys
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ LENGTH = 300  # characters of a message that are shown
 
 
 @contextmanager
-def explained(name: str, expected: str) -> Iterator[None]:
-    """Raise any error of reading a model's files as a one-line ValueError."""
+def one_line_errors(name: str, expected: str) -> Iterator[None]:
+    """Convert any error inside the context to a one-line ValueError."""
     level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # it tells of every try to reach the hub
+    hub_logging.set_verbosity_error()  # it logs every try to reach the hub
     try:
         yield
     except BaseException as error:
-        # transformers' parts raise many types; a panic of tokenizers is no Exception
+        # transformers raises many types; a panic of tokenizers is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
@@ -34,7 +34,7 @@ def explained(name: str, expected: str) -> Iterator[None]:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Silence transformers' table of missing weights; what matters of it is an error here."""
+    """Silence transformers' table of missing weights, because callers raise errors for them."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -44,13 +44,13 @@ def without_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def bars_only_on_a_terminal() -> Iterator[None]:
-    """Disable progress bars where they would end up in a log file."""
-    was_on = transformers_logging.is_progress_bar_enabled()
-    if was_on and not sys.stderr.isatty():
+def no_bars_in_logs() -> Iterator[None]:
+    """Disable progress bars if stderr is not a terminal."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    if was_enabled and not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             transformers_logging.enable_progress_bar()
