@@ -1,7 +1,8 @@
 """Align a causal LM with EXO or DPO, on preferences or rewards.
 
-python -m exo.align --model DIR_OR_NAME --data FILE. Reference log-probs are computed once, before training. The run
-directory is the model directory.
+    python -m exo.align --model DIR_OR_NAME --data FILE
+
+Reference log-probs are computed once, before training. The run directory is the model directory.
 """
 
 from __future__ import annotations

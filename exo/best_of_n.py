@@ -1,7 +1,9 @@
 """Best-of-N: keep the highest-reward completion of every N, the paper's upper bound for a set of samples.
 
-python -m exo.best_of_n --data SCORED --n N. A row with M N completions keeps M of them. The result is a sample of a
-policy whose KL to the sampled one is at most log N - (N - 1)/N nats, and exactly that if all completions differ.
+    python -m exo.best_of_n --data SCORED --n N
+
+A row with M N completions keeps M of them. The result is a sample of a policy whose KL to the sampled one is at most
+log N - (N - 1)/N nats, and exactly that if all completions differ.
 """
 
 from __future__ import annotations

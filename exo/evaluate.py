@@ -1,7 +1,8 @@
 """Measure reward, accuracy, KL to the reference and win rates of a policy's checkpoints, on held-out prompts.
 
-python -m exo.evaluate --model RUN --reference DIR --data PROMPTS --reward_model DIR, or --oracle module:function. It
-samples k completions per prompt from every model that the run saved. --samples FILE evaluates given completions
+    python -m exo.evaluate --model RUN --reference DIR --data PROMPTS (--reward_model DIR | --oracle module:function)
+
+It samples k completions per prompt from every model that the run saved. --samples FILE evaluates given completions
 instead, such as those of exo.best_of_n. Writes evaluation.json, samples/, and with --density the log-probs of the
 reference's samples, from which the report draws the density ratio. For a judge that is a chat model or a person, see
 exo.judge and exo.label.

@@ -1,9 +1,10 @@
 """Show the data that a stage would train on: format, examples, lengths, cut rows, ties, duplicates, leaks.
 
-python -m exo.inspect --data FILE --model DIR_OR_NAME [--stage sft|reward|sample]. It takes every option of the stage,
-with the same defaults: replace exo.align in a command by exo.inspect. Exits with 0 if the stage would start, and with 2
-and the stage's error if it would not, because it calls the functions of the stage. It reads the tokenizer and
-config.json of the model but no weights, and it writes nothing.
+    python -m exo.inspect --data FILE --model DIR_OR_NAME [--stage sft|reward|sample]
+
+It takes every option of the stage, with the same defaults: replace exo.align in a command by exo.inspect. Exits with 0
+if the stage would start, and with 2 and the stage's error if it would not, because it calls the functions of the stage.
+It reads the tokenizer and config.json of the model but no weights, and it writes nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Compute the win rate of one system over another with a chat model that compares their answers in pairs.
 
-python -m exo.judge --a FILE --b FILE --template summary --endpoint http://host:port/v1 --model NAME. The protocol is
-the paper's: 100 prompts, one completion each, judged twice with the answers swapped. The judge's answers are cached
-beside the run, so that they survive a crash, --overwrite_output_dir and a change of --limit.
+    python -m exo.judge --a FILE --b FILE --template summary --endpoint http://host:port/v1 --model NAME
+
+The protocol is the paper's: 100 prompts, one completion each, judged twice with the answers swapped. The judge's
+answers are cached beside the run, so that they survive a crash, --overwrite_output_dir and a change of --limit.
 """
 
 from __future__ import annotations

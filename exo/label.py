@@ -1,7 +1,8 @@
 """Compare systems blindly by human raters: make sheets to fill in, and count the verdicts of the filled ones.
 
-python -m exo.label --systems exo=FILE,dpo=FILE --matchups exo:dpo --references FILE --output_dir DIR
-python -m exo.label --mode import --sheets DIR/sheets --key DIR/key.json --output_dir DIR2
+    python -m exo.label --systems exo=FILE,dpo=FILE --matchups exo:dpo --references FILE --output_dir DIR
+    python -m exo.label --mode import --sheets DIR/sheets --key DIR/key.json --output_dir DIR2
+
 The protocol is the paper's: 100 instructions, every matchup of systems on each, 3 raters, win, tie or lose. Only
 DIR/sheets goes to the raters; only key.json tells which answer is whose.
 """

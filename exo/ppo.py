@@ -1,8 +1,9 @@
 """PPO, the paper's baseline: maximize a reward with a KL penalty on every token.
 
-python -m exo.ppo --model DIR_OR_NAME --data PROMPTS --reward_model DIR, or --oracle module:function. Clipped objective,
-a separate critic with a clipped loss, and at first the critic alone, with the actor frozen, as in the paper's appendix
-C. The run directory is the model directory; the critic is not saved.
+    python -m exo.ppo --model DIR_OR_NAME --data PROMPTS (--reward_model DIR | --oracle module:function)
+
+Clipped objective, a separate critic with a clipped loss, and at first the critic alone, with the actor frozen, as in
+the paper's appendix C. The run directory is the model directory; the critic is not saved.
 """
 
 from __future__ import annotations

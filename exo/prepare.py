@@ -1,6 +1,8 @@
 """Prepare the data of a task: texts to imitate, prompts, held-out prompts, preferences.
 
-python -m exo.prepare --task NAME [--source FILE_DIR_OR_HUB]. exo.experiments.tasks describes the tasks and the files.
+    python -m exo.prepare --task NAME [--source FILE_DIR_OR_HUB]
+
+exo.experiments.tasks describes the tasks and the files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Write the report of a recipe's run: one HTML file with tables and pictures, and the pictures beside it.
 
-python -m exo.report --run RUN --output_dir RUN/report. Every number is read or computed from the run's files. For an
-unfinished run, the report shows the results so far and lists the steps that are missing.
+    python -m exo.report --run RUN --output_dir RUN/report
+
+Every number is read or computed from the run's files. For an unfinished run, the report shows the results so far and
+lists the steps that are missing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Train a reward model: a scalar on the last token, higher for the chosen completion of a pair.
 
-python -m exo.reward --model DIR_OR_NAME --data FILE. Bradley-Terry: -log sigmoid(r_chosen - r_rejected), mean over
-pairs; scored completions become pairs of best and worst. With --labels, lines of {"text", "label"} train a classifier
-of two classes instead, whose log-odds are the paper's oracle for sentiment. Saved as a model that
-AutoModelForSequenceClassification reads.
+    python -m exo.reward --model DIR_OR_NAME --data FILE
+
+Bradley-Terry: -log sigmoid(r_chosen - r_rejected), mean over pairs; scored completions become pairs of best and worst.
+With --labels, lines of {"text", "label"} train a classifier of two classes instead, whose log-odds are the paper's
+oracle for sentiment. Saved as a model that AutoModelForSequenceClassification reads.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def run(config: Config, start: Start) -> Path:
     from exo.distributed import accelerator as distributed
     from exo.distributed import fsdp, gather
     from exo.runs import inputs as run_inputs
-    from exo.training import loop, losses, sampler
+    from exo.training import loop, sampler, sft_and_reward
     from exo.training import run as training_run
     from exo.training.optimizer import OptimizerSettings
 
@@ -80,7 +81,7 @@ def run(config: Config, start: Start) -> Path:
     metrics = training_run.begin(start, accelerator, dataset.account(counts))
     steps = sampler.total_steps(len(examples), **config.epochs())
     console.log(f"{len(examples):,} {'texts' if config.labels else 'pairs'}, {steps:,} steps of {config.batch_size}")
-    module = (losses.LabelLoss if config.labels else losses.PairLoss)(
+    module = (sft_and_reward.LabelLoss if config.labels else sft_and_reward.PairLoss)(
         distributed.place(model, accelerator, config.fsdp)
     ).train(config.dropout)
     collator = Collator(tokenizer.pad_token_id, config.max_tokens_per_batch)
@@ -89,7 +90,7 @@ def run(config: Config, start: Start) -> Path:
     )
     settings = loop.Settings(OptimizerSettings(**config.optimizer()), **config.loop())
     loop.train(task, settings, accelerator, metrics)
-    result = losses.evaluate(module, held_out, accelerator, collator)
+    result = sft_and_reward.evaluate(module, held_out, accelerator, collator)
     if result and accelerator.is_main_process:
         metrics.write(step=steps, **result)
     model = fsdp.gather_model(model, accelerator.is_main_process)

@@ -1,9 +1,11 @@
 """Sample K completions per prompt, with their tokens, their log-probs and the reason why each ended.
 
-python -m exo.sample --model DIR_OR_NAME --data FILE. Each completion has its own random stream, which depends on the
-seed, the index of its prompt in the file and its index among the K, so a part of the data (--first, --prompts) gets the
-same completions as in a run on all of it. --engine vllm samples with vLLM, if it is installed, from other random
-streams. Completed batches are cached; run the same command again to resume a killed run.
+    python -m exo.sample --model DIR_OR_NAME --data FILE
+
+Each completion has its own random stream, which depends on the seed, the index of its prompt in the file and its index
+among the K, so a part of the data (--first, --prompts) gets the same completions as in a run on all of it. --engine
+vllm samples with vLLM, if it is installed, from other random streams. Completed batches are cached; run the same
+command again to resume a killed run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Score every completion of a file of samples with a reward model, a classifier or a Python function.
 
-python -m exo.score --data FILE --reward_model DIR, or --oracle module:function. All other columns stay. Scores are
-cached while they are computed; run the same command again to resume a killed run.
+    python -m exo.score --data FILE (--reward_model DIR | --oracle module:function)
+
+All other columns stay. Scores are cached while they are computed; run the same command again to resume a killed run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Supervised fine-tuning: the loss of completions given their prompts, from a causal LM to a model directory.
 
-python -m exo.sft --model DIR_OR_NAME --data FILE. Preferences train on the chosen completion. The loss is the mean over
-the completion tokens of a step, whatever the micro-batches.
+    python -m exo.sft --model DIR_OR_NAME --data FILE
+
+Preferences train on the chosen completion. The loss is the mean over the completion tokens of a step, whatever the
+micro-batches.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ def run(config: Config, start: Start) -> Path:
     from exo.runs import record as run_record
     from exo.training import loop, sampler
     from exo.training import run as training_run
-    from exo.training.losses import NextToken
     from exo.training.optimizer import OptimizerSettings
+    from exo.training.sft_and_reward import NextToken
 
     dataset = read(config)
     accelerator = distributed.make_accelerator(

@@ -1,4 +1,18 @@
-"""The groups of options in `--help-all`, and the few options that `--help` shows."""
+"""The groups of options in `--help-all`, the few options that `--help` shows, and the layout of both."""
+
+import argparse
+import textwrap
+
+
+class Formatter(argparse.HelpFormatter):
+    """Wrap the paragraphs of a description one by one, and keep indented ones, such as commands, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.strip().split("\n\n")
+        return "\n\n".join(
+            p if p.startswith(" ") else textwrap.fill(" ".join(p.split()), width, break_on_hyphens=False) for p in parts
+        )
+
 
 # An option that is in no group is one of the command's own.
 GROUPS = {

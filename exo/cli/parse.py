@@ -44,6 +44,7 @@ def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: s
         show_all=show_all,
         prog=prog,
         description=description,
+        formatter_class=help.Formatter,
         usage="%(prog)s [--option VALUE ...]",
         epilog=None if show_all else "These are the options to know first; --help-all shows all of them, in groups.",
         add_help=False,

@@ -5,8 +5,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 STAGES = "commands"
 BUDGET = {  # lines of Python
-    "exo_kernels": 4410, "cli": 1220, "runs": 830, "data": 4345, "distributed": 540, "evaluation": 1050, "models": 2150,
-    "reporting": 1000, "rollouts": 1130, "experiments": 1345, "training": 2245, STAGES: 2190,
+    "exo_kernels": 4410, "cli": 1240, "runs": 830, "data": 4345, "distributed": 540, "evaluation": 1050, "models": 2150,
+    "reporting": 1000, "rollouts": 1130, "experiments": 1345, "training": 2245, STAGES: 2220,
 }  # fmt: skip
 LONGEST = 300  # lines of a file
 MOST_FILES = 16  # in a package

@@ -16,7 +16,7 @@ from exo.data.text import tokenize
 from exo.data.text.limits import Limits
 from exo.distributed.accelerator import make_accelerator
 from exo.rollouts import scorers
-from exo.training.losses import PairLoss
+from exo.training.sft_and_reward import PairLoss
 from tests.tasks import WORDS, lines, write_model, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
