@@ -8,10 +8,10 @@ class Formatter(argparse.HelpFormatter):
     """Wrap the paragraphs of a description one by one, and keep indented ones, such as commands, as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        parts = text.strip().split("\n\n")
-        return "\n\n".join(
-            p if p.startswith(" ") else textwrap.fill(" ".join(p.split()), width, break_on_hyphens=False) for p in parts
-        )
+        def fill(paragraph: str) -> str:
+            return textwrap.fill(" ".join(paragraph.split()), width, break_on_hyphens=False)
+
+        return "\n\n".join(p if p.startswith(" ") else fill(p) for p in text.strip().split("\n\n"))
 
 
 # An option that is in no group is one of the command's own.
