@@ -1,4 +1,4 @@
-"""Measure reward, accuracy, KL to the reference and win rates of a policy's checkpoints, on held-out prompts.
+"""Measure reward, accuracy, KL to the reference and win rates of the models that a run saved, on held-out prompts.
 
     python -m exo.evaluate --model RUN --reference DIR --data PROMPTS (--reward_model DIR | --oracle module:function)
 
@@ -32,7 +32,7 @@ from exo.runs.stage import Start, stage
 @dataclass(frozen=True)
 class Config(Scoring, DataOptions, ChatOptions, ScorerOptions):
     output_dir: str = option("runs/evaluation", "directory of the run")
-    model: str | None = option(None, "run whose checkpoints are evaluated, or a causal LM")
+    model: str | None = option(None, "run whose saved models are evaluated, or a causal LM")
     samples: str | None = option(None, "completions to evaluate instead of a model's")
     reference: str | None = option(None, "the causal LM that the KL is measured to; needed with --model")
     data: str = option("", "held-out prompts: any data file that has them", named("a file of prompts"))
@@ -117,19 +117,19 @@ def run(config: Config, start: Start) -> Path:
     size = settings["k"] or "several numbers of"
     console.log(f"{len(inputs.prompts):,} prompts x {size} completions, scored by {scorer.name}")
     entries, rows = [], []
-    for checkpoint, examples, scoring_models in sampled:
+    for saved, examples, scoring_models in sampled:
         scores, more_counts = shards.score_shared(scorer, examples, accelerator)
         counts += more_counts
         ratios = sampler.log_ratios(scoring_models, examples) if scoring_models else None
         if accelerator.is_main_process:
-            _write_samples(directory / "samples" / f"{checkpoint.name}.jsonl", examples, scores, ratios and ratios[0])
-        entry = {"name": checkpoint.name, "step": checkpoint.step}
+            _write_samples(directory / "samples" / f"{saved.name}.jsonl", examples, scores, ratios and ratios[0])
+        entry = {"name": saved.name, "step": saved.step}
         entry |= metrics.of_rewards(scores, baseline_scores, chosen_scores or None) | samples.describe(examples)
         entry |= _kl(ratios[1]) if ratios else _kl_bound(config)
-        console.log(f"  {checkpoint.name:10s} {_line(entry)}")
+        console.log(f"  {saved.name:10s} {_line(entry)}")
         samples.log_cut(examples)
         entries.append(entry)
-        if density and scoring_models and checkpoint.name == "final":
+        if density and scoring_models and saved.name == "final":
             rows = scoring_models.density(*density)
         del scoring_models  # before the next model is loaded
     console.counts(counts)

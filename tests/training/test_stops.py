@@ -181,7 +181,7 @@ def test_a_nonfinite_loss_or_gradient_stops_the_run_with_a_checkpoint(
     assert fingerprint(tmp_path / "run") == undisturbed("align")
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["loss", "gradient", "infinite"])
 def test_on_nan_skip_skips_the_update(kind, inputs, tmp_path, monkeypatch, capsys):
     argv = interruptions.arguments("align", inputs, tmp_path / "run", "--on_nan", "skip")
     forward = preference.PreferenceLoss.forward
@@ -194,6 +194,8 @@ def test_on_nan_skip_skips_the_update(kind, inputs, tmp_path, monkeypatch, capsy
             return share
         if kind == "loss":
             return share._replace(loss=share.loss * float("nan"))
+        if kind == "infinite":
+            return share._replace(loss=share.loss + next(self.parameters()).sum() * float("inf"))
         return share._replace(loss=share.loss + (next(self.parameters()).sum() * 0).abs().sqrt())
 
     monkeypatch.setattr(preference.PreferenceLoss, "forward", poisoned)
@@ -201,6 +203,7 @@ def test_on_nan_skip_skips_the_update(kind, inputs, tmp_path, monkeypatch, capsy
     assert "1 updates were skipped: their loss or gradient was not finite" in capsys.readouterr().out
     log = [line for line in interruptions.lines(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in line]
     assert [line.get("skipped") for line in log].count(1.0) == 1 and len(log) == STEPS
+    assert [line["clipped"] for line in log if line.get("skipped")] == [0.0], "a skipped update is not clipped"
     assert all(parameter.isfinite().all() for parameter in models.load(str(tmp_path / "run"))[0].parameters())
 
 
