@@ -1,6 +1,8 @@
 # make demo   the quickstart     make test   the tests; make test-all adds the slow ones     make gpu   the GPU tests
-# make bench  the benchmarks     make lint   ruff, mypy and codespell                        make docs  the site, in site/
+# make bench  all benchmarks     make lint   ruff, mypy and codespell                        make docs  the site, in site/
 # make soak   hundreds of kills, damaged files and full disks: takes hours
+# make against REV=v0.1.0  time, memory and accuracy of this tree beside those of another revision
+# make nightly  what CI runs every night: test-all, and against the last release
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -12,7 +14,10 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadsco
 # a waiting thread must not spin: it would take the core that another process needs
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-all soak bench docs lint format gpu clean
+# the last release; the parent of the newest commit if there is none
+REV ?= $(shell git describe --tags --abbrev=0 HEAD~1 2>/dev/null || echo HEAD~1)
+
+.PHONY: setup demo test test-all soak bench against nightly docs lint format gpu clean
 
 setup: $(INSTALLED)
 
@@ -41,8 +46,21 @@ soak: setup
 gpu: setup
 	$(PYTEST) -m "gpu or kernel"
 
-bench: setup
-	$(PYTEST) benchmarks/
+# 40 minutes: every case and peer, then the pictures and the figures in the pages
+bench: .venv/.peers
+	$(PYTEST) benchmarks/ --full --allocator default --results
+	$(PYTEST) benchmarks/test_logits.py --full --results
+	$(BIN)/python -m benchmarks.figures
+	$(BIN)/python -m benchmarks.publish
+
+.venv/.peers: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	touch $@
+
+against: setup
+	$(BIN)/python -m benchmarks.against $(REV)
+
+nightly: test-all against
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -67,7 +67,8 @@ setup(
         "test": TEST,
         "deepspeed": [*TRAIN, "deepspeed>=0.19"],
         "flash": ["flash-attn>=2.7"],
-        "peers": ["liger-kernel>=0.8", "trl>=1.10"],
+        # QuACK, which needs a recent NVIDIA GPU, is not among them: pip install quack-kernels
+        "peers": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8", "trl>=1.16"],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

@@ -1,109 +1,160 @@
-"""Options, fixtures, and the tables at the end of the session."""
+"""Options, the fixture that runs a case and guards it, and the tables at the end of the session."""
 
+import datetime
 import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import (
-    accuracy,
-    linear_report,
-    linear_scaling,
-    linear_workload,
-    logits_report,
-    logits_workload,
-    report,
-    step_report,
-    step_workload,
-)
+from benchmarks import guard, harness, machine, measure, planted, table
 
-ROWS = pytest.StashKey[list]()
-TABLES = {
-    module.SUITE: module.block for module in (logits_report, linear_report, linear_scaling, accuracy, step_report)
-}
-CASES = {
-    "work": logits_workload.workloads,
-    "linear_work": linear_workload.workloads,
-    "accuracy_case": accuracy.cases,
-    "step_work": step_workload.workloads,
-}
+RERUNS = 3
+RESULTS = Path(__file__).parent / "results"
+ALL_RESULTS = pytest.StashKey[list]()
+BASELINE = pytest.StashKey[guard.Baseline]()
+KEEP_MEMORY = pytest.StashKey[bool]()
+NOTES = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("exo_kernels benchmarks")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    group.addoption("--rounds", type=int, help="rounds of all contenders (default: see README.md)")
-    group.addoption("--results", metavar="FILE", help="write all results as JSON")
-    group.addoption("--strict-targets", action="store_true", help="fail if a target is missed")
+    group.addoption("--full", action="store_true", help="all cases, more contenders (20 minutes)")
+    group.addoption("--peers", choices=("none", "installed"), help="default: none; with --full: installed")
+    group.addoption(
+        "--allocator",
+        choices=("kept", "default"),
+        default="kept",
+        help="kept: freed memory stays in the process, so that the guard can compare times; see README.md",
+    )
+    group.addoption("--rounds", type=int, help="rounds of all contenders (default: by case)")
+    group.addoption("--update-baseline", action="store_true", help="add this run; replace what regressed")
+    group.addoption("--results", nargs="?", const="", metavar="FILE", help="write all figures as JSON")
+    group.addoption("--plant", choices=sorted(planted.SLOWDOWNS), help="slow the kernels down, to see the guard fail")
 
 
 def pytest_configure(config):
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install 'exo-kernels[bench]'")
-    config.stash[ROWS] = []
-    gpu = torch.cuda.is_available()
-    if config.option.device is None:
-        config.option.device = "cuda" if gpu else "cpu"
-    if config.option.device == "cuda" and not gpu and not config.option.collectonly:
+    options = config.option
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available() and not options.collectonly:
         raise pytest.UsageError("--device cuda: torch finds no GPU")
+    config.stash[ALL_RESULTS], config.stash[NOTES] = [], []
+    if options.collectonly:
+        return
+    try:
+        config.stash[BASELINE] = guard.Baseline(machine.kind(options.device))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.stash[KEEP_MEMORY] = options.device == "cuda" or options.allocator == "kept" and measure.keep_memory()
+    if options.update_baseline and not config.stash[KEEP_MEMORY]:
+        raise pytest.UsageError("--update-baseline: baselines need --allocator kept, which this system may lack")
+    if options.plant:
+        if options.update_baseline:
+            raise pytest.UsageError("--plant: a planted slowdown must not enter the baseline")
+        planted.SLOWDOWNS[options.plant](setattr)
 
 
 def pytest_generate_tests(metafunc):
-    for name, cases in CASES.items():
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, cases(metafunc.config.getoption("device")), ids=str)
+    if "case" in metafunc.fixturenames:
+        options = metafunc.config.option
+        metafunc.parametrize("case", metafunc.module.suite.cases(options.device, options.full), ids=str)
 
 
 @pytest.fixture
-def device(pytestconfig):
-    return pytestconfig.getoption("device")
+def run_case(pytestconfig, benchmark) -> Callable[[harness.Case], None]:
+    """Return a function that runs a case and fails if a figure of ours is worse than the baseline allows."""
+    option, baseline = pytestconfig.option, pytestconfig.stash[BASELINE]
+    peers = option.peers == "installed" if option.peers else option.full
+    options = harness.Options(option.device, option.full, peers, keep_memory=pytestconfig.stash[KEEP_MEMORY])
 
+    def run_and_compare(case: harness.Case) -> None:
+        run = harness.Run(case, options)
+        rounds = case.rounds and (option.rounds or case.rounds)
+        run.time(rounds, benchmark)
+        verdicts = baseline.compare(run.result())
+        for _ in range(RERUNS):
+            if not any(verdict.regressed for verdict in verdicts):
+                break
+            run.again(rounds)
+            verdicts = baseline.compare(run.result())
+        result = run.result()
+        benchmark.extra_info |= {"machine": machine.describe(option.device), "result": result}
+        pytestconfig.stash[ALL_RESULTS].append(result)
+        if option.results is not None:  # after every case, so that an interrupted run keeps what it has measured
+            _write(_results_path(pytestconfig), pytestconfig.stash[ALL_RESULTS], option.device)
+        regressed = [str(verdict) for verdict in verdicts if verdict.regressed]
+        if not option.plant and options.keep_memory and (option.update_baseline or not verdicts):
+            baseline.add(result, replace=bool(regressed))
+            if not option.update_baseline:
+                pytestconfig.stash[NOTES].append(f"{case.suite}/{case} has no baseline yet: this run is its first")
+        elif regressed:
+            pytest.fail("\n".join(regressed), pytrace=False)
 
-@pytest.fixture
-def rows(pytestconfig):
-    """Return the rows of the session, to which each test appends."""
-    return pytestconfig.stash[ROWS]
-
-
-@pytest.fixture
-def verdict(pytestconfig):
-    """Return a function of a test's targets; with --strict-targets it fails the test if one is missed."""
-
-    def judge(targets: list[report.Target]) -> None:
-        missed = [str(target) for target in targets if not target.met]
-        if missed and pytestconfig.getoption("strict_targets"):
-            pytest.fail(", ".join(missed), pytrace=False)
-
-    return judge
+    return run_and_compare
 
 
 @pytest.fixture(autouse=True)
-def free_memory(device):
+def free_memory(pytestconfig):
     """Free memory after each test, so that it does not count in the peak of the next one."""
     yield
     torch.compiler.reset()
     gc.collect()
-    if device == "cuda":
+    if pytestconfig.option.device == "cuda":
         torch.cuda.empty_cache()
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows, device = config.stash[ROWS], config.getoption("device")
-    if not rows:
+    results, option = config.stash[ALL_RESULTS], config.option
+    if not results:
         return
     terminalreporter.section("exo_kernels: time, memory and accuracy")
-    for line in [report.heading(device), *_tables(rows)]:
+    terminalreporter.write_line(machine.heading(option.device))
+    for result in results:
+        for line in table.lines(result):
+            terminalreporter.write_line(line)
+    for line in _closing_lines(config):
         terminalreporter.write_line(line)
-    path = config.getoption("results")
-    if path:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(report.as_json(device, rows))
-        terminalreporter.write_line(f"\nwritten: {path}")
 
 
-def _tables(rows: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for suite, workload in dict.fromkeys((row["suite"], row["workload"]) for row in rows):
-        lines += TABLES[suite]([row for row in rows if (row["suite"], row["workload"]) == (suite, workload)])
+def _closing_lines(config) -> list[str]:
+    """Save the baseline, and return what is to be said about it and the results."""
+    option, baseline, notes = config.option, config.stash[BASELINE], config.stash[NOTES]
+    lines = [""]
+    if baseline.new:
+        lines.append(f"no baseline for this kind of machine ({baseline.kind}): this run makes one")
+    lines += [] if baseline.new else notes
+    if option.update_baseline or notes:
+        baseline.save()
+        lines.append(f"written: {baseline.path}; more runs with --update-baseline add their spread")
+    if option.results is not None:
+        lines.append(f"written: {_results_path(config)}")
     return lines
+
+
+def _results_path(config) -> Path:
+    given = config.option.results
+    return Path(given) if given else RESULTS / f"{config.stash[BASELINE].kind}.json"
+
+
+def _write(path: Path, results: list[dict[str, Any]], device: str) -> None:
+    """Write the results; cases of an earlier file of the same machine that did not run stay in it."""
+    info = machine.describe(device)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    by_case = {}
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if earlier["machine"]["kind"] == info["kind"]:
+            by_case = {_key(r): r for r in earlier["results"]}
+    by_case |= {_key(r): r | {"date": date, "commit": info["commit"]} for r in results}
+    content = {"machine": info, "date": date, "results": list(by_case.values())}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _key(result: dict[str, Any]) -> tuple[str, str, bool]:
+    return result["suite"], result["case"], result["keep_memory"]

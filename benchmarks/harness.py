@@ -1,73 +1,210 @@
-"""The rounds of a benchmark: contenders must pass the gate on the timed data, then all run in turn in one process.
+"""The one harness: gate the contenders of a case, measure their memory, then run all in turn, round after round.
 
-The contenders and their errors are in *_contenders.py, the tables in *_report.py.
+A case is one table. Each suite (logits, linear, step, accuracy) lists its cases, and prepares the contenders
+of one.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from benchmarks import measure, report
+from benchmarks import measure
 
-OURS = "ours"
+OURS, BOUND, EAGER, PADDED = "ours", "bound", "eager", "ours, padded"
+MEMORY_RUNS = 2  # of ours; the smallest peak counts, because the C library adds to some
+WARMUP_ROUNDS = 1  # after the gate's run and the measurement of memory
+MIB = 2**20
 
 
-def first_results(contenders: Iterable[Any], problem: Any) -> tuple[dict[str, report.Result], dict[str, tuple]]:
-    """Return empty results, and the loss and gradients of each contender. A peer may fail to run, ours may not."""
-    results, returned = {}, {}
-    for contender in contenders:
-        result = results[contender.name] = report.Result(contender.name, tolerance=contender.tolerance)
+class Options(NamedTuple):
+    """Who takes part."""
+
+    device: str
+    full: bool = False  # more cases, more contenders written in plain PyTorch
+    peers: bool = False  # other libraries that are installed, and torch.compile
+    ours_only: bool = False
+    keep_memory: bool = False  # see measure.keep_memory
+
+
+class Contender(NamedTuple):
+    """Someone who does the work of a case."""
+
+    name: str
+    call: Callable[[], Any]  # is timed; returns what the caller keeps
+    outputs: Callable[[], tuple[Any, ...]] | None  # are compared with the oracle; None for a bound, which has none
+    tolerance: float = float("inf")  # allowed for each error
+    bound: str = BOUND
+
+
+class Prepared(NamedTuple):
+    """A case with its data."""
+
+    contenders: list[Contender]  # a bound right before ours, so that noise longer than both cancels in the ratio
+    absent: dict[str, str]  # the reason for everyone who cannot take part
+    errors: Callable[[dict[str, tuple[Any, ...]]], dict[str, dict[str, float]]]  # by contender and kind
+
+
+class Case(Protocol):
+    """A row of a suite's list of cases."""
+
+    suite: str
+    rounds: int  # 0: nothing is timed
+    work: float  # of one call, in `unit` x 1e9 seconds
+    unit: str  # GB/s, GFLOP/s or k tokens/s
+
+    def __str__(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def sizes(self) -> dict[str, Any]: ...
+
+    def prepare(self, options: Options) -> Prepared: ...
+
+
+@dataclass
+class Row:
+    """The figures of a contender; `reason` says why it has none."""
+
+    contender: str
+    reason: str = ""
+    bound: str = BOUND
+    errors: dict[str, float] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)  # by round
+    cpu_seconds: list[float] = field(default_factory=list)
+    extra_bytes: int | None = None
+    allocated_bytes: int | None = None  # the part that torch's allocator counts, the same in every run
+    launches: int | None = None
+    moved_bytes: int | None = None
+
+
+class Run:
+    """A case that has passed the gate. `time()` may be called again, and adds rounds."""
+
+    def __init__(self, case: Case, options: Options) -> None:
+        self.case, self.options = case, options
+        self.busy = 0.0  # share of the CPU that other processes used in the rounds
+        self.clock = measure.Clock(options.device) if case.rounds else None
+        prepared = case.prepare(options)
+        self.rows: dict[str, Row] = {}
+        self.calls: dict[str, Callable[[], Any]] = {}
+        self._gate(prepared)
+        for name, reason in prepared.absent.items():
+            self.rows[name] = Row(name, reason)
+        for name, call in list(self.calls.items()) if case.rounds else []:
+            self._guarded(name, lambda name=name, call=call: self._count(name, call))
+
+    def again(self, rounds: int) -> None:
+        """Measure ours once more: the rounds are added to the others; of the peaks of memory the smallest counts."""
+        for name, call in self.calls.items() if rounds else ():
+            if name.startswith(OURS):
+                self._count(name, call)
+        self.time(rounds)
+
+    def _gate(self, prepared: Prepared) -> None:
+        """Exclude who raises, and whose error exceeds its tolerance. Ours may do neither."""
+        outputs: dict[str, tuple[Any, ...]] = {}
+        for contender in prepared.contenders:
+            name = contender.name
+            self.rows[name] = Row(name, bound=contender.bound)
+            self.calls[name] = contender.call
+            if contender.outputs is not None:
+                self._guarded(name, lambda c=contender: outputs.update({c.name: c.outputs()}))
+        tolerances = {contender.name: contender.tolerance for contender in prepared.contenders}
+        for name, errors in prepared.errors(outputs).items():
+            self.rows[name].errors = errors
+            if not all(error <= tolerances[name] for error in errors.values()):  # NaN never passes
+                text = ", ".join(f"{kind} {error:.1e}" for kind, error in errors.items())
+                self._exclude(name, f"wrong: errors of {text}; allowed {tolerances[name]:.0e}")
+                assert not name.startswith(OURS), f"{self.case}: {name}: {self.rows[name].reason}"
+
+    def _guarded(self, name: str, action: Callable[[], Any]) -> None:
+        """Run an action of a contender. A peer may fail: no compiler, out of memory, an untested version."""
         try:
-            returned[contender.name] = contender.gradient(problem)
-        except Exception as error:  # no compiler, out of memory, an untested version
-            if contender.name.startswith(OURS):
+            action()
+        except Exception as error:
+            if name.startswith((OURS, BOUND)):
                 raise
-            result.not_timed = describe(error)
-    return results, returned
+            self._exclude(name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
+    def _exclude(self, name: str, reason: str) -> None:
+        self.rows[name].reason = reason
+        self.calls.pop(name, None)
 
-def describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    def _count(self, name: str, call: Callable[[], Any]) -> None:
+        row, device = self.rows[name], self.options.device
+        if name.startswith(BOUND):
+            call()
+            return
+        call()  # an optimizer makes its state in the first call
+        counts = measure.counts(call, device)
+        row.allocated_bytes = counts.allocated
+        runs = MEMORY_RUNS if name.startswith(OURS) else 1
+        peaks = [measure.memory(call, device, counts.allocated) for _ in range(runs)]
+        row.extra_bytes = min(peaks + ([row.extra_bytes] if row.extra_bytes is not None else []))
+        if name.startswith(OURS):
+            row.launches, row.moved_bytes = counts.launches, counts.moved_bytes
 
+    def one_round(self, keep: bool = True) -> None:
+        """Run every contender once."""
+        assert self.clock is not None
+        for name, call in list(self.calls.items()):
 
-def gate(results: dict[str, report.Result], errors: dict[str, dict[str, float]]) -> None:
-    """Record the errors of each contender, and exclude it from timing if one exceeds its tolerance."""
-    for name, by_kind in errors.items():
-        result = results[name]
-        result.errors = by_kind
-        if not all(error <= result.tolerance for error in by_kind.values()):  # NaN never passes
-            text = ", ".join(f"{kind} {error:.1e}" for kind, error in by_kind.items())
-            result.not_timed = f"gate: errors of {text}; allowed {result.tolerance:.0e}"
+            def action(name: str = name, call: Callable[[], Any] = call) -> None:
+                sample = self.clock(call)
+                if keep:
+                    self.rows[name].seconds.append(sample.seconds)
+                    if sample.cpu_seconds is not None:
+                        self.rows[name].cpu_seconds.append(sample.cpu_seconds)
 
+            self._guarded(name, action)
 
-def timed(
-    benchmark,
-    results: dict[str, report.Result],
-    calls: dict[str, Callable[[], Any]],
-    device: str,
-    rounds: int,
-    warmup_rounds: int,
-) -> None:
-    """Add the times to the results. The line of pytest-benchmark is the wall clock of ours."""
-    clock, runnable = measure.Clock(device), dict(calls)
-    for _ in range(warmup_rounds):
-        for name, call in calls.items():
-            try:
-                clock(call)
-            except torch.OutOfMemoryError as error:  # the buffers of other contenders may leave too little
-                if name.startswith(OURS):
-                    raise
-                runnable.pop(name, None)
-                results[name].not_timed = describe(error)
+    def time(self, rounds: int, benchmark: Any = None) -> None:
+        """Run the rounds; given pytest-benchmark's fixture, it times ours once more in each, by the wall clock."""
+        if not rounds:  # nothing is timed; the fixture must be used to carry the figures
+            if benchmark is not None:
+                benchmark.pedantic(self._ours, rounds=1, iterations=1)
+            return
+        for _ in range(WARMUP_ROUNDS):
+            self.one_round(keep=False)
+        busy = measure.Busy()
+        if benchmark is None:
+            for _ in range(rounds):
+                self.one_round()
+        else:
+            benchmark.pedantic(self._ours, setup=self.one_round, rounds=rounds, iterations=1)
+        self.busy = max(self.busy, busy.share())
 
-    def one_round():
-        for name, call in runnable.items():
-            results[name].times.append(clock(call))
-
-    def ours():
-        calls[OURS]()
-        if device == "cuda":
+    def _ours(self) -> None:
+        self.calls[OURS]()
+        if self.options.device == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(ours, setup=one_round, rounds=rounds, iterations=1)
+    def result(self) -> dict[str, Any]:
+        """Return the case and its rows as JSON has them."""
+        case = self.case
+        return {
+            "suite": case.suite, "case": str(case), "title": case.title, "sizes": case.sizes, "unit": case.unit,
+            "work": case.work, "busy": self.busy, "keep_memory": self.options.keep_memory,
+            "rows": [vars(row) for row in self.rows.values()],
+        }  # fmt: skip
+
+
+def ratios(row: dict[str, Any], over: dict[str, Any], key: str = "seconds") -> list[float]:
+    """Return row / over, round by round: calls close in time have the same noise."""
+    return [a / b for a, b in zip(row[key], over[key], strict=False) if b]
+
+
+def typical(values: Sequence[float]) -> float:
+    """Return the lower quartile: noise only adds time, and it may add it to more than half of the rounds."""
+    return statistics.quantiles(values, n=4, method="inclusive")[0] if len(values) > 1 else values[0]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Return the distance from the smallest value to the median, relative to the median."""
+    middle = statistics.median(values)
+    return (middle - min(values)) / middle

