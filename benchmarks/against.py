@@ -25,6 +25,7 @@ from benchmarks.machine import ROOT
 
 ROUNDS = 20
 SLOWER = 1.02  # the whole interval of the ratio of times must lie above it
+SAME = 1.06  # it must end below it
 # half-width, in ranks, of the 95% interval of a median: 0.98 sqrt(n), from the binomial distribution
 RANKS = 0.98
 COUNTED = {"MiB": ("extra_bytes", MIB), "MiB allocated": ("allocated_bytes", MIB), "launches": ("launches", 1)}
@@ -105,11 +106,15 @@ class Comparison(NamedTuple):
         return found
 
     def __str__(self) -> str:
-        times = f"{'-':>8}{'':16}"
+        times, high = f"{'-':>8}{'':16}", 1.0
         if self.ratios:
             low, middle, high = self.interval
             times = f"{middle:8.3f} {f'({low:.3f}..{high:.3f})':>15}"
-        verdict = "; ".join(self.regressions) or ("faster" if self.ratios and self.interval[2] < 1 / SLOWER else "same")
+        verdict = "; ".join(self.regressions) or "same"
+        if self.ratios and not self.regressions and high > SAME:
+            verdict = "unclear: the interval is wide, try more --rounds"
+        elif self.ratios and not self.regressions and high < 1 / SLOWER:
+            verdict = "faster"
         return f"{self.case:48}{times}  {verdict}"
 
 

@@ -180,7 +180,7 @@ def test_a_comparison_says_what_changed():
     assert str(comparison(even)).endswith("same")
     assert comparison([1.15 * r for r in even]).regressions == ["1.15 x the time"]
     assert str(comparison([0.8 * r for r in even])).endswith("faster")
-    assert not comparison([0.5, 3.0] * 10).regressions, "noise"
+    assert "unclear" in str(comparison([0.5, 3.0] * 10)) and not comparison([0.5, 3.0] * 10).regressions
     assert comparison(even, new=SAME | {"extra_bytes": 2**28}).regressions == ["256 MiB, 128 before"]
     assert comparison(even, new=SAME | {"errors": {"loss": 1e-4}}).regressions == ["loss error 1.0e-04, 1.0e-06 before"]
 
