@@ -120,7 +120,12 @@ class Comparison(NamedTuple):
 
 def compare(case: str, new: Process, old: Process, rounds: int | None) -> Comparison:
     """Run a case in both versions, in turn; which is first alternates."""
-    ready = [process.ask("prepare", case) for process in (new, old)]
+    prepared = new.ask("prepare", case)
+    try:
+        ready = [prepared, old.ask("prepare", case)]
+    except RuntimeError as error:
+        new.ask("drop")
+        raise LookupError(error) from None
     samples, busy = [], measure.Busy(new.pipe.pid, old.pipe.pid)
     for i in range((rounds or ROUNDS) if ready[0]["rounds"] else 0):
         in_turn = (new, old) if i % 2 else (old, new)
@@ -163,17 +168,22 @@ def main(argv: list[str] | None = None) -> int:
 def _report(new: Process, old: Process, options: argparse.Namespace) -> int:
     """Print a line for each case as it is measured, and return the exit status."""
     print(f"{f'this tree over {options.revision}':48}{'time':>8} {'(95%)':>15}")
-    regressed = 0
+    regressed = compared = 0
     for case in new.ask("names"):
         if options.k not in case:
             continue
         try:
             line = compare(case, new, old, options.rounds)
-        except RuntimeError as error:
-            print(f"{case:48}  cannot run at {options.revision}, or here: {error}", flush=True)
+        except LookupError as error:
+            print(f"{case:48}  cannot run at {options.revision}: {error}", flush=True)
             continue
+        except RuntimeError as error:
+            raise SystemExit(f"{case}: {error}") from None
+        compared += 1
         regressed += bool(line.regressions)
         print(line, flush=True)
+    if not compared:
+        raise SystemExit("no case was compared")
     print(f"{regressed} regressed" if regressed else "no regression")
     return 1 if regressed else 0
 
