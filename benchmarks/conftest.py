@@ -23,7 +23,7 @@ NOTES = pytest.StashKey[list]()
 def pytest_addoption(parser):
     group = parser.getgroup("exo_kernels benchmarks")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    group.addoption("--full", action="store_true", help="all cases, more contenders (20 minutes)")
+    group.addoption("--full", action="store_true", help="all cases, more contenders (40 minutes)")
     group.addoption("--peers", choices=("none", "installed"), help="default: none; with --full: installed")
     group.addoption(
         "--allocator",
@@ -51,12 +51,19 @@ def pytest_configure(config):
         config.stash[BASELINE] = guard.Baseline(machine.kind(options.device))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    config.stash[KEEP_MEMORY] = options.device == "cuda" or options.allocator == "kept" and measure.keep_memory()
-    if options.update_baseline and not config.stash[KEEP_MEMORY]:
+    kept = options.device == "cpu" and options.allocator == "kept" and measure.keep_memory()
+    config.stash[KEEP_MEMORY] = kept
+    if options.update_baseline and options.device == "cpu" and not kept:
         raise pytest.UsageError("--update-baseline: baselines need --allocator kept, which this system may lack")
+    if options.rounds is not None and options.rounds < 1:
+        raise pytest.UsageError(f"--rounds: expected a positive number; got {options.rounds}")
+    if options.results is not None:
+        _earlier_results(_results_path(config))
     if options.plant:
         if options.update_baseline:
             raise pytest.UsageError("--plant: a planted slowdown must not enter the baseline")
+        if options.device == "cuda":
+            raise pytest.UsageError("--plant: the slowdowns are those of the CPU's implementation; use --device cpu")
         planted.SLOWDOWNS[options.plant](setattr)
 
 
@@ -79,7 +86,7 @@ def run_case(pytestconfig, benchmark) -> Callable[[harness.Case], None]:
         run.time(rounds, benchmark)
         verdicts = baseline.compare(run.result())
         for _ in range(RERUNS):
-            if not any(verdict.regressed for verdict in verdicts):
+            if not any(verdict.regressed and verdict.varies for verdict in verdicts):
                 break
             run.again(rounds)
             verdicts = baseline.compare(run.result())
@@ -88,13 +95,15 @@ def run_case(pytestconfig, benchmark) -> Callable[[harness.Case], None]:
         pytestconfig.stash[ALL_RESULTS].append(result)
         if option.results is not None:  # after every case, so that an interrupted run keeps what it has measured
             _write(_results_path(pytestconfig), pytestconfig.stash[ALL_RESULTS], option.device)
-        regressed = [str(verdict) for verdict in verdicts if verdict.regressed]
-        if not option.plant and options.keep_memory and (option.update_baseline or not verdicts):
-            baseline.add(result, replace=bool(regressed))
-            if not option.update_baseline:
-                pytestconfig.stash[NOTES].append(f"{case.suite}/{case} has no baseline yet: this run is its first")
-        elif regressed:
-            pytest.fail("\n".join(regressed), pytrace=False)
+        regressed = [verdict for verdict in verdicts if verdict.regressed]
+        if not option.plant:
+            replaced = [verdict.name for verdict in regressed] if option.update_baseline else []
+            added = baseline.add(result, option.update_baseline, replaced)
+            pytestconfig.stash[NOTES] += [f"replaced in the baseline: {v}" for v in regressed if replaced]
+            if added and not option.update_baseline:
+                pytestconfig.stash[NOTES].append(f"{case.suite}/{case}: {len(added)} figures had no baseline")
+        if regressed and not option.update_baseline:
+            pytest.fail("\n".join(map(str, regressed)), pytrace=False)
 
     return run_and_compare
 
@@ -125,15 +134,15 @@ def pytest_terminal_summary(terminalreporter, config):
 def _closing_lines(config) -> list[str]:
     """Save the baseline, and return what is to be said about it and the results."""
     option, baseline, notes = config.option, config.stash[BASELINE], config.stash[NOTES]
-    lines = [""]
-    if baseline.new:
-        lines.append(f"no baseline for this kind of machine ({baseline.kind}): this run makes one")
-    lines += [] if baseline.new else notes
+    lines = ["", *notes]
     if option.update_baseline or notes:
         baseline.save()
-        lines.append(f"written: {baseline.path}; more runs with --update-baseline add their spread")
+        new = f"the first baseline for this kind of machine ({baseline.kind}); " if baseline.new else ""
+        lines.append(f"written: {baseline.path}: {new}more runs with --update-baseline add their spread")
+    if option.device == "cpu" and not config.stash[KEEP_MEMORY]:
+        lines.append("times and resident memory were not compared: freed memory was not kept (--allocator)")
     if option.results is not None:
-        lines.append(f"written: {_results_path(config)}")
+        lines.append(f"written: {_results_path(config)}; `python -m benchmarks.figures` draws it")
     return lines
 
 
@@ -146,14 +155,27 @@ def _write(path: Path, results: list[dict[str, Any]], device: str) -> None:
     """Write the results; cases of an earlier file of the same machine that did not run stay in it."""
     info = machine.describe(device)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    by_case = {}
-    if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        if earlier["machine"]["kind"] == info["kind"]:
-            by_case = {_key(r): r for r in earlier["results"]}
+    earlier = _earlier_results(path)
+    by_case = {_key(r): r for r in earlier["results"]} if earlier else {}
     by_case |= {_key(r): r | {"date": date, "commit": info["commit"]} for r in results}
     content = {"machine": info, "date": date, "results": list(by_case.values())}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _earlier_results(path: Path) -> dict[str, Any] | None:
+    """Return what the file of results holds. Raise UsageError if it is no such file, or of another kind of machine."""
+    if not path.parent.is_dir():
+        raise pytest.UsageError(f"--results: {path.parent} is no folder")
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content["machine"]["kind"]
+    except (ValueError, LookupError, TypeError):
+        raise pytest.UsageError(f"--results: {path} exists and holds no results of benchmarks") from None
+    if kind != machine.kind(content["machine"]["device"]):
+        raise pytest.UsageError(f"--results: {path} holds results of another machine ({kind})")
+    return content
 
 
 def _key(result: dict[str, Any]) -> tuple[str, str, bool]:

@@ -58,11 +58,11 @@ def largest_error(result: Result, row: dict[str, Any]) -> float | None:
 
 def bars(axes: Any, results: Sequence[Result], value: Figure, label: str, log: bool = False) -> None:
     """Draw a bar for every contender of every result, with its value written beside it."""
-    at, ticks = 0.0, {}
+    at, ticks = 0.0, []
     for result in results:
-        rows = [(row, value(result, row)) for row in result["rows"]]
+        rows = [(row, value(result, row)) for row in result["rows"] if not row["reason"]]
         drawn = [(row["contender"], number) for row, number in rows if number is not None]
-        ticks[short_title(result)] = at + (len(drawn) - 1) / 2
+        ticks.append((at + (len(drawn) - 1) / 2, short_title(result)))
         for name, number in drawn:
             axes.barh(at, number, height=0.86, color=COLORS.get(name, OTHER_COLOR))
             form = ".0e" if log else ",.0f" if number >= 100 else ".3g"
@@ -70,7 +70,7 @@ def bars(axes: Any, results: Sequence[Result], value: Figure, label: str, log: b
             axes.annotate(text, (number, at), va="center", fontsize=7)
             at += 1
         at += 1
-    axes.set_yticks(list(ticks.values()), list(ticks), fontsize=8)
+    axes.set_yticks([y for y, _ in ticks], [title for _, title in ticks], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(at - 1, -1)
     if log:
@@ -88,7 +88,7 @@ def curves(axes: Any, results: Sequence[Result], size: str, value: Figure, label
     points: dict[str, list[tuple[float, float]]] = {}
     for result in sorted(results, key=lambda r: r["sizes"][size]):
         for row in result["rows"]:
-            number = value(result, row)
+            number = None if row["reason"] else value(result, row)
             if number is not None:
                 points.setdefault(row["contender"], []).append((result["sizes"][size], number))
     for name, line in points.items():
@@ -115,7 +115,8 @@ def short_title(result: Result) -> str:
         return f"K={s['K']}, {s['prompt']}:{s['completion']} tokens\n{s['layers']} layers, D={s['D']}, V={s['V']:,}"
     head = {"logits": "EXO from logits", "linear": f"{s.get('objective')}, K={s.get('K')}", "accuracy": "log-ratio"}
     width = f"D={s['D']}, " if "D" in s else ""
-    return f"{head[result['suite']]}\n{width}V={s['V']:,}\n{s['dtype']}"
+    rows = f", n={s['n']:,}" if "n" in s else ""
+    return f"{head[result['suite']]}\n{width}V={s['V']:,}\n{s['dtype']}{rows}"
 
 
 def growth(results: Sequence[Result], size: str) -> list[Result]:
@@ -128,7 +129,7 @@ def growth(results: Sequence[Result], size: str) -> list[Result]:
 
     sets: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
-        if result["suite"] == linear.SUITE:
+        if result["suite"] == linear.SUITE and not result["keep_memory"]:
             sets.setdefault(others(result), []).append(result)
     largest = max(sets.values(), key=len, default=[])
     return largest if len(largest) > 1 else []
@@ -140,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pictures")
     arguments = parser.parse_args(argv)
     reports = [json.loads(p.read_text(encoding="utf-8")) for p in arguments.files or sorted(RESULTS.glob("*.json"))]
+    if not reports:
+        raise SystemExit("no results to draw: run `make bench`")
     for name, draw, columns in PICTURES:
         heights = [draw(None, report["results"]) for report in reports]
         figure, panels = plt.subplots(

@@ -1,25 +1,28 @@
 """The regression guard: compare a result with a baseline kept for this kind of machine.
 
 Times are compared as ratios to others in the same run, because absolute times differ from machine to machine. A
-baseline holds the figures of several runs; a figure may exceed the largest of them by a margin.
+baseline holds the figures of several runs; a figure may exceed the largest ordinary one by a margin.
 """
 
 import json
 import math
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import EAGER, MIB, OURS, PADDED, spread, typical
+from benchmarks.harness import BODY, EAGER, MIB, OURS, PADDED, spread, typical
 from benchmarks.table import BUSY, WIDE
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "baselines"
 KEPT = 10  # runs
+LEAST_ROUNDS = 5  # to judge a time
+ORDINARY = 1.15  # a kept value above this multiple of the median is an outlier, and does not widen the margin
 TIME_MARGIN, FEW_RUNS, FEW_RUNS_MARGIN = 1.08, 3, 1.12
 # "MiB" is resident memory, which holds a freed block of the C library or not
 MARGINS = {"MiB": 1.4, "MiB allocated": 1.02, "launches": 1.02, "GB moved": 1.02, "error": 1.25}
-SLACK = {"MiB": 1.0, "MiB allocated": 0.5, "launches": 0.0, "GB moved": 0.0, "error": 1e-9}  # for figures near 0
+SLACK = {"MiB": 1.0, "MiB allocated": 0.5, "launches": 0.0, "GB moved": 0.0, "error": 1.2e-7}  # fp32 rounds by 6e-8
 
 
 class Metric(NamedTuple):
@@ -28,7 +31,8 @@ class Metric(NamedTuple):
     value: float
     unit: str  # "x" for a ratio of times, otherwise a key of MARGINS
     noise: float = 0.0  # the larger spread of the two
-    judged: bool = True  # otherwise only kept
+    judged: bool = True
+    kept: bool = True  # in the baseline
 
 
 class Verdict(NamedTuple):
@@ -39,10 +43,12 @@ class Verdict(NamedTuple):
     value: float
     kept: list[float]  # values of earlier runs
     allowed: float
+    varies: bool  # from run to run; otherwise another run has the same value
 
     @property
     def factor(self) -> float:
-        return self.value / statistics.median(self.kept) if any(self.kept) else math.inf
+        middle = statistics.median(self.kept)
+        return self.value / middle if middle else math.inf
 
     @property
     def regressed(self) -> bool:
@@ -59,21 +65,21 @@ class Verdict(NamedTuple):
 def metrics(result: dict[str, Any]) -> dict[str, Metric]:
     """Return the figures of ours by name."""
     rows = {row["contender"]: row for row in result["rows"] if not row["reason"]}
-    busy, steady = result["busy"] > BUSY, result["keep_memory"]
+    busy = result["busy"] > BUSY and any(row["cpu_seconds"] for row in rows.values())
     found: dict[str, Metric] = {}
     for name, row in rows.items():
-        if not name.startswith(OURS) or name == PADDED:
+        if not name.startswith(OURS):
             continue
-        for other in (row["bound"], EAGER, PADDED):
+        for other in (row["bound"], EAGER, BODY, PADDED):
+            if other not in rows or other == name or not row["seconds"]:
+                continue
+            steady = result["steady"] and len(row["seconds"]) >= LEAST_ROUNDS
             # a copy alone on its core takes less CPU time than on two at once, so it is no measure beside a neighbour
             copies = other == row["bound"] and result["unit"] == "GB/s"
-            for kind, key, judged in (("time", "seconds", not busy), ("CPU time", "cpu_seconds", busy and not copies)):
-                if other in rows and row[key] and rows[other][key]:
-                    mine, others = row[key], rows[other][key]
-                    noise = max(spread(mine), spread(others))
-                    found[f"{name}: {kind} / {other}"] = Metric(
-                        typical(mine) / typical(others), "x", noise, judged and steady
-                    )
+            found[f"{name}: time / {other}"] = _ratio(row, rows[other], "seconds", steady and not busy)
+            if row["cpu_seconds"]:
+                cpu = _ratio(row, rows[other], "cpu_seconds", steady and busy and not copies)
+                found[f"{name}: CPU time / {other}"] = cpu._replace(kept=steady and not copies)
         for label, value in (
             ("MiB", row["extra_bytes"] and row["extra_bytes"] / MIB),
             ("MiB allocated", row["allocated_bytes"] and row["allocated_bytes"] / MIB),
@@ -81,9 +87,16 @@ def metrics(result: dict[str, Any]) -> dict[str, Metric]:
             ("GB moved", row["moved_bytes"] and row["moved_bytes"] / 1e9),
         ):
             if value is not None:
-                found[f"{name}: {label}"] = Metric(float(value), label, judged=steady or label != "MiB")
+                steady = result["steady"] or label != "MiB"
+                found[f"{name}: {label}"] = Metric(float(value), label, judged=steady, kept=steady)
         found |= {f"{name}: {kind} error": Metric(error, "error") for kind, error in row["errors"].items()}
     return found
+
+
+def _ratio(row: dict[str, Any], other: dict[str, Any], key: str, judged: bool) -> Metric:
+    mine, others = row[key], other[key]
+    noise = max(spread(mine), spread(others))
+    return Metric(typical(mine) / typical(others), "x", noise, judged, judged)
 
 
 class Baseline:
@@ -107,17 +120,25 @@ class Baseline:
         case = f"{result['suite']}/{result['case']}"
         kept = self.cases.get(case, {})
         return [
-            Verdict(case, name, metric.value, kept[name], allowed(metric, kept[name]))
+            Verdict(case, name, metric.value, kept[name], allowed(metric, kept[name]), metric.unit in ("x", "MiB"))
             for name, metric in metrics(result).items()
             if metric.judged and name in kept
         ]
 
-    def add(self, result: dict[str, Any], replace: bool) -> None:
-        """Add the figures of a run to those of earlier runs, or replace these by it."""
+    def add(self, result: dict[str, Any], update: bool = False, replace: Collection[str] = ()) -> list[str]:
+        """Add the figures that have no baseline yet, and return their names.
+
+        `update` adds all figures to those of earlier runs; `replace` names those that earlier runs no longer count for.
+        """
         kept = self.cases.setdefault(f"{result['suite']}/{result['case']}", {})
+        added = []
         for name, metric in metrics(result).items():
-            values = [] if replace else kept.get(name, [])
+            if not metric.kept or name in kept and not update:
+                continue
+            added.append(name)
+            values = [] if name in replace else kept.get(name, [])
             kept[name] = [*values, float(f"{metric.value:.4g}")][-KEPT:]
+        return added
 
     def save(self) -> None:
         self.path.parent.mkdir(exist_ok=True)
@@ -141,4 +162,7 @@ def allowed(metric: Metric, kept: list[float]) -> float:
     margin = TIME_MARGIN if len(kept) >= FEW_RUNS else FEW_RUNS_MARGIN
     if metric.noise > WIDE:
         margin = max(margin, 1 + metric.noise)
-    return max(kept) * margin
+    largest = max(kept)
+    if len(kept) >= FEW_RUNS:
+        largest = max(value for value in kept if value <= ORDINARY * statistics.median(kept))
+    return largest * margin

@@ -14,6 +14,8 @@ import torch
 from benchmarks import measure
 
 OURS, BOUND, EAGER, PADDED = "ours", "bound", "eager", "ours, padded"
+BODY = "model body, padded"  # of a training step: what the loss and the update come on top of
+UNITS = {"GB/s": 1e9, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "k tokens/s": 1e3}
 MEMORY_RUNS = 2  # of ours; the smallest peak counts, because the C library adds to some
 WARMUP_ROUNDS = 1  # after the gate's run and the measurement of memory
 MIB = 2**20
@@ -30,7 +32,7 @@ class Options(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """Someone who does the work of a case."""
+    """An implementation that is measured."""
 
     name: str
     call: Callable[[], Any]  # is timed; returns what the caller keeps
@@ -52,8 +54,8 @@ class Case(Protocol):
 
     suite: str
     rounds: int  # 0: nothing is timed
-    work: float  # of one call, in `unit` x 1e9 seconds
-    unit: str  # GB/s, GFLOP/s or k tokens/s
+    work: float  # of one call, in bytes, operations or tokens
+    unit: str  # of its rate, in UNITS
 
     def __str__(self) -> str: ...
 
@@ -106,7 +108,7 @@ class Run:
         self.time(rounds)
 
     def _gate(self, prepared: Prepared) -> None:
-        """Exclude who raises, and whose error exceeds its tolerance. Ours may do neither."""
+        """Exclude contenders that raise or exceed their tolerance. Raise if ours does."""
         outputs: dict[str, tuple[Any, ...]] = {}
         for contender in prepared.contenders:
             name = contender.name
@@ -114,6 +116,9 @@ class Run:
             self.calls[name] = contender.call
             if contender.outputs is not None:
                 self._guarded(name, lambda c=contender: outputs.update({c.name: c.outputs()}))
+        for name in list(outputs):
+            if _shapes(outputs[name]) != _shapes(outputs[OURS])[: len(outputs[name])]:
+                self._exclude(name, f"wrong: results of shapes {_shapes(outputs.pop(name))}")
         tolerances = {contender.name: contender.tolerance for contender in prepared.contenders}
         for name, errors in prepared.errors(outputs).items():
             self.rows[name].errors = errors
@@ -190,13 +195,18 @@ class Run:
         return {
             "suite": case.suite, "case": str(case), "title": case.title, "sizes": case.sizes, "unit": case.unit,
             "work": case.work, "busy": self.busy, "keep_memory": self.options.keep_memory,
+            "steady": self.options.keep_memory or self.options.device == "cuda",
             "rows": [vars(row) for row in self.rows.values()],
         }  # fmt: skip
 
 
-def ratios(row: dict[str, Any], over: dict[str, Any], key: str = "seconds") -> list[float]:
-    """Return row / over, round by round: calls close in time have the same noise."""
-    return [a / b for a, b in zip(row[key], over[key], strict=False) if b]
+def _shapes(outputs: tuple[Any, ...]) -> list[tuple[int, ...]]:
+    return [tuple(getattr(x, "shape", ())) for x in outputs]
+
+
+def ratios(row: dict[str, Any], over: dict[str, Any]) -> list[float]:
+    """Return the times of row / over, round by round: calls close in time have the same noise."""
+    return [a / b for a, b in zip(row["seconds"], over["seconds"], strict=False) if b]
 
 
 def typical(values: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
 """The linear suite: losses and their gradients from hidden states and the head, half of the rows prompt.
 
-The bound is the matmuls of the rows with loss, into buffers that are there already; on a GPU also a copy of the bytes
+The bound is the matmuls of the rows with loss, into preallocated buffers; on a GPU also a copy of the bytes
 that must move between them. All contenders get the same padded input; other libraries are in peers.py.
 """
 
@@ -120,7 +120,9 @@ def cases(device: str, full: bool) -> list[Case]:
         heads = [(896, 151936), (2048, 128256), (4096, 128256)]
         shapes = [(d, v, n) for d, v in heads for n in ((1024, 4096, 16384) if full else (4096,))]
         return [
-            Case(n // 256, 512, d, v, torch.bfloat16, objective, 2 if objective == DPO else 4, rounds=20)
+            Case(
+                n // 256, 512, d, v, torch.bfloat16, objective, 2 if objective == DPO else 4, rounds=20, unit="TFLOP/s"
+            )
             for objective in (EXO, DPO, LOGPS)
             for d, v, n in shapes
         ]

@@ -1,6 +1,6 @@
 """The logits suite: the EXO loss and its gradient from given logits.
 
-The bound is a copy of as many bytes as every method must move, into memory that is there already.
+The bound is a copy of as many bytes as every method must move, into preallocated memory.
 """
 
 from collections.abc import Callable

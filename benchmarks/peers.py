@@ -48,8 +48,10 @@ class Peer:
             return "cannot: needs a GPU"
         try:
             importlib.import_module(self.module)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             return f"not installed ({error}): pip install '{self.package}'"
+        except Exception as error:  # a version that does not fit, in a module imported on first use
+            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if self.module == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             return f"cannot: torch {torch.__version__} has no LinearCrossEntropyOptions"
         return ""

@@ -36,42 +36,43 @@ class Figures:
     def __init__(self, reports: list[dict[str, Any]]) -> None:
         self.reports = reports
 
-    def of(self, case: str, keep_memory: bool = False) -> list[tuple[dict[str, Any], Rows]]:
-        """Return the result of a case on every machine, and its rows with figures. Exit if no machine has it."""
-        results = [
-            (result, {row["contender"]: row for row in result["rows"] if not row["reason"]})
-            for report in self.reports
-            for result in report["results"]
-            if f"{result['suite']}/{result['case']}" == case and result["keep_memory"] == keep_memory
-        ]
-        if not results:
-            raise SystemExit(f"{RESULTS} has no figures of {case}: run `make bench`")
-        return results
+    def of(self, case: str, *contenders: str, keep_memory: bool = False) -> list[Rows]:
+        """Return the rows of a case, by contender, from every machine that has figures of these. Exit if none has."""
+        found = []
+        for report in self.reports:
+            for result in report["results"]:
+                if f"{result['suite']}/{result['case']}" == case and result["keep_memory"] == keep_memory:
+                    rows = {row["contender"]: row for row in result["rows"] if not row["reason"]}
+                    found += [rows] if rows.keys() >= set(contenders) else []
+        if not found:
+            raise SystemExit(f"{RESULTS} has no figures of {', '.join(contenders)} in {case}: run `make bench`")
+        return found
 
     def times(self, case: str, contender: str, of: str = OURS, keep_memory: bool = False) -> str:
         """Return how many times as long a contender takes, the smallest of all machines."""
-        ratios = [table.times(rows[contender], rows[of]) for _, rows in self.of(case, keep_memory)]
+        machines = self.of(case, contender, of, keep_memory=keep_memory)
+        ratios = [table.times(rows[contender], rows[of]) for rows in machines]
         smallest = min(x for x in ratios if x is not None)
         return f"{smallest:.1f}" if smallest >= 1 else f"{smallest:.2f}"
 
     def over_bound(self, case: str, contender: str = OURS) -> str:
         """Return the time over that of the bound, the largest of all machines."""
-        ratios = [table.times(rows[contender], rows[rows[contender]["bound"]]) for _, rows in self.of(case)]
+        ratios = [table.times(rows[contender], rows[rows[contender]["bound"]]) for rows in self.of(case, contender)]
         return f"{max(x for x in ratios if x is not None):.2f}"
 
     def mib(self, case: str, contender: str = OURS) -> str:
         """Return the extra memory: the largest of ours, the smallest of others."""
-        sizes = [rows[contender]["extra_bytes"] / MIB for _, rows in self.of(case)]
+        sizes = [rows[contender]["extra_bytes"] / MIB for rows in self.of(case, contender)]
         return f"{max(sizes) if contender.startswith(OURS) else min(sizes):,.0f}"
 
     def error(self, case: str, *contenders: str) -> str:
         """Return the largest error of a log-ratio in nats: the largest of ours, the smallest of others."""
-        errors = [rows[name]["errors"]["max"] for _, rows in self.of(case) for name in contenders]
+        errors = [rows[name]["errors"]["max"] for rows in self.of(case, *contenders) for name in contenders]
         return f"{max(errors) if contenders == (OURS,) else min(errors):.2g}"
 
     def gradient_error(self, case: str, contender: str) -> str:
         """Return the largest relative error of the hidden states' gradient."""
-        return f"{max(rows[contender]['errors']['hidden'] for _, rows in self.of(case)):.1%}"
+        return f"{max(rows[contender]['errors']['hidden'] for rows in self.of(case, contender)):.1%}"
 
     def tables(self, *cases: str, keep_memory: bool = False) -> str:
         """Return a Markdown table of each case on each machine."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from benchmarks.harness import OURS, PADDED, Contender, Options, Prepared
+from benchmarks.harness import BODY, OURS, PADDED, Contender, Options, Prepared
 from exo import data, models
 from exo.data.collate import Collator
 from exo.data.text import tokenize
@@ -53,8 +53,8 @@ class Case:
 
     @property
     def work(self) -> float:
-        """Tokens of padded rows for all, in 1e-6 (a rate is in thousands), so that the rate compares work done."""
-        return 1e6 * self.prompts * self.group_size * (self.prompt + self.completion)
+        """Tokens of padded rows for all, so that the rate compares work done."""
+        return self.prompts * self.group_size * (self.prompt + self.completion)
 
     @property
     def title(self) -> str:
@@ -82,9 +82,11 @@ class Case:
                 steps[name] = _trl(problem, options.device, precomputed)
             except ModuleNotFoundError as error:
                 absent[name] = f"not installed ({error}): pip install 'trl'"
+            except Exception as error:  # another version of TRL, or out of memory
+                absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         tolerance = TOLERANCE[options.device]
         contenders = [Contender(name, step.run, step.first, tolerance) for name, step in steps.items()]
-        return Prepared(contenders, absent, _errors)
+        return Prepared([Contender(BODY, _body(problem, options.device), None), *contenders], absent, _errors)
 
 
 def cases(device: str, full: bool) -> list[Case]:
@@ -153,7 +155,7 @@ def _errors(outputs: dict[str, tuple[Any, ...]]) -> dict[str, dict[str, float]]:
 
 
 def _flat_gradient(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double().cpu()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu().double()
 
 
 def _ours(problem: Problem, device: str, layout: str) -> Step:
@@ -189,13 +191,28 @@ def _ours(problem: Problem, device: str, layout: str) -> Step:
     return Step(run, first)
 
 
+def _body(problem: Problem, device: str) -> Callable[[], None]:
+    """Return forward and backward of the transformer without its head, over the padded rows."""
+    model = copy.deepcopy(problem.model).base_model
+    rows = [group.prompt + answer for group in problem.groups for answer in group.completions]
+    tokens = torch.tensor(rows, device=device)  # (N, T), all of one length
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            model(tokens, use_cache=False).last_hidden_state.sum().backward()
+
+    return run
+
+
 def _trl(problem: Problem, device: str, precomputed: bool) -> Step:
     """Return TRL's own training step, with its fused head. `precomputed`: the reference's log-probs are made before."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
+    folder = tempfile.TemporaryDirectory()
     args = DPOConfig(
-        output_dir=tempfile.mkdtemp(), loss_type=["exo_pair"], beta=BETA, label_smoothing=EPS, learning_rate=RATE,
+        output_dir=folder.name, loss_type=["exo_pair"], beta=BETA, label_smoothing=EPS, learning_rate=RATE,
         per_device_train_batch_size=len(problem.rows), precompute_ref_log_probs=precomputed, max_length=None,
         gradient_checkpointing=False, bf16=device == "cuda", use_cpu=device == "cpu", report_to="none",
         max_grad_norm=1.0, disable_tqdm=True, max_steps=1, weight_decay=0.0,
@@ -204,6 +221,7 @@ def _trl(problem: Problem, device: str, precomputed: bool) -> Step:
         model=copy.deepcopy(problem.model), ref_model=None if precomputed else copy.deepcopy(problem.model), args=args,
         train_dataset=Dataset.from_list(problem.rows), processing_class=problem.tokenizer,
     )  # fmt: skip
+    folder.cleanup()
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # as train() sets it
     model, optim = trainer.accelerator.prepare(trainer.model, trainer.optimizer)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness import BOUND, MIB, OURS, ratios, spread
+from benchmarks.harness import BOUND, MIB, OURS, UNITS, ratios, spread
 
 WIDE = 0.15  # a spread that is shown, and widens the guard
 BUSY = 0.05  # share of the CPU that other processes may use before CPU time is compared instead of wall time
@@ -22,7 +22,7 @@ def rate(result: Figure, row: Figure) -> float | None:
     """Return the rate of the case's work in its unit."""
     if not row["seconds"] or not result["work"] or row["contender"].startswith(BOUND) and result["unit"] == "GB/s":
         return None
-    return result["work"] / statistics.median(row["seconds"]) / 1e9
+    return result["work"] / statistics.median(row["seconds"]) / UNITS[result["unit"]]
 
 
 def columns(result: Figure) -> tuple[list[str], dict[str, list[str]]]:
@@ -93,9 +93,13 @@ def _error(kind: str) -> Callable[[Figure], str]:
     return lambda row: _number(1, row["errors"].get(kind), ".0e")
 
 
-def _number(factor: float, value: float | None, form: str = ",.4g") -> str:
-    return "-" if value is None else format(factor * value if factor != 1 else value, form)
+def _number(factor: float, value: float | None, form: str = "") -> str:
+    """Format a value, by default with four digits and without an exponent."""
+    if value is None:
+        return "-"
+    value = factor * value if factor != 1 else value
+    return format(value, form or (",.0f" if abs(value) >= 1000 else ".4g"))
 
 
 def _range(row: Figure) -> str:
-    return f"{1e3 * min(row['seconds']):,.4g}..{1e3 * max(row['seconds']):,.4g}" if row["seconds"] else "-"
+    return "..".join(_number(1e3, end(row["seconds"])) for end in (min, max)) if row["seconds"] else "-"

@@ -14,7 +14,7 @@ from benchmarks.linear import Case as Linear
 from benchmarks.logits import Case as Logits
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = harness.Options("cpu", ours_only=True)
+OPTIONS = harness.Options("cpu", ours_only=True, keep_memory=True)
 LINEAR = Linear(8, 64, 64, 16384, rounds=1)
 
 
@@ -35,6 +35,7 @@ def result(ours, bound=(1.0,) * 5, busy=0.0, **figures):
         "work": 1e9,
         "busy": busy,
         "keep_memory": True,
+        "steady": True,
         "rows": rows,
     }
 
@@ -46,7 +47,7 @@ SAME = {"extra_bytes": 2**27, "allocated_bytes": 2**27, "launches": 100, "moved_
 def baseline(tmp_path):
     kept = guard.Baseline("machine", tmp_path)
     for _ in range(3):
-        kept.add(result([1.1] * 5, **SAME), replace=False)
+        kept.add(result([1.1] * 5, **SAME), update=True)
     return kept
 
 
@@ -86,15 +87,39 @@ def test_on_a_busy_machine_the_cpu_time_is_compared(baseline):
     assert not any(v.regressed for v in baseline.compare(disturbed))
 
 
+def test_an_outlier_in_the_baseline_does_not_widen_it(baseline):
+    baseline.add(result([2.0] * 5, **SAME), update=True)
+    assert any(v.regressed for v in baseline.compare(result([1.3] * 5, **SAME)))
+
+
+def test_fewer_than_five_rounds_judge_no_time(baseline):
+    assert not any("time" in v.name for v in baseline.compare(result([9.0] * 4, bound=[1.0] * 4, **SAME)))
+
+
+def test_a_busy_host_does_not_switch_off_the_times_of_a_gpu(baseline):
+    on_gpu = result([1.3] * 5, busy=0.3, **SAME)
+    for figures_of in on_gpu["rows"]:
+        figures_of["cpu_seconds"] = []
+    assert "ours: time / bound" in [v.name for v in baseline.compare(on_gpu) if v.regressed]
+
+
+def test_a_busy_run_keeps_no_wall_times(tmp_path):
+    kept = guard.Baseline("machine", tmp_path)
+    added = kept.add(result([2.0] * 5, busy=0.3, **SAME))
+    assert "ours: CPU time / bound" in added and "ours: time / bound" not in added
+
+
 def test_a_baseline_is_read_back_and_keeps_ten_runs(baseline, tmp_path):
     for _ in range(20):
-        baseline.add(result([1.1] * 5, **SAME), replace=False)
+        baseline.add(result([1.1] * 5, **SAME), update=True)
     baseline.save()
     again = guard.Baseline("machine", tmp_path)
     assert again.cases == baseline.cases and not again.new
     assert len(again.cases["linear/x"]["ours: MiB"]) == guard.KEPT
-    baseline.add(result([1.5] * 5, **SAME), replace=True)
+    assert baseline.add(result([1.5] * 5, **SAME)) == [], "only --update-baseline changes kept figures"
+    baseline.add(result([1.5] * 5, **SAME), update=True, replace=["ours: time / bound"])
     assert baseline.cases["linear/x"]["ours: time / bound"] == [1.5]
+    assert len(baseline.cases["linear/x"]["ours: MiB"]) == guard.KEPT
 
 
 def test_a_baseline_of_another_format_is_refused_in_one_line(tmp_path):
@@ -165,14 +190,15 @@ def figures(case):
 )
 def test_a_planted_slowdown_is_found(slowdown, case, named, monkeypatch, tmp_path):
     kept = guard.Baseline("machine", tmp_path)
-    kept.add(figures(case), replace=False)
+    kept.add(figures(case))
     assert not any(v.regressed for v in kept.compare(figures(case)))
     planted.SLOWDOWNS[slowdown](monkeypatch.setattr)
     assert named in [v.name for v in kept.compare(figures(case)) if v.regressed]
 
 
 def comparison(ratios, new=SAME, old=SAME):
-    return against.Comparison("linear/x", dict(new), dict(old), ratios)
+    (texts,) = against.worse(result([1.0], **new), result([1.0], **old)).values()
+    return against.Comparison("linear/x ours", ratios, texts)
 
 
 def test_a_comparison_says_what_changed():
@@ -181,8 +207,14 @@ def test_a_comparison_says_what_changed():
     assert comparison([1.15 * r for r in even]).regressions == ["1.15 x the time"]
     assert str(comparison([0.8 * r for r in even])).endswith("faster")
     assert "unclear" in str(comparison([0.5, 3.0] * 10)) and not comparison([0.5, 3.0] * 10).regressions
-    assert comparison(even, new=SAME | {"extra_bytes": 2**28}).regressions == ["256 MiB, 128 before"]
-    assert comparison(even, new=SAME | {"errors": {"loss": 1e-4}}).regressions == ["loss error 1.0e-04, 1.0e-06 before"]
+    assert comparison(even, new=SAME | {"allocated_bytes": 2**28}).regressions == ["MiB allocated 256, 128 before"]
+    assert comparison(even, new=SAME | {"errors": {"loss": 1e-4}}).regressions == ["loss error 0.0001, 1e-06 before"]
+
+
+def test_too_few_rounds_have_no_interval(capsys):
+    with pytest.raises(SystemExit):
+        against.main(["HEAD", "--rounds", "5"])
+    assert "--rounds: expected at least 6" in capsys.readouterr().err
 
 
 def test_an_unknown_revision_is_refused_in_one_line():
