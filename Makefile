@@ -46,10 +46,10 @@ soak: setup
 gpu: setup
 	$(PYTEST) -m "gpu or kernel"
 
-# 40 minutes: every case and peer, then the pictures and the figures in the pages
+# 40 minutes: every case and peer, then the pictures and the figures in the pages, whatever the guard says
 bench: .venv/.peers
-	$(PYTEST) benchmarks/ --full --allocator default --results
-	$(PYTEST) benchmarks/test_logits.py --full --results
+	-$(PYTEST) benchmarks/ --full --allocator default --results
+	-$(PYTEST) benchmarks/test_logits.py --full --results
 	$(BIN)/python -m benchmarks.figures
 	$(BIN)/python -m benchmarks.publish
 
@@ -60,7 +60,9 @@ bench: .venv/.peers
 against: setup
 	$(BIN)/python -m benchmarks.against $(REV)
 
-nightly: test-all against
+nightly:
+	$(MAKE) test-all
+	$(MAKE) against
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -36,6 +36,11 @@ class Figures:
     def __init__(self, reports: list[dict[str, Any]]) -> None:
         self.reports = reports
 
+    @property
+    def machines(self) -> str:
+        n = len({report["machine"]["kind"] for report in self.reports})
+        return "one machine" if n == 1 else f"the smallest of {n} machines"
+
     def of(self, case: str, *contenders: str, keep_memory: bool = False) -> list[Rows]:
         """Return the rows of a case, by contender, from every machine that has figures of these. Exit if none has."""
         found = []
@@ -104,7 +109,7 @@ def why(f: Figures) -> str:
         TRL's fused head and Liger's DPO loss are off by {others} or more (D = 768, V = 50,257).""",
         f"""**Fast.** A loss from hidden states takes {f.over_bound(EXO)} times its bare matmuls. Eager PyTorch takes
         {f.times(EXO, EAGER)} times as long as ours, torch.compile {f.times(EXO, COMPILED)}, TRL's fused head {trl},
-        Liger's DPO loss {f.times(DPO, peers.LIGER)} (2 CPU cores, fp32; no GPU has been
+        Liger's DPO loss {f.times(DPO, peers.LIGER)} (2 CPU cores, fp32, {f.machines}; no GPU has been
         measured yet).""",
         f"""**Small.** The full logits never exist: {f.mib(EXO)} MiB beyond inputs and gradients where eager PyTorch
         needs {f.mib(EXO, EAGER)} MiB and TRL's fused head {f.mib(EXO, peers.TRL)} MiB, and you set the budget.""",
