@@ -1,7 +1,7 @@
 """The regression guard: compare a result with a baseline kept for this kind of machine.
 
 Times are compared as ratios to others in the same run, because absolute times differ from machine to machine. A
-baseline holds the figures of several runs; a figure may exceed the largest ordinary one by a margin.
+baseline holds the figures of several runs; a figure may exceed the largest of them by a margin.
 """
 
 import json
@@ -11,14 +11,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import BODY, EAGER, MIB, OURS, PADDED, spread, typical
+from benchmarks.harness import BODY, EAGER, IN_CACHE, MIB, OURS, PADDED, spread
 from benchmarks.table import BUSY, WIDE
 
 FORMAT = 1
 FOLDER = Path(__file__).parent / "baselines"
 KEPT = 10  # runs
 LEAST_ROUNDS = 5  # to judge a time
-ORDINARY = 1.15  # a kept value above this multiple of the median is an outlier, and does not widen the margin
 TIME_MARGIN, FEW_RUNS, FEW_RUNS_MARGIN = 1.08, 3, 1.12
 # "MiB" is resident memory, which holds a freed block of the C library or not
 MARGINS = {"MiB": 1.4, "MiB allocated": 1.02, "launches": 1.02, "GB moved": 1.02, "error": 1.25}
@@ -70,7 +69,7 @@ def metrics(result: dict[str, Any]) -> dict[str, Metric]:
     for name, row in rows.items():
         if not name.startswith(OURS):
             continue
-        for other in (row["bound"], EAGER, BODY, PADDED):
+        for other in (row["bound"], EAGER, IN_CACHE, BODY, PADDED):
             if other not in rows or other == name or not row["seconds"]:
                 continue
             steady = result["steady"] and len(row["seconds"]) >= LEAST_ROUNDS
@@ -94,9 +93,10 @@ def metrics(result: dict[str, Any]) -> dict[str, Metric]:
 
 
 def _ratio(row: dict[str, Any], other: dict[str, Any], key: str, judged: bool) -> Metric:
+    """Return the ratio of the fastest rounds: noise only adds time, and it may add it to most of the rounds."""
     mine, others = row[key], other[key]
     noise = max(spread(mine), spread(others))
-    return Metric(typical(mine) / typical(others), "x", noise, judged, judged)
+    return Metric(min(mine) / min(others), "x", noise, judged, judged)
 
 
 class Baseline:
@@ -162,7 +162,4 @@ def allowed(metric: Metric, kept: list[float]) -> float:
     margin = TIME_MARGIN if len(kept) >= FEW_RUNS else FEW_RUNS_MARGIN
     if metric.noise > WIDE:
         margin = max(margin, 1 + metric.noise)
-    largest = max(kept)
-    if len(kept) >= FEW_RUNS:
-        largest = max(value for value in kept if value <= ORDINARY * statistics.median(kept))
-    return largest * margin
+    return max(kept) * margin

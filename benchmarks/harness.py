@@ -15,6 +15,7 @@ from benchmarks import measure
 
 OURS, BOUND, EAGER, PADDED = "ours", "bound", "eager", "ours, padded"
 BODY = "model body, padded"  # of a training step: what the loss and the update come on top of
+IN_CACHE = "softmax in cache"  # from logits: the arithmetic without the memory, whose rate differs from run to run
 UNITS = {"GB/s": 1e9, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "k tokens/s": 1e3}
 MEMORY_RUNS = 2  # of ours; the smallest peak counts, because the C library adds to some
 WARMUP_ROUNDS = 1  # after the gate's run and the measurement of memory
@@ -207,11 +208,6 @@ def _shapes(outputs: tuple[Any, ...]) -> list[tuple[int, ...]]:
 def ratios(row: dict[str, Any], over: dict[str, Any]) -> list[float]:
     """Return the times of row / over, round by round: calls close in time have the same noise."""
     return [a / b for a, b in zip(row["seconds"], over["seconds"], strict=False) if b]
-
-
-def typical(values: Sequence[float]) -> float:
-    """Return the lower quartile: noise only adds time, and it may add it to more than half of the rounds."""
-    return statistics.quantiles(values, n=4, method="inclusive")[0] if len(values) > 1 else values[0]
 
 
 def spread(values: Sequence[float]) -> float:

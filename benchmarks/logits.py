@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.harness import BOUND, EAGER, OURS, Contender, Options, Prepared
+from benchmarks.harness import BOUND, EAGER, IN_CACHE, MIB, OURS, Contender, Options, Prepared
 from exo_kernels import fused_exo_loss, reference
 
 SUITE = "logits"
@@ -74,6 +74,8 @@ class Case:
             Contender(BOUND, lambda: target.copy_(source), None),
             _contender(OURS, _ours, problem, tolerance),
         ]
+        if options.device == "cpu":
+            contenders[:0] = [Contender(IN_CACHE, _softmax_in_cache(self), None)]
         if not options.ours_only:
             contenders.append(_contender(EAGER, _eager, problem, tolerance))
         if options.full:
@@ -126,6 +128,18 @@ def make(case: Case, device: str, seed: int = 0) -> Problem:
     return Problem(
         logits.requires_grad_(), labels, ref_logits, torch.stack(sums).float(), rewards, case.group_size
     )  # fmt: skip
+
+
+def _softmax_in_cache(case: Case) -> Callable[[], None]:
+    """Return the softmax of all rows with loss, forward and backward, on a tile that stays in cache."""
+    tile = torch.randn(max(1, 4 * MIB // (4 * case.vocab)), case.vocab)
+    result = torch.empty_like(tile)
+
+    def run() -> None:
+        for _ in range(2 * case.rows_with_loss // len(tile)):
+            torch.softmax(tile, -1, out=result)
+
+    return run
 
 
 def _contender(name: str, loss: Callable[[Problem], Tensor], problem: Problem, tolerance: float) -> Contender:

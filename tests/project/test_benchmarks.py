@@ -87,11 +87,6 @@ def test_on_a_busy_machine_the_cpu_time_is_compared(baseline):
     assert not any(v.regressed for v in baseline.compare(disturbed))
 
 
-def test_an_outlier_in_the_baseline_does_not_widen_it(baseline):
-    baseline.add(result([2.0] * 5, **SAME), update=True)
-    assert any(v.regressed for v in baseline.compare(result([1.3] * 5, **SAME)))
-
-
 def test_fewer_than_five_rounds_judge_no_time(baseline):
     assert not any("time" in v.name for v in baseline.compare(result([9.0] * 4, bound=[1.0] * 4, **SAME)))
 
