@@ -46,10 +46,10 @@ soak: setup
 gpu: setup
 	$(PYTEST) -m "gpu or kernel"
 
-# 40 minutes: every case and peer, then the pictures and the figures in the pages, whatever the guard says
+# 45 minutes: every case and peer, then the pictures and the figures in the pages, whatever the guard says
 bench: .venv/.peers
 	-$(PYTEST) benchmarks/ --full --allocator default --results
-	-$(PYTEST) benchmarks/test_logits.py --full --results
+	-$(PYTEST) benchmarks/test_logits.py benchmarks/test_linear.py --full --results -k "half or D512"
 	$(BIN)/python -m benchmarks.figures
 	$(BIN)/python -m benchmarks.publish
 

@@ -23,7 +23,7 @@ NOTES = pytest.StashKey[list]()
 def pytest_addoption(parser):
     group = parser.getgroup("exo_kernels benchmarks")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    group.addoption("--full", action="store_true", help="all cases, more contenders (40 minutes)")
+    group.addoption("--full", action="store_true", help="all cases, more contenders (45 minutes)")
     group.addoption("--peers", choices=("none", "installed"), help="default: none; with --full: installed")
     group.addoption(
         "--allocator",
